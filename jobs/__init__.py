@@ -1,0 +1,1 @@
+"""Entry points: argv to settings, one call of the pipeline, exit code. `swsc VERB` and `python -m jobs VERB`."""

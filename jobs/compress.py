@@ -1,0 +1,57 @@
+"""`swsc compress MODEL OUTPUT`: compress, and measure too if a text is given."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from jobs.flags import add_config, add_settings, cluster_of, settings_of
+from pipeline.config import ClusterSettings, CompressSettings, EvaluateSettings
+from pipeline.flows.compress import compress_model, describe
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.plan import make_plan
+from pipeline.report.tables import print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="directory of a safetensors checkpoint")
+    parser.add_argument("output", metavar="OUTPUT", help="directory to write, new or begun by the same command")
+    add_config(parser)
+    add_settings(parser, CompressSettings, ClusterSettings)
+    parser.add_argument("--text", help="then evaluate on this text file, or wikitext2")
+    for flag in ("--seqlen", "--windows"):
+        parser.add_argument(flag, default=argparse.SUPPRESS, help="with --text: as in `swsc evaluate`")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    (settings,) = settings_of(arguments, CompressSettings)
+    cluster = cluster_of(arguments)
+    evaluation = settings_of(_without_config(arguments), EvaluateSettings)[0] if arguments.text else None
+    source = open_checkpoint(arguments.model)
+    plan = make_plan(source, settings)
+    from pipeline.run.cluster import make_pool  # late: importing Ray takes a second, and a mistake should show before
+
+    pools = partial(make_pool, cluster)
+    report = compress_model(source, plan, arguments.output, settings, pools)
+    summarise(arguments.output, report)
+    if evaluation:
+        from jobs.evaluate import summarise as summarise_evaluation
+        from pipeline.flows.evaluate import evaluate_model
+
+        summarise_evaluation(evaluate_model(arguments.output, evaluation, pools))
+    return 0
+
+
+def _without_config(arguments: argparse.Namespace) -> argparse.Namespace:
+    kept = {"text", "seqlen", "windows"}
+    return argparse.Namespace(**{key: value for key, value in vars(arguments).items() if key in kept})
+
+
+def summarise(output: str, report: dict[str, Any]) -> None:
+    """A table of the compressed matrices, and one line on the whole."""
+    print_table(describe(report), ["name", "shape", "paper_bits", "bits_per_weight", "relative_error"])
+    print(
+        f"{output}: {report['compressed_bits_per_weight']:.3f} bits a weight over the compressed matrices"
+        f" ({report['share_of_weights_compressed']:.1%} of all weights),"
+        f" {report['whole_model_bits_per_weight']:.3f} over the whole model, {report['seconds']:.1f} s"
+        + (" (it was complete already)" if report.get("resumed") else "")
+    )

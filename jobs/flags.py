@@ -1,0 +1,61 @@
+"""Flags of the command line, made from the settings: one field, one flag, one description."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pipeline.config import ClusterSettings, Settings, read_config, validated
+from pipeline.errors import ConfigError
+
+S = TypeVar("S", bound=Settings)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, as all others are said."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see `swsc --help`", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_settings(parser: argparse.ArgumentParser, *kinds: type[Settings]) -> None:
+    """A flag for each field of the settings. A flag that is not given leaves no trace: the config file counts."""
+    for kind in kinds:
+        for name, field in kind.model_fields.items():
+            flag = f"--{name.replace('_', '-')}"
+            if field.annotation is bool:
+                parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=field.description)
+            else:
+                metavar = name.upper()
+                parser.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS, help=field.description)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE`: the same settings from a YAML file; flags win."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the same settings; flags win over it")
+
+
+def settings_of(arguments: argparse.Namespace, *kinds: type[S]) -> list[Any]:
+    """The settings that were asked for, from flags over config file; ConfigError names every mistake of all kinds."""
+    given = vars(arguments)
+    path = given.get("config")
+    filed = read_config(Path(path)) if path else {}
+    known = {name for kind in kinds for name in kind.model_fields}
+    unknown = sorted(set(filed) - known)
+    findings = [f"unknown key {key}; known are {', '.join(sorted(known))}" for key in unknown]
+    result = []
+    for kind in kinds:
+        values = {name: value for name, value in {**filed, **given}.items() if name in kind.model_fields}
+        try:
+            result.append(validated(kind, values))
+        except ConfigError as error:
+            findings.append(str(error).removeprefix("settings: "))
+    if findings:
+        raise ConfigError("; ".join(findings))
+    return result
+
+
+def cluster_of(arguments: argparse.Namespace) -> ClusterSettings:
+    """Where the work is done."""
+    return validated(ClusterSettings, {k: v for k, v in vars(arguments).items() if k in ClusterSettings.model_fields})

@@ -1,0 +1,22 @@
+"""`swsc restore OUTPUT DENSE`: compressed model in, plain dense checkpoint out."""
+
+import argparse
+from functools import partial
+
+from jobs.flags import add_settings, cluster_of
+from pipeline.config import ClusterSettings
+from pipeline.flows.restore import restore_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="OUTPUT", help="directory of a compressed model")
+    parser.add_argument("dense", metavar="DENSE", help="directory to write")
+    add_settings(parser, ClusterSettings)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from pipeline.run.cluster import make_pool
+
+    report = restore_model(arguments.model, arguments.dense, partial(make_pool, cluster_of(arguments)))
+    print(f"{arguments.dense}: {report['restored']} of {report['tensors']} tensors restored, the others copied")
+    return 0

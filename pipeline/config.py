@@ -1,0 +1,170 @@
+"""Every setting, once: fields here are flags of the command line and keys of configuration files alike.
+
+pydantic checks them; `validated` turns its findings into one line that names all mistakes at once.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+
+
+def _comma_list(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _compiled(value: str | None) -> str | None:
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return value
+
+
+CommaList = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
+Regex = Annotated[str | None, BeforeValidator(_compiled)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are mistakes, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class MatrixSettings(Settings):
+    """Which matrices are compressed, and how."""
+
+    method: Literal["swsc", "rtn"] = Field("swsc", description="the paper's method, or its round-to-nearest baseline")
+    preset: Literal["paper"] = Field("paper", description="paper: 3 bits as the paper counts them, unless told")
+    bits: float | None = Field(None, gt=0, le=32, description="budget in bits a weight (rtn: width of a code, 2-8)")
+    count: Literal["true", "paper"] | None = Field(
+        None, description="what --bits counts: true = stored bytes, paper = Table II (16-bit values, no labels)"
+    )
+    cluster_share: float = Field(0.5, ge=0, le=1, description="share of the bits that goes to clusters")
+    clusters: int | None = Field(None, ge=0, description="number of clusters k; in place of --bits")
+    rank: int | None = Field(None, ge=0, description="rank r of the compensation; in place of --bits")
+    channel_axis: Literal["output", "input", "auto"] = Field(
+        "output", description="channels are rows (output) or columns (input); auto: smaller error at equal true bits"
+    )
+    n_init: int = Field(8, ge=1, le=1000, description="starts of K-Means; the best is kept")
+    projectors: CommaList | None = Field(None, description="roles of the matrices to compress (default q,k)")
+    include: Regex = Field(None, description="regular expression of tensor names to compress")
+    exclude: Regex = Field(None, description="regular expression of tensor names to leave alone")
+    granularity: Literal["tensor", "channel", "group"] = Field("channel", description="rtn: what shares one scale")
+    group_size: int = Field(128, ge=1, description="rtn: weights that share a scale, with --granularity group")
+    symmetric: bool = Field(False, description="rtn: no zero points")
+    storage_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="dtype of centroids, factors and scales (default: the source's)"
+    )
+    seed: int = Field(0, ge=0, description="seed of the run")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        wrong = []
+        explicit = self.clusters is not None or self.rank is not None
+        if self.method == "rtn":
+            if explicit:
+                wrong.append("clusters and rank belong to method swsc: drop them, or choose --method swsc")
+            if self.bits is not None and self.bits not in range(2, 9):
+                wrong.append(f"bits {self.bits:g} is out of range for rtn: choose a whole number from 2 to 8")
+        elif explicit and self.bits is not None:
+            wrong.append("bits stands beside clusters or rank: give a budget or the numbers, not both")
+        elif explicit and not self.clusters and not self.rank:
+            wrong.append("clusters and rank are both zero, which stores nothing: raise one of them")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+
+class CompressSettings(MatrixSettings):
+    """A compression of one model."""
+
+    format: Literal["swsc", "dense"] = Field("swsc", description="compact form, or restored weights for stock loaders")
+
+
+class EvaluateSettings(Settings):
+    """Perplexity by the standard protocol."""
+
+    text: str = Field(description="text file, or wikitext2 for the test split from the Hub")
+    seqlen: int = Field(2048, ge=2, description="tokens of a window")
+    windows: int | None = Field(None, ge=1, description="first N windows only (default: all)")
+    batch_size: int = Field(1, ge=1, description="windows of one forward pass")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="arithmetic; auto: float32 on CPU, the checkpoint's own on GPU"
+    )
+
+
+class ClusterSettings(Settings):
+    """Where the work is done."""
+
+    address: str | None = Field(None, description="Ray cluster (default: a local one that runs, else one in-process)")
+    workers: int | None = Field(None, ge=1, description="number of workers (default: what the cluster holds)")
+    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 where there are GPUs, else 0")
+    cpus_per_worker: int = Field(1, ge=1, description="CPU threads of a worker; results depend on it in the last bit")
+    local: bool = Field(False, description="no Ray: a plain loop with the same bytes")
+
+
+class Variant(MatrixSettings):
+    """One row of a sweep."""
+
+    name: str = Field(description="unique name of the row")
+    row: str | None = Field(None, description="table row it belongs to; default: its name")
+    reference: dict[str, float | None] = Field({}, description="published perplexity of this row, by known model")
+
+
+class SweepSettings(Settings):
+    """Models × variants × evaluations, run over one pool of workers."""
+
+    models: CommaList = Field((), description="local directories; also by --model")
+    variants: tuple[Variant, ...] = Field(min_length=1, description="what is done to each model")
+    evaluations: tuple[EvaluateSettings, ...] = Field((), description="texts that every variant is measured on")
+    uncompressed: bool = Field(True, description="also measure each model as it is")
+    reference: dict[str, float | None] = Field({}, description="published perplexity of the uncompressed model")
+    matrices: bool = Field(False, description="also print one row a matrix")
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        names = [variant.name for variant in self.variants]
+        twice = sorted({name for name in names if names.count(name) > 1 or name == "uncompressed"})
+        if twice:
+            raise ValueError(f"variants share a name, or have a reserved one: {', '.join(twice)}")
+        return self
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def validated(kind: type[S], values: dict[str, Any], source: str = "settings") -> S:
+    """`kind(**values)`, or a ConfigError of one line that names every mistake."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        found = "; ".join(_finding(kind, item) for item in error.errors())
+        raise ConfigError(f"{source}: {found}") from None
+
+
+def _finding(kind: type[Settings], item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        return f"{place}: unknown key; known are {', '.join(kind.model_fields)}" if "." not in place else f"{place}: unknown key"
+    if item["type"] == "missing":
+        return f"{place}: missing"
+    return f"{place}: {message}, got {item['input']!r}" if place else message
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML file; keys may be spelled as flags."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}; check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"config file {path}: wanted a mapping of settings, got {type(loaded).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in loaded.items()}

@@ -1,0 +1,49 @@
+"""Errors that the pipeline raises on purpose.
+
+Each carries one finished sentence for the user, and nothing else, so that it survives pickling between processes.
+`exit_code` is what the process ends with: 2 for a user's mistake (nothing was written), 1 for a run that failed.
+"""
+
+
+class SwscError(Exception):
+    """Root of the tree; the run failed and what is finished is kept."""
+
+    exit_code = 1
+
+
+class UserError(SwscError):
+    """A mistake in what the user gave; nothing is written."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """Flags or configuration files that cannot be carried out; names every mistake at once."""
+
+
+class CheckpointError(UserError):
+    """A source checkpoint that is missing, damaged, hostile or of a kind that is not read."""
+
+
+class OutputError(UserError):
+    """An output directory that must not or cannot be written."""
+
+
+class TextError(UserError):
+    """A text that cannot be evaluated on."""
+
+
+class ClusterError(UserError):
+    """A cluster that is not there or can never hold the workers that were asked for."""
+
+
+class RunError(SwscError):
+    """A task failed; the message names it."""
+
+
+class NonFiniteError(RunError):
+    """A window whose loss is NaN or Inf; it is never dropped."""
+
+
+class WorkerLost(RunError):
+    """The process or the object of a task went away; the task itself is not to blame and may run again."""

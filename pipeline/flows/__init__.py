@@ -1,0 +1,1 @@
+"""What a user asks for, from start to end: compress, restore, evaluate, sweep."""

@@ -1,0 +1,174 @@
+"""Checkpoint in, complete compressed model directory out."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from pipeline.config import CompressSettings
+from pipeline.errors import OutputError, UserError
+from pipeline.model.artifact import Output, abandon, begin, finish, quantization_config
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.plan import LayerTask, Plan
+from pipeline.model.store import FileRecord, Store
+from pipeline.run.driver import TaskList, execute
+from pipeline.run.pool import Done, Pool, Task
+from pipeline.run.progress import Progress
+
+PoolMaker = Callable[[int], Pool]  # number of tasks -> a pool for them
+
+
+def compress_model(
+    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, make_pool: PoolMaker
+) -> dict[str, Any]:
+    """Carry out `plan` into the directory `output`; returns the report that stands in swsc_report.json.
+
+    A directory that an interrupted run of the same settings left is gone on with; one that is complete is left alone.
+
+    Raises:
+        OutputError: the directory holds something else, or the disk has not enough room.
+        CheckpointError: a selected weight holds NaN or Inf; nothing is left behind.
+        RunError: tasks failed; what is finished is kept, and the same call goes on from there.
+    """
+    started = time.perf_counter()
+    store = Store.at(output)
+    require_apart(source, store)
+    identity = {**settings.model_dump(mode="json"), "source": source.fingerprint}
+    out = begin_with_room(store, identity, plan.stored_bytes_as(settings.format))
+    if out.complete:
+        return {**store.read_json("swsc_report.json"), "resumed": "complete"}
+    records = {file: record for file, (record, _) in out.finished.items()}
+    rows = {row["name"]: row for _, found in out.finished.values() for row in found}
+    peaks: dict[str, int] = {}
+
+    def note(done: Done) -> None:
+        record: FileRecord = done.record or done.value
+        records[record.name] = record
+        if done.task.method == "compress":
+            rows.update({row["name"]: row for row in done.value["rows"]})
+            peaks[str(done.worker)] = max(done.value["peak_rss"], peaks.get(str(done.worker), 0))
+
+    tasks = [task for task in _tasks(source, plan, store, settings) if str(task.key) not in out.finished]
+    run_tasks(tasks, note, make_pool, out, "compress", lost_if_bad=True)
+    report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
+    ordered = [records[name] for name in sorted(records)]
+    finish(out, source, ordered, _config(source, rows, settings.format), report)
+    return report
+
+
+def require_apart(source: Checkpoint, store: Store) -> None:
+    """Raise OutputError if an output directory is its own source."""
+    if store.root == source.store.root:
+        raise OutputError(f"{store.root}: output and model are the same directory; choose another output")
+
+
+def begin_with_room(store: Store, identity: dict[str, Any], nbytes: int) -> Output:
+    """`begin`, after making sure that the disk holds what is foretold."""
+    free = store.free_bytes()
+    if nbytes > free and not store.exists("swsc_manifest.json"):
+        raise OutputError(f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another")
+    return begin(store, identity)
+
+
+def run_tasks(
+    tasks: list[Task], note: Callable[[Done], None], make_pool: PoolMaker, out: Output, what: str, lost_if_bad: bool
+) -> None:
+    """Run tasks on a pool of their own; a user's mistake found on the way takes the begun output back."""
+    source = TaskList(tasks, note)
+    try:
+        pool = make_pool(len(tasks))
+        try:
+            with Progress(what, len(tasks), sum(task.weight for task in tasks), "files") as progress:
+                execute(pool, source, progress)
+        finally:
+            pool.close()
+    except UserError:
+        if lost_if_bad:
+            abandon(out)
+        raise
+    source.raise_failures()
+
+
+def _tasks(source: Checkpoint, plan: Plan, store: Store, settings: CompressSettings) -> list[Task]:
+    how = (settings.format, settings.seed, settings.storage_dtype)
+    layers = [_layer_task(source, task, store, how) for task in plan.layers]
+    copies = [
+        Task(task.file, "copy", (source.store, task, store), label=f"copy to {task.file}", weight=task.nbytes)
+        for task in plan.copies
+    ]
+    return layers + copies
+
+
+def _layer_task(source: Checkpoint, task: LayerTask, store: Store, how: tuple[Any, ...]) -> Task:
+    return Task(
+        task.file, "compress", (source.store, task, *how), label=task.layer, outputs=1,
+        commit_to=(store.root, task.file), weight=task.nbytes,
+    )  # fmt: skip
+
+
+def _config(source: Checkpoint, rows: dict[str, dict[str, Any]], form: str) -> dict[str, Any]:
+    if form == "dense":
+        return source.config
+    entries = {name: rows[name]["entry"] for name in sorted(rows)}
+    return {**source.config, "quantization_config": quantization_config(entries)}
+
+
+def _report(
+    plan: Plan, rows: dict[str, dict[str, Any]], seconds: float, peaks: dict[str, int], form: str
+) -> dict[str, Any]:
+    tensors = []
+    for decision in plan.decisions:
+        about = {"name": decision.info.name, "action": decision.action, "reason": decision.reason}
+        about |= {"shape": list(decision.info.shape), "method": None}
+        row = {key: value for key, value in rows.get(decision.info.name, {}).items() if key != "entry"}
+        tensors.append({**about, **row})
+    return {
+        "format": form,
+        "tensors": tensors,
+        **whole_bits(plan, rows),
+        "seconds": seconds,
+        "phases": _phases(rows),
+        "peak_rss": {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "workers": peaks},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in ("swsc", "torch", "ray")},
+        "argv": sys.argv,
+    }
+
+
+def whole_bits(plan: Plan, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Bits a weight over the compressed matrices and over the whole model, from stored bytes of the compact form."""
+    stored = sum(row["stored_bytes"] for row in rows.values())
+    count = sum(decision.info.count for decision in plan.compressed)
+    copied = sum(decision.info.nbytes for decision in plan.decisions if decision.action == "copied")
+    return {
+        "compressed_bits_per_weight": 8 * stored / count,
+        "whole_model_bits_per_weight": 8 * (stored + copied) / plan.weights,
+        "share_of_weights_compressed": count / plan.weights,
+    }
+
+
+def _phases(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Seconds of all workers together, by what they were spent on."""
+    phases = {"read": sum(row["read_seconds"] for row in rows.values())}
+    for row in rows.values():
+        for key in ("kmeans_seconds", "svd_seconds", "rtn_seconds"):
+            if key in row["stats"]:
+                name = key.removesuffix("_seconds")
+                phases[name] = phases.get(name, 0.0) + row["stats"][key]
+    return phases
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ImportError:  # run from a checkout, as `ray job submit --working-dir .` does
+        return "not installed"
+
+
+def describe(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of compressed tensors in a report."""
+    return [row for row in report["tensors"] if row["action"] == "compressed"]
+
+

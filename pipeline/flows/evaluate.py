@@ -1,0 +1,88 @@
+"""Perplexity of a model on workers: windows dealt out, losses added up in the order of the text."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import EvaluateSettings
+from pipeline.flows.compress import PoolMaker
+from pipeline.measure.perplexity import ModelKey, perplexity
+from pipeline.measure.windows import Windows, make_windows
+from pipeline.model.artifact import open_model
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.run.driver import TaskList, execute
+from pipeline.run.pool import Done, Task
+from pipeline.run.progress import Progress
+
+_BATCHES = 4  # of one task: enough to hide its cost, few enough to share the work out evenly
+
+
+def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMaker) -> dict[str, Any]:
+    """Perplexity of the dense or compressed model at `location`, by the standard protocol (measure/windows.py).
+
+    Returns the values that `swsc evaluate --json` writes: perplexity, loss of each window, and the protocol.
+
+    Raises:
+        CheckpointError: the model cannot be opened. TextError: the text cannot be cut.
+        NonFiniteError: a window's loss is NaN or Inf.
+        RunError: a task failed.
+    """
+    started = time.perf_counter()
+    model = open_model(location)
+    windows = make_windows(location, settings)
+    key = model_key(model.checkpoint, settings)
+    losses: dict[int, list[float]] = {}
+    dtypes: set[str] = set()
+    tasks = [
+        Task(start, "measure", (key, "", (), part), label=f"windows {start} to {start + len(part) - 1}")
+        for start, part in deal(windows.ids, settings)
+    ]
+
+    def note(done: Done) -> None:
+        losses[int(str(done.task.key))] = done.value["losses"]
+        dtypes.add(done.value["dtype"])
+
+    source = TaskList(tasks, note)
+    pool = make_pool(len(tasks))
+    try:
+        with Progress("evaluate", len(tasks), 0, "parts") as progress:
+            execute(pool, source, progress)
+    finally:
+        pool.close()
+    source.raise_failures()
+    ordered = [loss for start in sorted(losses) for loss in losses[start]]
+    seconds = time.perf_counter() - started
+    return result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}
+
+
+def model_key(checkpoint: Checkpoint, settings: EvaluateSettings) -> ModelKey:
+    """How workers name the loaded model."""
+    return ModelKey(checkpoint.store.root, settings.dtype, settings.batch_size)
+
+
+def deal(ids: np.ndarray, settings: EvaluateSettings) -> list[tuple[int, np.ndarray]]:
+    """Parts of the windows with the index of their first: whole batches, cut alike for any number of workers."""
+    size = settings.batch_size * _BATCHES if len(ids) > 2 * _BATCHES * settings.batch_size else settings.batch_size
+    return [(start, ids[start : start + size]) for start in range(0, len(ids), size)]
+
+
+def result(
+    location: str, losses: list[float], windows: Windows, settings: EvaluateSettings, dtype: str
+) -> dict[str, Any]:
+    """What is said of a measurement; raises NonFiniteError for a window that has no finite loss."""
+    return {
+        "model": location,
+        "perplexity": perplexity(losses, location),
+        "nll_per_window": losses,
+        "seqlen": settings.seqlen,
+        "windows": len(losses),
+        "text": windows.text,
+        "text_sha256": windows.text_sha256,
+        "text_tokens": windows.text_tokens,
+        "bos": windows.bos,
+        "dtype": dtype,
+        "batch_size": settings.batch_size,
+    }
+
+

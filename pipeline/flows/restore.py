@@ -1,0 +1,72 @@
+"""A compressed model directory in, a plain dense one out, which stock loaders open."""
+
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.flows.compress import PoolMaker, begin_with_room, require_apart, run_tasks
+from pipeline.model.artifact import Model, finish, open_model
+from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
+from pipeline.model.families import layer_of
+from pipeline.model.plan import CopyTask
+from pipeline.model.store import FileRecord, Store
+from pipeline.run.pool import Done, Task
+
+
+def restore_model(location: str, output: str, make_pool: PoolMaker) -> dict[str, Any]:
+    """Restore every compressed tensor of the model at `location` and copy the others, shard by shard.
+
+    Raises:
+        ConfigError: the model is not compressed.
+        OutputError: the directory holds something else, or the disk has not enough room.
+    """
+    model = open_model(location)
+    if not model.entries:
+        raise ConfigError(f"{location}: not a swsc model, nothing to restore; use it as it is")
+    store, source = Store.at(output), model.checkpoint
+    require_apart(source, store)
+    tasks = _tasks(model, location, store)
+    identity = {"restored_from": source.fingerprint}
+    out = begin_with_room(store, identity, sum(task.weight for task in tasks))
+    if out.complete:
+        return {"tensors": len(model.names), "restored": len(model.entries)}
+    records = {file: record for file, (record, _) in out.finished.items()}
+
+    def note(done: Done) -> None:
+        record: FileRecord = done.record or done.value
+        records[record.name] = record
+
+    todo = [task for task in tasks if str(task.key) not in out.finished]
+    run_tasks(todo, note, make_pool, out, "restore", lost_if_bad=False)
+    report = {"tensors": len(model.names), "restored": len(model.entries)}
+    finish(out, source, [records[name] for name in sorted(records)], model.config, report)
+    return report
+
+
+def _tasks(model: Model, location: str, store: Store) -> list[Task]:
+    """A task for each layer that holds compressed tensors, and one for each source file that holds others."""
+    layers: dict[str, list[str]] = {}
+    copies: dict[str, list[TensorInfo]] = {}
+    for name in model.names:
+        if name in model.entries:
+            layers.setdefault(layer_of(name), []).append(name)
+        else:
+            info = model.checkpoint.tensors[name]
+            copies.setdefault(info.file, []).append(info)
+    total = len(layers) + len(copies)
+    files = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
+    tasks = []
+    for layer, names in layers.items():
+        file, nbytes = next(files), sum(_dense_bytes(model.entries[name]) for name in names)
+        tasks.append(
+            Task(file, "restore", (location, names), label=layer, outputs=1, commit_to=(store.root, file), weight=nbytes)
+        )
+    for infos in copies.values():
+        copy = CopyTask(next(files), tuple(infos))
+        arguments = (model.checkpoint.store, copy, store)
+        tasks.append(Task(copy.file, "copy", arguments, label=f"copy to {copy.file}", weight=copy.nbytes))
+    return tasks
+
+
+def _dense_bytes(entry: dict[str, Any]) -> int:
+    width = DTYPES[TORCH_TO_SAFETENSORS[entry["dtype"]]][1]
+    return int(entry["shape"][0]) * int(entry["shape"][1]) * width

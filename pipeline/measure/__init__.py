@@ -1,0 +1,1 @@
+"""What a model is worth: windows of text, perplexity."""

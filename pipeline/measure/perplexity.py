@@ -1,0 +1,122 @@
+"""Perplexity: mean cross-entropy over the L−1 shifted tokens of each window, exp of the mean over windows.
+
+A window's loss depends on that window alone (and on the fixed shape of the batch that it is in), and the sum runs in
+float64 over window indices: the result is the same to the last bit for any number of workers.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import CheckpointError, NonFiniteError
+from pipeline.model.artifact import Model, open_model
+from pipeline.model.parts import Payload, to_tensor
+from swsc_core import decode
+
+_ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k values are 256 MiB
+
+
+@dataclass(frozen=True)
+class ModelKey:
+    """What an evaluation model is loaded from and as: `dtype` is "auto" or torch's name."""
+
+    location: str
+    dtype: str
+    batch_size: int
+
+
+def perplexity(losses: Sequence[float], what: str) -> float:
+    """exp of the mean loss; raises NonFiniteError that says which window is NaN or Inf."""
+    for index, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"{what}: the loss of window {index} is {loss}; the model is broken, nothing is dropped")
+    return math.exp(math.fsum(losses) / len(losses))
+
+
+class Evaluator:
+    """One loaded model, into which the compressed weights of a variant can be swapped and out again."""
+
+    def __init__(self, key: ModelKey, device: str) -> None:
+        self.key = key
+        self._source = open_model(key.location)
+        self._model = _load(self._source, key, device)
+        self._device = device
+        self._swapped: set[str] = set()
+        self._variant = ""
+
+    @property
+    def dtype(self) -> str:
+        """torch's name of the model's arithmetic."""
+        return str(self._model.dtype).removeprefix("torch.")
+
+    def become(self, variant: str, weights: Mapping[str, Payload]) -> None:
+        """Hold exactly `weights` (tensor name -> compressed parts) in place of the model's own; "" is the model as is.
+
+        Weights of an earlier variant are read again from the checkpoint: a second copy is never kept.
+        """
+        if variant == self._variant:
+            return
+        self._variant = "unfinished"
+        for name in sorted(self._swapped - weights.keys()):
+            self._put(name, self._source.read(name))
+        for name, payload in weights.items():
+            parts = {part.name: to_tensor(part).to(self._device) for part in payload.parts}
+            self._put(name, decode(parts, payload.rows[0]["entry"]))
+        self._swapped, self._variant = set(weights), variant
+
+    def _put(self, name: str, weight: Tensor) -> None:
+        try:
+            parameter = self._model.get_parameter(name)
+        except AttributeError:
+            raise CheckpointError(f"{self.key.location}: the loaded model has no parameter {name} to swap") from None
+        with torch.no_grad():
+            parameter.copy_(weight)
+
+    @torch.inference_mode()
+    def losses(self, windows: np.ndarray) -> list[float]:
+        """Mean loss of each window, int64 [windows, seqlen]."""
+        ids = torch.from_numpy(np.array(windows)).to(self._device)
+        return [loss for batch in ids.split(self.key.batch_size) for loss in self._batch_losses(batch)]
+
+    def _batch_losses(self, batch: Tensor) -> list[float]:
+        logits = self._model(input_ids=batch, use_cache=False).logits
+        return [_window_loss(rows[:-1], ids[1:]) for rows, ids in zip(logits, batch, strict=True)]
+
+
+def _window_loss(logits: Tensor, targets: Tensor) -> float:
+    pairs = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
+    total = [
+        torch.nn.functional.cross_entropy(rows.float(), ids, reduction="none").sum(dtype=torch.float64)
+        for rows, ids in pairs
+    ]
+    return math.fsum(float(part) for part in total) / len(targets)
+
+
+def _load(source: Model, key: ModelKey, device: str) -> Any:
+    """A transformers causal LM with dense weights, in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype: Any = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
+    where: str | None = key.location
+    extra: dict[str, Any] = {}
+    if source.entries:
+        config = AutoConfig.from_pretrained(key.location)
+        del config.quantization_config
+        # dtype="auto" would look into the files; there are none to look into
+        dtype = source.config.get("dtype") or source.config.get("torch_dtype") if dtype == "auto" else dtype
+        where, extra = None, {"config": config, "state_dict": {name: source.read(name) for name in source.names}}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{key.location}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+    absent = sorted(info["missing_keys"])
+    if absent:  # transformers only warns, and fills them with random numbers
+        raise CheckpointError(f"{key.location}: {len(absent)} weights are missing, {absent[0]} first; download it again")
+    return model.to(device).eval()

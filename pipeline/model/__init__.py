@@ -1,0 +1,1 @@
+"""What is read and written, and where: stores, checkpoints, compressed artifacts."""

@@ -1,0 +1,208 @@
+"""Reading sharded and single-file safetensors checkpoints: names, shapes and byte ranges from the headers alone.
+
+The header is parsed here, not by the safetensors library, because workers read single tensors by byte range from
+stores that the library does not know, and because a hostile header must be refused before anything is allocated.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import CheckpointError, UserError
+from pipeline.model.store import Store
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# safetensors name of a dtype -> (torch's name, bytes of a value)
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "I64": ("int64", 8), "I32": ("int32", 4),
+    "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
+    "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8),
+}  # fmt: skip
+TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes at `start` of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's headers and configuration; no weights.
+
+    Attributes:
+        tensors: by name, in the order of shards and of offsets within them.
+        extras: other files of the directory that belong to the model (tokenizer, generation config, …).
+        fingerprint: sha256 over headers, sizes and config: two checkpoints of one fingerprint have the same tensors in
+            the same places. The weights themselves are not read for it.
+    """
+
+    store: Store
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+    extras: tuple[str, ...] = field(default=())
+    fingerprint: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def weights(self) -> int:
+        return sum(info.count for info in self.tensors.values())
+
+
+def open_checkpoint(location: str) -> Checkpoint:
+    """Read the headers of the checkpoint at `location`.
+
+    Raises:
+        CheckpointError: no checkpoint there, a shard missing, truncated or corrupt, an index that names an absent file or
+            one outside the directory, a tensor in two shards, or a pickle checkpoint.
+    """
+    if location.endswith(".gguf"):
+        raise CheckpointError(f"{location}: GGUF files are not read here yet; save the model as safetensors first")
+    store = Store.at(location)
+    names = store.names()
+    if not names:
+        raise CheckpointError(f"{location}: no such directory, or an empty one; give the directory of a checkpoint")
+    files, weight_map = _shards(store, names)
+    tensors: dict[str, TensorInfo] = {}
+    digest = hashlib.sha256()
+    for file in files:
+        header, infos = read_header(store, file)
+        digest.update(header)
+        for info in infos:
+            if info.name in tensors:
+                raise CheckpointError(f"{location}: {info.name} stands in {tensors[info.name].file} and in {file}; keep one")
+            tensors[info.name] = info
+    _check_index(location, weight_map, tensors)
+    digest.update(json.dumps([[file, store.size(file)] for file in files]).encode())
+    config = _config(store)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    extras = tuple(name for name in names if _is_extra(name))
+    return Checkpoint(store, tensors, config, extras, digest.hexdigest())
+
+
+def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Shard files in order, and the index's map of tensors to files (empty without an index)."""
+    if INDEX in names:
+        try:
+            weight_map = store.read_json(INDEX)["weight_map"]
+            files = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{store.root}/{INDEX}: not an index ({error}); download it again") from None
+        for file in files:
+            try:
+                present = store.exists(file)
+            except UserError as error:
+                raise CheckpointError(str(error)) from None
+            if not present:
+                raise CheckpointError(f"{store.root}: shard {file} is missing, but the index names it; download it again")
+        return files, weight_map
+    found = [name for name in names if name.endswith(".safetensors")]
+    if found == [SINGLE] or len(found) == 1:
+        return found, {}
+    if found:
+        raise CheckpointError(f"{store.root}: {len(found)} safetensors files but no {INDEX}; download the index")
+    if any(name.endswith(_PICKLES) for name in names):
+        raise CheckpointError(
+            f"{store.root}: a pickle checkpoint, which can run code when it is opened, is refused; convert it with"
+            " `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)` on a machine that trusts it"
+        )
+    raise CheckpointError(f"{store.root}: no *.safetensors file; give the directory of a safetensors checkpoint")
+
+
+def _check_index(location: str, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            raise CheckpointError(f"{location}: the index puts {name} into {file}, which does not hold it; download both again")
+
+
+def read_header(store: Store, file: str) -> tuple[bytes, list[TensorInfo]]:
+    """Header bytes and tensors of one safetensors file, in order of offset, after checking every range."""
+    where, size = f"{store.root}/{file}", store.size(file)
+    length = int.from_bytes(store.read(file, 0, 8), "little")
+    if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+        raise CheckpointError(f"{where}: truncated or not a safetensors file ({size} bytes); download it again")
+    raw = bytes(store.read(file, 8, length))
+    try:
+        entries = json.loads(raw, object_pairs_hook=_no_duplicates)
+        entries.pop("__metadata__", None)
+        infos = [_info(name, entry, file, 8 + length) for name, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: corrupt header ({error}); download it again") from None
+    infos.sort(key=lambda info: (info.start, info.nbytes))
+    position = 8 + length
+    for info in infos:
+        if info.start != position:
+            raise CheckpointError(f"{where}: corrupt header: {info.name} overlaps or leaves a gap; download it again")
+        position += info.nbytes
+    if position != size:
+        raise CheckpointError(f"{where}: {size} bytes, wanted {position}: truncated or corrupt; download it again")
+    return raw, infos
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice")
+    return result
+
+
+def _info(name: str, entry: dict[str, Any], file: str, data_start: int) -> TensorInfo:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name}: unknown dtype {entry['dtype']!r}")
+    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+    whole = all(isinstance(value, int) and value >= 0 for value in (*shape, start, stop))
+    if not whole or stop - start != math.prod(shape) * DTYPES[entry["dtype"]][1]:
+        raise ValueError(f"{name}: shape {list(shape)} does not fit bytes {start} to {stop}")
+    return TensorInfo(name, entry["dtype"], shape, file, data_start + start, stop - start)
+
+
+def _config(store: Store) -> dict[str, Any]:
+    if not store.exists("config.json"):
+        raise CheckpointError(f"{store.root}: config.json is missing; download it too")
+    try:
+        config = store.read_json("config.json")
+    except ValueError as error:
+        raise CheckpointError(f"{store.root}/config.json: not JSON ({error}); download it again") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{store.root}/config.json: wanted an object, got {type(config).__name__}")
+    return config
+
+
+def _is_extra(name: str) -> bool:
+    weights = name.endswith((".safetensors", *_PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")) or name.endswith("index.json")
+    return not (weights or name.startswith(("swsc_", ".")) or name == "config.json")
+
+
+def file_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Header of a safetensors file that holds (name, dtype, shape, nbytes) one after the other, in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape, nbytes in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)  # the data must start at a multiple of eight
+    return len(raw).to_bytes(8, "little") + raw

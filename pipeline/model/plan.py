@@ -1,0 +1,246 @@
+"""From headers and settings to a plan: an action and a reason for every tensor, and the tasks that carry it out.
+
+Pure: nothing is read but what the checkpoint's headers said, nothing is written. What is predicted here (bytes, bits) is
+counted by the same functions that count what is stored.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config import MatrixSettings
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.model.checkpoint import DTYPES, FLOATS, Checkpoint, TensorInfo
+from pipeline.model.families import layer_of, role_patterns
+from swsc_core.bits import ChannelAxis, Geometry, solve_budget
+from swsc_core.spec import RtnSpec, Spec, SwscSpec
+
+_PAPER_PRESET_BITS = 3.0
+_COPY_BYTES = 2 << 30  # largest file of copied tensors: large single files are copied in parallel
+_AXES: tuple[ChannelAxis, ...] = ("output", "input")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one tensor of the source, and why.
+
+    Attributes:
+        specs: how it is compressed; of several the one of smaller error is kept. Empty unless compressed.
+        stored_bytes: foretold bytes in the compact form (of several specs, the largest).
+        paper_bits: bits a weight as the paper counts them; None unless compressed.
+    """
+
+    info: TensorInfo
+    action: Literal["compressed", "copied", "tied"]
+    reason: str
+    stored_bytes: int
+    specs: tuple[Spec, ...] = ()
+    paper_bits: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """Compress the selected matrices of one layer into one file."""
+
+    layer: str
+    file: str
+    items: tuple[tuple[TensorInfo, tuple[Spec, ...]], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info, _ in self.items)
+
+
+@dataclass(frozen=True)
+class CopyTask:
+    """Stream tensors that stay as they are into one file."""
+
+    file: str
+    infos: tuple[TensorInfo, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.infos)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions, in the source's order, and tasks, largest first within their kind."""
+
+    decisions: tuple[Decision, ...]
+    layers: tuple[LayerTask, ...]
+    copies: tuple[CopyTask, ...]
+
+    @property
+    def compressed(self) -> list[Decision]:
+        return [decision for decision in self.decisions if decision.action == "compressed"]
+
+    @property
+    def weights(self) -> int:
+        return sum(decision.info.count for decision in self.decisions)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Foretold bytes of all tensors in the compact form."""
+        return sum(decision.stored_bytes for decision in self.decisions)
+
+    def stored_bytes_as(self, form: str) -> int:
+        """Foretold bytes of all tensors in the given output format."""
+        return self.stored_bytes if form == "swsc" else sum(decision.info.nbytes for decision in self.decisions)
+
+    @property
+    def largest_matrix_bytes(self) -> int:
+        """Bytes of the largest compressed matrix in float32."""
+        return max(4 * decision.info.count for decision in self.compressed)
+
+
+def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
+    """Decide for every tensor.
+
+    Raises:
+        ConfigError: an unknown projector, a projector or expression that selects nothing, or k, r or a budget that does
+            not fit a selected matrix.
+        CheckpointError: the source is quantized already.
+    """
+    quantized = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if quantized:
+        remedy = "restore it first (swsc restore)" if quantized == "swsc" else "give the unquantized model"
+        raise CheckpointError(f"{checkpoint.store.root}: already quantized by {quantized!r}; {remedy}")
+    select = _selector(checkpoint, settings)
+    decisions = [_decide(info, select(info.name), settings) for info in checkpoint.tensors.values()]
+    if not any(decision.action == "compressed" for decision in decisions):
+        raise ConfigError(f"{checkpoint.store.root}: no tensor is selected; {_choices(checkpoint)}")
+    decisions += _tied(checkpoint)
+    return _with_tasks(decisions)
+
+
+def _selector(checkpoint: Checkpoint, settings: MatrixSettings) -> Callable[[str], tuple[bool, str]]:
+    """A function that says of a tensor's name whether it is selected, and why or why not."""
+    roles = settings.projectors if settings.projectors is not None else (() if settings.include else ("q", "k"))
+    patterns = {f"projector {role}": pattern for role, pattern in role_patterns(roles).items()}
+    if settings.include:
+        patterns["--include"] = re.compile(settings.include)
+    for why, pattern in patterns.items():
+        if not any(pattern.search(name) for name in checkpoint.tensors):
+            raise ConfigError(f"{checkpoint.store.root}: {why} selects no tensor; {_choices(checkpoint)}")
+
+    def select(name: str) -> tuple[bool, str]:
+        why = next((why for why, pattern in patterns.items() if pattern.search(name)), "")
+        if why and settings.exclude and re.search(settings.exclude, name):
+            return False, f"{why}, but --exclude"
+        return (True, why) if why else (False, "not selected")
+
+    return select
+
+
+def _choices(checkpoint: Checkpoint) -> str:
+    kinds = sorted({re.sub(r"\d+", "N", name) for name, info in checkpoint.tensors.items() if len(info.shape) == 2})
+    return f"choose by --include among {', '.join(kinds[:12])}{' …' if len(kinds) > 12 else ''}"
+
+
+def _decide(info: TensorInfo, selected: tuple[bool, str], settings: MatrixSettings) -> Decision:
+    chosen, reason = selected
+    if not chosen:
+        return Decision(info, "copied", reason, info.nbytes)
+    if len(info.shape) != 2 or info.dtype not in FLOATS or not info.count:
+        return Decision(info, "copied", f"{reason}, but {info.dtype} {list(info.shape)} is not a matrix", info.nbytes)
+    shape = (info.shape[0], info.shape[1])
+    specs = resolve(info.name, shape, info.dtype, settings)
+    width = _value_bits(info.dtype, settings)
+    paper = max(spec.paper_bits(shape) for spec in specs)
+    return Decision(info, "compressed", reason, max(spec.stored_bytes(shape, width) for spec in specs), specs, paper)
+
+
+def resolve(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> tuple[Spec, ...]:
+    """The spec or, for the axis "auto", the specs of one matrix; ConfigError names what does not fit."""
+    if settings.method == "rtn":
+        bits = int(settings.bits if settings.bits is not None else _PAPER_PRESET_BITS)
+        return (RtnSpec(bits, settings.granularity, settings.group_size, settings.symmetric),)
+    if settings.channel_axis != "auto":
+        return (_swsc_spec(name, shape, settings.channel_axis, dtype, settings),)
+    first = _swsc_spec(name, shape, "output", dtype, settings)
+    width = _value_bits(dtype, settings)
+    true_bits = 8 * first.stored_bytes(shape, width) / (shape[0] * shape[1])
+    try:
+        k, r = solve_budget(Geometry(*shape, "input"), true_bits, cluster_share=settings.cluster_share, value_bits=width)
+    except ValueError:  # the budget of the one axis buys nothing on the other: then there is no choice to make
+        return (first,)
+    return first, SwscSpec(k, r, "input", settings.n_init)
+
+
+def _swsc_spec(
+    name: str, shape: tuple[int, int], axis: ChannelAxis, dtype: str, settings: MatrixSettings
+) -> SwscSpec:
+    geometry = Geometry(*shape, axis)
+    if settings.clusters is None and settings.rank is None:
+        try:
+            k, r = solve_budget(
+                geometry,
+                settings.bits if settings.bits is not None else _PAPER_PRESET_BITS,
+                cluster_share=settings.cluster_share,
+                value_bits=_value_bits(dtype, settings),
+                count=settings.count or ("true" if settings.bits is not None else "paper"),
+            )
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}; raise --bits") from None
+        return SwscSpec(k, r, axis, settings.n_init)
+    k, r = settings.clusters or 0, settings.rank or 0
+    if k >= geometry.channels:
+        raise ConfigError(
+            f"{name}: clusters {k} is out of range for {geometry.channels} {axis} channels; choose 0 to {geometry.channels - 1}"
+        )
+    if r > min(shape):
+        raise ConfigError(f"{name}: rank {r} is out of range for shape {list(shape)}; choose 0 to {min(shape)}")
+    return SwscSpec(k, r, axis, settings.n_init)
+
+
+def _value_bits(dtype: str, settings: MatrixSettings) -> int:
+    """Bits of a stored value: centroids and factors, or scales (which are never fp8)."""
+    if settings.storage_dtype:
+        return 32 if settings.storage_dtype == "float32" else 16
+    bits = 8 * DTYPES[dtype][1]
+    return max(bits, 16) if settings.method == "rtn" else bits
+
+
+def _tied(checkpoint: Checkpoint) -> Iterable[Decision]:
+    """The output head that the checkpoint leaves out because it is the embedding."""
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    embedding = next((info for name, info in checkpoint.tensors.items() if name.endswith("embed_tokens.weight")), None)
+    if config.get("tie_word_embeddings") and embedding and "lm_head.weight" not in checkpoint.tensors:
+        head = TensorInfo("lm_head.weight", embedding.dtype, (0,), embedding.file, embedding.start, 0)
+        yield Decision(head, "tied", f"shares {embedding.name}", 0)
+
+
+def _with_tasks(decisions: list[Decision]) -> Plan:
+    layers: dict[str, list[Decision]] = defaultdict(list)
+    for decision in decisions:
+        if decision.action == "compressed":
+            layers[layer_of(decision.info.name)].append(decision)
+    copies = list(_copy_groups([decision.info for decision in decisions if decision.action == "copied"]))
+    total = len(layers) + len(copies)
+    files = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
+    layer_tasks = [
+        LayerTask(layer, next(files), tuple((item.info, item.specs) for item in items)) for layer, items in layers.items()
+    ]
+    copy_tasks = [CopyTask(next(files), tuple(infos)) for infos in copies]
+
+    def largest_first(task: LayerTask | CopyTask) -> int:
+        return -task.nbytes
+
+    return Plan(
+        tuple(decisions), tuple(sorted(layer_tasks, key=largest_first)), tuple(sorted(copy_tasks, key=largest_first))
+    )
+
+
+def _copy_groups(infos: list[TensorInfo]) -> Iterable[list[TensorInfo]]:
+    """Tensors of one source file, in its order, up to _COPY_BYTES a group."""
+    group: list[TensorInfo] = []
+    for info in infos:
+        if group and (group[0].file != info.file or sum(i.nbytes for i in group) + info.nbytes > _COPY_BYTES):
+            yield group
+            group = []
+        group.append(info)
+    if group:
+        yield group

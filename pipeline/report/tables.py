@@ -1,0 +1,50 @@
+"""Tables for people: Markdown that reads well in a terminal and can be pasted into a README."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH = 200  # columns where there is no terminal that says how wide it is
+
+# key of a row -> heading and format
+COLUMNS: dict[str, tuple[str, str]] = {
+    "model": ("model", ""),
+    "row": ("row", ""),
+    "variant": ("variant", ""),
+    "name": ("tensor", ""),
+    "shape": ("shape", ""),
+    "paper_bits": ("paper bits", ".2f"),
+    "bits_per_weight": ("true bits", ".3f"),
+    "whole_model_bits_per_weight": ("whole-model bits", ".3f"),
+    "relative_error": ("relative error", ".4f"),
+    "mean_squared_error": ("mean squared error", ".3e"),
+    "perplexity": ("perplexity", ".3f"),
+    "reference": ("paper (Llama-2-7B)", ".3f"),
+    "error": ("error", ""),
+}
+
+
+def print_table(rows: Iterable[Mapping[str, Any]], keys: Iterable[str], title: str = "") -> None:
+    """Print the given keys of rows to standard output; columns that are empty in every row are left out."""
+    rows = list(rows)
+    shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    table = Table(box=box.MARKDOWN, title=title or None, title_justify="left")
+    for key in shown:
+        heading, form = COLUMNS[key]
+        table.add_column(heading, justify="right" if form else "left", no_wrap=key != "error")
+    for row in rows:
+        table.add_row(*(_cell(row.get(key), COLUMNS[key][1]) for key in shown))
+    width = None if sys.stdout.isatty() else _WIDTH
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+def _cell(value: Any, form: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return "×".join(str(part) for part in value)
+    return format(value, form) if form else str(value)

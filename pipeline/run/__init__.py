@@ -1,0 +1,1 @@
+"""How work is planned, dealt out and carried out."""

@@ -1,0 +1,190 @@
+"""The door to Ray: workers as actors, payloads as objects, commits as tasks beside the objects.
+
+Ray's own retries are off (`max_restarts=0`, `max_task_retries=0`): they stay bound to the dead actor. A dead worker is
+replaced here, and the driver decides about its task.
+"""
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+# Ray reads these when it is imported. A cluster that is started in this process listens on loopback only and needs no
+# token; making one would leave a token file in the user's home that later clusters demand.
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+
+from pipeline.config import ClusterSettings
+from pipeline.errors import ClusterError, RunError, WorkerLost
+from pipeline.model.parts import commit
+from pipeline.run.pool import Done, LocalPool, Pool, Task, as_swsc_error
+from pipeline.run.worker import Worker
+
+_WAIT_SECONDS = 1.0
+_COMMITS_PER_WORKER = 2  # payloads waiting to be written; bounds what lies in the object store
+_RESPAWNS_PER_WORKER = 5
+
+
+class ActorWorker(Worker):
+    """A worker that finds its own device."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        super().__init__(threads, "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+
+
+_ACTOR = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")(ActorWorker)
+_COMMIT = ray.remote(num_cpus=0, max_retries=3)(commit)  # no CPU: workers hold them all, and it must not wait for one
+
+
+def make_pool(settings: ClusterSettings, tasks: int) -> Pool:
+    """A pool for `tasks` tasks: local, or actors on the cluster that `settings` names.
+
+    Raises:
+        ClusterError: no cluster at the address, or one that can never hold a worker.
+    """
+    if settings.local:
+        import torch
+
+        return LocalPool(Worker(settings.cpus_per_worker, "cuda" if torch.cuda.is_available() else "cpu"))
+    started_here = _connect(settings.address)
+    have = ray.cluster_resources()
+    gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(have.get("GPU", 0) > 0)
+    room = int(have.get("CPU", 0) // settings.cpus_per_worker)
+    room = min(room, int(have.get("GPU", 0) / gpus)) if gpus else room
+    if room < (settings.workers or 1):
+        raise ClusterError(
+            f"{settings.workers or 1} workers of {settings.cpus_per_worker} CPUs and {gpus:g} GPUs do not fit the cluster,"
+            f" which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; lower --workers, --cpus-per-worker or"
+            " --gpus-per-worker"
+        )
+    return RayPool(settings.workers or max(1, min(room, tasks)), settings.cpus_per_worker, gpus, started_here)
+
+
+def _connect(address: str | None) -> bool:
+    """Connect to the cluster named, to the one of this job or this machine, or start one; True if started here."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if ray.is_initialized():
+        return False
+    started_here = False
+    try:
+        if address or "RAY_ADDRESS" in os.environ:
+            ray.init(address=address, **quiet)
+        else:
+            started_here = not _found_local_cluster(quiet)
+            if started_here:
+                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ClusterError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {reason}") from None
+    # `ray job stop` and cluster managers send SIGTERM: end as after Ctrl-C. Ray installs its own handler at init.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return started_here
+
+
+def _found_local_cluster(quiet: dict[str, Any]) -> bool:
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        return False
+    return True
+
+
+@dataclass
+class _Flight:
+    """A task under way: first its method (`report`), then, if it is to be written, its commit."""
+
+    task: Task
+    worker: int
+    report: Any
+    payloads: tuple[Any, ...]
+    record: Any
+    value: Any = None
+
+
+class RayPool:
+    """Actors of Ray, one task at a time each."""
+
+    def __init__(self, size: int, cpus: int, gpus: float, started_here: bool) -> None:
+        self.size = size
+        self._options = {"num_cpus": cpus, "num_gpus": gpus}
+        self._threads = cpus
+        self._started_here = started_here
+        self._actors = [self._spawn() for _ in range(size)]
+        self._working: dict[int, _Flight] = {}
+        self._committing: list[_Flight] = []
+        self._respawns = 0
+
+    def _spawn(self) -> Any:
+        return _ACTOR.options(**self._options).remote(self._threads)
+
+    def idle(self) -> list[int]:
+        if len(self._committing) >= _COMMITS_PER_WORKER * self.size:
+            return []
+        return [worker for worker in range(self.size) if worker not in self._working]
+
+    def start(self, worker: int, task: Task) -> None:
+        method = getattr(self._actors[worker], task.method)
+        refs = method.options(num_returns=1 + task.outputs).remote(*task.args, *task.payloads)
+        report, payloads = (refs[0], tuple(refs[1:])) if task.outputs else (refs, ())
+        record = _COMMIT.remote(*task.commit_to, payloads[0]) if task.commit_to else None
+        self._working[worker] = _Flight(task, worker, report, payloads, record)
+
+    def wait(self) -> Done | None:
+        flights = {flight.report: flight for flight in self._working.values()}
+        flights |= {flight.record: flight for flight in self._committing}
+        ready, _ = ray.wait(list(flights), num_returns=1, timeout=_WAIT_SECONDS, fetch_local=False)
+        if not ready:
+            return None
+        flight, ref = flights[ready[0]], ready[0]
+        try:
+            result = ray.get(ref)
+        except RayError as error:
+            return self._failed(flight, ref, error)
+        if ref is flight.record:
+            self._committing.remove(flight)
+            return Done(flight.task, flight.value, (), result, worker=flight.worker)
+        del self._working[flight.worker]
+        flight.value = result
+        if flight.record is None:
+            return Done(flight.task, result, flight.payloads, worker=flight.worker)
+        flight.payloads = ()  # the commit holds the payload now; it is freed when the commit is done
+        self._committing.append(flight)
+        return None
+
+    def _failed(self, flight: _Flight, ref: Any, error: RayError) -> Done:
+        if ref is flight.record:
+            self._committing.remove(flight)
+        else:
+            del self._working[flight.worker]
+        lost = isinstance(error, (RayActorError, OutOfMemoryError, ObjectLostError))
+        if isinstance(error, RayActorError):
+            self._replace(flight.worker, flight.task)
+        if lost:
+            cause: Any = WorkerLost(f"{flight.task.label}: {type(error).__name__}")
+        else:
+            inner = error.cause if isinstance(error, RayTaskError) else error
+            cause = as_swsc_error(inner, flight.task)
+        return Done(flight.task, error=cause, worker=flight.worker)
+
+    def _replace(self, worker: int, task: Task) -> None:
+        self._respawns += 1
+        if self._respawns > _RESPAWNS_PER_WORKER * self.size:
+            raise RunError(f"workers died {self._respawns} times, the last one at {task.label}; look at their memory and GPUs")
+        ray.kill(self._actors[worker])
+        self._actors[worker] = self._spawn()
+
+    def put(self, value: Any) -> Any:
+        return ray.put(value)
+
+    def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._started_here:
+            ray.shutdown()

@@ -1,0 +1,78 @@
+"""The loop that keeps workers busy. It holds names, handles and small reports; a weight never passes through it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from pipeline.errors import RunError, UserError, WorkerLost
+from pipeline.run.pool import Done, Pool, Task
+from pipeline.run.progress import Progress
+
+_ATTEMPTS = 3  # of a task whose worker or object went away under it
+
+
+class Source(Protocol):
+    """Where tasks come from and results go: decisions only, no effects on the pool."""
+
+    def next(self, worker: int) -> Task | None:
+        """A task for an idle worker, or None if there is none for it at present."""
+
+    def done(self, done: Done) -> None:
+        """Take note of a task that ended, well or badly."""
+
+
+class TaskList:
+    """A fixed list of tasks in the order given. One that fails does not stop the others."""
+
+    def __init__(self, tasks: Iterable[Task], on_done: Callable[[Done], None]) -> None:
+        self._tasks = list(tasks)[::-1]
+        self._on_done = on_done
+        self._failed: list[Done] = []
+
+    def next(self, worker: int) -> Task | None:
+        return self._tasks.pop() if self._tasks else None
+
+    def done(self, done: Done) -> None:
+        if isinstance(done.error, UserError):
+            raise done.error  # what the user gave is at fault: the other tasks would be for nothing
+        if done.error:
+            self._failed.append(done)
+        else:
+            self._on_done(done)
+
+    def raise_failures(self) -> None:
+        """Raise RunError that names each task that failed."""
+        if self._failed:
+            causes = "; ".join(str(done.error) for done in self._failed)
+            raise RunError(f"{len(self._failed)} tasks failed, the others are finished and kept: {causes}")
+
+
+def execute(pool: Pool, source: Source, progress: Progress) -> None:
+    """Run tasks of `source` on `pool` until there are none left and none under way.
+
+    A task whose worker died is given to another one, at most _ATTEMPTS times. Only the task that the worker was at is
+    charged with it: workers hold no queue.
+    """
+    again: list[Task] = []
+    attempts: Counter[object] = Counter()
+    running = 0
+    while True:
+        for worker in pool.idle():
+            task = again.pop() if again else source.next(worker)
+            if task is not None:
+                pool.start(worker, task)
+                running += 1
+        if not running:
+            return
+        done = pool.wait()
+        progress.tick()
+        if done is None:
+            continue
+        running -= 1
+        attempts[done.task.key] += 1
+        if isinstance(done.error, WorkerLost) and attempts[done.task.key] < _ATTEMPTS:
+            progress.say(f"{done.error}; starting it again")
+            again.append(done.task)
+            continue
+        progress.advance(done.task.weight)
+        source.done(done)

@@ -1,0 +1,148 @@
+"""What a worker does: a plain class that `cluster.RayPool` wraps in an actor and `pool.LocalPool` calls directly.
+
+A worker belongs to no model and no run: each call says what to read and what to do. It keeps at most one evaluation
+model, because loading one costs more than measuring a few windows with it.
+"""
+
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.errors import CheckpointError
+from pipeline.measure.perplexity import Evaluator, ModelKey
+from pipeline.model.artifact import open_model, part_name
+from pipeline.model.checkpoint import TensorInfo
+from pipeline.model.parts import Part, Payload, copy_tensors, read_tensor, to_part
+from pipeline.model.store import FileRecord, Store
+from pipeline.model.plan import CopyTask, LayerTask
+from swsc_core import Encoded, encode
+from swsc_core.checks import WeightError
+from swsc_core.codec import dtype_name
+from swsc_core.spec import Spec
+
+
+class Worker:
+    """Compresses layers, copies tensors and measures windows on one device."""
+
+    def __init__(self, threads: int, device: str) -> None:
+        """`threads` are fixed because LAPACK's results depend on their number in the last bit."""
+        torch.set_num_threads(threads)
+        self.device = device
+        self._evaluator: Evaluator | None = None
+
+    def compress(
+        self, source: Store, task: LayerTask, form: str, seed: int, storage_dtype: str | None
+    ) -> tuple[dict[str, Any], Payload]:
+        """Compress the matrices of one layer; returns measurements and the payload of the layer's file.
+
+        Raises:
+            CheckpointError: a weight holds NaN or Inf.
+        """
+        parts: list[Part] = []
+        rows = []
+        for info, specs in task.items:
+            started = time.perf_counter()
+            weight = self._read(source, info)
+            read_seconds = time.perf_counter() - started
+            encoded, row = self._encode(weight, source, info, specs, seed, storage_dtype, read_seconds)
+            tensors = encoded.tensors if form == "swsc" else {"weight": encoded.restored}
+            parts += [to_part(part_name(info.name, part), tensor) for part, tensor in tensors.items()]
+            rows.append(row)
+        return {"rows": rows, "peak_rss": peak_rss()}, Payload(tuple(parts), tuple(rows))
+
+    def compress_units(
+        self, source: Store, info: TensorInfo, units: Sequence[tuple[tuple[Spec, ...], int, str | None]]
+    ) -> tuple[Any, ...]:
+        """Compress one tensor, read once, in several ways: specs, seed and storage dtype of each.
+
+        Returns measurements, then one payload for each way.
+        """
+        started = time.perf_counter()
+        weight = self._read(source, info)
+        read_seconds = time.perf_counter() - started
+        payloads = [self._unit(weight, source, info, read_seconds, *unit) for unit in units]
+        return ({"rows": [payload.rows[0] for payload in payloads], "peak_rss": peak_rss()}, *payloads)
+
+    def _unit(
+        self, weight: torch.Tensor, source: Store, info: TensorInfo, read_seconds: float,
+        specs: tuple[Spec, ...], seed: int, storage_dtype: str | None,
+    ) -> Payload:  # fmt: skip
+        """One way of `compress_units`; a failure becomes a row with an `error`, so that the other ways go on."""
+        try:
+            encoded, row = self._encode(weight, source, info, specs, seed, storage_dtype, read_seconds)
+        except Exception as error:
+            return Payload((), ({"name": info.name, "error": f"{info.name}: {error}"},))
+        return Payload(tuple(to_part(part, tensor) for part, tensor in encoded.tensors.items()), (row,))
+
+    def _read(self, source: Store, info: TensorInfo) -> torch.Tensor:
+        return read_tensor(source, info).to(self.device)
+
+    def _encode(
+        self, weight: torch.Tensor, source: Store, info: TensorInfo, specs: tuple[Spec, ...], seed: int,
+        storage_dtype: str | None, read_seconds: float,
+    ) -> tuple[Encoded, dict[str, Any]]:  # fmt: skip
+        started = time.perf_counter()
+        dtype = getattr(torch, storage_dtype) if storage_dtype else None
+        try:
+            encoded = encode(weight, specs, name=info.name, seed=seed, storage_dtype=dtype)
+        except WeightError as error:
+            raise CheckpointError(f"{source.root}/{info.file}: {error}") from None
+        return encoded, _row(info, specs, encoded, read_seconds, time.perf_counter() - started)
+
+    def restore(self, location: str, names: Sequence[str]) -> tuple[dict[str, Any], Payload]:
+        """Dense weights of compressed tensors of the model at `location`."""
+        model = open_model(location)
+        parts = tuple(to_part(name, model.read(name)) for name in names)
+        return {"rows": [], "peak_rss": peak_rss()}, Payload(parts)
+
+    def copy(self, source: Store, task: CopyTask, target: Store) -> FileRecord:
+        """Stream tensors that stay as they are into their file."""
+        return copy_tensors(source, task.infos, target, task.file)
+
+    def measure(
+        self, key: ModelKey, variant: str, names: Sequence[str], windows: np.ndarray, *payloads: Payload
+    ) -> dict[str, Any]:
+        """Mean loss of each window, int64 [windows, seqlen], under the model `key` with `payloads` swapped in.
+
+        Returns {"losses": [...], "dtype": of the arithmetic}.
+        """
+        if self._evaluator is None or self._evaluator.key != key:
+            self._evaluator = None  # the old model goes before the new one comes
+            self._evaluator = Evaluator(key, self.device)
+        self._evaluator.become(variant, dict(zip(names, payloads, strict=True)))
+        return {"losses": self._evaluator.losses(windows), "dtype": self._evaluator.dtype}
+
+
+def _row(
+    info: TensorInfo, specs: tuple[Spec, ...], encoded: Encoded, read_seconds: float, seconds: float
+) -> dict[str, Any]:
+    """A row of swsc_report.json; bits are counted from the bytes that are stored."""
+    axis = encoded.entry.get("channel_axis")
+    spec = next(spec for spec in specs if getattr(spec, "channel_axis", None) == axis)
+    cluster_error = encoded.stats.get("cluster_error")
+    return {
+        "name": info.name,
+        "shape": list(info.shape),
+        "dtype": dtype_name(encoded.restored.dtype),
+        "method": spec.method,
+        "bits_per_weight": 8 * encoded.stored_bytes / info.count,
+        "paper_bits": spec.paper_bits((info.shape[0], info.shape[1])),
+        "relative_error": encoded.relative_error,
+        "mean_squared_error": encoded.squared_error / info.count,
+        "mean_square": encoded.squared_norm / info.count,
+        "cluster_mean_squared_error": None if cluster_error is None else cluster_error / info.count,
+        "read_seconds": read_seconds,
+        "seconds": seconds,
+        "stored_bytes": encoded.stored_bytes,
+        "entry": encoded.entry,
+        "stats": encoded.stats,
+    }
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,31 @@
+"""SWSC (arXiv 2501.08631): share weights between similar channels, compensate by a truncated SVD.
+
+Pure PyTorch: one matrix in, one compressed matrix out. No Ray, no files, no logging, no global random state and
+no choice of device: everything runs where the given tensor lies.
+"""
+
+from swsc_core.codec import Encoded, decode, encode
+from swsc_core.kmeans import KMeansResult, kmeans
+from swsc_core.lowrank import LowRank, truncated_svd
+from swsc_core.rtn import RtnMatrix, dequantize, quantize
+from swsc_core.spec import RtnSpec, Spec, SwscSpec
+from swsc_core.swsc import SwscMatrix, compress, restore
+
+__all__ = [
+    "Encoded",
+    "KMeansResult",
+    "LowRank",
+    "RtnMatrix",
+    "RtnSpec",
+    "Spec",
+    "SwscMatrix",
+    "SwscSpec",
+    "compress",
+    "decode",
+    "dequantize",
+    "encode",
+    "kmeans",
+    "quantize",
+    "restore",
+    "truncated_svd",
+]

@@ -1,0 +1,129 @@
+"""One door to every method: a spec and a weight in, named tensors and a small entry out, and back.
+
+The entry is plain JSON. With it and the tensors `decode` gives the dense weight again; both stand in a compressed
+checkpoint (the entry in `quantization_config`). Parts are named after the tensor `X.weight` that they replace:
+
+    swsc: X.weight = centroids [k, length]   X.labels   X.left   X.right
+    rtn:  X.weight = codes (packed bytes)    X.scales   X.zero_points
+
+The name `.weight` is kept on purpose: a loader that does not know the format then meets a shape that does not fit
+and refuses, instead of filling a layer whose weight is missing with random numbers.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swsc_core.bits import Geometry
+from swsc_core.rtn import RtnMatrix, dequantize, group_length, quantize
+from swsc_core.spec import RtnSpec, Spec, SwscSpec
+from swsc_core.swsc import SwscMatrix, compress, restore
+
+
+# method -> names of the parts that it stores
+PARTS = {"swsc": ("weight", "labels", "left", "right"), "rtn": ("weight", "scales", "zero_points")}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A compressed matrix as it is stored.
+
+    Attributes:
+        tensors: part name ("weight", "labels", …) -> contiguous tensor.
+        entry: what `decode` must know beside the tensors; plain JSON.
+        restored: the dense weight as a loader will see it, in the weight's own dtype.
+        squared_error: ‖W − Ŵ‖²_F, of the weight and what is restored.
+        squared_norm: ‖W‖²_F.
+        stats: what the method measured: seconds, iterations, the clustering's own error.
+    """
+
+    tensors: dict[str, Tensor]
+    entry: dict[str, Any]
+    restored: Tensor
+    squared_error: float
+    squared_norm: float
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def relative_error(self) -> float:
+        """‖W − Ŵ‖²_F / ‖W‖²_F; 0 for a zero matrix that is restored exactly."""
+        if self.squared_norm:
+            return self.squared_error / self.squared_norm
+        return 0.0 if self.squared_error == 0 else math.inf
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+def encode(
+    weight: Tensor,
+    specs: Sequence[Spec],
+    *,
+    name: str = "weight",
+    seed: int = 0,
+    storage_dtype: torch.dtype | None = None,
+) -> Encoded:
+    """Compress `weight` [m, n] by each of `specs` and keep the result of smallest error (the first, if equal).
+
+    More than one spec is how the axis "auto" is asked for: one spec an axis, at equal true bits.
+
+    Raises:
+        ValueError: from the method, naming the tensor.
+    """
+    results = [_encode_one(weight, spec, name, seed, storage_dtype) for spec in specs]
+    return min(results, key=lambda result: result.relative_error)
+
+
+def _encode_one(weight: Tensor, spec: Spec, name: str, seed: int, storage_dtype: torch.dtype | None) -> Encoded:
+    entry: dict[str, Any] = {"method": spec.method, "shape": list(weight.shape), "dtype": dtype_name(weight.dtype)}
+    if isinstance(spec, SwscSpec):
+        matrix, measured = compress(
+            weight, spec.n_clusters, spec.rank, channel_axis=spec.channel_axis, n_init=spec.n_init,
+            seed=seed, storage_dtype=storage_dtype, name=name,
+        )  # fmt: skip
+        parts = {"weight": matrix.centroids, "labels": matrix.labels, "left": matrix.left, "right": matrix.right}
+        entry |= {"n_clusters": len(matrix.centroids), "rank": spec.rank, "channel_axis": spec.channel_axis}
+        restored, stats = restore(matrix, weight.dtype), asdict(measured)
+    else:
+        started = time.perf_counter()
+        rtn = quantize(
+            weight, spec.bits, granularity=spec.granularity, group_size=spec.group_size,
+            symmetric=spec.symmetric, scale_dtype=storage_dtype, name=name,
+        )  # fmt: skip
+        parts = {"weight": rtn.codes, "scales": rtn.scales, "zero_points": rtn.zero_points}
+        entry |= {"bits": rtn.bits, "granularity": spec.granularity, "symmetric": rtn.symmetric}
+        entry |= {"group_size": spec.group_size} if spec.granularity == "group" else {}
+        restored, stats = dequantize(rtn, weight.dtype), {"rtn_seconds": time.perf_counter() - started}
+    parts = {part: tensor.contiguous() for part, tensor in parts.items()}
+    return Encoded(parts, entry, restored, *_squares(weight, restored), stats)
+
+
+def decode(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
+    """The dense weight, in its own dtype, from the stored parts and the entry that `encode` made."""
+    shape = (int(entry["shape"][0]), int(entry["shape"][1]))
+    dtype = getattr(torch, entry["dtype"])
+    if entry["method"] == "swsc":
+        axis = Geometry(*shape, entry["channel_axis"]).channel_axis
+        matrix = SwscMatrix(shape, axis, tensors["weight"], tensors["labels"], tensors["left"], tensors["right"])
+        return restore(matrix, dtype)
+    length = group_length(shape, entry["granularity"], entry.get("group_size", 0))
+    codes, scales, zeros = tensors["weight"], tensors["scales"], tensors["zero_points"]
+    return dequantize(RtnMatrix(shape, entry["bits"], length, entry["symmetric"], codes, scales, zeros), dtype)
+
+
+def _squares(weight: Tensor, restored: Tensor) -> tuple[float, float]:
+    """‖W − Ŵ‖²_F and ‖W‖²_F, from float32 values summed in float64."""
+    dense = weight.float()
+    error = float((dense - restored.float()).square_().sum(dtype=torch.float64))
+    return error, float(dense.square().sum(dtype=torch.float64))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name as it stands in `torch`: "bfloat16", "float8_e4m3fn"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,54 @@
+"""Integers of 0 to 16 bits packed without gaps into bytes, least significant bit first.
+
+Value i occupies bits i*bits .. (i+1)*bits - 1 of the stream, and bit j of the stream is bit j % 8 of byte j // 8.
+"""
+
+import torch
+from torch import Tensor
+
+# A multiple of eight values fills whole bytes, so blocks can be packed on their own: memory stays bounded.
+_BLOCK = 1 << 20
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Number of bytes that `count` values of `bits` bits occupy."""
+    return (count * bits + 7) // 8
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Pack a 1-D integer tensor of values in [0, 2**bits) into a uint8 tensor of packed_bytes(n, bits) bytes."""
+    if bits == 0:
+        return torch.empty(0, dtype=torch.uint8, device=values.device)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= 1 << bits:
+        raise ValueError(f"values span {low} to {high}, which {bits} bits cannot hold")
+    return torch.cat([_pack_block(block, bits) for block in values.split(_BLOCK)])
+
+
+def _pack_block(values: Tensor, bits: int) -> Tensor:
+    places = torch.arange(bits, device=values.device, dtype=torch.int32)
+    stream = ((values.to(torch.int32)[:, None] >> places) & 1).to(torch.uint8).reshape(-1)
+    stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).reshape(-1, 8)
+    weights = 2 ** torch.arange(8, device=values.device, dtype=torch.uint8)
+    return (stream * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of `pack`: int64 tensor [count] from uint8 tensor [packed_bytes(count, bits)]."""
+    if packed.numel() != packed_bytes(count, bits):
+        raise ValueError(f"{packed.numel()} bytes for {count} values of {bits} bits, wanted {packed_bytes(count, bits)}")
+    if bits == 0:
+        return torch.zeros(count, dtype=torch.int64, device=packed.device)
+    parts = []
+    for start in range(0, count, _BLOCK):
+        size = min(_BLOCK, count - start)
+        first = start * bits // 8
+        parts.append(_unpack_block(packed[first : first + packed_bytes(size, bits)], bits, size))
+    return torch.cat(parts)
+
+
+def _unpack_block(packed: Tensor, bits: int, count: int) -> Tensor:
+    stream = ((packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1).reshape(-1)
+    digits = stream[: count * bits].reshape(count, bits).to(torch.int32)
+    places = 2 ** torch.arange(bits, device=packed.device, dtype=torch.int32)
+    return (digits * places).sum(dim=1)
