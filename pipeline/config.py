@@ -112,7 +112,6 @@ class Variant(MatrixSettings):
     """One row of a sweep."""
 
     name: str = Field(description="unique name of the row")
-    row: str | None = Field(None, description="table row it belongs to; default: its name")
     reference: dict[str, float | None] = Field({}, description="published perplexity of this row, by known model")
 
 

@@ -228,10 +228,10 @@ class _SweepSource:
         rows, tensors = [], []
         for run in self._runs:
             model = self._settings.models[run.model]
-            about = {"model": model, "variant": run.name, "row": (run.variant and run.variant.row) or run.name}
+            about = {"model": model, "variant": run.name}
             found = self._tensor_rows(run)
             tensors += [{**about, **row} for row in found.values()]
-            about |= _bits(run, found)
+            about |= _bits(run, found) if run.variant else _own_bits(self._checkpoints[run.model])
             about["reference"] = self._reference(run)
             measured = [self._result(run, number) for number in range(len(self._settings.evaluations))]
             rows += [{**about, **one} for one in measured or [{"error": run.error}]]
@@ -270,6 +270,11 @@ def _units(model: int, variant: Variant, plan: Plan) -> dict[str, Unit]:
         decision.info.name: (model, decision.info.name, (decision.specs, variant.seed, variant.storage_dtype))
         for decision in plan.compressed
     }
+
+
+def _own_bits(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Bits a weight of a model as it is."""
+    return {"whole_model_bits_per_weight": 8 * checkpoint.nbytes / checkpoint.weights, "relative_error": 0.0}
 
 
 def _bits(run: _Run, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -99,24 +99,34 @@ def _window_loss(logits: Tensor, targets: Tensor) -> float:
 
 def _load(source: Model, key: ModelKey, device: str) -> Any:
     """A transformers causal LM with dense weights, in eval mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    dtype: Any = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
-    where: str | None = key.location
-    extra: dict[str, Any] = {}
-    if source.entries:
-        config = AutoConfig.from_pretrained(key.location)
-        del config.quantization_config
-        # dtype="auto" would look into the files; there are none to look into
-        dtype = source.config.get("dtype") or source.config.get("torch_dtype") if dtype == "auto" else dtype
-        where, extra = None, {"config": config, "state_dict": {name: source.read(name) for name in source.names}}
+    dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra)
+        model, info = _load_compressed(source, key, dtype) if source.entries else _load_dense(key, dtype)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"{key.location}: transformers cannot load it: {str(error).splitlines()[0]}") from None
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
         raise CheckpointError(f"{key.location}: {len(absent)} weights are missing, {absent[0]} first; download it again")
     return model.to(device).eval()
+
+
+def _load_dense(key: ModelKey, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(key.location, dtype=dtype, output_loading_info=True)
+
+
+def _load_compressed(source: Model, key: ModelKey, dtype: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(key.location)
+    del config.quantization_config
+    with torch.device("meta"):  # only to learn the class: from_pretrained of the Auto class insists on files
+        kind = type(AutoModelForCausalLM.from_config(config))
+    weights = {name: source.read(name) for name in source.names}
+    if dtype == "auto":
+        dtype = source.config.get("dtype") or source.config["torch_dtype"]
+    return kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)

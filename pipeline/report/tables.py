@@ -13,7 +13,6 @@ _WIDTH = 200  # columns where there is no terminal that says how wide it is
 # key of a row -> heading and format
 COLUMNS: dict[str, tuple[str, str]] = {
     "model": ("model", ""),
-    "row": ("row", ""),
     "variant": ("variant", ""),
     "name": ("tensor", ""),
     "shape": ("shape", ""),

@@ -1,0 +1,32 @@
+# Both targets need python3 (3.11 or newer) with venv, and a package index; nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/demo-installed
+	$(BIN)/swsc demo --out demo-output
+
+test: .venv/test-installed
+	$(BIN)/python -m pytest
+
+check: .venv/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+# torch first and by its pinned version: a plain install would take the newest build, with gigabytes of CUDA.
+.venv/demo-installed: .venv/bin/pip pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
+
+.venv/test-installed: .venv/demo-installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv demo-output
