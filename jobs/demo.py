@@ -21,7 +21,9 @@ _SPEECHES = ("1946-Truman-1.txt", "1980-Carter-1.txt", "1981-Carter-1.txt")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="demo-output", help="directory to work in (default: %(default)s)")
+    parser.add_argument(
+        "--out", metavar="DIR", default="demo-output", help="directory to work in (default: %(default)s)"
+    )
     parser.add_argument("--fetch-only", action="store_true", help="fetch model and text, and stop there")
     add_settings(parser, ClusterSettings)
 
@@ -35,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     _compress(model, out / "smollm2-swsc", cluster)
     from jobs.sweep import carry_out
 
-    print("SmolLM2-135M, dequantized Q4_1 baseline; Q and K projections of all layers; text: State of the Union addresses")
+    print(
+        "SmolLM2-135M, dequantized Q4_1 baseline; Q and K projections of all layers; text: State of the Union addresses"
+    )
     return carry_out(_sweep(model, text), cluster, str(out / "results"))
 
 

@@ -37,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         text = json.dumps({"tensors": rows, **foretold}, indent=1) + "\n"
         Path(arguments.json).write_text(text, encoding="utf-8")
-    print_table([row for row in rows if row["action"] == "compressed"], ["name", "shape", "paper_bits", "bits_per_weight"])
+    print_table(
+        [row for row in rows if row["action"] == "compressed"], ["name", "shape", "paper_bits", "bits_per_weight"]
+    )
     copied = [row for row in rows if row["action"] != "compressed"]
     print(f"{len(rows) - len(copied)} tensors compressed, {len(copied)} copied or tied")
     for key, value in foretold.items():

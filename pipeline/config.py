@@ -50,7 +50,7 @@ class MatrixSettings(Settings):
     channel_axis: Literal["output", "input", "auto"] = Field(
         "output", description="channels are rows (output) or columns (input); auto: smaller error at equal true bits"
     )
-    n_init: int = Field(8, ge=1, le=1000, description="starts of K-Means; the best is kept")
+    n_init: int = Field(4, ge=1, le=1000, description="starts of K-Means; the best is kept")
     projectors: CommaList | None = Field(None, description="roles of the matrices to compress (default q,k)")
     include: Regex = Field(None, description="regular expression of tensor names to compress")
     exclude: Regex = Field(None, description="regular expression of tensor names to leave alone")
@@ -150,7 +150,11 @@ def _finding(kind: type[Settings], item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        return f"{place}: unknown key; known are {', '.join(kind.model_fields)}" if "." not in place else f"{place}: unknown key"
+        return (
+            f"{place}: unknown key; known are {', '.join(kind.model_fields)}"
+            if "." not in place
+            else f"{place}: unknown key"
+        )
     if item["type"] == "missing":
         return f"{place}: missing"
     return f"{place}: {message}, got {item['input']!r}" if place else message

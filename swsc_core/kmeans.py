@@ -1,4 +1,4 @@
-"""K-Means over the rows of a matrix: greedy k-means++ seeding, Lloyd iterations, best of several starts.
+"""K-Means over the rows of a matrix: greedy k-means++ seeding, Lloyd, best of several starts, then moves across gaps.
 
 A clustering is its labels; a centroid is the mean of its members and never a state of its own. Lloyd then needs
 only the inner products of points with centroids, [k, n], which come by one of two routes with the same meaning:
@@ -21,6 +21,7 @@ from torch import Tensor
 from swsc_core.checks import require_range
 
 _GRAM_POINTS = 8192  # largest Gram matrix: 8192**2 float32 = 256 MiB
+_SINGLE_MOVES = 6  # moves of one cluster in vain before a clustering is taken to be at rest
 _BLOCK_VALUES = 1 << 23  # 32 MiB of float32: bound of a temporary block
 
 
@@ -33,7 +34,7 @@ class KMeansResult:
             that stay empty (fewer distinct points than clusters) are dropped.
         labels: int64 [n], values in [0, k_used).
         inertia: sum of squared distances of the points to their centroids.
-        inertia_history: inertia at each iteration's assignment of the best start; never grows but for rounding.
+        inertia_history: inertia at each iteration's assignment of the best run of Lloyd; never grows but for rounding.
         converged: labels came to rest, or an iteration gained less than `tolerance`, before `max_iter`.
     """
 
@@ -45,14 +46,14 @@ class KMeansResult:
 
 
 def kmeans(
-    points: Tensor, n_clusters: int, *, n_init: int = 8, max_iter: int = 100, tolerance: float = 1e-5, seed: int = 0
+    points: Tensor, n_clusters: int, *, n_init: int = 4, max_iter: int = 100, tolerance: float = 1e-5, seed: int = 0
 ) -> KMeansResult:
     """Cluster the rows of `points` (paper, section III-B).
 
     Args:
         points: floating point [n, d] on any device; not changed. Arithmetic is in float32.
         n_clusters: 1 to n.
-        n_init: independent starts; the one of smallest inertia is returned.
+        n_init: independent starts; the one of smallest inertia is refined further and returned.
         max_iter: Lloyd iterations of one start at the most.
         tolerance: stop once an iteration lowers the inertia by less than this share. The drop is the sum of the
             squared shifts of the centroids, weighted by cluster size.
@@ -68,11 +69,13 @@ def kmeans(
     original = points.float()
     space = _Space(original - original.mean(dim=0), gram=n <= min(_GRAM_POINTS, 16 * n_clusters * n_init))
     generator = torch.Generator().manual_seed(seed)
-    starts = [_one_start(space, n_clusters, max_iter, tolerance, generator) for _ in range(n_init)]
-    labels, history, converged = min(starts, key=lambda start: start[1][-1])
-    labels = torch.unique(labels, return_inverse=True)[1]  # drops empty clusters, keeps their order
+    seeds = (_seed(space, n_clusters, generator) for _ in range(n_init))
+    starts = [_lloyd(space, labels, closest, n_clusters, max_iter, tolerance) for labels, closest in seeds]
+    best = min(starts, key=lambda start: start.inertia)
+    best = _refine(space, best, n_clusters, max_iter, tolerance, generator)
+    labels = torch.unique(best.labels, return_inverse=True)[1]  # drops empty clusters, keeps their order
     centroids = _means(original, labels)
-    return KMeansResult(centroids, labels, _inertia(original, centroids, labels), tuple(history), converged)
+    return KMeansResult(centroids, labels, _inertia(original, centroids, labels), best.history, best.converged)
 
 
 class _Space:
@@ -90,19 +93,30 @@ class _Space:
 
     def nearest_mean(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """For each point its nearest cluster mean of the clustering `labels` and the squared distance, both [n]."""
-        counts = torch.bincount(labels, minlength=k).to(self.points.dtype)
-        sums = _sum_by_label(self.points if self.gram is None else self.gram, labels, k)
-        sums /= counts.clamp(min=1)[:, None]  # [k, d] means, or [k, n] products of means with points
+        means, counts = self._means(labels, k)
         if self.gram is None:
-            mean_norms, products_of = sums.square().sum(dim=1), self._block_products(sums)
+            mean_norms, products_of = means.square().sum(dim=1), self._block_products(means)
         else:
-            own = sums.gather(0, labels[None])[0]  # product of each point with its own mean
-            mean_norms = torch.zeros_like(counts, dtype=torch.float64).cpu()
-            mean_norms.index_add_(0, labels.cpu(), own.double().cpu())
-            mean_norms = (mean_norms.to(counts) / counts.clamp(min=1)).clamp_(min=0)
-            products_of = lambda start, stop: sums[:, start:stop]  # noqa: E731
-        mean_norms = torch.where(counts > 0, mean_norms, torch.inf)  # no point joins an empty cluster
+            own = means.gather(0, labels[None])[0]  # product of each point with its own mean
+            mean_norms = (_sum_by_label(own[:, None], labels, k)[:, 0] / counts).clamp_(min=0)
+            products_of = lambda start, stop: means[:, start:stop]  # noqa: E731
+        mean_norms = torch.where(torch.isnan(counts), torch.inf, mean_norms)  # no point joins an empty cluster
         return self._argmin(mean_norms, products_of)
+
+    def merge_costs(self, labels: Tensor, k: int) -> Tensor:
+        """How much the inertia grows when clusters i and j become one, [k, k]; zero where one of them is empty (Ward 1963)."""
+        means, counts = self._means(labels, k)
+        products = means @ means.T if self.gram is None else _sum_by_label(means.T, labels, k) / counts[:, None]
+        norms = products.diagonal()
+        distances = norms[:, None] - 2 * products + norms
+        return torch.nan_to_num(distances * (counts[:, None] * counts / (counts[:, None] + counts)))
+
+    def _means(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Means [k, d] of the clusters, or their products [k, n] with all points; and counts [k], NaN for empty ones."""
+        counts = torch.bincount(labels, minlength=k).to(self.points.dtype)
+        means = _sum_by_label(self.points if self.gram is None else self.gram, labels, k)
+        means /= counts.clamp(min=1)[:, None]
+        return means, torch.where(counts > 0, counts, torch.nan)
 
     def _block_products(self, means: Tensor) -> Callable[[int, int], Tensor]:
         return lambda start, stop: means @ self.points[start:stop].T
@@ -117,43 +131,104 @@ class _Space:
         return torch.cat(labels), torch.cat(distances)
 
 
-def _one_start(
-    space: _Space, k: int, max_iter: int, tolerance: float, generator: torch.Generator
-) -> tuple[Tensor, list[float], bool]:
-    labels, distances = _seed(space, k, generator)
+@dataclass(frozen=True)
+class _Clustering:
+    """Labels int64 [n], squared distances [n] to the means they were assigned by, and how they came about."""
+
+    labels: Tensor
+    distances: Tensor
+    history: tuple[float, ...]
+    converged: bool
+
+    @property
+    def inertia(self) -> float:
+        return self.history[-1]
+
+
+def _lloyd(space: _Space, labels: Tensor, distances: Tensor, k: int, max_iter: int, tolerance: float) -> _Clustering:
     history: list[float] = []
     for _ in range(max_iter):
         labels = _fill_empty(labels, distances, k)
         new_labels, distances = space.nearest_mean(labels, k)
         history.append(float(distances.sum(dtype=torch.float64)))
-        if torch.equal(new_labels, labels):
-            return labels, history, True
+        rests = torch.equal(new_labels, labels)
         labels = new_labels
-        if len(history) > 1 and history[-2] - history[-1] <= tolerance * history[-1]:
-            return _fill_empty(labels, distances, k), history, True
-    return _fill_empty(labels, distances, k), history, False
+        if rests or (len(history) > 1 and history[-2] - history[-1] <= tolerance * history[-1]):
+            return _Clustering(_fill_empty(labels, distances, k), distances, tuple(history), True)
+    return _Clustering(_fill_empty(labels, distances, k), distances, tuple(history), False)
 
 
 def _seed(space: _Space, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Greedy k-means++ (Arthur and Vassilvitskii 2007, section 6): the best of a few candidates at each step.
-
-    Returns each point's nearest seed, int64 [n], and its squared distance, [n].
-    """
-    n, trials = len(space.norms), 2 + int(math.log(k))
-    first = torch.randint(n, (1,), generator=generator)
+    """Greedy k-means++: each point's nearest seed, int64 [n], and its squared distance, [n]."""
+    first = torch.randint(len(space.norms), (1,), generator=generator)
     closest = space.distances_from(first.to(space.norms.device))[0]
-    labels = torch.zeros(n, dtype=torch.int64, device=closest.device)
-    for cluster in range(1, k):
+    labels = torch.zeros(len(closest), dtype=torch.int64, device=closest.device)
+    return _add_seeds(space, labels, closest, list(range(1, k)), generator)
+
+
+def _add_seeds(
+    space: _Space, labels: Tensor, closest: Tensor, clusters: list[int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Open `clusters` one after the other, each at the best of a few points drawn by squared distance.
+
+    Arthur and Vassilvitskii 2007, sections 2.2 and 6.
+    """
+    labels, trials = labels.clone(), 2 + int(math.log(len(clusters) + 1))
+    for cluster in clusters:
         # cumsum on CUDA sums in no fixed order, and the list is short: draw on the CPU.
         cumulative = closest.double().cpu().cumsum(0)
         draws = torch.rand(trials, generator=generator, dtype=torch.float64) * cumulative[-1]
-        candidates = torch.searchsorted(cumulative, draws).clamp_(max=n - 1).to(closest.device)
+        candidates = torch.searchsorted(cumulative, draws).clamp_(max=len(closest) - 1).to(closest.device)
         distances = space.distances_from(candidates)
         improved = torch.minimum(distances, closest)
         best = int(improved.sum(dim=1).argmin())
         labels[distances[best] < closest] = cluster
         closest = improved[best]
     return labels, closest
+
+
+def _refine(
+    space: _Space, best: _Clustering, k: int, max_iter: int, tolerance: float, generator: torch.Generator
+) -> _Clustering:
+    """Merge the closest pairs of clusters, open as many where the error is, run Lloyd, and keep what is better.
+
+    Lloyd cannot move a centroid across a gap. These moves can (in the spirit of Fritzke's breathing K-Means, 2020); they
+    end once single ones, each with another pair, do not help.
+    """
+    moves, vain = -(-k // 8), 0
+    while vain < _SINGLE_MOVES and k > 2:
+        merged, freed = _merge_closest(space, best.labels, k, moves, skip=vain)
+        labels, distances = space.nearest_mean(merged, k)
+        labels, distances = _add_seeds(space, labels, distances, freed, generator)
+        trial = _lloyd(space, labels, distances, k, max_iter, tolerance)
+        if trial.inertia < best.inertia * (1 - tolerance):
+            best, vain = trial, 0
+        elif moves > 1:
+            moves //= 2
+        else:
+            vain += 1
+    return best
+
+
+def _merge_closest(space: _Space, labels: Tensor, k: int, count: int, skip: int) -> tuple[Tensor, list[int]]:
+    """Merge up to `count` disjoint pairs of clusters whose merging costs least, after the first `skip` pairs.
+
+    Returns the new labels and the clusters that are free.
+    """
+    costs = space.merge_costs(labels, k).cpu()
+    pairs = torch.triu_indices(k, k, offset=1)
+    order = costs[pairs[0], pairs[1]].argsort(stable=True)[skip:]
+    taken: set[int] = set()
+    freed: list[int] = []
+    labels = labels.clone()
+    for one, other in pairs[:, order].T.tolist():
+        if len(freed) == count:
+            break
+        if one not in taken and other not in taken:
+            taken |= {one, other}
+            freed.append(other)
+            labels[labels == other] = one
+    return labels, freed
 
 
 def _fill_empty(labels: Tensor, distances: Tensor, k: int) -> Tensor:

@@ -76,7 +76,10 @@ def _dominant_subspace(matrix: Tensor, rank: int, seed: int, tolerance: float) -
     basis, image = block, block.T @ matrix
     total, captured, n_iter, check_at = float(matrix.square().sum(dtype=torch.float64)), -1.0, 1, rank + _BLOCK
     while basis.shape[1] < m:
-        block = _orthonormal_to(basis, matrix @ image[-block.shape[1] :].T)[:, : m - basis.shape[1]]
+        exhausted = float(image.square().sum(dtype=torch.float64)) >= total * (1 - 1e-6)
+        if exhausted and basis.shape[1] >= rank:
+            break
+        block = _orthonormal_to(basis, matrix @ image[-block.shape[1] :].T, generator)[:, : m - basis.shape[1]]
         basis, image = torch.cat([basis, block], dim=1), torch.cat([image, block.T @ matrix])
         n_iter += 1
         if basis.shape[1] < check_at:
@@ -84,14 +87,20 @@ def _dominant_subspace(matrix: Tensor, rank: int, seed: int, tolerance: float) -
         check_at = basis.shape[1] * 6 // 5  # the check costs as much as several blocks: not at each of them
         energies = torch.linalg.eigvalsh((image @ image.T).double())
         before, captured = captured, float(energies[-rank:].sum())
-        if captured - before <= tolerance * (total - captured) or captured >= total:
+        if captured - before <= tolerance * (total - captured):
             break
     directions = torch.linalg.eigh((image @ image.T).double()).eigenvectors[:, -rank:].to(matrix)
     return basis @ directions, directions.T @ image, n_iter
 
 
-def _orthonormal_to(basis: Tensor, block: Tensor) -> Tensor:
-    """Orthonormal columns that span `block` beyond the span of `basis`; twice, because once loses digits."""
+def _orthonormal_to(basis: Tensor, block: Tensor, generator: torch.Generator) -> Tensor:
+    """Orthonormal columns that span `block` beyond the span of `basis`; twice, because once loses digits.
+
+    Where `block` holds nothing new, what is left of it is rounding, which may lie along `basis` again and again (it does
+    for a matrix of ones). A little noise, too weak to turn true directions, makes such columns random instead.
+    """
+    noise = torch.randn(block.shape, generator=generator).to(block)
+    block = block + noise * (1e-6 * block.square().mean(dim=0).sqrt() + torch.finfo(block.dtype).tiny)
     for _ in range(2):
         block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
     return block

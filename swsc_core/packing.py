@@ -36,7 +36,9 @@ def _pack_block(values: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack`: int64 tensor [count] from uint8 tensor [packed_bytes(count, bits)]."""
     if packed.numel() != packed_bytes(count, bits):
-        raise ValueError(f"{packed.numel()} bytes for {count} values of {bits} bits, wanted {packed_bytes(count, bits)}")
+        raise ValueError(
+            f"{packed.numel()} bytes for {count} values of {bits} bits, wanted {packed_bytes(count, bits)}"
+        )
     if bits == 0:
         return torch.zeros(count, dtype=torch.int64, device=packed.device)
     parts = []

@@ -48,7 +48,7 @@ def compress(
     rank: int,
     *,
     channel_axis: ChannelAxis = "output",
-    n_init: int = 8,
+    n_init: int = 4,
     seed: int = 0,
     storage_dtype: torch.dtype | None = None,
     name: str = "weight",

@@ -69,7 +69,9 @@ def begin_with_room(store: Store, identity: dict[str, Any], nbytes: int) -> Outp
     """`begin`, after making sure that the disk holds what is foretold."""
     free = store.free_bytes()
     if nbytes > free and not store.exists("swsc_manifest.json"):
-        raise OutputError(f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another")
+        raise OutputError(
+            f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
+        )
     return begin(store, identity)
 
 
@@ -170,5 +172,3 @@ def _version(package: str) -> str:
 def describe(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of compressed tensors in a report."""
     return [row for row in report["tensors"] if row["action"] == "compressed"]
-
-

@@ -84,5 +84,3 @@ def result(
         "dtype": dtype,
         "batch_size": settings.batch_size,
     }
-
-

@@ -58,7 +58,9 @@ def _tasks(model: Model, location: str, store: Store) -> list[Task]:
     for layer, names in layers.items():
         file, nbytes = next(files), sum(_dense_bytes(model.entries[name]) for name in names)
         tasks.append(
-            Task(file, "restore", (location, names), label=layer, outputs=1, commit_to=(store.root, file), weight=nbytes)
+            Task(
+                file, "restore", (location, names), label=layer, outputs=1, commit_to=(store.root, file), weight=nbytes
+            )
         )
     for infos in copies.values():
         copy = CopyTask(next(files), tuple(infos))

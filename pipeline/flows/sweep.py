@@ -90,7 +90,9 @@ class _SweepSource:
         if not settings.models:
             raise ConfigError("models: none given; name them in the file or by --model")
         self._checkpoints = [open_checkpoint(location) for location in settings.models]
-        self._windows = [[make_windows(location, text) for text in settings.evaluations] for location in settings.models]
+        self._windows = [
+            [make_windows(location, text) for text in settings.evaluations] for location in settings.models
+        ]
         self._runs = self._make_runs()
         self._compressions = self._make_compressions()[::-1]
         self._payloads: dict[Unit, Any] = {}
@@ -246,7 +248,12 @@ class _SweepSource:
     def _result(self, run: _Run, number: int) -> dict[str, Any]:
         text, windows = self._settings.evaluations[number], self._windows[run.model][number]
         losses = [loss for part in sorted(p for p in run.losses if p[0] == number) for loss in run.losses[part]]
-        about: dict[str, Any] = {"text": text.text, "seqlen": text.seqlen, "windows": len(windows.ids), "error": run.error}
+        about: dict[str, Any] = {
+            "text": text.text,
+            "seqlen": text.seqlen,
+            "windows": len(windows.ids),
+            "error": run.error,
+        }
         if run.error:
             return {**about, "perplexity": None}
         try:
@@ -279,7 +286,12 @@ def _own_bits(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _bits(run: _Run, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if not run.plan or not rows or len(rows) < len(run.plan.compressed):
-        return {"paper_bits": None, "bits_per_weight": None, "whole_model_bits_per_weight": None, "relative_error": None}
+        return {
+            "paper_bits": None,
+            "bits_per_weight": None,
+            "whole_model_bits_per_weight": None,
+            "relative_error": None,
+        }
     counts = {decision.info.name: decision.info.count for decision in run.plan.compressed}
     whole = whole_bits(run.plan, rows)
     return {
@@ -294,5 +306,7 @@ def _bits(run: _Run, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def known_model(config: dict[str, Any]) -> str | None:
     """Name of a model that published figures are compared with, told by its shape."""
-    shape = tuple(config.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"))
+    shape = tuple(
+        config.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    )
     return "Llama-2-7B" if shape == ("llama", 4096, 32, 11008, 32000) else None

@@ -34,7 +34,9 @@ def perplexity(losses: Sequence[float], what: str) -> float:
     """exp of the mean loss; raises NonFiniteError that says which window is NaN or Inf."""
     for index, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise NonFiniteError(f"{what}: the loss of window {index} is {loss}; the model is broken, nothing is dropped")
+            raise NonFiniteError(
+                f"{what}: the loss of window {index} is {loss}; the model is broken, nothing is dropped"
+            )
     return math.exp(math.fsum(losses) / len(losses))
 
 
@@ -109,7 +111,9 @@ def _load(source: Model, key: ModelKey, device: str) -> Any:
         raise CheckpointError(f"{key.location}: transformers cannot load it: {str(error).splitlines()[0]}") from None
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
-        raise CheckpointError(f"{key.location}: {len(absent)} weights are missing, {absent[0]} first; download it again")
+        raise CheckpointError(
+            f"{key.location}: {len(absent)} weights are missing, {absent[0]} first; download it again"
+        )
     return model.to(device).eval()
 
 

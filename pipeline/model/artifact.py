@@ -56,7 +56,11 @@ def begin(store: Store, identity: dict[str, Any]) -> Output:
 
 
 def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    changed = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
     if changed:
         raise OutputError(
             f"{store.root}: holds an output of other settings ({'; '.join(changed)}); choose another directory or remove it"
@@ -103,7 +107,9 @@ def finish(
             weight_map[info.name] = record.name
             total += info.nbytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    records = records + [store.write(name, source.store.stream(name, 0, source.store.size(name))) for name in source.extras]
+    records = records + [
+        store.write(name, source.store.stream(name, 0, source.store.size(name))) for name in source.extras
+    ]
     records += [store.write_json(INDEX, index), store.write_json("config.json", config)]
     store.write_json(REPORT, report)
     files = {record.name: {"size": record.size, "sha256": record.sha256} for record in records}
@@ -168,12 +174,16 @@ def open_model(location: str) -> Model:
     if not quantization:
         return Model(checkpoint, {})
     if quantization.get("quant_method") != "swsc":
-        raise CheckpointError(f"{location}: quantized by {quantization.get('quant_method')!r}; give the unquantized model")
+        raise CheckpointError(
+            f"{location}: quantized by {quantization.get('quant_method')!r}; give the unquantized model"
+        )
     if quantization.get("format_version") != FORMAT_VERSION:
         found = quantization.get("format_version")
         raise CheckpointError(f"{location}: format version {found}, this release reads {FORMAT_VERSION}; update swsc")
     model = Model(checkpoint, quantization["tensors"])
-    missing = [where for name in model.entries for where in model.parts(name).values() if where not in checkpoint.tensors]
+    missing = [
+        where for name in model.entries for where in model.parts(name).values() if where not in checkpoint.tensors
+    ]
     if missing:
         raise CheckpointError(f"{location}: {missing[0]} is missing ({len(missing)} in all); compress again")
     return model

@@ -93,7 +93,9 @@ def open_checkpoint(location: str) -> Checkpoint:
         digest.update(header)
         for info in infos:
             if info.name in tensors:
-                raise CheckpointError(f"{location}: {info.name} stands in {tensors[info.name].file} and in {file}; keep one")
+                raise CheckpointError(
+                    f"{location}: {info.name} stands in {tensors[info.name].file} and in {file}; keep one"
+                )
             tensors[info.name] = info
     _check_index(location, weight_map, tensors)
     digest.update(json.dumps([[file, store.size(file)] for file in files]).encode())
@@ -117,7 +119,9 @@ def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
             except UserError as error:
                 raise CheckpointError(str(error)) from None
             if not present:
-                raise CheckpointError(f"{store.root}: shard {file} is missing, but the index names it; download it again")
+                raise CheckpointError(
+                    f"{store.root}: shard {file} is missing, but the index names it; download it again"
+                )
         return files, weight_map
     found = [name for name in names if name.endswith(".safetensors")]
     if found == [SINGLE] or len(found) == 1:
@@ -135,7 +139,9 @@ def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
 def _check_index(location: str, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
-            raise CheckpointError(f"{location}: the index puts {name} into {file}, which does not hold it; download both again")
+            raise CheckpointError(
+                f"{location}: the index puts {name} into {file}, which does not hold it; download both again"
+            )
 
 
 def read_header(store: Store, file: str) -> tuple[bytes, list[TensorInfo]]:
@@ -192,7 +198,9 @@ def _config(store: Store) -> dict[str, Any]:
 
 
 def _is_extra(name: str) -> bool:
-    weights = name.endswith((".safetensors", *_PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")) or name.endswith("index.json")
+    weights = name.endswith((".safetensors", *_PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")) or name.endswith(
+        "index.json"
+    )
     return not (weights or name.startswith(("swsc_", ".")) or name == "config.json")
 
 

@@ -98,6 +98,4 @@ def copy_tensors(source: Store, infos: Sequence[TensorInfo], target: Store, file
 
 def record_done(store: Store, record: FileRecord, rows: Sequence[dict[str, Any]]) -> None:
     """Say that a file is complete; written after the file itself is durable."""
-    store.write_json(
-        f"{DONE}/{record.name}.json", {"size": record.size, "sha256": record.sha256, "rows": list(rows)}
-    )
+    store.write_json(f"{DONE}/{record.name}.json", {"size": record.size, "sha256": record.sha256, "rows": list(rows)})

@@ -164,15 +164,15 @@ def resolve(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSetti
     width = _value_bits(dtype, settings)
     true_bits = 8 * first.stored_bytes(shape, width) / (shape[0] * shape[1])
     try:
-        k, r = solve_budget(Geometry(*shape, "input"), true_bits, cluster_share=settings.cluster_share, value_bits=width)
+        k, r = solve_budget(
+            Geometry(*shape, "input"), true_bits, cluster_share=settings.cluster_share, value_bits=width
+        )
     except ValueError:  # the budget of the one axis buys nothing on the other: then there is no choice to make
         return (first,)
     return first, SwscSpec(k, r, "input", settings.n_init)
 
 
-def _swsc_spec(
-    name: str, shape: tuple[int, int], axis: ChannelAxis, dtype: str, settings: MatrixSettings
-) -> SwscSpec:
+def _swsc_spec(name: str, shape: tuple[int, int], axis: ChannelAxis, dtype: str, settings: MatrixSettings) -> SwscSpec:
     geometry = Geometry(*shape, axis)
     if settings.clusters is None and settings.rank is None:
         try:
@@ -222,7 +222,8 @@ def _with_tasks(decisions: list[Decision]) -> Plan:
     total = len(layers) + len(copies)
     files = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
     layer_tasks = [
-        LayerTask(layer, next(files), tuple((item.info, item.specs) for item in items)) for layer, items in layers.items()
+        LayerTask(layer, next(files), tuple((item.info, item.specs) for item in items))
+        for layer, items in layers.items()
     ]
     copy_tasks = [CopyTask(next(files), tuple(infos)) for infos in copies]
 

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 from pipeline.model.store import Store
 
 
-def write_results(store: Store, rows: list[dict[str, Any]], tensors: list[dict[str, Any]], about: dict[str, Any]) -> None:
+def write_results(
+    store: Store, rows: list[dict[str, Any]], tensors: list[dict[str, Any]], about: dict[str, Any]
+) -> None:
     """Write results.json, results.parquet and tensors.parquet."""
     store.write_json("results.json", {**about, "rows": rows, "tensors": tensors})
     store.write("results.parquet", [_parquet(rows)])

@@ -176,7 +176,9 @@ class RayPool:
     def _replace(self, worker: int, task: Task) -> None:
         self._respawns += 1
         if self._respawns > _RESPAWNS_PER_WORKER * self.size:
-            raise RunError(f"workers died {self._respawns} times, the last one at {task.label}; look at their memory and GPUs")
+            raise RunError(
+                f"workers died {self._respawns} times, the last one at {task.label}; look at their memory and GPUs"
+            )
         ray.kill(self._actors[worker])
         self._actors[worker] = self._spawn()
 

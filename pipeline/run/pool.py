@@ -109,5 +109,3 @@ def as_swsc_error(error: BaseException, task: Task) -> SwscError:
         return type(error)(f"{task.label}: {error}")
     reason = " ".join(str(error).split())
     return RunError(f"{task.label}: {type(error).__name__}: {reason}")
-
-

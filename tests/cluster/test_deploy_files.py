@@ -230,8 +230,7 @@ RAYJOB = closed(
     kind={"const": "RayJob"},
     metadata=closed("name", "namespace labels annotations"),
     spec=closed(
-        "entrypoint submissionMode backoffLimit shutdownAfterJobFinishes ttlSecondsAfterFinished "
-        "rayClusterSpec",
+        "entrypoint submissionMode backoffLimit shutdownAfterJobFinishes ttlSecondsAfterFinished rayClusterSpec",
         "activeDeadlineSeconds runtimeEnvYAML metadata suspend submitterConfig submitterPodTemplate",
         submissionMode={"const": "K8sJobMode"},
         backoffLimit=COUNT,

@@ -1,0 +1,40 @@
+"""A tiny Llama with its own tokenizer, and a text for it: made here, in seconds, from seeds."""
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [f"w{number}" for number in range(250)]
+
+
+def make_tiny_model(path: Path, *, layers: int = 3, seed: int = 0, tied: bool = True, shards: bool = True) -> Path:
+    """Save a random Llama (hidden 64, k_proj 32×64: never square) in bfloat16, in shards that split layers."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(path, max_shard_size="60KB" if shards else "1GB")
+    vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
+    return path
+
+
+def make_text(path: Path, words: int = 2000) -> Path:
+    """A text of `words` random words that the tiny tokenizer knows."""
+    draw = random.Random(0)
+    path.write_text(" ".join(draw.choice(WORDS) for _ in range(words)), encoding="utf-8")
+    return path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a finished output but the report, which holds times."""
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.name != "swsc_report.json"}

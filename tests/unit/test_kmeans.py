@@ -1,0 +1,133 @@
+"""Claims about K-Means over whole channels."""
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+
+
+from swsc_core import kmeans
+
+module = import_module("swsc_core.kmeans")  # the package has a function of the same name
+
+
+def points_of(seed: int, n: int, d: int) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def blobs(seed: int, n: int, d: int, centres: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    where = torch.randn(centres, d, generator=generator) * 2
+    return where[torch.randint(centres, (n,), generator=generator)] + 0.3 * torch.randn(n, d, generator=generator)
+
+
+@pytest.fixture(params=["gram", "gemm"])
+def either_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to the inner products, whatever the size of the points."""
+    if request.param == "gemm":
+        monkeypatch.setattr(module, "_GRAM_POINTS", 0)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("either_route")
+class TestEitherRoute:
+    def test_four_points_by_hand(self) -> None:
+        points = torch.tensor([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 2.0]])
+        result = kmeans(points, 2)
+        assert sorted(result.centroids.tolist()) == [[0.0, 1.0], [10.0, 1.0]]
+        assert result.labels[0] == result.labels[1] != result.labels[2] == result.labels[3]
+        assert result.inertia == pytest.approx(4.0)
+        assert result.converged
+
+    @settings(max_examples=40, deadline=None)
+    @given(seed=st.integers(0, 10_000), n=st.integers(2, 60), d=st.integers(1, 12), data=st.data())
+    def test_inertia_never_grows_over_the_iterations(self, seed: int, n: int, d: int, data: st.DataObject) -> None:
+        k = data.draw(st.integers(1, n))
+        history = kmeans(points_of(seed, n, d), k, n_init=1, seed=seed).inertia_history
+        scale = float(points_of(seed, n, d).square().sum())
+        assert all(later <= earlier + 1e-5 * scale for earlier, later in zip(history, history[1:], strict=False))
+
+    @settings(max_examples=40, deadline=None)
+    @given(seed=st.integers(0, 10_000), n=st.integers(2, 60), d=st.integers(1, 12), data=st.data())
+    def test_each_centroid_is_the_mean_of_its_members(self, seed: int, n: int, d: int, data: st.DataObject) -> None:
+        points = points_of(seed, n, d)
+        result = kmeans(points, data.draw(st.integers(1, n)), n_init=2, seed=seed)
+        for label, centroid in enumerate(result.centroids):
+            members = points[result.labels == label].double()
+            assert len(members) > 0
+            torch.testing.assert_close(centroid, members.mean(dim=0).float())
+        reached = float((points - result.centroids[result.labels]).double().square().sum())
+        assert result.inertia == pytest.approx(reached, rel=1e-5, abs=1e-9)
+
+    def test_same_seed_gives_the_same_bytes(self) -> None:
+        points = points_of(3, 200, 20)
+        one, other = (kmeans(points, 17, seed=5) for _ in range(2))
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.centroids, other.centroids)
+
+    def test_duplicate_points_use_no_more_clusters_than_there_are_distinct_points(self) -> None:
+        points = torch.eye(3).repeat(4, 1)
+        result = kmeans(points, 8)
+        assert result.centroids.shape == (3, 3)
+        assert result.inertia == 0
+        assert torch.equal(result.centroids[result.labels], points)
+
+    def test_as_many_clusters_as_points_restore_every_point(self) -> None:
+        points = points_of(1, 30, 5)
+        result = kmeans(points, 30)
+        torch.testing.assert_close(result.centroids[result.labels], points)
+
+    def test_one_cluster_is_the_mean(self) -> None:
+        points = points_of(1, 30, 5)
+        result = kmeans(points, 1)
+        torch.testing.assert_close(result.centroids[0], points.mean(dim=0))
+        assert torch.equal(result.labels, torch.zeros(30, dtype=torch.int64))
+
+    @pytest.mark.parametrize(
+        ("points", "k"),
+        [
+            pytest.param(points_of(0, 400, 60), 40, id="random"),
+            pytest.param(points_of(1, 192, 576), 18, id="random in the shape of a k_proj"),
+            pytest.param(blobs(0, 600, 32, 40), 40, id="clustered, as many clusters as there are"),
+            pytest.param(blobs(1, 600, 32, 60), 30, id="clustered, half as many"),
+        ],
+    )
+    def test_inertia_is_within_a_hundredth_of_scikit_learns_best_of_ten(self, points: torch.Tensor, k: int) -> None:
+        theirs = KMeans(k, n_init=10, random_state=0).fit(points.numpy()).inertia_
+        assert kmeans(points, k).inertia <= 1.01 * theirs
+
+    def test_the_points_are_not_changed(self) -> None:
+        points = points_of(2, 50, 8)
+        before = points.clone()
+        kmeans(points, 5)
+        assert torch.equal(points, before)
+
+
+def test_empty_cluster_takes_the_farthest_point_of_a_cluster_that_can_spare_it() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    distances = torch.tensor([0.1, 0.5, 0.2, 9.0])  # the farthest is alone in its cluster and stays
+    assert module._fill_empty(labels, distances, 3).tolist() == [0, 2, 0, 1]
+
+
+def test_a_far_offset_does_not_cost_the_clustering_its_digits() -> None:
+    points = blobs(0, 200, 8, 5)
+    near, far = kmeans(points, 5), kmeans(points + 1000, 5)
+    assert far.inertia == pytest.approx(near.inertia, rel=1e-3)
+
+
+@pytest.mark.parametrize("k", [0, -1, 11])
+def test_number_of_clusters_out_of_range_says_the_range(k: int) -> None:
+    with pytest.raises(ValueError, match=f"n_clusters {k} is out of range; choose 1 to 10"):
+        kmeans(torch.zeros(10, 2), k)
+
+
+def test_both_routes_find_clusterings_of_the_same_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = points_of(4, 300, 40)
+    gram = kmeans(points, 20)
+    monkeypatch.setattr(module, "_GRAM_POINTS", 0)
+    assert kmeans(points, 20).inertia == pytest.approx(gram.inertia, rel=1e-6)
+    assert np.isfinite(gram.inertia)
