@@ -11,6 +11,7 @@ import sys
 import zipfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jobs.flags import add_settings, cluster_of
 from pipeline.config import ClusterSettings, CompressSettings, SweepSettings, validated
@@ -116,7 +117,8 @@ def _convert(gguf: Path, target: Path) -> None:
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # The loaded model counts as quantized by GGUF and refuses to be saved: a fresh one takes its weights.
-    plain = type(loaded)(loaded.config).to(torch.bfloat16)
+    plain: Any = type(loaded)(loaded.config)
+    plain.to(torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     if hasattr(plain.config, "quantization_config"):
         del plain.config.quantization_config

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from swsc_core.bits import Geometry
 from swsc_core.rtn import RtnMatrix, dequantize, group_length, quantize
-from swsc_core.spec import RtnSpec, Spec, SwscSpec
+from swsc_core.spec import Spec, SwscSpec
 from swsc_core.swsc import SwscMatrix, compress, restore
-
 
 # method -> names of the parts that it stores
 PARTS = {"swsc": ("weight", "labels", "left", "right"), "rtn": ("weight", "scales", "zero_points")}

@@ -51,7 +51,7 @@ def compress_model(
             rows.update({row["name"]: row for row in done.value["rows"]})
             peaks[str(done.worker)] = max(done.value["peak_rss"], peaks.get(str(done.worker), 0))
 
-    tasks = [task for task in _tasks(source, plan, store, settings) if str(task.key) not in out.finished]
+    tasks = [task for task in _tasks(source, plan, store, settings) if task.key not in out.finished]
     run_tasks(tasks, note, make_pool, out, "compress", lost_if_bad=True)
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     ordered = [records[name] for name in sorted(records)]
@@ -123,7 +123,7 @@ def _report(
 ) -> dict[str, Any]:
     tensors = []
     for decision in plan.decisions:
-        about = {"name": decision.info.name, "action": decision.action, "reason": decision.reason}
+        about: dict[str, Any] = {"name": decision.info.name, "action": decision.action, "reason": decision.reason}
         about |= {"shape": list(decision.info.shape), "method": None}
         row = {key: value for key, value in rows.get(decision.info.name, {}).items() if key != "entry"}
         tensors.append({**about, **row})

@@ -40,7 +40,7 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
     ]
 
     def note(done: Done) -> None:
-        losses[int(str(done.task.key))] = done.value["losses"]
+        losses[done.task.key] = done.value["losses"]
         dtypes.add(done.value["dtype"])
 
     source = TaskList(tasks, note)

@@ -35,7 +35,7 @@ def restore_model(location: str, output: str, make_pool: PoolMaker) -> dict[str,
         record: FileRecord = done.record or done.value
         records[record.name] = record
 
-    todo = [task for task in tasks if str(task.key) not in out.finished]
+    todo = [task for task in tasks if task.key not in out.finished]
     run_tasks(todo, note, make_pool, out, "restore", lost_if_bad=False)
     report = {"tensors": len(model.names), "restored": len(model.entries)}
     finish(out, source, [records[name] for name in sorted(records)], model.config, report)

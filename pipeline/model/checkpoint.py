@@ -111,6 +111,8 @@ def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
         try:
             weight_map = store.read_json(INDEX)["weight_map"]
             files = sorted(set(weight_map.values()))
+            if not all(isinstance(file, str) for file in files):
+                raise TypeError("a file name is not a string")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{store.root}/{INDEX}: not an index ({error}); download it again") from None
         for file in files:

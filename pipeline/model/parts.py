@@ -79,7 +79,7 @@ def commit(root: str, file: str, payload: Payload) -> FileRecord:
 def _pieces(parts: Sequence[Part]) -> Iterator[bytes | memoryview]:
     yield file_header((part.name, part.dtype, part.shape, part.data.nbytes) for part in parts)
     for part in parts:
-        yield memoryview(part.data)
+        yield part.data.data
 
 
 def copy_tensors(source: Store, infos: Sequence[TensorInfo], target: Store, file: str) -> FileRecord:

@@ -4,7 +4,6 @@ A pool knows tasks and workers, not what they are about. It starts a task on an 
 which task goes where, and what happens after a failure, is the driver's decision (driver.py).
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +17,7 @@ class Task:
     """One call of a worker's method.
 
     Attributes:
-        key: names the task among those of its run.
+        key: names the task among those of its run; hashable.
         label: what a person calls it.
         payloads: handles of large arguments, passed on after `args`.
         outputs: number of payloads that the method returns after its first value. They stay where they were made, and
@@ -27,7 +26,7 @@ class Task:
         weight: bytes of work, for progress.
     """
 
-    key: Hashable
+    key: Any
     method: str
     args: tuple[Any, ...]
     label: str = ""

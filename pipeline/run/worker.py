@@ -17,8 +17,8 @@ from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.model.artifact import open_model, part_name
 from pipeline.model.checkpoint import TensorInfo
 from pipeline.model.parts import Part, Payload, copy_tensors, read_tensor, to_part
-from pipeline.model.store import FileRecord, Store
 from pipeline.model.plan import CopyTask, LayerTask
+from pipeline.model.store import FileRecord, Store
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
 from swsc_core.codec import dtype_name

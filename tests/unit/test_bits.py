@@ -79,5 +79,5 @@ def test_a_budget_too_small_says_the_least() -> None:
 
 
 def test_a_share_outside_zero_to_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="cluster_share 1.5 is out of range; choose 0 to 1"):
+    with pytest.raises(ValueError, match=r"cluster_share 1\.5 is out of range; choose 0 to 1"):
         solve_budget(LLAMA, 2, cluster_share=1.5)

@@ -1,5 +1,6 @@
 """Claims about K-Means over whole channels."""
 
+import itertools
 from importlib import import_module
 
 import numpy as np
@@ -8,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
-
 
 from swsc_core import kmeans
 
@@ -49,7 +49,7 @@ class TestEitherRoute:
         k = data.draw(st.integers(1, n))
         history = kmeans(points_of(seed, n, d), k, n_init=1, seed=seed).inertia_history
         scale = float(points_of(seed, n, d).square().sum())
-        assert all(later <= earlier + 1e-5 * scale for earlier, later in zip(history, history[1:], strict=False))
+        assert all(later <= earlier + 1e-5 * scale for earlier, later in itertools.pairwise(history))
 
     @settings(max_examples=40, deadline=None)
     @given(seed=st.integers(0, 10_000), n=st.integers(2, 60), d=st.integers(1, 12), data=st.data())

@@ -1,5 +1,7 @@
 """Claims about the truncated SVD."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ def test_error_meets_the_eckart_young_bound(seed: int, m: int, n: int, data: st.
 def test_error_never_grows_with_rank(seed: int, m: int, n: int) -> None:
     matrix = matrix_of(seed, m, n)
     errors = [squared_error(matrix, rank) for rank in range(min(m, n) + 1)]
-    assert all(later <= earlier + 1e-5 * errors[0] for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier + 1e-5 * errors[0] for earlier, later in itertools.pairwise(errors))
 
 
 def test_full_rank_restores_to_rounding() -> None:

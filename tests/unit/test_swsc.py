@@ -1,5 +1,6 @@
 """Claims about SWSC on one matrix, and about the one door to all methods."""
 
+import itertools
 import json
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ def test_error_never_grows_with_rank(
 
     errors = [error(rank) for rank in range(min(m, n) + 1)]
     tolerance = 1e-5 * float(weight.square().sum())
-    assert all(later <= earlier + tolerance for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier + tolerance for earlier, later in itertools.pairwise(errors))
     assert errors[-1] <= tolerance  # full rank restores
 
 
@@ -142,7 +143,7 @@ def test_numbers_out_of_range_say_the_range(k: int, rank: int, message: str) -> 
     "bad", [torch.ones(3), torch.ones(2, 2, 2), torch.ones(0, 3), torch.ones(2, 2, dtype=torch.int32)]
 )
 def test_what_is_not_a_floating_point_matrix_is_refused_by_name(bad: torch.Tensor) -> None:
-    with pytest.raises(WeightError, match="norm: .* wanted a .*matrix; exclude this tensor"):
+    with pytest.raises(WeightError, match=r"norm: .* wanted a .*matrix; exclude this tensor"):
         encode(bad, [SwscSpec(1, 0)], name="norm")
 
 

@@ -1,0 +1,204 @@
+"""Claim: compressing a checkpoint in the shape of Llama-2-7B keeps the driver below 1 GB and each worker below 1.5 GB.
+
+    python -m benchmarks.llama7b_shape make DIR            13.5 GB of made-up weights, written in about a minute
+    python -m benchmarks.llama7b_shape run DIR OUT         compress Q and K on a Ray cluster of its own, and watch it
+
+`run` samples every process of the job each 0.2 s: memory, and what each worker is doing by the title that Ray gives it.
+RSS counts every page that is mapped, those of the object store too; PSS counts a shared page once in all, USS not at all.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from benchmarks.common import print_markdown
+
+ROOT = Path(__file__).parents[1]
+SHARD_BYTES = 1_000_000_000
+HIDDEN, MLP, VOCABULARY = 4096, 11008, 32000
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MLP,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": VOCABULARY,
+    "max_position_embeddings": 4096, "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "attention_bias": False, "pretraining_tp": 1, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "use_cache": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
+LIMITS = {"driver": 1.0, "ray::ActorWorker": 1.5, "ray::commit": 1.5, "ray::IDLE": 1.5}  # GB of RSS
+INTERVAL = 0.2  # seconds between samples
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes(layers: int) -> Shapes:
+    """Names and shapes of the tensors, in the order of the real checkpoint."""
+    tensors: Shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(layers):
+        stem = f"model.layers.{layer}"
+        tensors |= {f"{stem}.self_attn.{role}_proj.weight": (HIDDEN, HIDDEN) for role in "qkvo"}
+        tensors |= {f"{stem}.mlp.{role}_proj.weight": (MLP, HIDDEN) for role in ("gate", "up")}
+        tensors |= {f"{stem}.mlp.down_proj.weight": (HIDDEN, MLP)}
+        tensors |= {f"{stem}.{norm}_layernorm.weight": (HIDDEN,) for norm in ("input", "post_attention")}
+    return tensors | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def nbytes(shape: tuple[int, ...]) -> int:
+    return 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+
+
+def shards(tensors: Shapes) -> list[Shapes]:
+    """Tensors in order, as many to a shard as SHARD_BYTES hold."""
+    groups: list[Shapes] = [{}]
+    for name, shape in tensors.items():
+        if groups[-1] and sum(map(nbytes, groups[-1].values())) + nbytes(shape) > SHARD_BYTES:
+            groups.append({})
+        groups[-1][name] = shape
+    return groups
+
+
+def pieces(group: Shapes, block: bytes) -> Iterator[bytes | memoryview]:
+    """Bytes of a shard: Q and K have a structure of their own, all other tensors repeat one random block."""
+    import torch
+
+    from benchmarks.common import structured_weight
+    from pipeline.model.checkpoint import file_header
+
+    yield file_header((name, "BF16", shape, nbytes(shape)) for name, shape in group.items())
+    for name, shape in group.items():
+        if "q_proj" in name or "k_proj" in name:
+            seed = int.from_bytes(name.encode()[-40:], "little") % (1 << 62)
+            yield memoryview(structured_weight(*shape, seed=seed).bfloat16().view(torch.uint8).numpy()).cast("B")
+            continue
+        for start in range(0, nbytes(shape), len(block)):
+            yield block[: nbytes(shape) - start]
+
+
+def make(directory: str, layers: int) -> int:
+    """Write the checkpoint, a shard at a time."""
+    import torch
+
+    from pipeline.model.checkpoint import INDEX
+    from pipeline.model.store import Store
+
+    started, store = time.perf_counter(), Store.at(directory)
+    block = (0.02 * torch.randn(4 << 20, generator=torch.Generator().manual_seed(0))).bfloat16()
+    groups, weight_map = shards(shapes(layers)), {}
+    for number, group in enumerate(groups, start=1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        store.write(file, pieces(group, block.view(torch.uint8).numpy().tobytes()))
+        weight_map |= dict.fromkeys(group, file)
+    total = sum(nbytes(shape) for group in groups for shape in group.values())
+    store.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    store.write_json("config.json", {**CONFIG, "num_hidden_layers": layers})
+    print(f"{store.root}: {total:,} bytes in {len(groups)} shards, {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+class Watch:
+    """Peak memory of a process and its descendants by kind, and how often workers were seen at what."""
+
+    def __init__(self, driver: psutil.Process) -> None:
+        self.driver = driver
+        self.peaks: dict[str, Counter[str]] = defaultdict(Counter)  # kind -> {"rss", "pss", "uss"} of one process
+        self.titles: Counter[str] = Counter()
+        self.workers: set[int] = set()
+
+    def sample(self) -> None:
+        for process in (self.driver, *self.driver.children(recursive=True)):
+            try:
+                title = "driver" if process == self.driver else (process.cmdline() or [""])[0]
+                kind = title.split(".")[0].split("(")[0] if title.startswith("ray::") else os.path.basename(title)
+                memory = process.memory_full_info()
+            except psutil.Error:
+                continue  # it ended meanwhile
+            for what in ("rss", "pss", "uss"):
+                self.peaks[kind][what] = max(self.peaks[kind][what], getattr(memory, what))
+            if title.startswith("ray::"):
+                self.titles[title] += 1
+            if kind == "ray::ActorWorker":
+                self.workers.add(process.pid)
+
+
+def run(directory: str, output: str, address: str, workers: int | None) -> int:
+    """Compress in a process of its own, watch it, print what was seen; 1 if a limit is broken."""
+    command = [sys.executable, "-m", "jobs", "compress", directory, output, "--projectors", "q,k", "--bits", "3"]
+    command += ["--count", "paper", "--address", address, *(["--workers", str(workers)] if workers else [])]
+    started = time.perf_counter()
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    watch = Watch(psutil.Process(driver.pid))
+    while driver.poll() is None:
+        watch.sample()
+        time.sleep(INTERVAL)
+    wall = time.perf_counter() - started
+    if driver.returncode:
+        print(f"the run failed with exit code {driver.returncode}", file=sys.stderr)
+        return 1
+    report = json.loads(Path(output, "swsc_report.json").read_text())
+    print_memory(watch)
+    print_time(watch, report, wall)
+    return print_verdict(watch)
+
+
+def print_memory(watch: Watch) -> None:
+    rows = [
+        (kind, *(f"{peak[what] / 1e9:.2f}" for what in ("rss", "pss", "uss")), LIMITS.get(kind, ""))
+        for kind, peak in sorted(watch.peaks.items(), key=lambda item: -item[1]["rss"])
+    ]
+    print_markdown(("process (largest of its kind)", "peak RSS, GB", "peak PSS", "peak USS", "limit of RSS"), rows)
+
+
+def print_time(watch: Watch, report: dict, wall: float) -> None:
+    """Worker seconds by what they were spent on: measured by the workers, and sampled by their titles."""
+    count = len(watch.workers)
+    available = report["seconds"] * count
+    encoding = sum(row.get("seconds", 0.0) for row in report["tensors"])
+    phases = report["phases"]
+    shares = {"reading": phases["read"], "K-Means": phases["kmeans"], "SVD": phases["svd"]}
+    shares["restoring, measuring, packing"] = encoding - phases["kmeans"] - phases["svd"]
+    shares["rest: copying, start of Ray, hand-over, idle"] = available - sum(shares.values())
+    print(f"\nWall time {wall:.1f} s, of it {report['seconds']:.1f} s in the run, with {count} workers:\n")
+    print_markdown(
+        ("worker time, measured", "s", "share"),
+        [(name, f"{seconds:.1f}", f"{seconds / available:.1%}") for name, seconds in shares.items()],
+    )
+    print()
+    total = sum(number for title, number in watch.titles.items() if title.startswith("ray::ActorWorker"))
+    print_markdown(
+        ("process title, sampled", "samples", "share of the workers'"),
+        [(title, number, f"{number / total:.1%}") for title, number in sorted(watch.titles.items())],
+    )
+
+
+def print_verdict(watch: Watch) -> int:
+    broken = [kind for kind, limit in LIMITS.items() if watch.peaks[kind]["rss"] > limit * 1e9]
+    print(f"\nLimits: {'broken by ' + ', '.join(broken) if broken else 'kept'}.")
+    return 1 if broken else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    maker = verbs.add_parser("make")
+    maker.add_argument("directory")
+    maker.add_argument("--scale-layers", type=int, default=32, help="fewer layers, of the same shape")
+    runner = verbs.add_parser("run")
+    runner.add_argument("directory")
+    runner.add_argument("output")
+    runner.add_argument("--workers", type=int)
+    runner.add_argument("--address", default="local", help="of a Ray cluster (default: one of its own)")
+    given = parser.parse_args()
+    if given.verb == "make":
+        return make(given.directory, given.scale_layers)
+    return run(given.directory, given.output, given.address, given.workers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

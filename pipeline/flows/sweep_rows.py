@@ -1,0 +1,70 @@
+"""What a sweep found, as rows: one a variant × evaluation, and one a variant × tensor."""
+
+from typing import Any
+
+from pipeline.config import SweepSettings
+from pipeline.errors import NonFiniteError
+from pipeline.flows.compress import whole_bits
+from pipeline.flows.evaluate import result
+from pipeline.flows.sweep_runs import Run, Unit, units_of
+from pipeline.measure.windows import Windows
+from pipeline.model.checkpoint import Checkpoint
+
+Row = dict[str, Any]
+
+
+def tensor_rows(run: Run, found: dict[Unit, Row]) -> dict[str, Row]:
+    """The measurements of a run's tensors, by name."""
+    if not run.plan or not run.variant:
+        return {}
+    units = units_of(run.model, run.variant, run.plan)
+    return {name: found[unit] for name, unit in units.items() if unit in found}
+
+
+def run_rows(
+    run: Run, settings: SweepSettings, checkpoint: Checkpoint, windows: list[Windows], tensors: dict[str, Row]
+) -> list[Row]:
+    """A row for each evaluation of a run; one row without a perplexity if the sweep has no evaluations."""
+    model = settings.models[run.model]
+    about: Row = {"model": model, "variant": run.name, "method": run.variant.method if run.variant else None}
+    about |= _bits(run, tensors) if run.variant else _own_bits(checkpoint)
+    published = run.variant.reference if run.variant else settings.reference
+    about["reference"] = published.get(known_model(checkpoint.config) or "")
+    rows = []
+    for number, (cut, text) in enumerate(zip(windows, settings.evaluations, strict=True)):
+        row = about | {"text": text.text, "seqlen": text.seqlen, "windows": len(cut.ids), "error": run.error}
+        losses = [loss for part in sorted(p for p in run.losses if p[0] == number) for loss in run.losses[part]]
+        try:
+            row |= {"perplexity": None} if run.error else result(model, losses, cut, text, run.dtype)
+        except NonFiniteError as error:
+            row |= {"perplexity": None, "error": str(error)}
+        rows.append(row)
+    return rows or [about | {"error": run.error}]
+
+
+def _own_bits(checkpoint: Checkpoint) -> Row:
+    """Bits a weight of a model as it is."""
+    return {"whole_model_bits_per_weight": 8 * checkpoint.nbytes / checkpoint.weights, "relative_error": 0.0}
+
+
+def _bits(run: Run, rows: dict[str, Row]) -> Row:
+    """Bits and error over all compressed matrices of a run, weighted by their size; None where some are not there."""
+    keys = ("paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error")
+    if not run.plan or len(rows) < len(run.plan.compressed):
+        return dict.fromkeys(keys)
+    counts = {decision.info.name: decision.info.count for decision in run.plan.compressed}
+
+    def total(key: str) -> float:
+        return sum(rows[name][key] * count for name, count in counts.items())
+
+    whole = whole_bits(run.plan, rows)
+    error = total("mean_squared_error") / total("mean_square")
+    paper = total("paper_bits") / sum(counts.values())
+    values = (paper, whole["compressed_bits_per_weight"], whole["whole_model_bits_per_weight"], error)
+    return dict(zip(keys, values, strict=True))
+
+
+def known_model(config: Row) -> str | None:
+    """Name of a model that published figures are compared with, told by its shape."""
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    return "Llama-2-7B" if tuple(config.get(key) for key in keys) == ("llama", 4096, 32, 11008, 32000) else None
