@@ -1,0 +1,218 @@
+"""A user's mistake: one line on standard error that begins with "error:", exit 2, nothing written."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jobs.cli import main
+from pipeline.model.checkpoint import INDEX
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to be damaged."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Run `swsc`; claim that it refuses in one line that has all of `wanted`, and writes nothing below tmp_path/out."""
+
+    def run(*argv: object, wanted: tuple[str, ...]) -> None:
+        before = sorted(path for path in (tmp_path / "out").rglob("*")) if (tmp_path / "out").exists() else None
+        try:
+            code = main([str(argument) for argument in argv])
+        except SystemExit as stopped:  # argparse's way
+            code = int(str(stopped.code))
+        error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("compress:", "evaluate:"))]
+        assert code == 2
+        assert len(error) == 1, error
+        assert error[0].startswith("error: ")
+        assert all(part in error[0] for part in wanted), error[0]
+        after = sorted(path for path in (tmp_path / "out").rglob("*")) if (tmp_path / "out").exists() else None
+        assert after == before
+
+    return run
+
+
+def compress(model: Path, tmp_path: Path, *flags: object) -> tuple[object, ...]:
+    return ("compress", model, tmp_path / "out", "--local", *flags)
+
+
+def some_shard(model: Path) -> Path:
+    return sorted(model.glob("*.safetensors"))[0]
+
+
+def test_missing_shard(model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    shard = some_shard(model)
+    shard.unlink()
+    refused(*compress(model, tmp_path), wanted=(shard.name, "missing"))
+
+
+def test_truncated_shard(model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    shard = some_shard(model)
+    shard.write_bytes(shard.read_bytes()[:-8])
+    refused(*compress(model, tmp_path), wanted=(shard.name, "truncated"))
+
+
+def test_corrupt_shard(model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    shard = some_shard(model)
+    shard.write_bytes(b"\0" * 64)
+    refused(*compress(model, tmp_path), wanted=(shard.name, "download it again"))
+
+
+@pytest.mark.parametrize(("file", "wanted"), [("absent.safetensors", "missing"), ("../x.safetensors", "outside")])
+def test_index_naming_an_absent_file_or_one_outside(model: Path, tmp_path: Path, refused, file: str, wanted: str) -> None:  # type: ignore[no-untyped-def]
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    (model / INDEX).write_text(json.dumps(index))
+    refused(*compress(model, tmp_path), wanted=(file, wanted))
+
+
+def test_tensor_in_two_shards(model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    save_file({"model.norm.weight": torch.ones(64)}, model / "twice.safetensors")
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"]["other"] = "twice.safetensors"
+    (model / INDEX).write_text(json.dumps(index))
+    refused(*compress(model, tmp_path), wanted=("model.norm.weight", "twice.safetensors"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun(  # type: ignore[no-untyped-def]
+    model: Path, tmp_path: Path, refused, value: float
+) -> None:
+    name = "model.layers.2.self_attn.k_proj.weight"
+    shard = next(file for file in model.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(shard)
+    tensors[name][3, 4:6] = value
+    save_file(tensors, shard, metadata={"format": "pt"})
+    refused(*compress(model, tmp_path), wanted=(name, "2 of 2048 values are NaN or Inf"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--clusters", "32"], ["clusters 32 is out of range for 32 output channels", "choose 0 to 31"]),
+        (["--clusters", "9999"], ["clusters 9999", "choose 0 to"]),
+        (["--rank", "33"], ["rank 33 is out of range", "choose 0 to 32"]),
+        (["--bits", "-1"], ["bits", "greater than 0", "-1"]),
+        (["--bits", "0.0001"], ["bits a weight buy nothing", "raise --bits"]),
+        (["--bits", "nan"], ["bits", "finite"]),
+        (["--clusters", "-5"], ["clusters", "greater than or equal to 0"]),
+        (["--clusters", "0", "--rank", "0"], ["clusters and rank are both zero"]),
+        (["--bits", "3", "--rank", "4"], ["bits stands beside clusters or rank"]),
+        (["--method", "rtn", "--bits", "9"], ["bits 9 is out of range for rtn", "2 to 8"]),
+        (["--method", "rtn", "--bits", "2.5"], ["bits 2.5 is out of range for rtn"]),
+        (["--method", "rtn", "--rank", "4"], ["clusters and rank belong to method swsc"]),
+        (["--method", "magic"], ["method", "'swsc' or 'rtn'", "magic"]),
+        (["--preset", "best"], ["preset", "'paper'", "best"]),
+        (["--projectors", "q,zebra"], ["zebra", "known are q, k, v", "--include"]),
+        (["--include", "no_such_matrix"], ["--include selects no tensor", "choose by --include among", "q_proj"]),
+        (["--exclude", "proj"], ["no tensor is selected"]),
+        (["--include", "(("], ["include", "not a regular expression"]),
+        (["--seed", "x"], ["seed", "'x'"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+)
+def test_flags_that_cannot_be_carried_out(  # type: ignore[no-untyped-def]
+    tiny_model: Path, tmp_path: Path, refused, flags: list[str], wanted: list[str]
+) -> None:
+    refused(*compress(tiny_model, tmp_path, *flags), wanted=tuple(wanted))
+
+
+def test_all_config_errors_are_shown_at_once(tiny_model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    config = tmp_path / "c.yaml"
+    config.write_text("bits: -1\nclusterz: 4\nseed: abc\nformat: zip\n")
+    wanted = ("clusterz", "bits", "seed", "format")
+    refused(*compress(tiny_model, tmp_path, "--config", config), wanted=wanted)
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("- a\n", "mapping"), ("a: [", "not YAML"), (None, "No such file")])
+def test_config_file_that_is_none(tiny_model: Path, tmp_path: Path, refused, text: str | None, wanted: str) -> None:  # type: ignore[no-untyped-def]
+    config = tmp_path / "c.yaml"
+    if text is not None:
+        config.write_text(text)
+    refused(*compress(tiny_model, tmp_path, "--config", config), wanted=("c.yaml", wanted))
+
+
+def test_output_directory_that_is_not_ours(tiny_model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    refused(*compress(tiny_model, tmp_path), wanted=("not empty and not an output of this tool",))
+
+
+def test_output_that_is_the_model_itself(model: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    refused("compress", model, model, "--local", wanted=("same directory",))
+
+
+def test_disk_too_small_is_foretold(tiny_model: Path, tmp_path: Path, refused, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
+    refused(*compress(tiny_model, tmp_path), wanted=("bytes are needed", "5,000 are free"))
+
+
+def test_plan_says_that_the_disk_is_too_small(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
+    assert main(["plan", str(tiny_model), "--output", str(tmp_path / "out")]) == 1
+    assert "not enough room" in capsys.readouterr().out
+
+
+def test_pickle_checkpoint(tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "p").mkdir()
+    torch.save({"w": torch.ones(2)}, tmp_path / "p" / "pytorch_model.bin")
+    (tmp_path / "p" / "config.json").write_text("{}")
+    refused(*compress(tmp_path / "p", tmp_path), wanted=("pickle", "save_pretrained"))
+
+
+def test_model_that_is_quantized_already(model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    refused(*compress(model, tmp_path), wanted=("already quantized by 'gptq'", "unquantized"))
+
+
+def test_text_shorter_than_one_window(tiny_model: Path, text: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    refused(
+        "evaluate", tiny_model, "--text", text, "--seqlen", "4096", "--local",
+        wanted=("2000 tokens make 0 windows of 4096", "longer text"),
+    )  # fmt: skip
+
+
+def test_fewer_windows_than_asked_for(tiny_model: Path, text: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    flags = ("--seqlen", "100", "--windows", "21", "--local")
+    refused("evaluate", tiny_model, "--text", text, *flags, wanted=("20 windows of 100, wanted 21",))
+
+
+@pytest.mark.parametrize(("content", "wanted"), [(None, "No such file"), (b"\xff\xfe\x00", "not UTF-8")])
+def test_text_that_is_none(tiny_model: Path, tmp_path: Path, refused, content: bytes | None, wanted: str) -> None:  # type: ignore[no-untyped-def]
+    if content is not None:
+        (tmp_path / "t.txt").write_bytes(content)
+    refused("evaluate", tiny_model, "--text", tmp_path / "t.txt", "--local", wanted=("t.txt", wanted))
+
+
+def test_wikitext_without_the_hub_names_the_remedy(tiny_model: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    refused("evaluate", tiny_model, "--text", "wikitext2", "--local", wanted=("wikitext2", "name a text file"))
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ("variants: []\n", "variants"),
+        ("variants: [{name: a}, {name: a}]\n", "share a name"),
+        ("variants: [{name: a, bitz: 3}]\n", "variants.0.bitz"),
+        ("variants: [{name: a, projectors: zebra}, {name: b, clusters: 999}]\n", "variant b"),
+        ("variants: [{name: a}]\nmodelz: [x]\n", "modelz"),
+    ],
+)
+def test_sweep_that_cannot_be_carried_out(tiny_model: Path, tmp_path: Path, refused, config: str, wanted: str) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "s.yaml").write_text(config)
+    flags = ("--model", tiny_model, "--local")
+    refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "results", *flags, wanted=(wanted,))

@@ -1,0 +1,131 @@
+"""Sweeps: many models, variants and texts in one run, equal to the single runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from jobs.cli import main
+from pipeline.config import SweepSettings, validated
+from pipeline.flows.sweep import run_sweep
+from pipeline.flows.sweep_rows import known_model
+from pipeline.run.pool import LocalPool, Task
+from pipeline.run.worker import Worker
+from tests.tiny import make_tiny_model
+
+VARIANTS: list[dict[str, Any]] = [
+    {"name": "q", "projectors": "q", "bits": 4},
+    {"name": "k", "projectors": "k", "bits": 4},
+    {"name": "qk", "projectors": "q,k", "bits": 4},
+    {"name": "rtn", "method": "rtn", "bits": 3, "projectors": "q,k"},
+]
+
+
+class RecordingPool(LocalPool):
+    """A plain loop that remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(Worker(1, "cpu"))
+        self.given: list[Task] = []
+
+    def start(self, worker: int, task: Task) -> None:
+        self.given.append(task)
+        super().start(worker, task)
+
+
+def sweep_of(models: list[Path], text: Path, variants: list[dict[str, Any]] = VARIANTS) -> dict[str, Any]:
+    evaluations = [{"text": str(text), "seqlen": 64, "windows": 4}, {"text": str(text), "seqlen": 32, "windows": 3}]
+    return {"models": [str(model) for model in models], "variants": variants, "evaluations": evaluations}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return [make_tiny_model(folder / name, seed=seed, layers=2) for seed, name in enumerate(("one", "other"))]
+
+
+def test_a_sweep_equals_its_single_runs_and_writes_json_and_parquet(
+    models: list[Path], text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models, text)))
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert len(rows) == 2 * 5 * 2
+    for row in rows:
+        model, single = Path(row["model"]), tmp_path / "single" / Path(row["model"]).name / row["variant"]
+        if row["variant"] == "uncompressed":
+            single = model
+        elif not single.exists():
+            variant = next(v for v in VARIANTS if v["name"] == row["variant"])
+            flags = [part for key, value in variant.items() if key != "name" for part in (f"--{key}", str(value))]
+            assert main(["compress", str(model), str(single), "--local", *flags]) == 0
+        flags = ["--seqlen", str(row["seqlen"]), "--windows", str(row["windows"]), "--json", str(tmp_path / "e.json")]
+        assert main(["evaluate", str(single), "--text", str(text), "--local", *flags]) == 0
+        assert json.loads((tmp_path / "e.json").read_text())["perplexity"] == row["perplexity"]
+    table = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    assert [row["perplexity"] for row in table] == [row["perplexity"] for row in rows]
+    tensors = pq.read_table(tmp_path / "out" / "tensors.parquet").to_pylist()
+    assert len(tensors) == 2 * (2 + 2 + 4 + 4)
+    assert all(0 < row["relative_error"] < 1 for row in tensors)
+
+
+def test_a_tensor_is_read_once_and_a_unit_is_compressed_once(models: list[Path], text: Path) -> None:
+    pool = RecordingPool()
+    run_sweep(validated(SweepSettings, sweep_of(models[:1], text)), lambda _: pool)
+    compressions = [task for task in pool.given if task.method == "compress_units"]
+    assert len(compressions) == 4  # q and k of two layers, each once
+    assert all(task.outputs == 2 for task in compressions)  # 4 bits, shared by two variants, and RTN
+
+
+def test_evaluation_begins_while_others_still_compress(models: list[Path], text: Path) -> None:
+    pool = RecordingPool()
+    run_sweep(validated(SweepSettings, sweep_of(models, text)), lambda _: pool)
+    methods = [(task.method, task.args[1]) for task in pool.given]
+    first_variant = next(i for i, (method, what) in enumerate(methods) if method == "measure" and what)
+    last_compression = max(i for i, (method, _) in enumerate(methods) if method == "compress_units")
+    assert first_variant < last_compression
+
+
+def test_payloads_are_let_go_when_no_variant_waits_for_them(models: list[Path], text: Path) -> None:
+    from pipeline.flows.sweep import _SweepSource
+    from pipeline.run.driver import execute
+    from pipeline.run.progress import Progress
+
+    source = _SweepSource(validated(SweepSettings, sweep_of(models, text)))
+    with Progress("sweep", 1, 0) as progress:
+        execute(RecordingPool(), source, progress)
+    assert source._payloads == {}
+
+
+def test_one_failing_variant_does_not_stop_the_rest(
+    models: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.run import worker as module
+
+    real = module.encode
+
+    def failing(weight: Any, specs: Any, **keywords: Any) -> Any:
+        if specs[0].method == "rtn":
+            raise RuntimeError("no such luck")
+        return real(weight, specs, **keywords)
+
+    monkeypatch.setattr(module, "encode", failing)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text)))
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "2 of 10 rows failed" in error
+    assert "no such luck" in error
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["variant"] for row in rows if row["perplexity"] is None] == ["rtn", "rtn"]
+
+
+def test_published_figures_stand_beside_ours_only_where_the_model_is_that_one() -> None:
+    llama = {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008,
+        "vocab_size": 32000,
+    }  # fmt: skip
+    assert known_model(llama) == "Llama-2-7B"
+    assert known_model(llama | {"num_hidden_layers": 40}) is None

@@ -1,0 +1,86 @@
+"""The driver's loop, on pools that do what they are told."""
+
+import pytest
+
+from pipeline.errors import CheckpointError, RunError, SwscError, WorkerLost
+from pipeline.run.driver import TaskList, execute
+from pipeline.run.pool import Done, Task
+from pipeline.run.progress import Progress
+
+
+class ScriptedPool:
+    """Two workers; a task ends with the next error of its script, or well when the script is used up."""
+
+    size = 2
+
+    def __init__(self, scripts: dict[str, list[SwscError]]) -> None:
+        self.scripts = scripts
+        self.busy: dict[int, Task] = {}
+        self.started: list[str] = []
+        self.most_at_once = 0
+
+    def idle(self) -> list[int]:
+        return [worker for worker in range(self.size) if worker not in self.busy]
+
+    def start(self, worker: int, task: Task) -> None:
+        self.busy[worker] = task
+        self.started.append(task.key)
+        self.most_at_once = max(self.most_at_once, len(self.busy))
+
+    def wait(self) -> Done | None:
+        worker, task = next(iter(self.busy.items()))
+        del self.busy[worker]
+        script = self.scripts.get(task.key, [])
+        return Done(task, value=task.key, error=script.pop(0) if script else None, worker=worker)
+
+    def put(self, value: object) -> object:
+        return value
+
+    def close(self) -> None:
+        pass
+
+
+def run(names: str, scripts: dict[str, list[SwscError]]) -> tuple[ScriptedPool, list[str]]:
+    pool, finished = ScriptedPool(scripts), []
+    source = TaskList([Task(name, "work", ()) for name in names], lambda done: finished.append(done.value))
+    with Progress("test", len(names), 0) as progress:
+        execute(pool, source, progress)
+    source.raise_failures()
+    return pool, finished
+
+
+def test_every_task_runs_once_in_the_order_given_on_all_workers() -> None:
+    pool, finished = run("abcde", {})
+    assert pool.started == list("abcde")
+    assert sorted(finished) == list("abcde")
+    assert pool.most_at_once == 2
+
+
+def test_a_task_whose_worker_died_runs_again() -> None:
+    pool, finished = run("abc", {"b": [WorkerLost("gone"), WorkerLost("gone")]})
+    assert sorted(finished) == list("abc")
+    assert pool.started.count("b") == 3
+    assert pool.started.count("a") == 1
+
+
+def test_a_task_that_kills_every_worker_is_given_up_and_named_and_the_others_finish() -> None:
+    finished: list[str] = []
+    with pytest.raises(RunError, match=r"1 tasks failed.*b dies"):
+        finished = run("abc", {"b": [WorkerLost("b dies")] * 9})[1]
+    assert finished == []
+
+
+def test_a_failing_task_does_not_stop_the_others() -> None:
+    pool = ScriptedPool({"a": [RunError("a: no luck")]})
+    finished: list[str] = []
+    source = TaskList([Task(name, "work", ()) for name in "abc"], lambda done: finished.append(done.value))
+    with Progress("test", 3, 0) as progress:
+        execute(pool, source, progress)
+    assert sorted(finished) == ["b", "c"]
+    with pytest.raises(RunError, match="1 tasks failed, the others are finished and kept: a: no luck"):
+        source.raise_failures()
+
+
+def test_a_users_mistake_stops_the_run_at_once() -> None:
+    with pytest.raises(CheckpointError, match="NaN"):
+        run("abcdef", {"a": [CheckpointError("a holds NaN")]})

@@ -1,0 +1,56 @@
+"""The plan of the house, held against the code's own imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("swsc_core", "pipeline", "jobs")
+WINGS = ("errors", "config", "model", "measure", "run", "flows", "report")  # each knows only those before it
+# foreign library -> the files through whose door it comes in
+DOORS = {
+    "ray": {"pipeline/run/cluster.py"},
+    "safetensors": set(),  # read and written by byte range: pipeline/model/checkpoint.py says why
+    "transformers": {"pipeline/measure/perplexity.py", "pipeline/measure/windows.py", "jobs/demo.py"},
+    "datasets": {"pipeline/measure/windows.py"},
+    "pyarrow": {"pipeline/report/files.py"},
+    "pydantic": {"pipeline/config.py"},
+    "rich": {"pipeline/run/progress.py", "pipeline/report/tables.py"},
+}
+FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports_of(file: Path) -> set[str]:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_imports_go_down_only(file: Path) -> None:
+    above = PACKAGES[PACKAGES.index(file.parts[0]) + 1 :]
+    assert not {name for name in imports_of(file) if name.split(".")[0] in above}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.parts[0] == "pipeline"], ids=str)
+def test_a_wing_knows_only_those_before_it(file: Path) -> None:
+    wing = file.parts[1].removesuffix(".py")
+    if wing == "__init__":
+        return
+    later = WINGS[WINGS.index(wing) + 1 :]
+    assert not {name for name in imports_of(file) if name.startswith("pipeline.") and name.split(".")[1] in later}
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_foreign_library_has_one_door(library: str) -> None:
+    users = {str(file) for file in FILES if any(name.split(".")[0] == library for name in imports_of(file))}
+    assert users == DOORS[library]
+
+
+def test_the_core_knows_torch_and_the_standard_library_alone() -> None:
+    import sys
+
+    names = {name.split(".")[0] for file in FILES if file.parts[0] == "swsc_core" for name in imports_of(file)}
+    assert names - sys.stdlib_module_names == {"torch", "swsc_core"}
+    assert not names & {"os", "logging", "random"}
