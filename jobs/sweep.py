@@ -36,9 +36,7 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
     store, asked = Store.at(out), settings.model_dump(mode="json")
     store.write_json("settings.json", asked)  # a directory that cannot be written is told of now, not at the end
     result = run_sweep(settings, partial(make_pool, cluster))
-    write_results(
-        store, result.rows, result.tensors, {"settings": asked, "seconds": result.seconds, "argv": sys.argv}
-    )
+    write_results(store, result.rows, result.tensors, {"settings": asked, "seconds": result.seconds, "argv": sys.argv})
     keys = ["variant", "paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error"]
     for model in settings.models:
         rows = [row for row in result.rows if row["model"] == model]

@@ -101,7 +101,9 @@ class EvaluateSettings(Settings):
 class ClusterSettings(Settings):
     """Where the work is done."""
 
-    address: str | None = Field(None, description="Ray cluster (default: a local one that runs, else one in-process)")
+    address: str | None = Field(
+        None, description="Ray cluster; local: one in-process (default: one that runs on this machine, else local)"
+    )
     workers: int | None = Field(None, ge=1, description="number of workers (default: what the cluster holds)")
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 where there are GPUs, else 0")
     cpus_per_worker: int = Field(1, ge=1, description="CPU threads of a worker; results depend on it in the last bit")

@@ -74,12 +74,11 @@ def _connect(address: str | None) -> bool:
         return False
     started_here = False
     try:
-        if address or "RAY_ADDRESS" in os.environ:
+        if address != "local" and (address or "RAY_ADDRESS" in os.environ):
             ray.init(address=address, **quiet)
-        else:
-            started_here = not _found_local_cluster(quiet)
-            if started_here:
-                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        elif address == "local" or not _found_local_cluster(quiet):
+            started_here = True
+            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ClusterError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {reason}") from None

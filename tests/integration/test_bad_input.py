@@ -29,7 +29,9 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore
             code = main([str(argument) for argument in argv])
         except SystemExit as stopped:  # argparse's way
             code = int(str(stopped.code))
-        error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("compress:", "evaluate:"))]
+        error = [
+            line for line in capsys.readouterr().err.splitlines() if not line.startswith(("compress:", "evaluate:"))
+        ]
         assert code == 2
         assert len(error) == 1, error
         assert error[0].startswith("error: ")
@@ -67,7 +69,9 @@ def test_corrupt_shard(model: Path, tmp_path: Path, refused) -> None:  # type: i
 
 
 @pytest.mark.parametrize(("file", "wanted"), [("absent.safetensors", "missing"), ("../x.safetensors", "outside")])
-def test_index_naming_an_absent_file_or_one_outside(model: Path, tmp_path: Path, refused, file: str, wanted: str) -> None:  # type: ignore[no-untyped-def]
+def test_index_naming_an_absent_file_or_one_outside(
+    model: Path, tmp_path: Path, refused, file: str, wanted: str
+) -> None:  # type: ignore[no-untyped-def]
     index = json.loads((model / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = file
     (model / INDEX).write_text(json.dumps(index))

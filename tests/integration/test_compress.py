@@ -92,7 +92,9 @@ def test_restored_and_dense_formats_hold_the_same_and_stock_transformers_opens_b
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")("w1 w2").input_ids
 
 
-def test_restore_of_a_dense_model_is_a_mistake(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_restore_of_a_dense_model_is_a_mistake(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["restore", str(tiny_model), str(tmp_path / "out"), "--local"]) == 2
     assert "nothing to restore" in capsys.readouterr().err
 
@@ -194,5 +196,3 @@ def _counting(execute: Any, calls: list[str]) -> Any:
         execute(pool, source, progress)
 
     return counted
-
-

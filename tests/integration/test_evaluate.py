@@ -17,7 +17,17 @@ from tests.tiny import make_tiny_model
 
 
 def evaluate(model: Path, text: Path, tmp_path: Path, *flags: str) -> dict[str, Any]:
-    argv = ["evaluate", str(model), "--text", str(text), "--seqlen", "64", "--local", "--json", str(tmp_path / "r.json")]
+    argv = [
+        "evaluate",
+        str(model),
+        "--text",
+        str(text),
+        "--seqlen",
+        "64",
+        "--local",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
     assert main([*argv, *flags]) == 0
     return json.loads((tmp_path / "r.json").read_text())  # type: ignore[no-any-return]
 

@@ -28,8 +28,22 @@ def test_table_1_has_the_papers_rows_and_figures() -> None:
         for v in variants
         if v["method"] == "rtn" and v["granularity"] == "channel"
     }
-    assert swsc == {("q", 3): 6.547, ("q", 2): 7.297, ("k", 3): 6.502, ("k", 2): 7.148, ("q,k", 3): 8.102, ("q,k", 2): 10.886}
-    assert rtn == {("q", 3): 20.55, ("q", 2): 4958.396, ("k", 3): 6.073, ("k", 2): None, ("q,k", 3): 40.206, ("q,k", 2): 10490}
+    assert swsc == {
+        ("q", 3): 6.547,
+        ("q", 2): 7.297,
+        ("k", 3): 6.502,
+        ("k", 2): 7.148,
+        ("q,k", 3): 8.102,
+        ("q,k", 2): 10.886,
+    }
+    assert rtn == {
+        ("q", 3): 20.55,
+        ("q", 2): 4958.396,
+        ("k", 3): 6.073,
+        ("k", 2): None,
+        ("q,k", 3): 40.206,
+        ("q,k", 2): 10490,
+    }
 
 
 @pytest.mark.parametrize("kind", [kind for kind in vars(errors).values() if isinstance(kind, type)])

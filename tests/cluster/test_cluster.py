@@ -1,0 +1,217 @@
+"""The same bytes however the work is spread, and runs that survive what happens on clusters. Real Ray, real kills."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.cli import main
+from tests.cluster.conftest import RAY, ROOT, Cluster
+from tests.tiny import contents, make_tiny_model
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+FLAGS = ("--bits", "4", "--projectors", "q,k,down")
+
+
+@pytest.fixture(scope="module")
+def local(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the plain loop makes."""
+    output = tmp_path_factory.mktemp("local") / "out"
+    assert main(["compress", str(tiny_model), str(output), "--local", *FLAGS]) == 0
+    return contents(output)
+
+
+def ends_well(done: "subprocess.CompletedProcess[str]") -> None:
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_ray_run_is_bitwise_equal_to_local_run(
+    cluster: Cluster, tiny_model: Path, tmp_path: Path, local: dict[str, bytes], workers: int
+) -> None:
+    """Three workers fill both nodes: the head has two CPUs, the second node one."""
+    ends_well(cluster.swsc("compress", tiny_model, tmp_path / "out", *FLAGS, "--workers", workers))
+    assert contents(tmp_path / "out") == local
+
+
+def test_a_cluster_of_its_own_gives_the_same_bytes(tiny_model: Path, tmp_path: Path, local: dict[str, bytes]) -> None:
+    """Two one-thread workers on one node, started in the process itself."""
+    command = [sys.executable, "-m", "jobs", "compress", str(tiny_model), str(tmp_path / "out"), *FLAGS]
+    flags = ["--address", "local", "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ends_well(subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True))
+    assert contents(tmp_path / "out") == local
+
+
+def test_order_of_tasks_does_not_matter(
+    tiny_model: Path, tmp_path: Path, local: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.flows import compress as flow
+
+    def shuffled(*arguments: object) -> list[object]:
+        tasks = list(real(*arguments))  # type: ignore[arg-type]
+        random.Random(5).shuffle(tasks)
+        return tasks
+
+    real = flow._tasks
+    monkeypatch.setattr(flow, "_tasks", shuffled)
+    assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--local", *FLAGS]) == 0
+    assert contents(tmp_path / "out") == local
+
+
+def submit(cluster: Cluster, *commands: tuple[object, ...]) -> "subprocess.CompletedProcess[str]":
+    """One submitted job that runs `python -m jobs …` for each command, until one fails."""
+    job = [*RAY, "job", "submit", "--address", cluster.dashboard, "--working-dir", "."]
+    line = " && ".join(" ".join(["python", "-m", "jobs", *map(str, command)]) for command in commands)
+    return cluster.run(*job, "--", "sh", "-c", f"'{line}'")
+
+
+def test_every_verb_works_as_a_submitted_job(
+    cluster: Cluster, tiny_model: Path, text: Path, tmp_path: Path, local: dict[str, bytes]
+) -> None:
+    out, dense, result = tmp_path / "out", tmp_path / "dense", tmp_path / "e.json"
+    done = submit(
+        cluster,
+        ("plan", tiny_model),
+        ("compress", tiny_model, out, *FLAGS),
+        ("restore", out, dense),
+        ("evaluate", dense, "--text", text, "--seqlen", 64, "--windows", 3, "--json", result),
+    )
+    ends_well(done)
+    assert contents(out) == local
+    assert len(json.loads(result.read_text())["nll_per_window"]) == 3
+
+
+def test_a_sweep_of_two_models_and_four_variants_is_one_job_and_equals_the_local_one(
+    cluster: Cluster, text: Path, tmp_path: Path
+) -> None:
+    models = [make_tiny_model(tmp_path / f"m{seed}", seed=seed, layers=2) for seed in range(2)]
+    (tmp_path / "s.yaml").write_text(
+        f"models: [{models[0]}, {models[1]}]\n"
+        f"evaluations: [{{text: {text}, seqlen: 64, windows: 6}}]\n"
+        "variants:\n"
+        "  - {name: q, projectors: q, bits: 4}\n"
+        "  - {name: qk, projectors: 'q,k', bits: 4}\n"
+        "  - {name: mlp, projectors: 'gate,up,down', bits: 4}\n"
+        "  - {name: rtn, projectors: 'q,k', method: rtn, bits: 3}\n"
+    )
+    ends_well(submit(cluster, ("sweep", tmp_path / "s.yaml", "--out", tmp_path / "ray")))
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "local"), "--local"]) == 0
+    one, other = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("ray", "local"))
+    assert len(one) == 2 * 5
+    assert one == other
+
+
+def test_perplexity_is_bit_identical_for_any_number_of_workers(
+    cluster: Cluster, tiny_model: Path, text: Path, tmp_path: Path
+) -> None:
+    flags = ("--text", text, "--seqlen", 64, "--json", tmp_path / "e.json")
+    found = []
+    for workers in (1, 2, 3):
+        ends_well(cluster.swsc("evaluate", tiny_model, *flags, "--workers", workers))
+        found.append(json.loads((tmp_path / "e.json").read_text()))
+    assert found[0]["nll_per_window"] == found[1]["nll_per_window"] == found[2]["nll_per_window"]
+    assert len({result["perplexity"] for result in found}) == 1
+
+
+def test_a_request_that_the_cluster_can_never_meet_is_refused_with_what_it_has(
+    cluster: Cluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    for flags in (["--workers", "4"], ["--gpus-per-worker", "1"], ["--cpus-per-worker", "9"]):
+        done = cluster.swsc("compress", tiny_model, tmp_path / "out", *flags)
+        assert done.returncode == 2
+        assert "do not fit the cluster, which has 3 CPUs and 0 GPUs" in done.stderr
+    assert not (tmp_path / "out" / "swsc_manifest.json").exists()
+
+
+def test_no_cluster_at_the_address_is_one_clear_line(tiny_model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs", "compress", str(tiny_model), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
+    done = subprocess.run(
+        [*command, "--address", "127.0.0.1:1"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "error: no Ray cluster at 127.0.0.1:1" in done.stderr
+
+
+class TestRunsThatAreCutShort:
+    """A model that takes several seconds, so that there is a moment to strike."""
+
+    SLOW = ("--bits", "4", "--n-init", "150")
+
+    @pytest.fixture(scope="class")
+    def model(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return make_tiny_model(tmp_path_factory.mktemp("slow") / "model", layers=12)
+
+    @pytest.fixture(scope="class")
+    def straight(self, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+        output = tmp_path_factory.mktemp("straight") / "out"
+        assert main(["compress", str(model), str(output), "--local", *self.SLOW]) == 0
+        return contents(output)
+
+    def begin(self, cluster: Cluster, model: Path, output: Path) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "jobs", "compress", str(model), str(output), *self.SLOW]
+        flags = ["--address", cluster.address, "--workers", "2"]
+        return subprocess.Popen(
+            [*command, *flags],
+            cwd=ROOT,
+            env=cluster.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_until(self, met: Callable[[], object]) -> None:
+        for _ in range(1200):
+            if met():
+                return
+            time.sleep(0.05)
+        raise AssertionError("the moment did not come")
+
+    def finished_files(self, output: Path) -> int:
+        return len(list((output / ".swsc" / "done").glob("*"))) if output.exists() else 0
+
+    def test_a_killed_worker_is_replaced_and_nothing_differs(
+        self, cluster: Cluster, model: Path, tmp_path: Path, straight: dict[str, bytes]
+    ) -> None:
+        run = self.begin(cluster, model, tmp_path / "out")
+        self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
+        victims = [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if "ray::ActorWorker.compress" in " ".join(p.info["cmdline"] or [])
+        ]
+        assert victims
+        victims[0].kill()
+        _, error = run.communicate(timeout=200)
+        assert run.returncode == 0, error
+        assert "starting it again" in error
+        assert contents(tmp_path / "out") == straight
+
+    @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_a_stopped_driver_leaves_no_model_and_the_same_command_goes_on(
+        self, cluster: Cluster, model: Path, tmp_path: Path, straight: dict[str, bytes], blow: signal.Signals
+    ) -> None:
+        run = self.begin(cluster, model, tmp_path / "out")
+        self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 3)
+        run.send_signal(blow)
+        _, error = run.communicate(timeout=60)
+        if blow is not signal.SIGKILL:
+            assert run.returncode == 130
+            assert "Traceback" not in error
+            assert error.strip().splitlines()[-1].startswith("interrupted: what is finished is kept")
+        assert not (tmp_path / "out" / "config.json").exists()
+        assert not (tmp_path / "out" / "swsc_manifest.json").exists()
+        assert self.finished_files(tmp_path / "out") >= 3
+        again = self.begin(cluster, model, tmp_path / "out")
+        _, error = again.communicate(timeout=200)
+        assert again.returncode == 0, error
+        assert contents(tmp_path / "out") == straight
