@@ -102,26 +102,30 @@ def make(directory: str, layers: int) -> int:
 
 
 class Watch:
-    """Peak memory of a process and its descendants by kind, and how often workers were seen at what."""
+    """Peak memory of the driver and of Ray's processes below it by kind, and what workers were seen at."""
 
     def __init__(self, driver: psutil.Process) -> None:
         self.driver = driver
         self.peaks: dict[str, Counter[str]] = defaultdict(Counter)  # kind -> {"rss", "pss", "uss"} of one process
-        self.titles: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()  # title of a worker -> seconds that it was seen with it
         self.workers: set[int] = set()
+        self.sampled = time.perf_counter()
 
     def sample(self) -> None:
+        last, self.sampled = self.sampled, time.perf_counter()
         for process in (self.driver, *self.driver.children(recursive=True)):
             try:
-                title = "driver" if process == self.driver else (process.cmdline() or [""])[0]
-                kind = title.split(".")[0].split("(")[0] if title.startswith("ray::") else os.path.basename(title)
+                title = "driver" if process == self.driver else os.path.basename((process.cmdline() or [""])[0])
+                if not title.startswith(("driver", "ray::", "raylet")):
+                    continue
                 memory = process.memory_full_info()
             except psutil.Error:
                 continue  # it ended meanwhile
+            kind = title.split(".")[0]
             for what in ("rss", "pss", "uss"):
                 self.peaks[kind][what] = max(self.peaks[kind][what], getattr(memory, what))
-            if title.startswith("ray::"):
-                self.titles[title] += 1
+            if kind in ("ray::ActorWorker", "ray::commit"):
+                self.seconds[title] += self.sampled - last
             if kind == "ray::ActorWorker":
                 self.workers.add(process.pid)
 
@@ -170,11 +174,11 @@ def print_time(watch: Watch, report: dict, wall: float) -> None:
         [(name, f"{seconds:.1f}", f"{seconds / available:.1%}") for name, seconds in shares.items()],
     )
     print()
-    total = sum(number for title, number in watch.titles.items() if title.startswith("ray::ActorWorker"))
     print_markdown(
-        ("process title, sampled", "samples", "share of the workers'"),
-        [(title, number, f"{number / total:.1%}") for title, number in sorted(watch.titles.items())],
+        ("all workers and commits by title, sampled", "s"),
+        [(title, f"{seconds:.1f}") for title, seconds in sorted(watch.seconds.items())],
     )
+    print(f"\nThe watcher itself took {time.process_time() / wall:.1%} of a core.")
 
 
 def print_verdict(watch: Watch) -> int:

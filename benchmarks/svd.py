@@ -63,8 +63,11 @@ def measure(kind: str, matrix: Tensor, ranks: list[int], runs: int) -> list[tupl
             print(f"{kind} run {run} rank {rank}: {pair[0]:.5f} {mine:.2f} s", file=sys.stderr)
     print(f"{kind}: torch.linalg.svd {median(full_times):.1f} s", file=sys.stderr)
     return [
-        (kind, rank, *(f"{max(column):.5f}" for column in zip(*errors[rank], strict=True)))
-        + tuple(f"{median(column):.2f}" for column in zip(*times[rank], strict=True))
+        (
+            *(kind, rank),
+            *(f"{max(column):.5f}" for column in zip(*errors[rank], strict=True)),
+            *(f"{median(column):.2f}" for column in zip(*times[rank], strict=True)),
+        )
         for rank in ranks
     ]
 

@@ -34,7 +34,7 @@ def print_table(rows: Iterable[Mapping[str, Any]], keys: Iterable[str], title: s
     table = Table(box=box.MARKDOWN, title=title or None, title_justify="left")
     for key in shown:
         heading, form = COLUMNS[key]
-        table.add_column(heading, justify="right" if form else "left", no_wrap=key != "error")
+        table.add_column(heading, justify="right" if form else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(key), COLUMNS[key][1]) for key in shown))
     width = None if sys.stdout.isatty() else _WIDTH
