@@ -1,6 +1,6 @@
 """Claim: compressing a checkpoint in the shape of Llama-2-7B keeps the driver below 1 GB and each worker below 1.5 GB.
 
-    python -m benchmarks.llama7b_shape make DIR            13.5 GB of made-up weights, written in about a minute
+    python -m benchmarks.llama7b_shape make DIR            13.5 GB of made-up weights, written in two or three minutes
     python -m benchmarks.llama7b_shape run DIR OUT         compress Q and K on a Ray cluster of its own, and watch it
 
 `run` samples every process of the job each 0.2 s: memory, and what each worker is doing by the title that Ray gives it.

@@ -1,8 +1,9 @@
 """The `swsc` command: verbs, exit codes, and one line for a user's mistake."""
 
+import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 from jobs.flags import Parser
@@ -19,22 +20,35 @@ VERBS = {
 }
 
 
+_GOES_ON = ("compress", "restore")  # verbs whose finished work an interruption leaves for the next call
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
-    parser = Parser(prog="swsc", description="Compress sharded language models on a Ray cluster.")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
-    for verb, (module, summary) in VERBS.items():
-        import_module(module).add_arguments(verbs.add_parser(verb, help=summary, description=summary))
-    arguments = parser.parse_args(argv)
-    run: Callable[..., int] = import_module(VERBS[arguments.verb][0]).run
+    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        return run(arguments)
+        return int(import_module(VERBS[arguments.verb][0]).run(arguments))
     except SwscError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
+        kept = ": what is finished is kept; run the same command again to go on" if arguments.verb in _GOES_ON else ""
+        print(f"interrupted{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}; check path and rights", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; only the module of the verb that is asked for is imported, because torch takes seconds."""
+    parser = Parser(prog="swsc", description="Compress sharded language models on a Ray cluster.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    for verb, (module, summary) in VERBS.items():
+        subparser = verbs.add_parser(verb, help=summary, description=summary)
+        if verb in argv[:1]:
+            import_module(module).add_arguments(subparser)
+    return parser.parse_args(argv)

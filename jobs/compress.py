@@ -4,9 +4,10 @@ import argparse
 from functools import partial
 from typing import Any
 
-from jobs.flags import add_config, add_settings, cluster_of, settings_of
+from jobs.flags import add_config, add_settings, settings_of
 from pipeline.config import ClusterSettings, CompressSettings, EvaluateSettings
 from pipeline.flows.compress import compress_model, describe
+from pipeline.measure.windows import make_windows
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
 from pipeline.report.tables import print_table
@@ -23,15 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    (settings,) = settings_of(arguments, CompressSettings)
-    cluster = cluster_of(arguments)
+    settings, cluster = settings_of(arguments, CompressSettings, ClusterSettings)
     evaluation = settings_of(_without_config(arguments), EvaluateSettings)[0] if arguments.text else None
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
+    if evaluation:
+        make_windows(arguments.model, evaluation)  # a text that does not do is told of before hours of work
     from pipeline.run.cluster import make_pool  # late: importing Ray takes a second, and a mistake should show before
 
     pools = partial(make_pool, cluster)
-    report = compress_model(source, plan, arguments.output, settings, pools)
+    report = compress_model(source, plan, arguments.output, settings, cluster.threads_per_worker, pools)
     summarise(arguments.output, report)
     if evaluation:
         from jobs.evaluate import summarise as summarise_evaluation

@@ -53,7 +53,8 @@ def _compress(model: Path, output: Path, cluster: ClusterSettings) -> None:
 
     settings, source = CompressSettings(), open_checkpoint(str(model))
     plan = make_plan(source, settings)
-    summarise(str(output), compress_model(source, plan, str(output), settings, partial(make_pool, cluster)))
+    pools = partial(make_pool, cluster)
+    summarise(str(output), compress_model(source, plan, str(output), settings, cluster.threads_per_worker, pools))
 
 
 def _sweep(model: Path, text: Path) -> SweepSettings:

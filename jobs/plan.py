@@ -7,6 +7,7 @@ from typing import Any
 
 from jobs.flags import add_config, add_settings, settings_of
 from pipeline.config import CompressSettings
+from pipeline.errors import OutputError
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import forecast
 from pipeline.model.plan import Decision, make_plan
@@ -41,8 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     for key, value in foretold.items():
         print(f"{key}: {value:,.3f}" if isinstance(value, float) else f"{key}: {value:,}")
     if foretold.get("free_bytes", foretold["output_bytes"]) < foretold["output_bytes"]:
-        print("the disk of the output has not enough room")
-        return 1
+        raise OutputError(f"{arguments.output}: the disk has not enough room; free some or choose another")
     return 0
 
 

@@ -18,5 +18,6 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.run.cluster import make_pool
 
     report = restore_model(arguments.model, arguments.dense, partial(make_pool, cluster_of(arguments)))
-    print(f"{arguments.dense}: {report['restored']} of {report['tensors']} tensors restored, the others copied")
+    restored = sum(row["action"] == "restored" for row in report["tensors"])
+    print(f"{arguments.dense}: {restored} of {len(report['tensors'])} tensors restored, the others copied")
     return 0

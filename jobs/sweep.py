@@ -5,12 +5,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from jobs.evaluate import protocol
 from jobs.flags import add_settings, cluster_of
 from pipeline.config import ClusterSettings, SweepSettings, read_config, validated
-from pipeline.errors import RunError
+from pipeline.errors import ConfigError, OutputError, RunError
+from pipeline.flows.sweep import Sweep, SweepResult
 from pipeline.model.store import Store
 from pipeline.report.files import write_results
 from pipeline.report.tables import print_table
+
+_SETTINGS = "settings.json"  # marks a directory as the results of a sweep
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,25 +33,50 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> int:
-    """Run a sweep, write and print its results; RunError if a variant failed, after everything is written."""
-    from pipeline.flows.sweep import run_sweep
+    """Run a sweep, write and print its results; RunError if a variant failed, after everything is written.
+
+    What was measured is written even when the sweep is interrupted or fails as a whole.
+    """
     from pipeline.run.cluster import make_pool
 
-    store, asked = Store.at(out), settings.model_dump(mode="json")
-    store.write_json("settings.json", asked)  # a directory that cannot be written is told of now, not at the end
-    result = run_sweep(settings, partial(make_pool, cluster))
-    write_results(store, result.rows, result.tensors, {"settings": asked, "seconds": result.seconds, "argv": sys.argv})
-    keys = ["variant", "paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error"]
-    for model in settings.models:
-        rows = [row for row in result.rows if row["model"] == model]
-        print_table(rows, [*keys, "perplexity", "reference", "error"], title=model)
-    if settings.matrices:
-        print_table(result.tensors, ["name", "variant", "bits_per_weight", "mean_squared_error"])
+    sweep = Sweep(settings)
+    store = begin(out, settings)
+    try:
+        sweep.run(partial(make_pool, cluster))
+    finally:
+        result = sweep.result()
+        about = {"settings": settings.model_dump(mode="json"), "seconds": result.seconds, "argv": sys.argv}
+        write_results(store, result.rows, result.tensors, about)
+    print_results(settings, result)
     print(f"{out}/results.json, results.parquet, tensors.parquet: {len(result.rows)} rows, {result.seconds:.1f} s")
     if result.failed:
         causes = "; ".join(sorted({f"{row['variant']}: {row['error']}" for row in result.failed}))
         raise RunError(f"{len(result.failed)} of {len(result.rows)} rows failed, the others are written: {causes}")
     return 0
+
+
+def begin(out: str, settings: SweepSettings) -> Store:
+    """The store of the results; a directory that cannot be written, or is not ours, is told of before any work."""
+    store = Store.at(out)
+    if store.names() and not store.exists(_SETTINGS):
+        raise OutputError(f"{out}: not empty and not the results of a sweep; choose an empty or new directory")
+    store.write_json(_SETTINGS, settings.model_dump(mode="json"))
+    return store
+
+
+def print_results(settings: SweepSettings, result: SweepResult) -> None:
+    """A table a model, and one row a matrix if that was asked for."""
+    keys = ["variant", "paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error"]
+    texts = ["text", "seqlen"] if len(settings.evaluations) > 1 else []
+    for model in settings.models:
+        rows = [row for row in result.rows if row["model"] == model]
+        print_table(rows, [*keys, *texts, "perplexity", "reference", "error"], title=model)
+    for row in {(row["model"], row.get("text"), row.get("seqlen")): row for row in result.rows}.values():
+        if row.get("perplexity") is not None:
+            print(protocol(row))
+    if settings.matrices:
+        rows = sorted(result.tensors, key=lambda row: (row["model"], row["name"]))
+        print_table(rows, ["model", "name", "variant", "bits_per_weight", "mean_squared_error"])
 
 
 def sweep_settings(arguments: argparse.Namespace) -> SweepSettings:
@@ -58,5 +87,8 @@ def sweep_settings(arguments: argparse.Namespace) -> SweepSettings:
     replaced = {key: getattr(arguments, key) for key in ("text", "seqlen", "windows")}
     replaced = {key: value for key, value in replaced.items() if value is not None}
     if replaced:
-        values["evaluations"] = [{**one, **replaced} for one in values.get("evaluations") or [{}]]
+        given = values.get("evaluations") or [{}]
+        if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+            raise ConfigError(f"{arguments.config}: evaluations: wanted a list of mappings")
+        values["evaluations"] = [{**one, **replaced} for one in given]
     return validated(SweepSettings, values, arguments.config)

@@ -17,9 +17,13 @@ def _comma_list(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _compiled(value: str | None) -> str | None:
+def _compiled(value: object) -> object:
+    if value is None:
+        return value
+    if not isinstance(value, str):
+        raise ValueError("not a regular expression")
     try:
-        re.compile(value or "")
+        re.compile(value)
     except re.error as error:
         raise ValueError(f"not a regular expression: {error}") from None
     return value
@@ -35,6 +39,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# settings that one method alone understands
+_ONLY_FOR = {
+    "swsc": {"clusters", "rank", "cluster_share", "channel_axis", "n_init", "count"},
+    "rtn": {"granularity", "group_size", "symmetric"},
+}
+
+
 class MatrixSettings(Settings):
     """Which matrices are compressed, and how."""
 
@@ -42,7 +53,8 @@ class MatrixSettings(Settings):
     preset: Literal["paper"] = Field("paper", description="paper: 3 bits as the paper counts them, unless told")
     bits: float | None = Field(None, gt=0, le=32, description="budget in bits a weight (rtn: width of a code, 2-8)")
     count: Literal["true", "paper"] | None = Field(
-        None, description="what --bits counts: true = stored bytes, paper = Table II (16-bit values, no labels)"
+        None,
+        description="what bits count: true = stored bytes (default with --bits), paper = Table II (default without)",
     )
     cluster_share: float = Field(0.5, ge=0, le=1, description="share of the bits that goes to clusters")
     clusters: int | None = Field(None, ge=0, description="number of clusters k; in place of --bits")
@@ -66,9 +78,14 @@ class MatrixSettings(Settings):
     def _consistent(self) -> Self:
         wrong = []
         explicit = self.clusters is not None or self.rank is not None
+        foreign = sorted(self.model_fields_set & _ONLY_FOR[{"rtn": "swsc", "swsc": "rtn"}[self.method]])
+        if foreign:
+            wrong.append(
+                f"{', '.join(foreign)} mean nothing to method {self.method}: drop them, or choose another --method"
+            )
+        if "group_size" in self.model_fields_set and self.granularity != "group":
+            wrong.append("group_size counts with granularity group only: add it, or drop group_size")
         if self.method == "rtn":
-            if explicit:
-                wrong.append("clusters and rank belong to method swsc: drop them, or choose --method swsc")
             if self.bits is not None and self.bits not in range(2, 9):
                 wrong.append(f"bits {self.bits:g} is out of range for rtn: choose a whole number from 2 to 8")
         elif explicit and self.bits is not None:
@@ -106,14 +123,19 @@ class ClusterSettings(Settings):
     )
     workers: int | None = Field(None, ge=1, description="number of workers (default: what the cluster holds)")
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 where there are GPUs, else 0")
-    cpus_per_worker: int = Field(1, ge=1, description="CPU threads of a worker; results depend on it in the last bit")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs, and so threads, of a worker; decides the last bit")
     local: bool = Field(False, description="no Ray: a plain loop with the same bytes")
+
+    @property
+    def threads_per_worker(self) -> int:
+        """Threads of a worker; fixed, because LAPACK's results depend on their number in the last bit."""
+        return max(1, int(self.cpus_per_worker))
 
 
 class Variant(MatrixSettings):
     """One row of a sweep."""
 
-    name: str = Field(description="unique name of the row")
+    name: str = Field(min_length=1, description="unique name of the row")
     reference: dict[str, float | None] = Field({}, description="published perplexity of this row, by known model")
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from swsc_core.bits import Geometry
+from swsc_core.checks import WeightError
 from swsc_core.rtn import RtnMatrix, dequantize, group_length, quantize
 from swsc_core.spec import Spec, SwscSpec
 from swsc_core.swsc import SwscMatrix, compress, restore
@@ -100,6 +101,9 @@ def _encode_one(weight: Tensor, spec: Spec, name: str, seed: int, storage_dtype:
         entry |= {"group_size": spec.group_size} if spec.granularity == "group" else {}
         restored, stats = dequantize(rtn, weight.dtype), {"rtn_seconds": time.perf_counter() - started}
     parts = {part: tensor.contiguous() for part, tensor in parts.items()}
+    for tensor in parts.values():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise WeightError(f"{name}: values overflow {dtype_name(tensor.dtype)}; choose a wider storage dtype")
     return Encoded(parts, entry, restored, *_squares(weight, restored), stats)
 
 

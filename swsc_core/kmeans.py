@@ -22,6 +22,7 @@ from swsc_core.checks import require_range
 
 _GRAM_POINTS = 8192  # largest Gram matrix: 8192**2 float32 = 256 MiB
 _SINGLE_MOVES = 6  # moves of one cluster in vain before a clustering is taken to be at rest
+_ROUNDS = 40  # of moves at the most: they bring less and less
 _BLOCK_VALUES = 1 << 23  # 32 MiB of float32: bound of a temporary block
 
 
@@ -85,11 +86,16 @@ class _Space:
         self.points = points  # [n, d], centred: distances from norms and products then lose few digits
         self.norms = points.square().sum(dim=1)
         self.gram = points @ points.T if gram else None
+        # What a squared distance taken from norms and products may be wrong by: below it, points coincide.
+        self.rounding = 4 * torch.finfo(torch.float32).eps * float(self.norms.mean())
+
+    def _cleaned(self, distances: Tensor) -> Tensor:
+        return distances.masked_fill_(distances <= self.rounding, 0)
 
     def distances_from(self, rows: Tensor) -> Tensor:
         """Squared distances [len(rows), n] from the points `rows` to all points."""
         products = self.points[rows] @ self.points.T if self.gram is None else self.gram[rows]
-        return (self.norms[rows][:, None] - 2 * products + self.norms).clamp_(min=0)
+        return self._cleaned(self.norms[rows][:, None] - 2 * products + self.norms)
 
     def nearest_mean(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """For each point its nearest cluster mean of the clustering `labels` and the squared distance, both [n]."""
@@ -127,7 +133,7 @@ class _Space:
         for start in range(0, n, block):
             smallest = (mean_norms[:, None] - 2 * products_of(start, min(n, start + block))).min(dim=0)
             labels.append(smallest.indices)
-            distances.append((smallest.values + self.norms[start : start + block]).clamp_(min=0))
+            distances.append(self._cleaned(smallest.values + self.norms[start : start + block]))
         return torch.cat(labels), torch.cat(distances)
 
 
@@ -195,8 +201,9 @@ def _refine(
     Lloyd cannot move a centroid across a gap. These moves can (in the spirit of Fritzke's breathing K-Means, 2020); they
     end once single ones, each with another pair, do not help.
     """
-    moves, vain = -(-k // 8), 0
-    while vain < _SINGLE_MOVES and k > 2:
+    moves, vain, rounds = -(-k // 8), 0, 0
+    while vain < _SINGLE_MOVES and rounds < _ROUNDS and k > 2:
+        rounds += 1
         merged, freed = _merge_closest(space, best.labels, k, moves, skip=vain)
         labels, distances = space.nearest_mean(merged, k)
         labels, distances = _add_seeds(space, labels, distances, freed, generator)
@@ -215,13 +222,13 @@ def _merge_closest(space: _Space, labels: Tensor, k: int, count: int, skip: int)
 
     Returns the new labels and the clusters that are free.
     """
-    costs = space.merge_costs(labels, k).cpu()
-    pairs = torch.triu_indices(k, k, offset=1)
-    order = costs[pairs[0], pairs[1]].argsort(stable=True)[skip:]
+    nearest = space.merge_costs(labels, k).fill_diagonal_(torch.inf).min(dim=1)
+    costs, others = nearest.values.tolist(), nearest.indices.tolist()
+    cost_of = {(min(pair), max(pair)): cost for cost, *pair in zip(costs, range(k), others, strict=True)}
     taken: set[int] = set()
     freed: list[int] = []
     labels = labels.clone()
-    for one, other in pairs[:, order].T.tolist():
+    for one, other in sorted(cost_of, key=lambda pair: (cost_of[pair], pair))[skip:]:
         if len(freed) == count:
             break
         if one not in taken and other not in taken:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from swsc_core.bits import ChannelAxis, Geometry, label_bits
-from swsc_core.checks import derive_seed, require_matrix, require_range
+from swsc_core.checks import WeightError, derive_seed, require_matrix, require_range
 from swsc_core.kmeans import kmeans
 from swsc_core.lowrank import truncated_svd
 from swsc_core.packing import pack, unpack
@@ -76,6 +76,8 @@ def compress(
     started = time.perf_counter()
     centroids, labels, iterations = _share(dense, n_clusters, channel_axis, n_init, tensor_seed, dtype)
     clustered_at = time.perf_counter()
+    if not bool(torch.isfinite(centroids.float()).all()):
+        raise WeightError(f"{name}: centroids overflow {dtype}; choose a wider storage dtype")
     error = dense - _spread(centroids, labels, channel_axis, (m, n))
     low_rank = truncated_svd(error, rank, seed=tensor_seed)
     stats = CompressStats(

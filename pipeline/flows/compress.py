@@ -18,13 +18,16 @@ from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
+ALGORITHM = 1  # goes up with every change that changes bytes: files of two versions are never mixed
 PoolMaker = Callable[[int], Pool]  # number of tasks -> a pool for them
 
 
 def compress_model(
-    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, make_pool: PoolMaker
+    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, threads: int, make_pool: PoolMaker
 ) -> dict[str, Any]:
     """Carry out `plan` into the directory `output`; returns the report that stands in swsc_report.json.
+
+    `threads` of a worker are part of what makes two runs the same: LAPACK's last bit depends on them.
 
     A directory that an interrupted run of the same settings left is gone on with; one that is complete is left alone.
 
@@ -36,7 +39,8 @@ def compress_model(
     started = time.perf_counter()
     store = Store.at(output)
     require_apart(source, store)
-    identity = {**settings.model_dump(mode="json"), "source": source.fingerprint}
+    identity = {**settings.model_dump(mode="json"), "source": source.fingerprint, "threads": threads}
+    identity["algorithm"] = ALGORITHM
     out = begin_with_room(store, identity, plan.stored_bytes_as(settings.format))
     if out.complete:
         return {**store.read_json("swsc_report.json"), "resumed": "complete"}
@@ -52,7 +56,7 @@ def compress_model(
             peaks[str(done.worker)] = max(done.value["peak_rss"], peaks.get(str(done.worker), 0))
 
     tasks = [task for task in _tasks(source, plan, store, settings) if task.key not in out.finished]
-    run_tasks(tasks, note, make_pool, out, "compress", lost_if_bad=True)
+    run_tasks(tasks, note, make_pool, out, "compress")
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     ordered = [records[name] for name in sorted(records)]
     finish(out, source, ordered, _config(source, rows, settings.format), report)
@@ -66,18 +70,18 @@ def require_apart(source: Checkpoint, store: Store) -> None:
 
 
 def begin_with_room(store: Store, identity: dict[str, Any], nbytes: int) -> Output:
-    """`begin`, after making sure that the disk holds what is foretold."""
-    free = store.free_bytes()
-    if nbytes > free and not store.exists("swsc_manifest.json"):
+    """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
+    out = begin(store, identity)
+    needed, free = 0 if out.complete else nbytes - out.finished_bytes, store.free_bytes()
+    if needed > free:
+        abandon(out)
         raise OutputError(
-            f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
+            f"{store.root}: {needed:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
         )
-    return begin(store, identity)
+    return out
 
 
-def run_tasks(
-    tasks: list[Task], note: Callable[[Done], None], make_pool: PoolMaker, out: Output, what: str, lost_if_bad: bool
-) -> None:
+def run_tasks(tasks: list[Task], note: Callable[[Done], None], make_pool: PoolMaker, out: Output, what: str) -> None:
     """Run tasks on a pool of their own; a user's mistake found on the way takes the begun output back."""
     source = TaskList(tasks, note)
     try:
@@ -88,8 +92,7 @@ def run_tasks(
         finally:
             pool.close()
     except UserError:
-        if lost_if_bad:
-            abandon(out)
+        abandon(out)
         raise
     source.raise_failures()
 
@@ -134,7 +137,7 @@ def _report(
         "seconds": seconds,
         "phases": _phases(rows),
         "peak_rss": {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "workers": peaks},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in ("swsc", "torch", "ray")},
+        "versions": versions(),
         "argv": sys.argv,
     }
 
@@ -160,6 +163,11 @@ def _phases(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
                 name = key.removesuffix("_seconds")
                 phases[name] = phases.get(name, 0.0) + row["stats"][key]
     return phases
+
+
+def versions() -> dict[str, str]:
+    """What made an output."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in ("swsc", "torch", "ray")}
 
 
 def _version(package: str) -> str:

@@ -1,9 +1,10 @@
 """A compressed model directory in, a plain dense one out, which stock loaders open."""
 
+import sys
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.flows.compress import PoolMaker, begin_with_room, require_apart, run_tasks
+from pipeline.flows.compress import PoolMaker, begin_with_room, require_apart, run_tasks, versions
 from pipeline.model.artifact import Model, finish, open_model
 from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.model.families import layer_of
@@ -27,8 +28,9 @@ def restore_model(location: str, output: str, make_pool: PoolMaker) -> dict[str,
     tasks = _tasks(model, location, store)
     identity = {"restored_from": source.fingerprint}
     out = begin_with_room(store, identity, sum(task.weight for task in tasks))
+    report = _report(model)
     if out.complete:
-        return {"tensors": len(model.names), "restored": len(model.entries)}
+        return report
     records = {file: record for file, (record, _) in out.finished.items()}
 
     def note(done: Done) -> None:
@@ -36,10 +38,18 @@ def restore_model(location: str, output: str, make_pool: PoolMaker) -> dict[str,
         records[record.name] = record
 
     todo = [task for task in tasks if task.key not in out.finished]
-    run_tasks(todo, note, make_pool, out, "restore", lost_if_bad=False)
-    report = {"tensors": len(model.names), "restored": len(model.entries)}
+    run_tasks(todo, note, make_pool, out, "restore")
     finish(out, source, [records[name] for name in sorted(records)], model.config, report)
     return report
+
+
+def _report(model: Model) -> dict[str, Any]:
+    rows = []
+    for name in model.names:
+        done = ("restored", "was compressed") if name in model.entries else ("copied", "was stored as it is")
+        shape = model.entries[name]["shape"] if name in model.entries else model.checkpoint.tensors[name].shape
+        rows.append({"name": name, "action": done[0], "reason": done[1], "shape": list(shape)})
+    return {"format": "dense", "tensors": rows, "versions": versions(), "argv": sys.argv}
 
 
 def _tasks(model: Model, location: str, store: Store) -> list[Task]:

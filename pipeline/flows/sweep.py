@@ -37,30 +37,17 @@ class SweepResult:
         return [row for row in self.rows if row["error"]]
 
 
-def run_sweep(settings: SweepSettings, make_pool: PoolMaker) -> SweepResult:
-    """Run a whole sweep.
-
-    Raises:
-        ConfigError: everything in the settings that does not fit the models, at once; before any work.
-        CheckpointError, TextError: a model or a text cannot be opened.
-    """
-    started = time.perf_counter()
-    source = _SweepSource(settings)
-    tasks = source.total_tasks
-    pool = make_pool(tasks)
-    try:
-        with Progress("sweep", tasks, 0) as progress:
-            execute(pool, source, progress)
-    finally:
-        pool.close()
-    rows, tensors = source.rows()
-    return SweepResult(rows, tensors, time.perf_counter() - started)
-
-
-class _SweepSource:
+class Sweep:
     """Deals out compressions and evaluations, and gathers what comes back."""
 
     def __init__(self, settings: SweepSettings) -> None:
+        """Open models and texts and plan every variant.
+
+        Raises:
+            ConfigError: everything in the settings that does not fit the models, at once.
+            CheckpointError, TextError: a model or a text cannot be opened.
+        """
+        self._started = time.perf_counter()
         self._settings = settings
         if not settings.models:
             raise ConfigError("models: none given; name them in the file or by --model")
@@ -76,6 +63,20 @@ class _SweepSource:
         for run in self._runs:
             self._open_if_ready(run)
 
+    def run(self, make_pool: PoolMaker) -> None:
+        """Do all of it. Whatever stops it, `result` has what was measured until then."""
+        tasks = self.total_tasks
+        pool = make_pool(tasks)
+        try:
+            with Progress("sweep", tasks, 0) as progress:
+                execute(pool, self, progress)
+        except BaseException:
+            for run in self._runs:
+                run.error = run.error or ("not finished" if run.missing or run.outstanding else None)
+            raise
+        finally:
+            pool.close()
+
     @property
     def total_tasks(self) -> int:
         parts = sum(len(deal(w.ids, e)) for run in self._runs for w, e in self._measurements(run))
@@ -85,7 +86,7 @@ class _SweepSource:
         return list(zip(self._windows[run.model], self._settings.evaluations, strict=True))
 
     def _make_compressions(self) -> list[Task]:
-        """A task a tensor, for all its units; largest first within a model, models in turn."""
+        """A task a tensor, for all its units; models in turn."""
         per_model = [self._compressions_of(model, checkpoint) for model, checkpoint in enumerate(self._checkpoints)]
         return [task for task in chain.from_iterable(zip_longest(*per_model)) if task is not None]
 
@@ -95,7 +96,10 @@ class _SweepSource:
             for tensor, unit in run.units.items():
                 if run.model == model and unit not in units.setdefault(tensor, []):
                     units[tensor].append(unit)
-        infos: list[TensorInfo] = sorted((checkpoint.tensors[name] for name in units), key=lambda info: -info.nbytes)
+        # In the order in which runs need them, so that the first variants can be measured while others still compress.
+        needed_by = {name: next(i for i, run in enumerate(self._runs) if name in run.units) for name in units}
+        order = sorted(units, key=lambda name: (needed_by[name], -checkpoint.tensors[name].nbytes))
+        infos: list[TensorInfo] = [checkpoint.tensors[name] for name in order]
         return [
             Task(
                 ("compress", tuple(units[info.name])), "compress_units",
@@ -156,7 +160,9 @@ class _SweepSource:
             for run in self._runs:
                 if unit in run.missing:
                     run.missing.discard(unit)
-                    run.error = run.error or error
+                    if error and not run.error:
+                        run.error = error
+                        self._release(run)
                     self._open_if_ready(run)
             self._forget_unused(unit)
 
@@ -170,7 +176,7 @@ class _SweepSource:
             run.parts.clear()
         else:
             run.losses[number, start] = done.value["losses"]
-            run.dtype = done.value["dtype"]
+            run.dtypes[number] = done.value["dtype"]
         if run.outstanding == 0:
             self._release(run)
 
@@ -184,11 +190,11 @@ class _SweepSource:
         if not any(unit in run.units.values() and not run.error for run in self._runs):
             self._payloads.pop(unit, None)
 
-    def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Rows a variant × evaluation, and rows a variant × tensor."""
+    def result(self) -> SweepResult:
+        """What has been measured so far."""
         rows, tensors = [], []
         for run in self._runs:
             found = tensor_rows(run, self._rows)
             rows += run_rows(run, self._settings, self._checkpoints[run.model], self._windows[run.model], found)
             tensors += [{"model": self._settings.models[run.model], "variant": run.name, **r} for r in found.values()]
-        return rows, tensors
+        return SweepResult(rows, tensors, time.perf_counter() - self._started)

@@ -35,7 +35,7 @@ def run_rows(
         row = about | {"text": text.text, "seqlen": text.seqlen, "windows": len(cut.ids), "error": run.error}
         losses = [loss for part in sorted(p for p in run.losses if p[0] == number) for loss in run.losses[part]]
         try:
-            row |= {"perplexity": None} if run.error else result(model, losses, cut, text, run.dtype)
+            row |= {"perplexity": None} if run.error else result(model, losses, cut, text, run.dtypes[number])
         except NonFiniteError as error:
             row |= {"perplexity": None, "error": str(error)}
         rows.append(row)

@@ -29,8 +29,7 @@ class Run:
     parts: list[Task] = field(default_factory=list)  # evaluation tasks not yet given out
     outstanding: int = 0  # evaluation tasks not yet done
     losses: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (evaluation, first window)
-    dtype: str = ""
-    seconds: float = 0.0
+    dtypes: dict[int, str] = field(default_factory=dict)  # evaluation -> arithmetic it was measured in
     error: str | None = None
 
     @property

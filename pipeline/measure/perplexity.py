@@ -49,7 +49,7 @@ class Evaluator:
         self._model = _load(self._source, key, device)
         self._device = device
         self._swapped: set[str] = set()
-        self._variant = ""
+        self._variant: str | None = ""
 
     @property
     def dtype(self) -> str:
@@ -63,7 +63,7 @@ class Evaluator:
         """
         if variant == self._variant:
             return
-        self._variant = "unfinished"
+        self._variant = None
         for name in sorted(self._swapped - weights.keys()):
             self._put(name, self._source.read(name))
         for name, payload in weights.items():

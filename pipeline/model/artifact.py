@@ -5,20 +5,22 @@ for each finished file. Index, config, report and, last of all, the manifest mak
 directory without a manifest is never taken for a finished one, and a run that was cut short can go on.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError, OutputError
 from pipeline.model.checkpoint import INDEX, Checkpoint, open_checkpoint, read_header
-from pipeline.model.parts import DONE, read_tensor
+from pipeline.model.parts import DONE, RUN, read_tensor
 from pipeline.model.store import FileRecord, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
-MANIFEST, REPORT, RUN = "swsc_manifest.json", "swsc_report.json", ".swsc/run.json"
+MANIFEST, REPORT = "swsc_manifest.json", "swsc_report.json"
+_OURS = re.compile(r"(model-\d+-of-\d+\.safetensors|.*\.partial)$")  # names of tensor files and of unfinished files
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,18 @@ class Output:
         identity: what makes two runs the same: settings and fingerprint of the source.
         finished: records of files that an earlier run of the same identity completed, by file name, with their rows.
         complete: the whole directory is finished already.
+        made_directory: the directory was not there before.
     """
 
     store: Store
     identity: dict[str, Any]
     finished: dict[str, tuple[FileRecord, list[dict[str, Any]]]]
     complete: bool
+    made_directory: bool = False
+
+    @property
+    def finished_bytes(self) -> int:
+        return sum(record.size for record, _ in self.finished.values())
 
 
 def begin(store: Store, identity: dict[str, Any]) -> Output:
@@ -44,15 +52,18 @@ def begin(store: Store, identity: dict[str, Any]) -> Output:
         OutputError: the directory holds something else, or was begun with other settings or another source.
     """
     if store.exists(MANIFEST):
-        _same(store, store.read_json(MANIFEST)["identity"], identity)
+        manifest = store.read_json(MANIFEST)
+        _same(store, manifest["identity"], identity)
+        _require_whole(store, manifest["files"])
         return Output(store, identity, {}, complete=True)
     if store.exists(RUN):
         _same(store, store.read_json(RUN), identity)
         return Output(store, identity, _finished(store), complete=False)
     if store.path(".").exists() and any(store.path(".").iterdir()):
         raise OutputError(f"{store.root}: not empty and not an output of this tool; choose an empty or new directory")
+    made = not store.path(".").exists()
     store.write_json(RUN, identity)
-    return Output(store, identity, {}, complete=False)
+    return Output(store, identity, {}, complete=False, made_directory=made)
 
 
 def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -65,6 +76,14 @@ def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any]) -> No
         raise OutputError(
             f"{store.root}: holds an output of other settings ({'; '.join(changed)}); choose another directory or remove it"
         )
+
+
+def _require_whole(store: Store, files: Mapping[str, Any]) -> None:
+    for name, about in files.items():
+        if not store.exists(name) or store.size(name) != about["size"]:
+            raise OutputError(
+                f"{store.root}: {name} is missing or has another size than it was written with; remove the output"
+            )
 
 
 def _finished(store: Store) -> dict[str, tuple[FileRecord, list[dict[str, Any]]]]:
@@ -81,16 +100,18 @@ def _finished(store: Store) -> dict[str, tuple[FileRecord, list[dict[str, Any]]]
         if sound:
             finished[file] = (record, done["rows"])
     for name in store.names():
-        if name not in finished:
+        if name not in finished and _OURS.match(name):
             store.remove(name)
     return finished
 
 
 def abandon(output: Output) -> None:
     """Take back what this run wrote, after a user's mistake that only showed while it ran (NaN in a weight)."""
-    if not output.finished:
-        for name in [*output.store.names(), ".swsc"]:
-            output.store.remove(name)
+    if output.finished:
+        return
+    for name in [name for name in output.store.names() if _OURS.match(name)] + [".swsc"]:
+        output.store.remove(name)
+    if output.made_directory and not any(output.store.path(".").iterdir()):
         output.store.path(".").rmdir()
 
 

@@ -6,17 +6,20 @@ dtype that numpy would have to know (bfloat16, fp8).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import OutputError
 from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, file_header
 from pipeline.model.store import FileRecord, Store
 
 if TYPE_CHECKING:  # committing a file needs no torch, and a committing process is up sooner without it
     from torch import Tensor
 
-DONE = ".swsc/done"  # folder of the records of finished files, while a run is under way
+RUN = ".swsc/run.json"  # what a run under way was asked for
+DONE = ".swsc/done"  # folder of the records of the files that it has finished
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def commit(root: str, file: str, payload: Payload) -> FileRecord:
     """Write a payload as the safetensors file `file` below `root`, then the record that says it is done."""
     parts = sorted(payload.parts, key=lambda part: (-DTYPES[part.dtype][1], part.name))  # wide first: all stay aligned
     store = Store(root)
+    _require_begun(store)
     record = store.write(file, _pieces(parts))
     record_done(store, record, payload.rows)
     return record
@@ -91,9 +95,18 @@ def copy_tensors(source: Store, infos: Sequence[TensorInfo], target: Store, file
             yield from source.stream(info.file, info.start, info.nbytes)
 
     ordered = sorted(infos, key=lambda info: (-DTYPES[info.dtype][1], info.file, info.start))
+    _require_begun(target)
     record = target.write(file, pieces())
     record_done(target, record, ())
     return record
+
+
+def _require_begun(store: Store) -> None:
+    """Raise OutputError on a node that does not see the directory that the driver has begun."""
+    if not store.exists(RUN):
+        raise OutputError(
+            f"{store.root}: not seen by node {gethostname()}; all nodes must mount the output's filesystem"
+        )
 
 
 def record_done(store: Store, record: FileRecord, rows: Sequence[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ counted by the same functions that count what is stored.
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.config import MatrixSettings
@@ -19,7 +19,6 @@ from swsc_core.spec import RtnSpec, Spec, SwscSpec
 
 _PAPER_PRESET_BITS = 3.0
 _COPY_BYTES = 2 << 30  # largest file of copied tensors: large single files are copied in parallel
-_AXES: tuple[ChannelAxis, ...] = ("output", "input")
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Plan:
 
     @property
     def weights(self) -> int:
-        return sum(decision.info.count for decision in self.decisions)
+        return sum(decision.info.count for decision in self.decisions if decision.action != "tied")
 
     @property
     def stored_bytes(self) -> int:
@@ -88,7 +87,8 @@ class Plan:
 
     def stored_bytes_as(self, form: str) -> int:
         """Foretold bytes of all tensors in the given output format."""
-        return self.stored_bytes if form == "swsc" else sum(decision.info.nbytes for decision in self.decisions)
+        dense = sum(decision.info.nbytes for decision in self.decisions if decision.action != "tied")
+        return self.stored_bytes if form == "swsc" else dense
 
     @property
     def largest_matrix_bytes(self) -> int:
@@ -145,7 +145,8 @@ def _decide(info: TensorInfo, selected: tuple[bool, str], settings: MatrixSettin
     if not chosen:
         return Decision(info, "copied", reason, info.nbytes)
     if len(info.shape) != 2 or info.dtype not in FLOATS or not info.count:
-        return Decision(info, "copied", f"{reason}, but {info.dtype} {list(info.shape)} is not a matrix", info.nbytes)
+        what = f"{info.dtype} {list(info.shape)} is not a matrix of a dtype that is compressed"
+        return Decision(info, "copied", f"{reason}, but {what}", info.nbytes)
     shape = (info.shape[0], info.shape[1])
     specs = resolve(info.name, shape, info.dtype, settings)
     width = _value_bits(info.dtype, settings)
@@ -163,10 +164,12 @@ def resolve(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSetti
     first = _swsc_spec(name, shape, "output", dtype, settings)
     width = _value_bits(dtype, settings)
     true_bits = 8 * first.stored_bytes(shape, width) / (shape[0] * shape[1])
+    share = settings.cluster_share
+    if settings.clusters is not None or settings.rank is not None:  # the numbers given say what share they mean
+        clusters_alone = SwscSpec(first.n_clusters, 0, "output", settings.n_init)
+        share = clusters_alone.stored_bytes(shape, width) / first.stored_bytes(shape, width)
     try:
-        k, r = solve_budget(
-            Geometry(*shape, "input"), true_bits, cluster_share=settings.cluster_share, value_bits=width
-        )
+        k, r = solve_budget(Geometry(*shape, "input"), true_bits, cluster_share=share, value_bits=width)
     except ValueError:  # the budget of the one axis buys nothing on the other: then there is no choice to make
         return (first,)
     return first, SwscSpec(k, r, "input", settings.n_init)
@@ -209,7 +212,7 @@ def _tied(checkpoint: Checkpoint) -> Iterable[Decision]:
     config = checkpoint.config.get("text_config") or checkpoint.config
     embedding = next((info for name, info in checkpoint.tensors.items() if name.endswith("embed_tokens.weight")), None)
     if config.get("tie_word_embeddings") and embedding and "lm_head.weight" not in checkpoint.tensors:
-        head = TensorInfo("lm_head.weight", embedding.dtype, (0,), embedding.file, embedding.start, 0)
+        head = replace(embedding, name="lm_head.weight")
         yield Decision(head, "tied", f"shares {embedding.name}", 0)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from uuid import uuid4
 
 from pipeline.errors import UserError
 
@@ -79,7 +80,7 @@ class Store:
         """Write a file of the given pieces; under `name` it is whole and durable, or not there."""
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}{TEMPORARY}")
+        temporary = target.with_name(f"{target.name}.{uuid4().hex[:8]}{TEMPORARY}")  # two writers must not share one
         digest, size = hashlib.sha256(), 0
         with open(temporary, "wb", buffering=0) as file:
             for piece in pieces:

@@ -16,6 +16,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "variant": ("variant", ""),
     "name": ("tensor", ""),
     "shape": ("shape", ""),
+    "text": ("text", ""),
+    "seqlen": ("L", ""),
     "paper_bits": ("paper bits", ".2f"),
     "bits_per_weight": ("true bits", ".3f"),
     "whole_model_bits_per_weight": ("whole-model bits", ".3f"),

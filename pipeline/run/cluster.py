@@ -17,7 +17,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from pipeline.config import ClusterSettings
 from pipeline.errors import ClusterError, RunError, WorkerLost
@@ -27,6 +27,7 @@ from pipeline.run.worker import Worker
 
 _WAIT_SECONDS = 1.0
 _COMMITS_PER_WORKER = 2  # payloads waiting to be written; bounds what lies in the object store
+_CLOSE_SECONDS = 30.0  # longest wait for commits under way
 _RESPAWNS_PER_WORKER = 5
 
 
@@ -52,19 +53,27 @@ def make_pool(settings: ClusterSettings, tasks: int) -> Pool:
     if settings.local:
         import torch
 
-        return LocalPool(Worker(settings.cpus_per_worker, "cuda" if torch.cuda.is_available() else "cpu"))
+        on_gpu = torch.cuda.is_available() and settings.gpus_per_worker != 0
+        return LocalPool(Worker(settings.threads_per_worker, "cuda" if on_gpu else "cpu"))
     started_here = _connect(settings.address)
     have = ray.cluster_resources()
     gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(have.get("GPU", 0) > 0)
-    room = int(have.get("CPU", 0) // settings.cpus_per_worker)
-    room = min(room, int(have.get("GPU", 0) / gpus)) if gpus else room
+    room = sum(_room(node["Resources"], settings.cpus_per_worker, gpus) for node in ray.nodes() if node["Alive"])
     if room < (settings.workers or 1):
         raise ClusterError(
-            f"{settings.workers or 1} workers of {settings.cpus_per_worker} CPUs and {gpus:g} GPUs do not fit the cluster,"
-            f" which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; lower --workers, --cpus-per-worker or"
+            f"{settings.workers or 1} workers of {settings.cpus_per_worker:g} CPUs and {gpus:g} GPUs do not fit the cluster,"
+            f" which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs on {len(ray.nodes())} nodes; lower --workers, --cpus-per-worker or"
             " --gpus-per-worker"
         )
-    return RayPool(settings.workers or max(1, min(room, tasks)), settings.cpus_per_worker, gpus, started_here)
+    options = {"num_cpus": settings.cpus_per_worker, "num_gpus": gpus}
+    size = settings.workers or max(1, min(room, tasks))
+    return RayPool(size, options, settings.threads_per_worker, started_here)
+
+
+def _room(resources: dict[str, float], cpus: float, gpus: float) -> int:
+    """Workers that fit one node: none ever spans two."""
+    by_cpus = int(resources.get("CPU", 0) / cpus)
+    return min(by_cpus, int(resources.get("GPU", 0) / gpus)) if gpus else by_cpus
 
 
 def _connect(address: str | None) -> bool:
@@ -81,7 +90,10 @@ def _connect(address: str | None) -> bool:
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ClusterError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {reason}") from None
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise ClusterError(
+            f"no Ray cluster at {where}: {reason}; check --address, RAY_ADDRESS and RAY_AUTH_MODE"
+        ) from None
     # `ray job stop` and cluster managers send SIGTERM: end as after Ctrl-C. Ray installs its own handler at init.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return started_here
@@ -110,23 +122,28 @@ class _Flight:
 class RayPool:
     """Actors of Ray, one task at a time each."""
 
-    def __init__(self, size: int, cpus: int, gpus: float, started_here: bool) -> None:
+    def __init__(self, size: int, options: dict[str, float], threads: int, started_here: bool) -> None:
         self.size = size
-        self._options = {"num_cpus": cpus, "num_gpus": gpus}
-        self._threads = cpus
+        self._options = options
+        self._threads = threads
         self._started_here = started_here
-        self._actors = [self._spawn() for _ in range(size)]
+        self._coming: dict[Any, int] = {}  # what tells that a worker is up -> the worker
+        self._actors = [self._spawn(worker) for worker in range(size)]
         self._working: dict[int, _Flight] = {}
         self._committing: list[_Flight] = []
         self._respawns = 0
 
-    def _spawn(self) -> Any:
-        return _ACTOR.options(**self._options).remote(self._threads)
+    def _spawn(self, worker: int) -> Any:
+        """A new actor. It gets no task before it is up: it may be one that finds no place for hours, or ever."""
+        actor: Any = _ACTOR.options(**self._options).remote(self._threads)
+        self._coming[actor.__ray_ready__.remote()] = worker
+        return actor
 
     def idle(self) -> list[int]:
         if len(self._committing) >= _COMMITS_PER_WORKER * self.size:
             return []
-        return [worker for worker in range(self.size) if worker not in self._working]
+        absent = self._working.keys() | set(self._coming.values())
+        return [worker for worker in range(self.size) if worker not in absent]
 
     def start(self, worker: int, task: Task) -> None:
         method = getattr(self._actors[worker], task.method)
@@ -138,8 +155,11 @@ class RayPool:
     def wait(self) -> Done | None:
         flights = {flight.report: flight for flight in self._working.values()}
         flights |= {flight.record: flight for flight in self._committing}
-        ready, _ = ray.wait(list(flights), num_returns=1, timeout=_WAIT_SECONDS, fetch_local=False)
+        ready, _ = ray.wait([*flights, *self._coming], num_returns=1, timeout=_WAIT_SECONDS, fetch_local=False)
         if not ready:
+            return None
+        if ready[0] in self._coming:
+            self._arrived(ready[0])
             return None
         flight, ref = flights[ready[0]], ready[0]
         try:
@@ -157,35 +177,48 @@ class RayPool:
         self._committing.append(flight)
         return None
 
+    def _arrived(self, ref: Any) -> None:
+        worker = self._coming.pop(ref)
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            raise RunError(f"a worker cannot start: {' '.join(str(error.cause).split())}") from None
+        except RayError as error:
+            self._replace(worker, f"start ({type(error).__name__})")
+
     def _failed(self, flight: _Flight, ref: Any, error: RayError) -> Done:
+        """An error of the task's own, or of Ray: then the process, its node or an object is gone, and it may run again."""
+        own = error.cause if isinstance(error, RayTaskError) and not isinstance(error, ObjectLostError) else None
         if ref is flight.record:
             self._committing.remove(flight)
         else:
             del self._working[flight.worker]
-        lost = isinstance(error, (RayActorError, OutOfMemoryError, ObjectLostError))
-        if isinstance(error, RayActorError):
-            self._replace(flight.worker, flight.task)
-        if lost:
-            cause: Any = WorkerLost(f"{flight.task.label}: {type(error).__name__}")
-        else:
-            inner = error.cause if isinstance(error, RayTaskError) else error
-            cause = as_swsc_error(inner, flight.task)
-        return Done(flight.task, error=cause, worker=flight.worker)
+            if own is None:
+                self._replace(flight.worker, flight.task.label)
+        if own is not None:
+            return Done(flight.task, error=as_swsc_error(own, flight.task), worker=flight.worker)
+        lost = WorkerLost(f"{flight.task.label}: {type(error).__name__}")
+        return Done(flight.task, error=lost, worker=flight.worker)
 
-    def _replace(self, worker: int, task: Task) -> None:
+    def _replace(self, worker: int, at: str) -> None:
         self._respawns += 1
         if self._respawns > _RESPAWNS_PER_WORKER * self.size:
-            raise RunError(
-                f"workers died {self._respawns} times, the last one at {task.label}; look at their memory and GPUs"
-            )
+            raise RunError(f"workers died {self._respawns} times, the last one at {at}; look at their memory and GPUs")
         ray.kill(self._actors[worker])
-        self._actors[worker] = self._spawn()
+        self._actors[worker] = self._spawn(worker)
 
     def put(self, value: Any) -> Any:
         return ray.put(value)
 
     def close(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+        """End workers, and wait for commits under way: nothing is written after this."""
+        try:
+            for actor in self._actors:
+                ray.kill(actor)
+            pending = [flight.record for flight in (*self._committing, *self._working.values()) if flight.record]
+            if pending:
+                ray.wait(pending, num_returns=len(pending), timeout=_CLOSE_SECONDS, fetch_local=False)
+        except RayError:
+            pass  # Ray itself is gone; what made it so is on its way to the user
         if self._started_here:
             ray.shutdown()

@@ -1,5 +1,6 @@
 """The loop that keeps workers busy. It holds names, handles and small reports; a weight never passes through it."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -8,6 +9,7 @@ from pipeline.errors import RunError, UserError, WorkerLost
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
+_SECONDS_OF_PATIENCE = 20.0  # before a run that has no worker says so
 _ATTEMPTS = 3  # of a task whose worker or object went away under it
 
 
@@ -56,17 +58,21 @@ def execute(pool: Pool, source: Source, progress: Progress) -> None:
     again: list[Task] = []
     attempts: Counter[object] = Counter()
     running = 0
+    patience = time.monotonic() + _SECONDS_OF_PATIENCE
     while True:
         for worker in pool.idle():
             task = again.pop() if again else source.next(worker)
             if task is not None:
                 pool.start(worker, task)
                 running += 1
-        if not running:
-            return
+        if not running and pool.idle():
+            return  # workers are there, and nothing is left for them
         done = pool.wait()
         progress.tick()
         if done is None:
+            if not running and time.monotonic() > patience:
+                progress.say("no worker is up yet: the cluster is busy, or nodes are still coming")
+                patience = time.monotonic() + 6 * _SECONDS_OF_PATIENCE
             continue
         running -= 1
         attempts[done.task.key] += 1

@@ -54,7 +54,7 @@ class Pool(Protocol):
     size: int
 
     def idle(self) -> list[int]:
-        """Workers that may be given a task now."""
+        """Workers that are up and may be given a task now."""
 
     def start(self, worker: int, task: Task) -> None:
         """Begin a task on an idle worker."""

@@ -113,8 +113,12 @@ class Worker:
         if self._evaluator is None or self._evaluator.key != key:
             self._evaluator = None  # the old model goes before the new one comes
             self._evaluator = Evaluator(key, self.device)
-        self._evaluator.become(variant, dict(zip(names, payloads, strict=True)))
-        return {"losses": self._evaluator.losses(windows), "dtype": self._evaluator.dtype}
+        try:
+            self._evaluator.become(variant, dict(zip(names, payloads, strict=True)))
+            return {"losses": self._evaluator.losses(windows), "dtype": self._evaluator.dtype}
+        except BaseException:
+            self._evaluator = None  # half swapped, it would contaminate whatever is measured next
+            raise
 
 
 def _row(

@@ -113,7 +113,9 @@ def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun( 
         (["--bits", "3", "--rank", "4"], ["bits stands beside clusters or rank"]),
         (["--method", "rtn", "--bits", "9"], ["bits 9 is out of range for rtn", "2 to 8"]),
         (["--method", "rtn", "--bits", "2.5"], ["bits 2.5 is out of range for rtn"]),
-        (["--method", "rtn", "--rank", "4"], ["clusters and rank belong to method swsc"]),
+        (["--method", "rtn", "--rank", "4"], ["rank mean nothing to method rtn"]),
+        (["--symmetric", "--group-size", "64"], ["group_size, symmetric mean nothing to method swsc"]),
+        (["--method", "rtn", "--group-size", "64"], ["group_size counts with granularity group only"]),
         (["--method", "magic"], ["method", "'swsc' or 'rtn'", "magic"]),
         (["--preset", "best"], ["preset", "'paper'", "best"]),
         (["--projectors", "q,zebra"], ["zebra", "known are q, k, v", "--include"]),
@@ -135,6 +137,22 @@ def test_all_config_errors_are_shown_at_once(tiny_model: Path, tmp_path: Path, r
     config.write_text("bits: -1\nclusterz: 4\nseed: abc\nformat: zip\n")
     wanted = ("clusterz", "bits", "seed", "format")
     refused(*compress(tiny_model, tmp_path, "--config", config), wanted=wanted)
+
+
+def test_output_or_result_in_a_place_that_cannot_be_written(
+    tiny_model: Path, text: Path, tmp_path: Path, refused
+) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "file").write_text("")
+    refused("compress", tiny_model, tmp_path / "file", "--local", wanted=("file",))
+    refused("plan", tiny_model, "--json", tmp_path / "no" / "plan.json", wanted=("plan.json", "No such file"))
+    flags = ("--seqlen", "64", "--local", "--json", tmp_path / "no" / "e.json")
+    refused("evaluate", tiny_model, "--text", text, *flags, wanted=("e.json", "No such file"))
+
+
+def test_a_text_too_short_is_told_before_anything_is_compressed(  # type: ignore[no-untyped-def]
+    tiny_model: Path, text: Path, tmp_path: Path, refused
+) -> None:
+    refused(*compress(tiny_model, tmp_path, "--text", text, "--seqlen", "4096"), wanted=("0 windows of 4096",))
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("- a\n", "mapping"), ("a: [", "not YAML"), (None, "No such file")])
@@ -166,8 +184,8 @@ def test_plan_says_that_the_disk_is_too_small(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
-    assert main(["plan", str(tiny_model), "--output", str(tmp_path / "out")]) == 1
-    assert "not enough room" in capsys.readouterr().out
+    assert main(["plan", str(tiny_model), "--output", str(tmp_path / "out")]) == 2
+    assert "not enough room" in capsys.readouterr().err
 
 
 def test_pickle_checkpoint(tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
@@ -219,4 +237,4 @@ def test_wikitext_without_the_hub_names_the_remedy(tiny_model: Path, refused) ->
 def test_sweep_that_cannot_be_carried_out(tiny_model: Path, tmp_path: Path, refused, config: str, wanted: str) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "s.yaml").write_text(config)
     flags = ("--model", tiny_model, "--local")
-    refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "results", *flags, wanted=(wanted,))
+    refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "out", *flags, wanted=(wanted,))

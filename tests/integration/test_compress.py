@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,31 @@ class TestInterruption:
         assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--local", "--seed", "3"]) == 2
         assert "seed 0 -> 3" in capsys.readouterr().err
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+    def test_room_is_wanted_only_for_what_is_not_finished(
+        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.interrupted(tiny_model, tmp_path / "out", monkeypatch, after=3)
+        done = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 218_000 - done))
+        compress(tiny_model, tmp_path / "out")
+
+    def test_a_source_whose_weights_changed_is_another_source(
+        self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        make_tiny_model(tmp_path / "fine-tuned", seed=1)  # the same shapes and config
+        compress(tiny_model, tmp_path / "out")
+        assert main(["compress", str(tmp_path / "fine-tuned"), str(tmp_path / "out"), "--local"]) == 2
+        assert "source" in capsys.readouterr().err
+
+    def test_a_finished_output_that_lost_a_file_is_not_taken_for_whole(
+        self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        compress(tiny_model, tmp_path / "out")
+        next((tmp_path / "out").glob("*.safetensors")).unlink()
+        assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--local"]) == 2
+        assert "is missing or has another size" in capsys.readouterr().err
 
     def test_a_finished_output_is_left_alone(self, tiny_model: Path, compressed: Path) -> None:
         before = {path: path.stat().st_mtime_ns for path in compressed.iterdir()}

@@ -112,6 +112,24 @@ def test_a_model_with_a_missing_weight_is_not_filled_with_random_numbers(tmp_pat
     assert main(["evaluate", str(model), "--text", str(text), "--seqlen", "64", "--local"]) == 2
 
 
+def test_a_swap_that_fails_half_way_leaves_no_trace_in_later_ones(tiny_model: Path) -> None:
+    from dataclasses import replace
+
+    from pipeline.model.checkpoint import open_checkpoint
+    from swsc_core import SwscSpec
+
+    worker, source = Worker(1, "cpu"), open_checkpoint(str(tiny_model))
+    key, windows = ModelKey(str(tiny_model), "float32", 1), np.arange(64).reshape(2, 32)
+    names = [f"model.layers.0.self_attn.{role}_proj.weight" for role in "qk"]
+    good, bad = (
+        worker.compress_units(source.store, source.tensors[name], [((SwscSpec(3, 1),), 0, None)])[1] for name in names
+    )
+    before = worker.measure(key, "", (), windows)["losses"]
+    with pytest.raises(KeyError):
+        worker.measure(key, "broken", names, windows, good, replace(bad, parts=bad.parts[:1]))
+    assert worker.measure(key, "", (), windows)["losses"] == before
+
+
 def test_swapping_variants_in_and_out_leaves_the_model_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
     from pipeline.model.checkpoint import open_checkpoint
     from swsc_core import SwscSpec

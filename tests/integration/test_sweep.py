@@ -10,7 +10,7 @@ import yaml
 
 from jobs.cli import main
 from pipeline.config import SweepSettings, validated
-from pipeline.flows.sweep import run_sweep
+from pipeline.flows.sweep import Sweep
 from pipeline.flows.sweep_rows import known_model
 from pipeline.run.pool import LocalPool, Task
 from pipeline.run.worker import Worker
@@ -74,7 +74,7 @@ def test_a_sweep_equals_its_single_runs_and_writes_json_and_parquet(
 
 def test_a_tensor_is_read_once_and_a_unit_is_compressed_once(models: list[Path], text: Path) -> None:
     pool = RecordingPool()
-    run_sweep(validated(SweepSettings, sweep_of(models[:1], text)), lambda _: pool)
+    Sweep(validated(SweepSettings, sweep_of(models[:1], text))).run(lambda _: pool)
     compressions = [task for task in pool.given if task.method == "compress_units"]
     assert len(compressions) == 4  # q and k of two layers, each once
     assert all(task.outputs == 2 for task in compressions)  # 4 bits, shared by two variants, and RTN
@@ -82,7 +82,7 @@ def test_a_tensor_is_read_once_and_a_unit_is_compressed_once(models: list[Path],
 
 def test_evaluation_begins_while_others_still_compress(models: list[Path], text: Path) -> None:
     pool = RecordingPool()
-    run_sweep(validated(SweepSettings, sweep_of(models, text)), lambda _: pool)
+    Sweep(validated(SweepSettings, sweep_of(models, text))).run(lambda _: pool)
     methods = [(task.method, task.args[1]) for task in pool.given]
     first_variant = next(i for i, (method, what) in enumerate(methods) if method == "measure" and what)
     last_compression = max(i for i, (method, _) in enumerate(methods) if method == "compress_units")
@@ -90,14 +90,9 @@ def test_evaluation_begins_while_others_still_compress(models: list[Path], text:
 
 
 def test_payloads_are_let_go_when_no_variant_waits_for_them(models: list[Path], text: Path) -> None:
-    from pipeline.flows.sweep import _SweepSource
-    from pipeline.run.driver import execute
-    from pipeline.run.progress import Progress
-
-    source = _SweepSource(validated(SweepSettings, sweep_of(models, text)))
-    with Progress("sweep", 1, 0) as progress:
-        execute(RecordingPool(), source, progress)
-    assert source._payloads == {}
+    sweep = Sweep(validated(SweepSettings, sweep_of(models, text)))
+    sweep.run(lambda _: RecordingPool())
+    assert sweep._payloads == {}
 
 
 def test_one_failing_variant_does_not_stop_the_rest(
@@ -120,6 +115,43 @@ def test_one_failing_variant_does_not_stop_the_rest(
     assert "no such luck" in error
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [row["variant"] for row in rows if row["perplexity"] is None] == ["rtn", "rtn"]
+
+
+def test_an_interrupted_sweep_writes_what_it_has_measured(
+    models: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Worker.measure, []
+
+    def measure(self: Worker, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Worker, "measure", measure)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text)))
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 130
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    measured = [row["variant"] for row in rows if row["perplexity"] is not None]
+    assert measured[:2] == ["uncompressed", "uncompressed"]
+    assert 0 < len(measured) < len(rows)
+    assert all(row["error"] == "not finished" for row in rows if row["perplexity"] is None)
+
+
+def test_each_evaluation_says_its_own_dtype(models: list[Path], text: Path) -> None:
+    settings = sweep_of(models[:1], text, VARIANTS[:1])
+    settings["evaluations"][1]["dtype"] = "bfloat16"
+    sweep = Sweep(validated(SweepSettings, settings))
+    sweep.run(lambda _: RecordingPool())
+    assert [row["dtype"] for row in sweep.result().rows] == ["float32", "bfloat16"] * 2
+
+
+def test_a_directory_that_is_not_ours_is_left_alone(models: list[Path], text: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("mine")
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text)))
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 2
+    assert (tmp_path / "out" / "results.json").read_text() == "mine"
 
 
 def test_published_figures_stand_beside_ours_only_where_the_model_is_that_one() -> None:

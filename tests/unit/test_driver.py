@@ -64,10 +64,14 @@ def test_a_task_whose_worker_died_runs_again() -> None:
 
 
 def test_a_task_that_kills_every_worker_is_given_up_and_named_and_the_others_finish() -> None:
-    finished: list[str] = []
+    pool, finished = ScriptedPool({"b": [WorkerLost("b dies")] * 9}), []
+    source = TaskList([Task(name, "work", ()) for name in "abc"], lambda done: finished.append(done.value))
+    with Progress("test", 3, 0) as progress:
+        execute(pool, source, progress)
+    assert sorted(finished) == ["a", "c"]
+    assert pool.started.count("b") == 3
     with pytest.raises(RunError, match=r"1 tasks failed.*b dies"):
-        finished = run("abc", {"b": [WorkerLost("b dies")] * 9})[1]
-    assert finished == []
+        source.raise_failures()
 
 
 def test_a_failing_task_does_not_stop_the_others() -> None:

@@ -47,7 +47,7 @@ GRANULARITIES = st.sampled_from(["tensor", "channel", "group"])
     seed=st.integers(0, 1000), m=st.integers(1, 12), n=st.integers(1, 40), bits=st.integers(2, 8),
     granularity=GRANULARITIES, group=st.integers(1, 50), symmetric=st.booleans(),
 )  # fmt: skip
-def test_every_weight_lies_within_half_a_step_and_bytes_are_as_foretold(
+def test_every_weight_lies_within_a_step_and_bytes_are_as_foretold(
     seed: int,
     m: int,
     n: int,

@@ -89,6 +89,13 @@ def test_auto_axis_offers_both_axes_at_equal_true_bits() -> None:
     assert other <= one <= other + 0.1
 
 
+@pytest.mark.parametrize(("numbers", "zero"), [({"clusters": 0, "rank": 16}, "n_clusters"), ({"clusters": 16}, "rank")])
+def test_auto_axis_keeps_a_zero_that_was_asked_for(numbers: dict[str, int], zero: str) -> None:
+    specs = plan_of({"a.k_proj.weight": (64, 96)}, channel_axis="auto", projectors="k", **numbers).compressed[0].specs
+    assert len(specs) == 2
+    assert [getattr(spec, zero) for spec in specs] == [0, 0]
+
+
 def test_rtn_stores_scales_in_no_fewer_than_16_bits_even_for_fp8() -> None:
     decision = plan_of(dtype="F8_E4M3", method="rtn", bits=4).compressed[0]
     assert decision.specs == (RtnSpec(4),)

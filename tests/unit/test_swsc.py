@@ -79,12 +79,19 @@ def test_clusters_without_compensation_are_the_means_of_their_channels() -> None
     assert torch.equal(restore(matrix), torch.tensor([[2.0, 2.0], [2.0, 2.0], [10.0, 0.0]]))
 
 
-def test_compensation_makes_up_for_the_rounding_of_the_centroids() -> None:
-    """The error is taken against the centroids as stored: full rank in float32 then restores even coarse centroids."""
+def test_the_error_is_taken_against_the_centroids_as_they_are_stored() -> None:
+    """So that the SVD makes up for their rounding too: here two bits of mantissa."""
     weight = weight_of(3, 12, 12) * 1000
     matrix, stats = compress(weight, 3, 0, storage_dtype=torch.float8_e5m2)
     rounded = float((weight - restore(matrix, torch.float32)).double().square().sum())
     assert stats.cluster_error == pytest.approx(rounded, rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_values_that_overflow_the_storage_dtype_name_the_tensor_and_the_remedy(rank: int) -> None:
+    weight = (weight_of(3, 12, 12) * 1e6).bfloat16()
+    with pytest.raises(WeightError, match=r"layer: .* overflow .*float16; choose a wider storage dtype"):
+        encode(weight, [SwscSpec(3, rank)], name="layer", storage_dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
