@@ -6,6 +6,7 @@ replaced here, and the driver decides about its task.
 
 import os
 import signal
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.run.worker import Worker
 
 _WAIT_SECONDS = 1.0
 _COMMITS_PER_WORKER = 2  # payloads waiting to be written; bounds what lies in the object store
+_CONNECT_SECONDS = 10.0
 _CLOSE_SECONDS = 30.0  # longest wait for commits under way
 _RESPAWNS_PER_WORKER = 5
 
@@ -82,6 +84,8 @@ def _connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     started_here = False
+    where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    _require_listener(where)
     try:
         if address != "local" and (address or "RAY_ADDRESS" in os.environ):
             ray.init(address=address, **quiet)
@@ -90,13 +94,24 @@ def _connect(address: str | None) -> bool:
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise ClusterError(
             f"no Ray cluster at {where}: {reason}; check --address, RAY_ADDRESS and RAY_AUTH_MODE"
         ) from None
     # `ray job stop` and cluster managers send SIGTERM: end as after Ctrl-C. Ray installs its own handler at init.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return started_here
+
+
+def _require_listener(address: str) -> None:
+    """Raise ClusterError if nobody listens at host:port: Ray itself would try for minutes and then end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ClusterError(f"no Ray cluster at {address}: {reason}; check --address and RAY_ADDRESS") from None
 
 
 def _found_local_cluster(quiet: dict[str, Any]) -> bool:
