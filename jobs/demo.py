@@ -58,13 +58,13 @@ def _compress(model: Path, output: Path, cluster: ClusterSettings) -> None:
 
 
 def _sweep(model: Path, text: Path) -> SweepSettings:
-    three_bits = {"projectors": "q,k", "bits": 3, "count": "paper"}
+    three_bits = {"projectors": "q,k", "bits": 3}
     values = {
         "models": [str(model)],
         "variants": [
             {"name": "RTN, one scale a tensor", "method": "rtn", "granularity": "tensor", **three_bits},
             {"name": "RTN, one scale a channel", "method": "rtn", **three_bits},
-            {"name": "SWSC as in the paper", **three_bits},
+            {"name": "SWSC as in the paper", "count": "paper", **three_bits},
         ],
         "evaluations": [{"text": str(text), "seqlen": 1024, "windows": 8}],
     }

@@ -46,7 +46,9 @@ def free_port() -> int:
 def cluster() -> Iterator[Cluster]:
     """Head with two CPUs, second node with one."""
     folder = tempfile.mkdtemp(prefix="swsc")  # short: socket paths are limited to 107 bytes
-    environment = {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT)}
+    # The entrypoint of a job says `python`: it must be this one, also where no environment is activated.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), "PATH": path}
     port, dashboard = free_port(), free_port()
     common = ["--num-gpus=0", f"--temp-dir={folder}", "--object-store-memory=200000000", "--block"]
     # Jobs are submitted through a node's agent; its default port may be another cluster's.

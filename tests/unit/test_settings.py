@@ -46,6 +46,13 @@ def test_table_1_has_the_papers_rows_and_figures() -> None:
     }
 
 
+def test_the_demo_asks_for_what_can_be_carried_out() -> None:
+    from jobs.demo import _sweep
+
+    variants = _sweep(Path("model"), Path("text")).variants
+    assert [(v.method, v.bits) for v in variants] == [("rtn", 3), ("rtn", 3), ("swsc", 3)]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in vars(errors).values() if isinstance(kind, type)])
 def test_every_error_survives_pickling(kind: type[SwscError]) -> None:
     again = pickle.loads(pickle.dumps(kind("layer 3: NaN")))
