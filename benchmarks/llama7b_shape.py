@@ -3,8 +3,7 @@
     python -m benchmarks.llama7b_shape make DIR            13.5 GB of made-up weights, written in two or three minutes
     python -m benchmarks.llama7b_shape run DIR OUT         compress Q and K on a Ray cluster of its own, and watch it
 
-`run` samples every process of the job each 0.2 s: memory, and what each worker is doing by the title that Ray gives it.
-RSS counts every page that is mapped, those of the object store too; PSS counts a shared page once in all, USS not at all.
+`run` watches the processes of the job each 0.2 s (see watch.py), and says where the workers' time went.
 """
 
 import argparse
@@ -13,13 +12,12 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-from benchmarks.common import print_markdown
+from benchmarks.watch import Watch, print_memory, print_time, print_verdict
 
 ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 1_000_000_000
@@ -31,8 +29,7 @@ CONFIG = {
     "rope_scaling": None, "attention_bias": False, "pretraining_tp": 1, "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2, "use_cache": True, "torch_dtype": "bfloat16",
 }  # fmt: skip
-LIMITS = {"driver": 1.0, "ray::ActorWorker": 1.5, "ray::commit": 1.5, "ray::IDLE": 1.5}  # GB of RSS
-INTERVAL = 0.2  # seconds between samples
+INTERVAL, THOROUGH = 0.2, 5  # seconds between samples; every so many of them a thorough one
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -101,45 +98,24 @@ def make(directory: str, layers: int) -> int:
     return 0
 
 
-class Watch:
-    """Peak memory of the driver and of Ray's processes below it by kind, and what workers were seen at."""
-
-    def __init__(self, driver: psutil.Process) -> None:
-        self.driver = driver
-        self.peaks: dict[str, Counter[str]] = defaultdict(Counter)  # kind -> {"rss", "pss", "uss"} of one process
-        self.seconds: Counter[str] = Counter()  # title of a worker -> seconds that it was seen with it
-        self.workers: set[int] = set()
-        self.sampled = time.perf_counter()
-
-    def sample(self) -> None:
-        last, self.sampled = self.sampled, time.perf_counter()
-        for process in (self.driver, *self.driver.children(recursive=True)):
-            try:
-                title = "driver" if process == self.driver else os.path.basename((process.cmdline() or [""])[0])
-                if not title.startswith(("driver", "ray::", "raylet")):
-                    continue
-                memory = process.memory_full_info()
-            except psutil.Error:
-                continue  # it ended meanwhile
-            kind = title.split(".")[0]
-            for what in ("rss", "pss", "uss"):
-                self.peaks[kind][what] = max(self.peaks[kind][what], getattr(memory, what))
-            if kind in ("ray::ActorWorker", "ray::commit"):
-                self.seconds[title] += self.sampled - last
-            if kind == "ray::ActorWorker":
-                self.workers.add(process.pid)
-
-
 def run(directory: str, output: str, address: str, workers: int | None) -> int:
     """Compress in a process of its own, watch it, print what was seen; 1 if a limit is broken."""
+    if Path(output).exists():
+        print(
+            f"{output} exists: a run that goes on, or has nothing to do, would show too little; remove it",
+            file=sys.stderr,
+        )
+        return 2
     command = [sys.executable, "-m", "jobs", "compress", directory, output, "--projectors", "q,k", "--bits", "3"]
     command += ["--count", "paper", "--address", address, *(["--workers", str(workers)] if workers else [])]
     started = time.perf_counter()
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     watch = Watch(psutil.Process(driver.pid))
+    samples = 0
     while driver.poll() is None:
-        watch.sample()
+        watch.sample(thorough=samples % THOROUGH == 0)
+        samples += 1
         time.sleep(INTERVAL)
     wall = time.perf_counter() - started
     if driver.returncode:
@@ -149,42 +125,6 @@ def run(directory: str, output: str, address: str, workers: int | None) -> int:
     print_memory(watch)
     print_time(watch, report, wall)
     return print_verdict(watch)
-
-
-def print_memory(watch: Watch) -> None:
-    rows = [
-        (kind, *(f"{peak[what] / 1e9:.2f}" for what in ("rss", "pss", "uss")), LIMITS.get(kind, ""))
-        for kind, peak in sorted(watch.peaks.items(), key=lambda item: -item[1]["rss"])
-    ]
-    print_markdown(("process (largest of its kind)", "peak RSS, GB", "peak PSS", "peak USS", "limit of RSS"), rows)
-
-
-def print_time(watch: Watch, report: dict, wall: float) -> None:
-    """Worker seconds by what they were spent on: measured by the workers, and sampled by their titles."""
-    count = len(watch.workers)
-    available = report["seconds"] * count
-    encoding = sum(row.get("seconds", 0.0) for row in report["tensors"])
-    phases = report["phases"]
-    shares = {"reading": phases["read"], "K-Means": phases["kmeans"], "SVD": phases["svd"]}
-    shares["restoring, measuring, packing"] = encoding - phases["kmeans"] - phases["svd"]
-    shares["rest: copying, start of Ray, hand-over, idle"] = available - sum(shares.values())
-    print(f"\nWall time {wall:.1f} s, of it {report['seconds']:.1f} s in the run, with {count} workers:\n")
-    print_markdown(
-        ("worker time, measured", "s", "share"),
-        [(name, f"{seconds:.1f}", f"{seconds / available:.1%}") for name, seconds in shares.items()],
-    )
-    print()
-    print_markdown(
-        ("all workers and commits by title, sampled", "s"),
-        [(title, f"{seconds:.1f}") for title, seconds in sorted(watch.seconds.items())],
-    )
-    print(f"\nThe watcher itself took {time.process_time() / wall:.1%} of a core.")
-
-
-def print_verdict(watch: Watch) -> int:
-    broken = [kind for kind, limit in LIMITS.items() if watch.peaks[kind]["rss"] > limit * 1e9]
-    print(f"\nLimits: {'broken by ' + ', '.join(broken) if broken else 'kept'}.")
-    return 1 if broken else 0
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -46,6 +46,10 @@ def run(processes: int, threads: int, size: Sequence[str]) -> dict[str, Any]:
     return {**slowest, "seconds": slowest["seconds"] / processes, "sha256": {result["sha256"] for result in results}}
 
 
+def names(digests: Iterable[str]) -> str:
+    return ", ".join(digest[:12] for digest in sorted(digests))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=4096)
@@ -62,17 +66,18 @@ def main() -> int:
     for number in range(given.runs):
         for way, (processes, threads) in WAYS.items():
             found[way].append(run(processes, threads, size))
-            print(f"run {number}, {way}: {found[way][-1]['seconds']:.2f} s a matrix", file=sys.stderr)
+            last = found[way][-1]
+            print(f"run {number}, {way}: {last['seconds']:.2f} s a matrix, {names(last['sha256'])}", file=sys.stderr)
     base = found["1 process × 1 thread"]
     rows = []
     for way, results in found.items():
         ratio = median(a["seconds"] / b["seconds"] for a, b in zip(results, base, strict=True))
         seconds = [median(result[key] for result in results) for key in ("seconds", "kmeans_seconds", "svd_seconds")]
-        hashes = sorted(set.union(*(result["sha256"] for result in results)))
-        names = ", ".join(digest[:12] for digest in hashes)
-        rows.append((way, *(f"{value:.2f}" for value in seconds), f"{ratio:.2f}", names, f"{results[0]['error']:.6f}"))
-    header = ("way", "s a matrix", "K-Means s", "SVD s", "ratio to 1 × 1", "sha256 of the stored tensors", "error")
-    print_markdown(header, rows)
+        seconds.insert(0, min(result["seconds"] for result in results))
+        hashes = names(set.union(*(result["sha256"] for result in results)))
+        rows.append((way, *(f"{value:.2f}" for value in seconds), f"{ratio:.2f}", hashes, f"{results[0]['error']:.6f}"))
+    times = ("least s a matrix", "median", "K-Means", "SVD", "ratio to 1 × 1")
+    print_markdown(("way", *times, "sha256 of what is stored", "error"), rows)
     print(f"\nMedian of {given.runs} runs, {given.side}×{given.side}, k={given.clusters}, r={given.rank}.")
     return 0
 

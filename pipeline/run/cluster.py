@@ -222,9 +222,6 @@ class RayPool:
         ray.kill(self._actors[worker])
         self._actors[worker] = self._spawn(worker)
 
-    def put(self, value: Any) -> Any:
-        return ray.put(value)
-
     def close(self) -> None:
         """End workers, and wait for commits under way: nothing is written after this."""
         try:

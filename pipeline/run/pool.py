@@ -62,9 +62,6 @@ class Pool(Protocol):
     def wait(self) -> Done | None:
         """Wait a moment for a task to end; None if none did."""
 
-    def put(self, value: Any) -> Any:
-        """A handle of a large value that many tasks share."""
-
     def close(self) -> None:
         """Let the workers go."""
 
@@ -92,9 +89,6 @@ class LocalPool:
         except Exception as error:
             return Done(task, error=as_swsc_error(error, task))
         return Done(task, value, payloads, record)
-
-    def put(self, value: Any) -> Any:
-        return value
 
     def close(self) -> None:
         self._waiting.clear()

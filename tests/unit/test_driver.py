@@ -33,9 +33,6 @@ class ScriptedPool:
         script = self.scripts.get(task.key, [])
         return Done(task, value=task.key, error=script.pop(0) if script else None, worker=worker)
 
-    def put(self, value: object) -> object:
-        return value
-
     def close(self) -> None:
         pass
 
