@@ -62,7 +62,9 @@ class MatrixSettings(Settings):
     channel_axis: Literal["output", "input", "auto"] = Field(
         "output", description="channels are rows (output) or columns (input); auto: smaller error at equal true bits"
     )
-    n_init: int = Field(4, ge=1, le=1000, description="starts of K-Means; the best is kept")
+    n_init: int | None = Field(
+        None, ge=1, le=1000, description="starts of K-Means (default: 16, or 4 for large matrices)"
+    )
     projectors: CommaList | None = Field(None, description="roles of the matrices to compress (default q,k)")
     include: Regex = Field(None, description="regular expression of tensor names to compress")
     exclude: Regex = Field(None, description="regular expression of tensor names to leave alone")

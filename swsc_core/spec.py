@@ -21,7 +21,7 @@ class SwscSpec:
     n_clusters: int
     rank: int
     channel_axis: ChannelAxis = "output"
-    n_init: int = 4
+    n_init: int | None = None
     method: Literal["swsc"] = "swsc"
 
     def stored_bytes(self, shape: tuple[int, int], value_bits: int) -> int:

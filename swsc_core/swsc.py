@@ -48,7 +48,7 @@ def compress(
     rank: int,
     *,
     channel_axis: ChannelAxis = "output",
-    n_init: int = 4,
+    n_init: int | None = None,
     seed: int = 0,
     storage_dtype: torch.dtype | None = None,
     name: str = "weight",
@@ -103,7 +103,7 @@ def restore(matrix: SwscMatrix, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _share(
-    dense: Tensor, k: int, axis: ChannelAxis, n_init: int, seed: int, dtype: torch.dtype
+    dense: Tensor, k: int, axis: ChannelAxis, n_init: int | None, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, int]:
     """Stored centroids [k, length], labels int64 [channels] and the Lloyd iterations of the best start."""
     points = dense if axis == "output" else dense.T.contiguous()

@@ -18,7 +18,7 @@ from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
-ALGORITHM = 1  # goes up with every change that changes bytes: files of two versions are never mixed
+ALGORITHM = 2  # goes up with every change that changes bytes: files of two versions are never mixed
 PoolMaker = Callable[[int], Pool]  # number of tasks -> a pool for them
 
 

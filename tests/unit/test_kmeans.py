@@ -27,8 +27,7 @@ def blobs(seed: int, n: int, d: int, centres: int) -> torch.Tensor:
 @pytest.fixture(params=["gram", "gemm"])
 def either_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to the inner products, whatever the size of the points."""
-    if request.param == "gemm":
-        monkeypatch.setattr(module, "_GRAM_POINTS", 0)
+    monkeypatch.setattr(module, "_gram_pays", lambda *_: request.param == "gram")
     return str(request.param)
 
 
@@ -93,6 +92,8 @@ class TestEitherRoute:
             pytest.param(points_of(1, 192, 576), 18, id="random in the shape of a k_proj"),
             pytest.param(blobs(0, 600, 32, 40), 40, id="clustered, as many clusters as there are"),
             pytest.param(blobs(1, 600, 32, 60), 30, id="clustered, half as many"),
+            pytest.param(blobs(2, 600, 8, 40), 10, id="clustered in few dimensions, a quarter as many"),
+            pytest.param(blobs(3, 600, 8, 60), 59, id="clustered in few dimensions, one less"),
         ],
     )
     def test_inertia_is_within_a_hundredth_of_scikit_learns_best_of_ten(self, points: torch.Tensor, k: int) -> None:
@@ -122,6 +123,16 @@ def test_a_far_offset_does_not_cost_the_clustering_its_digits() -> None:
 def test_number_of_clusters_out_of_range_says_the_range(k: int) -> None:
     with pytest.raises(ValueError, match=f"n_clusters {k} is out of range; choose 1 to 10"):
         kmeans(torch.zeros(10, 2), k)
+
+
+@pytest.mark.parametrize(("small", "starts"), [(300 * 30, 16), (300 * 30 - 1, 4)])
+def test_small_problems_have_sixteen_starts_and_large_ones_four(
+    small: int, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SMALL", small)
+    points = points_of(5, 300, 3)
+    assert kmeans(points, 30).inertia == kmeans(points, 30, n_init=starts).inertia
+    assert kmeans(points, 30).inertia != kmeans(points, 30, n_init=20 - starts).inertia
 
 
 def test_both_routes_assign_points_alike_and_tell_the_same_costs() -> None:
