@@ -1,32 +1,24 @@
 """K-Means over the rows of a matrix: greedy k-means++ seeding, Lloyd, several starts, moves across gaps for the best.
 
 A clustering is its labels; a centroid is the mean of its members and never a state of its own. Lloyd then needs
-only the inner products of points with centroids, [k, n], which come by one of two routes with the same meaning:
-
-* the Gram matrix of all points is made once by one GEMM. Seeding reads its rows, and an iteration adds them up by
-  label, which is bound by memory and, for the channels of a weight matrix, about ten times cheaper than the GEMM;
-* GEMM of centroids with points, where the points are many or have few dimensions.
-
-Everything is deterministic by seed on CPU and on CUDA (random numbers are drawn on the CPU; on CUDA rows are added
-up by a one-hot product, because `index_add_` sums there in random order).
+only the inner products of points with means (points.py). Deterministic by seed on CPU and on CUDA: random numbers are
+drawn on the CPU.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from swsc_core.checks import require_range
+from swsc_core.points import PointSpace, gram_pays, inertia_of, means_of
 
-_GRAM_POINTS = 8192  # largest Gram matrix: 8192**2 float32 = 256 MiB
 _SINGLE_MOVES = 6  # moves of one cluster in vain before a clustering is taken to be at rest
 _ROUNDS = 40  # of moves at the most: they bring less and less
 _SMALL = 1 << 19  # n * n_clusters up to which a start costs milliseconds, so that many can be afforded
 _MANY_STARTS, _FEW_STARTS = 16, 4
 _STARTS_PER_REFINED = 4
-_BLOCK_VALUES = 1 << 23  # 32 MiB of float32: bound of a temporary block
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ def kmeans(
     require_range("kmeans", "n_init", n_init, 1, 1000)
     require_range("kmeans", "max_iter", max_iter, 1, 100_000)
     original = points.float()
-    space = _Space(original - original.mean(dim=0), gram=_gram_pays(n, points.shape[1], n_clusters, n_init))
+    space = PointSpace(original - original.mean(dim=0), gram=gram_pays(n, points.shape[1], n_clusters, n_init))
     generator = torch.Generator().manual_seed(seed)
     seeds = (_seed(space, n_clusters, generator) for _ in range(n_init))
     starts = [_lloyd(space, labels, closest, n_clusters, max_iter, tolerance) for labels, closest in seeds]
@@ -87,74 +79,8 @@ def kmeans(
     refined = (_refine(space, start, n_clusters, max_iter, tolerance, generator) for start in promising)
     best = min(refined, key=lambda start: start.inertia)
     labels = torch.unique(best.labels, return_inverse=True)[1]  # drops empty clusters, keeps their order
-    centroids = _means(original, labels)
-    return KMeansResult(centroids, labels, _inertia(original, centroids, labels), best.history, best.converged)
-
-
-def _gram_pays(n: int, d: int, k: int, n_init: int) -> bool:
-    """Whether n**2 additions an iteration beat n*k*d multiplications of a GEMM, and the n**2 * d of a Gram matrix its use.
-
-    The twelve was measured on a CPU: an addition of scattered rows costs about as much as that many multiplications.
-    """
-    return n <= min(_GRAM_POINTS, 16 * k * n_init) and 12 * n <= k * d
-
-
-class _Space:
-    """Inner products between points and sets of points, by Gram matrix or by GEMM."""
-
-    def __init__(self, points: Tensor, gram: bool) -> None:
-        self.points = points  # [n, d], centred: distances from norms and products then lose few digits
-        self.norms = points.square().sum(dim=1)
-        self.gram = points @ points.T if gram else None
-        # What a squared distance taken from norms and products may be wrong by: below it, points coincide.
-        self.rounding = 4 * torch.finfo(torch.float32).eps * float(self.norms.mean())
-
-    def _cleaned(self, distances: Tensor) -> Tensor:
-        return distances.masked_fill_(distances <= self.rounding, 0)
-
-    def distances_from(self, rows: Tensor) -> Tensor:
-        """Squared distances [len(rows), n] from the points `rows` to all points."""
-        products = self.points[rows] @ self.points.T if self.gram is None else self.gram[rows]
-        return self._cleaned(self.norms[rows][:, None] - 2 * products + self.norms)
-
-    def nearest_mean(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """For each point its nearest cluster mean of the clustering `labels` and the squared distance, both [n]."""
-        means, counts = self._means(labels, k)
-        if self.gram is None:
-            mean_norms, products_of = means.square().sum(dim=1), self._block_products(means)
-        else:
-            own = means.gather(0, labels[None])[0]  # product of each point with its own mean
-            mean_norms = (_sum_by_label(own[:, None], labels, k)[:, 0] / counts).clamp_(min=0)
-            products_of = lambda start, stop: means[:, start:stop]  # noqa: E731
-        mean_norms = torch.where(torch.isnan(counts), torch.inf, mean_norms)  # no point joins an empty cluster
-        return self._argmin(mean_norms, products_of)
-
-    def merge_costs(self, labels: Tensor, k: int) -> Tensor:
-        """How much the inertia grows when clusters i and j become one, [k, k]; zero where one of them is empty (Ward 1963)."""
-        means, counts = self._means(labels, k)
-        products = means @ means.T if self.gram is None else _sum_by_label(means.T, labels, k) / counts[:, None]
-        norms = products.diagonal()
-        distances = norms[:, None] - 2 * products + norms
-        return torch.nan_to_num(distances * (counts[:, None] * counts / (counts[:, None] + counts)))
-
-    def _means(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Means [k, d] of the clusters, or their products [k, n] with all points; and counts [k], NaN for empty ones."""
-        counts = torch.bincount(labels, minlength=k).to(self.points.dtype)
-        means = _sum_by_label(self.points if self.gram is None else self.gram, labels, k)
-        means /= counts.clamp(min=1)[:, None]
-        return means, torch.where(counts > 0, counts, torch.nan)
-
-    def _block_products(self, means: Tensor) -> Callable[[int, int], Tensor]:
-        return lambda start, stop: means @ self.points[start:stop].T
-
-    def _argmin(self, mean_norms: Tensor, products_of: Callable[[int, int], Tensor]) -> tuple[Tensor, Tensor]:
-        n, block = len(self.norms), max(1, _BLOCK_VALUES // len(mean_norms))
-        labels, distances = [], []
-        for start in range(0, n, block):
-            smallest = (mean_norms[:, None] - 2 * products_of(start, min(n, start + block))).min(dim=0)
-            labels.append(smallest.indices)
-            distances.append(self._cleaned(smallest.values + self.norms[start : start + block]))
-        return torch.cat(labels), torch.cat(distances)
+    centroids = means_of(original, labels)
+    return KMeansResult(centroids, labels, inertia_of(original, centroids, labels), best.history, best.converged)
 
 
 @dataclass(frozen=True)
@@ -171,7 +97,9 @@ class _Clustering:
         return self.history[-1]
 
 
-def _lloyd(space: _Space, labels: Tensor, distances: Tensor, k: int, max_iter: int, tolerance: float) -> _Clustering:
+def _lloyd(
+    space: PointSpace, labels: Tensor, distances: Tensor, k: int, max_iter: int, tolerance: float
+) -> _Clustering:
     history: list[float] = []
     for _ in range(max_iter):
         labels = _fill_empty(labels, distances, k)
@@ -184,7 +112,7 @@ def _lloyd(space: _Space, labels: Tensor, distances: Tensor, k: int, max_iter: i
     return _Clustering(_fill_empty(labels, distances, k), distances, tuple(history), False)
 
 
-def _seed(space: _Space, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _seed(space: PointSpace, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Greedy k-means++: each point's nearest seed, int64 [n], and its squared distance, [n]."""
     first = torch.randint(len(space.norms), (1,), generator=generator)
     closest = space.distances_from(first.to(space.norms.device))[0]
@@ -193,7 +121,7 @@ def _seed(space: _Space, k: int, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def _add_seeds(
-    space: _Space, labels: Tensor, closest: Tensor, clusters: list[int], generator: torch.Generator
+    space: PointSpace, labels: Tensor, closest: Tensor, clusters: list[int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Open `clusters` one after the other, each at the best of a few points drawn by squared distance.
 
@@ -214,7 +142,7 @@ def _add_seeds(
 
 
 def _refine(
-    space: _Space, best: _Clustering, k: int, max_iter: int, tolerance: float, generator: torch.Generator
+    space: PointSpace, best: _Clustering, k: int, max_iter: int, tolerance: float, generator: torch.Generator
 ) -> _Clustering:
     """Merge the closest pairs of clusters, open as many where the error is, run Lloyd, and keep what is better.
 
@@ -237,7 +165,7 @@ def _refine(
     return best
 
 
-def _merge_closest(space: _Space, labels: Tensor, k: int, count: int, skip: int) -> tuple[Tensor, list[int]]:
+def _merge_closest(space: PointSpace, labels: Tensor, k: int, count: int, skip: int) -> tuple[Tensor, list[int]]:
     """Merge up to `count` disjoint pairs of clusters whose merging costs least, after the first `skip` pairs.
 
     Returns the new labels and the clusters that are free.
@@ -277,26 +205,3 @@ def _fill_empty(labels: Tensor, distances: Tensor, k: int) -> Tensor:
             counts[donor] -= 1
             labels[point] = empty.pop(0)
     return labels
-
-
-def _sum_by_label(rows: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Sums [k, d] of the rows [n, d] that share a label, in a fixed order."""
-    sums = torch.zeros(k, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    if rows.device.type == "cpu":
-        return sums.index_add_(0, labels, rows)
-    return torch.nn.functional.one_hot(labels, k).to(rows.dtype).T @ rows
-
-
-def _means(points: Tensor, labels: Tensor) -> Tensor:
-    """Float32 means [k, d] of the members of each label, summed in float64, a block of columns at a time."""
-    k = int(labels.max()) + 1
-    counts = torch.bincount(labels, minlength=k).double()[:, None]
-    block = max(1, _BLOCK_VALUES // len(points))
-    parts = [(_sum_by_label(part.double(), labels, k) / counts).float() for part in points.split(block, dim=1)]
-    return torch.cat(parts, dim=1)
-
-
-def _inertia(points: Tensor, centroids: Tensor, labels: Tensor) -> float:
-    block = max(1, _BLOCK_VALUES // points.shape[1])
-    pairs = zip(points.split(block), labels.split(block), strict=True)
-    return math.fsum(float((part - centroids[own]).square().sum(dtype=torch.float64)) for part, own in pairs)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 from swsc_core import kmeans
+from swsc_core.points import PointSpace
 
 module = import_module("swsc_core.kmeans")  # the package has a function of the same name
 
@@ -27,7 +28,7 @@ def blobs(seed: int, n: int, d: int, centres: int) -> torch.Tensor:
 @pytest.fixture(params=["gram", "gemm"])
 def either_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to the inner products, whatever the size of the points."""
-    monkeypatch.setattr(module, "_gram_pays", lambda *_: request.param == "gram")
+    monkeypatch.setattr(module, "gram_pays", lambda *_: request.param == "gram")
     return str(request.param)
 
 
@@ -140,7 +141,7 @@ def test_both_routes_assign_points_alike_and_tell_the_same_costs() -> None:
     points -= points.mean(dim=0)
     labels = torch.randint(20, (300,), generator=torch.Generator().manual_seed(0))
     labels[labels == 7] = 8  # an empty cluster
-    gram, gemm = module._Space(points, gram=True), module._Space(points, gram=False)
+    gram, gemm = PointSpace(points, gram=True), PointSpace(points, gram=False)
     for one, other in zip(gram.nearest_mean(labels, 20), gemm.nearest_mean(labels, 20), strict=True):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(gram.merge_costs(labels, 20), gemm.merge_costs(labels, 20), rtol=1e-3, atol=1e-3)
