@@ -12,11 +12,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from benchmarks.common import timed
 
 VARIANTS: list[dict[str, Any]] = [
     {"name": "swsc3", "projectors": "q,k", "bits": 3},
@@ -50,11 +51,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=4)
     return parser.parse_args()
-
-
-def timed(work: Any) -> tuple[Any, float]:
-    started = time.perf_counter()
-    return work(), time.perf_counter() - started
 
 
 def half_precision_twin(model: Path, target: Path) -> Path:
