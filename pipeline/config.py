@@ -123,7 +123,7 @@ class ClusterSettings(Settings):
     address: str | None = Field(
         None, description="Ray cluster; local: one in-process (default: one that runs on this machine, else local)"
     )
-    workers: int | None = Field(None, ge=1, description="number of workers (default: what the cluster holds)")
+    workers: int | None = Field(None, ge=1, description="number of workers (default: what CPUs, GPUs and memory hold)")
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 where there are GPUs, else 0")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs, and so threads, of a worker; decides the last bit")
     local: bool = Field(False, description="no Ray: a plain loop with the same bytes")

@@ -12,6 +12,7 @@ from pipeline.config import CompressSettings
 from pipeline.errors import OutputError, UserError
 from pipeline.model.artifact import Output, abandon, begin, finish, quantization_config
 from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.forecast import compression_bytes
 from pipeline.model.plan import LayerTask, Plan
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.driver import TaskList, execute
@@ -19,7 +20,7 @@ from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
 ALGORITHM = 2  # goes up with every change that changes bytes: files of two versions are never mixed
-PoolMaker = Callable[[int], Pool]  # number of tasks -> a pool for them
+PoolMaker = Callable[[int, int], Pool]  # number of tasks, bytes of memory that a worker needs -> a pool for them
 
 
 def compress_model(
@@ -56,7 +57,7 @@ def compress_model(
             peaks[str(done.worker)] = max(done.value["peak_rss"], peaks.get(str(done.worker), 0))
 
     tasks = [task for task in _tasks(source, plan, store, settings) if task.key not in out.finished]
-    run_tasks(tasks, note, make_pool, out, "compress")
+    run_tasks(tasks, compression_bytes(plan.largest_matrix), note, make_pool, out, "compress")
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     ordered = [records[name] for name in sorted(records)]
     finish(out, source, ordered, _config(source, rows, settings.format), report)
@@ -81,11 +82,16 @@ def begin_with_room(store: Store, identity: dict[str, Any], nbytes: int) -> Outp
     return out
 
 
-def run_tasks(tasks: list[Task], note: Callable[[Done], None], make_pool: PoolMaker, out: Output, what: str) -> None:
-    """Run tasks on a pool of their own; a user's mistake found on the way takes the begun output back."""
+def run_tasks(
+    tasks: list[Task], memory: int, note: Callable[[Done], None], make_pool: PoolMaker, out: Output, what: str
+) -> None:
+    """Run tasks on a pool of their own, of workers that need `memory` bytes each.
+
+    A user's mistake found on the way takes the begun output back.
+    """
     source = TaskList(tasks, note)
     try:
-        pool = make_pool(len(tasks))
+        pool = make_pool(len(tasks), memory)
         try:
             with Progress(what, len(tasks), sum(task.weight for task in tasks), "files") as progress:
                 execute(pool, source, progress)

@@ -9,8 +9,9 @@ from pipeline.config import EvaluateSettings
 from pipeline.flows.compress import PoolMaker
 from pipeline.measure.perplexity import ModelKey, perplexity
 from pipeline.measure.windows import Windows, make_windows
-from pipeline.model.artifact import open_model
+from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.forecast import evaluation_bytes
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress
@@ -44,7 +45,7 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
         dtypes.add(done.value["dtype"])
 
     source = TaskList(tasks, note)
-    pool = make_pool(len(tasks))
+    pool = make_pool(len(tasks), worker_bytes(model, settings))
     try:
         with Progress("evaluate", len(tasks), 0, "parts") as progress:
             execute(pool, source, progress)
@@ -54,6 +55,11 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
     ordered = [loss for start in sorted(losses) for loss in losses[start]]
     seconds = time.perf_counter() - started
     return result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}
+
+
+def worker_bytes(model: Model, settings: EvaluateSettings) -> int:
+    """Peak memory of a worker that measures `model`."""
+    return evaluation_bytes(model, settings.dtype, settings.batch_size * settings.seqlen)
 
 
 def model_key(checkpoint: Checkpoint, settings: EvaluateSettings) -> ModelKey:

@@ -14,11 +14,13 @@ from typing import Any
 from pipeline.config import EvaluateSettings, SweepSettings
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import PoolMaker
-from pipeline.flows.evaluate import deal, model_key
+from pipeline.flows.evaluate import deal, model_key, worker_bytes
 from pipeline.flows.sweep_rows import run_rows, tensor_rows
 from pipeline.flows.sweep_runs import Run, Unit, make_runs
 from pipeline.measure.windows import Windows, make_windows
+from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from pipeline.model.forecast import compression_bytes
 from pipeline.run.driver import execute
 from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress
@@ -66,7 +68,7 @@ class Sweep:
     def run(self, make_pool: PoolMaker) -> None:
         """Do all of it. Whatever stops it, `result` has what was measured until then."""
         tasks = self.total_tasks
-        pool = make_pool(tasks)
+        pool = make_pool(tasks, self._worker_bytes())
         try:
             with Progress("sweep", tasks, 0) as progress:
                 execute(pool, self, progress)
@@ -81,6 +83,13 @@ class Sweep:
     def total_tasks(self) -> int:
         parts = sum(len(deal(w.ids, e)) for run in self._runs for w, e in self._measurements(run))
         return len(self._compressions) + parts
+
+    def _worker_bytes(self) -> int:
+        """Peak memory of a worker: it may hold an evaluation model while it compresses."""
+        matrices = [run.plan.largest_matrix for run in self._runs if run.plan]
+        models = [Model(checkpoint, {}) for checkpoint in self._checkpoints]
+        measuring = [worker_bytes(model, text) for model in models for text in self._settings.evaluations]
+        return compression_bytes(max(matrices)) + max(measuring, default=0)
 
     def _measurements(self, run: Run) -> list[tuple[Windows, EvaluateSettings]]:
         return list(zip(self._windows[run.model], self._settings.evaluations, strict=True))

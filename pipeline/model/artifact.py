@@ -5,6 +5,7 @@ for each finished file. Index, config, report and, last of all, the manifest mak
 directory without a manifest is never taken for a finished one, and a run that was cut short can go on.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -161,6 +162,15 @@ class Model:
         """Names of the dense tensors, compressed ones by the name of the tensor that they stand for."""
         parts = {name for tensor in self.entries for name in self.parts(tensor).values() if name != tensor}
         return [name for name in self.checkpoint.tensors if name not in parts]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, those of compressed tensors as what they stand for."""
+        return sum(self.count(name) for name in self.names)
+
+    def count(self, name: str) -> int:
+        """Number of weights of the dense tensor `name`."""
+        return math.prod(self.entries[name]["shape"]) if name in self.entries else self.checkpoint.tensors[name].count
 
     @property
     def config(self) -> dict[str, Any]:

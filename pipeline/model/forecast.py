@@ -1,8 +1,9 @@
-"""What a plan will cost: bytes, bits, peak memory of a worker, seconds of one core."""
+"""What work will cost: bytes, bits, peak memory of a worker, seconds of one core."""
 
 import time
 from typing import Any
 
+from pipeline.model.artifact import Model
 from pipeline.model.plan import Decision, Plan
 from swsc_core.bits import Geometry
 from swsc_core.spec import Spec, SwscSpec
@@ -25,9 +26,25 @@ def forecast(plan: Plan, form: str) -> dict[str, Any]:
         "compressed_bits_per_weight": 8 * compressed / count,
         "whole_model_bits_per_weight": 8 * plan.stored_bytes / plan.weights,
         "share_of_weights_compressed": count / plan.weights,
-        "worker_peak_bytes": _WORKER_BASE + _MATRICES * plan.largest_matrix_bytes,
+        "worker_peak_bytes": compression_bytes(plan.largest_matrix),
         "core_seconds": operations / _gemm_speed(),
     }
+
+
+def compression_bytes(largest_matrix: int) -> int:
+    """Peak memory of a worker that compresses or restores matrices of up to `largest_matrix` weights."""
+    return _WORKER_BASE + _MATRICES * 4 * largest_matrix
+
+
+def evaluation_bytes(model: Model, dtype: str, tokens: int) -> int:
+    """Peak memory of a worker that measures `model` on batches of `tokens` tokens, calculating in `dtype` on a CPU.
+
+    The weights as they are read and as they are calculated with, and the logits of a batch with their float32 copy.
+    """
+    value_bytes = 2 if dtype in ("float16", "bfloat16") else 4
+    text = {**model.config, **model.config.get("text_config", {})}
+    logits = tokens * text.get("vocab_size", 0) * (value_bytes + 4)
+    return _WORKER_BASE + model.weights * (2 + value_bytes) + logits
 
 
 def _operations(decision: Decision, spec: Spec) -> float:

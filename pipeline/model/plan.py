@@ -91,9 +91,9 @@ class Plan:
         return self.stored_bytes if form == "swsc" else dense
 
     @property
-    def largest_matrix_bytes(self) -> int:
-        """Bytes of the largest compressed matrix in float32."""
-        return max(4 * decision.info.count for decision in self.compressed)
+    def largest_matrix(self) -> int:
+        """Weights of the largest compressed matrix."""
+        return max(decision.info.count for decision in self.compressed)
 
 
 def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:

@@ -46,8 +46,11 @@ _ACTOR = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPR
 _COMMIT = ray.remote(num_cpus=0, max_retries=3)(commit)  # no CPU: workers hold them all, and it must not wait for one
 
 
-def make_pool(settings: ClusterSettings, tasks: int) -> Pool:
+def make_pool(settings: ClusterSettings, tasks: int, memory: int) -> Pool:
     """A pool for `tasks` tasks: local, or actors on the cluster that `settings` names.
+
+    `memory`: bytes that a worker is foretold to need. As many workers are made as fit; a number of workers that the
+    user gave stands whatever the forecast says.
 
     Raises:
         ClusterError: no cluster at the address, or one that can never hold a worker.
@@ -58,24 +61,37 @@ def make_pool(settings: ClusterSettings, tasks: int) -> Pool:
         on_gpu = torch.cuda.is_available() and settings.gpus_per_worker != 0
         return LocalPool(Worker(settings.threads_per_worker, "cuda" if on_gpu else "cpu"))
     started_here = _connect(settings.address)
-    have = ray.cluster_resources()
-    gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(have.get("GPU", 0) > 0)
-    room = sum(_room(node["Resources"], settings.cpus_per_worker, gpus) for node in ray.nodes() if node["Alive"])
-    if room < (settings.workers or 1):
-        raise ClusterError(
-            f"{settings.workers or 1} workers of {settings.cpus_per_worker:g} CPUs and {gpus:g} GPUs do not fit the cluster,"
-            f" which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs on {len(ray.nodes())} nodes; lower --workers, --cpus-per-worker or"
-            " --gpus-per-worker"
-        )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(_most(nodes, "GPU") > 0)
     options = {"num_cpus": settings.cpus_per_worker, "num_gpus": gpus}
-    size = settings.workers or max(1, min(room, tasks))
+    wanted, room = settings.workers or 1, sum(_room(node, settings.cpus_per_worker, gpus) for node in nodes)
+    if room < wanted:
+        raise ClusterError(
+            f"{wanted} workers of {settings.cpus_per_worker:g} CPUs and {gpus:g} GPUs do not fit the cluster, which has"
+            f" {sum(node.get('CPU', 0) for node in nodes):g} CPUs and {sum(node.get('GPU', 0) for node in nodes):g} GPUs"
+            f" on {len(nodes)} nodes; lower --workers, --cpus-per-worker or --gpus-per-worker"
+        )
+    if settings.workers is None:
+        options["memory"] = memory
+        room = sum(_room(node, settings.cpus_per_worker, gpus, memory) for node in nodes)
+    if room == 0:
+        raise ClusterError(
+            f"a worker is foretold to need {memory / 1e9:.1f} GB of memory, the largest node offers Ray"
+            f" {_most(nodes, 'memory') / 1e9:.1f} GB; use a larger node, or --workers 1 to try it all the same"
+        )
+    size = settings.workers or min(room, max(1, tasks))
     return RayPool(size, options, settings.threads_per_worker, started_here)
 
 
-def _room(resources: dict[str, float], cpus: float, gpus: float) -> int:
+def _room(resources: dict[str, float], cpus: float, gpus: float, memory: int = 0) -> int:
     """Workers that fit one node: none ever spans two."""
-    by_cpus = int(resources.get("CPU", 0) / cpus)
-    return min(by_cpus, int(resources.get("GPU", 0) / gpus)) if gpus else by_cpus
+    wanted = {"CPU": cpus, "GPU": gpus, "memory": memory}
+    return min(int(resources.get(name, 0) / amount) for name, amount in wanted.items() if amount)
+
+
+def _most(nodes: list[dict[str, float]], resource: str) -> float:
+    """What the best node has of a resource."""
+    return max(node.get(resource, 0) for node in nodes)
 
 
 def _connect(address: str | None) -> bool:

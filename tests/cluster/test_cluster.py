@@ -128,6 +128,34 @@ def test_a_request_that_the_cluster_can_never_meet_is_refused_with_what_it_has(
     assert not (tmp_path / "out" / "swsc_manifest.json").exists()
 
 
+def test_a_worker_that_no_node_has_the_memory_for_is_refused_with_the_forecast(
+    cluster: Cluster, text: Path, tmp_path: Path
+) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 10**10}))  # logits of terabytes
+    done = cluster.swsc("evaluate", model, "--text", text, "--seqlen", 64)
+    assert done.returncode == 2
+    assert "error: a worker is foretold to need 5120.4 GB of memory, the largest node offers" in done.stderr
+
+
+def test_no_more_workers_are_made_than_the_memory_of_each_node_holds(cluster: Cluster) -> None:
+    script = (
+        "import ray\n"
+        "from pipeline.config import ClusterSettings\n"
+        "from pipeline.run.cluster import make_pool\n"
+        f"ray.init('{cluster.address}', log_to_driver=False)\n"
+        "node = min(int(node['Resources']['memory']) for node in ray.nodes())\n"
+        "for memory, workers in ((1, None), (node * 2 // 3, None), (node * 2 // 3, 3)):\n"
+        "    pool = make_pool(ClusterSettings(workers=workers), 9, memory)\n"
+        "    print(pool.size)\n"
+        "    pool.close()\n"
+    )
+    done = cluster.run(sys.executable, "-c", script)
+    ends_well(done)
+    assert done.stdout.split() == ["3", "2", "3"]  # a number that the user gave stands
+
+
 def test_no_cluster_at_the_address_is_one_clear_line(tiny_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs", "compress", str(tiny_model), str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -74,7 +74,7 @@ def test_a_sweep_equals_its_single_runs_and_writes_json_and_parquet(
 
 def test_a_tensor_is_read_once_and_a_unit_is_compressed_once(models: list[Path], text: Path) -> None:
     pool = RecordingPool()
-    Sweep(validated(SweepSettings, sweep_of(models[:1], text))).run(lambda _: pool)
+    Sweep(validated(SweepSettings, sweep_of(models[:1], text))).run(lambda *_: pool)
     compressions = [task for task in pool.given if task.method == "compress_units"]
     assert len(compressions) == 4  # q and k of two layers, each once
     assert all(task.outputs == 2 for task in compressions)  # 4 bits, shared by two variants, and RTN
@@ -82,7 +82,7 @@ def test_a_tensor_is_read_once_and_a_unit_is_compressed_once(models: list[Path],
 
 def test_evaluation_begins_while_others_still_compress(models: list[Path], text: Path) -> None:
     pool = RecordingPool()
-    Sweep(validated(SweepSettings, sweep_of(models, text))).run(lambda _: pool)
+    Sweep(validated(SweepSettings, sweep_of(models, text))).run(lambda *_: pool)
     methods = [(task.method, task.args[1]) for task in pool.given]
     first_variant = next(i for i, (method, what) in enumerate(methods) if method == "measure" and what)
     last_compression = max(i for i, (method, _) in enumerate(methods) if method == "compress_units")
@@ -91,7 +91,7 @@ def test_evaluation_begins_while_others_still_compress(models: list[Path], text:
 
 def test_payloads_are_let_go_when_no_variant_waits_for_them(models: list[Path], text: Path) -> None:
     sweep = Sweep(validated(SweepSettings, sweep_of(models, text)))
-    sweep.run(lambda _: RecordingPool())
+    sweep.run(lambda *_: RecordingPool())
     assert sweep._payloads == {}
 
 
@@ -142,7 +142,7 @@ def test_each_evaluation_says_its_own_dtype(models: list[Path], text: Path) -> N
     settings = sweep_of(models[:1], text, VARIANTS[:1])
     settings["evaluations"][1]["dtype"] = "bfloat16"
     sweep = Sweep(validated(SweepSettings, settings))
-    sweep.run(lambda _: RecordingPool())
+    sweep.run(lambda *_: RecordingPool())
     assert [row["dtype"] for row in sweep.result().rows] == ["float32", "bfloat16"] * 2
 
 
