@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     print_table(
         [row for row in rows if row["action"] == "compressed"], ["name", "shape", "paper_bits", "bits_per_weight"]
     )
-    copied = [row for row in rows if row["action"] != "compressed"]
-    print(f"{len(rows) - len(copied)} tensors compressed, {len(copied)} copied or tied")
+    for (action, reason), count in sorted(Counter((row["action"], row["reason"]) for row in rows).items()):
+        print(f"{action} ({reason}): {count} tensors")
     for key, value in foretold.items():
         print(f"{key}: {value:,.3f}" if isinstance(value, float) else f"{key}: {value:,}")
     if foretold.get("free_bytes", foretold["output_bytes"]) < foretold["output_bytes"]:

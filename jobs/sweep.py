@@ -75,8 +75,7 @@ def print_results(settings: SweepSettings, result: SweepResult) -> None:
         if row.get("perplexity") is not None:
             print(protocol(row))
     if settings.matrices:
-        rows = sorted(result.tensors, key=lambda row: (row["model"], row["name"]))
-        print_table(rows, ["model", "name", "variant", "bits_per_weight", "mean_squared_error"])
+        print_table(result.tensors, ["model", "name", "variant", "bits_per_weight", "mean_squared_error"])
 
 
 def sweep_settings(arguments: argparse.Namespace) -> SweepSettings:

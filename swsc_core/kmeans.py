@@ -67,7 +67,7 @@ def kmeans(
     """
     n = points.shape[0]
     require_range("kmeans", "n_clusters", n_clusters, 1, n)
-    n_init = (_MANY_STARTS if n * n_clusters <= _SMALL else _FEW_STARTS) if n_init is None else n_init
+    n_init, n_refined = effort(n, n_clusters, n_init)
     require_range("kmeans", "n_init", n_init, 1, 1000)
     require_range("kmeans", "max_iter", max_iter, 1, 100_000)
     original = points.float()
@@ -75,12 +75,19 @@ def kmeans(
     generator = torch.Generator().manual_seed(seed)
     seeds = (_seed(space, n_clusters, generator) for _ in range(n_init))
     starts = [_lloyd(space, labels, closest, n_clusters, max_iter, tolerance) for labels, closest in seeds]
-    promising = sorted(starts, key=lambda start: start.inertia)[: math.ceil(n_init / _STARTS_PER_REFINED)]
+    promising = sorted(starts, key=lambda start: start.inertia)[:n_refined]
     refined = (_refine(space, start, n_clusters, max_iter, tolerance, generator) for start in promising)
     best = min(refined, key=lambda start: start.inertia)
     labels = torch.unique(best.labels, return_inverse=True)[1]  # drops empty clusters, keeps their order
     centroids = means_of(original, labels)
     return KMeansResult(centroids, labels, inertia_of(original, centroids, labels), best.history, best.converged)
+
+
+def effort(n: int, n_clusters: int, n_init: int | None) -> tuple[int, int]:
+    """Starts of a clustering of n points, and how many of them are refined."""
+    if n_init is None:
+        n_init = _MANY_STARTS if n * n_clusters <= _SMALL else _FEW_STARTS
+    return n_init, math.ceil(n_init / _STARTS_PER_REFINED)
 
 
 @dataclass(frozen=True)

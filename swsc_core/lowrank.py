@@ -52,12 +52,17 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0, tolerance: float 
     require_range("truncated_svd", "rank", rank, 0, min(m, n))
     if rank == 0:
         return LowRank(matrix.new_empty(m, 0), matrix.new_empty(0, n), "none", 0)
-    if min(m, n) <= _EXACT_SIDE or rank > min(m, n) // 4:
+    if is_exact(min(m, n), rank):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return _split(u, s, vh, rank, "exact", 0)
     basis, image, n_iter = _dominant_subspace(matrix, rank, seed, tolerance)
     u, s, vh = torch.linalg.svd(image, full_matrices=False)
     return _split(basis @ u, s, vh, rank, "randomised", n_iter)
+
+
+def is_exact(side: int, rank: int) -> bool:
+    """Whether matrices of this smaller side go through LAPACK or cuSOLVER for this rank."""
+    return side <= _EXACT_SIDE or rank > side // 4
 
 
 def _split(u: Tensor, s: Tensor, vh: Tensor, rank: int, solver: Literal["exact", "randomised"], n_iter: int) -> LowRank:

@@ -6,28 +6,33 @@ from typing import Any
 from pipeline.model.artifact import Model
 from pipeline.model.plan import Decision, Plan
 from swsc_core.bits import Geometry
+from swsc_core.kmeans import effort
+from swsc_core.lowrank import is_exact
+from swsc_core.points import gram_pays
 from swsc_core.spec import Spec, SwscSpec
 
 _WORKER_BASE = 400 << 20  # bytes of a worker that holds no weights: Python, torch, transformers, Ray
 _MATRICES = 8  # float32 copies of the largest matrix that are alive at the peak of a compression
-# Work of one core in units of a float32 GEMM, fitted to runs of benchmarks/llama7b_shape.py:
-_KMEANS_GEMMS = 4  # of all channels with all channels: the Gram matrix, and starts and moves that read it
-_SVD_GEMMS = 24  # of the matrix with `rank` vectors
-_RTN_OPERATIONS = 100  # a weight
+# What K-Means and SVD take, fitted to runs of benchmarks/llama7b_shape.py and of the demo (docs/experiments.md):
+_STARTED, _REFINED = 20, 150  # Lloyd iterations of a start, and of the refinement of one
+_STEP_SECONDS = 3e-4  # of an iteration, and half of it of a seed, beside the arithmetic
+_ADDITION = 70  # operations of a GEMM in the time of one addition of scattered rows
+_KRYLOV = 24  # products of the matrix with `rank` vectors
+_LAPACK = 25  # m·n·min(m, n) operations of an exact SVD
+_WEIGHT_SECONDS = 7e-8  # restoring, measuring and packing a weight; RTN, too
 
 
 def forecast(plan: Plan, form: str) -> dict[str, Any]:
     """What `swsc plan` prints; the GEMM speed of this machine is measured for a moment."""
     compressed = sum(decision.stored_bytes for decision in plan.compressed)
     count = sum(decision.info.count for decision in plan.compressed)
-    operations = sum(_operations(decision, spec) for decision in plan.compressed for spec in decision.specs)
     return {
         "output_bytes": plan.stored_bytes_as(form),
         "compressed_bits_per_weight": 8 * compressed / count,
         "whole_model_bits_per_weight": 8 * plan.stored_bytes / plan.weights,
         "share_of_weights_compressed": count / plan.weights,
         "worker_peak_bytes": compression_bytes(plan.largest_matrix),
-        "core_seconds": operations / _gemm_speed(),
+        "core_seconds": core_seconds(plan, _gemm_speed()),
     }
 
 
@@ -47,13 +52,31 @@ def evaluation_bytes(model: Model, dtype: str, tokens: int) -> int:
     return _WORKER_BASE + model.weights * (2 + value_bytes) + logits
 
 
-def _operations(decision: Decision, spec: Spec) -> float:
+def core_seconds(plan: Plan, speed: float) -> float:
+    """Seconds of one core whose GEMM does `speed` float32 operations a second; right within a factor of about two."""
+    return sum(_seconds(decision, spec, speed) for decision in plan.compressed for spec in decision.specs)
+
+
+def _seconds(decision: Decision, spec: Spec, speed: float) -> float:
     m, n = decision.info.shape
+    rest = _WEIGHT_SECONDS * m * n
     if not isinstance(spec, SwscSpec):
-        return float(_RTN_OPERATIONS * m * n)
-    channels = Geometry(m, n, spec.channel_axis).channels
-    clustering = _KMEANS_GEMMS * channels if spec.n_clusters else 0
-    return 2.0 * m * n * (clustering + _SVD_GEMMS * spec.rank)
+        return rest
+    svd = _LAPACK * min(m, n) if is_exact(min(m, n), spec.rank) else 2 * _KRYLOV * spec.rank
+    return rest + _kmeans_seconds(m, n, spec, speed) + (svd * m * n / speed if spec.rank else 0)
+
+
+def _kmeans_seconds(m: int, n: int, spec: SwscSpec, speed: float) -> float:
+    geometry, k = Geometry(m, n, spec.channel_axis), spec.n_clusters
+    if k == 0:
+        return 0.0
+    points, length = geometry.channels, geometry.length
+    starts, refined = effort(points, k, spec.n_init)
+    gram = gram_pays(points, length, k, starts)
+    once = 2 * points**2 * length if gram else 0
+    step = _ADDITION * points**2 if gram else 2 * points * k * length
+    iterations = _STARTED * starts + _REFINED * refined
+    return (once + iterations * step) / speed + (iterations + starts * k / 2) * _STEP_SECONDS
 
 
 def _gemm_speed() -> float:

@@ -1,5 +1,6 @@
 """Tables for people: Markdown that reads well in a terminal and can be pasted into a README."""
 
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,8 +31,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def print_table(rows: Iterable[Mapping[str, Any]], keys: Iterable[str], title: str = "") -> None:
-    """Print the given keys of rows to standard output; columns that are empty in every row are left out."""
-    rows = list(rows)
+    """Print the given keys of rows to standard output; columns that are empty in every row are left out.
+
+    Rows that are about tensors come by model, in the order of layers.
+    """
+    keys = tuple(keys)
+    rows = sorted(rows, key=_in_depth) if "name" in keys else list(rows)
     shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
     table = Table(box=box.MARKDOWN, title=title or None, title_justify="left")
     for key in shown:
@@ -41,6 +46,12 @@ def print_table(rows: Iterable[Mapping[str, Any]], keys: Iterable[str], title: s
         table.add_row(*(_cell(row.get(key), COLUMNS[key][1]) for key in shown))
     width = None if sys.stdout.isatty() else _WIDTH
     Console(width=width, highlight=False, markup=False).print(table)
+
+
+def _in_depth(row: Mapping[str, Any]) -> tuple[str, list[tuple[int, str]]]:
+    """Sorts layer 2 before layer 10."""
+    pieces = re.split(r"(\d+)", row["name"])
+    return row.get("model", ""), [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
 
 
 def _cell(value: Any, form: str) -> str:

@@ -1,0 +1,53 @@
+"""Claims about forecasts: what grows with what, and that the parts that are certain are exact."""
+
+import pytest
+
+from pipeline.model.artifact import Model
+from pipeline.model.forecast import core_seconds, evaluation_bytes, forecast
+from tests.unit.test_plan import checkpoint_of, plan_of
+
+SPEED = 5e10
+SQUARE: dict[str, tuple[int, ...]] = {"model.layers.0.self_attn.q_proj.weight": (2048, 2048)}
+
+
+def seconds(shapes: dict[str, tuple[int, ...]] = SQUARE, **settings: object) -> float:
+    return core_seconds(plan_of(shapes, projectors="q", **settings), SPEED)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"clusters": 64, "rank": 0}, {"clusters": 64, "rank": 64}),
+        ({"clusters": 0, "rank": 64}, {"clusters": 64, "rank": 64}),
+        ({"clusters": 64, "rank": 8, "n_init": 4}, {"clusters": 64, "rank": 8, "n_init": 16}),
+        ({"clusters": 64, "rank": 8}, {"clusters": 64, "rank": 8, "channel_axis": "auto"}),
+    ],
+)
+def test_more_work_is_foretold_to_take_longer(less: dict[str, object], more: dict[str, object]) -> None:
+    assert seconds(**less) < seconds(**more)
+
+
+def test_twice_the_layers_take_twice_the_time_and_no_more_memory() -> None:
+    twice = SQUARE | {"model.layers.1.self_attn.q_proj.weight": (2048, 2048)}
+    assert seconds(twice, bits=3) == pytest.approx(2 * seconds(bits=3))
+    one, two = (forecast(plan_of(shapes, projectors="q", bits=3), "swsc") for shapes in (SQUARE, twice))
+    assert one["worker_peak_bytes"] == two["worker_peak_bytes"]
+    assert two["output_bytes"] == 2 * one["output_bytes"]
+
+
+def test_dense_output_is_foretold_at_its_full_size() -> None:
+    assert forecast(plan_of(SQUARE, projectors="q", bits=3), "dense")["output_bytes"] == 2 * 2048**2
+
+
+def test_evaluation_holds_the_weights_as_read_and_as_calculated_with_and_the_logits() -> None:
+    model = Model(checkpoint_of({"w": (1000, 1000)}, vocab_size=50_000), {})
+    none = Model(checkpoint_of({"w": (1, 0)}), {})
+    base = evaluation_bytes(none, "auto", 100)
+    assert evaluation_bytes(model, "auto", 100) - base == 1_000_000 * (2 + 4) + 100 * 50_000 * (4 + 4)
+    assert evaluation_bytes(model, "bfloat16", 100) - base == 1_000_000 * (2 + 2) + 100 * 50_000 * (2 + 4)
+
+
+def test_the_vocabulary_of_a_multimodal_model_is_that_of_its_text_part() -> None:
+    nested = Model(checkpoint_of({"w": (1, 0)}, text_config={"vocab_size": 1000}), {})
+    plain = Model(checkpoint_of({"w": (1, 0)}, vocab_size=1000), {})
+    assert evaluation_bytes(nested, "auto", 10) == evaluation_bytes(plain, "auto", 10)
