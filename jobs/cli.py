@@ -1,6 +1,7 @@
 """The `swsc` command: verbs, exit codes, and one line for a user's mistake."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            print(f"error: {error.strerror}: what is finished is kept; make room and run it again", file=sys.stderr)
+            return 1
         print(f"error: {error.filename or 'system'}: {error.strerror or error}; check path and rights", file=sys.stderr)
         return 2
 

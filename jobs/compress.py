@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.flags import add_config, add_settings, settings_of
 from pipeline.config import ClusterSettings, CompressSettings, EvaluateSettings
+from pipeline.errors import ConfigError
 from pipeline.flows.compress import compress_model, describe
 from pipeline.measure.windows import make_windows
 from pipeline.model.checkpoint import open_checkpoint
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     settings, cluster = settings_of(arguments, CompressSettings, ClusterSettings)
+    cut = sorted({"seqlen", "windows"} & vars(arguments).keys())
+    if cut and not arguments.text:
+        raise ConfigError(f"{', '.join(cut)} mean nothing without --text: add it, or drop them")
     evaluation = settings_of(_without_config(arguments), EvaluateSettings)[0] if arguments.text else None
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
@@ -55,5 +59,12 @@ def summarise(output: str, report: dict[str, Any]) -> None:
         f"{output}: {report['compressed_bits_per_weight']:.3f} bits a weight over the compressed matrices"
         f" ({report['share_of_weights_compressed']:.1%} of all weights),"
         f" {report['whole_model_bits_per_weight']:.3f} over the whole model, {report['seconds']:.1f} s"
-        + (" (it was complete already)" if report.get("resumed") else "")
+        + _resumed(report)
     )
+
+
+def _resumed(report: dict[str, Any]) -> str:
+    if report.get("resumed"):
+        return " (it was complete already)"
+    kept = report["files_of_an_earlier_run"]
+    return f" for what an earlier run had left ({kept} files were finished)" if kept else ""

@@ -1,14 +1,16 @@
 """`swsc evaluate MODEL --text FILE`: perplexity by the standard protocol."""
 
 import argparse
-import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.flags import add_settings, cluster_of, settings_of
+from jobs.flags import add_settings, settings_of
 from pipeline.config import ClusterSettings, EvaluateSettings
+from pipeline.errors import OutputError
 from pipeline.model.artifact import open_model
+from pipeline.model.store import Store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,18 +20,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    (settings,) = settings_of(arguments, EvaluateSettings)
-    cluster = cluster_of(arguments)
-    open_model(arguments.model)  # a damaged model is told of before Ray is started
-    if arguments.json:
-        Path(arguments.json).touch()  # and so is a place that cannot be written
+    settings, cluster = settings_of(arguments, EvaluateSettings, ClusterSettings)
+    model = open_model(arguments.model)  # a damaged model is told of before Ray is started
+    target = Path(arguments.json).absolute() if arguments.json else None
+    if target and (
+        target.is_dir() or not os.access(target.parent, os.W_OK)
+    ):  # and so is a place that cannot be written
+        raise OutputError(f"{arguments.json}: cannot be written; give a file in a directory that is there")
     from pipeline.flows.evaluate import evaluate_model
     from pipeline.run.cluster import make_pool
 
     result = evaluate_model(arguments.model, settings, partial(make_pool, cluster))
     summarise(result)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    positions = model.config.get("max_position_embeddings")
+    if positions and settings.seqlen > positions:
+        print(f"  note: the model was made for {positions} positions, windows are longer")
+    if target:
+        Store.at(str(target.parent)).write_json(target.name, result)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from jobs.evaluate import protocol
@@ -14,7 +13,7 @@ from pipeline.model.store import Store
 from pipeline.report.files import write_results
 from pipeline.report.tables import print_table
 
-_SETTINGS = "settings.json"  # marks a directory as the results of a sweep
+_MARK = ".swsc-sweep"  # an empty file, by which a directory of results is known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,18 +34,21 @@ def run(arguments: argparse.Namespace) -> int:
 def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> int:
     """Run a sweep, write and print its results; RunError if a variant failed, after everything is written.
 
-    What was measured is written even when the sweep is interrupted or fails as a whole.
+    What was measured is written even when the sweep is interrupted or fails as a whole; results of an earlier sweep in
+    the same directory stay until there is something to put in their place.
     """
     from pipeline.run.cluster import make_pool
 
     sweep = Sweep(settings)
-    store = begin(out, settings)
+    store = begin(out)
+    pool = make_pool(cluster, sweep.total_tasks, sweep.worker_bytes)
     try:
-        sweep.run(partial(make_pool, cluster))
+        sweep.run(pool)
     finally:
         result = sweep.result()
-        about = {"settings": settings.model_dump(mode="json"), "seconds": result.seconds, "argv": sys.argv}
-        write_results(store, result.rows, result.tensors, about)
+        if result.measured or sys.exc_info()[0] is None:
+            about = {"settings": settings.model_dump(mode="json"), "seconds": result.seconds, "argv": sys.argv}
+            write_results(store, result.rows, result.tensors, about)
     print_results(settings, result)
     print(f"{out}/results.json, results.parquet, tensors.parquet: {len(result.rows)} rows, {result.seconds:.1f} s")
     if result.failed:
@@ -55,12 +57,12 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
     return 0
 
 
-def begin(out: str, settings: SweepSettings) -> Store:
+def begin(out: str) -> Store:
     """The store of the results; a directory that cannot be written, or is not ours, is told of before any work."""
     store = Store.at(out)
-    if store.names() and not store.exists(_SETTINGS):
+    if not store.is_empty() and not store.exists(_MARK):
         raise OutputError(f"{out}: not empty and not the results of a sweep; choose an empty or new directory")
-    store.write_json(_SETTINGS, settings.model_dump(mode="json"))
+    store.write(_MARK, [])
     return store
 
 

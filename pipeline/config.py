@@ -85,6 +85,9 @@ class MatrixSettings(Settings):
             wrong.append(
                 f"{', '.join(foreign)} mean nothing to method {self.method}: drop them, or choose another --method"
             )
+        idle = sorted({"count", "cluster_share"} & self.model_fields_set)
+        if explicit and idle:
+            wrong.append(f"{', '.join(idle)} mean nothing beside clusters or rank: drop them, or give bits")
         if "group_size" in self.model_fields_set and self.granularity != "group":
             wrong.append("group_size counts with granularity group only: add it, or drop group_size")
         if self.method == "rtn":
@@ -157,6 +160,9 @@ class SweepSettings(Settings):
         twice = sorted({name for name in names if names.count(name) > 1 or name == "uncompressed"})
         if twice:
             raise ValueError(f"variants share a name, or have a reserved one: {', '.join(twice)}")
+        again = sorted({model for model in self.models if self.models.count(model) > 1})
+        if again:
+            raise ValueError(f"models are named twice: {', '.join(again)}")
         return self
 
 
@@ -168,7 +174,10 @@ def validated(kind: type[S], values: dict[str, Any], source: str = "settings") -
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        found = "; ".join(_finding(kind, item) for item in error.errors())
+        # A list whose only member is wrong counts as too short as well: one mistake, one finding.
+        wrong_inside = {item["loc"][0] for item in error.errors() if len(item["loc"]) > 1}
+        items = [i for i in error.errors() if i["type"] != "too_short" or i["loc"][0] not in wrong_inside]
+        found = "; ".join(_finding(kind, item) for item in items)
         raise ConfigError(f"{source}: {found}") from None
 
 
@@ -187,7 +196,7 @@ def _finding(kind: type[Settings], item: Any) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Keys and values of a YAML file; keys may be spelled as flags."""
+    """Keys and values of a YAML file; those of the top level may be spelled as flags."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -25,6 +25,8 @@ from swsc_core.rtn import RtnMatrix, dequantize, group_length, quantize
 from swsc_core.spec import Spec, SwscSpec
 from swsc_core.swsc import SwscMatrix, compress, restore
 
+_ROWS = 256  # rows that are held in float64 at a time
+
 # method -> names of the parts that it stores
 PARTS = {"swsc": ("weight", "labels", "left", "right"), "rtn": ("weight", "scales", "zero_points")}
 
@@ -104,6 +106,8 @@ def _encode_one(weight: Tensor, spec: Spec, name: str, seed: int, storage_dtype:
     for tensor in parts.values():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise WeightError(f"{name}: values overflow {dtype_name(tensor.dtype)}; choose a wider storage dtype")
+    if not bool(torch.isfinite(restored.float()).all()):
+        raise WeightError(f"{name}: restored values overflow {dtype_name(restored.dtype)}; leave this tensor out")
     return Encoded(parts, entry, restored, *_squares(weight, restored), stats)
 
 
@@ -121,10 +125,13 @@ def decode(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
 
 
 def _squares(weight: Tensor, restored: Tensor) -> tuple[float, float]:
-    """‖W − Ŵ‖²_F and ‖W‖²_F, from float32 values summed in float64."""
-    dense = weight.float()
-    error = float((dense - restored.float()).square_().sum(dtype=torch.float64))
-    return error, float(dense.square().sum(dtype=torch.float64))
+    """‖W − Ŵ‖²_F and ‖W‖²_F, in float64, some rows at a time."""
+    error = norm = 0.0
+    for before, after in zip(weight.split(_ROWS), restored.split(_ROWS), strict=True):
+        dense = before.float().double()
+        error += float((dense - after.float().double()).square_().sum())
+        norm += float(dense.square_().sum())
+    return error, norm
 
 
 def dtype_name(dtype: torch.dtype) -> str:

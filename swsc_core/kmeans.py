@@ -71,7 +71,12 @@ def kmeans(
     require_range("kmeans", "n_init", n_init, 1, 1000)
     require_range("kmeans", "max_iter", max_iter, 1, 100_000)
     original = points.float()
-    space = PointSpace(original - original.mean(dim=0), gram=gram_pays(n, points.shape[1], n_clusters, n_init))
+    # A power of two changes no digit, and keeps squares within float32's range.
+    exponent = math.frexp(float(original.abs().max()))[1] if original.numel() else 0
+    scale = 2.0 ** -max(-100, min(100, exponent))
+    centred = original * scale
+    centred -= centred.mean(dim=0)
+    space = PointSpace(centred, gram=gram_pays(n, points.shape[1], n_clusters, n_init))
     generator = torch.Generator().manual_seed(seed)
     seeds = (_seed(space, n_clusters, generator) for _ in range(n_init))
     starts = [_lloyd(space, labels, closest, n_clusters, max_iter, tolerance) for labels, closest in seeds]
@@ -80,7 +85,8 @@ def kmeans(
     best = min(refined, key=lambda start: start.inertia)
     labels = torch.unique(best.labels, return_inverse=True)[1]  # drops empty clusters, keeps their order
     centroids = means_of(original, labels)
-    return KMeansResult(centroids, labels, inertia_of(original, centroids, labels), best.history, best.converged)
+    history = tuple(inertia / scale**2 for inertia in best.history)
+    return KMeansResult(centroids, labels, inertia_of(original, centroids, labels), history, best.converged)
 
 
 def effort(n: int, n_clusters: int, n_init: int | None) -> tuple[int, int]:

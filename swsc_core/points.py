@@ -91,7 +91,15 @@ def sum_by_label(rows: Tensor, labels: Tensor, k: int) -> Tensor:
     sums = torch.zeros(k, rows.shape[1], dtype=rows.dtype, device=rows.device)
     if rows.device.type == "cpu":
         return sums.index_add_(0, labels, rows)
-    return torch.nn.functional.one_hot(labels, k).to(rows.dtype).T @ rows
+    return _add_products(sums, rows, labels)
+
+
+def _add_products(sums: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    """Add each row to the sum of its label by one-hot products, a block of rows at a time."""
+    block = max(1, _BLOCK_VALUES // len(sums))
+    for part, own in zip(rows.split(block), labels.split(block), strict=True):
+        sums.addmm_(torch.nn.functional.one_hot(own, len(sums)).to(rows.dtype).T, part)
+    return sums
 
 
 def means_of(points: Tensor, labels: Tensor) -> Tensor:
@@ -107,4 +115,4 @@ def inertia_of(points: Tensor, centroids: Tensor, labels: Tensor) -> float:
     """Sum of squared distances of the points [n, d] to the centroids [k, d] of their labels, in float64."""
     block = max(1, _BLOCK_VALUES // points.shape[1])
     pairs = zip(points.split(block), labels.split(block), strict=True)
-    return math.fsum(float((part - centroids[own]).square().sum(dtype=torch.float64)) for part, own in pairs)
+    return math.fsum(float((part - centroids[own]).double().square_().sum()) for part, own in pairs)

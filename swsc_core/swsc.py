@@ -105,7 +105,7 @@ def restore(matrix: SwscMatrix, dtype: torch.dtype | None = None) -> Tensor:
 def _share(
     dense: Tensor, k: int, axis: ChannelAxis, n_init: int | None, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, int]:
-    """Stored centroids [k, length], labels int64 [channels] and the Lloyd iterations of the best start."""
+    """Stored centroids [k, length], labels int64 [channels] and the iterations of the run of Lloyd that it came from."""
     points = dense if axis == "output" else dense.T.contiguous()
     if k == 0:
         labels = torch.zeros(len(points), dtype=torch.int64, device=dense.device)

@@ -59,6 +59,7 @@ def compress_model(
     tasks = [task for task in _tasks(source, plan, store, settings) if task.key not in out.finished]
     run_tasks(tasks, compression_bytes(plan.largest_matrix), note, make_pool, out, "compress")
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
+    report["files_of_an_earlier_run"] = len(out.finished)
     ordered = [records[name] for name in sorted(records)]
     finish(out, source, ordered, _config(source, rows, settings.format), report)
     return report
@@ -89,6 +90,8 @@ def run_tasks(
 
     A user's mistake found on the way takes the begun output back.
     """
+    if not tasks:
+        return
     source = TaskList(tasks, note)
     try:
         pool = make_pool(len(tasks), memory)

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.flows.compress import PoolMaker, begin_with_room, require_apart, run_tasks, versions
+from pipeline.flows.compress import ALGORITHM, PoolMaker, begin_with_room, require_apart, run_tasks, versions
 from pipeline.model.artifact import Model, finish, open_model
 from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.model.families import layer_of
@@ -27,7 +27,7 @@ def restore_model(location: str, output: str, make_pool: PoolMaker) -> dict[str,
     store, source = Store.at(output), model.checkpoint
     require_apart(source, store)
     tasks = _tasks(model, location, store)
-    identity = {"restored_from": source.fingerprint}
+    identity = {"restored_from": source.fingerprint, "algorithm": ALGORITHM}
     out = begin_with_room(store, identity, sum(task.weight for task in tasks))
     report = _report(model)
     if out.complete:

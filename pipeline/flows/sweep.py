@@ -13,16 +13,15 @@ from typing import Any
 
 from pipeline.config import EvaluateSettings, SweepSettings
 from pipeline.errors import ConfigError
-from pipeline.flows.compress import PoolMaker
 from pipeline.flows.evaluate import deal, model_key, worker_bytes
 from pipeline.flows.sweep_rows import run_rows, tensor_rows
 from pipeline.flows.sweep_runs import Run, Unit, make_runs
 from pipeline.measure.windows import Windows, make_windows
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from pipeline.model.forecast import compression_bytes
+from pipeline.model.forecast import WORKER_BASE, compression_bytes
 from pipeline.run.driver import execute
-from pipeline.run.pool import Done, Task
+from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
 
@@ -33,6 +32,11 @@ class SweepResult:
     rows: list[dict[str, Any]]
     tensors: list[dict[str, Any]]
     seconds: float
+
+    @property
+    def measured(self) -> int:
+        """Number of rows that hold what was asked for."""
+        return len(self.rows) - len(self.failed)
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -65,12 +69,10 @@ class Sweep:
         for run in self._runs:
             self._open_if_ready(run)
 
-    def run(self, make_pool: PoolMaker) -> None:
-        """Do all of it. Whatever stops it, `result` has what was measured until then."""
-        tasks = self.total_tasks
-        pool = make_pool(tasks, self._worker_bytes())
+    def run(self, pool: Pool) -> None:
+        """Do all of it and let the workers go. Whatever stops it, `result` has what was measured until then."""
         try:
-            with Progress("sweep", tasks, 0) as progress:
+            with Progress("sweep", self.total_tasks, 0) as progress:
                 execute(pool, self, progress)
         except BaseException:
             for run in self._runs:
@@ -84,12 +86,13 @@ class Sweep:
         parts = sum(len(deal(w.ids, e)) for run in self._runs for w, e in self._measurements(run))
         return len(self._compressions) + parts
 
-    def _worker_bytes(self) -> int:
+    @property
+    def worker_bytes(self) -> int:
         """Peak memory of a worker: it may hold an evaluation model while it compresses."""
         matrices = [run.plan.largest_matrix for run in self._runs if run.plan]
         models = [Model(checkpoint, {}) for checkpoint in self._checkpoints]
         measuring = [worker_bytes(model, text) for model in models for text in self._settings.evaluations]
-        return compression_bytes(max(matrices)) + max(measuring, default=0)
+        return compression_bytes(max(matrices)) + max(measuring, default=WORKER_BASE) - WORKER_BASE
 
     def _measurements(self, run: Run) -> list[tuple[Windows, EvaluateSettings]]:
         return list(zip(self._windows[run.model], self._settings.evaluations, strict=True))

@@ -39,8 +39,9 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
     text = read_text(settings.text)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise TextError(f"{model}: no tokenizer to cut the text with ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # a damaged file makes the library raise whatever its parser meets
+        reason = (str(error).splitlines() or [""])[0]
+        raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None
     logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut below
     ids = np.asarray(tokenizer(text)["input_ids"], dtype=np.int64)
     length, wanted = settings.seqlen, settings.windows

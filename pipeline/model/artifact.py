@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError, OutputError
-from pipeline.model.checkpoint import INDEX, Checkpoint, open_checkpoint, read_header
-from pipeline.model.parts import DONE, RUN, read_tensor
+from pipeline.model.checkpoint import INDEX, MANIFEST, RUN, Checkpoint, open_checkpoint, read_header
+from pipeline.model.parts import DONE, read_tensor
 from pipeline.model.store import FileRecord, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
-MANIFEST, REPORT = "swsc_manifest.json", "swsc_report.json"
+REPORT = "swsc_report.json"
 _OURS = re.compile(r"(model-\d+-of-\d+\.safetensors|.*\.partial)$")  # names of tensor files and of unfinished files
 
 
@@ -53,18 +53,28 @@ def begin(store: Store, identity: dict[str, Any]) -> Output:
         OutputError: the directory holds something else, or was begun with other settings or another source.
     """
     if store.exists(MANIFEST):
-        manifest = store.read_json(MANIFEST)
+        manifest = _read_own(store, MANIFEST, "identity", "files")
         _same(store, manifest["identity"], identity)
         _require_whole(store, manifest["files"])
+        store.remove(".swsc")  # a run that was cut off right after its manifest leaves it
         return Output(store, identity, {}, complete=True)
     if store.exists(RUN):
-        _same(store, store.read_json(RUN), identity)
+        _same(store, _read_own(store, RUN), identity)
         return Output(store, identity, _finished(store), complete=False)
-    if store.path(".").exists() and any(store.path(".").iterdir()):
+    if not store.is_empty() and [path.name for path in store.path(".").iterdir()] != [".swsc"]:
         raise OutputError(f"{store.root}: not empty and not an output of this tool; choose an empty or new directory")
     made = not store.path(".").exists()
     store.write_json(RUN, identity)
     return Output(store, identity, {}, complete=False, made_directory=made)
+
+
+def _read_own(store: Store, name: str, *keys: str) -> dict[str, Any]:
+    """A file of ours; OutputError if it is damaged."""
+    try:
+        value = store.read_json(name)
+        return {**value, **{key: dict(value[key]) for key in keys}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{store.root}: {name} is damaged ({error}); remove the output and run again") from None
 
 
 def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -211,6 +221,8 @@ def open_model(location: str) -> Model:
     if quantization.get("format_version") != FORMAT_VERSION:
         found = quantization.get("format_version")
         raise CheckpointError(f"{location}: format version {found}, this release reads {FORMAT_VERSION}; update swsc")
+    if not isinstance(quantization.get("tensors"), dict):
+        raise CheckpointError(f"{location}: quantization_config does not say what is compressed; compress again")
     model = Model(checkpoint, quantization["tensors"])
     missing = [
         where for name in model.entries for where in model.parts(name).values() if where not in checkpoint.tensors

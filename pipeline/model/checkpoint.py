@@ -16,6 +16,8 @@ from pipeline.model.store import Store
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MANIFEST = "swsc_manifest.json"  # of an output: written last
+RUN = ".swsc/run.json"  # of an output under way: what was asked for
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 _SAMPLES, _SAMPLE_BYTES = 16, 65536  # of a shard, for the fingerprint
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -86,6 +88,8 @@ def open_checkpoint(location: str) -> Checkpoint:
     names = store.names()
     if not names:
         raise CheckpointError(f"{location}: no such directory, or an empty one; give the directory of a checkpoint")
+    if store.exists(RUN) and not store.exists(MANIFEST):
+        raise CheckpointError(f"{location}: an unfinished output; run the command that began it again")
     files, weight_map = _shards(store, names)
     tensors: dict[str, TensorInfo] = {}
     digest = hashlib.sha256()
@@ -206,6 +210,9 @@ def _config(store: Store) -> dict[str, Any]:
         raise CheckpointError(f"{store.root}/config.json: not JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{store.root}/config.json: wanted an object, got {type(config).__name__}")
+    for key in ("quantization_config", "text_config"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CheckpointError(f"{store.root}/config.json: {key} is no object; download it again")
     return config
 
 

@@ -11,7 +11,7 @@ from swsc_core.lowrank import is_exact
 from swsc_core.points import gram_pays
 from swsc_core.spec import Spec, SwscSpec
 
-_WORKER_BASE = 400 << 20  # bytes of a worker that holds no weights: Python, torch, transformers, Ray
+WORKER_BASE = 450 << 20  # bytes of a worker that holds no weights: Python, torch, transformers, Ray
 _MATRICES = 8  # float32 copies of the largest matrix that are alive at the peak of a compression
 # What K-Means and SVD take, fitted to runs of benchmarks/llama7b_shape.py and of the demo (docs/experiments.md):
 _STARTED, _REFINED = 20, 150  # Lloyd iterations of a start, and of the refinement of one
@@ -38,7 +38,7 @@ def forecast(plan: Plan, form: str) -> dict[str, Any]:
 
 def compression_bytes(largest_matrix: int) -> int:
     """Peak memory of a worker that compresses or restores matrices of up to `largest_matrix` weights."""
-    return _WORKER_BASE + _MATRICES * 4 * largest_matrix
+    return WORKER_BASE + _MATRICES * 4 * largest_matrix
 
 
 def evaluation_bytes(model: Model, dtype: str, tokens: int) -> int:
@@ -47,13 +47,13 @@ def evaluation_bytes(model: Model, dtype: str, tokens: int) -> int:
     The weights as they are read and as they are calculated with, and the logits of a batch with their float32 copy.
     """
     value_bytes = 2 if dtype in ("float16", "bfloat16") else 4
-    text = {**model.config, **model.config.get("text_config", {})}
+    text = {**model.config, **(model.config.get("text_config") or {})}
     logits = tokens * text.get("vocab_size", 0) * (value_bytes + 4)
-    return _WORKER_BASE + model.weights * (2 + value_bytes) + logits
+    return WORKER_BASE + model.weights * (2 + value_bytes) + logits
 
 
 def core_seconds(plan: Plan, speed: float) -> float:
-    """Seconds of one core whose GEMM does `speed` float32 operations a second; right within a factor of about two."""
+    """Seconds of one core whose GEMM does `speed` float32 operations a second; right within a factor of about two from 512 channels on."""
     return sum(_seconds(decision, spec, speed) for decision in plan.compressed for spec in decision.specs)
 
 

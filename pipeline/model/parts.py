@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import OutputError
-from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, file_header
+from pipeline.errors import RunError
+from pipeline.model.checkpoint import DTYPES, RUN, TORCH_TO_SAFETENSORS, TensorInfo, file_header
 from pipeline.model.store import FileRecord, Store
 
 if TYPE_CHECKING:  # committing a file needs no torch, and a committing process is up sooner without it
     from torch import Tensor
 
-RUN = ".swsc/run.json"  # what a run under way was asked for
 DONE = ".swsc/done"  # folder of the records of the files that it has finished
 
 
@@ -102,11 +101,9 @@ def copy_tensors(source: Store, infos: Sequence[TensorInfo], target: Store, file
 
 
 def _require_begun(store: Store) -> None:
-    """Raise OutputError on a node that does not see the directory that the driver has begun."""
+    """Raise RunError on a node that does not see the directory that the driver has begun: other nodes' work is kept."""
     if not store.exists(RUN):
-        raise OutputError(
-            f"{store.root}: not seen by node {gethostname()}; all nodes must mount the output's filesystem"
-        )
+        raise RunError(f"{store.root}: not seen by node {gethostname()}; all nodes must mount the output's filesystem")
 
 
 def record_done(store: Store, record: FileRecord, rows: Sequence[dict[str, Any]]) -> None:

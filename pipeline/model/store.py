@@ -54,6 +54,10 @@ class Store:
     def size(self, name: str) -> int:
         return self.path(name).stat().st_size
 
+    def is_empty(self) -> bool:
+        """Whether the directory holds nothing, or is not there."""
+        return not self.path(".").exists() or not any(self.path(".").iterdir())
+
     def names(self) -> list[str]:
         """Names of the files directly in the directory, sorted."""
         root = Path(self.root)

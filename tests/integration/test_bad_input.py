@@ -146,7 +146,7 @@ def test_output_or_result_in_a_place_that_cannot_be_written(
     refused("compress", tiny_model, tmp_path / "file", "--local", wanted=("file",))
     refused("plan", tiny_model, "--json", tmp_path / "no" / "plan.json", wanted=("plan.json", "No such file"))
     flags = ("--seqlen", "64", "--local", "--json", tmp_path / "no" / "e.json")
-    refused("evaluate", tiny_model, "--text", text, *flags, wanted=("e.json", "No such file"))
+    refused("evaluate", tiny_model, "--text", text, *flags, wanted=("e.json", "cannot be written"))
 
 
 def test_a_text_too_short_is_told_before_anything_is_compressed(  # type: ignore[no-untyped-def]
@@ -238,3 +238,72 @@ def test_sweep_that_cannot_be_carried_out(tiny_model: Path, tmp_path: Path, refu
     (tmp_path / "s.yaml").write_text(config)
     flags = ("--model", tiny_model, "--local")
     refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "out", *flags, wanted=(wanted,))
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [({"quantization_config": "awq"}, "quantization_config is no object"), ({"text_config": [1]}, "text_config is no")],
+)
+def test_config_json_of_another_shape(
+    model: Path, tmp_path: Path, refused, config: dict[str, object], wanted: str
+) -> None:  # type: ignore[no-untyped-def]
+    written = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**written, **config}))
+    refused(*compress(model, tmp_path), wanted=(wanted,))
+
+
+def test_an_empty_text_config_is_none(model: Path, text: Path) -> None:
+    written = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**written, "text_config": None}))
+    assert main(["evaluate", str(model), "--text", str(text), "--seqlen", "64", "--local"]) == 0
+
+
+def test_compressed_model_that_does_not_say_what_is_compressed(model: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    written = json.loads((model / "config.json").read_text())
+    quantization = {"quant_method": "swsc", "format_version": 1}
+    (model / "config.json").write_text(json.dumps({**written, "quantization_config": quantization}))
+    refused("restore", model, model.parent / "out", "--local", wanted=("does not say what is compressed",))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_damaged_manifest(tiny_model: Path, tmp_path: Path, refused, content: str) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "swsc_manifest.json").write_text(content)
+    refused(*compress(tiny_model, tmp_path), wanted=("swsc_manifest.json is damaged", "remove the output"))
+
+
+def test_damaged_tokenizer(model: Path, text: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    (model / "tokenizer.json").write_text("{}")
+    refused("evaluate", model, "--text", text, "--seqlen", "64", "--local", wanted=("no tokenizer",))
+
+
+def test_a_refused_evaluation_leaves_no_result(tiny_model: Path, text: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    flags = ("--seqlen", "4096", "--local", "--json", tmp_path / "e.json")
+    refused("evaluate", tiny_model, "--text", text, *flags, wanted=("0 windows",))
+    assert not (tmp_path / "e.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (("--seqlen", "64"), "seqlen mean nothing without --text"),
+        (("--clusters", "4", "--count", "paper", "--cluster-share", "0.1"), "cluster_share, count mean nothing beside"),
+    ],
+)
+def test_flags_that_would_be_ignored(
+    tiny_model: Path, tmp_path: Path, refused, flags: tuple[str, ...], wanted: str
+) -> None:  # type: ignore[no-untyped-def]
+    refused(*compress(tiny_model, tmp_path, *flags), wanted=(wanted,))
+
+
+def test_all_mistakes_of_an_evaluation_are_told_at_once(tiny_model: Path, text: Path, refused) -> None:  # type: ignore[no-untyped-def]
+    flags = ("--seqlen", "1", "--workers", "0")
+    refused("evaluate", tiny_model, "--text", text, *flags, wanted=("seqlen", "workers"))
+
+
+def test_one_wrong_variant_is_one_finding(tiny_model: Path, tmp_path: Path, refused, capsys) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "s.yaml").write_text(f"models: [{tiny_model}, {tiny_model}]\nvariants: [{{name: a, bits: -1}}]\n")
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 2
+    assert "at least 1 item" not in capsys.readouterr().err
+    (tmp_path / "s.yaml").write_text(f"models: [{tiny_model}, {tiny_model}]\nvariants: [{{name: a}}]\n")
+    refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "out", "--local", wanted=("models are named twice",))

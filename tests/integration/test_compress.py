@@ -1,5 +1,6 @@
 """Compressing and restoring whole directories, in the plain loop."""
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from pipeline.flows import compress as flow
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.parts import read_tensor
+from pipeline.run import pool
 from swsc_core import SwscSpec, encode
 from tests.tiny import contents, make_tiny_model
 
@@ -194,6 +196,67 @@ class TestInterruption:
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 218_000 - done))
         compress(tiny_model, tmp_path / "out")
+
+    def test_a_full_disk_at_the_very_end_keeps_what_is_finished(
+        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        real = os.replace
+
+        def replace(source: Path, target: Path) -> None:
+            if Path(target).name == "config.json":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+        assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--local"]) == 1
+        assert "No space left on device: what is finished is kept" in capsys.readouterr().err
+        monkeypatch.undo()
+        compress(tiny_model, tmp_path / "out")
+        compress(tiny_model, tmp_path / "straight")
+        assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+    def test_what_it_left_is_not_opened_as_a_model(
+        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.interrupted(tiny_model, tmp_path / "out", monkeypatch, after=1)
+        assert main(["restore", str(tmp_path / "out"), str(tmp_path / "dense"), "--local"]) == 2
+        assert "an unfinished output; run the command that began it again" in capsys.readouterr().err
+
+    def test_one_cut_off_in_its_very_first_write_goes_on(self, tiny_model: Path, tmp_path: Path) -> None:
+        (tmp_path / "out" / ".swsc").mkdir(parents=True)
+        (tmp_path / "out" / ".swsc" / "run.json.12345678.partial").write_text("{")
+        compress(tiny_model, tmp_path / "out")
+        assert not (tmp_path / "out" / ".swsc").exists()
+
+    def test_one_cut_off_right_after_its_manifest_is_complete_and_tidied(
+        self, tiny_model: Path, tmp_path: Path
+    ) -> None:
+        compress(tiny_model, tmp_path / "out")
+        before = contents(tmp_path / "out")
+        (tmp_path / "out" / ".swsc").mkdir()
+        (tmp_path / "out" / ".swsc" / "run.json").write_text("{}")
+        assert main(["evaluate", str(tmp_path / "out"), "--text", "none", "--local"]) == 2  # the text, not the model
+        compress(tiny_model, tmp_path / "out")
+        assert contents(tmp_path / "out") == before
+        assert not (tmp_path / "out" / ".swsc").exists()
+
+    def test_a_node_that_does_not_see_the_output_costs_no_finished_layer(
+        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        calls = 0
+
+        def blind_at_the_second(root: str, file: str, payload: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return real(f"{root}/elsewhere" if calls == 2 else root, file, payload)
+
+        real = pool.commit
+        monkeypatch.setattr(pool, "commit", blind_at_the_second)
+        assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--local"]) == 1
+        assert "not seen by node" in capsys.readouterr().err
+        assert len(list((tmp_path / "out" / ".swsc" / "done").iterdir())) >= 2
+        monkeypatch.undo()
+        assert compress(tiny_model, tmp_path / "out")["files_of_an_earlier_run"] >= 2
 
     def test_a_source_whose_weights_changed_is_another_source(
         self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -74,7 +74,7 @@ def test_a_sweep_equals_its_single_runs_and_writes_json_and_parquet(
 
 def test_a_tensor_is_read_once_and_a_unit_is_compressed_once(models: list[Path], text: Path) -> None:
     pool = RecordingPool()
-    Sweep(validated(SweepSettings, sweep_of(models[:1], text))).run(lambda *_: pool)
+    Sweep(validated(SweepSettings, sweep_of(models[:1], text))).run(pool)
     compressions = [task for task in pool.given if task.method == "compress_units"]
     assert len(compressions) == 4  # q and k of two layers, each once
     assert all(task.outputs == 2 for task in compressions)  # 4 bits, shared by two variants, and RTN
@@ -82,7 +82,7 @@ def test_a_tensor_is_read_once_and_a_unit_is_compressed_once(models: list[Path],
 
 def test_evaluation_begins_while_others_still_compress(models: list[Path], text: Path) -> None:
     pool = RecordingPool()
-    Sweep(validated(SweepSettings, sweep_of(models, text))).run(lambda *_: pool)
+    Sweep(validated(SweepSettings, sweep_of(models, text))).run(pool)
     methods = [(task.method, task.args[1]) for task in pool.given]
     first_variant = next(i for i, (method, what) in enumerate(methods) if method == "measure" and what)
     last_compression = max(i for i, (method, _) in enumerate(methods) if method == "compress_units")
@@ -91,7 +91,7 @@ def test_evaluation_begins_while_others_still_compress(models: list[Path], text:
 
 def test_payloads_are_let_go_when_no_variant_waits_for_them(models: list[Path], text: Path) -> None:
     sweep = Sweep(validated(SweepSettings, sweep_of(models, text)))
-    sweep.run(lambda *_: RecordingPool())
+    sweep.run(RecordingPool())
     assert sweep._payloads == {}
 
 
@@ -142,7 +142,7 @@ def test_each_evaluation_says_its_own_dtype(models: list[Path], text: Path) -> N
     settings = sweep_of(models[:1], text, VARIANTS[:1])
     settings["evaluations"][1]["dtype"] = "bfloat16"
     sweep = Sweep(validated(SweepSettings, settings))
-    sweep.run(lambda *_: RecordingPool())
+    sweep.run(RecordingPool())
     assert [row["dtype"] for row in sweep.result().rows] == ["float32", "bfloat16"] * 2
 
 
@@ -161,3 +161,40 @@ def test_published_figures_stand_beside_ours_only_where_the_model_is_that_one() 
     }  # fmt: skip
     assert known_model(llama) == "Llama-2-7B"
     assert known_model(llama | {"num_hidden_layers": 40}) is None
+
+
+@pytest.mark.parametrize("file", ["settings.json", "sub/thesis.tex"])
+def test_a_directory_that_only_looks_like_ours_is_left_alone(models: list[Path], tmp_path: Path, file: str) -> None:
+    (tmp_path / "out" / file).parent.mkdir(parents=True)
+    (tmp_path / "out" / file).write_text("mine")
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"models": [str(models[0])], "variants": VARIANTS[:1]}))
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 2
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [tmp_path / "out" / file]
+
+
+def test_earlier_results_stay_when_the_cluster_is_not_there(
+    models: list[Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text, VARIANTS[:1])))
+    sweep = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*sweep, "--local"]) == 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    assert main([*sweep, "--address", "127.0.0.1:1"]) == 2
+    assert "error: no Ray cluster at 127.0.0.1:1" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_earlier_results_stay_when_nothing_was_measured(
+    models: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text, VARIANTS[:1])))
+    sweep = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]
+    assert main(sweep) == 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalPool, "start", stopped)
+    assert main(sweep) == 130
+    assert (tmp_path / "out" / "results.json").read_bytes() == before

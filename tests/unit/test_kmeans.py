@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 from swsc_core import kmeans
+from swsc_core import points as points_module
 from swsc_core.points import PointSpace
 
 module = import_module("swsc_core.kmeans")  # the package has a function of the same name
@@ -134,6 +135,14 @@ def test_small_problems_have_sixteen_starts_and_large_ones_four(
     points = points_of(5, 300, 3)
     assert kmeans(points, 30).inertia == kmeans(points, 30, n_init=starts).inertia
     assert kmeans(points, 30).inertia != kmeans(points, 30, n_init=20 - starts).inertia
+
+
+def test_sums_by_products_are_those_by_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that CUDA takes, on the CPU, in more than one block."""
+    monkeypatch.setattr(points_module, "_BLOCK_VALUES", 64)
+    rows, labels = points_of(6, 50, 4), torch.randint(9, (50,), generator=torch.Generator().manual_seed(1))
+    by_products = points_module._add_products(torch.zeros(9, 4), rows, labels)
+    torch.testing.assert_close(by_products, points_module.sum_by_label(rows, labels, 9))
 
 
 def test_both_routes_assign_points_alike_and_tell_the_same_costs() -> None:

@@ -154,6 +154,20 @@ def test_what_is_not_a_floating_point_matrix_is_refused_by_name(bad: torch.Tenso
         encode(bad, [SwscSpec(1, 0)], name="norm")
 
 
+@pytest.mark.parametrize("spec", [SwscSpec(16, 8), RtnSpec(3)])
+def test_restored_values_that_overflow_the_weights_own_dtype_are_told_of(spec: Any) -> None:
+    weight = (weight_of(5, 64, 48) * 40_000).clamp(-65_504, 65_504)  # up to the largest float16
+    with pytest.raises(WeightError, match="layer: restored values overflow float16; leave this tensor out"):
+        encode(weight.half(), [spec], name="layer")
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_weights_of_any_size_are_shared_alike(scale: float) -> None:
+    weight = weight_of(4, 24, 20)
+    plain, scaled = (encode(w, [SwscSpec(5, 2)], name="layer") for w in (weight, weight * scale))
+    assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-3)
+
+
 def test_a_zero_matrix_has_no_error() -> None:
     encoded = encode(torch.zeros(6, 6), [SwscSpec(2, 1)])
     assert encoded.relative_error == 0
