@@ -136,7 +136,7 @@ def test_a_worker_that_no_node_has_the_memory_for_is_refused_with_the_forecast(
     (model / "config.json").write_text(json.dumps({**config, "vocab_size": 10**10}))  # logits of terabytes
     done = cluster.swsc("evaluate", model, "--text", text, "--seqlen", 64)
     assert done.returncode == 2
-    assert "error: a worker is foretold to need 5120.4 GB of memory, the largest node offers" in done.stderr
+    assert "error: a worker is foretold to need 5120.5 GB of memory, the largest node offers Ray" in done.stderr
 
 
 def test_no_more_workers_are_made_than_the_memory_of_each_node_holds(cluster: Cluster) -> None:
