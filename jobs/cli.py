@@ -33,18 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        kept = ": what is finished is kept; run the same command again to go on" if arguments.verb in _GOES_ON else ""
-        print(f"interrupted{kept}", file=sys.stderr)
+        print(f"interrupted{_kept(arguments.verb)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            print(f"error: {error.strerror}: what is finished is kept; make room and run it again", file=sys.stderr)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the disk's fault, not the user's
+            print(f"error: {error.strerror}; make room{_kept(arguments.verb)}", file=sys.stderr)
             return 1
         print(f"error: {error.filename or 'system'}: {error.strerror or error}; check path and rights", file=sys.stderr)
         return 2
+
+
+def _kept(verb: str) -> str:
+    return ": what is finished is kept; run the same command again to go on" if verb in _GOES_ON else ""
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -22,11 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings, cluster = settings_of(arguments, EvaluateSettings, ClusterSettings)
     model = open_model(arguments.model)  # a damaged model is told of before Ray is started
-    target = Path(arguments.json).absolute() if arguments.json else None
-    if target and (
-        target.is_dir() or not os.access(target.parent, os.W_OK)
-    ):  # and so is a place that cannot be written
-        raise OutputError(f"{arguments.json}: cannot be written; give a file in a directory that is there")
+    target = _writable(arguments.json) if arguments.json else None  # and so is a place that cannot be written
     from pipeline.flows.evaluate import evaluate_model
     from pipeline.run.cluster import make_pool
 
@@ -38,6 +34,16 @@ def run(arguments: argparse.Namespace) -> int:
     if target:
         Store.at(str(target.parent)).write_json(target.name, result)
     return 0
+
+
+def _writable(path: str) -> Path:
+    """The file to be written, without making it: a run that is refused leaves none."""
+    target = Path(path).absolute()
+    if not target.parent.is_dir():
+        raise OutputError(f"{path}: No such file or directory; give a file in a directory that is there")
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise OutputError(f"{path}: cannot be written; give another file")
+    return target
 
 
 def summarise(result: dict[str, Any]) -> None:

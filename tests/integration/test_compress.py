@@ -157,6 +157,11 @@ class TestInterruption:
         assert main(["compress", str(tiny_model), str(output), "--local"]) == 130
         monkeypatch.undo()
 
+    def ends_as_if_nothing_had_happened(self, tiny_model: Path, tmp_path: Path) -> None:
+        compress(tiny_model, tmp_path / "out")
+        compress(tiny_model, tmp_path / "straight")
+        assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
     def test_it_goes_on_and_ends_as_if_nothing_had_happened(
         self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -166,8 +171,7 @@ class TestInterruption:
         monkeypatch.setattr(flow, "execute", _counting(flow.execute, calls))
         compress(tiny_model, tmp_path / "out")
         assert calls.count("compress") == 1  # of three layers
-        compress(tiny_model, tmp_path / "straight")
-        assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+        self.ends_as_if_nothing_had_happened(tiny_model, tmp_path)
 
     def test_a_damaged_finished_file_is_made_again(
         self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,9 +179,7 @@ class TestInterruption:
         self.interrupted(tiny_model, tmp_path / "out", monkeypatch, after=2)
         victim = next((tmp_path / "out").glob("*.safetensors"))
         victim.write_bytes(victim.read_bytes()[:-1] + b"!")
-        compress(tiny_model, tmp_path / "out")
-        compress(tiny_model, tmp_path / "straight")
-        assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+        self.ends_as_if_nothing_had_happened(tiny_model, tmp_path)
 
     def test_other_settings_are_refused_and_nothing_is_lost(
         self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -209,11 +211,9 @@ class TestInterruption:
 
         monkeypatch.setattr(os, "replace", replace)
         assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--local"]) == 1
-        assert "No space left on device: what is finished is kept" in capsys.readouterr().err
+        assert "No space left on device; make room: what is finished is kept" in capsys.readouterr().err
         monkeypatch.undo()
-        compress(tiny_model, tmp_path / "out")
-        compress(tiny_model, tmp_path / "straight")
-        assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+        self.ends_as_if_nothing_had_happened(tiny_model, tmp_path)
 
     def test_what_it_left_is_not_opened_as_a_model(
         self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
