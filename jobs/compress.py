@@ -5,9 +5,10 @@ from functools import partial
 from typing import Any
 
 from jobs.flags import add_config, add_settings, settings_of
-from pipeline.config import ClusterSettings, CompressSettings, EvaluateSettings
+from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, EvaluateSettings
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import compress_model, describe
+from pipeline.flows.prepare import prepare
 from pipeline.measure.windows import make_windows
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
@@ -18,14 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory of a safetensors checkpoint")
     parser.add_argument("output", metavar="OUTPUT", help="directory to write, new or begun by the same command")
     add_config(parser)
-    add_settings(parser, CompressSettings, ClusterSettings)
+    add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings)
     parser.add_argument("--text", help="then evaluate on this text file, or wikitext2")
     for flag in ("--seqlen", "--windows"):
         parser.add_argument(flag, default=argparse.SUPPRESS, help="with --text: as in `swsc evaluate`")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings, cluster = settings_of(arguments, CompressSettings, ClusterSettings)
+    settings, calibration, cluster = settings_of(arguments, CompressSettings, CalibrationSettings, ClusterSettings)
     cut = sorted({"seqlen", "windows"} & vars(arguments).keys())
     if cut and not arguments.text:
         raise ConfigError(f"{', '.join(cut)} mean nothing without --text: add it, or drop them")
@@ -37,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.run.cluster import make_pool  # late: importing Ray takes a second, and a mistake should show before
 
     pools = partial(make_pool, cluster)
-    report = compress_model(source, plan, arguments.output, settings, cluster.threads_per_worker, pools)
+    plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, arguments.text)
+    threads = cluster.threads_per_worker
+    report = compress_model(source, plan, arguments.output, settings, threads, pools, calibrated)
     summarise(arguments.output, report)
     if evaluation:
         from jobs.evaluate import summarise as summarise_evaluation

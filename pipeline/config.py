@@ -41,16 +41,31 @@ class Settings(BaseModel):
 
 # settings that one method alone understands
 _ONLY_FOR = {
-    "swsc": {"clusters", "rank", "cluster_share", "channel_axis", "n_init", "count"},
+    "swsc": {
+        "clusters", "rank", "cluster_share", "channel_axis", "n_init", "count", "metric", "segment_size", "codebooks",
+        "scaled", "feedback", "rounds", "centroid_bits", "factor_bits", "bits_over", "allocation",
+    },
     "rtn": {"granularity", "group_size", "symmetric"},
-}
+}  # fmt: skip
+# settings that presets other than "paper" choose by themselves, matrix by matrix
+_CHOSEN = {
+    "clusters", "rank", "cluster_share", "channel_axis", "n_init", "count", "metric", "segment_size", "codebooks", "scaled",
+    "feedback", "centroid_bits", "factor_bits",
+}  # fmt: skip
+# settings that change what clusters and rank cost
+_BESIDE_NUMBERS = {"segment_size", "codebooks", "scaled", "centroid_bits", "factor_bits"}
+Width = Literal[4, 6, 8]
 
 
 class MatrixSettings(Settings):
     """Which matrices are compressed, and how."""
 
     method: Literal["swsc", "rtn"] = Field("swsc", description="the paper's method, or its round-to-nearest baseline")
-    preset: Literal["paper"] = Field("paper", description="paper: 3 bits as the paper counts them, unless told")
+    preset: Literal["paper", "best", "fast"] = Field(
+        "paper",
+        description="paper: its form, 3 bits as it counts them unless told; best, fast: --bits alone, all else is chosen by"
+        " calibration",
+    )
     bits: float | None = Field(None, gt=0, le=32, description="budget in bits a weight (rtn: width of a code, 2-8)")
     count: Literal["true", "paper"] | None = Field(
         None,
@@ -64,6 +79,29 @@ class MatrixSettings(Settings):
     )
     n_init: int | None = Field(
         None, ge=1, le=1000, description="starts of K-Means (default: 16, or 4 for large matrices)"
+    )
+    metric: Literal["weights", "activations"] = Field(
+        "weights", description="squared errors of the weights (the paper), or of the layers' outputs (--calibration)"
+    )
+    segment_size: int | None = Field(
+        None, ge=1, description="weights of a channel that share on their own (default: the whole channel, the paper)"
+    )
+    codebooks: int = Field(1, ge=1, description="groups of rows that have a codebook of --clusters centroids each")
+    scaled: bool = Field(False, description="divide each row by a scale of its own before it shares")
+    feedback: bool = Field(False, description="feed the error of each block of columns into the columns after it")
+    rounds: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="most rounds of refitting, reassigning and decomposing again (default: preset's)",
+    )
+    centroid_bits: Width | None = Field(None, description="width of stored centroids (default: the storage dtype's)")
+    factor_bits: Width | None = Field(None, description="width of stored factors (default: the storage dtype's)")
+    bits_over: Literal["selected", "model"] = Field(
+        "selected", description="best, fast: what --bits is the average of, selected matrices or the whole model"
+    )
+    allocation: Literal["measured", "uniform"] = Field(
+        "measured", description="best, fast: bits by measured sensitivity, or the same for every matrix"
     )
     projectors: CommaList | None = Field(None, description="roles of the matrices to compress (default q,k)")
     include: Regex = Field(None, description="regular expression of tensor names to compress")
@@ -79,27 +117,81 @@ class MatrixSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         wrong = []
-        explicit = self.clusters is not None or self.rank is not None
         foreign = sorted(self.model_fields_set & _ONLY_FOR[{"rtn": "swsc", "swsc": "rtn"}[self.method]])
         if foreign:
             wrong.append(
                 f"{', '.join(foreign)} mean nothing to method {self.method}: drop them, or choose another --method"
             )
-        idle = sorted({"count", "cluster_share"} & self.model_fields_set)
-        if explicit and idle:
-            wrong.append(f"{', '.join(idle)} mean nothing beside clusters or rank: drop them, or give bits")
         if "group_size" in self.model_fields_set and self.granularity != "group":
             wrong.append("group_size counts with granularity group only: add it, or drop group_size")
         if self.method == "rtn":
-            if self.bits is not None and self.bits not in range(2, 9):
-                wrong.append(f"bits {self.bits:g} is out of range for rtn: choose a whole number from 2 to 8")
-        elif explicit and self.bits is not None:
-            wrong.append("bits stands beside clusters or rank: give a budget or the numbers, not both")
-        elif explicit and not self.clusters and not self.rank:
-            wrong.append("clusters and rank are both zero, which stores nothing: raise one of them")
+            wrong += self._of_rtn()
+        else:
+            wrong += self._of_the_paper() if self.preset == "paper" else self._allocated()
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def _of_rtn(self) -> list[str]:
+        wrong = []
+        if self.bits is not None and self.bits not in range(2, 9):
+            wrong.append(f"bits {self.bits:g} is out of range for rtn: choose a whole number from 2 to 8")
+        if self.preset != "paper":
+            wrong.append(f"preset {self.preset} means nothing to method rtn: drop it, or choose method swsc")
+        return wrong
+
+    def _of_the_paper(self) -> list[str]:
+        """What does not fit a spec that is given in numbers, or by the paper's split of a budget."""
+        wrong = []
+        given, explicit = self.model_fields_set, self.clusters is not None or self.rank is not None
+        if explicit and (idle := sorted({"count", "cluster_share"} & given)):
+            wrong.append(f"{', '.join(idle)} mean nothing beside clusters or rank: drop them, or give bits")
+        if explicit and self.bits is not None:
+            wrong.append("bits stands beside clusters or rank: give a budget or the numbers, not both")
+        elif explicit and not self.clusters and not self.rank:
+            wrong.append("clusters and rank are both zero, which stores nothing: raise one of them")
+        if not explicit and (odd := sorted(_BESIDE_NUMBERS & given)):
+            wrong.append(f"{', '.join(odd)} want clusters and rank: a paper budget counts whole channels in 16 bits")
+        if self.segment_size is not None and self.channel_axis == "auto":
+            wrong.append("channel_axis auto compares whole channels: choose output or input beside segment_size")
+        if self.feedback and self.metric == "weights":
+            wrong.append("feedback works in metric activations only: add metric activations, or drop it")
+        if idle := sorted({"bits_over", "allocation"} & given):
+            wrong.append(f"{', '.join(idle)} mean nothing to preset paper: choose preset best or fast, or drop them")
+        return wrong
+
+    def _allocated(self) -> list[str]:
+        """What does not fit a preset that chooses by itself."""
+        wrong = []
+        if idle := sorted(_CHOSEN & self.model_fields_set):
+            wrong.append(f"{', '.join(idle)} are chosen by preset {self.preset}: drop them, or choose preset paper")
+        if self.bits is None:
+            wrong.append(f"preset {self.preset} wants bits: give the budget in bits a weight")
+        return wrong
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether second moments are needed."""
+        return self.preset != "paper" or self.metric == "activations"
+
+
+class CalibrationSettings(Settings):
+    """Text that second moments are gathered on."""
+
+    calibration: str | None = Field(
+        None, description="text file, Parquet file or Hub data set (NAME[:CONFIG[:SPLIT]]) to calibrate on"
+    )
+    calibration_windows: int = Field(128, ge=1, description="windows of the calibration text")
+    calibration_seqlen: int = Field(512, ge=2, description="tokens of a calibration window")
+    calibration_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="arithmetic of the model while it is calibrated; auto: as in evaluation"
+    )
+    moment_gib: float = Field(
+        4.0, gt=0, description="GiB of second moments a worker holds at a time; less: more passes"
+    )
+    cache_dir: str | None = Field(
+        None, description="directory of all nodes where moments are kept (default: .swsc-cache beside the output)"
+    )
 
 
 class CompressSettings(MatrixSettings):

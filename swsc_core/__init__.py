@@ -7,6 +7,7 @@ no choice of device: everything runs where the given tensor lies.
 from swsc_core.codec import Encoded, decode, encode
 from swsc_core.kmeans import KMeansResult, kmeans
 from swsc_core.lowrank import LowRank, truncated_svd
+from swsc_core.metric import Metric
 from swsc_core.rtn import RtnMatrix, dequantize, quantize
 from swsc_core.spec import RtnSpec, Spec, SwscSpec
 from swsc_core.swsc import SwscMatrix, compress, restore
@@ -15,6 +16,7 @@ __all__ = [
     "Encoded",
     "KMeansResult",
     "LowRank",
+    "Metric",
     "RtnMatrix",
     "RtnSpec",
     "Spec",

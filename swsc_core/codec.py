@@ -3,8 +3,11 @@
 The entry is plain JSON. With it and the tensors `decode` gives the dense weight again; both stand in a compressed
 checkpoint (the entry in `quantization_config`). Parts are named after the tensor `X.weight` that they replace:
 
-    swsc: X.weight = centroids [k, length]   X.labels   X.left   X.right
-    rtn:  X.weight = codes (packed bytes)    X.scales   X.zero_points
+    swsc: X.weight = centroids [codebooks * k, size]   X.labels   X.scales   X.left [r, m]   X.right [r, n]
+    rtn:  X.weight = codes (packed bytes)              X.scales   X.zero_points
+
+Of swsc, `scales` stand there when rows are scaled. Centroids or factors of fewer bits than a floating point value has
+are packed codes, and X.weight_scales, or X.left_scales and X.right_scales, stand beside them.
 
 The name `.weight` is kept on purpose: a loader that does not know the format then meets a shape that does not fit
 and refuses, instead of filling a layer whose weight is missing with random numbers.
@@ -19,16 +22,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swsc_core.bits import Geometry
 from swsc_core.checks import WeightError
+from swsc_core.layout import Layout
+from swsc_core.metric import Metric
 from swsc_core.rtn import RtnMatrix, dequantize, group_length, quantize
 from swsc_core.spec import Spec, SwscSpec
 from swsc_core.swsc import SwscMatrix, compress, restore
+from swsc_core.values import Values
 
 _ROWS = 256  # rows that are held in float64 at a time
 
-# method -> names of the parts that it stores
-PARTS = {"swsc": ("weight", "labels", "left", "right"), "rtn": ("weight", "scales", "zero_points")}
+
+def parts_of(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the parts that a compressed matrix is stored as."""
+    if entry["method"] == "rtn":
+        return ("weight", "scales", "zero_points")
+    parts = ["weight", "labels", "left", "right"]
+    parts += ["scales"] if entry["scaled"] else []
+    parts += ["weight_scales"] if entry["centroid_bits"] else []
+    return tuple(parts + (["left_scales", "right_scales"] if entry["factor_bits"] else []))
 
 
 @dataclass(frozen=True)
@@ -70,27 +82,34 @@ def encode(
     name: str = "weight",
     seed: int = 0,
     storage_dtype: torch.dtype | None = None,
+    metric: Metric | None = None,
 ) -> Encoded:
     """Compress `weight` [m, n] by each of `specs` and keep the result of smallest error (the first, if equal).
 
-    More than one spec is how the axis "auto" is asked for: one spec an axis, at equal true bits.
+    More than one spec is how the axis "auto" is asked for: one spec an axis, at equal true bits. The error is that of
+    the weights, or, for specs of metric "activations", the energy in `metric`.
 
     Raises:
         ValueError: from the method, naming the tensor.
     """
-    results = [_encode_one(weight, spec, name, seed, storage_dtype) for spec in specs]
-    return min(results, key=lambda result: result.relative_error)
+    results = [_encode_one(weight, spec, name, seed, storage_dtype, metric) for spec in specs]
+    return min(results, key=lambda result: result.stats.get("energy", result.squared_error))
 
 
-def _encode_one(weight: Tensor, spec: Spec, name: str, seed: int, storage_dtype: torch.dtype | None) -> Encoded:
+def _encode_one(
+    weight: Tensor, spec: Spec, name: str, seed: int, storage_dtype: torch.dtype | None, metric: Metric | None
+) -> Encoded:
     entry: dict[str, Any] = {"method": spec.method, "shape": list(weight.shape), "dtype": dtype_name(weight.dtype)}
     if isinstance(spec, SwscSpec):
         matrix, measured = compress(
-            weight, spec.n_clusters, spec.rank, channel_axis=spec.channel_axis, n_init=spec.n_init,
+            weight, spec, metric=metric if spec.metric == "activations" else None,
             seed=seed, storage_dtype=storage_dtype, name=name,
         )  # fmt: skip
-        parts = {"weight": matrix.centroids, "labels": matrix.labels, "left": matrix.left, "right": matrix.right}
-        entry |= {"n_clusters": len(matrix.centroids), "rank": spec.rank, "channel_axis": spec.channel_axis}
+        parts = _parts(matrix)
+        used = matrix.centroids.shape[0] // spec.codebooks
+        entry |= {"n_clusters": used, "rank": spec.rank, "channel_axis": spec.channel_axis}
+        entry |= {"segment_size": matrix.layout.size, "codebooks": spec.codebooks, "scaled": spec.scaled}
+        entry |= {"centroid_bits": matrix.centroids.bits, "factor_bits": matrix.left.bits}
         restored, stats = restore(matrix, weight.dtype), asdict(measured)
     else:
         started = time.perf_counter()
@@ -116,12 +135,36 @@ def decode(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
     shape = (int(entry["shape"][0]), int(entry["shape"][1]))
     dtype = getattr(torch, entry["dtype"])
     if entry["method"] == "swsc":
-        axis = Geometry(*shape, entry["channel_axis"]).channel_axis
-        matrix = SwscMatrix(shape, axis, tensors["weight"], tensors["labels"], tensors["left"], tensors["right"])
-        return restore(matrix, dtype)
+        return restore(_matrix(tensors, entry, shape), dtype)
     length = group_length(shape, entry["granularity"], entry.get("group_size", 0))
     codes, scales, zeros = tensors["weight"], tensors["scales"], tensors["zero_points"]
     return dequantize(RtnMatrix(shape, entry["bits"], length, entry["symmetric"], codes, scales, zeros), dtype)
+
+
+def _parts(matrix: SwscMatrix) -> dict[str, Tensor]:
+    """The tensors of a compressed matrix by the names of its parts."""
+    parts = {"labels": matrix.labels} | ({} if matrix.scales is None else {"scales": matrix.scales})
+    for part, values in (("weight", matrix.centroids), ("left", matrix.left), ("right", matrix.right)):
+        parts |= {part: values.data} | ({} if values.scales is None else {f"{part}_scales": values.scales})
+    return parts
+
+
+def _matrix(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], shape: tuple[int, int]) -> SwscMatrix:
+    """Inverse of `_parts`."""
+
+    def values(part: str, rows: int, columns: int, bits: int | None) -> Values:
+        return Values((rows, columns), tensors[part], tensors.get(f"{part}_scales"), bits)
+
+    layout = Layout(*shape, entry["channel_axis"], entry["segment_size"])
+    return SwscMatrix(
+        layout,
+        entry["codebooks"],
+        values("weight", entry["codebooks"] * entry["n_clusters"], layout.size, entry["centroid_bits"]),
+        tensors["labels"],
+        tensors.get("scales"),
+        values("left", entry["rank"], shape[0], entry["factor_bits"]),
+        values("right", entry["rank"], shape[1], entry["factor_bits"]),
+    )
 
 
 def _squares(weight: Tensor, restored: Tensor) -> tuple[float, float]:

@@ -7,30 +7,80 @@ A spec is resolved: cluster counts and ranks stand as numbers. The pipeline make
 from dataclasses import dataclass
 from typing import Literal
 
-from swsc_core.bits import ChannelAxis, Geometry, paper_bits, rtn_bytes, swsc_bytes
+from swsc_core.bits import ChannelAxis, Geometry, label_bits, rtn_bytes
+from swsc_core.layout import Layout
+from swsc_core.packing import packed_bytes
 from swsc_core.rtn import Granularity, group_count, group_length
+from swsc_core.values import value_bytes
+
+MetricName = Literal["weights", "activations"]
+MAX_CLUSTERS = 1 << 16  # labels of more bits are not packed
 
 
 @dataclass(frozen=True)
 class SwscSpec:
-    """The paper's method: `n_clusters` shared channels and a rank-`rank` compensation.
+    """One member of the family whose plainest is the paper's method: all defaults are the paper's.
 
-    n_clusters = 0 stores no clusters (a pure truncated SVD), rank = 0 no compensation.
+    Attributes:
+        n_clusters: centroids of a codebook; 0 stores no clusters (a pure truncated SVD).
+        rank: of the compensation; 0 for none.
+        channel_axis: channels are rows ("output") or columns ("input").
+        n_init: starts of K-Means over whole channels.
+        segment_size: weights of a piece of a channel that shares on its own; None: the whole channel.
+        codebooks: row groups of the matrix with a codebook each.
+        scaled: each row is divided by a scale of its own before it shares.
+        metric: plain squared errors of weights, or of the layer's outputs (needs a second moment).
+        feedback: the error of each block of columns is fed into the columns after it (metric "activations").
+        rounds: of reassigning, refitting and decomposing again, while that helps.
+        centroid_bits, factor_bits: width of stored centroids and factors; None: the storage dtype.
     """
 
     n_clusters: int
     rank: int
     channel_axis: ChannelAxis = "output"
     n_init: int | None = None
+    segment_size: int | None = None
+    codebooks: int = 1
+    scaled: bool = False
+    metric: MetricName = "weights"
+    feedback: bool = False
+    rounds: int = 0
+    centroid_bits: int | None = None
+    factor_bits: int | None = None
     method: Literal["swsc"] = "swsc"
 
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        """How a matrix of `shape` is cut into segments."""
+        return Layout(*shape, self.channel_axis, self.segment_size or Geometry(*shape, self.channel_axis).length)
+
     def stored_bytes(self, shape: tuple[int, int], value_bits: int) -> int:
-        """Bytes stored for a matrix of `shape` whose centroids and factors have `value_bits` bits a value."""
-        return swsc_bytes(Geometry(*shape, self.channel_axis), self.n_clusters, self.rank, value_bits)
+        """Bytes stored for a matrix of `shape` whose storage dtype has `value_bits` bits a value."""
+        (m, n), layout = shape, self.layout(shape)
+        centroids = value_bytes((self.codebooks * self.n_clusters, layout.size), self.centroid_bits, value_bits)
+        factors = sum(value_bytes((self.rank, side), self.factor_bits, value_bits) for side in (m, n))
+        scales = m * max(value_bits, 16) // 8 if self.scaled else 0
+        return centroids + packed_bytes(layout.count, label_bits(self.n_clusters)) + scales + factors
 
     def paper_bits(self, shape: tuple[int, int]) -> float:
-        """Bits a weight as the paper counts them (Table II)."""
-        return paper_bits(Geometry(*shape, self.channel_axis), self.n_clusters, self.rank)
+        """Bits a weight as the paper counts them (Table II): 16-bit centroids and factors, nothing else."""
+        values = self.codebooks * self.n_clusters * self.layout(shape).size + self.rank * sum(shape)
+        return 16 * values / (shape[0] * shape[1])
+
+    def refusal(self, shape: tuple[int, int]) -> str | None:
+        """Why a matrix of `shape` cannot be compressed so, with the remedy; None if it can."""
+        geometry = Geometry(*shape, self.channel_axis)
+        size = self.segment_size or geometry.length
+        if size < 1 or geometry.length % size:
+            return f"segment_size {size} does not divide its {self.channel_axis} channels of {geometry.length}; choose a divisor"
+        rows = shape[0] // self.codebooks if self.codebooks > 0 else 0
+        if rows * self.codebooks != shape[0] or rows % self.layout(shape).row_step:
+            return f"codebooks {self.codebooks} do not divide its {shape[0]} rows into whole segments; choose a divisor"
+        segments = self.layout(shape).count // self.codebooks
+        if not 0 <= self.n_clusters <= min(segments, MAX_CLUSTERS):
+            return f"n_clusters {self.n_clusters} is out of range; choose 0 to {min(segments, MAX_CLUSTERS)}"
+        if not 0 <= self.rank <= min(shape):
+            return f"rank {self.rank} is out of range; choose 0 to {min(shape)}"
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,122 +1,201 @@
-"""SWSC on one matrix (paper, section III): cluster the channels, keep their means, compensate the error by an SVD."""
+"""SWSC on one matrix (paper, section III): share between similar channels, compensate the error by an SVD.
 
+The paper clusters whole channels and decomposes what is left, both by plain squared error, once. Here distance is a metric
+(metric.py), a channel may be cut into segments (layout.py), and clustering and SVD may alternate; the paper's form is the
+plain metric, whole channels and no alternation, and takes the same way through this file.
+"""
+
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from swsc_core.bits import ChannelAxis, Geometry, label_bits
-from swsc_core.checks import WeightError, derive_seed, require_matrix, require_range
+from swsc_core.bits import Geometry, label_bits
+from swsc_core.checks import WeightError, derive_seed, require_matrix
 from swsc_core.kmeans import kmeans
+from swsc_core.layout import Layout
 from swsc_core.lowrank import truncated_svd
+from swsc_core.metric import Metric
 from swsc_core.packing import pack, unpack
+from swsc_core.points import means_of
+from swsc_core.sharing import Sharing
+from swsc_core.spec import SwscSpec
+from swsc_core.values import Values, store_scales, store_values
+
+_HELPS = 1e-3  # share by which a round must lower the energy to be followed by another
 
 
 @dataclass(frozen=True)
 class SwscMatrix:
-    """A compressed m×n matrix: what the paper stores, in the storage dtype.
+    """A compressed m×n matrix, as it is stored.
 
     Attributes:
-        centroids: [k, length], the representative vectors; length is n for channel_axis "output", m for "input".
-        labels: uint8 [packed_bytes(channels, ceil(log2 k))], the label vector; empty for k < 2.
-        left, right: [m, r] and [r, n], U_r Σ^½ and Σ^½ V_r of the error.
+        layout: how it is cut into segments; segments of size n ("output") or m ("input") are whole channels.
+        codebooks: row groups with a codebook each; labels count within the codebook of their rows.
+        centroids: [codebooks * k, layout.size], the representative vectors.
+        labels: uint8 [packed_bytes(layout.count, ceil(log2 k))], the label vector, in the order of `layout.segments`.
+        scales: [m] or None; row i of the matrix is scales[i] times what its labels say.
+        left, right: [r, m] and [r, n]: (U_r Σ^½)ᵀ and Σ^½ V_r of the error.
     """
 
-    shape: tuple[int, int]
-    channel_axis: ChannelAxis
-    centroids: Tensor
+    layout: Layout
+    codebooks: int
+    centroids: Values
     labels: Tensor
-    left: Tensor
-    right: Tensor
+    scales: Tensor | None
+    left: Values
+    right: Values
 
 
 @dataclass(frozen=True)
 class CompressStats:
-    """What a compression measured: sums of squares of the clustering alone, of the final error, and seconds."""
+    """What a compression measured: energies in the spec's metric, of the clustering alone and of all; seconds."""
 
     cluster_error: float
-    kmeans_iterations: int
+    energy: float
+    weight_energy: float
+    rounds: int
     kmeans_seconds: float
     svd_seconds: float
-    svd_solver: str
 
 
 def compress(
     weight: Tensor,
-    n_clusters: int,
-    rank: int,
+    spec: SwscSpec,
     *,
-    channel_axis: ChannelAxis = "output",
-    n_init: int | None = None,
+    metric: Metric | None = None,
     seed: int = 0,
     storage_dtype: torch.dtype | None = None,
     name: str = "weight",
 ) -> tuple[SwscMatrix, CompressStats]:
-    """Compress `weight` to `n_clusters` representative channels, a label a channel, and a rank-`rank` error term.
+    """Compress `weight` as `spec` says.
 
     The error is taken against the centroids as they are stored, so that the SVD makes up for their rounding too.
 
     Args:
         weight: [m, n] of float32, float16, bfloat16 or fp8; not changed. Arithmetic is in float32.
-        n_clusters: 0 to the number of channels; fewer are stored when fewer distinct channels exist.
-        rank: 0 to min(m, n).
+        metric: what an error costs; needed for spec.metric "activations", else plain squares.
         seed: of the run; the matrix' own seed is derived from it and `name`.
-        storage_dtype: of centroids and factors; the weight's own by default.
+        storage_dtype: of centroids, factors and scales; the weight's own by default.
 
     Raises:
-        ValueError: not a finite matrix, n_clusters or rank out of range.
+        ValueError: not a finite matrix, a spec that does not fit its shape, or a metric that is missing.
     """
     require_matrix(name, weight)
-    m, n = weight.shape
-    require_range(name, "n_clusters", n_clusters, 0, Geometry(m, n, channel_axis).channels)
-    require_range(name, "rank", rank, 0, min(m, n))
-    dtype = storage_dtype or weight.dtype
-    dense, tensor_seed = weight.float(), derive_seed(seed, name)
-    started = time.perf_counter()
-    centroids, labels, iterations = _share(dense, n_clusters, channel_axis, n_init, tensor_seed, dtype)
-    clustered_at = time.perf_counter()
-    if not bool(torch.isfinite(centroids.float()).all()):
-        raise WeightError(f"{name}: centroids overflow {dtype}; choose a wider storage dtype")
-    error = dense - _spread(centroids, labels, channel_axis, (m, n))
-    low_rank = truncated_svd(error, rank, seed=tensor_seed)
-    stats = CompressStats(
-        cluster_error=float(error.square().sum(dtype=torch.float64)),
-        kmeans_iterations=iterations,
-        kmeans_seconds=clustered_at - started,
-        svd_seconds=time.perf_counter() - clustered_at,
-        svd_solver=low_rank.solver,
+    shape = (weight.shape[0], weight.shape[1])
+    if refusal := spec.refusal(shape):
+        raise ValueError(f"{name}: {refusal}")
+    if spec.metric == "activations" and metric is None:
+        raise ValueError(f"{name}: metric activations needs the second moment of its inputs; calibrate first")
+    work = _Compression(
+        weight.float(), spec, metric or Metric(), derive_seed(seed, name), storage_dtype or weight.dtype
     )
-    packed = pack(labels, label_bits(len(centroids)))
-    left, right = low_rank.left.to(dtype), low_rank.right.to(dtype)
-    return SwscMatrix((m, n), channel_axis, centroids, packed, left, right), stats
+    work.run(name)
+    return work.result()
 
 
-def restore(matrix: SwscMatrix, dtype: torch.dtype | None = None) -> Tensor:
-    """W_New = W' + left · right, [m, n], computed in float32 and rounded to `dtype` (the storage dtype by default)."""
-    channels = Geometry(*matrix.shape, matrix.channel_axis).channels
-    labels = unpack(matrix.labels, label_bits(len(matrix.centroids)), channels)
-    dense = _spread(matrix.centroids, labels, matrix.channel_axis, matrix.shape)
-    if matrix.left.shape[1]:
-        dense = dense + matrix.left.float() @ matrix.right.float()
-    return dense.to(dtype or matrix.centroids.dtype)
+class _Compression:
+    """The state of one compression: what sharing gives, and the factors of what it leaves."""
+
+    def __init__(self, dense: Tensor, spec: SwscSpec, metric: Metric, seed: int, dtype: torch.dtype) -> None:
+        self.dense, self.spec, self.metric, self.seed, self.dtype = dense, spec, metric, seed, dtype
+        self.sharing = Sharing(dense, metric, spec, dtype)
+        self.seconds = {"sharing": 0.0, "svd": 0.0}
+        self.rounds, self.cluster_error, self.energy = 0, 0.0, math.inf
+
+    def run(self, name: str) -> None:
+        started = time.perf_counter()
+        if self.spec.n_clusters:
+            self._first_sharing()
+        self.seconds["sharing"] += time.perf_counter() - started
+        if not bool(torch.isfinite(self.sharing.centroids.expand()).all()):
+            raise WeightError(f"{name}: centroids overflow {self.dtype}; choose a wider storage dtype")
+        self._decompose()
+        while self.spec.n_clusters and self.rounds < self.spec.rounds and self._another_round():
+            pass
+
+    def _first_sharing(self) -> None:
+        sharing, layout = self.sharing, self.sharing.layout
+        if self.spec.codebooks == 1 and layout.count == Geometry(layout.m, layout.n, layout.channel_axis).channels:
+            self._cluster_channels()
+        else:
+            sharing.start(torch.Generator().manual_seed(self.seed))
+            sharing.assign(feedback=self.spec.feedback)
+
+    def _cluster_channels(self) -> None:
+        """K-Means over whole channels. Means are linear: those of whitened rows are the rows' own means, whitened."""
+        layout, rows = self.sharing.layout, self.sharing.unscaled(slice(0, self.sharing.layout.m))
+        points = layout.segments(rows)
+        seen = self.metric.whiten_inputs(points) if layout.channel_axis == "output" else points
+        found = kmeans(seen, self.spec.n_clusters, n_init=self.spec.n_init, seed=self.seed)
+        self.sharing.adopt(found.labels, found.centroids if seen is points else means_of(points, found.labels))
+
+    def _decompose(self) -> None:
+        """The compensation: truncated SVD of what sharing leaves, in the metric's space."""
+        started = time.perf_counter()
+        error = self.dense - self._shared()
+        self.cluster_error = self.metric.energy(error)
+        low_rank = truncated_svd(self.metric.whiten(error), self.spec.rank, seed=self.seed)
+        left, right = self.metric.unwhiten_left(low_rank.left), self.metric.unwhiten_right(low_rank.right)
+        self.left = store_values(left.T.contiguous(), self.spec.factor_bits, self.dtype)
+        self.right = store_values(right.contiguous(), self.spec.factor_bits, self.dtype)
+        self.energy = self.metric.energy(error - self._compensation()) if self.spec.rank else self.cluster_error
+        self.seconds["svd"] += time.perf_counter() - started
+
+    def _another_round(self) -> bool:
+        """Refit, reassign, decompose again; whether it helped. What does not help is taken back."""
+        started = time.perf_counter()
+        before = (self.sharing.snapshot(), self.left, self.right, self.cluster_error, self.energy)
+        self.sharing.target = self.dense - self._compensation() if self.spec.rank else self.dense
+        self.sharing.refit()
+        self.sharing.reassign()
+        self.seconds["sharing"] += time.perf_counter() - started
+        self._decompose()
+        self.rounds += 1
+        if self.energy < before[-1]:
+            return self.energy < before[-1] * (1 - _HELPS)
+        state, self.left, self.right, self.cluster_error, self.energy = before
+        self.sharing.put_back(state)
+        return False
+
+    def _shared(self) -> Tensor:
+        """W' in float32; zero when there are no clusters."""
+        return self.sharing.restored() if self.spec.n_clusters else torch.zeros_like(self.dense)
+
+    def _compensation(self) -> Tensor:
+        return self.left.expand().T @ self.right.expand()
+
+    def result(self) -> tuple[SwscMatrix, CompressStats]:
+        stats = CompressStats(
+            self.cluster_error, self.energy, self.metric.energy(self.dense), self.rounds,
+            self.seconds["sharing"], self.seconds["svd"],
+        )  # fmt: skip
+        sharing, k = self.sharing, self.sharing.centroids.shape[0] // self.spec.codebooks
+        labels = pack(sharing.labels.reshape(-1), label_bits(k))
+        scales = None if sharing.scales is None else store_scales(sharing.scales[:, 0], self.dtype)
+        matrix = SwscMatrix(
+            sharing.layout, self.spec.codebooks, sharing.centroids, labels, scales, self.left, self.right
+        )
+        return matrix, stats
 
 
-def _share(
-    dense: Tensor, k: int, axis: ChannelAxis, n_init: int | None, seed: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, int]:
-    """Stored centroids [k, length], labels int64 [channels] and the iterations of the run of Lloyd that it came from."""
-    points = dense if axis == "output" else dense.T.contiguous()
+def restore(matrix: SwscMatrix, dtype: torch.dtype) -> Tensor:
+    """W_New = W' + leftᵀ · right, [m, n], computed in float32 and rounded to `dtype`."""
+    dense = _spread(matrix)
+    if matrix.scales is not None:
+        dense *= matrix.scales.float()[:, None]
+    if matrix.left.shape[0]:
+        dense += matrix.left.expand().T @ matrix.right.expand()
+    return dense.to(dtype)
+
+
+def _spread(matrix: SwscMatrix) -> Tensor:
+    """What the labels say, in float32: each segment replaced by its centroid; zero when there are no clusters."""
+    layout, k = matrix.layout, matrix.centroids.shape[0] // matrix.codebooks
     if k == 0:
-        labels = torch.zeros(len(points), dtype=torch.int64, device=dense.device)
-        return points.new_empty(0, points.shape[1]).to(dtype), labels, 0
-    result = kmeans(points, k, n_init=n_init, seed=seed)
-    return result.centroids.to(dtype), result.labels, len(result.inertia_history)
-
-
-def _spread(centroids: Tensor, labels: Tensor, axis: ChannelAxis, shape: tuple[int, int]) -> Tensor:
-    """W' in float32: each channel replaced by the centroid of its cluster; zero when there are no clusters."""
-    if len(centroids) == 0:
-        return torch.zeros(shape, dtype=torch.float32, device=centroids.device)
-    rows = centroids.float()[labels]
-    return rows if axis == "output" else rows.T.contiguous()
+        return torch.zeros(layout.m, layout.n, device=matrix.centroids.data.device)
+    labels = unpack(matrix.labels, label_bits(k), layout.count)
+    books = torch.arange(matrix.codebooks, device=labels.device).repeat_interleave(layout.count // matrix.codebooks)
+    return layout.matrix(matrix.centroids.expand()[labels + books * k]).contiguous()

@@ -5,30 +5,50 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from pipeline.config import CompressSettings
 from pipeline.errors import OutputError, UserError
-from pipeline.model.artifact import Output, abandon, begin, finish, quantization_config
+from pipeline.model.artifact import CALIBRATION, Output, abandon, begin, finish, quantization_config
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes
+from pipeline.model.moments import Moments
 from pipeline.model.plan import LayerTask, Plan
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
-ALGORITHM = 2  # goes up with every change that changes bytes: files of two versions are never mixed
+ALGORITHM = 3  # goes up with every change that changes bytes: files of two versions are never mixed
 PoolMaker = Callable[[int, int], Pool]  # number of tasks, bytes of memory that a worker needs -> a pool for them
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration brings to a compression.
+
+    Attributes:
+        moments: second moments, which workers read.
+        fingerprint: of model, text and tokens.
+        about: what stands in swsc_calibration.json: the text's name and traces, so that an evaluation can refuse it.
+    """
+
+    moments: Moments
+    fingerprint: str
+    about: dict[str, Any]
+
+
 def compress_model(
-    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, threads: int, make_pool: PoolMaker
-) -> dict[str, Any]:
+    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, threads: int, make_pool: PoolMaker,
+    calibrated: Calibrated | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Carry out `plan` into the directory `output`; returns the report that stands in swsc_report.json.
 
     `threads` of a worker are part of what makes two runs the same: LAPACK's last bit depends on them.
+
+    `calibrated` is needed where the plan's specs measure errors by activations.
 
     A directory that an interrupted run of the same settings left is gone on with; one that is complete is left alone.
 
@@ -42,6 +62,7 @@ def compress_model(
     require_apart(source, store)
     identity = {**settings.model_dump(mode="json"), "source": source.fingerprint, "threads": threads}
     identity["algorithm"] = ALGORITHM
+    identity["calibration"] = calibrated.fingerprint if calibrated else None
     out = begin_with_room(store, identity, plan.stored_bytes_as(settings.format))
     if out.complete:
         return {**store.read_json("swsc_report.json"), "resumed": "complete"}
@@ -56,11 +77,14 @@ def compress_model(
             rows.update({row["name"]: row for row in done.value["rows"]})
             peaks[str(done.worker)] = max(done.value["peak_rss"], peaks.get(str(done.worker), 0))
 
-    tasks = [task for task in _tasks(source, plan, store, settings) if task.key not in out.finished]
+    moments = calibrated.moments if calibrated else None
+    tasks = [task for task in _tasks(source, plan, store, settings, moments) if task.key not in out.finished]
     run_tasks(tasks, compression_bytes(plan.largest_matrix), note, make_pool, out, "compress")
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["files_of_an_earlier_run"] = len(out.finished)
     ordered = [records[name] for name in sorted(records)]
+    if calibrated:
+        ordered.append(store.write_json(CALIBRATION, calibrated.about))
     finish(out, source, ordered, _config(source, rows, settings.format), report)
     return report
 
@@ -106,8 +130,10 @@ def run_tasks(
     source.raise_failures()
 
 
-def _tasks(source: Checkpoint, plan: Plan, store: Store, settings: CompressSettings) -> list[Task]:
-    how = (settings.format, settings.seed, settings.storage_dtype)
+def _tasks(
+    source: Checkpoint, plan: Plan, store: Store, settings: CompressSettings, moments: Moments | None
+) -> list[Task]:
+    how = (settings.format, settings.seed, settings.storage_dtype, moments)
     layers = [_layer_task(source, task, store, how) for task in plan.layers]
     copies = [
         Task(task.file, "copy", (source.store, task, store), label=f"copy to {task.file}", weight=task.nbytes)

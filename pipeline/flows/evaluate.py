@@ -7,9 +7,10 @@ import numpy as np
 
 from pipeline.config import EvaluateSettings
 from pipeline.flows.compress import PoolMaker
+from pipeline.measure.overlap import require_apart
 from pipeline.measure.perplexity import ModelKey, perplexity
-from pipeline.measure.windows import Windows, make_windows
-from pipeline.model.artifact import Model, open_model
+from pipeline.measure.windows import Windows, make_windows, read_text
+from pipeline.model.artifact import CALIBRATION, Model, open_model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import evaluation_bytes
 from pipeline.run.driver import TaskList, execute
@@ -32,6 +33,7 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
     started = time.perf_counter()
     model = open_model(location)
     windows = make_windows(location, settings)
+    require_unseen(model, settings.text)
     key = model_key(model.checkpoint, settings)
     losses: dict[int, list[float]] = {}
     dtypes: set[str] = set()
@@ -55,6 +57,13 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
     ordered = [loss for start in sorted(losses) for loss in losses[start]]
     seconds = time.perf_counter() - started
     return result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}
+
+
+def require_unseen(model: Model, text: str) -> None:
+    """Raise TextError if the model was calibrated on passages of the text that it is to be measured on."""
+    store = model.checkpoint.store
+    if store.exists(CALIBRATION):
+        require_apart(frozenset(store.read_json(CALIBRATION)["traces"]), read_text(text), text)
 
 
 def worker_bytes(model: Model, settings: EvaluateSettings) -> int:

@@ -46,7 +46,7 @@ class Evaluator:
     def __init__(self, key: ModelKey, device: str) -> None:
         self.key = key
         self._source = open_model(key.location)
-        self._model = _load(self._source, key, device)
+        self._model = load_model(self._source, key, device)
         self._device = device
         self._swapped: set[str] = set()
         self._variant: str | None = ""
@@ -99,8 +99,8 @@ def _window_loss(logits: Tensor, targets: Tensor) -> float:
     return math.fsum(float(part) for part in total) / len(targets)
 
 
-def _load(source: Model, key: ModelKey, device: str) -> Any:
-    """A transformers causal LM with dense weights, in eval mode."""
+def load_model(source: Model, key: ModelKey, device: str) -> Any:
+    """A transformers causal LM with dense weights, in eval mode; CheckpointError if it cannot be loaded whole."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import EvaluateSettings
+from pipeline.config import CalibrationSettings, EvaluateSettings
 from pipeline.errors import TextError
+from pipeline.measure.overlap import traces
 
 WIKITEXT2 = "wikitext2"
 
@@ -33,17 +34,8 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
     Raises:
         TextError: no such text, one shorter than a window, or fewer windows than asked for.
     """
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
     text = read_text(settings.text)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # a damaged file makes the library raise whatever its parser meets
-        reason = (str(error).splitlines() or [""])[0]
-        raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None
-    logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut below
-    ids = np.asarray(tokenizer(text)["input_ids"], dtype=np.int64)
+    ids, bos_token = _tokenise(model, text)
     length, wanted = settings.seqlen, settings.windows
     available = len(ids) // length
     if available < (wanted or 1):
@@ -52,7 +44,7 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
             " give a longer text, or lower --seqlen or --windows"
         )
     count = wanted or available
-    starts_with_bos = tokenizer.bos_token_id is not None and len(ids) and ids[0] == tokenizer.bos_token_id
+    starts_with_bos = bos_token is not None and len(ids) and ids[0] == bos_token
     return Windows(
         ids=ids[: count * length].reshape(count, length),
         text=settings.text,
@@ -60,6 +52,58 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
         text_tokens=len(ids),
         bos="once, at the start of the text" if starts_with_bos else "none",
     )
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids int64 [windows, seqlen], spread evenly over a text, and the text's traces (overlap.py)."""
+
+    ids: np.ndarray
+    traces: frozenset[str]
+
+
+def calibration_windows(model: str, settings: CalibrationSettings) -> CalibrationText:
+    """Cut windows out of the calibration text, as far apart from each other as it allows.
+
+    Raises:
+        TextError: no text given, no such text, or one shorter than all windows together.
+    """
+    if settings.calibration is None:
+        raise TextError("calibration: no text given; name one by --calibration, or choose preset paper")
+    text = read_calibration(settings.calibration)
+    ids, _ = _tokenise(model, text)
+    length, count = settings.calibration_seqlen, settings.calibration_windows
+    if len(ids) < length * count:
+        raise TextError(
+            f"calibration text {settings.calibration}: {len(ids)} tokens, wanted {count} windows of {length}; give a longer"
+            " text, or lower --calibration-windows or --calibration-seqlen"
+        )
+    starts = [index * (len(ids) // count) for index in range(count)]
+    return CalibrationText(np.stack([ids[start : start + length] for start in starts]), traces(text))
+
+
+def _tokenise(model: str, text: str) -> tuple[np.ndarray, int | None]:
+    """Token ids of the whole text, int64, and the tokenizer's BOS token, if it has one."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # a damaged file makes the library raise whatever its parser meets
+        reason = (str(error).splitlines() or [""])[0]
+        raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None
+    logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut into windows
+    return np.asarray(tokenizer(text)["input_ids"], dtype=np.int64), tokenizer.bos_token_id
+
+
+def read_calibration(name: str) -> str:
+    """A text file byte for byte, or the rows of a Parquet file or Hub data set joined by blank lines."""
+    if Path(name).exists() and not name.endswith(".parquet"):
+        return read_text(name)
+    if name.endswith(".parquet"):
+        return _rows(name, "parquet", data_files=name, split="train")
+    place, config, split = [*name.split(":"), "", ""][:3]
+    return _rows(name, place, *([config] if config else []), split=split or "train")
 
 
 def read_text(name: str) -> str:
@@ -75,11 +119,18 @@ def read_text(name: str) -> str:
 
 
 def _wikitext2() -> str:
+    return _rows(WIKITEXT2, "Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+
+
+def _rows(name: str, *source: str, **where: str) -> str:
+    """The column "text" of a data set, rows joined by blank lines."""
     from datasets import load_dataset
 
     try:
-        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        rows = load_dataset(*source, **where)
     except Exception as error:  # the library has no common root for "offline", "not found" and "refused"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TextError(f"text {WIKITEXT2}: the Hub did not give it ({reason}); name a text file instead") from None
+        raise TextError(f"text {name}: could not be loaded ({reason}); name a text file instead") from None
+    if "text" not in rows.column_names:
+        raise TextError(f"text {name}: no column 'text' among {', '.join(rows.column_names)}; name another data set")
     return "\n\n".join(rows["text"])

@@ -19,8 +19,9 @@ from pipeline.model.store import FileRecord, Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REPORT = "swsc_report.json"
+CALIBRATION = "swsc_calibration.json"  # traces of the text that was calibrated on (measure/overlap.py)
 _OURS = re.compile(r"(model-\d+-of-\d+\.safetensors|.*\.partial)$")  # names of tensor files and of unfinished files
 
 
@@ -134,7 +135,7 @@ def finish(
     The manifest lists every file but itself and the report, which holds times and therefore differs between runs.
     """
     store, weight_map, total = output.store, {}, 0
-    for record in records:
+    for record in [record for record in records if record.name.endswith(".safetensors")]:
         for info in read_header(store, record.name)[1]:
             weight_map[info.name] = record.name
             total += info.nbytes
@@ -189,9 +190,9 @@ class Model:
 
     def parts(self, tensor: str) -> dict[str, str]:
         """part -> stored name, of a compressed tensor."""
-        from swsc_core.codec import PARTS
+        from swsc_core.codec import parts_of
 
-        return {part: part_name(tensor, part) for part in PARTS[self.entries[tensor]["method"]]}
+        return {part: part_name(tensor, part) for part in parts_of(self.entries[tensor])}
 
     def read(self, name: str) -> "Tensor":
         """The dense tensor `name`, on the CPU."""

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from pipeline.model.artifact import Model
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.plan import Decision, Plan
 from swsc_core.bits import Geometry
 from swsc_core.kmeans import effort
@@ -50,6 +51,16 @@ def evaluation_bytes(model: Model, dtype: str, tokens: int) -> int:
     text = {**model.config, **(model.config.get("text_config") or {})}
     logits = tokens * text.get("vocab_size", 0) * (value_bytes + 4)
     return WORKER_BASE + model.weights * (2 + value_bytes) + logits
+
+
+def calibration_bytes(source: Checkpoint, seqlen: int, moments: int) -> int:
+    """Peak memory of a worker that calibrates on windows of `seqlen` tokens, with `moments` bytes of sums.
+
+    Weights and sums in float32, the activations of one window that the backward pass needs, and five copies of logits.
+    """
+    text = {**source.config, **(source.config.get("text_config") or {})}
+    activations = seqlen * text.get("num_hidden_layers", 0) * 24 * text.get("hidden_size", 0)
+    return WORKER_BASE + 6 * source.weights + moments + 4 * (activations + 5 * seqlen * text.get("vocab_size", 0))
 
 
 def core_seconds(plan: Plan, speed: float) -> float:

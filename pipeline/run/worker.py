@@ -7,22 +7,26 @@ model, because loading one costs more than measuring a few windows with it.
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.errors import CheckpointError
+from pipeline.measure.calibration import Calibrator, Sums, blend
 from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.model.artifact import open_model, part_name
 from pipeline.model.checkpoint import TensorInfo
-from pipeline.model.parts import Part, Payload, copy_tensors, read_tensor, to_part
+from pipeline.model.moments import Moments
+from pipeline.model.parts import Part, Payload, copy_tensors, read_tensor, to_part, to_tensor
 from pipeline.model.plan import CopyTask, LayerTask
 from pipeline.model.store import FileRecord, Store
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
 from swsc_core.codec import dtype_name
-from swsc_core.spec import Spec
+from swsc_core.curve import reach, share_left
+from swsc_core.spec import Spec, SwscSpec
 
 
 class Worker:
@@ -33,11 +37,14 @@ class Worker:
         torch.set_num_threads(threads)
         self.device = device
         self._evaluator: Evaluator | None = None
+        self._calibrator: Calibrator | None = None
 
     def compress(
-        self, source: Store, task: LayerTask, form: str, seed: int, storage_dtype: str | None
+        self, source: Store, task: LayerTask, form: str, seed: int, storage_dtype: str | None, moments: Moments | None
     ) -> tuple[dict[str, Any], Payload]:
         """Compress the matrices of one layer; returns measurements and the payload of the layer's file.
+
+        `moments` are needed where a spec asks for the metric of the activations.
 
         Raises:
             CheckpointError: a weight holds NaN or Inf.
@@ -48,7 +55,7 @@ class Worker:
             started = time.perf_counter()
             weight = self._read(source, info)
             read_seconds = time.perf_counter() - started
-            encoded, row = self._encode(weight, source, info, specs, seed, storage_dtype, read_seconds)
+            encoded, row = self._encode(weight, source, info, specs, seed, storage_dtype, read_seconds, moments)
             tensors = encoded.tensors if form == "swsc" else {"weight": encoded.restored}
             parts += [to_part(part_name(info.name, part), tensor) for part, tensor in tensors.items()]
             rows.append(row)
@@ -83,15 +90,51 @@ class Worker:
 
     def _encode(
         self, weight: torch.Tensor, source: Store, info: TensorInfo, specs: tuple[Spec, ...], seed: int,
-        storage_dtype: str | None, read_seconds: float,
+        storage_dtype: str | None, read_seconds: float, moments: Moments | None = None,
     ) -> tuple[Encoded, dict[str, Any]]:  # fmt: skip
         started = time.perf_counter()
         dtype = getattr(torch, storage_dtype) if storage_dtype else None
         try:
-            encoded = encode(weight, specs, name=info.name, seed=seed, storage_dtype=dtype)
+            metric = moments.metric(info.name, self.device)[0] if moments else None
+            encoded = encode(weight, specs, name=info.name, seed=seed, storage_dtype=dtype, metric=metric)
         except WeightError as error:
             raise CheckpointError(f"{source.root}/{info.file}: {error}") from None
         return encoded, _row(info, specs, encoded, read_seconds, time.perf_counter() - started)
+
+    def calibrate(
+        self, key: ModelKey, layers: Sequence[Sequence[str]], windows: np.ndarray, first: int, seed: int
+    ) -> tuple[Any, ...]:
+        """Sums of second moments over some windows, for the matrices of some layers: one payload a layer.
+
+        X.weighted, X.plain and X.rows are sums over tokens, float32; `add_moments` makes means of them.
+        """
+        if self._calibrator is None or self._calibrator.key != key:
+            self._calibrator = self._evaluator = None  # one model at a time
+            self._calibrator = Calibrator(key, self.device)
+        sums = self._calibrator.gather([name for names in layers for name in names], windows, first, seed)
+        return ({"peak_rss": peak_rss()}, *(_sums_payload({name: sums[name] for name in names}) for names in layers))
+
+    def add_moments(self, name: str, *shards: Payload) -> tuple[dict[str, Any], Payload]:
+        """Moment and row weights of one matrix from the sums of all shards of its layer, added in order in float64."""
+        own = [next(row for row in shard.rows if row["name"] == name) for shard in shards]
+        wanted = [(own[0]["owner"], "plain"), (name, "weighted"), (name, "rows")]
+        plain, weighted, rows = (_added(shards, part_name(of, part)) for of, part in wanted)
+        moment, rows = blend(plain, weighted, rows, sum(row["tokens"] for row in own))
+        parts = {"moment": moment.float(), "rows": rows.float()}
+        return {"peak_rss": peak_rss()}, Payload(tuple(to_part(part_name(name, k), v) for k, v in parts.items()))
+
+    def reach(self, source: Store, info: TensorInfo, moments: Moments) -> dict[str, float]:
+        """What a matrix would lose, in nats a token, if each weight kept nothing but its row's scale."""
+        metric, unit = moments.metric(info.name, self.device)
+        return {info.name: unit * reach(self._read(source, info).float(), metric)}
+
+    def shares(
+        self, source: Store, info: TensorInfo, moments: Moments, specs: Sequence[dict[str, Any]], seed: int
+    ) -> list[tuple[dict[str, Any], float]]:
+        """What each spec leaves of a matrix' reach, measured on some of its rows."""
+        weight, (metric, _) = self._read(source, info), moments.metric(info.name, self.device)
+        kinds = [SwscSpec(**values) for values in specs]
+        return [(asdict(spec), share_left(weight, spec, metric, seed, info.name)) for spec in kinds]
 
     def restore(self, location: str, names: Sequence[str]) -> tuple[dict[str, Any], Payload]:
         """Dense weights of compressed tensors of the model at `location`."""
@@ -111,7 +154,7 @@ class Worker:
         Returns {"losses": [...], "dtype": of the arithmetic}.
         """
         if self._evaluator is None or self._evaluator.key != key:
-            self._evaluator = None  # the old model goes before the new one comes
+            self._calibrator = self._evaluator = None  # the old model goes before the new one comes
             self._evaluator = Evaluator(key, self.device)
         try:
             self._evaluator.become(variant, dict(zip(names, payloads, strict=True)))
@@ -119,6 +162,25 @@ class Worker:
         except BaseException:
             self._evaluator = None  # half swapped, it would contaminate whatever is measured next
             raise
+
+
+def _added(shards: Sequence[Payload], name: str) -> torch.Tensor:
+    summands = (to_tensor(part).double() for shard in shards for part in shard.parts if part.name == name)
+    total = next(summands)
+    for summand in summands:
+        total += summand
+    return total
+
+
+def _sums_payload(sums: dict[str, Sums]) -> Payload:
+    parts = [
+        to_part(part_name(name, part), tensor)
+        for name, own in sums.items()
+        for part, tensor in (("weighted", own.weighted), ("plain", own.plain), ("rows", own.rows))
+        if tensor is not None
+    ]
+    rows = tuple({"name": name, "tokens": own.tokens, "owner": own.owner} for name, own in sums.items())
+    return Payload(tuple(parts), rows)
 
 
 def _row(

@@ -117,7 +117,28 @@ def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun( 
         (["--symmetric", "--group-size", "64"], ["group_size, symmetric mean nothing to method swsc"]),
         (["--method", "rtn", "--group-size", "64"], ["group_size counts with granularity group only"]),
         (["--method", "magic"], ["method", "'swsc' or 'rtn'", "magic"]),
-        (["--preset", "best"], ["preset", "'paper'", "best"]),
+        (["--preset", "better"], ["preset", "'paper'", "better"]),
+        (["--preset", "best"], ["preset best wants bits"]),
+        (["--preset", "best", "--bits", "3"], ["calibration: no text given", "--calibration"]),
+        (["--preset", "best", "--bits", "3", "--rank", "2"], ["rank are chosen by preset best", "choose preset paper"]),
+        (
+            ["--preset", "best", "--bits", "0.1", "--calibration", "x"],
+            ["bits 0.1 over the selected: 0.100 bits", "the least is"],
+        ),
+        (
+            ["--preset", "best", "--bits", "3", "--bits-over", "model", "--calibration", "x"],
+            ["bits 3 over the model", "not compressed take", "compress more"],
+        ),
+        (
+            ["--preset", "best", "--bits", "3", "--calibration", "/no/such.parquet"],
+            ["text /no/such.parquet: could not be"],
+        ),
+        (["--calibration", "some.txt"], ["calibration mean nothing to metric weights", "preset best"]),
+        (["--bits-over", "model"], ["bits_over mean nothing to preset paper"]),
+        (["--feedback"], ["feedback works in metric activations only"]),
+        (["--segment-size", "4"], ["segment_size want clusters and rank"]),
+        (["--segment-size", "7", "--clusters", "8"], ["segment_size 7 does not divide its output channels of 64"]),
+        (["--codebooks", "5", "--segment-size", "4", "--clusters", "8"], ["codebooks 5 do not divide its 32 rows"]),
         (["--projectors", "q,zebra"], ["zebra", "known are q, k, v", "--include"]),
         (["--include", "no_such_matrix"], ["--include selects no tensor", "choose by --include among", "q_proj"]),
         (["--exclude", "proj"], ["no tensor is selected"]),
@@ -260,7 +281,7 @@ def test_an_empty_text_config_is_none(model: Path, text: Path) -> None:
 
 def test_compressed_model_that_does_not_say_what_is_compressed(model: Path, refused) -> None:  # type: ignore[no-untyped-def]
     written = json.loads((model / "config.json").read_text())
-    quantization = {"quant_method": "swsc", "format_version": 1}
+    quantization = {"quant_method": "swsc", "format_version": 2}
     (model / "config.json").write_text(json.dumps({**written, "quantization_config": quantization}))
     refused("restore", model, model.parent / "out", "--local", wanted=("does not say what is compressed",))
 

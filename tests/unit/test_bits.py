@@ -6,32 +6,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swsc_core.bits import Geometry, label_bits, paper_bits, solve_budget, swsc_bytes
+from swsc_core import SwscSpec
+from swsc_core.bits import Geometry, label_bits
+from swsc_core.budget import solve_budget
 
-LLAMA = Geometry(4096, 4096, "output")
+LLAMA = (4096, 4096)
 AXES = st.sampled_from(["output", "input"])
 COUNTS = st.sampled_from(["true", "paper"])
 
 
 @pytest.mark.parametrize(("clusters", "bits"), [(128, 0.5), (256, 1.0), (512, 2.0)])
 def test_average_bits_reproduce_table_2_for_clusters(clusters: int, bits: float) -> None:
-    assert paper_bits(LLAMA, clusters, 0) == bits
+    assert SwscSpec(clusters, 0).paper_bits(LLAMA) == bits
 
 
 @pytest.mark.parametrize(("rank", "bits"), [(64, 0.5), (128, 1.0), (256, 2.0)])
 def test_average_bits_reproduce_table_2_for_ranks(rank: int, bits: float) -> None:
-    assert paper_bits(LLAMA, 0, rank) == bits
+    assert SwscSpec(0, rank).paper_bits(LLAMA) == bits
 
 
 @pytest.mark.parametrize(("bits", "clusters", "rank"), [(3, 384, 192), (2, 256, 128)])
 def test_half_and_half_gives_the_papers_numbers(bits: float, clusters: int, rank: int) -> None:
-    assert solve_budget(LLAMA, bits, count="paper") == (clusters, rank)
+    assert solve_budget(Geometry(*LLAMA, "output"), bits, count="paper") == (clusters, rank)
 
 
 def test_the_axis_decides_the_cost_of_a_matrix_that_is_not_square() -> None:
     """1024×4096 (a GQA k_proj), k = 256, r = 64: the figures of the design."""
     bits = {
-        axis: 8 * swsc_bytes(Geometry(1024, 4096, axis), 256, 64, 16) / (1024 * 4096)  # type: ignore[arg-type]
+        axis: 8 * SwscSpec(256, 64, axis).stored_bytes((1024, 4096), 16) / (1024 * 4096)  # type: ignore[arg-type]
         for axis in ("output", "input")
     }
     assert bits["output"] == pytest.approx(5.25, abs=0.01)
@@ -59,7 +61,8 @@ def test_a_solved_budget_is_kept_and_one_rank_more_would_break_it(
     geometry = Geometry(m, n, axis)
 
     def cost(k: int, r: int) -> float:
-        return paper_bits(geometry, k, r) if count == "paper" else 8 * swsc_bytes(geometry, k, r, width) / (m * n)
+        spec = SwscSpec(k, r, axis)
+        return spec.paper_bits((m, n)) if count == "paper" else 8 * spec.stored_bytes((m, n), width) / (m * n)
 
     try:
         k, r = solve_budget(geometry, bits, cluster_share=share, value_bits=width, count=count)
@@ -80,4 +83,4 @@ def test_a_budget_too_small_says_the_least() -> None:
 
 def test_a_share_outside_zero_to_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cluster_share 1\.5 is out of range; choose 0 to 1"):
-        solve_budget(LLAMA, 2, cluster_share=1.5)
+        solve_budget(Geometry(*LLAMA, "output"), 2, cluster_share=1.5)

@@ -1,0 +1,47 @@
+"""What comes before a compression that measures errors by activations: second moments, and the specs that follow from them."""
+
+import hashlib
+import os
+
+from pipeline.config import CalibrationSettings, MatrixSettings
+from pipeline.errors import ConfigError
+from pipeline.flows.allocate import allocate_plan
+from pipeline.flows.calibrate import Calibration
+from pipeline.flows.compress import Calibrated, PoolMaker
+from pipeline.measure.overlap import require_apart
+from pipeline.measure.windows import calibration_windows, read_text
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.plan import Plan
+
+
+def prepare(
+    source: Checkpoint, plan: Plan, settings: MatrixSettings, calibration: CalibrationSettings, beside: str,
+    make_pool: PoolMaker, unseen: str | None = None,
+) -> tuple[Plan, Calibrated | None]:  # fmt: skip
+    """The plan with its final specs, and the calibration that it rests on; both are found again if they were made before.
+
+    Args:
+        beside: the output, beside which moments are kept unless a cache directory is given.
+        unseen: text that the result will be measured on.
+
+    Raises:
+        ConfigError: a calibration that nothing needs, or a budget that cannot be met.
+        TextError: a text that is missing or too short, or that shares passages with `unseen`.
+    """
+    if not settings.calibrated:
+        if idle := sorted(calibration.model_fields_set):
+            raise ConfigError(
+                f"{', '.join(idle)} mean nothing to metric weights: choose preset best or fast, or drop them"
+            )
+        return plan, None
+    text = calibration_windows(source.store.root, calibration)
+    if unseen is not None:
+        require_apart(text.traces, read_text(unseen), unseen)
+    cache = calibration.cache_dir or os.path.join(os.path.dirname(os.path.abspath(beside)), ".swsc-cache")
+    infos = [decision.info for decision in plan.compressed]
+    moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed).run(make_pool)
+    if settings.preset != "paper":
+        plan = allocate_plan(source, plan, settings, moments, make_pool)
+    specs = repr([(decision.info.name, decision.specs) for decision in plan.compressed])
+    fingerprint = hashlib.sha256(f"{os.path.basename(moments.store.root)} {specs}".encode()).hexdigest()
+    return plan, Calibrated(moments, fingerprint, {"text": calibration.calibration, "traces": sorted(text.traces)})

@@ -1,0 +1,30 @@
+"""Whether two texts share passages: a model must not be calibrated on what it is measured on.
+
+A passage of 16 words is hashed, and one hash in sixteen is kept: a copied paragraph of some hundred words then leaves a
+trace with near certainty, and the traces of a text of a million words are small enough to travel with a model.
+"""
+
+import hashlib
+
+from pipeline.errors import TextError
+
+_WORDS = 16
+_KEPT = 16  # one hash in so many
+
+
+def traces(text: str) -> frozenset[str]:
+    """Hashes (16 hexadecimal digits) of passages of the text, white space and letter case aside."""
+    words = text.lower().split()
+    passages = (" ".join(words[start : start + _WORDS]) for start in range(max(0, len(words) - _WORDS + 1)))
+    hashes = (hashlib.blake2b(passage.encode(), digest_size=8).digest() for passage in passages)
+    return frozenset(digest.hex() for digest in hashes if digest[0] % _KEPT == 0)
+
+
+def require_apart(calibration: frozenset[str], evaluation_text: str, name: str) -> None:
+    """Raise TextError if the text to be measured on shares passages with the traces of the calibration text."""
+    shared = calibration & traces(evaluation_text)
+    if shared:
+        raise TextError(
+            f"text {name}: shares passages with the calibration text ({len(shared)} found in a sample of one in {_KEPT});"
+            " a figure measured on it would flatter: give another text, or calibrate on another one"
+        )

@@ -1,0 +1,74 @@
+"""A first codebook for short segments: K-Means with a weight for every coordinate of every point.
+
+Not `kmeans`: that one spares no effort on some thousand long points; here are millions of short ones, a sample of them
+says all, and what follows (error feedback, refits) moves the centroids anyway.
+"""
+
+import torch
+from torch import Tensor
+
+from swsc_core.points import sum_by_label
+
+_SAMPLES, _SAMPLES_PER_CENTROID = 1 << 15, 128  # segments that a codebook is learnt from: the larger of the two
+_SEEDED, _SEEDED_PER_CENTROID = 1 << 12, 16  # of them, those that k-means++ draws seeds from
+_ITERATIONS = 12
+_BLOCK_VALUES = 1 << 23  # distances that are held at a time: 32 MiB
+
+
+def sample_size(n_clusters: int) -> int:
+    """Number of segments that a codebook is learnt from."""
+    return max(_SAMPLES, _SAMPLES_PER_CENTROID * n_clusters)
+
+
+def weighted_kmeans(points: Tensor, weights: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
+    """Centroids [n_clusters, d] of `points` [n, d] that lower Σ w (x − c)², w [n, d] > 0.
+
+    With fewer distinct points than clusters some centroids are equal.
+    """
+    centroids = _seed(points, weights, n_clusters, generator)
+    for _ in range(_ITERATIONS):
+        labels, distances = nearest(points, centroids, weights)
+        total = sum_by_label(weights, labels, n_clusters)
+        means = sum_by_label(weights * points, labels, n_clusters) / total.clamp(min=torch.finfo(torch.float32).tiny)
+        counts = torch.bincount(labels, minlength=n_clusters)
+        centroids = torch.where(counts[:, None] > 0, means, centroids)
+        empty = (counts == 0).nonzero()[:, 0]
+        if len(empty):
+            far = distances.cpu().sort(descending=True, stable=True).indices[: len(empty)].to(points.device)
+            centroids[empty[: len(far)]] = points[far]
+    return centroids
+
+
+def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For each point the nearest centroid, int64 [n], and what it costs, [n]: Σ w (x − c)² with w [n, d] or one."""
+    labels, costs = [], []
+    block = max(1, _BLOCK_VALUES // len(centroids))
+    squares = centroids.square()
+    for start in range(0, len(points), block):
+        part = points[start : start + block]
+        if weights is None:
+            products, own = torch.addmm(squares.sum(dim=1), part, centroids.T, alpha=-2), part.square().sum(dim=1)
+        else:
+            weight = weights[start : start + block]
+            products = torch.addmm(weight @ squares.T, weight * part, centroids.T, alpha=-2)
+            own = (weight * part.square()).sum(dim=1)
+        best = products.min(dim=1)
+        labels.append(best.indices)
+        costs.append((best.values + own).clamp_(min=0))
+    return torch.cat(labels), torch.cat(costs)
+
+
+def _seed(points: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k-means++ on some of the points, by squared distance times mean weight."""
+    some = torch.randint(len(points), (min(len(points), max(_SEEDED, _SEEDED_PER_CENTROID * k)),), generator=generator)
+    points, importance = points[some.to(points.device)], weights[some.to(points.device)].mean(dim=1)
+    centroids = points.new_empty(k, points.shape[1])
+    centroids[0] = points[0]
+    closest = (points - centroids[0]).square().sum(dim=1)
+    for cluster in range(1, k):
+        cumulative = (closest * importance).double().cpu().cumsum(0)  # on CUDA cumsum has no fixed order
+        draw = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
+        chosen = int(torch.searchsorted(cumulative, draw).clamp_(max=len(points) - 1))
+        centroids[cluster] = points[chosen]
+        closest = torch.minimum(closest, (points - points[chosen]).square().sum(dim=1))
+    return centroids

@@ -1,0 +1,54 @@
+"""How a matrix is cut into segments, the pieces of channels that share a codebook.
+
+A channel of `length` weights is cut into length / size segments; with size = length a segment is a whole channel, as in
+the paper. Segments are worked through block by block of columns, because the error of a block is made up for by the
+columns after it: a block is `size` columns for output channels (one segment a row), one column for input channels.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from swsc_core.bits import ChannelAxis
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Segments of `size` weights along the channels of `channel_axis` of an m×n matrix."""
+
+    m: int
+    n: int
+    channel_axis: ChannelAxis
+    size: int
+
+    @property
+    def count(self) -> int:
+        """Number of segments."""
+        return self.m * self.n // self.size
+
+    @property
+    def width(self) -> int:
+        """Columns of a block."""
+        return self.size if self.channel_axis == "output" else 1
+
+    @property
+    def row_step(self) -> int:
+        """Rows that a segment spans: row blocks are multiples of it."""
+        return 1 if self.channel_axis == "output" else self.size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Shape of the labels: rows of segments and blocks of columns."""
+        return self.m // self.row_step, self.n // self.width
+
+    def segments(self, rows: Tensor) -> Tensor:
+        """[rows, n] -> [segments, size], in the order of the labels. The matrix may hold any multiple of `row_step` rows."""
+        if self.channel_axis == "output":
+            return rows.reshape(-1, self.size)
+        return rows.reshape(-1, self.size, self.n).transpose(1, 2).reshape(-1, self.size)
+
+    def matrix(self, segments: Tensor) -> Tensor:
+        """Inverse of `segments`."""
+        if self.channel_axis == "output":
+            return segments.reshape(-1, self.n)
+        return segments.reshape(-1, self.n, self.size).transpose(1, 2).reshape(-1, self.n)

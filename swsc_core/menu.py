@@ -1,0 +1,54 @@
+"""The specs that a budget chooses among, from half a bit to eight bits a weight.
+
+Which segment size is best at a rate depends on the shape (a codebook costs a large matrix little), on the metric and on
+the weights: candidates are tried, none is assumed to win.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from swsc_core.spec import SwscSpec
+
+# segment size -> label bits. Longer segments fill space better and need larger codebooks for it.
+_LABEL_BITS = {
+    8: (4, 6, 8, 10),
+    6: (6, 8, 9),
+    4: (4, 6, 7, 8, 9, 10),
+    3: (8, 9, 10),
+    2: (4, 5, 6, 7, 8, 10),
+    1: (4, 5, 6, 8),
+}
+_CODEBOOK_SHARE = 0.1  # a codebook that is more of the stored bytes than this never paid
+_CENTROID_BITS = 8
+_RANK_SHARES = (0.1, 0.25)  # of the bytes of a candidate, tried for the compensation of the coarse ones
+_FACTOR_BITS = (4, 8)
+_COARSE = 1.5  # bits a weight up to which a compensation is tried: above, finer segments took every comparison
+
+
+def candidates(shape: tuple[int, int], value_bits: int) -> Iterator[SwscSpec]:
+    """Specs in the metric of the activations that fit an m×n matrix, in no particular order."""
+    for size, widths in _LABEL_BITS.items():
+        for width in widths:
+            spec = SwscSpec(
+                1 << width, 0, segment_size=size, scaled=True, metric="activations", feedback=True,
+                centroid_bits=_CENTROID_BITS,
+            )  # fmt: skip
+            if spec.refusal(shape) is None and _modest(spec, shape, value_bits):
+                yield spec
+                yield from _compensated(spec, shape, value_bits)
+
+
+def _modest(spec: SwscSpec, shape: tuple[int, int], value_bits: int) -> bool:
+    codebook = spec.n_clusters * (spec.segment_size or 1) * _CENTROID_BITS / 8
+    return codebook <= _CODEBOOK_SHARE * spec.stored_bytes(shape, value_bits)
+
+
+def _compensated(spec: SwscSpec, shape: tuple[int, int], value_bits: int) -> Iterator[SwscSpec]:
+    nbytes = spec.stored_bytes(shape, value_bits)
+    if 8 * nbytes > _COARSE * shape[0] * shape[1]:
+        return
+    for bits in _FACTOR_BITS:
+        for share in _RANK_SHARES:
+            rank = int(share * nbytes * 8 / (bits * sum(shape)))
+            if 0 < rank <= min(shape):
+                yield replace(spec, rank=rank, factor_bits=bits)

@@ -1,0 +1,116 @@
+"""What an error of a weight matrix costs: plain squares, or squares of the layer's outputs.
+
+An input x of the layer turns the error E = W − Ŵ into an error E x of its output. Over many inputs its mean square is
+tr(D E H Eᵀ) with the second moment H = E[x xᵀ] and, where some outputs matter more than others, a diagonal D. The paper's
+form is H = I, D = I: the sum of squared errors of the weights. K-Means, SVD and everything between take their distances
+from here, so there is one implementation of each, whatever the metric (docs/method.md).
+"""
+
+from copy import copy
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from swsc_core.checks import WeightError
+
+_DAMPING = 0.01  # share of the mean diagonal that is added: keeps directions that calibration never saw from being free
+
+
+class Metric:
+    """The quadratic form E ↦ tr(D E H Eᵀ) on errors E [m, n].
+
+    Attributes:
+        moment: float32 [n, n], H damped and scaled to a mean diagonal of one; None for H = I.
+        row_weights: float32 [m], the diagonal of D, of mean one; None for D = I.
+    """
+
+    def __init__(
+        self, moment: Tensor | None = None, row_weights: Tensor | None = None, *, name: str = "weight"
+    ) -> None:
+        """`moment` [n, n] and `row_weights` [m] in any scale; not changed.
+
+        Raises:
+            WeightError: values that are not finite, or a moment that is zero: no input ever reached the matrix.
+        """
+        self.moment = None if moment is None else _damped(moment, name)
+        self.row_weights = None if row_weights is None else _normalised(row_weights, name)
+
+    def of_rows(self, rows: Tensor) -> "Metric":
+        """The metric of a matrix made of some rows of this one's, int64 [any]; what was factorised is kept."""
+        part = copy(self)
+        part.row_weights = None if self.row_weights is None else self.row_weights[rows]
+        return part
+
+    def product(self, error: Tensor) -> Tensor:
+        """E H, [rows, n], for some rows of an error."""
+        return error if self.moment is None else error @ self.moment
+
+    def energy(self, error: Tensor) -> float:
+        """tr(D E H Eᵀ) of an error [m, n], summed in float64."""
+        rows = (self.product(error) * error).sum(dim=1, dtype=torch.float64)
+        return float((rows if self.row_weights is None else rows * self.row_weights).sum())
+
+    def weights_of(self, rows: slice) -> Tensor | None:
+        """The diagonal of D for some rows, as a column [rows, 1]."""
+        return None if self.row_weights is None else self.row_weights[rows, None]
+
+    def whiten(self, error: Tensor) -> Tensor:
+        """D^½ E L with H = L Lᵀ: an error whose plain sum of squares is the energy of `error`."""
+        return self.whiten_inputs(error if self.row_weights is None else error * self.row_weights.sqrt()[:, None])
+
+    def whiten_inputs(self, rows: Tensor) -> Tensor:
+        """R L for rows R [any, n]: their plain squared distances are those of the layer's outputs."""
+        return rows if self.moment is None else rows @ self._root
+
+    def unwhiten_left(self, left: Tensor) -> Tensor:
+        """D^-½ A for a left factor A [m, r] that was found in whitened space."""
+        return left if self.row_weights is None else left / self.row_weights.sqrt()[:, None]
+
+    def unwhiten_right(self, right: Tensor) -> Tensor:
+        """B L⁻¹ for a right factor B [r, n] that was found in whitened space."""
+        if self.moment is None:
+            return right
+        return torch.linalg.solve_triangular(self._root, right, upper=False, left=False)
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """L, lower triangular [n, n], H = L Lᵀ."""
+        assert self.moment is not None
+        return torch.linalg.cholesky(self.moment)
+
+    @cached_property
+    def feedback(self) -> Tensor:
+        """U, upper triangular [n, n], H⁻¹ = Uᵀ U: how the error of a column is made up for by the columns after it.
+
+        With J the reversal of order and J H J = K Kᵀ, H = (J K J)(J K J)ᵀ has an upper triangular factor, and U is its
+        inverse: better conditioned than to invert H first, and with two matrices beside H at the peak.
+        """
+        assert self.moment is not None
+        reversed_root = torch.linalg.cholesky(self.moment.flip(0, 1))
+        identity = torch.eye(len(self.moment), dtype=self.moment.dtype, device=self.moment.device)
+        return torch.linalg.solve_triangular(reversed_root.flip(0, 1), identity, upper=True)
+
+    @property
+    def column_weights(self) -> Tensor | None:
+        """What an error of each column costs once the columns after it have made up for it: 1 / diag(U)², [n]."""
+        return None if self.moment is None else self.feedback.diagonal().square().reciprocal()
+
+
+def _damped(moment: Tensor, name: str) -> Tensor:
+    mean = float(moment.diagonal().double().mean())
+    if not 0 < mean < float("inf") or not bool(torch.isfinite(moment).all()):
+        raise WeightError(
+            f"{name}: its second moment has a mean diagonal of {mean}; no calibration text reached it, or it overflowed:"
+            " give more text, or exclude this tensor"
+        )
+    damped = moment.float() / mean
+    damped.diagonal().add_(_DAMPING)
+    return damped
+
+
+def _normalised(row_weights: Tensor, name: str) -> Tensor:
+    mean = float(row_weights.double().mean())
+    if not 0 < mean < float("inf") or not bool((row_weights >= 0).all()):
+        raise WeightError(f"{name}: row weights of mean {mean}; wanted finite ones that are not negative")
+    return (row_weights.float() / mean).clamp_(min=1e-3)  # a row that seemed to matter to nobody is still a row

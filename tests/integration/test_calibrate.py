@@ -1,0 +1,225 @@
+"""Second moments of a real (tiny) model, and compressions that use them, in the plain loop."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jobs.cli import main
+from pipeline.config import CalibrationSettings
+from pipeline.errors import TextError
+from pipeline.flows import calibrate as flow
+from pipeline.measure.calibration import Calibrator, blend
+from pipeline.measure.perplexity import ModelKey
+from pipeline.measure.windows import calibration_windows
+from pipeline.model.artifact import open_model
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.moments import Moments
+from pipeline.model.store import Store
+from pipeline.run import pool, worker
+from tests.tiny import WORDS, contents
+
+ROLES = "q,k,v,o,gate,up,down"
+SHORT = ["--calibration-windows", "6", "--calibration-seqlen", "32"]
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of the same words as the text that is measured on, in another order."""
+    path, draw = tmp_path_factory.mktemp("calibration") / "calibration.txt", random.Random(77)
+    path.write_text(" ".join(draw.choice(WORDS) for _ in range(1500)), encoding="utf-8")
+    return path
+
+
+def compress(model: Path, output: Path, text: Path, *flags: str) -> dict[str, Any]:
+    argv = ["compress", str(model), str(output), "--local", "--calibration", str(text), *SHORT, *flags]
+    assert main(argv) == 0
+    return json.loads((output / "swsc_report.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def best(tiny_model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("best") / "out"
+    compress(tiny_model, output, calibration, "--preset", "best", "--bits", "3", "--projectors", ROLES)
+    return output
+
+
+def moments_beside(output: Path) -> Moments:
+    (cache,) = (output.parent / ".swsc-cache").iterdir()
+    return Moments(Store.at(str(cache)))
+
+
+def test_moments_are_those_of_a_loop_written_out(tiny_model: Path) -> None:
+    """Two matrices with the same input, one with another: sums over two windows, by autograd on the outputs."""
+    names = [f"model.layers.1.{part}.weight" for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")]
+    windows = np.arange(40).reshape(2, 20) % 250
+    sums = Calibrator(ModelKey(str(tiny_model), "float32", 1), "cpu").gather(names, windows, 0, seed=3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = {name: [torch.zeros(()), torch.zeros(()), torch.zeros(())] for name in names}
+    for index, window in enumerate(windows):
+        seen: dict[str, Any] = {}
+        for name in names:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            module.register_forward_hook(
+                lambda m, i, o, name=name, seen=seen: seen.update({name: (i[0].detach()[0], o)})
+            )
+        logits = model(input_ids=torch.tensor(window)[None], use_cache=False).logits[0]
+        draw = torch.Generator().manual_seed((3 << 32) + index)
+        targets = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        gradients = torch.autograd.grad(loss, [seen[name][1] for name in names])
+        for name, gradient in zip(names, gradients, strict=True):
+            x, g = seen[name][0], gradient[0]
+            parts = (x.T @ x, (x * g.square().sum(1, keepdim=True)).T @ x, g.square().sum(0))
+            expected[name] = [total + part for total, part in zip(expected[name], parts, strict=True)]
+    for name in names:
+        own, (plain, weighted, rows) = sums[name], expected[name]
+        torch.testing.assert_close(own.weighted, weighted, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(own.rows, rows, rtol=1e-3, atol=1e-6)
+        assert own.plain is None if own.owner != name else own.plain is not None
+        shared = sums[own.owner].plain
+        assert shared is not None
+        torch.testing.assert_close(shared, plain, rtol=1e-4, atol=1e-5)
+        assert own.tokens == 40
+    assert [sums[name].owner for name in names] == [names[0], names[0], names[2]]
+
+
+def test_a_blend_has_the_trace_of_the_loss_and_half_of_each_direction() -> None:
+    plain, weighted, rows = torch.diag(torch.tensor([8.0, 0.0])), torch.diag(torch.tensor([0.0, 2.0])), torch.ones(4)
+    moment, weights = blend(plain, weighted, rows, tokens=2)
+    torch.testing.assert_close(moment, torch.diag(torch.tensor([0.25, 0.25])))
+    torch.testing.assert_close(weights, torch.full((4,), 0.5))
+    nothing = blend(plain, weighted * 0, rows * 0, tokens=2)
+    torch.testing.assert_close(nothing[0], plain / 2)
+
+
+def test_moments_do_not_depend_on_shards_ranges_or_the_matrices_asked_for(
+    tiny_model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, settings = (
+        open_checkpoint(str(tiny_model)),
+        CalibrationSettings(calibration=str(calibration), calibration_windows=6, calibration_seqlen=32),
+    )
+    ids = calibration_windows(str(tiny_model), settings).ids
+    names = [name for name in source.tensors if name.endswith("proj.weight")]
+    local = lambda tasks, memory: pool.LocalPool(worker.Worker(1, "cpu"))  # noqa: E731
+    monkeypatch.setattr(flow, "_SHARD_TOKENS", 64)
+
+    def gather(place: str, names: list[str], gib: float) -> dict[str, bytes]:
+        own = settings.model_copy(update={"moment_gib": gib})
+        infos = [source.tensors[name] for name in names]
+        moments = flow.Calibration(source, infos, ids, own, str(tmp_path / place), 0).run(local)
+        root = Path(moments.store.root)
+        return {name: (root / f"{name}.safetensors").read_bytes() for name in names}
+
+    whole = gather("whole", names, 4.0)
+    assert gather("ranges", names, 1e-9) == whole  # a pass for each layer
+    few = [name for name in names if "q_proj" in name]
+    assert gather("grown", few, 4.0).items() <= whole.items()
+    assert gather("grown", names, 4.0) == whole  # found again, and the others added
+
+
+def test_a_budget_alone_is_enough_and_is_kept(tiny_model: Path, best: Path) -> None:
+    report = json.loads((best / "swsc_report.json").read_text())
+    rows = [row for row in report["tensors"] if row["action"] == "compressed"]
+    assert len(rows) == 21
+    assert 3 * 0.98 <= report["compressed_bits_per_weight"] <= 3
+    assert len({row["bits_per_weight"] for row in rows}) > 3  # not all matrices alike
+    model = open_model(str(best))
+    for row in rows:
+        dense = open_model(str(tiny_model)).read(row["name"]).float()
+        error = (dense - model.read(row["name"]).float()).square().sum() / dense.square().sum()
+        assert float(error) == pytest.approx(row["relative_error"], rel=1e-4)
+
+
+def test_a_budget_over_the_whole_model_counts_what_is_not_compressed(
+    tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    flags = ["--preset", "fast", "--bits", "5", "--bits-over", "model", "--projectors", ROLES]
+    report = compress(tiny_model, tmp_path / "out", calibration, *flags)
+    assert 5 * 0.98 <= report["whole_model_bits_per_weight"] <= 5
+
+
+def test_measured_allocation_foretells_less_loss_than_a_uniform_one(
+    tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    losses = {}
+    for allocation in ("measured", "uniform"):
+        flags = ["--preset", "fast", "--bits", "3", "--projectors", ROLES, "--allocation", allocation]
+        output = tmp_path / allocation
+        report = compress(tiny_model, output, calibration, *flags)
+        moments = moments_beside(output)
+        losses[allocation] = sum(
+            moments.metric(row["name"], "cpu")[1] * row["stats"]["energy"]
+            for row in report["tensors"]
+            if row["action"] == "compressed"
+        )
+        assert report["compressed_bits_per_weight"] <= 3
+    assert losses["measured"] < losses["uniform"]
+
+
+def test_activations_beat_the_papers_form_at_equal_numbers_in_perplexity_of_the_metric(
+    tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    flags = ["--clusters", "12", "--rank", "4"]
+    whitened = compress(tiny_model, tmp_path / "a", calibration, *flags, "--metric", "activations")
+    assert main(["compress", str(tiny_model), str(tmp_path / "b"), "--local", *flags]) == 0
+    moments, plain = moments_beside(tmp_path / "a"), open_model(str(tmp_path / "b"))
+    for row in (row for row in whitened["tensors"] if row["action"] == "compressed"):
+        dense = open_model(str(tiny_model)).read(row["name"]).float()
+        paper = moments.metric(row["name"], "cpu")[0].energy(dense - plain.read(row["name"]).float())
+        assert row["stats"]["energy"] < paper
+
+
+def test_a_second_run_finds_moments_and_curves_again(
+    tiny_model: Path, calibration: Path, best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = str(best.parent / ".swsc-cache")
+    flags = ["--preset", "best", "--projectors", ROLES, "--cache-dir", cache]
+    compress(tiny_model, tmp_path / "same", calibration, *flags, "--bits", "3")
+    compress(tiny_model, tmp_path / "other", calibration, *flags, "--bits", "2.5")
+    progress = capsys.readouterr().err
+    assert "calibrate" not in progress
+    assert "curves" not in progress
+    assert contents(tmp_path / "same").keys() == contents(best).keys()
+    weights = {name: data for name, data in contents(best).items() if name.endswith(".safetensors")}
+    assert weights.items() <= contents(tmp_path / "same").items()
+
+
+def test_a_model_is_not_measured_on_what_it_was_calibrated_on(
+    tiny_model: Path, calibration: Path, best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(best), "--text", str(calibration), "--seqlen", "32", "--local"]) == 2
+    assert "shares passages with the calibration text" in capsys.readouterr().err
+    flags = ["--preset", "best", "--bits", "3", "--calibration", str(calibration), *SHORT]
+    argv = ["compress", str(tiny_model), str(tmp_path / "out"), "--local", *flags, "--text", str(calibration)]
+    assert main([*argv, "--seqlen", "32"]) == 2
+    assert "shares passages with the calibration text" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_that_is_too_short_says_what_it_holds(tiny_model: Path, calibration: Path) -> None:
+    settings = CalibrationSettings(calibration=str(calibration), calibration_windows=100, calibration_seqlen=512)
+    with pytest.raises(TextError, match=r"1500 tokens, wanted 100 windows of 512; give a longer text, or lower"):
+        calibration_windows(str(tiny_model), settings)
+
+
+def test_a_parquet_file_is_read_row_by_row(tiny_model: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [" ".join(WORDS[start : start + 50]) for start in range(0, 200, 50)]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "rows.parquet")
+    settings = CalibrationSettings(
+        calibration=str(tmp_path / "rows.parquet"), calibration_windows=2, calibration_seqlen=50
+    )
+    ids = calibration_windows(str(tiny_model), settings).ids
+    assert ids.tolist() == [list(range(3, 53)), list(range(103, 153))]
+    pq.write_table(pa.table({"body": rows}), tmp_path / "rows.parquet")
+    with pytest.raises(TextError, match="no column 'text' among body"):
+        calibration_windows(str(tiny_model), settings)

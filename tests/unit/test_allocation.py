@@ -1,0 +1,79 @@
+"""Claims about dividing a budget, about the menu, and about losses foretold."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swsc_core import Metric, SwscSpec, compress
+from swsc_core.allocation import Choice, allocate, lower_hull
+from swsc_core.curve import reach, share_left
+from swsc_core.menu import candidates
+
+SPEC = SwscSpec(2, 0)
+
+
+def curve_of(points: list[tuple[int, float]]) -> list[Choice]:
+    return [Choice(SPEC, nbytes, loss) for nbytes, loss in points]
+
+
+CURVES = st.lists(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0, 10)), min_size=1, max_size=5).map(curve_of),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(curves=CURVES, budget=st.integers(0, 120))
+def test_a_budget_is_kept_and_little_worse_than_the_best_of_all_combinations(
+    curves: list[list[Choice]], budget: int
+) -> None:
+    within = [c for c in itertools.product(*curves) if sum(choice.nbytes for choice in c) <= budget]
+    if not within:
+        with pytest.raises(ValueError, match="bytes do not hold the smallest choices"):
+            allocate(curves, budget)
+        return
+    chosen = allocate(curves, budget)
+    assert sum(choice.nbytes for choice in chosen) <= budget
+    best = min(sum(choice.loss for choice in combination) for combination in within)
+    # A Lagrangian solution is as far from the optimum as its worst single step at the most.
+    step = max(max(c.loss for c in curve) - min(c.loss for c in curve) for curve in curves)
+    assert sum(choice.loss for choice in chosen) <= best + step + 1e-9
+
+
+@given(curve=CURVES.map(lambda curves: curves[0]))
+def test_a_hull_falls_ever_more_slowly(curve: list[Choice]) -> None:
+    hull = lower_hull(curve)
+    gains = [(a.loss - b.loss) / (b.nbytes - a.nbytes) for a, b in itertools.pairwise(hull)]
+    assert all(gain > 0 for gain in gains)
+    assert all(later < earlier + 1e-9 for earlier, later in itertools.pairwise(gains))
+    assert hull[-1].loss == min(choice.loss for choice in curve)
+
+
+def test_bits_go_where_they_matter() -> None:
+    curves = [curve_of([(10, loss), (20, loss / 4), (30, loss / 16)]) for loss in (1.0, 100.0)]
+    assert [choice.nbytes for choice in allocate(curves, 40)] == [10, 30]
+
+
+@pytest.mark.parametrize("shape", [(576, 576), (192, 576), (4096, 11008), (96, 64)])
+def test_the_menu_spans_half_a_bit_to_eight_and_fits(shape: tuple[int, int]) -> None:
+    specs = list(candidates(shape, 16))
+    assert all(spec.refusal(shape) is None for spec in specs)
+    bits = sorted(8 * spec.stored_bytes(shape, 16) / (shape[0] * shape[1]) for spec in specs)
+    assert bits[0] < 1.6
+    assert bits[-1] > 4
+    assert len(set(specs)) == len(specs)
+
+
+def test_the_loss_foretold_from_some_rows_is_near_what_a_compression_measures() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 64, generator=generator) * (torch.rand(512, 1, generator=generator) + 0.1)
+    mixing = torch.randn(64, 64, generator=generator) * torch.logspace(-0.5, 0.5, 64)
+    metric = Metric(mixing @ mixing.T, torch.rand(512, generator=generator))
+    for clusters, size in ((16, 4), (16, 2), (64, 2)):
+        spec = SwscSpec(clusters, 0, segment_size=size, scaled=True, metric="activations", feedback=True)
+        foretold = share_left(weight[:256], spec, metric.of_rows(torch.arange(256)), 0, "w") * reach(weight, metric)
+        assert foretold == pytest.approx(compress(weight, spec, metric=metric)[1].energy, rel=0.2)

@@ -1,0 +1,29 @@
+"""Claims about passages that two texts share."""
+
+import random
+
+import pytest
+
+from pipeline.errors import TextError
+from pipeline.measure.overlap import require_apart, traces
+
+
+def words(seed: int, count: int) -> list[str]:
+    draw = random.Random(seed)
+    return [f"word{draw.randrange(5000)}" for _ in range(count)]
+
+
+def test_a_copied_passage_is_found_whatever_its_case_and_white_space() -> None:
+    passage = words(0, 200)
+    calibration = " ".join(words(1, 500) + passage + words(2, 500))
+    measured = "\n".join(words(3, 300)) + "\n" + "  ".join(passage).upper() + " " + " ".join(words(4, 300))
+    with pytest.raises(TextError, match=r"text t\.txt: shares passages with the calibration text .*give another text"):
+        require_apart(traces(calibration), measured, "t.txt")
+
+
+def test_texts_of_the_same_words_in_another_order_are_apart() -> None:
+    require_apart(traces(" ".join(words(5, 4000))), " ".join(words(6, 4000)), "t.txt")
+
+
+def test_a_text_shorter_than_a_passage_leaves_no_trace() -> None:
+    assert traces("a few words only") == frozenset()
