@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.run.cluster import make_pool  # late: importing Ray takes a second, and a mistake should show before
 
     pools = partial(make_pool, cluster)
-    plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, arguments.text)
+    unseen = [arguments.text] if arguments.text else []
+    plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, unseen)
     threads = cluster.threads_per_worker
     report = compress_model(source, plan, arguments.output, settings, threads, pools, calibrated)
     summarise(arguments.output, report)

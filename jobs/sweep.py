@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from jobs.evaluate import protocol
@@ -41,6 +42,7 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
 
     sweep = Sweep(settings)
     store = begin(out)
+    sweep.calibrate(partial(make_pool, cluster), f"{out}/results.json")
     pool = make_pool(cluster, sweep.total_tasks, sweep.worker_bytes)
     try:
         sweep.run(pool)

@@ -236,7 +236,7 @@ class Variant(MatrixSettings):
     reference: dict[str, float | None] = Field({}, description="published perplexity of this row, by known model")
 
 
-class SweepSettings(Settings):
+class SweepSettings(CalibrationSettings):
     """Models × variants × evaluations, run over one pool of workers."""
 
     models: CommaList = Field((), description="local directories; also by --model")
@@ -252,6 +252,9 @@ class SweepSettings(Settings):
         twice = sorted({name for name in names if names.count(name) > 1 or name == "uncompressed"})
         if twice:
             raise ValueError(f"variants share a name, or have a reserved one: {', '.join(twice)}")
+        wanting = [variant.name for variant in self.variants if variant.calibrated]
+        if wanting and self.calibration is None:
+            raise ValueError(f"variants {', '.join(wanting)} want a calibration text: name it as calibration")
         again = sorted({model for model in self.models if self.models.count(model) > 1})
         if again:
             raise ValueError(f"models are named twice: {', '.join(again)}")

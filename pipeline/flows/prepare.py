@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 from pipeline.config import CalibrationSettings, MatrixSettings
 from pipeline.errors import ConfigError
@@ -16,13 +17,13 @@ from pipeline.model.plan import Plan
 
 def prepare(
     source: Checkpoint, plan: Plan, settings: MatrixSettings, calibration: CalibrationSettings, beside: str,
-    make_pool: PoolMaker, unseen: str | None = None,
+    make_pool: PoolMaker, unseen: Sequence[str] = (),
 ) -> tuple[Plan, Calibrated | None]:  # fmt: skip
     """The plan with its final specs, and the calibration that it rests on; both are found again if they were made before.
 
     Args:
         beside: the output, beside which moments are kept unless a cache directory is given.
-        unseen: text that the result will be measured on.
+        unseen: texts that the result will be measured on.
 
     Raises:
         ConfigError: a calibration that nothing needs, or a budget that cannot be met.
@@ -35,8 +36,8 @@ def prepare(
             )
         return plan, None
     text = calibration_windows(source.store.root, calibration)
-    if unseen is not None:
-        require_apart(text.traces, read_text(unseen), unseen)
+    for name in unseen:
+        require_apart(text.traces, read_text(name), name)
     cache = calibration.cache_dir or os.path.join(os.path.dirname(os.path.abspath(beside)), ".swsc-cache")
     infos = [decision.info for decision in plan.compressed]
     moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed).run(make_pool)

@@ -13,7 +13,9 @@ from typing import Any
 
 from pipeline.config import EvaluateSettings, SweepSettings
 from pipeline.errors import ConfigError
+from pipeline.flows.compress import PoolMaker
 from pipeline.flows.evaluate import deal, model_key, worker_bytes
+from pipeline.flows.prepare import prepare
 from pipeline.flows.sweep_rows import run_rows, tensor_rows
 from pipeline.flows.sweep_runs import Run, Unit, make_runs
 from pipeline.measure.windows import Windows, make_windows
@@ -66,11 +68,27 @@ class Sweep:
         self._payloads: dict[Unit, Any] = {}
         self._rows: dict[Unit, dict[str, Any]] = {}
         self._loaded: dict[int, Run] = {}  # worker -> the run that it measured last
+
+    def calibrate(self, make_pool: PoolMaker, beside: str) -> None:
+        """Give variants that measure errors by activations their moments and final specs.
+
+        Raises:
+            TextError: the calibration text is too short, or shares passages with a text that is measured on.
+        """
+        texts = [text.text for text in self._settings.evaluations]
         for run in self._runs:
-            self._open_if_ready(run)
+            if run.plan is None or run.variant is None or not run.variant.calibrated:
+                continue
+            source = self._checkpoints[run.model]
+            run.plan, made = prepare(source, run.plan, run.variant, self._settings, beside, make_pool, texts)
+            run.moments = made.moments if made else None
+            run.begin()
+        self._compressions = self._make_compressions()[::-1]
 
     def run(self, pool: Pool) -> None:
         """Do all of it and let the workers go. Whatever stops it, `result` has what was measured until then."""
+        for run in self._runs:
+            self._open_if_ready(run)
         try:
             with Progress("sweep", self.total_tasks, 0) as progress:
                 execute(pool, self, progress)

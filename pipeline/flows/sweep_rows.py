@@ -6,7 +6,7 @@ from pipeline.config import SweepSettings
 from pipeline.errors import NonFiniteError
 from pipeline.flows.compress import whole_bits
 from pipeline.flows.evaluate import result
-from pipeline.flows.sweep_runs import Run, Unit, units_of
+from pipeline.flows.sweep_runs import Run, Unit
 from pipeline.measure.windows import Windows
 from pipeline.model.checkpoint import Checkpoint
 
@@ -15,10 +15,7 @@ Row = dict[str, Any]
 
 def tensor_rows(run: Run, found: dict[Unit, Row]) -> dict[str, Row]:
     """The measurements of a run's tensors, by name."""
-    if not run.plan or not run.variant:
-        return {}
-    units = units_of(run.model, run.variant, run.plan)
-    return {name: found[unit] for name, unit in units.items() if unit in found}
+    return {name: found[unit] for name, unit in run.all_units().items() if unit in found}
 
 
 def run_rows(

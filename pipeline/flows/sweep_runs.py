@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pipeline.config import SweepSettings, Variant
 from pipeline.errors import ConfigError, UserError
 from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.moments import Moments
 from pipeline.model.plan import Plan, make_plan
 from pipeline.run.pool import Task
 from swsc_core.spec import Spec
 
 UNCOMPRESSED = "uncompressed"
-Way = tuple[tuple[Spec, ...], int, str | None]  # specs, seed, storage dtype
+Way = tuple[tuple[Spec, ...], int, str | None, Moments | None]  # specs, seed, storage dtype, for metric activations
 Unit = tuple[int, str, Way]  # model, tensor, way
 
 
@@ -24,6 +25,7 @@ class Run:
     model: int
     variant: Variant | None  # None: the model as it is
     plan: Plan | None
+    moments: Moments | None = None  # of a variant that measures errors by activations
     units: dict[str, Unit] = field(default_factory=dict)  # tensor -> unit
     missing: set[Unit] = field(default_factory=set)
     parts: list[Task] = field(default_factory=list)  # evaluation tasks not yet given out
@@ -31,6 +33,21 @@ class Run:
     losses: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (evaluation, first window)
     dtypes: dict[int, str] = field(default_factory=dict)  # evaluation -> arithmetic it was measured in
     error: str | None = None
+
+    def begin(self) -> None:
+        """All units are missing yet."""
+        self.units = self.all_units()
+        self.missing = set(self.units.values())
+
+    def all_units(self) -> dict[str, Unit]:
+        """The units that the run is made of, by tensor."""
+        if self.variant is None or self.plan is None:
+            return {}
+        seed, dtype = self.variant.seed, self.variant.storage_dtype
+        return {
+            decision.info.name: (self.model, decision.info.name, (decision.specs, seed, dtype, self.moments))
+            for decision in self.plan.compressed
+        }
 
     @property
     def name(self) -> str:
@@ -49,16 +66,9 @@ def make_runs(settings: SweepSettings, checkpoints: list[Checkpoint]) -> list[Ru
             except UserError as error:
                 wrong.append(f"variant {variant.name}: {error}")
                 continue
-            units = units_of(model, variant, plan)
-            runs.append(Run(model, variant, plan, units, set(units.values())))
+            run = Run(model, variant, plan)
+            run.begin()
+            runs.append(run)
     if wrong:
         raise ConfigError("; ".join(wrong))
     return runs
-
-
-def units_of(model: int, variant: Variant, plan: Plan) -> dict[str, Unit]:
-    """The units that a variant is made of, by tensor."""
-    return {
-        decision.info.name: (model, decision.info.name, (decision.specs, variant.seed, variant.storage_dtype))
-        for decision in plan.compressed
-    }

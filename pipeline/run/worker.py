@@ -62,9 +62,9 @@ class Worker:
         return {"rows": rows, "peak_rss": peak_rss()}, Payload(tuple(parts), tuple(rows))
 
     def compress_units(
-        self, source: Store, info: TensorInfo, units: Sequence[tuple[tuple[Spec, ...], int, str | None]]
+        self, source: Store, info: TensorInfo, units: Sequence[tuple[tuple[Spec, ...], int, str | None, Moments | None]]
     ) -> tuple[Any, ...]:
-        """Compress one tensor, read once, in several ways: specs, seed and storage dtype of each.
+        """Compress one tensor, read once, in several ways: specs, seed, storage dtype and moments of each.
 
         Returns measurements, then one payload for each way.
         """
@@ -76,11 +76,11 @@ class Worker:
 
     def _unit(
         self, weight: torch.Tensor, source: Store, info: TensorInfo, read_seconds: float,
-        specs: tuple[Spec, ...], seed: int, storage_dtype: str | None,
+        specs: tuple[Spec, ...], seed: int, storage_dtype: str | None, moments: Moments | None,
     ) -> Payload:  # fmt: skip
         """One way of `compress_units`; a failure becomes a row with an `error`, so that the other ways go on."""
         try:
-            encoded, row = self._encode(weight, source, info, specs, seed, storage_dtype, read_seconds)
+            encoded, row = self._encode(weight, source, info, specs, seed, storage_dtype, read_seconds, moments)
         except Exception as error:
             return Payload((), ({"name": info.name, "error": f"{info.name}: {error}"},))
         return Payload(tuple(to_part(part, tensor) for part, tensor in encoded.tensors.items()), (row,))

@@ -15,7 +15,7 @@ import pytest
 
 from jobs.cli import main
 from tests.cluster.conftest import RAY, ROOT, Cluster
-from tests.tiny import contents, make_tiny_model
+from tests.tiny import WORDS, contents, make_tiny_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 FLAGS = ("--bits", "4", "--projectors", "q,k,down")
@@ -40,6 +40,34 @@ def test_ray_run_is_bitwise_equal_to_local_run(
     """Three workers fill both nodes: the head has two CPUs, the second node one."""
     ends_well(cluster.swsc("compress", tiny_model, tmp_path / "out", *FLAGS, "--workers", workers))
     assert contents(tmp_path / "out") == local
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, draw = tmp_path_factory.mktemp("calibration") / "calibration.txt", random.Random(78)
+    path.write_text(" ".join(draw.choice(WORDS) for _ in range(21_000)), encoding="utf-8")
+    return path
+
+
+def calibrated(calibration: Path, cache: Path) -> list[object]:
+    """Flags of a calibrated compression of three shards of text, its moments in `cache`."""
+    windows = ["--calibration-windows", 80, "--calibration-seqlen", 256]
+    return ["--preset", "best", "--bits", 3, "--calibration", calibration, "--cache-dir", cache, *windows]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_moments_curves_and_compression_are_bitwise_equal_for_any_number_of_workers(
+    cluster: Cluster, tiny_model: Path, calibration: Path, tmp_path: Path, workers: int
+) -> None:
+    flags = calibrated(calibration, tmp_path / "cache")
+    ends_well(cluster.swsc("compress", tiny_model, tmp_path / "out", *flags, "--workers", workers))
+    own = [str(flag) for flag in calibrated(calibration, tmp_path / "own")]
+    assert main(["compress", str(tiny_model), str(tmp_path / "local"), "--local", *own]) == 0
+    ours, theirs = (contents(tmp_path / name) for name in ("local", "out"))
+    manifest = "swsc_manifest.json"
+    assert {n: d for n, d in ours.items() if n != manifest} == {n: d for n, d in theirs.items() if n != manifest}
+    files = [json.loads(made[manifest])["files"] for made in (ours, theirs)]
+    assert files[0] == files[1]
 
 
 def test_a_cluster_of_its_own_gives_the_same_bytes(tiny_model: Path, tmp_path: Path, local: dict[str, bytes]) -> None:

@@ -122,7 +122,8 @@ def test_a_swap_that_fails_half_way_leaves_no_trace_in_later_ones(tiny_model: Pa
     key, windows = ModelKey(str(tiny_model), "float32", 1), np.arange(64).reshape(2, 32)
     names = [f"model.layers.0.self_attn.{role}_proj.weight" for role in "qk"]
     good, bad = (
-        worker.compress_units(source.store, source.tensors[name], [((SwscSpec(3, 1),), 0, None)])[1] for name in names
+        worker.compress_units(source.store, source.tensors[name], [((SwscSpec(3, 1),), 0, None, None)])[1]
+        for name in names
     )
     before = worker.measure(key, "", (), windows)["losses"]
     with pytest.raises(KeyError):
@@ -137,7 +138,7 @@ def test_swapping_variants_in_and_out_leaves_the_model_as_it_was(tiny_model: Pat
     worker, source = Worker(1, "cpu"), open_checkpoint(str(tiny_model))
     key, windows = ModelKey(str(tiny_model), "float32", 1), np.arange(64).reshape(2, 32)
     name = "model.layers.0.self_attn.q_proj.weight"
-    _, payload = worker.compress_units(source.store, source.tensors[name], [((SwscSpec(3, 1),), 0, None)])
+    _, payload = worker.compress_units(source.store, source.tensors[name], [((SwscSpec(3, 1),), 0, None, None)])
     before = worker.measure(key, "", (), windows)["losses"]
     swapped = worker.measure(key, "three", (name,), windows, payload)["losses"]
     after = worker.measure(key, "", (), windows)["losses"]

@@ -1,6 +1,7 @@
 """Sweeps: many models, variants and texts in one run, equal to the single runs."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.flows.sweep import Sweep
 from pipeline.flows.sweep_rows import known_model
 from pipeline.run.pool import LocalPool, Task
 from pipeline.run.worker import Worker
-from tests.tiny import make_tiny_model
+from tests.tiny import WORDS, make_tiny_model
 
 VARIANTS: list[dict[str, Any]] = [
     {"name": "q", "projectors": "q", "bits": 4},
@@ -198,3 +199,32 @@ def test_earlier_results_stay_when_nothing_was_measured(
     monkeypatch.setattr(LocalPool, "start", stopped)
     assert main(sweep) == 130
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_a_calibrated_variant_is_the_model_that_compress_would_write(
+    tiny_model: Path, text: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(79)
+    (tmp_path / "calibration.txt").write_text(" ".join(draw.choice(WORDS) for _ in range(1500)), encoding="utf-8")
+    windows = {"calibration_windows": 6, "calibration_seqlen": 32}
+    settings = {
+        "models": [str(tiny_model)],
+        "calibration": str(tmp_path / "calibration.txt"),
+        **windows,
+        "evaluations": [{"text": str(text), "seqlen": 64, "windows": 5}],
+        "variants": [
+            {"name": "ours", "preset": "best", "bits": 3, "projectors": "q,k"},
+            {"name": "paper", "bits": 3, "projectors": "q,k"},
+        ],
+    }
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "swept"), "--local"]) == 0
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "swept" / "results.json").read_text())["rows"]}
+    flags = ["--preset", "best", "--bits", "3", "--calibration", settings["calibration"]]
+    cut = [str(part) for key, value in windows.items() for part in (f"--{key.replace('_', '-')}", value)]
+    argv = ["compress", str(tiny_model), str(tmp_path / "single"), "--local", *flags, *cut]
+    assert main(argv) == 0
+    measured = ["--text", str(text), "--seqlen", "64", "--windows", "5", "--json", str(tmp_path / "e.json")]
+    assert main(["evaluate", str(tmp_path / "single"), *measured, "--local"]) == 0
+    assert rows["ours"]["perplexity"] == json.loads((tmp_path / "e.json").read_text())["perplexity"]
+    assert rows["ours"]["bits_per_weight"] <= 3
