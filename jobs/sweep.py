@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", help="the text of every evaluation, in place of the file's")
     for flag in ("--seqlen", "--windows"):
         parser.add_argument(flag, help="of every evaluation, in place of the file's")
+    parser.add_argument("--calibration", help="the calibration text, in place of the file's")
     add_settings(parser, ClusterSettings)
 
 
@@ -87,6 +88,8 @@ def sweep_settings(arguments: argparse.Namespace) -> SweepSettings:
     values = read_config(Path(arguments.config))
     if arguments.model:
         values["models"] = arguments.model
+    if arguments.calibration:
+        values["calibration"] = arguments.calibration
     replaced = {key: getattr(arguments, key) for key in ("text", "seqlen", "windows")}
     replaced = {key: value for key, value in replaced.items() if value is not None}
     if replaced:

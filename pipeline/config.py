@@ -186,6 +186,12 @@ class CalibrationSettings(Settings):
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="arithmetic of the model while it is calibrated; auto: as in evaluation"
     )
+    gradient_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of gradient-weighted tokens in the second moments; the rest counts all alike",
+    )
     moment_gib: float = Field(
         4.0, gt=0, description="GiB of second moments a worker holds at a time; less: more passes"
     )

@@ -76,6 +76,7 @@ def _curves(
     """Reach of every matrix and shares of every kind, measured or read again."""
     infos = [decision.info for decision in plan.compressed]
     identity = {"version": _VERSION, "seed": settings.seed, "matrices": sorted(info.name for info in infos)}
+    identity |= {"gradient_share": moments.gradient_share}
     identity |= {"widths": sorted({value_bits(info.dtype, settings) for info in infos})}
     if moments.store.exists(_CURVES):
         kept: dict[str, Any] = moments.store.read_json(_CURVES)

@@ -26,7 +26,7 @@ from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress
 
 _SHARD_TOKENS = 8192  # tokens of one task
-_VERSION = 1  # goes up with every change of what is gathered
+_VERSION = 2  # goes up with every change of what is gathered
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Calibration:
             finally:
                 pool.close()
         self._failures.raise_failures()
-        return Moments(self.store)
+        return Moments(self.store, self._settings.gradient_share)
 
     def _gathering(self, index: int) -> list[Task]:
         part, ids = self._ranges[index], self._ids

@@ -44,5 +44,7 @@ def prepare(
     if settings.preset != "paper":
         plan = allocate_plan(source, plan, settings, moments, make_pool)
     specs = repr([(decision.info.name, decision.specs) for decision in plan.compressed])
-    fingerprint = hashlib.sha256(f"{os.path.basename(moments.store.root)} {specs}".encode()).hexdigest()
+    fingerprint = hashlib.sha256(
+        f"{os.path.basename(moments.store.root)} {moments.gradient_share} {specs}".encode()
+    ).hexdigest()
     return plan, Calibrated(moments, fingerprint, {"text": calibration.calibration, "traces": sorted(text.traces)})

@@ -8,7 +8,7 @@ The loss is that of tokens drawn from the model's own prediction, so that E[g g�
 quadratic form is the divergence of the compressed model from the original (K-FAC, Martens and Grosse 2015). Weighting tokens
 by their gradient is also what tames attention sinks: a first token of huge activations counts as much as the loss depends
 on it, by layer and by matrix, not as much as its square is large. But few tokens carry most of the gradient, so that the
-weighted moment of a short text is a poor estimate: `blend` takes half of each (docs/method.md has the experiment).
+weighted moment of a short text is a poor estimate: `Metric` is given a blend (model/moments.py).
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,8 +23,6 @@ from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.perplexity import ModelKey, load_model
 from pipeline.model.artifact import open_model
 from pipeline.model.families import layer_of
-
-_WEIGHTED_SHARE = 0.5  # of the gradient-weighted moment in the blend
 
 
 @dataclass
@@ -44,19 +42,6 @@ class Sums:
     owner: str
     plain: Tensor | None
     tokens: int = 0
-
-
-def blend(plain: Tensor, weighted: Tensor, rows: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """The moment [n, n] and row weights [m] that a compression uses, from sums over `tokens` tokens.
-
-    The moment has the trace of the weighted one, so that 0.5 · Σ_i rows_i (E H Eᵀ)_ii is a loss in nats a token.
-    """
-    energy = float(rows.sum())
-    trace, share = float(weighted.trace()), _WEIGHTED_SHARE if energy > 0 else 0.0
-    if energy <= 0 or trace <= 0:  # no gradient ever came: the loss does not depend on this matrix
-        return plain / tokens, rows / tokens
-    mixed = weighted * share + plain * ((1 - share) * trace / float(plain.trace()))
-    return mixed / energy, rows / tokens
 
 
 class Calibrator:

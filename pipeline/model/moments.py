@@ -1,16 +1,19 @@
 """Where second moments lie: a directory for a model and a text, in it a safetensors file for each matrix.
 
-Of a matrix X.weight [m, n] it holds X.moment, float32 [n, n], and X.rows, float32 [m]; measure/calibration.py says what they
-are. The directory is begun as an output is (artifact.py) and never finished: another run may add more matrices.
+Of a matrix X.weight [m, n] it holds X.weighted, float32 [n, n], X.rows, float32 [m], and, unless another matrix of the same
+input has it, X.plain, float32 [n, n]; measure/calibration.py says what they are. The directory is begun as an output is
+(artifact.py) and never finished: another run may add more matrices.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pipeline.model.artifact import part_name
 from pipeline.model.checkpoint import read_header
 from pipeline.model.families import layer_of
-from pipeline.model.parts import read_tensor
+from pipeline.model.parts import DONE, read_tensor
 from pipeline.model.store import Store
 from swsc_core import Metric
 
@@ -24,19 +27,40 @@ def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def moment_file(name: str) -> str:
-    """File of the moments of one matrix."""
+    """File of the sums of one matrix."""
     return f"{name}.safetensors"
 
 
 @dataclass(frozen=True)
 class Moments:
-    """A calibration; a value, so that workers on other nodes can hold it too."""
+    """Sums of a calibration and how they are blended; a value, so that workers on other nodes can hold it too."""
 
     store: Store
+    gradient_share: float
 
     def metric(self, name: str, device: str) -> tuple[Metric, float]:
         """The metric of one matrix, and the loss (nats a token) that one unit of its energy stands for."""
+        row = self.store.read_json(f"{DONE}/{moment_file(name)}.json")["rows"][0]
+        weighted, rows = (self._read(name, part).to(device) for part in ("weighted", "rows"))
+        plain = self._read(row["owner"], "plain").to(device) if self.gradient_share < 1 else weighted
+        moment = blend(plain, weighted, self.gradient_share)
+        gradients = float(rows.sum())
+        trace = float(weighted.trace()) / gradients if gradients > 0 else 0.0
+        unit = 0.5 * trace / len(moment) * gradients / row["tokens"] / len(rows)
+        return Metric(moment, rows if gradients > 0 else None, name=name), unit
+
+    def _read(self, name: str, part: str) -> Tensor:
         infos = {info.name: info for info in read_header(self.store, moment_file(name))[1]}
-        moment, rows = (read_tensor(self.store, infos[part_name(name, part)]).to(device) for part in ("moment", "rows"))
-        unit = 0.5 * float(moment.diagonal().double().mean()) * float(rows.double().mean())
-        return Metric(moment, rows, name=name), unit
+        return read_tensor(self.store, infos[part_name(name, part)])
+
+
+def blend(plain: Tensor, weighted: Tensor, gradient_share: float) -> Tensor:
+    """Both moments [n, n] at equal trace, `gradient_share` of the weighted one.
+
+    The weighted moment is the right one in theory and noisy in practice, because few tokens carry most of the gradient;
+    the plain one is smooth and blind to what matters. docs/method.md has the experiment.
+    """
+    traces = float(plain.trace()), float(weighted.trace())
+    if traces[1] <= 0:  # no gradient ever came: the loss does not depend on this matrix
+        return plain
+    return plain * ((1 - gradient_share) / traces[0]) + weighted * (gradient_share / traces[1])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.measure.calibration import Calibrator, Sums, blend
+from pipeline.measure.calibration import Calibrator, Sums
 from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.model.artifact import open_model, part_name
 from pipeline.model.checkpoint import TensorInfo
@@ -106,7 +106,7 @@ class Worker:
     ) -> tuple[Any, ...]:
         """Sums of second moments over some windows, for the matrices of some layers: one payload a layer.
 
-        X.weighted, X.plain and X.rows are sums over tokens, float32; `add_moments` makes means of them.
+        X.weighted, X.plain and X.rows are sums over tokens, float32; `add_moments` adds those of all windows up.
         """
         if self._calibrator is None or self._calibrator.key != key:
             self._calibrator = self._evaluator = None  # one model at a time
@@ -115,13 +115,13 @@ class Worker:
         return ({"peak_rss": peak_rss()}, *(_sums_payload({name: sums[name] for name in names}) for names in layers))
 
     def add_moments(self, name: str, *shards: Payload) -> tuple[dict[str, Any], Payload]:
-        """Moment and row weights of one matrix from the sums of all shards of its layer, added in order in float64."""
+        """Sums of one matrix over all shards of its layer, added in order in float64, and whose `plain` is its own."""
         own = [next(row for row in shard.rows if row["name"] == name) for shard in shards]
-        wanted = [(own[0]["owner"], "plain"), (name, "weighted"), (name, "rows")]
-        plain, weighted, rows = (_added(shards, part_name(of, part)) for of, part in wanted)
-        moment, rows = blend(plain, weighted, rows, sum(row["tokens"] for row in own))
-        parts = {"moment": moment.float(), "rows": rows.float()}
-        return {"peak_rss": peak_rss()}, Payload(tuple(to_part(part_name(name, k), v) for k, v in parts.items()))
+        wanted = ("weighted", "rows", "plain") if own[0]["owner"] == name else ("weighted", "rows")
+        sums = {part_name(name, part): _added(shards, part_name(name, part)).float() for part in wanted}
+        about = {"name": name, "owner": own[0]["owner"], "tokens": sum(row["tokens"] for row in own)}
+        parts = tuple(to_part(key, total) for key, total in sums.items())
+        return {"peak_rss": peak_rss()}, Payload(parts, (about,))
 
     def reach(self, source: Store, info: TensorInfo, moments: Moments) -> dict[str, float]:
         """What a matrix would lose, in nats a token, if each weight kept nothing but its row's scale."""

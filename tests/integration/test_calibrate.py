@@ -14,12 +14,12 @@ from jobs.cli import main
 from pipeline.config import CalibrationSettings
 from pipeline.errors import TextError
 from pipeline.flows import calibrate as flow
-from pipeline.measure.calibration import Calibrator, blend
+from pipeline.measure.calibration import Calibrator
 from pipeline.measure.perplexity import ModelKey
 from pipeline.measure.windows import calibration_windows
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.moments import Moments
+from pipeline.model.moments import Moments, blend
 from pipeline.model.store import Store
 from pipeline.run import pool, worker
 from tests.tiny import WORDS, contents
@@ -51,7 +51,7 @@ def best(tiny_model: Path, calibration: Path, tmp_path_factory: pytest.TempPathF
 
 def moments_beside(output: Path) -> Moments:
     (cache,) = (output.parent / ".swsc-cache").iterdir()
-    return Moments(Store.at(str(cache)))
+    return Moments(Store.at(str(cache)), 0.5)
 
 
 def test_moments_are_those_of_a_loop_written_out(tiny_model: Path) -> None:
@@ -89,13 +89,11 @@ def test_moments_are_those_of_a_loop_written_out(tiny_model: Path) -> None:
     assert [sums[name].owner for name in names] == [names[0], names[0], names[2]]
 
 
-def test_a_blend_has_the_trace_of_the_loss_and_half_of_each_direction() -> None:
-    plain, weighted, rows = torch.diag(torch.tensor([8.0, 0.0])), torch.diag(torch.tensor([0.0, 2.0])), torch.ones(4)
-    moment, weights = blend(plain, weighted, rows, tokens=2)
-    torch.testing.assert_close(moment, torch.diag(torch.tensor([0.25, 0.25])))
-    torch.testing.assert_close(weights, torch.full((4,), 0.5))
-    nothing = blend(plain, weighted * 0, rows * 0, tokens=2)
-    torch.testing.assert_close(nothing[0], plain / 2)
+def test_a_blend_has_half_of_each_direction_whatever_their_size() -> None:
+    plain, weighted = torch.diag(torch.tensor([8.0, 0.0])), torch.diag(torch.tensor([0.0, 2.0]))
+    torch.testing.assert_close(blend(plain, weighted, 0.5), torch.diag(torch.tensor([0.5, 0.5])))
+    torch.testing.assert_close(blend(plain, weighted, 1.0), torch.diag(torch.tensor([0.0, 1.0])))
+    assert torch.equal(blend(plain, weighted * 0, 0.5), plain)
 
 
 def test_moments_do_not_depend_on_shards_ranges_or_the_matrices_asked_for(
