@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.flags import add_config, add_settings, settings_of
-from pipeline.config import CompressSettings
+from pipeline.config import CalibrationSettings, CompressSettings
 from pipeline.errors import OutputError
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import forecast
@@ -19,13 +19,13 @@ from pipeline.report.tables import print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory of a safetensors checkpoint")
     add_config(parser)
-    add_settings(parser, CompressSettings)
+    add_settings(parser, CompressSettings, CalibrationSettings)
     parser.add_argument("--output", metavar="DIR", help="also say whether the disk of DIR has room")
     parser.add_argument("--json", metavar="FILE", help="also write the plan there")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    (settings,) = settings_of(arguments, CompressSettings)
+    settings, _ = settings_of(arguments, CompressSettings, CalibrationSettings)
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
     foretold = forecast(plan, settings.format)

@@ -22,9 +22,9 @@ from swsc_core.points import sum_by_label
 from swsc_core.spec import SwscSpec
 from swsc_core.values import Values, store_scales, store_values
 
-_SLAB_VALUES = 1 << 22  # weights of a slab of rows: temporaries are a few times 16 MiB
+SLAB_VALUES = 1 << 22  # weights of a slab of rows: temporaries are a few times 16 MiB
 _LAZY_COLUMNS = 128  # columns after which the rest of a slab is updated
-_CONJUGATE_STEPS = 12
+CONJUGATE_STEPS = 12
 
 
 class Sharing:
@@ -166,7 +166,7 @@ class Sharing:
             return centroids + direction
         centroids, step_from = centroids.clone(), direction
         fit = _dot(residual, direction)
-        for _ in range(_CONJUGATE_STEPS):
+        for _ in range(CONJUGATE_STEPS):
             image = self._normal(step_from)
             curvature = _dot(step_from, image)
             if fit <= 0 or curvature <= 0:
@@ -259,7 +259,7 @@ class Sharing:
     def _slabs(self, within: slice | None = None) -> Iterator[slice]:
         """Blocks of rows of one codebook each, of bounded size."""
         step = self.layout.row_step
-        height = max(1, _SLAB_VALUES // self.layout.n // step) * step
+        height = max(1, SLAB_VALUES // self.layout.n // step) * step
         for book in self._book_rows() if within is None else [within]:
             yield from (slice(start, min(book.stop, start + height)) for start in range(book.start, book.stop, height))
 

@@ -93,7 +93,7 @@ def _curves(
 
     tasks = _tasks(source, infos, settings, moments)
     run = TaskList(tasks, note)
-    pool = make_pool(len(tasks), compression_bytes(plan.largest_matrix))
+    pool = make_pool(len(tasks), compression_bytes(plan.largest_matrix, plan.widest_moment))
     try:
         with Progress("curves", len(tasks), 0, "tasks") as progress:
             execute(pool, run, progress)

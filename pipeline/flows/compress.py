@@ -79,7 +79,7 @@ def compress_model(
 
     moments = calibrated.moments if calibrated else None
     tasks = [task for task in _tasks(source, plan, store, settings, moments) if task.key not in out.finished]
-    run_tasks(tasks, compression_bytes(plan.largest_matrix), note, make_pool, out, "compress")
+    run_tasks(tasks, compression_bytes(plan.largest_matrix, plan.widest_moment), note, make_pool, out, "compress")
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["files_of_an_earlier_run"] = len(out.finished)
     ordered = [records[name] for name in sorted(records)]

@@ -107,10 +107,11 @@ class Sweep:
     @property
     def worker_bytes(self) -> int:
         """Peak memory of a worker: it may hold an evaluation model while it compresses."""
-        matrices = [run.plan.largest_matrix for run in self._runs if run.plan]
+        plans = [run.plan for run in self._runs if run.plan]
+        compressing = max(compression_bytes(plan.largest_matrix, plan.widest_moment) for plan in plans)
         models = [Model(checkpoint, {}) for checkpoint in self._checkpoints]
         measuring = [worker_bytes(model, text) for model in models for text in self._settings.evaluations]
-        return compression_bytes(max(matrices)) + max(measuring, default=WORKER_BASE) - WORKER_BASE
+        return compressing + max(measuring, default=WORKER_BASE) - WORKER_BASE
 
     def _measurements(self, run: Run) -> list[tuple[Windows, EvaluateSettings]]:
         return list(zip(self._windows[run.model], self._settings.evaluations, strict=True))

@@ -7,18 +7,24 @@ from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.plan import Decision, Plan
 from swsc_core.bits import Geometry
+from swsc_core.codebook import sample_size
 from swsc_core.kmeans import effort
 from swsc_core.lowrank import is_exact
 from swsc_core.points import gram_pays
+from swsc_core.sharing import CONJUGATE_STEPS, SLAB_VALUES
 from swsc_core.spec import Spec, SwscSpec
 
 WORKER_BASE = 450 << 20  # bytes of a worker that holds no weights: Python, torch, transformers, Ray
+_MOMENTS = 4
 _MATRICES = 8  # float32 copies of the largest matrix that are alive at the peak of a compression
 # What K-Means and SVD take, fitted to runs of benchmarks/llama7b_shape.py and of the demo (docs/experiments.md):
 _STARTED, _REFINED = 20, 150  # Lloyd iterations of a start, and of the refinement of one
 _STEP_SECONDS = 3e-4  # of an iteration, and half of it of a seed, beside the arithmetic
 _ADDITION = 70  # operations of a GEMM in the time of one addition of scattered rows
 _KRYLOV = 24  # products of the matrix with `rank` vectors
+_DISTANCE = 60  # operations of a GEMM in the time of one distance and its share of the minimum
+_CODEBOOK_PASSES = 14  # over the sample of segments: seeding and iterations
+_BLOCK_SECONDS = 3e-4  # of the small calls for one block of columns of a slab
 _LAPACK = 25  # m·n·min(m, n) operations of an exact SVD
 _WEIGHT_SECONDS = 7e-8  # restoring, measuring and packing a weight; RTN, too
 
@@ -32,14 +38,17 @@ def forecast(plan: Plan, form: str) -> dict[str, Any]:
         "compressed_bits_per_weight": 8 * compressed / count,
         "whole_model_bits_per_weight": 8 * plan.stored_bytes / plan.weights,
         "share_of_weights_compressed": count / plan.weights,
-        "worker_peak_bytes": compression_bytes(plan.largest_matrix),
+        "worker_peak_bytes": compression_bytes(plan.largest_matrix, plan.widest_moment),
         "core_seconds": core_seconds(plan, _gemm_speed()),
     }
 
 
-def compression_bytes(largest_matrix: int) -> int:
-    """Peak memory of a worker that compresses or restores matrices of up to `largest_matrix` weights."""
-    return WORKER_BASE + _MATRICES * 4 * largest_matrix
+def compression_bytes(largest_matrix: int, widest_moment: int = 0) -> int:
+    """Peak memory of a worker that compresses or restores matrices of up to `largest_matrix` weights.
+
+    `widest_moment`: values of the largest second moment: itself, its two factors, and one more while they are made.
+    """
+    return WORKER_BASE + 4 * (_MATRICES * largest_matrix + _MOMENTS * widest_moment)
 
 
 def evaluation_bytes(model: Model, dtype: str, tokens: int) -> int:
@@ -74,7 +83,18 @@ def _seconds(decision: Decision, spec: Spec, speed: float) -> float:
     if not isinstance(spec, SwscSpec):
         return rest
     svd = _LAPACK * min(m, n) if is_exact(min(m, n), spec.rank) else 2 * _KRYLOV * spec.rank
-    return rest + _kmeans_seconds(m, n, spec, speed) + (svd * m * n / speed if spec.rank else 0)
+    sharing = _kmeans_seconds if spec.segment_size is None else _segment_seconds
+    return rest + sharing(m, n, spec, speed) + ((1 + spec.rounds) * svd * m * n / speed if spec.rank else 0)
+
+
+def _segment_seconds(m: int, n: int, spec: SwscSpec, speed: float) -> float:
+    """Products with the moment, distances to centroids (bound by memory, not by the GEMM), and small calls per block."""
+    layout, k = spec.layout((m, n)), spec.n_clusters
+    passes = 1 + spec.rounds
+    products = 2 * m * n * n * (passes + CONJUGATE_STEPS * spec.rounds) + n**3 if spec.metric == "activations" else 0
+    distances = _DISTANCE * k * (layout.count * passes + _CODEBOOK_PASSES * sample_size(k) * spec.codebooks)
+    blocks = passes * layout.grid[1] * _BLOCK_SECONDS * -(-m * n // SLAB_VALUES)
+    return (products + distances) / speed + blocks
 
 
 def _kmeans_seconds(m: int, n: int, spec: SwscSpec, speed: float) -> float:

@@ -97,6 +97,14 @@ class Plan:
         """Weights of the largest compressed matrix."""
         return max(decision.info.count for decision in self.compressed)
 
+    @property
+    def widest_moment(self) -> int:
+        """Values of the largest second moment that a matrix is compressed with; 0 if none needs one."""
+        pairs = ((decision.info.shape[1], spec) for decision in self.compressed for spec in decision.specs)
+        return max(
+            (n * n for n, spec in pairs if isinstance(spec, SwscSpec) and spec.metric == "activations"), default=0
+        )
+
 
 def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
     """Decide for every tensor.

@@ -21,6 +21,13 @@ def seconds(shapes: dict[str, tuple[int, ...]] = SQUARE, **settings: object) -> 
         ({"clusters": 0, "rank": 64}, {"clusters": 64, "rank": 64}),
         ({"clusters": 64, "rank": 8, "n_init": 4}, {"clusters": 64, "rank": 8, "n_init": 16}),
         ({"clusters": 64, "rank": 8}, {"clusters": 64, "rank": 8, "channel_axis": "auto"}),
+        ({"clusters": 16, "segment_size": 4}, {"clusters": 256, "segment_size": 4}),
+        ({"clusters": 64, "segment_size": 4}, {"clusters": 64, "segment_size": 4, "metric": "activations"}),
+        (
+            {"clusters": 64, "segment_size": 4, "metric": "activations"},
+            {"clusters": 64, "segment_size": 4, "metric": "activations", "rounds": 3},
+        ),
+        ({"preset": "fast", "bits": 2}, {"preset": "fast", "bits": 2.5}),
     ],
 )
 def test_more_work_is_foretold_to_take_longer(less: dict[str, object], more: dict[str, object]) -> None:
@@ -51,3 +58,9 @@ def test_the_vocabulary_of_a_multimodal_model_is_that_of_its_text_part() -> None
     nested = Model(checkpoint_of({"w": (1, 0)}, text_config={"vocab_size": 1000}), {})
     plain = Model(checkpoint_of({"w": (1, 0)}, vocab_size=1000), {})
     assert evaluation_bytes(nested, "auto", 10) == evaluation_bytes(plain, "auto", 10)
+
+
+def test_moments_take_memory_beside_the_matrices() -> None:
+    plain, metric = (plan_of(SQUARE, projectors="q", clusters=64, metric=m) for m in ("weights", "activations"))
+    extra = forecast(metric, "swsc")["worker_peak_bytes"] - forecast(plain, "swsc")["worker_peak_bytes"]
+    assert extra == 4 * 4 * 2048**2
