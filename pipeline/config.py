@@ -61,10 +61,10 @@ class MatrixSettings(Settings):
     """Which matrices are compressed, and how."""
 
     method: Literal["swsc", "rtn"] = Field("swsc", description="the paper's method, or its round-to-nearest baseline")
-    preset: Literal["paper", "best", "fast"] = Field(
+    preset: Literal["paper", "best", "fast", "data-free"] = Field(
         "paper",
         description="paper: its form, 3 bits as it counts them unless told; best, fast: --bits alone, all else is chosen by"
-        " calibration",
+        " calibration; data-free: as best, calibrated on text that the model writes itself",
     )
     bits: float | None = Field(None, gt=0, le=32, description="budget in bits a weight (rtn: width of a code, 2-8)")
     count: Literal["true", "paper"] | None = Field(
@@ -98,10 +98,10 @@ class MatrixSettings(Settings):
     centroid_bits: Width | None = Field(None, description="width of stored centroids (default: the storage dtype's)")
     factor_bits: Width | None = Field(None, description="width of stored factors (default: the storage dtype's)")
     bits_over: Literal["selected", "model"] = Field(
-        "selected", description="best, fast: what --bits is the average of, selected matrices or the whole model"
+        "selected", description="but for paper: what --bits is the average of, selected matrices or the whole model"
     )
     allocation: Literal["measured", "uniform"] = Field(
-        "measured", description="best, fast: bits by measured sensitivity, or the same for every matrix"
+        "measured", description="but for paper: bits by measured sensitivity, or the same for every matrix"
     )
     projectors: CommaList | None = Field(None, description="roles of the matrices to compress (default q,k)")
     include: Regex = Field(None, description="regular expression of tensor names to compress")
@@ -157,7 +157,7 @@ class MatrixSettings(Settings):
         if self.feedback and self.metric == "weights":
             wrong.append("feedback works in metric activations only: add metric activations, or drop it")
         if idle := sorted({"bits_over", "allocation"} & given):
-            wrong.append(f"{', '.join(idle)} mean nothing to preset paper: choose preset best or fast, or drop them")
+            wrong.append(f"{', '.join(idle)} mean nothing to preset paper: choose another preset, or drop them")
         return wrong
 
     def _allocated(self) -> list[str]:
@@ -258,13 +258,17 @@ class SweepSettings(CalibrationSettings):
         twice = sorted({name for name in names if names.count(name) > 1 or name == "uncompressed"})
         if twice:
             raise ValueError(f"variants share a name, or have a reserved one: {', '.join(twice)}")
-        wanting = [variant.name for variant in self.variants if variant.calibrated]
+        wanting = [v.name for v in self.variants if v.calibrated and v.preset != "data-free"]
         if wanting and self.calibration is None:
             raise ValueError(f"variants {', '.join(wanting)} want a calibration text: name it as calibration")
         again = sorted({model for model in self.models if self.models.count(model) > 1})
         if again:
             raise ValueError(f"models are named twice: {', '.join(again)}")
         return self
+
+    def for_preset(self, preset: str) -> CalibrationSettings:
+        """What a variant of `preset` is calibrated on."""
+        return self.model_copy(update={"calibration": None}) if preset == "data-free" else self
 
 
 S = TypeVar("S", bound=Settings)

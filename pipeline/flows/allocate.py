@@ -62,7 +62,7 @@ def _choices(decision: Decision, settings: MatrixSettings, curves: dict[str, Any
 
 def rounds_of(settings: MatrixSettings) -> int:
     """Rounds of a preset, unless told."""
-    return settings.rounds if settings.rounds is not None else {"paper": 0, "fast": 1, "best": 4}[settings.preset]
+    return settings.rounds if settings.rounds is not None else {"paper": 0, "fast": 1}.get(settings.preset, 4)
 
 
 def kind_of(info: TensorInfo) -> str:

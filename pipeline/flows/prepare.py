@@ -9,8 +9,9 @@ from pipeline.errors import ConfigError
 from pipeline.flows.allocate import allocate_plan
 from pipeline.flows.calibrate import Calibration
 from pipeline.flows.compress import Calibrated, PoolMaker
+from pipeline.flows.write import written_windows
 from pipeline.measure.overlap import require_apart
-from pipeline.measure.windows import calibration_windows, read_text
+from pipeline.measure.windows import CalibrationText, calibration_windows, read_text
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.plan import Plan
 
@@ -30,15 +31,20 @@ def prepare(
         TextError: a text that is missing or too short, or that shares passages with `unseen`.
     """
     if not settings.calibrated:
-        if idle := sorted(calibration.model_fields_set):
+        if idle := sorted(calibration.model_fields_set & CalibrationSettings.model_fields.keys()):
             raise ConfigError(
                 f"{', '.join(idle)} mean nothing to metric weights: choose preset best or fast, or drop them"
             )
         return plan, None
-    text = calibration_windows(source.store.root, calibration)
+    cache = calibration.cache_dir or os.path.join(os.path.dirname(os.path.abspath(beside)), ".swsc-cache")
+    if settings.preset == "data-free":
+        if calibration.calibration:
+            raise ConfigError("calibration means nothing to preset data-free: drop it, or choose preset best")
+        text = CalibrationText(written_windows(source, calibration, cache, settings.seed, make_pool), frozenset())
+    else:
+        text = calibration_windows(source.store.root, calibration)
     for name in unseen:
         require_apart(text.traces, read_text(name), name)
-    cache = calibration.cache_dir or os.path.join(os.path.dirname(os.path.abspath(beside)), ".swsc-cache")
     infos = [decision.info for decision in plan.compressed]
     moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed).run(make_pool)
     if settings.preset != "paper":

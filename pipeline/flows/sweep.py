@@ -80,7 +80,8 @@ class Sweep:
             if run.plan is None or run.variant is None or not run.variant.calibrated:
                 continue
             source = self._checkpoints[run.model]
-            run.plan, made = prepare(source, run.plan, run.variant, self._settings, beside, make_pool, texts)
+            settings = self._settings.for_preset(run.variant.preset)
+            run.plan, made = prepare(source, run.plan, run.variant, settings, beside, make_pool, texts)
             run.moments = made.moments if made else None
             run.begin()
         self._compressions = self._make_compressions()[::-1]

@@ -77,6 +77,23 @@ class Calibrator:
                 handle.remove()
         return sums
 
+    @torch.inference_mode()
+    def write(self, count: int, length: int, first: int, seed: int) -> np.ndarray:
+        """Windows that the model writes itself, int64 [count, length]: a random token, and what it draws after it.
+
+        Window i depends on `seed` and `first + i`, and on the windows of the same call through the last bit of their batch.
+        """
+        generator = torch.Generator().manual_seed((seed << 32) + first)
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        tokens = [torch.randint(vocabulary, (count, 1), generator=generator)]
+        past = None
+        for _ in range(length - 1):
+            out = self._model(input_ids=tokens[-1].to(self._device), past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            chances = out.logits[:, -1].float().softmax(dim=-1).cpu()
+            tokens.append(torch.multinomial(chances, 1, generator=generator))
+        return torch.cat(tokens, dim=1).numpy()
+
     def _backward(self, window: np.ndarray, generator: torch.Generator) -> None:
         ids = torch.from_numpy(np.array(window))[None].to(self._device)
         logits = self._model(input_ids=ids, use_cache=False).logits[0]

@@ -10,6 +10,7 @@ from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
 _SECONDS_OF_PATIENCE = 20.0  # before a run that has no worker says so
+_CAUSES = 8  # that a failed run names
 _ATTEMPTS = 3  # of a task whose worker or object went away under it
 
 
@@ -45,8 +46,9 @@ class TaskList:
     def raise_failures(self) -> None:
         """Raise RunError that names each task that failed."""
         if self._failed:
-            causes = "; ".join(str(done.error) for done in self._failed)
-            raise RunError(f"{len(self._failed)} tasks failed, the others are finished and kept: {causes}")
+            causes = "; ".join(str(done.error) for done in self._failed[:_CAUSES])
+            more = f"; and {len(self._failed) - _CAUSES} more" if len(self._failed) > _CAUSES else ""
+            raise RunError(f"{len(self._failed)} tasks failed, the others are finished and kept: {causes}{more}")
 
 
 def execute(pool: Pool, source: Source, progress: Progress) -> None:

@@ -108,11 +108,18 @@ class Worker:
 
         X.weighted, X.plain and X.rows are sums over tokens, float32; `add_moments` adds those of all windows up.
         """
+        sums = self._loaded(key).gather([name for names in layers for name in names], windows, first, seed)
+        return ({"peak_rss": peak_rss()}, *(_sums_payload({name: sums[name] for name in names}) for names in layers))
+
+    def write_text(self, key: ModelKey, count: int, length: int, first: int, seed: int) -> np.ndarray:
+        """Windows that the model `key` writes itself, int64 [count, length]."""
+        return self._loaded(key).write(count, length, first, seed)
+
+    def _loaded(self, key: ModelKey) -> Calibrator:
         if self._calibrator is None or self._calibrator.key != key:
             self._calibrator = self._evaluator = None  # one model at a time
             self._calibrator = Calibrator(key, self.device)
-        sums = self._calibrator.gather([name for names in layers for name in names], windows, first, seed)
-        return ({"peak_rss": peak_rss()}, *(_sums_payload({name: sums[name] for name in names}) for names in layers))
+        return self._calibrator
 
     def add_moments(self, name: str, *shards: Payload) -> tuple[dict[str, Any], Payload]:
         """Sums of one matrix over all shards of its layer, added in order in float64, and whose `plain` is its own."""

@@ -221,3 +221,32 @@ def test_a_parquet_file_is_read_row_by_row(tiny_model: Path, tmp_path: Path) -> 
     pq.write_table(pa.table({"body": rows}), tmp_path / "rows.parquet")
     with pytest.raises(TextError, match="no column 'text' among body"):
         calibration_windows(str(tiny_model), settings)
+
+
+def test_without_a_text_the_model_writes_one_and_keeps_it(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--local", *SHORT, "--preset", "data-free", "--bits", "3", "--cache-dir", str(tmp_path / "cache")]
+    for name in ("one", "other"):
+        assert main(["compress", str(tiny_model), str(tmp_path / name), *flags]) == 0
+    assert capsys.readouterr().err.count("write text") == 1
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+    (written,) = (tmp_path / "cache").glob("written-*.json")
+    ids = np.array(json.loads(written.read_text()))
+    assert ids.shape == (6, 32)
+    assert len(np.unique(ids)) > 50
+    argv = ["compress", str(tiny_model), str(tmp_path / "x"), *flags, "--calibration", "text.txt"]
+    assert main(argv) == 2
+    assert "calibration means nothing to preset data-free" in capsys.readouterr().err
+
+
+def test_written_text_does_not_depend_on_how_it_is_cached(tiny_model: Path) -> None:
+    """Each token is drawn from the prediction over all before it, as one forward pass over the whole gives it."""
+    calibrator = Calibrator(ModelKey(str(tiny_model), "float32", 1), "cpu")
+    ids = torch.from_numpy(calibrator.write(3, 12, 0, seed=1))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    chances = model(input_ids=ids).logits.softmax(-1)
+    draw = torch.Generator().manual_seed(1 << 32)
+    assert torch.equal(torch.randint(256, (3, 1), generator=draw)[:, 0], ids[:, 0])
+    for place in range(11):
+        assert torch.equal(torch.multinomial(chances[:, place], 1, generator=draw)[:, 0], ids[:, place + 1])

@@ -1,0 +1,56 @@
+"""Calibration text that a model writes itself: all that is to be had where there is no text (preset data-free).
+
+A model's own samples show its matrices what its inputs look like (Liu et al. 2023, LLM-QAT). They are kept beside the
+moments; how they are dealt out does not depend on the number of workers.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import CalibrationSettings
+from pipeline.flows.compress import PoolMaker
+from pipeline.measure.perplexity import ModelKey
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.forecast import calibration_bytes
+from pipeline.model.store import Store
+from pipeline.run.driver import TaskList, execute
+from pipeline.run.pool import Done, Task
+from pipeline.run.progress import Progress
+
+_BATCH = 16  # windows that are written at a time
+_VERSION = 1  # goes up with every change of what is written
+
+
+def written_windows(
+    source: Checkpoint, settings: CalibrationSettings, cache: str, seed: int, make_pool: PoolMaker
+) -> np.ndarray:
+    """Windows of the model's own text, int64 [windows, seqlen]; read again if they were written before."""
+    count, length = settings.calibration_windows, settings.calibration_seqlen
+    identity = [source.fingerprint, count, length, seed, settings.calibration_dtype, _VERSION]
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    store, name = Store.at(cache), f"written-{digest}.json"
+    if store.exists(name):
+        return np.array(store.read_json(name), dtype=np.int64)
+    written: dict[Any, np.ndarray] = {}
+
+    def note(done: Done) -> None:
+        written[done.task.key] = done.value
+
+    key = ModelKey(source.store.root, settings.calibration_dtype, 1)
+    tasks = [
+        Task(first, "write_text", (key, min(_BATCH, count - first), length, first, seed), label=f"text {first}")
+        for first in range(0, count, _BATCH)
+    ]
+    run = TaskList(tasks, note)
+    pool = make_pool(len(tasks), calibration_bytes(source, length, 0))
+    try:
+        with Progress("write text", len(tasks), 0, "parts") as progress:
+            execute(pool, run, progress)
+    finally:
+        pool.close()
+    run.raise_failures()
+    ids = np.concatenate([written[first] for first in sorted(written)])
+    store.write_json(name, ids.tolist())
+    return ids
