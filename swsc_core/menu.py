@@ -10,19 +10,13 @@ from dataclasses import replace
 from swsc_core.spec import SwscSpec
 
 # segment size -> label bits. Longer segments fill space better and need larger codebooks for it.
-_LABEL_BITS = {
-    8: (4, 6, 8, 10),
-    6: (6, 8, 9),
-    4: (4, 6, 7, 8, 9, 10),
-    3: (8, 9, 10),
-    2: (4, 5, 6, 7, 8, 10),
-    1: (4, 5, 6, 8),
-}
+_LABEL_BITS = {8: (4, 6, 8, 10), 6: (8, 9), 4: (6, 7, 8, 9, 10), 3: (8, 9, 10), 2: (5, 6, 7, 8, 10), 1: (4, 5, 6, 8)}
+_INPUT_AXIS = {(4, 8), (2, 6)}  # size and label bits that are tried down the columns, too
 _CODEBOOK_SHARE = 0.1  # a codebook that is more of the stored bytes than this never paid
 _CENTROID_BITS = 8
-_RANK_SHARES = (0.1, 0.25)  # of the bytes of a candidate, tried for the compensation of the coarse ones
+_RANK_SHARE = 0.2  # of the bytes of a candidate, tried for the compensation of the coarse ones
 _FACTOR_BITS = (4, 8)
-_COARSE = 1.5  # bits a weight up to which a compensation is tried: above, finer segments took every comparison
+_COARSE = 1.2  # bits a weight up to which a compensation is tried: above, finer segments took every comparison
 
 
 def candidates(shape: tuple[int, int], value_bits: int) -> Iterator[SwscSpec]:
@@ -33,9 +27,11 @@ def candidates(shape: tuple[int, int], value_bits: int) -> Iterator[SwscSpec]:
                 1 << width, 0, segment_size=size, scaled=True, metric="activations", feedback=True,
                 centroid_bits=_CENTROID_BITS,
             )  # fmt: skip
-            if spec.refusal(shape) is None and _modest(spec, shape, value_bits):
-                yield spec
-                yield from _compensated(spec, shape, value_bits)
+            family = [spec] + ([replace(spec, channel_axis="input")] if (size, width) in _INPUT_AXIS else [])
+            for member in family:
+                if member.refusal(shape) is None and _modest(member, shape, value_bits):
+                    yield member
+                    yield from _compensated(member, shape, value_bits)
 
 
 def _modest(spec: SwscSpec, shape: tuple[int, int], value_bits: int) -> bool:
@@ -48,7 +44,6 @@ def _compensated(spec: SwscSpec, shape: tuple[int, int], value_bits: int) -> Ite
     if 8 * nbytes > _COARSE * shape[0] * shape[1]:
         return
     for bits in _FACTOR_BITS:
-        for share in _RANK_SHARES:
-            rank = int(share * nbytes * 8 / (bits * sum(shape)))
-            if 0 < rank <= min(shape):
-                yield replace(spec, rank=rank, factor_bits=bits)
+        rank = int(_RANK_SHARE * nbytes * 8 / (bits * sum(shape)))
+        if 0 < rank <= min(shape):
+            yield replace(spec, rank=rank, factor_bits=bits)

@@ -25,7 +25,7 @@ from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
 
 _CURVES = "curves.json"
-_VERSION = 1  # goes up with every change of the menu or of what is measured
+_VERSION = 2  # goes up with every change of the menu or of what is measured
 
 
 def allocate_plan(
@@ -125,5 +125,5 @@ def _tasks(source: Checkpoint, infos: Sequence[TensorInfo], settings: MatrixSett
     return tasks + reaches
 
 
-def _dealt(specs: list[SwscSpec], size: int = 6) -> list[list[SwscSpec]]:
+def _dealt(specs: list[SwscSpec], size: int = 3) -> list[list[SwscSpec]]:
     return [specs[start : start + size] for start in range(0, len(specs), size)]
