@@ -27,35 +27,32 @@ def weighted_kmeans(points: Tensor, weights: Tensor, n_clusters: int, generator:
     """
     centroids = _seed(points, weights, n_clusters, generator)
     for _ in range(_ITERATIONS):
-        labels, distances = nearest(points, centroids, weights)
+        labels = nearest(points, centroids, weights)
         total = sum_by_label(weights, labels, n_clusters)
         means = sum_by_label(weights * points, labels, n_clusters) / total.clamp(min=torch.finfo(torch.float32).tiny)
         counts = torch.bincount(labels, minlength=n_clusters)
         centroids = torch.where(counts[:, None] > 0, means, centroids)
         empty = (counts == 0).nonzero()[:, 0]
         if len(empty):
+            distances = (weights * (points - centroids[labels]).square()).sum(dim=1)
             far = distances.cpu().sort(descending=True, stable=True).indices[: len(empty)].to(points.device)
             centroids[empty[: len(far)]] = points[far]
     return centroids
 
 
-def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For each point the nearest centroid, int64 [n], and what it costs, [n]: Σ w (x − c)² with w [n, d] or one."""
-    labels, costs = [], []
-    block = max(1, _BLOCK_VALUES // len(centroids))
-    squares = centroids.square()
+def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
+    """For each point the centroid of least Σ w (x − c)², int64 [n]; w is [n, d], or one."""
+    block, squares = max(1, _BLOCK_VALUES // len(centroids)), centroids.square()
+    norms, labels = squares.sum(dim=1), []
     for start in range(0, len(points), block):
         part = points[start : start + block]
         if weights is None:
-            products, own = torch.addmm(squares.sum(dim=1), part, centroids.T, alpha=-2), part.square().sum(dim=1)
+            costs = torch.addmm(norms, part, centroids.T, alpha=-2)
         else:
             weight = weights[start : start + block]
-            products = torch.addmm(weight @ squares.T, weight * part, centroids.T, alpha=-2)
-            own = (weight * part.square()).sum(dim=1)
-        best = products.min(dim=1)
-        labels.append(best.indices)
-        costs.append((best.values + own).clamp_(min=0))
-    return torch.cat(labels), torch.cat(costs)
+            costs = torch.addmm(weight @ squares.T, weight * part, centroids.T, alpha=-2)
+        labels.append(costs.argmin(dim=1))
+    return labels[0] if len(labels) == 1 else torch.cat(labels)
 
 
 def _seed(points: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:

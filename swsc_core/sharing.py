@@ -204,11 +204,11 @@ class Sharing:
         points = (wanted if self.scales is None else wanted / self.scales[rows]).reshape(-1, layout.size)
         if layout.channel_axis == "output":
             seen = (points, centroids) if transform is None else (points @ transform, centroids @ transform)
-            labels = nearest(*seen)[0]
+            labels = nearest(*seen)
         else:
             factor = self._row_factor(rows, 2)
             weights = factor.reshape(-1, layout.size) if isinstance(factor, Tensor) else None
-            labels = nearest(points, centroids, weights)[0]
+            labels = nearest(points, centroids, weights)
         self._labels(rows)[:, columns.start // layout.width] = labels
         return centroids[labels].reshape(wanted.shape) * (1.0 if self.scales is None else self.scales[rows])
 
