@@ -67,12 +67,7 @@ class Calibration:
     def _identity(self) -> dict[str, Any]:
         ids = hashlib.sha256(self._ids.tobytes()).hexdigest()
         about = {"source": self._source.fingerprint, "ids": ids, "windows": list(self._ids.shape)}
-        return about | {
-            "matrices": sorted(self._infos),
-            "version": _VERSION,
-            "seed": self._seed,
-            "dtype": self._settings.calibration_dtype,
-        }
+        return about | {"version": _VERSION, "seed": self._seed, "dtype": self._settings.calibration_dtype}
 
     def _cut(self) -> list[_Range]:
         """Layers with matrices that have no moments yet, in ranges of bounded bytes; a layer is never cut."""

@@ -120,6 +120,7 @@ def test_moments_do_not_depend_on_shards_ranges_or_the_matrices_asked_for(
     few = [name for name in names if "q_proj" in name]
     assert gather("grown", few, 4.0).items() <= whole.items()
     assert gather("grown", names, 4.0) == whole  # found again, and the others added
+    assert len(list((tmp_path / "grown").iterdir())) == 1
 
 
 def test_a_budget_alone_is_enough_and_is_kept(tiny_model: Path, best: Path) -> None:
