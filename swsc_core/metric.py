@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swsc_core.checks import WeightError
 
+_ROWS = 512  # of an error that are multiplied at a time
 _DAMPING = 0.01  # share of the mean diagonal that is added: keeps directions that calibration never saw from being free
 
 
@@ -48,7 +49,8 @@ class Metric:
 
     def energy(self, error: Tensor) -> float:
         """tr(D E H Eᵀ) of an error [m, n], summed in float64."""
-        rows = (self.product(error) * error).sum(dim=1, dtype=torch.float64)
+        parts = [(self.product(some) * some).sum(dim=1, dtype=torch.float64) for some in error.split(_ROWS)]
+        rows = torch.cat(parts)
         return float((rows if self.row_weights is None else rows * self.row_weights).sum())
 
     def weights_of(self, rows: slice) -> Tensor | None:
@@ -56,45 +58,38 @@ class Metric:
         return None if self.row_weights is None else self.row_weights[rows, None]
 
     def whiten(self, error: Tensor) -> Tensor:
-        """D^½ E L with H = L Lᵀ: an error whose plain sum of squares is the energy of `error`."""
+        """D^½ E R: an error whose plain sum of squares is the energy of `error`."""
         return self.whiten_inputs(error if self.row_weights is None else error * self.row_weights.sqrt()[:, None])
 
     def whiten_inputs(self, rows: Tensor) -> Tensor:
-        """R L for rows R [any, n]: their plain squared distances are those of the layer's outputs."""
-        return rows if self.moment is None else rows @ self._root
+        """Rows times R, [any, n]: their plain squared distances are those of the layer's outputs."""
+        return rows if self.moment is None else rows @ self.root
 
     def unwhiten_left(self, left: Tensor) -> Tensor:
         """D^-½ A for a left factor A [m, r] that was found in whitened space."""
         return left if self.row_weights is None else left / self.row_weights.sqrt()[:, None]
 
     def unwhiten_right(self, right: Tensor) -> Tensor:
-        """B L⁻¹ for a right factor B [r, n] that was found in whitened space."""
+        """B R⁻¹ for a right factor B [r, n] that was found in whitened space."""
         if self.moment is None:
             return right
-        return torch.linalg.solve_triangular(self._root, right, upper=False, left=False)
+        return torch.linalg.solve_triangular(self.root, right, upper=True, left=False)
 
     @cached_property
-    def _root(self) -> Tensor:
-        """L, lower triangular [n, n], H = L Lᵀ."""
-        assert self.moment is not None
-        return torch.linalg.cholesky(self.moment)
+    def root(self) -> Tensor:
+        """R, upper triangular [n, n], H = R Rᵀ.
 
-    @cached_property
-    def feedback(self) -> Tensor:
-        """U, upper triangular [n, n], H⁻¹ = Uᵀ U: how the error of a column is made up for by the columns after it.
-
-        With J the reversal of order and J H J = K Kᵀ, H = (J K J)(J K J)ᵀ has an upper triangular factor, and U is its
-        inverse: better conditioned than to invert H first, and with two matrices beside H at the peak.
+        Of all square roots this one also says how columns make up for each other's errors: with E R the whitened error, a
+        column of E that comes later can cancel what earlier ones left in its column of E R, and no more than that.
         """
         assert self.moment is not None
-        reversed_root = torch.linalg.cholesky(self.moment.flip(0, 1))
-        identity = torch.eye(len(self.moment), dtype=self.moment.dtype, device=self.moment.device)
-        return torch.linalg.solve_triangular(reversed_root.flip(0, 1), identity, upper=True)
+        lower = torch.linalg.cholesky(self.moment.flip(0, 1))  # in reversed order lower is upper
+        return lower.flip(0, 1)
 
     @property
     def column_weights(self) -> Tensor | None:
-        """What an error of each column costs once the columns after it have made up for it: 1 / diag(U)², [n]."""
-        return None if self.moment is None else self.feedback.diagonal().square().reciprocal()
+        """What an error of each column costs once the columns after it have made up for it: diag(R)², [n]."""
+        return None if self.moment is None else self.root.diagonal().square()
 
 
 def _damped(moment: Tensor, name: str) -> Tensor:

@@ -80,39 +80,39 @@ class Sharing:
 
     def assign(self, *, feedback: bool) -> None:
         """Assign every segment, in order of columns; with `feedback` the error of each goes into the columns after it."""
-        centroids, moment = self.centroids.expand(), self.metric.moment
+        centroids, moment, width = self.centroids.expand(), self.metric.moment, self.layout.width
         if moment is None:
-            transforms = None
-        elif feedback:
-            transforms = torch.linalg.inv(_diagonal_blocks(self.metric.feedback, self.layout.width))
+            roots = None
         else:
-            transforms = torch.linalg.cholesky(_diagonal_blocks(moment, self.layout.width))
+            roots = _diagonal_blocks(self.metric.root, width) if feedback else _roots(moment, width)
         for rows in self._slabs():
-            if feedback and transforms is not None:
-                self._feed_slab(rows, centroids, transforms)
+            if feedback and roots is not None:
+                self._feed_slab(rows, centroids, roots)
             else:
-                self._assign_slab(rows, self.target[rows], centroids, transforms)
+                self._assign_slab(rows, self.target[rows], centroids, roots)
 
-    def _assign_slab(self, rows: slice, wanted: Tensor, centroids: Tensor, transforms: Tensor | None) -> None:
+    def _assign_slab(self, rows: slice, wanted: Tensor, centroids: Tensor, roots: Tensor | None) -> None:
         for block, own in enumerate(self._blocks()):
-            self._assign(wanted[:, own], rows, own, centroids, None if transforms is None else transforms[block])
+            self._assign(wanted[:, own], rows, own, centroids, None if roots is None else roots[block])
 
-    def _feed_slab(self, rows: slice, centroids: Tensor, transforms: Tensor) -> None:
-        work, feedback = self.target[rows].clone(), self.metric.feedback
+    def _feed_slab(self, rows: slice, centroids: Tensor, roots: Tensor) -> None:
+        target, root = self.target[rows], self.metric.root
+        errors = torch.zeros_like(target)
         for start, stop in self._lazy_blocks():
-            errors = torch.zeros_like(work[:, start:stop])
+            owed = errors[:, :start] @ root[:start, start:stop]  # what earlier columns left in these of E R
             for own in self._blocks(start, stop):
-                transform = transforms[own.start // self.layout.width]
-                choice = self._assign(work[:, own], rows, own, centroids, transform)
-                error = (work[:, own] - choice) @ transform
-                errors[:, own.start - start : own.stop - start] = error
-                work[:, own.stop : stop] -= error @ feedback[own, own.stop : stop]
-            work[:, stop:] -= errors @ feedback[start:stop, stop:]
+                corner = roots[own.start // self.layout.width]
+                repaid = torch.linalg.solve_triangular(
+                    corner, owed[:, own.start - start : own.stop - start], upper=True, left=False
+                )
+                choice = self._assign(target[:, own] + repaid, rows, own, centroids, corner)
+                errors[:, own] = error = target[:, own] - choice
+                owed[:, own.stop - start :] += error @ root[own, own.stop : stop]
 
     def reassign(self) -> int:
         """Assign every segment again while all others stand; returns how many changed. The energy does not grow."""
         before, centroids, moment = self.labels.clone(), self.centroids.expand(), self.metric.moment
-        roots = None if moment is None else torch.linalg.cholesky(_diagonal_blocks(moment, self.layout.width))
+        roots = None if moment is None else _roots(moment, self.layout.width)
         for rows in self._slabs():
             if moment is None or roots is None:  # blocks do not see each other
                 self._assign_slab(rows, self.target[rows], centroids, None)
@@ -190,8 +190,10 @@ class Sharing:
 
     def restored(self) -> Tensor:
         """What the stored parts stand for, [m, n]."""
-        centroids = self.centroids.expand()
-        return torch.cat([self._slab(rows, centroids) for rows in self._slabs()])
+        centroids, dense = self.centroids.expand(), torch.empty_like(self.target)
+        for rows in self._slabs():
+            dense[rows] = self._slab(rows, centroids)
+        return dense
 
     def _assign(
         self, wanted: Tensor, rows: slice, columns: slice, centroids: Tensor, transform: Tensor | None
@@ -275,6 +277,11 @@ class Sharing:
 def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
     """The width×width blocks on the diagonal of an n×n matrix, [n / width, width, width]."""
     return torch.stack([matrix[i : i + width, i : i + width] for i in range(0, len(matrix), width)])
+
+
+def _roots(moment: Tensor, width: int) -> Tensor:
+    """A square root of each width×width block on the diagonal, lower triangular, [n / width, width, width]."""
+    return torch.linalg.cholesky(_diagonal_blocks(moment, width))
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

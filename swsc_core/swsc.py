@@ -135,14 +135,21 @@ class _Compression:
     def _decompose(self) -> None:
         """The compensation: truncated SVD of what sharing leaves, in the metric's space."""
         started = time.perf_counter()
-        error = self.dense - self._shared()
-        self.cluster_error = self.metric.energy(error)
-        low_rank = truncated_svd(self.metric.whiten(error), self.spec.rank, seed=self.seed)
-        left, right = self.metric.unwhiten_left(low_rank.left), self.metric.unwhiten_right(low_rank.right)
+        error = self._shared().neg_().add_(self.dense)
+        self.cluster_error = self.energy = self.metric.energy(error)
+        left, right = self._factors(error)
         self.left = store_values(left.T.contiguous(), self.spec.factor_bits, self.dtype)
         self.right = store_values(right.contiguous(), self.spec.factor_bits, self.dtype)
-        self.energy = self.metric.energy(error - self._compensation()) if self.spec.rank else self.cluster_error
+        if self.spec.rank:
+            self.energy = self.metric.energy(error.sub_(self._compensation()))
         self.seconds["svd"] += time.perf_counter() - started
+
+    def _factors(self, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Left [m, r] and right [r, n] of the best compensation of an error in the metric."""
+        if self.spec.rank == 0:
+            return error.new_empty(len(error), 0), error.new_empty(0, error.shape[1])
+        low_rank = truncated_svd(self.metric.whiten(error), self.spec.rank, seed=self.seed)
+        return self.metric.unwhiten_left(low_rank.left), self.metric.unwhiten_right(low_rank.right)
 
     def _another_round(self) -> bool:
         """Refit, reassign, decompose again; whether it helped. What does not help is taken back."""

@@ -46,7 +46,7 @@ def forecast(plan: Plan, form: str) -> dict[str, Any]:
 def compression_bytes(largest_matrix: int, widest_moment: int = 0) -> int:
     """Peak memory of a worker that compresses or restores matrices of up to `largest_matrix` weights.
 
-    `widest_moment`: values of the largest second moment: itself, its two factors, and one more while they are made.
+    `widest_moment`: values of the largest second moment: itself, its root, and two more while they are read and made.
     """
     return WORKER_BASE + 4 * (_MATRICES * largest_matrix + _MOMENTS * widest_moment)
 

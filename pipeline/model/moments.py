@@ -42,7 +42,7 @@ class Moments:
         """The metric of one matrix, and the loss (nats a token) that one unit of its energy stands for."""
         row = self.store.read_json(f"{DONE}/{moment_file(name)}.json")["rows"][0]
         weighted, rows = (self._read(name, part).to(device) for part in ("weighted", "rows"))
-        plain = self._read(row["owner"], "plain").to(device) if self.gradient_share < 1 else weighted
+        plain = self._read(row["owner"], "plain").to(device)
         moment = blend(plain, weighted, self.gradient_share)
         gradients = float(rows.sum())
         trace = float(weighted.trace()) / gradients if gradients > 0 else 0.0
@@ -55,7 +55,7 @@ class Moments:
 
 
 def blend(plain: Tensor, weighted: Tensor, gradient_share: float) -> Tensor:
-    """Both moments [n, n] at equal trace, `gradient_share` of the weighted one.
+    """Both moments [n, n] at equal trace, `gradient_share` of the weighted one; made in the place of `plain`.
 
     The weighted moment is the right one in theory and noisy in practice, because few tokens carry most of the gradient;
     the plain one is smooth and blind to what matters. docs/method.md has the experiment.
@@ -63,4 +63,4 @@ def blend(plain: Tensor, weighted: Tensor, gradient_share: float) -> Tensor:
     traces = float(plain.trace()), float(weighted.trace())
     if traces[1] <= 0:  # no gradient ever came: the loss does not depend on this matrix
         return plain
-    return plain * ((1 - gradient_share) / traces[0]) + weighted * (gradient_share / traces[1])
+    return plain.mul_((1 - gradient_share) / traces[0]).add_(weighted, alpha=gradient_share / traces[1])

@@ -91,8 +91,8 @@ def test_moments_are_those_of_a_loop_written_out(tiny_model: Path) -> None:
 
 def test_a_blend_has_half_of_each_direction_whatever_their_size() -> None:
     plain, weighted = torch.diag(torch.tensor([8.0, 0.0])), torch.diag(torch.tensor([0.0, 2.0]))
-    torch.testing.assert_close(blend(plain, weighted, 0.5), torch.diag(torch.tensor([0.5, 0.5])))
-    torch.testing.assert_close(blend(plain, weighted, 1.0), torch.diag(torch.tensor([0.0, 1.0])))
+    torch.testing.assert_close(blend(plain.clone(), weighted, 0.5), torch.diag(torch.tensor([0.5, 0.5])))
+    torch.testing.assert_close(blend(plain.clone(), weighted, 1.0), torch.diag(torch.tensor([0.0, 1.0])))
     assert torch.equal(blend(plain, weighted * 0, 0.5), plain)
 
 
