@@ -12,7 +12,7 @@ from swsc_core.points import sum_by_label
 _SAMPLES, _SAMPLES_PER_CENTROID = 1 << 15, 128  # segments that a codebook is learnt from: the larger of the two
 _SEEDED, _SEEDED_PER_CENTROID = 1 << 12, 16  # of them, those that k-means++ draws seeds from
 _ITERATIONS = 12
-_BLOCK_VALUES = 1 << 23  # distances that are held at a time: 32 MiB
+_BLOCK_VALUES = 1 << 21  # distances that are held at a time: 8 MiB, what a cache holds
 
 
 def sample_size(n_clusters: int) -> int:

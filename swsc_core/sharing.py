@@ -22,7 +22,8 @@ from swsc_core.points import sum_by_label
 from swsc_core.spec import SwscSpec
 from swsc_core.values import Values, store_scales, store_values
 
-SLAB_VALUES = 1 << 22  # weights of a slab of rows: temporaries are a few times 16 MiB
+SLAB_VALUES = 1 << 21  # weights of a slab of rows: temporaries are a few times 8 MiB
+_GPU_SLABS = 16  # times as large on a GPU, which would wait for the calls otherwise
 _LAZY_COLUMNS = 128  # columns after which the rest of a slab is updated
 CONJUGATE_STEPS = 12
 
@@ -261,7 +262,8 @@ class Sharing:
     def _slabs(self, within: slice | None = None) -> Iterator[slice]:
         """Blocks of rows of one codebook each, of bounded size."""
         step = self.layout.row_step
-        height = max(1, SLAB_VALUES // self.layout.n // step) * step
+        values = SLAB_VALUES * (_GPU_SLABS if self.target.is_cuda else 1)
+        height = max(1, values // self.layout.n // step) * step
         for book in self._book_rows() if within is None else [within]:
             yield from (slice(start, min(book.stop, start + height)) for start in range(book.start, book.stop, height))
 
