@@ -1,9 +1,9 @@
 """AutoRound: rounding and ranges learned by signed gradient descent, block after block.
 
 Symmetric, the default of the tool's W2A16 and W3A16; at 2 bits with `enable_alg_ext`, which its documentation recommends
-there. 200 iterations are its default, 1000 its best recipe. float32 throughout: bfloat16 is emulated on most CPUs. Counted:
-codes at their width and one scale a group in 16 bits; the zero point is the same everywhere and not counted. The last
-group of a row may be shorter.
+there, and which `--extension` asks for at other widths. 200 iterations are its default, 1000 its best recipe. float32
+throughout: bfloat16 is emulated on most CPUs. Counted: codes at their width and one scale a group in 16 bits; the zero
+point is the same everywhere and not counted. The last group of a row may be shorter.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from swsc_core.packing import packed_bytes
 
 
 def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
-    windows, extension = np.load(request.calibration), request.bits == 2
+    windows, extension = np.load(request.calibration), request.extension or request.bits == 2
     model = AutoModelForCausalLM.from_pretrained(request.model, dtype=torch.float32)
     left_alone = [
         name
@@ -55,4 +55,5 @@ def restored(layer: Any, bits: int) -> tuple[Tensor, int]:
 if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--extension", action="store_true", help="enable_alg_ext at any width")
     raise SystemExit(run(parser, quantize))

@@ -29,6 +29,7 @@ PEERS = {
     "gptq": Peer("quantize_llmcompressor", "llmcompressor", ("--method", "gptq")),
     "awq": Peer("quantize_llmcompressor", "llmcompressor", ("--method", "awq")),
     "autoround": Peer("quantize_autoround", "autoround"),
+    "autoround-ext": Peer("quantize_autoround", "autoround", ("--extension",)),
     "quanto": Peer("quantize_quanto", "quanto"),
 }
 DEFAULT = ("rtn", "hqq", "gptq", "awq", "autoround", "quanto")
@@ -52,10 +53,10 @@ class Row:
 
 def rows_of(peers: Iterable[str], bits: Iterable[int], groups: Sequence[int], autoround_iters: int) -> list[Row]:
     """All rows, tool by tool; RTN also with one scale a matrix and one a row."""
-    more = {"autoround": ("--iters", str(autoround_iters))}
+    more = {"quantize_autoround": ("--iters", str(autoround_iters))}
     own = list(dict.fromkeys((WHOLE_TENSOR, CHANNEL, *groups)))
     return [
-        Row(peer, width, group, (*PEERS[peer].flags, *more.get(peer, ())))
+        Row(peer, width, group, (*PEERS[peer].flags, *more.get(PEERS[peer].script, ())))
         for peer in peers
         for width in bits
         for group in (own if peer == "rtn" else groups)

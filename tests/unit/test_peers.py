@@ -101,6 +101,7 @@ def test_rows_are_tools_times_bits_times_groups_and_rtn_has_two_more() -> None:
     assert [row.label for row in rows[8:]] == ["awq-3bit-g64", "awq-3bit-g128", "awq-2bit-g64", "awq-2bit-g128"]
     assert rows[-1].flags == ("--method", "awq")
     assert rows_of(["autoround"], [2], [64], 1000)[0].flags == ("--iters", "1000")
+    assert rows_of(["autoround-ext"], [3], [64], 200)[0].flags == ("--extension", "--iters", "200")
     assert len(rows_of(["rtn"], [2], [CHANNEL], 200)) == 2
 
 
