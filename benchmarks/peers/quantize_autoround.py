@@ -1,0 +1,59 @@
+"""AutoRound: rounding and ranges learned by signed gradient descent, block after block.
+
+Symmetric, the default of the tool's W2A16 and W3A16; at 2 bits with `enable_alg_ext`, which its documentation recommends
+there, and which `--extension` asks for at other widths. 200 iterations are its default, 1000 its best recipe. float32
+throughout: bfloat16 is emulated on most CPUs. Counted: codes at their width and one scale a group in 16 bits; the zero
+point is the same everywhere and not counted. The last group of a row may be shorter.
+"""
+
+import argparse
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from auto_round import AutoRound
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.peers.script import CHANNEL, SCALE_BYTES, Outcome, Shapes, arguments, run
+from swsc_core.packing import packed_bytes
+
+
+def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
+    windows, extension = np.load(request.calibration), request.extension or request.bits == 2
+    model = AutoModelForCausalLM.from_pretrained(request.model, dtype=torch.float32)
+    left_alone = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in shapes
+    ]
+    rounding = AutoRound(
+        model, AutoTokenizer.from_pretrained(request.model), scheme=f"W{request.bits}A16",
+        group_size=request.group_size, iters=request.iters, enable_alg_ext=extension,
+        dataset=[torch.from_numpy(ids)[None] for ids in windows], nsamples=len(windows), seqlen=windows.shape[1],
+        layer_config={name: {"bits": 16} for name in left_alone}, device_map="cpu", amp=False,
+        enable_torch_compile=False, low_cpu_mem_usage=False, seed=42,
+    )  # fmt: skip
+    model, _ = rounding.quantize()
+    weights, stored = {}, {}
+    for name in shapes:
+        weights[name], stored[name] = restored(model.get_submodule(name.removesuffix(".weight")), request.bits)
+    group = "channel" if request.group_size == CHANNEL else request.group_size
+    settings = {"bits": request.bits, "group": group, "symmetric": True, "iters": request.iters,
+                "enable_alg_ext": extension, "calibration": list(windows.shape)}  # fmt: skip
+    return Outcome("AutoRound", version("auto-round"), settings, weights, stored)
+
+
+def restored(layer: Any, bits: int) -> tuple[Tensor, int]:
+    """The restored matrix and the bytes that it takes."""
+    assert (layer.sym, layer.bits) == (True, bits), "counted without zero points"
+    assert torch.equal(layer.scale.float(), layer.scale.half().float()), "counted as 16 bits"
+    return layer.weight.data, packed_bytes(layer.weight.numel(), bits) + layer.scale.numel() * SCALE_BYTES
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--extension", action="store_true", help="enable_alg_ext at any width")
+    raise SystemExit(run(parser, quantize))

@@ -1,0 +1,103 @@
+"""GPTQ and AWQ as llm-compressor has them, block after block, the later ones calibrated on the quantized earlier ones.
+
+Both asymmetric, ranges by the `imatrix_mse` observer: the best of the tool's own documentation for GPTQ, and the best of
+three that were tried for AWQ, which has no clipping here. GPTQ: activation order (static: no index is stored), the default
+dampening. AWQ: grid search over 20 scales with duo scaling "both", as in the tool's example.
+
+AWQ moves scales of columns into the layers before, where they cost nothing, and which are none of ours to change: the
+restored matrix is divided by them again, which is the same function of the input, and all other tensors stay as they are.
+Counted: what the tool's packed format stores, codes and zero points without gaps, scales in 16 bits.
+"""
+
+import argparse
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor as Packed
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.peers.script import CHANNEL, SCALE_BYTES, Outcome, Refusal, Shapes, arguments, run
+
+if not torch.accelerator.is_available():
+    IntermediatesCache.pin_memory = lambda *_: None  # 0.14 pins memory for an accelerator that need not be there
+METHODS: dict[str, dict[str, Any]] = {"gptq": {"actorder": "static"}, "awq": {"duo_scaling": "both", "n_grid": 20}}
+
+
+UNDO: dict[torch.nn.Module, Tensor] = {}  # module -> what its matrix is multiplied by to take AWQ's scales out again
+
+
+class RecordingAWQ(AWQModifier):
+    """AWQ that remembers by which scales it multiplied the columns of a module, or divided its rows."""
+
+    def _compute_best_scale(self, mapping: Any, *arguments: Any) -> Tensor:
+        scales = super()._compute_best_scale(mapping, *arguments)
+        for module in mapping.balance_layers:
+            UNDO[module] = UNDO.get(module, 1) / scales
+        UNDO[mapping.smooth_layer] = UNDO.get(mapping.smooth_layer, 1) * scales[:, None]
+        return scales
+
+
+def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
+    group = request.group_size
+    odd = [columns for _, columns in shapes.values() if group != CHANNEL and columns % group]
+    if odd:
+        raise Refusal(f"llm-compressor wants groups that divide a row: {odd[0]} columns are no multiple of {group}")
+    model = AutoModelForCausalLM.from_pretrained(request.model, dtype=torch.float32)
+    scheme = {
+        "num_bits": request.bits, "symmetric": False, "observer": request.observer,
+        "strategy": "channel" if group == CHANNEL else "group", "group_size": None if group == CHANNEL else group,
+        "scale_dtype": torch.float16,
+    }  # fmt: skip
+    windows = np.load(request.calibration)
+    recipe = recipe_of(request.method, {"group_0": {"targets": list(map(module_name, shapes)), "weights": scheme}})
+    tokenizer = AutoTokenizer.from_pretrained(request.model)
+    oneshot(model=model, tokenizer=tokenizer, dataset=batches(windows), recipe=recipe, pipeline="sequential",
+            num_calibration_samples=len(windows), max_seq_length=windows.shape[1])  # fmt: skip
+    weights, stored = {}, {}
+    for name in shapes:
+        weights[name], stored[name] = restored(model.get_submodule(module_name(name)))
+    settings = {"bits": request.bits, "group": "channel" if group == CHANNEL else group, "symmetric": False,
+                "observer": scheme["observer"], "calibration": list(windows.shape)}  # fmt: skip
+    tool = f"llmcompressor {version('llmcompressor')}"
+    return Outcome(request.method.upper(), tool, settings | METHODS[request.method], weights, stored)
+
+
+def recipe_of(method: str, groups: dict[str, Any]) -> list[Any]:
+    if method == "gptq":
+        return [GPTQModifier(config_groups=groups, **METHODS[method])]
+    return [RecordingAWQ(**METHODS[method]), QuantizationModifier(config_groups=groups)]
+
+
+def module_name(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def batches(windows: np.ndarray) -> DataLoader:
+    rows: Any = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.from_numpy(windows)]
+    return DataLoader(rows, batch_size=1)
+
+
+def restored(module: Any) -> tuple[Tensor, int]:
+    """What the packed form of a module unpacks to, AWQ's scales undone, and the bytes that it takes."""
+    state = {part: getattr(module, part).data for part in ("weight", "weight_scale", "weight_zero_point")}
+    packed = Packed.compress(state, module.quantization_scheme)
+    assert torch.equal(packed["weight_scale"], packed["weight_scale"].half().float()), "counted as 16 bits"
+    integers = sum(packed[part].numel() * 4 for part in ("weight_packed", "weight_zero_point"))
+    weight = Packed.decompress(packed, module.quantization_scheme)["weight"]
+    return weight * UNDO.get(module, 1), integers + packed["weight_scale"].numel() * SCALE_BYTES
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--observer", default="imatrix_mse", help="how ranges are found")
+    raise SystemExit(run(parser, quantize))
