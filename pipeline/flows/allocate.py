@@ -12,14 +12,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline.config import MatrixSettings
-from pipeline.flows.compress import PoolMaker
+from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.model.checkpoint import Checkpoint, TensorInfo
 from pipeline.model.forecast import compression_bytes
 from pipeline.model.moments import Moments
 from pipeline.model.plan import Decision, Plan, budget_bytes, value_bits, with_specs
-from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Task
-from pipeline.run.progress import Progress
 from swsc_core.allocation import Choice, allocate
 from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
@@ -92,14 +90,7 @@ def _curves(
             curves["shares"].setdefault(key[0], {})[key[1]] = done.value
 
     tasks = _tasks(source, infos, settings, moments)
-    run = TaskList(tasks, note)
-    pool = make_pool(len(tasks), compression_bytes(plan.largest_matrix, plan.widest_moment))
-    try:
-        with Progress("curves", len(tasks), 0, "tasks") as progress:
-            execute(pool, run, progress)
-    finally:
-        pool.close()
-    run.raise_failures()
+    run_alone(tasks, compression_bytes(plan.largest_matrix, plan.widest_moment), note, make_pool, "curves", "tasks")
     for kind, found in curves["shares"].items():
         curves["shares"][kind] = [pair for place in sorted(found) for pair in found[place]]
     moments.store.write_json(_CURVES, curves)

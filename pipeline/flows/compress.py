@@ -114,19 +114,30 @@ def run_tasks(
 
     A user's mistake found on the way takes the begun output back.
     """
-    if not tasks:
-        return
-    source = TaskList(tasks, note)
     try:
-        pool = make_pool(len(tasks), memory)
-        try:
-            with Progress(what, len(tasks), sum(task.weight for task in tasks), "files") as progress:
-                execute(pool, source, progress)
-        finally:
-            pool.close()
+        run_alone(tasks, memory, note, make_pool, what, "files")
     except UserError:
         abandon(out)
         raise
+
+
+def run_alone(
+    tasks: list[Task], memory: int, note: Callable[[Done], None], make_pool: PoolMaker, what: str, unit: str
+) -> None:
+    """Run tasks, if there are any, on a pool of their own, of workers that need `memory` bytes each.
+
+    Raises:
+        RunError: tasks failed, after all the others ended.
+    """
+    if not tasks:
+        return
+    source = TaskList(tasks, note)
+    pool = make_pool(len(tasks), memory)
+    try:
+        with Progress(what, len(tasks), sum(task.weight for task in tasks), unit) as progress:
+            execute(pool, source, progress)
+    finally:
+        pool.close()
     source.raise_failures()
 
 

@@ -6,16 +6,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import EvaluateSettings
-from pipeline.flows.compress import PoolMaker
+from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.perplexity import ModelKey, perplexity
 from pipeline.measure.windows import Windows, make_windows, read_text
 from pipeline.model.artifact import CALIBRATION, Model, open_model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import evaluation_bytes
-from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Task
-from pipeline.run.progress import Progress
 
 _BATCHES = 4  # of one task: enough to hide its cost, few enough to share the work out evenly
 
@@ -46,14 +44,7 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
         losses[done.task.key] = done.value["losses"]
         dtypes.add(done.value["dtype"])
 
-    source = TaskList(tasks, note)
-    pool = make_pool(len(tasks), worker_bytes(model, settings))
-    try:
-        with Progress("evaluate", len(tasks), 0, "parts") as progress:
-            execute(pool, source, progress)
-    finally:
-        pool.close()
-    source.raise_failures()
+    run_alone(tasks, worker_bytes(model, settings), note, make_pool, "evaluate", "parts")
     ordered = [loss for start in sorted(losses) for loss in losses[start]]
     seconds = time.perf_counter() - started
     return result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}

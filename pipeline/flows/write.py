@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CalibrationSettings
-from pipeline.flows.compress import PoolMaker
+from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.perplexity import ModelKey
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import calibration_bytes
 from pipeline.model.store import Store
-from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Task
-from pipeline.run.progress import Progress
 
 _BATCH = 16  # windows that are written at a time
 _VERSION = 1  # goes up with every change of what is written
@@ -43,14 +41,7 @@ def written_windows(
         Task(first, "write_text", (key, min(_BATCH, count - first), length, first, seed), label=f"text {first}")
         for first in range(0, count, _BATCH)
     ]
-    run = TaskList(tasks, note)
-    pool = make_pool(len(tasks), calibration_bytes(source, length, 0))
-    try:
-        with Progress("write text", len(tasks), 0, "parts") as progress:
-            execute(pool, run, progress)
-    finally:
-        pool.close()
-    run.raise_failures()
+    run_alone(tasks, calibration_bytes(source, length, 0), note, make_pool, "write text", "parts")
     ids = np.concatenate([written[first] for first in sorted(written)])
     store.write_json(name, ids.tolist())
     return ids
