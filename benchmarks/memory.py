@@ -1,7 +1,7 @@
 """Claim: compressing by activations holds at most 6 copies of the matrix in float32 beside its second moment.
 
-Each shape runs in a process of its own: peak resident memory during `encode`, less what the process had before it was given
-weight and moment.
+Each shape runs in a process of its own: peak resident memory during `encode`, less what the process had when it held the
+moment and nothing else.
 """
 
 import argparse
@@ -30,17 +30,17 @@ def measure(m: int, n: int, rank: int) -> None:
     """Print the peak in units of the matrix, the moment left out, and seconds."""
     torch.set_num_threads(1)
     encode(torch.randn(64, 64), [SwscSpec(4, 4)])  # libraries allocate on their first call
-    before = resident("VmRSS")
     inputs = torch.randn(n, n, generator=torch.Generator().manual_seed(1))
     moment = torch.mm(inputs.T, inputs)
     del inputs
+    before = resident("VmRSS")
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     spec = SwscSpec(**{**_SPEC.__dict__, "rank": rank, "factor_bits": 8 if rank else None})
     metric = Metric(moment)
     del moment
     _, seconds = timed(lambda: encode(weight, [spec], metric=metric))
-    print((resident("VmHWM") - before - 4 * n * n) / (4 * m * n), seconds)
+    print((resident("VmHWM") - before) / (4 * m * n), seconds)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """What a spec will lose on a matrix, foretold without compressing it.
 
 With error feedback the energy of an error is Σ over rows i and columns j of D_i d_j e_ij², where e is the rounding error of
-single segments and d_j = R_jj² what an error of column j costs once later columns have made up for it (metric.py). Rows
+single segments and d_j = L_jj² what an error of column j costs once earlier columns have made up for it (metric.py). Rows
 are scaled to their RMS α_i before they share, so e² = share · α_i², and `share` depends on the spec and on the shape of the
 weights' distribution, hardly on the matrix: the energy is share · reach, reach = Σ D_i α_i² · Σ d_j.
 """

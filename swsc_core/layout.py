@@ -2,11 +2,12 @@
 
 A channel of `length` weights is cut into length / size segments; with size = length a segment is a whole channel, as in
 the paper. Segments are worked through block by block of columns, because the error of a block is made up for by the
-columns after it: a block is `size` columns for output channels (one segment a row), one column for input channels.
+columns before it: a block is `size` columns for output channels (one segment a row), one column for input channels.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from swsc_core.bits import ChannelAxis
@@ -46,6 +47,16 @@ class Layout:
         if self.channel_axis == "output":
             return rows.reshape(-1, self.size)
         return rows.reshape(-1, self.size, self.n).transpose(1, 2).reshape(-1, self.size)
+
+    def places(self, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns, int64 [count, size] each, of the weights of some segments, int64 [count]."""
+        along = torch.arange(self.size, device=segments.device)
+        if self.channel_axis == "output":
+            blocks = self.n // self.size
+            rows, columns = segments // blocks, segments % blocks * self.size
+            return rows[:, None].expand(-1, self.size), columns[:, None] + along
+        rows, columns = segments // self.n * self.size, segments % self.n
+        return rows[:, None] + along, columns[:, None].expand(-1, self.size)
 
     def matrix(self, segments: Tensor) -> Tensor:
         """Inverse of `segments`."""

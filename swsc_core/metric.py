@@ -29,7 +29,8 @@ class Metric:
     def __init__(
         self, moment: Tensor | None = None, row_weights: Tensor | None = None, *, name: str = "weight"
     ) -> None:
-        """`moment` [n, n] and `row_weights` [m] in any scale; not changed.
+        """`moment` [n, n] and `row_weights` [m] in any scale. A float32 `moment` is taken over and scaled where it lies: two
+        of its kind would be the most of the memory of a matrix that is wider than tall.
 
         Raises:
             WeightError: values that are not finite, or a moment that is zero: no input ever reached the matrix.
@@ -47,22 +48,23 @@ class Metric:
         """E H, [rows, n], for some rows of an error."""
         return error if self.moment is None else error @ self.moment
 
-    def energy(self, error: Tensor) -> float:
-        """tr(D E H Eᵀ) of an error [m, n], summed in float64."""
+    def energy(self, error: Tensor, first: int = 0) -> float:
+        """tr(D E H Eᵀ) of an error [any, n] of rows `first` and on, summed in float64."""
         parts = [(self.product(some) * some).sum(dim=1, dtype=torch.float64) for some in error.split(_ROWS)]
         rows = torch.cat(parts)
-        return float((rows if self.row_weights is None else rows * self.row_weights).sum())
+        weights = self.weights_of(slice(first, first + len(rows)))
+        return float((rows if weights is None else rows * weights[:, 0]).sum())
 
     def weights_of(self, rows: slice) -> Tensor | None:
         """The diagonal of D for some rows, as a column [rows, 1]."""
         return None if self.row_weights is None else self.row_weights[rows, None]
 
     def whiten(self, error: Tensor) -> Tensor:
-        """D^½ E R: an error whose plain sum of squares is the energy of `error`."""
+        """D^½ E L: an error whose plain sum of squares is the energy of `error`."""
         return self.whiten_inputs(error if self.row_weights is None else error * self.row_weights.sqrt()[:, None])
 
     def whiten_inputs(self, rows: Tensor) -> Tensor:
-        """Rows times R, [any, n]: their plain squared distances are those of the layer's outputs."""
+        """Rows times L, [any, n]: their plain squared distances are those of the layer's outputs."""
         return rows if self.moment is None else rows @ self.root
 
     def unwhiten_left(self, left: Tensor) -> Tensor:
@@ -70,25 +72,25 @@ class Metric:
         return left if self.row_weights is None else left / self.row_weights.sqrt()[:, None]
 
     def unwhiten_right(self, right: Tensor) -> Tensor:
-        """B R⁻¹ for a right factor B [r, n] that was found in whitened space."""
+        """B L⁻¹ for a right factor B [r, n] that was found in whitened space."""
         if self.moment is None:
             return right
-        return torch.linalg.solve_triangular(self.root, right, upper=True, left=False)
+        return torch.linalg.solve_triangular(self.root, right, upper=False, left=False)
 
     @cached_property
     def root(self) -> Tensor:
-        """R, upper triangular [n, n], H = R Rᵀ.
+        """L, lower triangular [n, n], H = L Lᵀ: Cholesky's factor.
 
-        Of all square roots this one also says how columns make up for each other's errors: with E R the whitened error, a
-        column of E that comes later can cancel what earlier ones left in its column of E R, and no more than that.
+        Of all square roots this one also says how columns make up for each other's errors: with E L the whitened error, a
+        column of E that comes earlier can cancel what later ones left in its column of E L, and no more than that. So
+        columns are worked through from the last to the first.
         """
         assert self.moment is not None
-        lower = torch.linalg.cholesky(self.moment.flip(0, 1))  # in reversed order lower is upper
-        return lower.flip(0, 1)
+        return torch.linalg.cholesky(self.moment)
 
     @property
     def column_weights(self) -> Tensor | None:
-        """What an error of each column costs once the columns after it have made up for it: diag(R)², [n]."""
+        """What an error of each column costs once the columns before it have made up for it: diag(L)², [n]."""
         return None if self.moment is None else self.root.diagonal().square()
 
 
@@ -99,7 +101,7 @@ def _damped(moment: Tensor, name: str) -> Tensor:
             f"{name}: its second moment has a mean diagonal of {mean}; no calibration text reached it, or it overflowed:"
             " give more text, or exclude this tensor"
         )
-    damped = moment.float() / mean
+    damped = moment.float().div_(mean)
     damped.diagonal().add_(_DAMPING)
     return damped
 

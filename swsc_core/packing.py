@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # A multiple of eight values fills whole bytes, so blocks can be packed on their own: memory stays bounded.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 17
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -34,13 +34,13 @@ def _pack_block(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack`: int64 tensor [count] from uint8 tensor [packed_bytes(count, bits)]."""
+    """Inverse of `pack`: int32 tensor [count] from uint8 tensor [packed_bytes(count, bits)]."""
     if packed.numel() != packed_bytes(count, bits):
         raise ValueError(
             f"{packed.numel()} bytes for {count} values of {bits} bits, wanted {packed_bytes(count, bits)}"
         )
     if bits == 0:
-        return torch.zeros(count, dtype=torch.int64, device=packed.device)
+        return torch.zeros(count, dtype=torch.int32, device=packed.device)
     parts = []
     for start in range(0, count, _BLOCK):
         size = min(_BLOCK, count - start)
@@ -53,4 +53,4 @@ def _unpack_block(packed: Tensor, bits: int, count: int) -> Tensor:
     stream = ((packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1).reshape(-1)
     digits = stream[: count * bits].reshape(count, bits).to(torch.int32)
     places = 2 ** torch.arange(bits, device=packed.device, dtype=torch.int32)
-    return (digits * places).sum(dim=1)
+    return (digits * places).sum(dim=1, dtype=torch.int32)

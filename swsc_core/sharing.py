@@ -2,7 +2,7 @@
 
 Lloyd's two steps, taken in the metric of the error (metric.py):
 
-* `assign` takes blocks of columns in order and feeds the error of each into the columns not yet done, as GPTQ (Frantar et al.
+* `assign` takes blocks of columns from the last to the first and feeds the error of each into those not yet done, as GPTQ (Frantar et al.
   2022) and GPTVQ (van Baalen et al. 2024) do; updates of far columns wait and are made by one GEMM;
 * `reassign` visits the blocks again, each with the labels of all the others standing: coordinate descent;
 * `refit` solves for scales and centroids by least squares.
@@ -11,6 +11,7 @@ In the plain metric with whole channels this is Lloyd's algorithm as the paper u
 once the codebook stands, so they are worked through in slabs, and memory does not grow with the matrix.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -57,20 +58,18 @@ class Sharing:
         self.centroids = self._stored(torch.cat(books))
 
     def _first_codebook(self, book: slice, generator: torch.Generator) -> Tensor:
-        layout, columns = self.layout, self.metric.column_weights
-        count = (book.stop - book.start) * layout.n // layout.size
+        weights, layout = self.metric.column_weights, self.layout
+        first, count = (rows * layout.n // layout.size for rows in (book.start, book.stop - book.start))
         wanted = sample_size(self.spec.n_clusters)
         chosen = torch.arange(count) if count <= wanted else torch.randint(count, (wanted,), generator=generator)
-        chosen = chosen.sort().values.to(self.target.device)
-        points, weights, first = [], [], 0
-        for rows in self._slabs(book):
-            slab = self.unscaled(rows)
-            own = chosen[(chosen >= first) & (chosen < first + slab.numel() // layout.size)] - first
-            first += slab.numel() // layout.size
-            weight = (torch.ones_like(slab) if columns is None else columns.expand_as(slab)) * self._row_factor(rows, 2)
-            points.append(layout.segments(slab)[own])
-            weights.append(layout.segments(weight)[own])
-        return weighted_kmeans(torch.cat(points), torch.cat(weights), self.spec.n_clusters, generator)
+        rows, columns = layout.places(chosen.sort().values.to(self.target.device) + first)
+        points = self.target[rows, columns]
+        weight = torch.ones_like(points) if weights is None else weights[columns]
+        if self.scales is not None:
+            points, weight = points / self.scales[rows, 0], weight * self.scales[rows, 0].square()
+        if self.metric.row_weights is not None:
+            weight = weight * self.metric.row_weights[rows]
+        return weighted_kmeans(points, weight, self.spec.n_clusters, generator)
 
     def snapshot(self) -> tuple[Tensor, Values, Tensor | None]:
         """Labels, centroids and scales, to be put back by `put_back` if what follows does not help."""
@@ -80,7 +79,7 @@ class Sharing:
         self.labels, self.centroids, self.scales = state
 
     def assign(self, *, feedback: bool) -> None:
-        """Assign every segment, in order of columns; with `feedback` the error of each goes into the columns after it."""
+        """Assign every segment, from the last column on; with `feedback` the error of each goes into the columns before it."""
         centroids, moment, width = self.centroids.expand(), self.metric.moment, self.layout.width
         if moment is None:
             roots = None
@@ -99,16 +98,16 @@ class Sharing:
     def _feed_slab(self, rows: slice, centroids: Tensor, roots: Tensor) -> None:
         target, root = self.target[rows], self.metric.root
         errors = torch.zeros_like(target)
-        for start, stop in self._lazy_blocks():
-            owed = errors[:, :start] @ root[:start, start:stop]  # what earlier columns left in these of E R
-            for own in self._blocks(start, stop):
+        for start, stop in reversed(list(self._lazy_blocks())):
+            owed = errors[:, stop:] @ root[stop:, start:stop]  # what later columns left in these of E L
+            for own in reversed(list(self._blocks(start, stop))):
                 corner = roots[own.start // self.layout.width]
                 repaid = torch.linalg.solve_triangular(
-                    corner, owed[:, own.start - start : own.stop - start], upper=True, left=False
+                    corner, owed[:, own.start - start : own.stop - start], upper=False, left=False
                 )
                 choice = self._assign(target[:, own] + repaid, rows, own, centroids, corner)
                 errors[:, own] = error = target[:, own] - choice
-                owed[:, own.stop - start :] += error @ root[own, own.stop : stop]
+                owed[:, : own.start - start] += error @ root[own, start : own.start]
 
     def reassign(self) -> int:
         """Assign every segment again while all others stand; returns how many changed. The energy does not grow."""
@@ -189,6 +188,12 @@ class Sharing:
         segments = self.layout.segments(image * self._row_factor(rows, 1))
         return sum_by_label(segments, self._places(rows), self.centroids.shape[0])
 
+    def energy(self) -> float:
+        """Of what the stored parts leave of the target."""
+        centroids = self.centroids.expand()
+        errors = ((rows.start, self.target[rows] - self._slab(rows, centroids)) for rows in self._slabs())
+        return math.fsum(self.metric.energy(error, first) for first, error in errors)
+
     def restored(self) -> Tensor:
         """What the stored parts stand for, [m, n]."""
         centroids, dense = self.centroids.expand(), torch.empty_like(self.target)
@@ -259,12 +264,12 @@ class Sharing:
         height = self.layout.m // self.spec.codebooks
         return (slice(start, start + height) for start in range(0, self.layout.m, height))
 
-    def _slabs(self, within: slice | None = None) -> Iterator[slice]:
+    def _slabs(self) -> Iterator[slice]:
         """Blocks of rows of one codebook each, of bounded size."""
         step = self.layout.row_step
         values = SLAB_VALUES * (_GPU_SLABS if self.target.is_cuda else 1)
         height = max(1, values // self.layout.n // step) * step
-        for book in self._book_rows() if within is None else [within]:
+        for book in self._book_rows():
             yield from (slice(start, min(book.stop, start + height)) for start in range(book.start, book.stop, height))
 
     def _blocks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:

@@ -30,7 +30,7 @@ class SwscSpec:
         codebooks: row groups of the matrix with a codebook each.
         scaled: each row is divided by a scale of its own before it shares.
         metric: plain squared errors of weights, or of the layer's outputs (needs a second moment).
-        feedback: the error of each block of columns is fed into the columns after it (metric "activations").
+        feedback: the error of each block of columns is fed into the columns before it (metric "activations").
         rounds: of reassigning, refitting and decomposing again, while that helps.
         centroid_bits, factor_bits: width of stored centroids and factors; None: the storage dtype.
     """

@@ -135,21 +135,24 @@ class _Compression:
     def _decompose(self) -> None:
         """The compensation: truncated SVD of what sharing leaves, in the metric's space."""
         started = time.perf_counter()
-        error = self._shared().neg_().add_(self.dense)
-        self.cluster_error = self.energy = self.metric.energy(error)
-        left, right = self._factors(error)
-        self.left = store_values(left.T.contiguous(), self.spec.factor_bits, self.dtype)
-        self.right = store_values(right.contiguous(), self.spec.factor_bits, self.dtype)
         if self.spec.rank:
-            self.energy = self.metric.energy(error.sub_(self._compensation()))
+            self._compensate()
+        else:
+            self.left, self.right = (
+                store_values(self.dense.new_zeros(0, n), None, self.dtype) for n in self.dense.shape
+            )
+            left = self.sharing.energy() if self.spec.n_clusters else self.metric.energy(self.dense)
+            self.cluster_error = self.energy = left
         self.seconds["svd"] += time.perf_counter() - started
 
-    def _factors(self, error: Tensor) -> tuple[Tensor, Tensor]:
-        """Left [m, r] and right [r, n] of the best compensation of an error in the metric."""
-        if self.spec.rank == 0:
-            return error.new_empty(len(error), 0), error.new_empty(0, error.shape[1])
+    def _compensate(self) -> None:
+        error = self._shared().neg_().add_(self.dense)
+        self.cluster_error = self.metric.energy(error)
         low_rank = truncated_svd(self.metric.whiten(error), self.spec.rank, seed=self.seed)
-        return self.metric.unwhiten_left(low_rank.left), self.metric.unwhiten_right(low_rank.right)
+        left, right = self.metric.unwhiten_left(low_rank.left), self.metric.unwhiten_right(low_rank.right)
+        self.left = store_values(left.T.contiguous(), self.spec.factor_bits, self.dtype)
+        self.right = store_values(right.contiguous(), self.spec.factor_bits, self.dtype)
+        self.energy = self.metric.energy(error.sub_(self._compensation()))
 
     def _another_round(self) -> bool:
         """Refit, reassign, decompose again; whether it helped. What does not help is taken back."""
@@ -203,6 +206,6 @@ def _spread(matrix: SwscMatrix) -> Tensor:
     layout, k = matrix.layout, matrix.centroids.shape[0] // matrix.codebooks
     if k == 0:
         return torch.zeros(layout.m, layout.n, device=matrix.centroids.data.device)
-    labels = unpack(matrix.labels, label_bits(k), layout.count)
-    books = torch.arange(matrix.codebooks, device=labels.device).repeat_interleave(layout.count // matrix.codebooks)
-    return layout.matrix(matrix.centroids.expand()[labels + books * k]).contiguous()
+    labels = unpack(matrix.labels, label_bits(k), layout.count).chunk(matrix.codebooks)
+    centroids = matrix.centroids.expand().chunk(matrix.codebooks)
+    return torch.cat([layout.matrix(book[own]) for book, own in zip(centroids, labels, strict=True)])

@@ -16,14 +16,15 @@ from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.model.checkpoint import Checkpoint, TensorInfo
 from pipeline.model.forecast import compression_bytes
 from pipeline.model.moments import Moments
-from pipeline.model.plan import Decision, Plan, budget_bytes, value_bits, with_specs
+from pipeline.model.plan import Decision, Plan, with_specs
+from pipeline.model.specs import budget_bytes, value_bits
 from pipeline.run.pool import Done, Task
 from swsc_core.allocation import Choice, allocate
 from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
 
 _CURVES = "curves.json"
-_VERSION = 2  # goes up with every change of the menu or of what is measured
+_VERSION = 3  # goes up with every change of the menu or of what is measured
 
 
 def allocate_plan(

@@ -6,20 +6,17 @@ counted by the same functions that count what is stored.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.config import MatrixSettings
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.model.checkpoint import DTYPES, FLOATS, Checkpoint, TensorInfo
+from pipeline.model.checkpoint import FLOATS, Checkpoint, TensorInfo
 from pipeline.model.families import layer_of, role_patterns
-from swsc_core.bits import ChannelAxis, Geometry
-from swsc_core.budget import solve_budget
-from swsc_core.menu import candidates
-from swsc_core.spec import RtnSpec, Spec, SwscSpec
+from pipeline.model.specs import budget_bytes, require_affordable, resolve, value_bits
+from swsc_core.spec import Spec, SwscSpec
 
-_PAPER_PRESET_BITS = 3.0
 _COPY_BYTES = 2 << 30  # largest file of copied tensors: large single files are copied in parallel
 
 
@@ -123,7 +120,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
     if settings.preset != "paper":
         matrices = [info for name, info in checkpoint.tensors.items() if selected[name][0] and _is_matrix(info)]
         budget = budget_bytes(checkpoint, matrices, settings)
-        _require_affordable(matrices, budget, settings)
+        require_affordable(matrices, budget, settings)
         bits = 8 * budget / max(1, sum(info.count for info in matrices))
         settings = settings.model_copy(update={"bits": bits})
     decisions = [_decide(info, selected[name], settings) for name, info in checkpoint.tensors.items()]
@@ -172,75 +169,6 @@ def _is_matrix(info: TensorInfo) -> bool:
     return len(info.shape) == 2 and info.dtype in FLOATS and info.count > 0
 
 
-def budget_bytes(checkpoint: Checkpoint, matrices: Sequence[TensorInfo], settings: MatrixSettings) -> int:
-    """Bytes that --bits leaves for the matrices that are compressed.
-
-    Raises:
-        ConfigError: over the whole model, what is not compressed takes all of them.
-    """
-    assert settings.bits is not None
-    count = sum(info.count for info in matrices)
-    if settings.bits_over == "selected":
-        return int(settings.bits * count / 8)
-    others = checkpoint.nbytes - sum(info.nbytes for info in matrices)
-    budget = int(settings.bits * checkpoint.weights / 8) - others
-    if budget <= 0:
-        raise ConfigError(
-            f"bits {settings.bits:g} over the model: tensors that are not compressed take"
-            f" {8 * others / checkpoint.weights:.3f} bits a weight alone; compress more of them, or raise --bits"
-        )
-    return budget
-
-
-def resolve(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> tuple[Spec, ...]:
-    """The spec or, for the axis "auto", the specs of one matrix; ConfigError names what does not fit."""
-    if settings.method == "rtn":
-        bits = int(settings.bits if settings.bits is not None else _PAPER_PRESET_BITS)
-        return (RtnSpec(bits, settings.granularity, settings.group_size, settings.symmetric),)
-    if settings.preset != "paper":
-        return (_provisional(name, shape, dtype, settings),)
-    if settings.channel_axis != "auto":
-        return (_swsc_spec(name, shape, settings.channel_axis, dtype, settings),)
-    first = _swsc_spec(name, shape, "output", dtype, settings)
-    width = value_bits(dtype, settings)
-    true_bits = 8 * first.stored_bytes(shape, width) / (shape[0] * shape[1])
-    share = settings.cluster_share
-    if settings.clusters is not None or settings.rank is not None:  # the numbers given say what share they mean
-        clusters_alone = replace(first, rank=0)
-        share = clusters_alone.stored_bytes(shape, width) / first.stored_bytes(shape, width)
-    try:
-        k, r = solve_budget(Geometry(*shape, "input"), true_bits, cluster_share=share, value_bits=width)
-    except ValueError:  # the budget of the one axis buys nothing on the other: then there is no choice to make
-        return (first,)
-    return first, _family(SwscSpec(k, r, "input", settings.n_init), settings)
-
-
-def _provisional(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> SwscSpec:
-    """The largest spec of the menu within --bits, or the smallest: foretold until allocation chooses by measurement."""
-    width = value_bits(dtype, settings)
-    sized = {spec.stored_bytes(shape, width): spec for spec in candidates(shape, width) if spec.rank == 0}
-    if not sized:
-        raise ConfigError(f"{name}: shape {list(shape)} is too small to share by segments; --exclude it")
-    budget = (settings.bits or 0) * shape[0] * shape[1] / 8
-    return sized[max((nbytes for nbytes in sized if nbytes <= budget), default=min(sized))]
-
-
-def _require_affordable(matrices: Sequence[TensorInfo], budget: int, settings: MatrixSettings) -> None:
-    """Raise ConfigError if even the smallest specs of the menu are larger than the budget."""
-    nothing = settings.model_copy(update={"bits": 0.0})
-    shapes = [((info.shape[0], info.shape[1]), info) for info in matrices]
-    least = sum(
-        _provisional(info.name, shape, info.dtype, nothing).stored_bytes(shape, value_bits(info.dtype, settings))
-        for shape, info in shapes
-    )
-    if least > budget:
-        count = sum(info.count for info in matrices)
-        raise ConfigError(
-            f"bits {settings.bits:g} over the {settings.bits_over}: {8 * budget / count:.3f} bits a weight are left for the"
-            f" selected matrices, the least is {8 * least / count:.3f}; raise --bits"
-        )
-
-
 def with_specs(plan: Plan, specs: Mapping[str, tuple[Spec, ...]], settings: MatrixSettings) -> Plan:
     """`plan` with other specs for the matrices named."""
     decisions = []
@@ -254,50 +182,6 @@ def _compressed(info: TensorInfo, reason: str, specs: tuple[Spec, ...], settings
     shape, width = (info.shape[0], info.shape[1]), value_bits(info.dtype, settings)
     stored = max(spec.stored_bytes(shape, width) for spec in specs)
     return Decision(info, "compressed", reason, stored, specs, max(spec.paper_bits(shape) for spec in specs))
-
-
-def _swsc_spec(name: str, shape: tuple[int, int], axis: ChannelAxis, dtype: str, settings: MatrixSettings) -> SwscSpec:
-    geometry = Geometry(*shape, axis)
-    if settings.clusters is None and settings.rank is None:
-        try:
-            k, r = solve_budget(
-                geometry,
-                settings.bits if settings.bits is not None else _PAPER_PRESET_BITS,
-                cluster_share=settings.cluster_share,
-                value_bits=value_bits(dtype, settings),
-                count=settings.count or ("true" if settings.bits is not None else "paper"),
-            )
-        except ValueError as error:
-            raise ConfigError(f"{name}: {error}; raise --bits") from None
-        return _family(SwscSpec(k, r, axis, settings.n_init), settings)
-    k, r = settings.clusters or 0, settings.rank or 0
-    if settings.segment_size is None and k >= geometry.channels:
-        raise ConfigError(
-            f"{name}: clusters {k} is out of range for {geometry.channels} {axis} channels; choose 0 to {geometry.channels - 1}"
-        )
-    if r > min(shape):
-        raise ConfigError(f"{name}: rank {r} is out of range for shape {list(shape)}; choose 0 to {min(shape)}")
-    return _family(SwscSpec(k, r, axis, settings.n_init), settings, name, shape)
-
-
-def _family(spec: SwscSpec, settings: MatrixSettings, name: str = "", shape: tuple[int, int] | None = None) -> SwscSpec:
-    """The spec with what the settings say beyond clusters, rank and axis; ConfigError if that does not fit `shape`."""
-    spec = replace(
-        spec, segment_size=settings.segment_size, codebooks=settings.codebooks, scaled=settings.scaled,
-        metric=settings.metric, feedback=settings.feedback, rounds=settings.rounds or 0,
-        centroid_bits=settings.centroid_bits, factor_bits=settings.factor_bits,
-    )  # fmt: skip
-    if shape and (refusal := spec.refusal(shape)):
-        raise ConfigError(f"{name}: {refusal}")
-    return spec
-
-
-def value_bits(dtype: str, settings: MatrixSettings) -> int:
-    """Bits of a value of the storage dtype: centroids and factors, or scales (which are never fp8)."""
-    if settings.storage_dtype:
-        return 32 if settings.storage_dtype == "float32" else 16
-    bits = 8 * DTYPES[dtype][1]
-    return max(bits, 16) if settings.method == "rtn" else bits
 
 
 def _tied(checkpoint: Checkpoint) -> Iterable[Decision]:

@@ -20,7 +20,9 @@ def curve_of(points: list[tuple[int, float]]) -> list[Choice]:
 
 
 CURVES = st.lists(
-    st.lists(st.tuples(st.integers(1, 40), st.floats(0, 10)), min_size=1, max_size=5).map(curve_of),
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0, 10, allow_subnormal=False)), min_size=1, max_size=5).map(
+        curve_of
+    ),
     min_size=1,
     max_size=4,
 )

@@ -136,18 +136,18 @@ def test_more_rounds_never_end_worse() -> None:
 
 
 def test_feedback_matches_its_definition_column_by_column() -> None:
-    """Against GPTQ's loop written out, scalars for segments, in float64."""
+    """Against GPTQ's loop written out, scalars for segments, in float64; the last column is the first."""
     weight, moment = weight_of(16, 3, 6), moment_of(17, 6)
     metric = Metric(moment)
     sharing = Sharing(weight, metric, SwscSpec(4, 0, segment_size=1), torch.float32)
     sharing.start(torch.Generator().manual_seed(0))
     sharing.assign(feedback=True)
     assert metric.moment is not None
-    upper = torch.linalg.cholesky(torch.linalg.inv(metric.moment.double()), upper=True)
-    centroids, work = sharing.centroids.expand().double()[:, 0], weight.double().clone()
+    upper = torch.linalg.cholesky(torch.linalg.inv(metric.moment.double().flip(0, 1)), upper=True)
+    centroids, work = sharing.centroids.expand().double()[:, 0], weight.double().flip(1)
     for column in range(6):
         labels = (work[:, column, None] - centroids).abs().argmin(dim=1)
-        assert labels.tolist() == sharing.labels[:, column].tolist()
+        assert labels.tolist() == sharing.labels[:, 5 - column].tolist()
         error = (work[:, column] - centroids[labels]) / upper[column, column]
         work[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
 

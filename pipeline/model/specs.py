@@ -1,0 +1,127 @@
+"""From settings to the specs of one matrix, and what a budget leaves for all of them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline.config import MatrixSettings
+from pipeline.errors import ConfigError
+from pipeline.model.checkpoint import DTYPES, Checkpoint, TensorInfo
+from swsc_core.bits import ChannelAxis, Geometry
+from swsc_core.budget import solve_budget
+from swsc_core.menu import candidates
+from swsc_core.spec import RtnSpec, Spec, SwscSpec
+
+_PAPER_PRESET_BITS = 3.0
+
+
+def budget_bytes(checkpoint: Checkpoint, matrices: Sequence[TensorInfo], settings: MatrixSettings) -> int:
+    """Bytes that --bits leaves for the matrices that are compressed.
+
+    Raises:
+        ConfigError: over the whole model, what is not compressed takes all of them.
+    """
+    assert settings.bits is not None
+    count = sum(info.count for info in matrices)
+    if settings.bits_over == "selected":
+        return int(settings.bits * count / 8)
+    others = checkpoint.nbytes - sum(info.nbytes for info in matrices)
+    budget = int(settings.bits * checkpoint.weights / 8) - others
+    if budget <= 0:
+        raise ConfigError(
+            f"bits {settings.bits:g} over the model: tensors that are not compressed take"
+            f" {8 * others / checkpoint.weights:.3f} bits a weight alone; compress more of them, or raise --bits"
+        )
+    return budget
+
+
+def require_affordable(matrices: Sequence[TensorInfo], budget: int, settings: MatrixSettings) -> None:
+    """Raise ConfigError if even the smallest specs of the menu are larger than the budget."""
+    nothing = settings.model_copy(update={"bits": 0.0})
+    shapes = [((info.shape[0], info.shape[1]), info) for info in matrices]
+    least = sum(
+        _provisional(info.name, shape, info.dtype, nothing).stored_bytes(shape, value_bits(info.dtype, settings))
+        for shape, info in shapes
+    )
+    if least > budget:
+        count = sum(info.count for info in matrices)
+        raise ConfigError(
+            f"bits {settings.bits:g} over the {settings.bits_over}: {8 * budget / count:.3f} bits a weight are left for the"
+            f" selected matrices, the least is {8 * least / count:.3f}; raise --bits"
+        )
+
+
+def resolve(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> tuple[Spec, ...]:
+    """The spec or, for the axis "auto", the specs of one matrix; ConfigError names what does not fit."""
+    if settings.method == "rtn":
+        bits = int(settings.bits if settings.bits is not None else _PAPER_PRESET_BITS)
+        return (RtnSpec(bits, settings.granularity, settings.group_size, settings.symmetric),)
+    if settings.preset != "paper":
+        return (_provisional(name, shape, dtype, settings),)
+    if settings.channel_axis != "auto":
+        return (_swsc_spec(name, shape, settings.channel_axis, dtype, settings),)
+    first = _swsc_spec(name, shape, "output", dtype, settings)
+    width = value_bits(dtype, settings)
+    true_bits = 8 * first.stored_bytes(shape, width) / (shape[0] * shape[1])
+    share = settings.cluster_share
+    if settings.clusters is not None or settings.rank is not None:  # the numbers given say what share they mean
+        clusters_alone = replace(first, rank=0)
+        share = clusters_alone.stored_bytes(shape, width) / first.stored_bytes(shape, width)
+    try:
+        k, r = solve_budget(Geometry(*shape, "input"), true_bits, cluster_share=share, value_bits=width)
+    except ValueError:  # the budget of the one axis buys nothing on the other: then there is no choice to make
+        return (first,)
+    return first, _family(SwscSpec(k, r, "input", settings.n_init), settings)
+
+
+def _provisional(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> SwscSpec:
+    """The largest spec of the menu within --bits, or the smallest: foretold until allocation chooses by measurement."""
+    width = value_bits(dtype, settings)
+    sized = {spec.stored_bytes(shape, width): spec for spec in candidates(shape, width) if spec.rank == 0}
+    if not sized:
+        raise ConfigError(f"{name}: shape {list(shape)} is too small to share by segments; --exclude it")
+    budget = (settings.bits or 0) * shape[0] * shape[1] / 8
+    return sized[max((nbytes for nbytes in sized if nbytes <= budget), default=min(sized))]
+
+
+def _swsc_spec(name: str, shape: tuple[int, int], axis: ChannelAxis, dtype: str, settings: MatrixSettings) -> SwscSpec:
+    geometry = Geometry(*shape, axis)
+    if settings.clusters is None and settings.rank is None:
+        try:
+            k, r = solve_budget(
+                geometry,
+                settings.bits if settings.bits is not None else _PAPER_PRESET_BITS,
+                cluster_share=settings.cluster_share,
+                value_bits=value_bits(dtype, settings),
+                count=settings.count or ("true" if settings.bits is not None else "paper"),
+            )
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}; raise --bits") from None
+        return _family(SwscSpec(k, r, axis, settings.n_init), settings)
+    k, r = settings.clusters or 0, settings.rank or 0
+    if settings.segment_size is None and k >= geometry.channels:
+        raise ConfigError(
+            f"{name}: clusters {k} is out of range for {geometry.channels} {axis} channels; choose 0 to {geometry.channels - 1}"
+        )
+    if r > min(shape):
+        raise ConfigError(f"{name}: rank {r} is out of range for shape {list(shape)}; choose 0 to {min(shape)}")
+    return _family(SwscSpec(k, r, axis, settings.n_init), settings, name, shape)
+
+
+def _family(spec: SwscSpec, settings: MatrixSettings, name: str = "", shape: tuple[int, int] | None = None) -> SwscSpec:
+    """The spec with what the settings say beyond clusters, rank and axis; ConfigError if that does not fit `shape`."""
+    spec = replace(
+        spec, segment_size=settings.segment_size, codebooks=settings.codebooks, scaled=settings.scaled,
+        metric=settings.metric, feedback=settings.feedback, rounds=settings.rounds or 0,
+        centroid_bits=settings.centroid_bits, factor_bits=settings.factor_bits,
+    )  # fmt: skip
+    if shape and (refusal := spec.refusal(shape)):
+        raise ConfigError(f"{name}: {refusal}")
+    return spec
+
+
+def value_bits(dtype: str, settings: MatrixSettings) -> int:
+    """Bits of a value of the storage dtype: centroids and factors, or scales (which are never fp8)."""
+    if settings.storage_dtype:
+        return 32 if settings.storage_dtype == "float32" else 16
+    bits = 8 * DTYPES[dtype][1]
+    return max(bits, 16) if settings.method == "rtn" else bits
