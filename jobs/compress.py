@@ -7,8 +7,9 @@ from typing import Any
 from jobs.flags import add_config, add_settings, settings_of
 from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, EvaluateSettings
 from pipeline.errors import ConfigError
-from pipeline.flows.compress import compress_model, describe
+from pipeline.flows.compress import describe
 from pipeline.flows.prepare import prepare
+from pipeline.flows.produce import produce
 from pipeline.measure.windows import make_windows
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     unseen = [arguments.text] if arguments.text else []
     plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, unseen)
     threads = cluster.threads_per_worker
-    report = compress_model(source, plan, arguments.output, settings, threads, pools, calibrated)
+    report = produce(source, plan, arguments.output, settings, calibration, calibrated, threads, pools)
     summarise(arguments.output, report)
     if evaluation:
         from jobs.evaluate import summarise as summarise_evaluation

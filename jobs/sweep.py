@@ -43,7 +43,7 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
 
     sweep = Sweep(settings)
     store = begin(out)
-    sweep.calibrate(partial(make_pool, cluster), f"{out}/results.json")
+    sweep.calibrate(partial(make_pool, cluster), f"{out}/results.json", cluster.threads_per_worker)
     pool = make_pool(cluster, sweep.total_tasks, sweep.worker_bytes)
     try:
         sweep.run(pool)

@@ -29,6 +29,10 @@ def _compiled(value: object) -> object:
     return value
 
 
+def _number(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
 Regex = Annotated[str | None, BeforeValidator(_compiled)]
 
@@ -43,7 +47,7 @@ class Settings(BaseModel):
 _ONLY_FOR = {
     "swsc": {
         "clusters", "rank", "cluster_share", "channel_axis", "n_init", "count", "metric", "segment_size", "codebooks",
-        "scaled", "feedback", "rounds", "centroid_bits", "factor_bits", "bits_over", "allocation",
+        "scaled", "feedback", "rounds", "centroid_bits", "factor_bits", "bits_over", "allocation", "tune",
     },
     "rtn": {"granularity", "group_size", "symmetric"},
 }  # fmt: skip
@@ -54,7 +58,8 @@ _CHOSEN = {
 }  # fmt: skip
 # settings that change what clusters and rank cost
 _BESIDE_NUMBERS = {"segment_size", "codebooks", "scaled", "centroid_bits", "factor_bits"}
-Width = Literal[4, 6, 8]
+_TUNED = {"best": 1, "data-free": 1}  # times, by preset
+Width = Annotated[Literal[4, 6, 8], BeforeValidator(_number)]
 
 
 class MatrixSettings(Settings):
@@ -88,7 +93,7 @@ class MatrixSettings(Settings):
     )
     codebooks: int = Field(1, ge=1, description="groups of rows that have a codebook of --clusters centroids each")
     scaled: bool = Field(False, description="divide each row by a scale of its own before it shares")
-    feedback: bool = Field(False, description="feed the error of each block of columns into the columns after it")
+    feedback: bool = Field(False, description="feed the error of each block of columns into the columns before it")
     rounds: int | None = Field(
         None,
         ge=0,
@@ -102,6 +107,12 @@ class MatrixSettings(Settings):
     )
     allocation: Literal["measured", "uniform"] = Field(
         "measured", description="but for paper: bits by measured sensitivity, or the same for every matrix"
+    )
+    tune: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="times that stored values are tuned on the calibration text, all matrices together (default: preset's)",
     )
     projectors: CommaList | None = Field(None, description="roles of the matrices to compress (default q,k)")
     include: Regex = Field(None, description="regular expression of tensor names to compress")
@@ -170,9 +181,19 @@ class MatrixSettings(Settings):
         return wrong
 
     @property
-    def calibrated(self) -> bool:
+    def with_moments(self) -> bool:
         """Whether second moments are needed."""
         return self.preset != "paper" or self.metric == "activations"
+
+    @property
+    def epochs(self) -> int:
+        """Times that stored values are tuned on the calibration text."""
+        return self.tune if self.tune is not None else _TUNED.get(self.preset, 0)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a calibration text is needed."""
+        return self.with_moments or self.epochs > 0
 
 
 class CalibrationSettings(Settings):

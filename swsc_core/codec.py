@@ -105,7 +105,7 @@ def _encode_one(
             weight, spec, metric=metric if spec.metric == "activations" else None,
             seed=seed, storage_dtype=storage_dtype, name=name,
         )  # fmt: skip
-        parts = _parts(matrix)
+        parts = tensors_of(matrix)
         used = matrix.centroids.shape[0] // spec.codebooks
         entry |= {"n_clusters": used, "rank": spec.rank, "channel_axis": spec.channel_axis}
         entry |= {"segment_size": matrix.layout.size, "codebooks": spec.codebooks, "scaled": spec.scaled}
@@ -121,6 +121,21 @@ def _encode_one(
         entry |= {"bits": rtn.bits, "granularity": spec.granularity, "symmetric": rtn.symmetric}
         entry |= {"group_size": spec.group_size} if spec.granularity == "group" else {}
         restored, stats = dequantize(rtn, weight.dtype), {"rtn_seconds": time.perf_counter() - started}
+    return _encoded(name, weight, parts, entry, restored, stats)
+
+
+def encoded_as(matrix: SwscMatrix, entry: Mapping[str, Any], weight: Tensor, name: str) -> Encoded:
+    """A compressed form of `weight` that was made elsewhere, with its errors.
+
+    Raises:
+        WeightError: values that overflow.
+    """
+    return _encoded(name, weight, tensors_of(matrix), dict(entry), restore(matrix, weight.dtype), {})
+
+
+def _encoded(
+    name: str, weight: Tensor, parts: dict[str, Tensor], entry: dict[str, Any], restored: Tensor, stats: dict[str, Any]
+) -> Encoded:
     parts = {part: tensor.contiguous() for part, tensor in parts.items()}
     for tensor in parts.values():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
@@ -132,16 +147,16 @@ def _encode_one(
 
 def decode(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
     """The dense weight, in its own dtype, from the stored parts and the entry that `encode` made."""
-    shape = (int(entry["shape"][0]), int(entry["shape"][1]))
     dtype = getattr(torch, entry["dtype"])
     if entry["method"] == "swsc":
-        return restore(_matrix(tensors, entry, shape), dtype)
+        return restore(matrix_of(tensors, entry), dtype)
+    shape = (int(entry["shape"][0]), int(entry["shape"][1]))
     length = group_length(shape, entry["granularity"], entry.get("group_size", 0))
     codes, scales, zeros = tensors["weight"], tensors["scales"], tensors["zero_points"]
     return dequantize(RtnMatrix(shape, entry["bits"], length, entry["symmetric"], codes, scales, zeros), dtype)
 
 
-def _parts(matrix: SwscMatrix) -> dict[str, Tensor]:
+def tensors_of(matrix: SwscMatrix) -> dict[str, Tensor]:
     """The tensors of a compressed matrix by the names of its parts."""
     parts = {"labels": matrix.labels} | ({} if matrix.scales is None else {"scales": matrix.scales})
     for part, values in (("weight", matrix.centroids), ("left", matrix.left), ("right", matrix.right)):
@@ -149,8 +164,9 @@ def _parts(matrix: SwscMatrix) -> dict[str, Tensor]:
     return parts
 
 
-def _matrix(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], shape: tuple[int, int]) -> SwscMatrix:
-    """Inverse of `_parts`."""
+def matrix_of(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> SwscMatrix:
+    """Inverse of `tensors_of`."""
+    shape = (int(entry["shape"][0]), int(entry["shape"][1]))
 
     def values(part: str, rows: int, columns: int, bits: int | None) -> Values:
         return Values((rows, columns), tensors[part], tensors.get(f"{part}_scales"), bits)

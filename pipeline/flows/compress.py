@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import CompressSettings
 from pipeline.errors import OutputError, UserError
+from pipeline.measure.tuner import Tuned
 from pipeline.model.artifact import CALIBRATION, Output, abandon, begin, finish, quantization_config
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes
 from pipeline.model.moments import Moments
-from pipeline.model.plan import LayerTask, Plan
+from pipeline.model.plan import Plan
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
-ALGORITHM = 3  # goes up with every change that changes bytes: files of two versions are never mixed
+ALGORITHM = 4  # goes up with every change that changes bytes: files of two versions are never mixed
 PoolMaker = Callable[[int, int], Pool]  # number of tasks, bytes of memory that a worker needs -> a pool for them
 
 
@@ -30,25 +33,45 @@ class Calibrated:
     """What a calibration brings to a compression.
 
     Attributes:
-        moments: second moments, which workers read.
+        moments: second moments, which workers read; None where specs measure errors by weights.
         fingerprint: of model, text and tokens.
         about: what stands in swsc_calibration.json: the text's name and traces, so that an evaluation can refuse it.
+        ids: int64 [windows, length], the tokens.
+        cache: directory that all nodes see, where work in progress is kept.
     """
 
-    moments: Moments
+    moments: Moments | None
     fingerprint: str
+    about: dict[str, Any]
+    ids: np.ndarray
+    cache: str
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A compressed model that was tuned, in place of matrices yet to be compressed.
+
+    Attributes:
+        tuned: what workers read.
+        rows: tensor -> its row in the report before.
+        about: what the report says of the tuning.
+    """
+
+    tuned: Tuned
+    rows: dict[str, dict[str, Any]]
     about: dict[str, Any]
 
 
 def compress_model(
     source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, threads: int, make_pool: PoolMaker,
-    calibrated: Calibrated | None = None,
+    calibrated: Calibrated | None = None, tune: Callable[[], TunedModel] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out `plan` into the directory `output`; returns the report that stands in swsc_report.json.
 
     `threads` of a worker are part of what makes two runs the same: LAPACK's last bit depends on them.
 
-    `calibrated` is needed where the plan's specs measure errors by activations.
+    `calibrated` is needed where the plan's specs measure errors by activations. `tune`, called when it turns out that there
+    is anything to do, gives the matrices ready made, but for their values.
 
     A directory that an interrupted run of the same settings left is gone on with; one that is complete is left alone.
 
@@ -73,15 +96,18 @@ def compress_model(
     def note(done: Done) -> None:
         record: FileRecord = done.record or done.value
         records[record.name] = record
-        if done.task.method == "compress":
+        if done.task.method in ("compress", "apply_tuning"):
             rows.update({row["name"]: row for row in done.value["rows"]})
             peaks[str(done.worker)] = max(done.value["peak_rss"], peaks.get(str(done.worker), 0))
 
     moments = calibrated.moments if calibrated else None
-    tasks = [task for task in _tasks(source, plan, store, settings, moments) if task.key not in out.finished]
+    ready = tune() if tune else None
+    tasks = [task for task in _tasks(source, plan, store, settings, moments, ready) if task.key not in out.finished]
     run_tasks(tasks, compression_bytes(plan.largest_matrix, plan.widest_moment), note, make_pool, out, "compress")
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["files_of_an_earlier_run"] = len(out.finished)
+    if ready:
+        report["tuning"] = ready.about
     ordered = [records[name] for name in sorted(records)]
     if calibrated:
         ordered.append(store.write_json(CALIBRATION, calibrated.about))
@@ -142,22 +168,25 @@ def run_alone(
 
 
 def _tasks(
-    source: Checkpoint, plan: Plan, store: Store, settings: CompressSettings, moments: Moments | None
-) -> list[Task]:
-    how = (settings.format, settings.seed, settings.storage_dtype, moments)
-    layers = [_layer_task(source, task, store, how) for task in plan.layers]
+    source: Checkpoint, plan: Plan, store: Store, settings: CompressSettings, moments: Moments | None,
+    ready: TunedModel | None,
+) -> list[Task]:  # fmt: skip
+    method, layers = "apply_tuning" if ready else "compress", []
+    for task in plan.layers:
+        how: tuple[Any, ...] = (settings.format, settings.seed, settings.storage_dtype, moments)
+        if ready:
+            how = (settings.format, ready.tuned, {info.name: ready.rows[info.name] for info, _ in task.items})
+        layers.append(
+            Task(
+                task.file, method, (source.store, task, *how), label=task.layer, outputs=1,
+                commit_to=(store.root, task.file), weight=task.nbytes,
+            )
+        )  # fmt: skip
     copies = [
         Task(task.file, "copy", (source.store, task, store), label=f"copy to {task.file}", weight=task.nbytes)
         for task in plan.copies
     ]
     return layers + copies
-
-
-def _layer_task(source: Checkpoint, task: LayerTask, store: Store, how: tuple[Any, ...]) -> Task:
-    return Task(
-        task.file, "compress", (source.store, task, *how), label=task.layer, outputs=1,
-        commit_to=(store.root, task.file), weight=task.nbytes,
-    )  # fmt: skip
 
 
 def _config(source: Checkpoint, rows: dict[str, dict[str, Any]], form: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""What comes before a compression that measures errors by activations: second moments, and the specs that follow from them."""
+"""What comes before a compression that needs a text: second moments, the specs that follow from them, windows to tune on."""
 
 import hashlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline.config import CalibrationSettings, MatrixSettings
 from pipeline.errors import ConfigError
@@ -13,6 +14,7 @@ from pipeline.flows.write import written_windows
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.windows import CalibrationText, calibration_windows, read_text
 from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.moments import Moments
 from pipeline.model.plan import Plan
 
 
@@ -33,7 +35,7 @@ def prepare(
     if not settings.calibrated:
         if idle := sorted(calibration.model_fields_set & CalibrationSettings.model_fields.keys()):
             raise ConfigError(
-                f"{', '.join(idle)} mean nothing to metric weights: choose preset best or fast, or drop them"
+                f"{', '.join(idle)} mean nothing to metric weights without tune: choose preset best or fast, or drop them"
             )
         return plan, None
     cache = calibration.cache_dir or os.path.join(os.path.dirname(os.path.abspath(beside)), ".swsc-cache")
@@ -45,12 +47,21 @@ def prepare(
         text = calibration_windows(source.store.root, calibration)
     for name in unseen:
         require_apart(text.traces, read_text(name), name)
-    infos = [decision.info for decision in plan.compressed]
-    moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed).run(make_pool)
-    if settings.preset != "paper":
-        plan = allocate_plan(source, plan, settings, moments, make_pool)
+    moments = None
+    if settings.with_moments:
+        infos = [decision.info for decision in plan.compressed]
+        moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed).run(make_pool)
+        if settings.preset != "paper":
+            plan = allocate_plan(source, plan, settings, moments, make_pool)
+    return plan, Calibrated(moments, _fingerprint(plan, text, moments), _about(calibration, text), text.ids, cache)
+
+
+def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None) -> str:
     specs = repr([(decision.info.name, decision.specs) for decision in plan.compressed])
-    fingerprint = hashlib.sha256(
-        f"{os.path.basename(moments.store.root)} {moments.gradient_share} {specs}".encode()
-    ).hexdigest()
-    return plan, Calibrated(moments, fingerprint, {"text": calibration.calibration, "traces": sorted(text.traces)})
+    gathered = f"{os.path.basename(moments.store.root)} {moments.gradient_share}" if moments else ""
+    ids = hashlib.sha256(text.ids.tobytes()).hexdigest()
+    return hashlib.sha256(f"{gathered} {ids} {text.ids.shape} {specs}".encode()).hexdigest()
+
+
+def _about(calibration: CalibrationSettings, text: CalibrationText) -> dict[str, Any]:
+    return {"text": calibration.calibration, "traces": sorted(text.traces)}

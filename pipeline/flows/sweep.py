@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.evaluate import deal, model_key, worker_bytes
 from pipeline.flows.prepare import prepare
+from pipeline.flows.produce import produce_variant
 from pipeline.flows.sweep_rows import run_rows, tensor_rows
 from pipeline.flows.sweep_runs import Run, Unit, make_runs
 from pipeline.measure.windows import Windows, make_windows
@@ -69,8 +70,8 @@ class Sweep:
         self._rows: dict[Unit, dict[str, Any]] = {}
         self._loaded: dict[int, Run] = {}  # worker -> the run that it measured last
 
-    def calibrate(self, make_pool: PoolMaker, beside: str) -> None:
-        """Give variants that measure errors by activations their moments and final specs.
+    def calibrate(self, make_pool: PoolMaker, beside: str, threads: int) -> None:
+        """Give variants that measure errors by activations their moments and final specs; make those that are tuned.
 
         Raises:
             TextError: the calibration text is too short, or shares passages with a text that is measured on.
@@ -82,6 +83,8 @@ class Sweep:
             source = self._checkpoints[run.model]
             settings = self._settings.for_preset(run.variant.preset)
             run.plan, made = prepare(source, run.plan, run.variant, settings, beside, make_pool, texts)
+            if made and run.variant.epochs:
+                run.made = produce_variant(source, run.plan, run.variant, settings, made, threads, make_pool)
             run.moments = made.moments if made else None
             run.begin()
         self._compressions = self._make_compressions()[::-1]
@@ -147,9 +150,9 @@ class Sweep:
             return
         names = tuple(run.units)
         payloads = tuple(self._payloads[unit] for unit in run.units.values())
-        checkpoint = self._checkpoints[run.model]
+        checkpoint = run.made.checkpoint if run.made else self._checkpoints[run.model]
         for number, (windows, text) in enumerate(self._measurements(run)):
-            arguments = (model_key(checkpoint, text), run.name if run.variant else "", names)
+            arguments = (model_key(checkpoint, text), run.name if names else "", names)
             run.parts += [
                 Task(
                     ("measure", id(run), number, start), "measure", (*arguments, part), payloads=payloads,

@@ -15,6 +15,8 @@ Row = dict[str, Any]
 
 def tensor_rows(run: Run, found: dict[Unit, Row]) -> dict[str, Row]:
     """The measurements of a run's tensors, by name."""
+    if run.made:
+        return run.made.rows
     return {name: found[unit] for name, unit in run.all_units().items() if unit in found}
 
 

@@ -4,6 +4,7 @@ A unit is one tensor of one model compressed in one way. Q at 3 bits is the same
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.config import SweepSettings, Variant
 from pipeline.errors import ConfigError, UserError
@@ -18,6 +19,14 @@ Way = tuple[tuple[Spec, ...], int, str | None, Moments | None]  # specs, seed, s
 Unit = tuple[int, str, Way]  # model, tensor, way
 
 
+@dataclass(frozen=True)
+class Made:
+    """A variant as a finished directory, and the rows of its report by tensor."""
+
+    checkpoint: Checkpoint
+    rows: dict[str, dict[str, Any]]
+
+
 @dataclass
 class Run:
     """One model × one variant: what it needs, and what has been measured of it."""
@@ -26,6 +35,7 @@ class Run:
     variant: Variant | None  # None: the model as it is
     plan: Plan | None
     moments: Moments | None = None  # of a variant that measures errors by activations
+    made: Made | None = None  # of a variant whose matrices are tuned together: it is no sum of units
     units: dict[str, Unit] = field(default_factory=dict)  # tensor -> unit
     missing: set[Unit] = field(default_factory=set)
     parts: list[Task] = field(default_factory=list)  # evaluation tasks not yet given out
@@ -41,7 +51,7 @@ class Run:
 
     def all_units(self) -> dict[str, Unit]:
         """The units that the run is made of, by tensor."""
-        if self.variant is None or self.plan is None:
+        if self.variant is None or self.plan is None or self.made:
             return {}
         seed, dtype = self.variant.seed, self.variant.storage_dtype
         return {

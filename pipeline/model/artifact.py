@@ -198,11 +198,14 @@ class Model:
         """The dense tensor `name`, on the CPU."""
         from swsc_core import decode
 
-        tensors, store = self.checkpoint.tensors, self.checkpoint.store
         if name not in self.entries:
-            return read_tensor(store, tensors[name])
-        stored = {part: read_tensor(store, tensors[where]) for part, where in self.parts(name).items()}
-        return decode(stored, self.entries[name])
+            return read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
+        return decode(self.read_parts(name), self.entries[name])
+
+    def read_parts(self, name: str) -> dict[str, "Tensor"]:
+        """part -> tensor, of a compressed tensor, on the CPU."""
+        tensors, store = self.checkpoint.tensors, self.checkpoint.store
+        return {part: read_tensor(store, tensors[where]) for part, where in self.parts(name).items()}
 
 
 def open_model(location: str) -> Model:

@@ -72,6 +72,11 @@ def calibration_bytes(source: Checkpoint, seqlen: int, moments: int) -> int:
     return WORKER_BASE + 6 * source.weights + moments + 4 * (activations + 5 * seqlen * text.get("vocab_size", 0))
 
 
+def tuning_bytes(source: Checkpoint, seqlen: int) -> int:
+    """Peak memory of a worker that tunes on windows of `seqlen` tokens: as to calibrate, with a second model."""
+    return calibration_bytes(source, seqlen, 4 * source.weights)
+
+
 def core_seconds(plan: Plan, speed: float) -> float:
     """Seconds of one core whose GEMM does `speed` float32 operations a second; right within a factor of about two from 512 channels on."""
     return sum(_seconds(decision, spec, speed) for decision in plan.compressed for spec in decision.specs)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Protocol
 
 from pipeline.errors import RunError, UserError, WorkerLost
@@ -49,6 +49,38 @@ class TaskList:
             causes = "; ".join(str(done.error) for done in self._failed[:_CAUSES])
             more = f"; and {len(self._failed) - _CAUSES} more" if len(self._failed) > _CAUSES else ""
             raise RunError(f"{len(self._failed)} tasks failed, the others are finished and kept: {causes}{more}")
+
+
+Stages = Generator[list[Task], list[Done], None]  # yields tasks, is sent what came of them in the same order
+
+
+class StagedTasks:
+    """Stages of tasks, each made from what came of the one before. The first task that fails ends all."""
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+        self._found: dict[object, Done] = {}
+        self._keys: list[object] = []
+        self._open(next(stages, []))
+
+    def _open(self, tasks: list[Task]) -> None:
+        self._waiting = tasks[::-1]
+        self._keys = [task.key for task in tasks]
+        self._found = {}
+
+    def next(self, worker: int) -> Task | None:
+        return self._waiting.pop() if self._waiting else None
+
+    def done(self, done: Done) -> None:
+        if done.error:
+            raise done.error
+        self._found[done.task.key] = done
+        if len(self._found) == len(self._keys):
+            found = [self._found[key] for key in self._keys]
+            try:
+                self._open(self._stages.send(found))
+            except StopIteration:
+                self._open([])
 
 
 def execute(pool: Pool, source: Source, progress: Progress) -> None:

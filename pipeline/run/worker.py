@@ -6,7 +6,7 @@ model, because loading one costs more than measuring a few windows with it.
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from pipeline.errors import CheckpointError
 from pipeline.measure.calibration import Calibrator, Sums
 from pipeline.measure.perplexity import Evaluator, ModelKey
+from pipeline.measure.tune_state import TuneState, added, to_payload
+from pipeline.measure.tuner import Tuned, TuneKey, Tuner
 from pipeline.model.artifact import open_model, part_name
-from pipeline.model.checkpoint import TensorInfo
+from pipeline.model.checkpoint import TensorInfo, read_header
 from pipeline.model.moments import Moments
 from pipeline.model.parts import Part, Payload, copy_tensors, read_tensor, to_part, to_tensor
 from pipeline.model.plan import CopyTask, LayerTask
@@ -38,6 +40,7 @@ class Worker:
         self.device = device
         self._evaluator: Evaluator | None = None
         self._calibrator: Calibrator | None = None
+        self._tuner: Tuner | None = None
 
     def compress(
         self, source: Store, task: LayerTask, form: str, seed: int, storage_dtype: str | None, moments: Moments | None
@@ -117,7 +120,7 @@ class Worker:
 
     def _loaded(self, key: ModelKey) -> Calibrator:
         if self._calibrator is None or self._calibrator.key != key:
-            self._calibrator = self._evaluator = None  # one model at a time
+            self._forget_models()
             self._calibrator = Calibrator(key, self.device)
         return self._calibrator
 
@@ -142,6 +145,61 @@ class Worker:
         weight, (metric, _) = self._read(source, info), moments.metric(info.name, self.device)
         kinds = [SwscSpec(**values) for values in specs]
         return [(asdict(spec), share_left(weight, spec, metric, seed, info.name)) for spec in kinds]
+
+    def divergence(self, key: TuneKey, step: int, windows: np.ndarray, *state: Payload) -> dict[str, float]:
+        """Sum over the tokens of `windows` of how far the compressed model is from the original, in nats.
+
+        `state`: what tuning has come to after `step` steps; none before the first.
+        """
+        tuner = self._tuner_of(key)
+        tuner.become(step, *state)
+        return {"divergence": tuner.divergence(windows), "tokens": windows.size}
+
+    def tune_gradients(
+        self, key: TuneKey, step: int, windows: np.ndarray, *state: Payload
+    ) -> tuple[dict[str, float], Payload]:
+        """The same, and its gradient by all stored values."""
+        tuner = self._tuner_of(key)
+        tuner.become(step, *state)
+        divergence, gradients = tuner.gradients(windows)
+        return {"divergence": divergence, "tokens": windows.size}, to_payload(gradients, "gradients")
+
+    def tune_step(self, key: TuneKey, step: int, rate: float, *payloads: Payload) -> tuple[dict[str, float], Payload]:
+        """The state after `step` steps, from the one before (none at the first) and the gradients of the step's windows."""
+        state, gradients = payloads[: step > 1], payloads[step > 1 :]
+        before = TuneState.of(state[0], self.device) if state else self._tuner_of(key).start()
+        return {}, before.stepped(added(gradients, self.device), step, rate).payload()
+
+    def keep(self, payload: Payload) -> tuple[dict[str, float], Payload]:
+        """The payload again, for a task that writes it."""
+        return {}, payload
+
+    def read_payload(self, store: Store, file: str) -> tuple[dict[str, float], Payload]:
+        """What was written of a payload."""
+        return {}, Payload(tuple(to_part(info.name, read_tensor(store, info)) for info in read_header(store, file)[1]))
+
+    def apply_tuning(
+        self, source: Store, task: LayerTask, form: str, tuned: Tuned, rows: Mapping[str, dict[str, Any]]
+    ) -> tuple[dict[str, Any], Payload]:
+        """A layer of the compressed model that was tuned, with tuned values; `rows` are those of its report."""
+        parts: list[Part] = []
+        changed = []
+        for info, _ in task.items:
+            encoded = tuned.encoded(info.name, self._read(source, info), self.device)
+            tensors = encoded.tensors if form == "swsc" else {"weight": encoded.restored}
+            parts += [to_part(part_name(info.name, part), tensor) for part, tensor in tensors.items()]
+            changed.append({**rows[info.name], **_errors(info, encoded), "entry": encoded.entry})
+        return {"rows": changed, "peak_rss": peak_rss()}, Payload(tuple(parts), tuple(changed))
+
+    def _tuner_of(self, key: TuneKey) -> Tuner:
+        if self._tuner is None or self._tuner.key != key:
+            self._forget_models()
+            self._tuner = Tuner(key, self.device)
+        return self._tuner
+
+    def _forget_models(self) -> None:
+        """One model at a time: the old one goes before the new one comes."""
+        self._evaluator = self._calibrator = self._tuner = None
 
     def restore(self, location: str, names: Sequence[str]) -> tuple[dict[str, Any], Payload]:
         """Dense weights of compressed tensors of the model at `location`."""
@@ -204,15 +262,21 @@ def _row(
         "method": spec.method,
         "bits_per_weight": 8 * encoded.stored_bytes / info.count,
         "paper_bits": spec.paper_bits((info.shape[0], info.shape[1])),
-        "relative_error": encoded.relative_error,
-        "mean_squared_error": encoded.squared_error / info.count,
-        "mean_square": encoded.squared_norm / info.count,
+        **_errors(info, encoded),
         "cluster_mean_squared_error": None if cluster_error is None else cluster_error / info.count,
         "read_seconds": read_seconds,
         "seconds": seconds,
         "stored_bytes": encoded.stored_bytes,
         "entry": encoded.entry,
         "stats": encoded.stats,
+    }
+
+
+def _errors(info: TensorInfo, encoded: Encoded) -> dict[str, float]:
+    return {
+        "relative_error": encoded.relative_error,
+        "mean_squared_error": encoded.squared_error / info.count,
+        "mean_square": encoded.squared_norm / info.count,
     }
 
 

@@ -1,0 +1,60 @@
+"""A compression from plan to finished directory, tuned or not."""
+
+import hashlib
+import json
+from typing import Any
+
+from pipeline.config import CalibrationSettings, CompressSettings, MatrixSettings, Variant
+from pipeline.flows.compress import ALGORITHM, Calibrated, PoolMaker, TunedModel, compress_model, describe
+from pipeline.flows.sweep_runs import Made
+from pipeline.flows.tune import TuneText, Tuning
+from pipeline.model.artifact import REPORT
+from pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from pipeline.model.plan import Plan
+from pipeline.model.store import Store
+
+
+def produce(
+    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, calibration: CalibrationSettings,
+    calibrated: Calibrated | None, threads: int, make_pool: PoolMaker,
+) -> dict[str, Any]:  # fmt: skip
+    """Carry out `plan` into `output`, and return the report.
+
+    To be tuned, a model is first compressed into the cache, where it is found again by whoever needs the same.
+
+    Raises:
+        As `compress_model`; ConfigError: fewer calibration windows than tuning needs.
+    """
+    if not settings.epochs or calibrated is None:
+        return compress_model(source, plan, output, settings, threads, make_pool, calibrated)
+    text = TuneText(calibrated.ids, settings.epochs, settings.seed)
+    untuned = settings.model_copy(update={"tune": 0, "format": "swsc"})
+    staging = _place("untuned", source, untuned, calibrated, threads)
+
+    def tune() -> TunedModel:
+        compress_model(source, plan, staging, untuned, threads, make_pool, calibrated)
+        tuning = Tuning(source, staging, text, calibration.calibration_dtype, calibrated.cache)
+        tuned, about = tuning.run(make_pool)
+        rows = {row["name"]: row for row in describe(Store.at(staging).read_json(REPORT))}
+        return TunedModel(tuned, rows, about)
+
+    return compress_model(source, plan, output, settings, threads, make_pool, calibrated, tune)
+
+
+def produce_variant(
+    source: Checkpoint, plan: Plan, variant: Variant, calibration: CalibrationSettings, calibrated: Calibrated, threads: int,
+    make_pool: PoolMaker,
+) -> Made:  # fmt: skip
+    """A tuned row of a sweep, as a directory in the cache."""
+    given = {key: getattr(variant, key) for key in variant.model_fields_set & MatrixSettings.model_fields.keys()}
+    settings = CompressSettings(**given)
+    output = _place("variant", source, settings, calibrated, threads)
+    report = produce(source, plan, output, settings, calibration, calibrated, threads, make_pool)
+    return Made(open_checkpoint(output), {row["name"]: row for row in describe(report)})
+
+
+def _place(kind: str, source: Checkpoint, settings: CompressSettings, calibrated: Calibrated, threads: int) -> str:
+    """A directory in the cache for one model, made in one way."""
+    identity = [settings.model_dump(mode="json"), source.fingerprint, calibrated.fingerprint, threads, ALGORITHM]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{calibrated.cache}/{kind}-{digest}"

@@ -1,0 +1,171 @@
+"""Tuning: the stored values of a compressed model are moved until its predictions are closest to the original's.
+
+Layers were compressed one by one, each as if all others were whole; here they are looked at together. Labels stand, and
+with them the size of every stored byte. A step takes a few windows of the calibration text: a task finds the gradient of
+each, another adds them up in their order and steps. What goes from step to step lies in the object store and, now and
+then, in a file from which an interrupted tuning goes on. Some windows are held out: a tuning that does not help on them
+is not applied.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import ConfigError
+from pipeline.flows.compress import PoolMaker
+from pipeline.measure.tuner import Tuned, TuneKey
+from pipeline.model.artifact import begin
+from pipeline.model.checkpoint import MANIFEST, Checkpoint
+from pipeline.model.forecast import tuning_bytes
+from pipeline.model.parts import DONE
+from pipeline.model.store import Store
+from pipeline.run.driver import StagedTasks, Stages, execute
+from pipeline.run.pool import Done, Task
+from pipeline.run.progress import Progress
+
+_STEP_TOKENS = 2048  # of the windows of one step
+_HELD_OUT = 8  # one window of so many
+_RATE = 4e-3  # longest step, in units of a value's size (swsc_core/tuning.py)
+_WARM_UP = 0.1  # share of the steps in which the rate rises
+_KEPT_EVERY = 8  # steps after which the state is written
+_VERSION = 1  # goes up with every change of the result
+_RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class TuneText:
+    """What is tuned on: int64 windows [count, length], how many times each, and in which order."""
+
+    ids: np.ndarray
+    epochs: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.ids) < 2:
+            raise ConfigError("tune wants two calibration windows at the least, one to tune on and one held out")
+
+    @property
+    def held_out(self) -> np.ndarray:
+        return self.ids[-max(1, len(self.ids) // _HELD_OUT) :]
+
+    def batches(self) -> list[np.ndarray]:
+        """The windows of each step."""
+        some = self.ids[: len(self.ids) - len(self.held_out)]
+        size = min(len(some), max(1, _STEP_TOKENS // self.ids.shape[1]))
+        generator = np.random.default_rng(self.seed)
+        order = np.concatenate([generator.permutation(len(some)) for _ in range(self.epochs)])
+        return [some[order[start : start + size]] for start in range(0, len(order) - size + 1, size)]
+
+
+class Tuning:
+    """One tuning of one compressed model; what it finds is kept in `cache` for every later run of the same."""
+
+    def __init__(self, source: Checkpoint, compressed: str, text: TuneText, dtype: str, cache: str) -> None:
+        self._source, self._text = source, text
+        self._key = TuneKey(source.store.root, compressed, dtype)
+        self._batches = text.batches()
+        self.identity = {
+            "source": source.fingerprint, "compressed": _digest_of(compressed), "epochs": text.epochs, "seed": text.seed,
+            "ids": hashlib.sha256(text.ids.tobytes()).hexdigest(), "dtype": dtype, "version": _VERSION,
+        }  # fmt: skip
+        digest = hashlib.sha256(repr(sorted(self.identity.items())).encode()).hexdigest()[:16]
+        self._store = Store.at(f"{cache}/tuned-{digest}")
+
+    def run(self, make_pool: PoolMaker) -> tuple[Tuned, dict[str, Any]]:
+        """Tune, go on with a tuning that was cut short, or find a finished one again.
+
+        Returns what came of it, and the divergence on the held-out windows before and after, in nats a token.
+
+        Raises:
+            RunError: a task failed; states that were written are kept.
+        """
+        if not self._store.exists(_RESULT):
+            finished = begin(self._store, self.identity).finished
+            done = max((step for step in range(len(self._batches) + 1) if _state_file(step) in finished), default=0)
+            pool = make_pool(len(self._batches[0]), tuning_bytes(self._source, self._text.ids.shape[1]))
+            try:
+                with Progress("tune", self._tasks_after(done), 0, "tasks") as progress:
+                    execute(pool, StagedTasks(self._stages(done)), progress)
+            finally:
+                pool.close()
+        about = self._store.read_json(_RESULT)
+        helped = about["divergence_after"] < about["divergence_before"]
+        return Tuned(self._key.compressed, self._store, _state_file(about["steps"]) if helped else None), about
+
+    def _tasks_after(self, done: int) -> int:
+        steps = range(done + 1, len(self._batches) + 1)
+        moves = sum(len(self._batches[step - 1]) + 1 + self._is_kept(step) for step in steps)
+        return moves + 2 * len(self._text.held_out) + (done > 0)
+
+    def _is_kept(self, step: int) -> bool:
+        return step % _KEPT_EVERY == 0 or step == len(self._batches)
+
+    def _stages(self, step: int) -> Stages:
+        before = yield self._measurements(0, ())
+        state: tuple[Any, ...] = ()
+        if step:
+            read = yield [Task("read", "read_payload", (self._store, _state_file(step)), label="state", outputs=1)]
+            state = read[0].payloads
+        while step < len(self._batches):
+            gradients = yield self._gradients(step, state)
+            step += 1
+            handles = tuple(done.payloads[0] for done in gradients)
+            stepped = yield [
+                Task(
+                    ("step", step), "tune_step", (self._key, step, self._rate(step)), f"tuning step {step}",
+                    (*state, *handles), outputs=1,
+                )
+            ]  # fmt: skip
+            state = stepped[0].payloads
+            if self._is_kept(step):
+                where = (self._store.root, _state_file(step))
+                yield [Task(("keep", step), "keep", (), f"state {step}", state, outputs=1, commit_to=where)]
+                self._forget_before(step)
+        after = yield self._measurements(step, state)
+        divergences = {"divergence_before": _mean(before), "divergence_after": _mean(after)}
+        self._store.write_json(_RESULT, {"steps": step, "tokens": sum(b.size for b in self._batches), **divergences})
+
+    def _forget_before(self, step: int) -> None:
+        for name in [_state_file(earlier) for earlier in range(step)]:
+            self._store.remove(f"{DONE}/{name}.json")
+            self._store.remove(name)
+
+    def _gradients(self, step: int, state: tuple[Any, ...]) -> list[Task]:
+        return [
+            Task(
+                ("gradient", step, place), "tune_gradients", (self._key, step, window[None]),
+                f"tuning step {step + 1}", state, outputs=1,
+            )
+            for place, window in enumerate(self._batches[step])
+        ]  # fmt: skip
+
+    def _measurements(self, step: int, state: tuple[Any, ...]) -> list[Task]:
+        return [
+            Task(
+                ("held out", step, place), "divergence", (self._key, step, window[None]), f"held-out window {place}", state
+            )
+            for place, window in enumerate(self._text.held_out)
+        ]  # fmt: skip
+
+    def _rate(self, step: int) -> float:
+        """Rises, then falls as a cosine does."""
+        total = len(self._batches)
+        return _RATE * min(1.0, step / (1 + _WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
+
+
+def _digest_of(location: str) -> str:
+    """Hash of what a finished output's manifest says of its files."""
+    files = Store.at(location).read_json(MANIFEST)["files"]
+    return hashlib.sha256(repr(sorted((name, about["sha256"]) for name, about in files.items())).encode()).hexdigest()
+
+
+def _mean(found: list[Done]) -> float:
+    values = [done.value for done in found]
+    return math.fsum(value["divergence"] for value in values) / sum(value["tokens"] for value in values)
+
+
+def _state_file(step: int) -> str:
+    return f"state-{step:05d}.safetensors"

@@ -1,0 +1,152 @@
+"""How far a compressed model's predictions are from the original's, and which way its stored values would mend that.
+
+The loss is the divergence KL(p ‖ q) of the compressed model's prediction q from the original's p, in nats a token: the
+original is the teacher, no text has to be right about anything. Its gradient by the logits is q − p; the rest is one
+backward pass, in which the gradient of a whole weight never outlives its matrix.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import NonFiniteError
+from pipeline.measure.perplexity import ModelKey, load_model
+from pipeline.measure.tune_state import TuneState, Values, from_payload
+from pipeline.model.artifact import open_model
+from pipeline.model.checkpoint import read_header
+from pipeline.model.parts import Payload, read_tensor
+from pipeline.model.store import Store
+from swsc_core.codec import Encoded, encoded_as, matrix_of
+from swsc_core.tuning import Tunable, values_of
+
+_ROWS = 512  # positions whose predictions are compared at a time
+
+
+@dataclass(frozen=True)
+class TuneKey:
+    """An original and a compressed form of it, by location, and the arithmetic of both."""
+
+    original: str
+    compressed: str
+    dtype: str
+
+
+class Tuner:
+    """Both models, loaded; the compressed one takes on other stored values."""
+
+    def __init__(self, key: TuneKey, device: str) -> None:
+        self.key = key
+        self._device = device
+        self._teacher = _loaded(key.original, key.dtype, device)
+        self._student = _loaded(key.compressed, key.dtype, device)
+        self._tunables = tunables(key.compressed, device)
+        self._weights = {name: self._student.get_parameter(name) for name in self._tunables}
+        self._values = self.start().values
+        self._step = 0  # after which it has these values
+
+    def start(self) -> TuneState:
+        """The values that are stored."""
+        return TuneState.start({name: values_of(tunable.matrix) for name, tunable in self._tunables.items()})
+
+    def become(self, step: int, *state: Payload) -> None:
+        """Take on the values after `step` steps, or the stored ones if there is no `state`; not again if it has them."""
+        if step == self._step:
+            return
+        self._step = -1  # half changed, it is at none
+        values = from_payload(state[0], "values", self._device) if state else self.start().values
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                self._values[name] = self._tunables[name].rounded(values[name])
+                weight.copy_(self._tunables[name].restored(self._values[name]))
+        self._step = step
+
+    def divergence(self, windows: np.ndarray) -> float:
+        """Sum over all tokens of KL(p ‖ q), for windows int64 [count, length]."""
+        with torch.inference_mode():
+            return sum(self._compare(window, backward=False) for window in windows)
+
+    def gradients(self, windows: np.ndarray) -> tuple[float, Values]:
+        """The same, and its gradient by the stored values.
+
+        Raises:
+            NonFiniteError: a divergence that is NaN or Inf.
+        """
+        sums: Values = {}
+        handles = [
+            weight.requires_grad_().register_post_accumulate_grad_hook(self._hook(name, sums))
+            for name, weight in self._weights.items()
+        ]
+        try:
+            total = sum(self._compare(window, backward=True) for window in windows)
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._student.requires_grad_(False)
+        return total, sums
+
+    def _compare(self, window: np.ndarray, *, backward: bool) -> float:
+        ids = torch.from_numpy(np.array(window))[None].to(self._device)
+        with torch.inference_mode():
+            wanted = self._teacher(input_ids=ids, use_cache=False).logits[0]
+        found = self._student(input_ids=ids, use_cache=False).logits[0]
+        slope = torch.empty_like(found) if backward else None
+        total = 0.0
+        for start in range(0, len(wanted), _ROWS):
+            rows = slice(start, start + _ROWS)
+            teacher, student = (logits[rows].detach().float().log_softmax(dim=-1) for logits in (wanted, found))
+            total += float((teacher.exp() * (teacher - student)).sum(dtype=torch.float64))
+            if slope is not None:
+                slope[rows] = student.exp_().sub_(teacher.exp())
+        if not np.isfinite(total):
+            raise NonFiniteError(f"{self.key.compressed}: its predictions are NaN or Inf; tune in a wider dtype")
+        if slope is not None:
+            found.backward(slope)
+        return total
+
+    def _hook(self, name: str, sums: Values) -> Any:
+        def project(weight: Tensor) -> None:
+            assert weight.grad is not None
+            found = self._tunables[name].gradients(self._values[name], weight.grad.float())
+            before = sums.get(name)
+            sums[name] = found if before is None else {part: before[part] + found[part] for part in found}
+            weight.grad = None
+
+        return project
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of a tuning: a compressed model and, if tuning helped, the file of the state whose values replace its own."""
+
+    compressed: str
+    store: Store
+    file: str | None
+
+    def encoded(self, name: str, weight: Tensor, device: str) -> Encoded:
+        """The matrix `name` with tuned values; `weight` is the original, to compare with."""
+        model = open_model(self.compressed)
+        entry = model.entries[name]
+        matrix = matrix_of({part: tensor.to(device) for part, tensor in model.read_parts(name).items()}, entry)
+        if self.file:
+            kept = [info for info in read_header(self.store, self.file)[1] if info.name.startswith(f"values/{name}/")]
+            values = {info.name.rsplit("/", 1)[1]: read_tensor(self.store, info).to(device) for info in kept}
+            matrix = Tunable(matrix).stored(values)
+        return encoded_as(matrix, entry, weight, name)
+
+
+def tunables(location: str, device: str) -> dict[str, Tunable]:
+    """The matrices of a compressed model, ready to be tuned."""
+    model = open_model(location)
+    found = {}
+    for name, entry in model.entries.items():
+        tensors = {part: tensor.to(device) for part, tensor in model.read_parts(name).items()}
+        found[name] = Tunable(matrix_of(tensors, entry))
+    return found
+
+
+def _loaded(location: str, dtype: str, device: str) -> Any:
+    model = load_model(open_model(location), ModelKey(location, dtype, 1), device)
+    return model.requires_grad_(False)
