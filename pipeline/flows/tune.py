@@ -28,7 +28,7 @@ from pipeline.run.progress import Progress
 
 _STEP_TOKENS = 2048  # of the windows of one step
 _HELD_OUT = 8  # one window of so many
-_RATE = 4e-3  # longest step, in units of a value's size (swsc_core/tuning.py)
+_RATE = 8e-3  # longest step, in units of a value's size (swsc_core/tuning.py)
 _WARM_UP = 0.1  # share of the steps in which the rate rises
 _KEPT_EVERY = 8  # steps after which the state is written
 _VERSION = 1  # goes up with every change of the result

@@ -12,36 +12,14 @@ weighted moment of a short text is a poor estimate: `Metric` is given a blend (m
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from pipeline.errors import CheckpointError, NonFiniteError
+from pipeline.errors import NonFiniteError
+from pipeline.measure.hooks import Hooks, Sums
 from pipeline.measure.perplexity import ModelKey, load_model
 from pipeline.model.artifact import open_model
-from pipeline.model.families import layer_of
-
-
-@dataclass
-class Sums:
-    """Sums over tokens for one matrix, float32.
-
-    Attributes:
-        weighted: Σ ‖g‖² x xᵀ [n, n].
-        rows: Σ g ∘ g [m].
-        owner: the matrix that holds `plain` for all that have the same input (q for q, k, v).
-        plain: Σ x xᵀ [n, n]; None where another one is the owner.
-        tokens: number of them.
-    """
-
-    weighted: Tensor
-    rows: Tensor
-    owner: str
-    plain: Tensor | None
-    tokens: int = 0
 
 
 class Calibrator:
@@ -49,7 +27,8 @@ class Calibrator:
 
     def __init__(self, key: ModelKey, device: str) -> None:
         self.key = key
-        self._model = load_model(open_model(key.location), key, device)
+        self._source = open_model(key.location)
+        self._model = load_model(self._source, key, device)
         self._model.requires_grad_(False)
         self._device = device
 
@@ -60,21 +39,17 @@ class Calibrator:
         for the order of their addition.
 
         Raises:
-            CheckpointError: a name that is no linear layer of the loaded model.
+            CheckpointError: a name that is no matrix of a linear layer, expert or embedding of the loaded model.
             NonFiniteError: a window whose gradients are NaN or Inf.
         """
-        modules = {name: self._linear(name) for name in names}
         sums: dict[str, Sums] = {}
-        owners: dict[str, tuple[Tensor, str]] = {}
-        handles = [module.register_forward_hook(_hook(name, sums, owners)) for name, module in modules.items()]
-        handles.append(self._model.get_input_embeddings().register_forward_hook(_require_grad))
-        try:
+        hooks = Hooks(self._model, self._source, sums)
+        for name in names:
+            hooks.add(name)
+        with hooks:
             for index, window in enumerate(windows, first):
                 self._backward(window, torch.Generator().manual_seed((seed << 32) + index))
                 _require_finite(sums, index)
-        finally:
-            for handle in handles:
-                handle.remove()
         return sums
 
     @torch.inference_mode()
@@ -101,58 +76,6 @@ class Calibrator:
             chances = logits.float().softmax(dim=-1).cpu()
             drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(self._device)
         torch.nn.functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
-
-    def _linear(self, name: str) -> torch.nn.Module:
-        try:
-            module = self._model.get_submodule(name.removesuffix(".weight"))
-        except AttributeError:
-            module = None
-        if module is self._model.get_input_embeddings() and _is_tied(self._model):
-            module = self._model.get_output_embeddings()
-        if not isinstance(module, torch.nn.Linear):
-            raise CheckpointError(f"{self.key.location}: {name} is no linear layer of the loaded model; --exclude it")
-        return module
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _require_grad(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-    output.requires_grad_()  # the weights do not: gradients of activations alone take half the time of both
-
-
-def _hook(name: str, sums: dict[str, Sums], owners: dict[str, tuple[Tensor, str]]) -> Any:
-    """A forward hook that adds to `sums` when the gradient comes; `owners` holds the last input of each layer."""
-    layer = layer_of(name)
-
-    def forward(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        last, owner = owners.get(layer, (None, name))
-        owner = owner if last is arguments[0] else name
-        owners[layer] = arguments[0], owner
-        inputs = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-
-        def backward(gradient: Tensor) -> None:
-            _add(sums, name, owner, inputs.float(), gradient.reshape(len(inputs), -1).float())
-
-        output.register_hook(backward)
-
-    return forward
-
-
-def _add(sums: dict[str, Sums], name: str, owner: str, inputs: Tensor, gradients: Tensor) -> None:
-    squares = gradients.square()
-    if name not in sums:
-        n, m = inputs.shape[1], gradients.shape[1]
-        plain = inputs.new_zeros(n, n) if owner == name else None
-        sums[name] = Sums(inputs.new_zeros(n, n), inputs.new_zeros(m), owner, plain)
-    own = sums[name]
-    own.weighted.addmm_((inputs * squares.sum(dim=1, keepdim=True)).T, inputs)
-    if own.plain is not None:
-        own.plain.addmm_(inputs.T, inputs)
-    own.rows.add_(squares.sum(dim=0))
-    own.tokens += len(inputs)
 
 
 def _require_finite(sums: Mapping[str, Sums], window: int) -> None:

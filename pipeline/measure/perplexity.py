@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, NonFiniteError
+from pipeline.measure.slots import Slot, find_slot
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.parts import Payload, to_tensor
 from swsc_core import decode
@@ -49,6 +50,7 @@ class Evaluator:
         self._model = load_model(self._source, key, device)
         self._device = device
         self._swapped: set[str] = set()
+        self._slots: dict[str, Slot] = {}
         self._variant: str | None = ""
 
     @property
@@ -72,12 +74,9 @@ class Evaluator:
         self._swapped, self._variant = set(weights), variant
 
     def _put(self, name: str, weight: Tensor) -> None:
-        try:
-            parameter = self._model.get_parameter(name)
-        except AttributeError:
-            raise CheckpointError(f"{self.key.location}: the loaded model has no parameter {name} to swap") from None
-        with torch.no_grad():
-            parameter.copy_(weight)
+        if name not in self._slots:
+            self._slots[name] = find_slot(self._model, name, self._source.read(name), self.key.location)
+        self._slots[name].put(weight)
 
     @torch.inference_mode()
     def losses(self, windows: np.ndarray) -> list[float]:

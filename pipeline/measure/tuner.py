@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import NonFiniteError
 from pipeline.measure.perplexity import ModelKey, load_model
+from pipeline.measure.slots import find_slot
 from pipeline.measure.tune_state import TuneState, Values, from_payload
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import read_header
@@ -43,7 +44,10 @@ class Tuner:
         self._teacher = _loaded(key.original, key.dtype, device)
         self._student = _loaded(key.compressed, key.dtype, device)
         self._tunables = tunables(key.compressed, device)
-        self._weights = {name: self._student.get_parameter(name) for name in self._tunables}
+        model = open_model(key.compressed)
+        self._slots = {
+            name: find_slot(self._student, name, model.read(name), key.compressed) for name in self._tunables
+        }
         self._values = self.start().values
         self._step = 0  # after which it has these values
 
@@ -57,10 +61,9 @@ class Tuner:
             return
         self._step = -1  # half changed, it is at none
         values = from_payload(state[0], "values", self._device) if state else self.start().values
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                self._values[name] = self._tunables[name].rounded(values[name])
-                weight.copy_(self._tunables[name].restored(self._values[name]))
+        for name, slot in self._slots.items():
+            self._values[name] = self._tunables[name].rounded(values[name])
+            slot.put(self._tunables[name].restored(self._values[name]))
         self._step = step
 
     def divergence(self, windows: np.ndarray) -> float:
@@ -75,9 +78,12 @@ class Tuner:
             NonFiniteError: a divergence that is NaN or Inf.
         """
         sums: Values = {}
+        sharing: dict[torch.nn.Parameter, list[str]] = {}
+        for name, slot in self._slots.items():
+            sharing.setdefault(slot.parameter, []).append(name)
         handles = [
-            weight.requires_grad_().register_post_accumulate_grad_hook(self._hook(name, sums))
-            for name, weight in self._weights.items()
+            parameter.requires_grad_().register_post_accumulate_grad_hook(self._hook(names, sums))
+            for parameter, names in sharing.items()
         ]
         try:
             total = sum(self._compare(window, backward=True) for window in windows)
@@ -106,13 +112,15 @@ class Tuner:
             found.backward(slope)
         return total
 
-    def _hook(self, name: str, sums: Values) -> Any:
-        def project(weight: Tensor) -> None:
-            assert weight.grad is not None
-            found = self._tunables[name].gradients(self._values[name], weight.grad.float())
-            before = sums.get(name)
-            sums[name] = found if before is None else {part: before[part] + found[part] for part in found}
-            weight.grad = None
+    def _hook(self, names: list[str], sums: Values) -> Any:
+        def project(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            for name in names:
+                gradient = self._slots[name].of(parameter.grad).float()
+                found = self._tunables[name].gradients(self._values[name], gradient)
+                before = sums.get(name)
+                sums[name] = found if before is None else {part: before[part] + found[part] for part in found}
+            parameter.grad = None
 
         return project
 
@@ -148,5 +156,4 @@ def tunables(location: str, device: str) -> dict[str, Tunable]:
 
 
 def _loaded(location: str, dtype: str, device: str) -> Any:
-    model = load_model(open_model(location), ModelKey(location, dtype, 1), device)
-    return model.requires_grad_(False)
+    return load_model(open_model(location), ModelKey(location, dtype, 1), device).requires_grad_(False)

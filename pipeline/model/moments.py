@@ -7,6 +7,7 @@ input has it, X.plain, float32 [n, n]; measure/calibration.py says what they are
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -39,8 +40,13 @@ class Moments:
     gradient_share: float
 
     def metric(self, name: str, device: str) -> tuple[Metric, float]:
-        """The metric of one matrix, and the loss (nats a token) that one unit of its energy stands for."""
-        row = self.store.read_json(f"{DONE}/{moment_file(name)}.json")["rows"][0]
+        """The metric of one matrix, and the loss (nats a token) that one unit of its energy stands for.
+
+        An expert that no token of the text was sent to has the plain metric, and its errors cost nothing.
+        """
+        row = self._row(name)
+        if row["tokens"] == 0:
+            return Metric(), 0.0
         weighted, rows = (self._read(name, part).to(device) for part in ("weighted", "rows"))
         plain = self._read(row["owner"], "plain").to(device)
         moment = blend(plain, weighted, self.gradient_share)
@@ -48,6 +54,14 @@ class Moments:
         trace = float(weighted.trace()) / gradients if gradients > 0 else 0.0
         unit = 0.5 * trace / len(moment) * gradients / row["tokens"] / len(rows)
         return Metric(moment, rows if gradients > 0 else None, name=name), unit
+
+    def tokens(self, name: str) -> int:
+        """Number of tokens of the text that reached a matrix."""
+        return int(self._row(name)["tokens"])
+
+    def _row(self, name: str) -> dict[str, Any]:
+        row: dict[str, Any] = self.store.read_json(f"{DONE}/{moment_file(name)}.json")["rows"][0]
+        return row
 
     def _read(self, name: str, part: str) -> Tensor:
         infos = {info.name: info for info in read_header(self.store, moment_file(name))[1]}

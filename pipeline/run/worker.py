@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.measure.calibration import Calibrator, Sums
+from pipeline.measure.calibration import Calibrator
+from pipeline.measure.hooks import Sums
 from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
@@ -102,7 +103,8 @@ class Worker:
             encoded = encode(weight, specs, name=info.name, seed=seed, storage_dtype=dtype, metric=metric)
         except WeightError as error:
             raise CheckpointError(f"{source.root}/{info.file}: {error}") from None
-        return encoded, _row(info, specs, encoded, read_seconds, time.perf_counter() - started)
+        row = _row(info, specs, encoded, read_seconds, time.perf_counter() - started)
+        return encoded, row | ({"calibration_tokens": moments.tokens(info.name)} if moments else {})
 
     def calibrate(
         self, key: ModelKey, layers: Sequence[Sequence[str]], windows: np.ndarray, first: int, seed: int

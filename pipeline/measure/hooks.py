@@ -1,0 +1,166 @@
+"""Sums over tokens of what goes into a model's matrices and of the gradients that come back out of them.
+
+Three kinds of matrix, one kind of sum: the weight of a linear layer; an expert's, which is some rows of a joined parameter
+and is recognised by where it lies when `linear` is called with it; and an embedding, whose rows are counted as they are
+looked up, and whose second moment is that of the gradients, since it is its rows that errors are spread along.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pipeline.errors import CheckpointError
+from pipeline.measure.slots import find_slot
+from pipeline.model.artifact import Model
+from pipeline.model.families import layer_of
+
+
+@dataclass
+class Sums:
+    """Sums over tokens for one matrix, float32.
+
+    Attributes:
+        weighted: Σ ‖g‖² x xᵀ [n, n]; of an embedding Σ g gᵀ.
+        rows: Σ g ∘ g [m]; of an embedding how often each row was looked up.
+        owner: the matrix that holds `plain` for all that have the same input (q for q, k, v).
+        plain: Σ x xᵀ [n, n]; None where another one is the owner; of an embedding as `weighted`.
+        tokens: number of them.
+    """
+
+    weighted: Tensor
+    rows: Tensor
+    owner: str
+    plain: Tensor | None
+    tokens: int = 0
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Tokens of a linear layer: inputs [tokens, n] and gradients by its outputs [tokens, m]."""
+        squares = gradients.square()
+        self.weighted.addmm_((inputs * squares.sum(dim=1, keepdim=True)).T, inputs)
+        if self.plain is not None:
+            self.plain.addmm_(inputs.T, inputs)
+        self.rows.add_(squares.sum(dim=0))
+        self.tokens += len(inputs)
+
+    def add_lookups(self, ids: Tensor, gradients: Tensor) -> None:
+        """Tokens of an embedding: rows looked up, int64 [tokens], and gradients by what was found [tokens, n]."""
+        assert self.plain is not None
+        self.weighted.addmm_(gradients.T, gradients)
+        self.plain.addmm_(gradients.T, gradients)
+        self.rows.add_(torch.bincount(ids, minlength=len(self.rows)))
+        self.tokens += len(ids)
+
+
+class Hooks(TorchFunctionMode):
+    """While entered, adds up what passes through the matrices that were added."""
+
+    def __init__(self, model: Any, source: Model, sums: dict[str, Sums]) -> None:
+        """`sums` is filled. `source`: what the model was loaded from."""
+        super().__init__()
+        self._model, self._source, self._sums = model, source, sums
+        self._owners: dict[
+            str, tuple[Tensor, str]
+        ] = {}  # layer -> the last input of a linear layer, and who had it first
+        self._experts: dict[int, list[tuple[str, slice]]] = defaultdict(list)  # address of a slice -> matrices in it
+        self._to_hook: list[tuple[Any, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
+        self._handles: list[Any] = []
+
+    def add(self, name: str) -> None:
+        """Watch the tensor `name` of the checkpoint; CheckpointError if it is no matrix of a kind known here."""
+        module = self._module(name)
+        if isinstance(module, torch.nn.Linear):
+            self._to_hook.append((module, self._linear(name)))
+        elif isinstance(module, torch.nn.Embedding):
+            self._to_hook.append((module, self._embedding(name)))
+        else:
+            self._add_expert(name)
+
+    def _module(self, name: str) -> Any:
+        try:
+            module = self._model.get_submodule(name.removesuffix(".weight"))
+        except AttributeError:
+            return None
+        head = self._model.get_output_embeddings()
+        tied = head is not None and head.weight is self._model.get_input_embeddings().weight
+        return head if tied and module is self._model.get_input_embeddings() else module
+
+    def _add_expert(self, name: str) -> None:
+        where = self._source.checkpoint.store.root
+        weight = self._source.read(name)
+        slot = find_slot(self._model, name, weight, where)
+        if slot.expert is None or slot.rows is None:
+            raise CheckpointError(f"{where}: {name} is no linear layer of the loaded model; --exclude it")
+        together = self._experts[slot.parameter[slot.expert].data_ptr()]
+        together.append((name, slot.rows))
+        self._start(
+            name, weight.shape[0], weight.shape[1], together[0][0], slot.parameter
+        )  # some may never get a token
+
+    def __enter__(self) -> "Hooks":
+        if self._experts:
+            self._model.set_experts_implementation("eager")  # the others do not call `linear` expert by expert
+            super().__enter__()  # every call of torch passes by: only where it must
+        self._handles = [module.register_forward_hook(hook) for module, hook in self._to_hook]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._experts:
+            super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear and self._experts and len(args) > 1:
+            for name, rows in self._experts.get(args[1].data_ptr(), ()):
+                self._watch(name, args[0], out, rows)
+        return out
+
+    def _linear(self, name: str) -> Callable[..., None]:
+        layer = layer_of(name)
+
+        def forward(module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            last, owner = self._owners.get(layer, (None, name))
+            owner = owner if last is arguments[0] else name
+            self._owners[layer] = arguments[0], owner
+            if name not in self._sums:
+                self._start(name, output.shape[-1], arguments[0].shape[-1], owner, output)
+            self._watch(name, arguments[0], output, slice(None))
+
+        return forward
+
+    def _embedding(self, name: str) -> Callable[..., None]:
+        def forward(module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if name not in self._sums:
+                count, width = module.weight.shape
+                self._start(name, count, width, name, output)
+            ids = arguments[0].reshape(-1)
+
+            def backward(gradient: Tensor) -> None:
+                self._sums[name].add_lookups(ids, gradient.reshape(len(ids), -1).float())
+
+            output.register_hook(backward)
+
+        return forward
+
+    def _watch(self, name: str, inputs: Tensor, output: Tensor, rows: slice) -> None:
+        """Add to the sums of `name` when the gradient by `output` comes, of which `rows` are its own."""
+        seen = inputs.detach().reshape(-1, inputs.shape[-1])
+
+        def backward(gradient: Tensor) -> None:
+            self._sums[name].add(seen.float(), gradient.reshape(len(seen), -1)[:, rows].float())
+
+        output.register_hook(backward)
+
+    def _start(self, name: str, m: int, n: int, owner: str, like: Tensor) -> None:
+        weighted, rows = (like.new_zeros(shape, dtype=torch.float32, requires_grad=False) for shape in ((n, n), (m,)))
+        self._sums[name] = Sums(weighted, rows, owner, torch.zeros_like(weighted) if owner == name else None)
+
+
+def _require_grad(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    output.requires_grad_()  # the weights do not: gradients of activations alone take half the time of both
