@@ -1,14 +1,13 @@
 """Second moments of a model on a text, gathered over the workers and kept for every later run of the same model and text.
 
-The text is cut into shards of a fixed number of windows; a task gathers one shard for one range of layers, another adds
-up the shards of one matrix in their order. Nothing depends on who did what, and memory is bounded by the range.
+The text is cut into shards of a fixed number of windows; a task gathers one shard for one range of layers, others add the
+shards of a layer up in their order, each as soon as it is there. Nothing depends on who did what, and memory is bounded by the range.
 """
 
 import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress
 
 _SHARD_TOKENS = 8192  # tokens of one task
-_VERSION = 2  # goes up with every change of what is gathered
+_VERSION = 3  # goes up with every change of what is gathered
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,24 @@ class _Range:
     @property
     def names(self) -> list[str]:
         return [name for names in self.layers.values() for name in names]
+
+
+@dataclass
+class _Fold:
+    """The sum over the shards of one layer so far: they are added in their order, each as soon as it is there.
+
+    Attributes:
+        total: handle of the sum. busy: a task is adding to it. added: shards in it. shards: those that wait, by first window.
+    """
+
+    total: Any = None
+    busy: bool = False
+    added: int = 0
+    shards: dict[int, Any] = field(default_factory=dict)
+
+    def take(self, total: Any) -> None:
+        self.total, self.busy = total, False
+        self.added += 1
 
 
 class Calibration:
@@ -61,7 +78,8 @@ class Calibration:
         digest = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
         self.store = Store.at(f"{cache}/moments-{digest}")
         self._out = begin(self.store, identity)
-        self._payloads: dict[int, dict[int, tuple[Any, ...]]] = defaultdict(dict)
+        self._starts = range(0, len(ids), max(1, _SHARD_TOKENS // ids.shape[1]))  # first window of each shard
+        self._folds: dict[tuple[int, int], _Fold] = defaultdict(_Fold)  # (range, place of a layer in it)
         self._ranges = self._cut()
 
     def _identity(self) -> dict[str, Any]:
@@ -100,17 +118,21 @@ class Calibration:
             widest = max(self._sum_bytes(part.names) for part in self._ranges)
             pool = make_pool(len(tasks), calibration_bytes(self._source, self._ids.shape[1], widest))
             try:
-                additions = sum(len(part.names) for part in self._ranges)
-                with Progress("calibrate", len(tasks) + additions, 0, "tasks") as progress:
+                with Progress("calibrate", self._total_tasks, 0, "tasks") as progress:
                     execute(pool, self, progress)
             finally:
                 pool.close()
         self._failures.raise_failures()
         return Moments(self.store, self._settings.gradient_share)
 
+    @property
+    def _total_tasks(self) -> int:
+        """Gathering, adding and writing."""
+        shards = len(self._starts)
+        return sum(shards + (shards - 1) * len(part.layers) + len(part.names) for part in self._ranges)
+
     def _gathering(self, index: int) -> list[Task]:
-        part, ids = self._ranges[index], self._ids
-        size = max(1, _SHARD_TOKENS // ids.shape[1])
+        part, ids, size = self._ranges[index], self._ids, self._starts.step
         key = ModelKey(self._source.store.root, self._settings.calibration_dtype, 1)
         return [
             Task(
@@ -118,7 +140,7 @@ class Calibration:
                 (key, tuple(map(tuple, part.layers.values())), ids[start : start + size], start, self._seed),
                 label=f"calibration windows {start} to {start + size - 1}", outputs=len(part.layers),
             )
-            for start in range(0, len(ids), size)
+            for start in self._starts
         ]  # fmt: skip
 
     def next(self, worker: int) -> Task | None:
@@ -128,22 +150,34 @@ class Calibration:
         if done.error:
             self._failures.done(done)
             return
-        kind, index, start = done.task.key
-        if kind == "add":
-            return
-        shards = self._payloads[index]
-        shards[start] = done.payloads
-        size = max(1, _SHARD_TOKENS // self._ids.shape[1])
-        if len(shards) == math.ceil(len(self._ids) / size):
-            self._queue += self._additions(index, self._payloads.pop(index))
+        kind, index, *rest = done.task.key
+        if kind == "gather":
+            for place, payload in enumerate(done.payloads):
+                self._folds[index, place].shards[rest[0]] = payload
+                self._go_on(index, place)
+        elif kind == "fold":
+            self._folds[index, rest[0]].take(done.payloads[0])
+            self._go_on(index, rest[0])
 
-    def _additions(self, index: int, shards: dict[int, tuple[Any, ...]]) -> list[Task]:
-        ordered = [shards[start] for start in sorted(shards)]
+    def _go_on(self, index: int, place: int) -> None:
+        """Add the next shard to the sum of one layer if it is there; once all are in it, write its matrices."""
+        fold = self._folds[index, place]
+        if fold.total is None and 0 in fold.shards:
+            fold.take(fold.shards.pop(0))
+        if fold.added == len(self._starts):
+            self._queue += self._writings(index, place, self._folds.pop((index, place)).total)
+        elif not fold.busy and self._starts[fold.added] in fold.shards and fold.added:
+            fold.busy = True
+            key = ("fold", index, place, fold.added)
+            pair = (fold.total, fold.shards.pop(self._starts[fold.added]))
+            self._queue.append(Task(key, "fold_moments", (), "sum of moments", pair, outputs=1))
+
+    def _writings(self, index: int, place: int, total: Any) -> list[Task]:
+        names = list(self._ranges[index].layers.values())[place]
         return [
             Task(
-                ("add", index, name), "add_moments", (name,), label=f"moments of {name}", outputs=1,
-                payloads=tuple(payloads[place] for payloads in ordered), commit_to=(self.store.root, moment_file(name)),
+                ("write", index, name), "moments_of", (name,), label=f"moments of {name}", outputs=1, payloads=(total,),
+                commit_to=(self.store.root, moment_file(name)),
             )
-            for place, names in enumerate(self._ranges[index].layers.values())
             for name in names
         ]  # fmt: skip

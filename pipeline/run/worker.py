@@ -111,7 +111,7 @@ class Worker:
     ) -> tuple[Any, ...]:
         """Sums of second moments over some windows, for the matrices of some layers: one payload a layer.
 
-        X.weighted, X.plain and X.rows are sums over tokens, float32; `add_moments` adds those of all windows up.
+        X.weighted, X.plain and X.rows are sums over tokens, float32; `fold_moments` adds those of all windows up.
         """
         sums = self._loaded(key).gather([name for names in layers for name in names], windows, first, seed)
         return ({"peak_rss": peak_rss()}, *(_sums_payload({name: sums[name] for name in names}) for names in layers))
@@ -126,14 +126,22 @@ class Worker:
             self._calibrator = Calibrator(key, self.device)
         return self._calibrator
 
-    def add_moments(self, name: str, *shards: Payload) -> tuple[dict[str, Any], Payload]:
-        """Sums of one matrix over all shards of its layer, added in order in float64, and whose `plain` is its own."""
-        own = [next(row for row in shard.rows if row["name"] == name) for shard in shards]
-        wanted = ("weighted", "rows", "plain") if own[0]["owner"] == name else ("weighted", "rows")
-        sums = {part_name(name, part): _added(shards, part_name(name, part)).float() for part in wanted}
-        about = {"name": name, "owner": own[0]["owner"], "tokens": sum(row["tokens"] for row in own)}
-        parts = tuple(to_part(key, total) for key, total in sums.items())
-        return {"peak_rss": peak_rss()}, Payload(parts, (about,))
+    def fold_moments(self, before: Payload, shard: Payload) -> tuple[dict[str, Any], Payload]:
+        """The sums over some shards of a layer, with those over one more added to them."""
+        total = [
+            to_part(old.name, to_tensor(old) + to_tensor(new))
+            for old, new in zip(before.parts, shard.parts, strict=True)
+        ]
+        rows = [
+            old | {"tokens": old["tokens"] + new["tokens"]} for old, new in zip(before.rows, shard.rows, strict=True)
+        ]
+        return {"peak_rss": peak_rss()}, Payload(tuple(total), tuple(rows))
+
+    def moments_of(self, name: str, layer: Payload) -> tuple[dict[str, Any], Payload]:
+        """The sums of one matrix out of those of its layer, and whose `plain` is its own."""
+        own = {part_name(name, part) for part in ("weighted", "rows", "plain")}
+        (row,) = (row for row in layer.rows if row["name"] == name)
+        return {"peak_rss": peak_rss()}, Payload(tuple(part for part in layer.parts if part.name in own), (row,))
 
     def reach(self, source: Store, info: TensorInfo, moments: Moments) -> dict[str, float]:
         """What a matrix would lose, in nats a token, if each weight kept nothing but its row's scale."""
@@ -229,14 +237,6 @@ class Worker:
         except BaseException:
             self._evaluator = None  # half swapped, it would contaminate whatever is measured next
             raise
-
-
-def _added(shards: Sequence[Payload], name: str) -> torch.Tensor:
-    summands = (to_tensor(part).double() for shard in shards for part in shard.parts if part.name == name)
-    total = next(summands)
-    for summand in summands:
-        total += summand
-    return total
 
 
 def _sums_payload(sums: dict[str, Sums]) -> Payload:
