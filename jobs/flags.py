@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pipeline.config import ClusterSettings, Settings, read_config, validated
+from pipeline.config import ClusterSettings
 from pipeline.errors import ConfigError
+from pipeline.validation import Settings, read_config, validated
 
 S = TypeVar("S", bound=Settings)
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from jobs.evaluate import protocol
 from jobs.flags import add_settings, cluster_of
-from pipeline.config import ClusterSettings, SweepSettings, read_config, validated
+from pipeline.config import ClusterSettings, SweepSettings
 from pipeline.errors import ConfigError, OutputError, RunError
 from pipeline.flows.sweep import Sweep, SweepResult
 from pipeline.model.store import Store
 from pipeline.report.files import write_results
 from pipeline.report.tables import print_table
+from pipeline.validation import read_config, validated
 
 _MARK = ".swsc-sweep"  # an empty file, by which a directory of results is known
 

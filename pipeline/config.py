@@ -1,47 +1,10 @@
-"""Every setting, once: fields here are flags of the command line and keys of configuration files alike.
+"""Every setting, once: fields here are flags of the command line and keys of configuration files alike."""
 
-pydantic checks them; `validated` turns its findings into one line that names all mistakes at once.
-"""
+from typing import Literal, Self
 
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from pydantic import Field, model_validator
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from pipeline.errors import ConfigError
-
-
-def _comma_list(value: object) -> object:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-def _compiled(value: object) -> object:
-    if value is None:
-        return value
-    if not isinstance(value, str):
-        raise ValueError("not a regular expression")
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    return value
-
-
-def _number(value: object) -> object:
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-CommaList = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
-Regex = Annotated[str | None, BeforeValidator(_compiled)]
-
-
-class Settings(BaseModel):
-    """Base of all settings: unknown keys are mistakes, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+from pipeline.validation import CommaList, Regex, Settings, Width
 
 # settings that one method alone understands
 _ONLY_FOR = {
@@ -59,7 +22,6 @@ _CHOSEN = {
 # settings that change what clusters and rank cost
 _BESIDE_NUMBERS = {"segment_size", "codebooks", "scaled", "centroid_bits", "factor_bits"}
 _TUNED = {"best": 1, "data-free": 1}  # times, by preset
-Width = Annotated[Literal[4, 6, 8], BeforeValidator(_number)]
 
 
 class MatrixSettings(Settings):
@@ -290,45 +252,3 @@ class SweepSettings(CalibrationSettings):
     def for_preset(self, preset: str) -> CalibrationSettings:
         """What a variant of `preset` is calibrated on."""
         return self.model_copy(update={"calibration": None}) if preset == "data-free" else self
-
-
-S = TypeVar("S", bound=Settings)
-
-
-def validated(kind: type[S], values: dict[str, Any], source: str = "settings") -> S:
-    """`kind(**values)`, or a ConfigError of one line that names every mistake."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        # A list whose only member is wrong counts as too short as well: one mistake, one finding.
-        wrong_inside = {item["loc"][0] for item in error.errors() if len(item["loc"]) > 1}
-        items = [i for i in error.errors() if i["type"] != "too_short" or i["loc"][0] not in wrong_inside]
-        found = "; ".join(_finding(kind, item) for item in items)
-        raise ConfigError(f"{source}: {found}") from None
-
-
-def _finding(kind: type[Settings], item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"])
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        return (
-            f"{place}: unknown key; known are {', '.join(kind.model_fields)}"
-            if "." not in place
-            else f"{place}: unknown key"
-        )
-    if item["type"] == "missing":
-        return f"{place}: missing"
-    return f"{place}: {message}, got {item['input']!r}" if place else message
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Keys and values of a YAML file; those of the top level may be spelled as flags."""
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror}; check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"config file {path}: wanted a mapping of settings, got {type(loaded).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in loaded.items()}

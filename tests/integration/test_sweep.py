@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from jobs.cli import main
-from pipeline.config import SweepSettings, validated
+from pipeline.config import SweepSettings
 from pipeline.flows.sweep import Sweep
 from pipeline.flows.sweep_rows import known_model
 from pipeline.run.pool import LocalPool, Task
 from pipeline.run.worker import Worker
+from pipeline.validation import validated
 from tests.tiny import WORDS, make_tiny_model
 
 VARIANTS: list[dict[str, Any]] = [
