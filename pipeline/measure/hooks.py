@@ -1,8 +1,8 @@
 """Sums over tokens of what goes into a model's matrices and of the gradients that come back out of them.
 
-Three kinds of matrix, one kind of sum: the weight of a linear layer; an expert's, which is some rows of a joined parameter
-and is recognised by where it lies when `linear` is called with it; and an embedding, whose rows are counted as they are
-looked up, and whose second moment is that of the gradients, since it is its rows that errors are spread along.
+Four kinds of matrix, one kind of sum: the weight of a linear layer; that of a Conv1D (GPT-2), which lies transposed, so that
+inputs and gradients change places; an expert's, which is some rows of a joined parameter and is recognised by where it lies when
+`linear` is called with it; and an embedding, which is transposed, too, and whose inputs are ones: rows are counted.
 """
 
 from collections import defaultdict
@@ -75,6 +75,8 @@ class Hooks(TorchFunctionMode):
         module = self._module(name)
         if isinstance(module, torch.nn.Linear):
             self._to_hook.append((module, self._linear(name)))
+        elif type(module).__name__ == "Conv1D":
+            self._to_hook.append((module, self._transposed(name)))
         elif isinstance(module, torch.nn.Embedding):
             self._to_hook.append((module, self._embedding(name)))
         else:
@@ -131,6 +133,19 @@ class Hooks(TorchFunctionMode):
             if name not in self._sums:
                 self._start(name, output.shape[-1], arguments[0].shape[-1], owner, output)
             self._watch(name, arguments[0], output, slice(None))
+
+        return forward
+
+    def _transposed(self, name: str) -> Callable[..., None]:
+        def forward(module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if name not in self._sums:
+                self._start(name, arguments[0].shape[-1], output.shape[-1], name, output)
+            seen = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
+
+            def backward(gradient: Tensor) -> None:
+                self._sums[name].add(gradient.reshape(len(seen), -1).float(), seen.float())
+
+            output.register_hook(backward)
 
         return forward
 

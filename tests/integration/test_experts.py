@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
@@ -109,6 +111,37 @@ def test_moments_of_an_embedding_are_lookups_and_gradients(model: Path) -> None:
     total = sums.weighted.diagonal().sum()
     assert float(total) > float(once.square().sum()) > 0
     assert torch.equal(sums.weighted, sums.plain)
+
+
+def test_a_transposed_matrix_is_measured_by_the_gradients_of_its_outputs(
+    tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    """GPT-2's Conv1D, y = x W: rows of W are inputs. Tied and learnt embeddings beside it stay as they are."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / file).write_bytes((tiny_model / file).read_bytes())
+    name, window = "transformer.h.1.mlp.c_fc.weight", np.arange(20)[None]
+    calibrator = Calibrator(ModelKey(str(tmp_path / "model"), "float32", 1), "cpu")
+    module = calibrator._model.get_submodule(name.removesuffix(".weight"))
+    seen: dict[str, Any] = {}
+
+    def note(module: Any, arguments: Any, output: torch.Tensor) -> None:
+        seen["x"] = arguments[0][0]
+        output.register_hook(lambda gradient: seen.update(g=gradient[0]))
+
+    module.register_forward_hook(note)
+    sums = calibrator.gather([name], window, 0, 0)[name]
+    torch.testing.assert_close(sums.plain, seen["g"].T @ seen["g"])
+    torch.testing.assert_close(sums.rows, seen["x"].square().sum(dim=0))
+    flags = ["--preset", "best", "--bits", "4", "--include", r"c_attn|c_proj|c_fc", *CALIBRATION, "--local"]
+    argv = ["compress", str(tmp_path / "model"), str(tmp_path / "out"), "--calibration", str(calibration)]
+    assert main([*argv, *flags]) == 0
+    report = json.loads((tmp_path / "out" / "swsc_report.json").read_text())
+    assert sum(row["action"] == "compressed" for row in report["tensors"]) == 8
 
 
 def test_all_of_it_is_compressed_tuned_and_measured(

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import CheckpointError, RunError, SwscError, WorkerLost
-from pipeline.run.driver import TaskList, execute
+from pipeline.run.driver import StagedTasks, Stages, TaskList, execute
 from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress
 
@@ -85,3 +85,26 @@ def test_a_failing_task_does_not_stop_the_others() -> None:
 def test_a_users_mistake_stops_the_run_at_once() -> None:
     with pytest.raises(CheckpointError, match="NaN"):
         run("abcdef", {"a": [CheckpointError("a holds NaN")]})
+
+
+def staged(log: list[list[str]]) -> Stages:
+    """Three stages: what came of each is noted."""
+    for names in ("abc", "d", "ef"):
+        found = yield [Task(name, "work", ()) for name in names]
+        log.append([done.value for done in found])
+
+
+def test_a_stage_begins_when_the_one_before_has_ended_and_gets_its_results_in_order() -> None:
+    pool, log = ScriptedPool({"b": [WorkerLost("gone")]}), []
+    with Progress("test", 6, 0) as progress:
+        execute(pool, StagedTasks(staged(log)), progress)
+    assert log == [["a", "b", "c"], ["d"], ["e", "f"]]
+    assert pool.started == list("abbcdef") or pool.started == list("abcbdef")
+
+
+def test_a_stage_that_fails_is_the_last() -> None:
+    pool, log = ScriptedPool({"d": [RunError("d: no luck")]}), []
+    with Progress("test", 6, 0) as progress, pytest.raises(RunError, match="d: no luck"):
+        execute(pool, StagedTasks(staged(log)), progress)
+    assert log == [["a", "b", "c"]]
+    assert "e" not in pool.started
