@@ -106,12 +106,14 @@ class Tuning:
     def _stages(self, step: int) -> Stages:
         before = yield self._measurements(0, ())
         state: tuple[Any, ...] = ()
+        course: list[tuple[int, float]] = []  # of this run: a resumed one has no memory of earlier steps
         if step:
             read = yield [Task("read", "read_payload", (self._store, _state_file(step)), label="state", outputs=1)]
             state = read[0].payloads
         while step < len(self._batches):
             gradients = yield self._gradients(step, state)
             step += 1
+            course.append((step, _mean(gradients)))
             handles = tuple(done.payloads[0] for done in gradients)
             stepped = yield [
                 Task(
@@ -126,7 +128,8 @@ class Tuning:
                 self._forget_before(step)
         after = yield self._measurements(step, state)
         divergences = {"divergence_before": _mean(before), "divergence_after": _mean(after)}
-        self._store.write_json(_RESULT, {"steps": step, "tokens": sum(b.size for b in self._batches), **divergences})
+        about = {"steps": step, "tokens": sum(batch.size for batch in self._batches), **divergences}
+        self._store.write_json(_RESULT, about | {"divergence_by_step": course})
 
     def _forget_before(self, step: int) -> None:
         for name in [_state_file(earlier) for earlier in range(step)]:
