@@ -6,6 +6,7 @@ in it stops growing: error matrices of K-Means have flat spectra, on which a fix
 wasteful, and on which the Krylov subspace needs about a third of the products of plain subspace iteration.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from swsc_core.checks import require_range
 
 _EXACT_SIDE = 1024  # up to this smaller side the exact SVD costs under a second on one core
+_ROWS = 512  # whose squares are summed at a time
 _BLOCK = 64  # columns that the subspace grows by: wide enough for GEMM, narrow enough for few wasted products
 
 
@@ -79,7 +81,7 @@ def _dominant_subspace(matrix: Tensor, rank: int, seed: int, tolerance: float) -
     generator = torch.Generator().manual_seed(seed)
     block = torch.linalg.qr(matrix @ torch.randn(n, _BLOCK, generator=generator).to(matrix)).Q
     basis, image = block, block.T @ matrix
-    total, captured, n_iter, check_at = float(matrix.square().sum(dtype=torch.float64)), -1.0, 1, rank + _BLOCK
+    total, captured, n_iter, check_at = _energy(matrix), -1.0, 1, rank + _BLOCK
     while basis.shape[1] < m:
         exhausted = float(image.square().sum(dtype=torch.float64)) >= total * (1 - 1e-6)
         if exhausted and basis.shape[1] >= rank:
@@ -96,6 +98,11 @@ def _dominant_subspace(matrix: Tensor, rank: int, seed: int, tolerance: float) -
             break
     directions = torch.linalg.eigh((image @ image.T).double()).eigenvectors[:, -rank:].to(matrix)
     return basis @ directions, directions.T @ image, n_iter
+
+
+def _energy(matrix: Tensor) -> float:
+    """Sum of squares in float64, some rows at a time."""
+    return math.fsum(float(rows.square().sum(dtype=torch.float64)) for rows in matrix.split(_ROWS))
 
 
 def _orthonormal_to(basis: Tensor, block: Tensor, generator: torch.Generator) -> Tensor:

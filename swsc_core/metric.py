@@ -59,9 +59,13 @@ class Metric:
         """The diagonal of D for some rows, as a column [rows, 1]."""
         return None if self.row_weights is None else self.row_weights[rows, None]
 
-    def whiten(self, error: Tensor) -> Tensor:
-        """D^½ E L: an error whose plain sum of squares is the energy of `error`."""
-        return self.whiten_inputs(error if self.row_weights is None else error * self.row_weights.sqrt()[:, None])
+    def whiten_(self, error: Tensor) -> Tensor:
+        """D^½ E L, in the place of `error`: its plain sum of squares is the energy that `error` had."""
+        for first in range(0, len(error), _ROWS):
+            rows = slice(first, first + _ROWS)
+            weights = self.weights_of(rows)
+            error[rows] = self.whiten_inputs(error[rows] if weights is None else error[rows] * weights.sqrt())
+        return error
 
     def whiten_inputs(self, rows: Tensor) -> Tensor:
         """Rows times L, [any, n]: their plain squared distances are those of the layer's outputs."""

@@ -141,24 +141,29 @@ class _Compression:
             self.left, self.right = (
                 store_values(self.dense.new_zeros(0, n), None, self.dtype) for n in self.dense.shape
             )
-            left = self.sharing.energy() if self.spec.n_clusters else self.metric.energy(self.dense)
-            self.cluster_error = self.energy = left
+            self.cluster_error = self.energy = self._left()
         self.seconds["svd"] += time.perf_counter() - started
 
     def _compensate(self) -> None:
+        self.sharing.target = self.dense  # a round's own is not needed any more: one matrix less while the SVD runs
         error = self._shared().neg_().add_(self.dense)
         self.cluster_error = self.metric.energy(error)
-        low_rank = truncated_svd(self.metric.whiten(error), self.spec.rank, seed=self.seed)
+        low_rank = truncated_svd(self.metric.whiten_(error), self.spec.rank, seed=self.seed)
+        del error
         left, right = self.metric.unwhiten_left(low_rank.left), self.metric.unwhiten_right(low_rank.right)
         self.left = store_values(left.T.contiguous(), self.spec.factor_bits, self.dtype)
         self.right = store_values(right.contiguous(), self.spec.factor_bits, self.dtype)
-        self.energy = self.metric.energy(error.sub_(self._compensation()))
+        self.sharing.target = torch.addmm(self.dense, self.left.expand().T, self.right.expand(), alpha=-1)
+        self.energy = self._left()
+
+    def _left(self) -> float:
+        """Energy of what the stored parts leave of the sharing's target."""
+        return self.sharing.energy() if self.spec.n_clusters else self.metric.energy(self.sharing.target)
 
     def _another_round(self) -> bool:
         """Refit, reassign, decompose again; whether it helped. What does not help is taken back."""
         started = time.perf_counter()
         before = (self.sharing.snapshot(), self.left, self.right, self.cluster_error, self.energy)
-        self.sharing.target = self.dense - self._compensation() if self.spec.rank else self.dense
         self.sharing.refit()
         self.sharing.reassign()
         self.seconds["sharing"] += time.perf_counter() - started
@@ -173,9 +178,6 @@ class _Compression:
     def _shared(self) -> Tensor:
         """W' in float32; zero when there are no clusters."""
         return self.sharing.restored() if self.spec.n_clusters else torch.zeros_like(self.dense)
-
-    def _compensation(self) -> Tensor:
-        return self.left.expand().T @ self.right.expand()
 
     def result(self) -> tuple[SwscMatrix, CompressStats]:
         stats = CompressStats(
