@@ -51,7 +51,7 @@ def main() -> int:
         measure(*arguments.shape)
         return 0
     rows = []
-    for m, n, rank in ((4096, 4096, 0), (4096, 4096, 32), (2048, 5504, 0)):
+    for m, n, rank in ((4096, 4096, 0), (4096, 4096, 32), (4096, 11008, 0), (2048, 5504, 0)):
         command = [sys.executable, "-m", "benchmarks.memory", "--shape", str(m), str(n), str(rank)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         copies, seconds = map(float, done.stdout.split())

@@ -210,4 +210,5 @@ def _spread(matrix: SwscMatrix) -> Tensor:
         return torch.zeros(layout.m, layout.n, device=matrix.centroids.data.device)
     labels = unpack(matrix.labels, label_bits(k), layout.count).chunk(matrix.codebooks)
     centroids = matrix.centroids.expand().chunk(matrix.codebooks)
-    return torch.cat([layout.matrix(book[own]) for book, own in zip(centroids, labels, strict=True)])
+    parts = [layout.matrix(book[own]) for book, own in zip(centroids, labels, strict=True)]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
