@@ -107,10 +107,6 @@ def test_the_gradient_is_that_of_a_small_move(tiny_model: Path, tuned: Path) -> 
     assert (at(1) - at(-1)) / 2 == pytest.approx(float((gradient * move).sum()), rel=0.02)
 
 
-class Cut(Exception):
-    """The process is gone."""
-
-
 def test_a_tuning_that_was_cut_short_goes_on_to_the_same_bytes(
     tiny_model: Path, calibration: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
