@@ -28,9 +28,9 @@ def make_tiny_model(path: Path, *, layers: int = 3, seed: int = 0, tied: bool = 
     return path
 
 
-def make_text(path: Path, words: int = 2000) -> Path:
+def make_text(path: Path, words: int = 2000, seed: int = 0) -> Path:
     """A text of `words` random words that the tiny tokenizer knows."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     path.write_text(" ".join(draw.choice(WORDS) for _ in range(words)), encoding="utf-8")
     return path
 

@@ -5,6 +5,7 @@ original is the teacher, no text has to be right about anything. Its gradient by
 backward pass, in which the gradient of a whole weight never outlives its matrix.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,16 +134,16 @@ class Tuned:
     store: Store
     file: str | None
 
-    def encoded(self, name: str, weight: Tensor, device: str) -> Encoded:
-        """The matrix `name` with tuned values; `weight` is the original, to compare with."""
-        model = open_model(self.compressed)
-        entry = model.entries[name]
-        matrix = matrix_of({part: tensor.to(device) for part, tensor in model.read_parts(name).items()}, entry)
-        if self.file:
-            kept = [info for info in read_header(self.store, self.file)[1] if info.name.startswith(f"values/{name}/")]
-            values = {info.name.rsplit("/", 1)[1]: read_tensor(self.store, info).to(device) for info in kept}
-            matrix = Tunable(matrix).stored(values)
-        return encoded_as(matrix, entry, weight, name)
+    def encoded(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Encoded]:
+        """Matrices with tuned values, one at a time; `weights` are names and originals, to compare with."""
+        model, kept = open_model(self.compressed), read_header(self.store, self.file)[1] if self.file else []
+        for name, weight in weights:
+            parts = {part: tensor.to(weight.device) for part, tensor in model.read_parts(name).items()}
+            matrix = matrix_of(parts, model.entries[name])
+            infos = [info for info in kept if info.name.startswith(f"values/{name}/")]
+            values = {info.name.rsplit("/", 1)[1]: read_tensor(self.store, info).to(weight.device) for info in infos}
+            matrix = Tunable(matrix).stored(values) if values else matrix
+            yield encoded_as(matrix, model.entries[name], weight, name)
 
 
 def tunables(location: str, device: str) -> dict[str, Tunable]:

@@ -194,8 +194,9 @@ class Worker:
         """A layer of the compressed model that was tuned, with tuned values; `rows` are those of its report."""
         parts: list[Part] = []
         changed = []
-        for info, _ in task.items:
-            encoded = tuned.encoded(info.name, self._read(source, info), self.device)
+        infos = [info for info, _ in task.items]
+        ready = tuned.encoded((info.name, self._read(source, info)) for info in infos)
+        for info, encoded in zip(infos, ready, strict=True):
             tensors = encoded.tensors if form == "swsc" else {"weight": encoded.restored}
             parts += [to_part(part_name(info.name, part), tensor) for part, tensor in tensors.items()]
             changed.append({**rows[info.name], **_errors(info, encoded), "entry": encoded.entry})

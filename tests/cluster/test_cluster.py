@@ -15,7 +15,7 @@ import pytest
 
 from jobs.cli import main
 from tests.cluster.conftest import RAY, ROOT, Cluster
-from tests.tiny import WORDS, contents, make_tiny_model
+from tests.tiny import contents, make_text, make_tiny_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 FLAGS = ("--bits", "4", "--projectors", "q,k,down")
@@ -44,9 +44,7 @@ def test_ray_run_is_bitwise_equal_to_local_run(
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path, draw = tmp_path_factory.mktemp("calibration") / "calibration.txt", random.Random(78)
-    path.write_text(" ".join(draw.choice(WORDS) for _ in range(21_000)), encoding="utf-8")
-    return path
+    return make_text(tmp_path_factory.mktemp("calibration") / "calibration.txt", 21_000, seed=78)
 
 
 def calibrated(calibration: Path, cache: Path) -> list[object]:

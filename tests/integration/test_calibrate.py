@@ -1,7 +1,6 @@
 """Second moments of a real (tiny) model, and compressions that use them, in the plain loop."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.moments import Moments, blend
 from pipeline.model.store import Store
 from pipeline.run import pool, worker
-from tests.tiny import WORDS, contents
+from tests.tiny import WORDS, contents, make_text
 
 ROLES = "q,k,v,o,gate,up,down"
 SHORT = ["--calibration-windows", "6", "--calibration-seqlen", "32"]
@@ -31,9 +30,7 @@ SHORT = ["--calibration-windows", "6", "--calibration-seqlen", "32"]
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of the same words as the text that is measured on, in another order."""
-    path, draw = tmp_path_factory.mktemp("calibration") / "calibration.txt", random.Random(77)
-    path.write_text(" ".join(draw.choice(WORDS) for _ in range(1500)), encoding="utf-8")
-    return path
+    return make_text(tmp_path_factory.mktemp("calibration") / "calibration.txt", 1500, seed=77)
 
 
 def compress(model: Path, output: Path, text: Path, *flags: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Mixtures of experts, whose matrices transformers joins when it loads them, and embeddings: calibrated, compressed, tuned."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from pipeline.measure.calibration import Calibrator
 from pipeline.measure.perplexity import ModelKey
 from pipeline.measure.slots import find_slot
 from pipeline.model.artifact import open_model
-from tests.tiny import WORDS
+from tests.tiny import WORDS, make_text
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -60,9 +59,7 @@ def model(kind: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path, draw = tmp_path_factory.mktemp("calibration") / "calibration.txt", random.Random(77)
-    path.write_text(" ".join(draw.choice(WORDS) for _ in range(1500)), encoding="utf-8")
-    return path
+    return make_text(tmp_path_factory.mktemp("calibration") / "calibration.txt", 1500, seed=77)
 
 
 def test_an_expert_is_found_by_its_values(kind: str, model: Path) -> None:

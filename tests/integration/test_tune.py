@@ -1,7 +1,6 @@
 """Tuning a real (tiny) compressed model, in the plain loop: it helps, it resumes, it is taken back when it does not help."""
 
 import json
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from pipeline.flows import tune as flow
 from pipeline.measure.tuner import TuneKey, Tuner
 from pipeline.model.artifact import open_model
 from pipeline.run import pool, worker
-from tests.tiny import WORDS, contents
+from tests.tiny import contents, make_text
 
 FLAGS = ["--local", "--calibration-windows", "32", "--calibration-seqlen", "32", "--clusters", "16", "--rank", "2"]
 FLAGS += ["--segment-size", "4", "--scaled", "--centroid-bits", "8", "--factor-bits", "8", "--projectors", "q,k,v,down"]
@@ -33,9 +32,7 @@ def short_steps() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path, draw = tmp_path_factory.mktemp("calibration") / "calibration.txt", random.Random(77)
-    path.write_text(" ".join(draw.choice(WORDS) for _ in range(2000)), encoding="utf-8")
-    return path
+    return make_text(tmp_path_factory.mktemp("calibration") / "calibration.txt", 2000, seed=77)
 
 
 def compress(model: Path, output: Path, text: Path, *flags: str) -> dict[str, Any]:
