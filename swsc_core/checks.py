@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+_PART_VALUES = 1 << 20  # that are looked at at a time: what is made of them stays in a cache
+
 
 class WeightError(ValueError):
     """The weights themselves cannot be compressed (NaN, Inf, not a matrix), whatever the settings."""
@@ -16,13 +18,16 @@ def require_matrix(name: str, weight: Tensor) -> None:
         raise WeightError(f"{name}: shape {list(weight.shape)}, wanted a non-empty 2-D matrix; exclude this tensor")
     if not weight.is_floating_point():
         raise WeightError(f"{name}: dtype {weight.dtype}, wanted a floating point matrix; exclude this tensor")
-    # fp8 has no isfinite kernel; float32 holds every fp8 value.
-    finite = torch.isfinite(weight.float() if weight.element_size() == 1 else weight)
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
+    if bad := not_finite(weight):
         raise WeightError(
             f"{name}: {bad} of {weight.numel()} values are NaN or Inf; repair the checkpoint or exclude this tensor"
         )
+
+
+def not_finite(values: Tensor) -> int:
+    """Number of values that are NaN or Inf, counted a part at a time."""
+    # fp8 has no isfinite kernel; float32 holds every fp8 value.
+    return sum(int((~torch.isfinite(part.float())).sum()) for part in values.reshape(-1).split(_PART_VALUES))
 
 
 def require_range(name: str, what: str, value: int, low: int, high: int) -> None:

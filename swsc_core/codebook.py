@@ -12,7 +12,7 @@ from swsc_core.points import sum_by_label
 _SAMPLES, _SAMPLES_PER_CENTROID = 1 << 15, 128  # segments that a codebook is learnt from: the larger of the two
 _SEEDED, _SEEDED_PER_CENTROID = 1 << 12, 16  # of them, those that k-means++ draws seeds from
 _ITERATIONS = 12
-_BLOCK_VALUES = 1 << 21  # distances that are held at a time: 8 MiB, what a cache holds
+_BLOCK_VALUES, _GPU_BLOCK_VALUES = 1 << 19, 1 << 24  # distances that are held at a time: 2 MiB, what a cache holds
 
 
 def sample_size(n_clusters: int) -> int:
@@ -41,18 +41,31 @@ def weighted_kmeans(points: Tensor, weights: Tensor, n_clusters: int, generator:
 
 
 def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
-    """For each point the centroid of least Σ w (x − c)², int64 [n]; w is [n, d], or one."""
-    block, squares = max(1, _BLOCK_VALUES // len(centroids)), centroids.square()
-    norms, labels = squares.sum(dim=1), []
+    """For each point the centroid of least Σ w (x − c)², int64 [n] (the first, if equal); w is [n, d], or one."""
+    squares = centroids.square()
+    ours = torch.cat([squares.sum(dim=1, keepdim=True) if weights is None else squares, -2 * centroids], dim=1)
+    values = _GPU_BLOCK_VALUES if points.is_cuda else _BLOCK_VALUES
+    block, labels = max(1, values // len(centroids)), []
     for start in range(0, len(points), block):
         part = points[start : start + block]
-        if weights is None:
-            costs = torch.addmm(norms, part, centroids.T, alpha=-2)
-        else:
-            weight = weights[start : start + block]
-            costs = torch.addmm(weight @ squares.T, weight * part, centroids.T, alpha=-2)
-        labels.append(costs.argmin(dim=1))
+        weight = part.new_ones(len(part), 1) if weights is None else weights[start : start + block]
+        labels.append(_first_least(ours @ torch.cat([weight, weight * part], dim=1).T))
     return labels[0] if len(labels) == 1 else torch.cat(labels)
+
+
+def _first_least(costs: Tensor) -> Tensor:
+    """Row of the least value of each column of `costs` [k, n], int64 [n]; `costs` is written over.
+
+    In place of `argmin`, which looks at one value at a time on a CPU: a product counts the values equal to the least one
+    and adds up their rows, which is the row asked for where there is one.
+    """
+    least = costs.eq_(costs.amin(dim=0))
+    rows = torch.arange(len(costs), dtype=costs.dtype, device=costs.device)
+    count, total = torch.stack([torch.ones_like(rows), rows]) @ least
+    labels, unclear = total.long(), (count != 1).nonzero()[:, 0]
+    if len(unclear):
+        labels[unclear] = least[:, unclear].argmax(dim=0)
+    return labels
 
 
 def _seed(points: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:

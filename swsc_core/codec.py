@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swsc_core.checks import WeightError
+from swsc_core.checks import WeightError, not_finite
 from swsc_core.layout import Layout
 from swsc_core.metric import Metric
 from swsc_core.rtn import RtnMatrix, dequantize, group_length, quantize
@@ -138,9 +138,9 @@ def _encoded(
 ) -> Encoded:
     parts = {part: tensor.contiguous() for part, tensor in parts.items()}
     for tensor in parts.values():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if tensor.is_floating_point() and not_finite(tensor):
             raise WeightError(f"{name}: values overflow {dtype_name(tensor.dtype)}; choose a wider storage dtype")
-    if not bool(torch.isfinite(restored.float()).all()):
+    if not_finite(restored):
         raise WeightError(f"{name}: restored values overflow {dtype_name(restored.dtype)}; leave this tensor out")
     return Encoded(parts, entry, restored, *_squares(weight, restored), stats)
 

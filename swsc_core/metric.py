@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swsc_core.checks import WeightError
+from swsc_core.checks import WeightError, not_finite
 
 _ROWS = 512  # of an error that are multiplied at a time
 _DAMPING = 0.01  # share of the mean diagonal that is added: keeps directions that calibration never saw from being free
@@ -100,7 +100,7 @@ class Metric:
 
 def _damped(moment: Tensor, name: str) -> Tensor:
     mean = float(moment.diagonal().double().mean())
-    if not 0 < mean < float("inf") or not bool(torch.isfinite(moment).all()):
+    if not 0 < mean < float("inf") or not_finite(moment):
         raise WeightError(
             f"{name}: its second moment has a mean diagonal of {mean}; no calibration text reached it, or it overflowed:"
             " give more text, or exclude this tensor"

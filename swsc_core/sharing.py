@@ -23,7 +23,7 @@ from swsc_core.points import sum_by_label
 from swsc_core.spec import SwscSpec
 from swsc_core.values import Values, store_scales, store_values
 
-SLAB_VALUES = 1 << 21  # weights of a slab of rows: temporaries are a few times 8 MiB
+_LEAST_SLAB, _SLAB, _SLABS = 1 << 19, 1 << 21, 16  # weights of a slab, and the number of them from which it grows
 _GPU_SLABS = 16  # times as large on a GPU, which would wait for the calls otherwise
 _LAZY_COLUMNS = 128  # columns after which the rest of a slab is updated
 CONJUGATE_STEPS = 12
@@ -153,13 +153,8 @@ class Sharing:
         """Preconditioned conjugate gradients on the normal equations; exact in one step in the plain metric."""
         residual, diagonal = torch.zeros_like(centroids), torch.zeros_like(centroids)
         for rows in self._slabs():
-            error = self.target[rows] - self._slab(rows, centroids)
-            residual += self._gather(rows, self.metric.product(error))
-            ones = (
-                torch.ones_like(error) if self.metric.moment is None else self.metric.moment.diagonal().expand_as(error)
-            )
-            scaled = ones if self.scales is None else ones * self.scales[rows]
-            diagonal += self._gather(rows, scaled)
+            residual += self._gather(rows, self.metric.product(self.target[rows] - self._slab(rows, centroids)))
+            diagonal += self._gather(rows, self._diagonal(rows))
         preconditioner = torch.where(diagonal > 0, 1 / diagonal, 0)
         direction = preconditioner * residual
         if self.metric.moment is None:
@@ -177,6 +172,15 @@ class Sharing:
             fit, before = _dot(residual, direction), fit
             step_from = direction + fit / before * step_from
         return centroids
+
+    def _diagonal(self, rows: slice) -> Tensor:
+        """What the square of each weight of some rows costs, times the row's scale: [rows, n]."""
+        shape = self.target[rows].shape
+        if self.metric.moment is None:
+            ones = self.target.new_ones(shape)
+        else:
+            ones = self.metric.moment.diagonal().expand(shape)
+        return ones if self.scales is None else ones * self.scales[rows]
 
     def _normal(self, centroids: Tensor) -> Tensor:
         """The normal equations' matrix times a change of the codebook."""
@@ -267,7 +271,7 @@ class Sharing:
     def _slabs(self) -> Iterator[slice]:
         """Blocks of rows of one codebook each, of bounded size."""
         step = self.layout.row_step
-        values = SLAB_VALUES * (_GPU_SLABS if self.target.is_cuda else 1)
+        values = slab_values(self.target.numel()) * (_GPU_SLABS if self.target.is_cuda else 1)
         height = max(1, values // self.layout.n // step) * step
         for book in self._book_rows():
             yield from (slice(start, min(book.stop, start + height)) for start in range(book.start, book.stop, height))
@@ -279,6 +283,12 @@ class Sharing:
     def _lazy_blocks(self) -> Iterator[tuple[int, int]]:
         width = max(1, _LAZY_COLUMNS // self.layout.width) * self.layout.width
         return ((start, min(self.layout.n, start + width)) for start in range(0, self.layout.n, width))
+
+
+def slab_values(count: int) -> int:
+    """Weights of a slab of rows of a matrix of `count`. About five temporaries of its size are alive at a time: all of them
+    together are less than half of a large matrix, and a small one is done in one piece."""
+    return min(_SLAB, max(_LEAST_SLAB, count // _SLABS))
 
 
 def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:

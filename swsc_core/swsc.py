@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swsc_core.bits import Geometry, label_bits
-from swsc_core.checks import WeightError, derive_seed, require_matrix
+from swsc_core.checks import WeightError, derive_seed, not_finite, require_matrix
 from swsc_core.kmeans import kmeans
 from swsc_core.layout import Layout
 from swsc_core.lowrank import truncated_svd
@@ -110,7 +110,7 @@ class _Compression:
         if self.spec.n_clusters:
             self._first_sharing()
         self.seconds["sharing"] += time.perf_counter() - started
-        if not bool(torch.isfinite(self.sharing.centroids.expand()).all()):
+        if not_finite(self.sharing.centroids.expand()):
             raise WeightError(f"{name}: centroids overflow {self.dtype}; choose a wider storage dtype")
         self._decompose()
         while self.spec.n_clusters and self.rounds < self.spec.rounds and self._another_round():

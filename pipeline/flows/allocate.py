@@ -24,7 +24,7 @@ from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
 
 _CURVES = "curves.json"
-_VERSION = 3  # goes up with every change of the menu or of what is measured
+_VERSION = 4  # goes up with every change of the menu or of what is measured
 
 
 def allocate_plan(

@@ -11,7 +11,7 @@ from swsc_core.codebook import sample_size
 from swsc_core.kmeans import effort
 from swsc_core.lowrank import is_exact
 from swsc_core.points import gram_pays
-from swsc_core.sharing import CONJUGATE_STEPS, SLAB_VALUES
+from swsc_core.sharing import CONJUGATE_STEPS, slab_values
 from swsc_core.spec import Spec, SwscSpec
 
 WORKER_BASE = 450 << 20  # bytes of a worker that holds no weights: Python, torch, transformers, Ray
@@ -98,7 +98,7 @@ def _segment_seconds(m: int, n: int, spec: SwscSpec, speed: float) -> float:
     passes = 1 + spec.rounds
     products = 2 * m * n * n * (passes + CONJUGATE_STEPS * spec.rounds) + n**3 if spec.metric == "activations" else 0
     distances = _DISTANCE * k * (layout.count * passes + _CODEBOOK_PASSES * sample_size(k) * spec.codebooks)
-    blocks = passes * layout.grid[1] * _BLOCK_SECONDS * -(-m * n // SLAB_VALUES)
+    blocks = passes * layout.grid[1] * _BLOCK_SECONDS * -(-m * n // slab_values(m * n))
     return (products + distances) / speed + blocks
 
 

@@ -25,6 +25,7 @@ from pipeline.model.moments import Moments
 from pipeline.model.parts import Part, Payload, copy_tensors, read_tensor, to_part, to_tensor
 from pipeline.model.plan import CopyTask, LayerTask
 from pipeline.model.store import FileRecord, Store
+from pipeline.run.heap import return_freed_blocks
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
 from swsc_core.codec import dtype_name
@@ -97,6 +98,7 @@ class Worker:
         storage_dtype: str | None, read_seconds: float, moments: Moments | None = None,
     ) -> tuple[Encoded, dict[str, Any]]:  # fmt: skip
         started = time.perf_counter()
+        return_freed_blocks(info.count)
         dtype = getattr(torch, storage_dtype) if storage_dtype else None
         try:
             metric = moments.metric(info.name, self.device)[0] if moments else None

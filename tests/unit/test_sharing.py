@@ -155,7 +155,7 @@ def test_feedback_matches_its_definition_column_by_column() -> None:
 def test_slabs_and_lazy_updates_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, metric = weight_of(18, 24, 32), Metric(moment_of(19, 32))
     whole = encode(weight, [SEGMENTED], metric=metric)
-    monkeypatch.setattr("swsc_core.sharing.SLAB_VALUES", 32 * 5)
+    monkeypatch.setattr("swsc_core.sharing.slab_values", lambda count: 32 * 5)
     monkeypatch.setattr("swsc_core.sharing._LAZY_COLUMNS", 6)
     pieces = encode(weight, [SEGMENTED], metric=metric)
     assert pieces.stats["energy"] == pytest.approx(whole.stats["energy"], rel=0.05)
