@@ -26,7 +26,7 @@ from swsc_core.values import Values, store_scales, store_values
 _LEAST_SLAB, _SLAB, _SLABS = 1 << 19, 1 << 21, 16  # weights of a slab, and the number of them from which it grows
 _GPU_SLABS = 16  # times as large on a GPU, which would wait for the calls otherwise
 _LAZY_COLUMNS = 128  # columns after which the rest of a slab is updated
-CONJUGATE_STEPS = 12
+CONJUGATE_STEPS = 4  # a later round goes on where this one stopped: twelve gave the same energies (docs/experiments.md)
 
 
 class Sharing:

@@ -91,7 +91,7 @@ def _curves(
             curves["shares"].setdefault(key[0], {})[key[1]] = done.value
 
     tasks = _tasks(source, infos, settings, moments)
-    run_alone(tasks, compression_bytes(plan.largest_matrix, plan.widest_moment), note, make_pool, "curves", "tasks")
+    run_alone(tasks, compression_bytes(plan), note, make_pool, "curves", "tasks")
     for kind, found in curves["shares"].items():
         curves["shares"][kind] = [pair for place in sorted(found) for pair in found[place]]
     moments.store.write_json(_CURVES, curves)

@@ -24,7 +24,7 @@ from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
-ALGORITHM = 6  # goes up with every change that changes bytes: files of two versions are never mixed
+ALGORITHM = 7  # goes up with every change that changes bytes: files of two versions are never mixed
 PoolMaker = Callable[[int, int], Pool]  # number of tasks, bytes of memory that a worker needs -> a pool for them
 
 
@@ -103,7 +103,7 @@ def compress_model(
     moments = calibrated.moments if calibrated else None
     ready = tune() if tune else None
     tasks = [task for task in _tasks(source, plan, store, settings, moments, ready) if task.key not in out.finished]
-    run_tasks(tasks, compression_bytes(plan.largest_matrix, plan.widest_moment), note, make_pool, out, "compress")
+    run_tasks(tasks, compression_bytes(plan), note, make_pool, out, "compress")
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["files_of_an_earlier_run"] = len(out.finished)
     if ready:

@@ -8,7 +8,7 @@ from pipeline.flows.compress import ALGORITHM, PoolMaker, begin_with_room, requi
 from pipeline.model.artifact import Model, finish, open_model
 from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.model.families import layer_of
-from pipeline.model.forecast import compression_bytes
+from pipeline.model.forecast import restoring_bytes
 from pipeline.model.plan import CopyTask
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.pool import Done, Task
@@ -39,7 +39,7 @@ def restore_model(location: str, output: str, make_pool: PoolMaker) -> dict[str,
         records[record.name] = record
 
     todo = [task for task in tasks if task.key not in out.finished]
-    memory = compression_bytes(max(model.count(name) for name in model.entries))
+    memory = restoring_bytes(max(model.count(name) for name in model.entries))
     run_tasks(todo, memory, note, make_pool, out, "restore")
     finish(out, source, [records[name] for name in sorted(records)], model.config, report)
     return report

@@ -112,7 +112,7 @@ class Sweep:
     def worker_bytes(self) -> int:
         """Peak memory of a worker: it may hold an evaluation model while it compresses."""
         plans = [run.plan for run in self._runs if run.plan]
-        compressing = max(compression_bytes(plan.largest_matrix, plan.widest_moment) for plan in plans)
+        compressing = max(compression_bytes(plan) for plan in plans)
         models = [Model(checkpoint, {}) for checkpoint in self._checkpoints]
         measuring = [worker_bytes(model, text) for model in models for text in self._settings.evaluations]
         return compressing + max(measuring, default=WORKER_BASE) - WORKER_BASE

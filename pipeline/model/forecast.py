@@ -15,8 +15,9 @@ from swsc_core.sharing import CONJUGATE_STEPS, slab_values
 from swsc_core.spec import Spec, SwscSpec
 
 WORKER_BASE = 450 << 20  # bytes of a worker that holds no weights: Python, torch, transformers, Ray
-_MOMENTS = 4
-_MATRICES = 8  # float32 copies of the largest matrix that are alive at the peak of a compression
+# Float32 copies of a matrix that are alive at the peak of its compression (benchmarks/memory.py, benchmarks/llama7b_shape.py):
+_WHOLE, _SEGMENTED = 8, 4  # shared by whole channels, with their Gram matrix; by segments, worked through in slabs
+_MOMENTS = 2  # its second moment and the root of that
 # What K-Means and SVD take, fitted to runs of benchmarks/llama7b_shape.py and of the demo (docs/experiments.md):
 _STARTED, _REFINED = 20, 150  # Lloyd iterations of a start, and of the refinement of one
 _STEP_SECONDS = 3e-4  # of an iteration, and half of it of a seed, beside the arithmetic
@@ -38,17 +39,29 @@ def forecast(plan: Plan, form: str) -> dict[str, Any]:
         "compressed_bits_per_weight": 8 * compressed / count,
         "whole_model_bits_per_weight": 8 * plan.stored_bytes / plan.weights,
         "share_of_weights_compressed": count / plan.weights,
-        "worker_peak_bytes": compression_bytes(plan.largest_matrix, plan.widest_moment),
+        "worker_peak_bytes": compression_bytes(plan),
         "core_seconds": core_seconds(plan, _gemm_speed()),
     }
 
 
-def compression_bytes(largest_matrix: int, widest_moment: int = 0) -> int:
-    """Peak memory of a worker that compresses or restores matrices of up to `largest_matrix` weights.
+def compression_bytes(plan: Plan) -> int:
+    """Peak memory of a worker that compresses the matrices of `plan`, one at a time."""
+    return WORKER_BASE + 4 * max(
+        _peak_values(decision, spec) for decision in plan.compressed for spec in decision.specs
+    )
 
-    `widest_moment`: values of the largest second moment: itself, its root, and two more while they are read and made.
-    """
-    return WORKER_BASE + 4 * (_MATRICES * largest_matrix + _MOMENTS * widest_moment)
+
+def _peak_values(decision: Decision, spec: Spec) -> int:
+    count, inputs = decision.info.count, decision.info.shape[1]
+    if not isinstance(spec, SwscSpec):
+        return _WHOLE * count
+    moments = _MOMENTS * inputs**2 if spec.metric == "activations" else 0
+    return (_WHOLE if spec.segment_size is None else _SEGMENTED) * count + moments
+
+
+def restoring_bytes(largest_matrix: int) -> int:
+    """Peak memory of a worker that restores matrices of up to `largest_matrix` weights."""
+    return WORKER_BASE + 4 * _WHOLE * largest_matrix
 
 
 def evaluation_bytes(model: Model, dtype: str, tokens: int) -> int:

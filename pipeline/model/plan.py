@@ -15,7 +15,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.checkpoint import FLOATS, Checkpoint, TensorInfo
 from pipeline.model.families import layer_of, role_patterns
 from pipeline.model.specs import budget_bytes, require_affordable, resolve, value_bits
-from swsc_core.spec import Spec, SwscSpec
+from swsc_core.spec import Spec
 
 _COPY_BYTES = 2 << 30  # largest file of copied tensors: large single files are copied in parallel
 
@@ -88,19 +88,6 @@ class Plan:
         """Foretold bytes of all tensors in the given output format."""
         dense = sum(decision.info.nbytes for decision in self.decisions if decision.action != "tied")
         return self.stored_bytes if form == "swsc" else dense
-
-    @property
-    def largest_matrix(self) -> int:
-        """Weights of the largest compressed matrix."""
-        return max(decision.info.count for decision in self.compressed)
-
-    @property
-    def widest_moment(self) -> int:
-        """Values of the largest second moment that a matrix is compressed with; 0 if none needs one."""
-        pairs = ((decision.info.shape[1], spec) for decision in self.compressed for spec in decision.specs)
-        return max(
-            (n * n for n, spec in pairs if isinstance(spec, SwscSpec) and spec.metric == "activations"), default=0
-        )
 
 
 def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:

@@ -63,4 +63,9 @@ def test_the_vocabulary_of_a_multimodal_model_is_that_of_its_text_part() -> None
 def test_moments_take_memory_beside_the_matrices() -> None:
     plain, metric = (plan_of(SQUARE, projectors="q", clusters=64, metric=m) for m in ("weights", "activations"))
     extra = forecast(metric, "swsc")["worker_peak_bytes"] - forecast(plain, "swsc")["worker_peak_bytes"]
-    assert extra == 4 * 4 * 2048**2
+    assert extra == 2 * 4 * 2048**2  # the moment and its root
+
+
+def test_segments_are_worked_through_in_less_memory_than_whole_channels() -> None:
+    whole, segmented = (plan_of(SQUARE, projectors="q", clusters=64, segment_size=size) for size in (None, 4))
+    assert forecast(segmented, "swsc")["worker_peak_bytes"] < forecast(whole, "swsc")["worker_peak_bytes"]
