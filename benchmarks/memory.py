@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import print_markdown, timed
-from pipeline.model.checkpoint import read_header
+from pipeline.model.checkpoint import RUN, read_header
 from pipeline.model.moments import Moments, moment_file
 from pipeline.model.parts import DONE
 from pipeline.model.plan import LayerTask
@@ -45,7 +45,9 @@ def write(folder: Path, name: str, m: int, n: int) -> None:
     file = moment_file(f"{name}.weight")
     save_file({f"{name}.{part}": tensor for part, tensor in parts.items()}, folder / file)
     row = {"name": f"{name}.weight", "owner": f"{name}.weight", "tokens": 4096}
-    Store(str(folder)).write_json(f"{DONE}/{file}.json", {"rows": [row]})
+    store = Store(str(folder))
+    store.write_json(f"{DONE}/{file}.json", {"rows": [row]})
+    store.write_json(RUN, {"windows": [8, 512]})
 
 
 def measure(folder: Path, m: int, n: int, rank: int) -> None:

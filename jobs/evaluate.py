@@ -9,7 +9,8 @@ from typing import Any
 from jobs.flags import add_settings, settings_of
 from pipeline.config import ClusterSettings, EvaluateSettings
 from pipeline.errors import OutputError
-from pipeline.model.artifact import open_model
+from pipeline.model.artifact import Model, open_model
+from pipeline.model.families import positions_of
 from pipeline.model.store import Store
 
 
@@ -22,18 +23,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings, cluster = settings_of(arguments, EvaluateSettings, ClusterSettings)
     model = open_model(arguments.model)  # a damaged model is told of before Ray is started
+    settings = _within_positions(settings, model)
     target = _writable(arguments.json) if arguments.json else None  # and so is a place that cannot be written
     from pipeline.flows.evaluate import evaluate_model
     from pipeline.run.cluster import make_pool
 
     result = evaluate_model(arguments.model, settings, partial(make_pool, cluster))
     summarise(result)
-    positions = model.config.get("max_position_embeddings")
-    if positions and settings.seqlen > positions:
-        print(f"  note: the model was made for {positions} positions, windows are longer")
     if target:
         Store.at(str(target.parent)).write_json(target.name, result)
     return 0
+
+
+def _within_positions(settings: EvaluateSettings, model: Model) -> EvaluateSettings:
+    """Windows of the default length are cut to what the model was made for; of one that was asked for it is said."""
+    positions = positions_of(model.config)
+    if not positions or settings.seqlen <= positions:
+        return settings
+    if "seqlen" in settings.model_fields_set:
+        print(f"note: the model was made for {positions} positions, windows of {settings.seqlen} tokens are longer")
+        return settings
+    print(f"note: windows of {positions} tokens, the positions that the model was made for")
+    return settings.model_copy(update={"seqlen": positions})
 
 
 def _writable(path: str) -> Path:

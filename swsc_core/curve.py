@@ -27,11 +27,12 @@ def reach(weight: Tensor, metric: Metric) -> float:
 
 
 def share_left(weight: Tensor, spec: SwscSpec, metric: Metric, seed: int, name: str) -> float:
-    """Energy that `spec` leaves of the reach, measured on evenly spaced rows (all, where it has a rank)."""
+    """Energy that `spec` leaves of the reach, measured on evenly spaced rows (all, where it has a rank); 1 for a zero weight."""
     m, n = weight.shape
     wanted = max(_ROWS, -(-_SEGMENTS_PER_CENTROID * spec.n_clusters * spec.layout((m, n)).size // n))
     if spec.rank == 0 and wanted < m:
         rows = torch.linspace(0, m - 1, wanted, device=weight.device).long()
         weight, metric = weight[rows], metric.of_rows(rows)
     stats = compress(weight, spec, metric=metric, seed=seed, name=name)[1]
-    return stats.energy / reach(weight.float(), metric)
+    whole = reach(weight.float(), metric)
+    return stats.energy / whole if whole > 0 else 1.0  # of nothing, nothing is kept

@@ -16,6 +16,7 @@ from swsc_core.checks import WeightError, not_finite
 
 _ROWS = 512  # of an error that are multiplied at a time
 _DAMPING = 0.01  # share of the mean diagonal that is added: keeps directions that calibration never saw from being free
+_NOISE = 0.3  # of it, for as many tokens as inputs: with few tokens most directions were hardly seen
 
 
 class Metric:
@@ -27,15 +28,16 @@ class Metric:
     """
 
     def __init__(
-        self, moment: Tensor | None = None, row_weights: Tensor | None = None, *, name: str = "weight"
-    ) -> None:
-        """`moment` [n, n] and `row_weights` [m] in any scale. A float32 `moment` is taken over and scaled where it lies: two
+        self, moment: Tensor | None = None, row_weights: Tensor | None = None, *, tokens: int | None = None,
+        name: str = "weight",
+    ) -> None:  # fmt: skip
+        """`moment` [n, n], a mean over `tokens` inputs (None: the truth), and `row_weights` [m] in any scale. A float32 `moment` is taken over and scaled where it lies: two
         of its kind would be the most of the memory of a matrix that is wider than tall.
 
         Raises:
             WeightError: values that are not finite, or a moment that is zero: no input ever reached the matrix.
         """
-        self.moment = None if moment is None else _damped(moment, name)
+        self.moment = None if moment is None else _damped(moment, tokens, name)
         self.row_weights = None if row_weights is None else _normalised(row_weights, name)
 
     def of_rows(self, rows: Tensor) -> "Metric":
@@ -98,7 +100,7 @@ class Metric:
         return None if self.moment is None else self.root.diagonal().square()
 
 
-def _damped(moment: Tensor, name: str) -> Tensor:
+def _damped(moment: Tensor, tokens: int | None, name: str) -> Tensor:
     mean = float(moment.diagonal().double().mean())
     if not 0 < mean < float("inf") or not_finite(moment):
         raise WeightError(
@@ -106,7 +108,7 @@ def _damped(moment: Tensor, name: str) -> Tensor:
             " give more text, or exclude this tensor"
         )
     damped = moment.float().div_(mean)
-    damped.diagonal().add_(_DAMPING)
+    damped.diagonal().add_(_DAMPING + (_NOISE * len(moment) / tokens if tokens else 0.0))
     return damped
 
 

@@ -24,7 +24,7 @@ from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
 
 _CURVES = "curves.json"
-_VERSION = 4  # goes up with every change of the menu or of what is measured
+_VERSION = 5  # goes up with every change of the menu or of what is measured
 
 
 def allocate_plan(
@@ -104,7 +104,7 @@ def _tasks(source: Checkpoint, infos: Sequence[TensorInfo], settings: MatrixSett
         kinds.setdefault(kind_of(info), []).append(info)
     tasks = []
     for kind, members in kinds.items():
-        middle = members[len(members) // 2]
+        middle = _typical(members, moments)
         shape = (middle.shape[0], middle.shape[1])
         specs = list(candidates(shape, value_bits(middle.dtype, settings)))
         for place, some in enumerate(_dealt(specs)):
@@ -115,6 +115,13 @@ def _tasks(source: Checkpoint, infos: Sequence[TensorInfo], settings: MatrixSett
         for info in infos
     ]
     return tasks + reaches
+
+
+def _typical(members: Sequence[TensorInfo], moments: Moments) -> TensorInfo:
+    """The middle one of those that most tokens reached: an expert that got none says nothing of the others."""
+    tokens = [moments.tokens(info.name) for info in members]
+    reached = [info for info, own in zip(members, tokens, strict=True) if own == max(tokens)]
+    return reached[len(reached) // 2]
 
 
 def _dealt(specs: list[SwscSpec], size: int = 3) -> list[list[SwscSpec]]:

@@ -24,7 +24,7 @@ from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
-ALGORITHM = 7  # goes up with every change that changes bytes: files of two versions are never mixed
+ALGORITHM = 8  # goes up with every change that changes bytes: files of two versions are never mixed
 PoolMaker = Callable[[int, int], Pool]  # number of tasks, bytes of memory that a worker needs -> a pool for them
 
 

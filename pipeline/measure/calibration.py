@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
-from pipeline.errors import NonFiniteError
+from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.hooks import Hooks, Sums
 from pipeline.measure.perplexity import ModelKey, load_model
 from pipeline.model.artifact import open_model
@@ -39,17 +39,24 @@ class Calibrator:
         for the order of their addition.
 
         Raises:
-            CheckpointError: a name that is no matrix of a linear layer, expert or embedding of the loaded model.
+            CheckpointError: a name that is no matrix of a linear layer, expert or embedding of the loaded model, or that
+                text never reaches.
             NonFiniteError: a window whose gradients are NaN or Inf.
         """
         sums: dict[str, Sums] = {}
         hooks = Hooks(self._model, self._source, sums)
+        names = list(names)
         for name in names:
             hooks.add(name)
         with hooks:
             for index, window in enumerate(windows, first):
                 self._backward(window, torch.Generator().manual_seed((seed << 32) + index))
                 _require_finite(sums, index)
+        if unreached := [name for name in names if name not in sums]:
+            where = self._source.checkpoint.store.root
+            raise CheckpointError(
+                f"{where}: text never reaches {unreached[0]} ({len(unreached)} in all); --exclude what is not text's"
+            )
         return sums
 
     @torch.inference_mode()

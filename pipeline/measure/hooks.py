@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import CheckpointError
-from pipeline.measure.slots import find_slot
+from pipeline.measure.slots import Slot, find_slot
 from pipeline.model.artifact import Model
 from pipeline.model.families import layer_of
 
@@ -69,6 +69,7 @@ class Hooks(TorchFunctionMode):
         self._experts: dict[int, list[tuple[str, slice]]] = defaultdict(list)  # address of a slice -> matrices in it
         self._to_hook: list[tuple[Any, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
         self._handles: list[Any] = []
+        self._slots: dict[str, Slot] = {}  # of tensors that the model has by another name
 
     def add(self, name: str) -> None:
         """Watch the tensor `name` of the checkpoint; CheckpointError if it is no matrix of a kind known here."""
@@ -86,22 +87,28 @@ class Hooks(TorchFunctionMode):
         try:
             module = self._model.get_submodule(name.removesuffix(".weight"))
         except AttributeError:
-            return None
+            module = self._renamed(name)
         head = self._model.get_output_embeddings()
         tied = head is not None and head.weight is self._model.get_input_embeddings().weight
         return head if tied and module is self._model.get_input_embeddings() else module
 
+    def _renamed(self, name: str) -> Any:
+        """The module whose weight the tensor `name` became, None if it became part of another."""
+        slot = self._slots[name] = find_slot(
+            self._model, name, self._source.read(name), self._source.checkpoint.store.root
+        )
+        modules = (module for module in self._model.modules() if getattr(module, "weight", None) is slot.parameter)
+        return next(modules, None) if slot.expert is None else None
+
     def _add_expert(self, name: str) -> None:
         where = self._source.checkpoint.store.root
-        weight = self._source.read(name)
-        slot = find_slot(self._model, name, weight, where)
-        if slot.expert is None or slot.rows is None:
+        slot = self._slots.get(name)
+        if slot is None or slot.expert is None or slot.rows is None:
             raise CheckpointError(f"{where}: {name} is no linear layer of the loaded model; --exclude it")
         together = self._experts[slot.parameter[slot.expert].data_ptr()]
         together.append((name, slot.rows))
-        self._start(
-            name, weight.shape[0], weight.shape[1], together[0][0], slot.parameter
-        )  # some may never get a token
+        m, n = slot.rows.stop - slot.rows.start, slot.parameter.shape[2]
+        self._start(name, m, n, together[0][0], slot.parameter)  # some may never get a token
 
     def __enter__(self) -> "Hooks":
         if self._experts:
@@ -130,6 +137,7 @@ class Hooks(TorchFunctionMode):
             last, owner = self._owners.get(layer, (None, name))
             owner = owner if last is arguments[0] else name
             self._owners[layer] = arguments[0], owner
+            self._require_gradient(name, output)
             if name not in self._sums:
                 self._start(name, output.shape[-1], arguments[0].shape[-1], owner, output)
             self._watch(name, arguments[0], output, slice(None))
@@ -138,6 +146,7 @@ class Hooks(TorchFunctionMode):
 
     def _transposed(self, name: str) -> Callable[..., None]:
         def forward(module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            self._require_gradient(name, output)
             if name not in self._sums:
                 self._start(name, arguments[0].shape[-1], output.shape[-1], name, output)
             seen = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
@@ -151,6 +160,7 @@ class Hooks(TorchFunctionMode):
 
     def _embedding(self, name: str) -> Callable[..., None]:
         def forward(module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            self._require_gradient(name, output)
             if name not in self._sums:
                 count, width = module.weight.shape
                 self._start(name, count, width, name, output)
@@ -162,6 +172,11 @@ class Hooks(TorchFunctionMode):
             output.register_hook(backward)
 
         return forward
+
+    def _require_gradient(self, name: str, output: Tensor) -> None:
+        if not output.requires_grad:  # positions, or a part that the text does not run through
+            where = self._source.checkpoint.store.root
+            raise CheckpointError(f"{where}: no gradient comes back to {name}: it cannot be calibrated; --exclude it")
 
     def _watch(self, name: str, inputs: Tensor, output: Tensor, rows: slice) -> None:
         """Add to the sums of `name` when the gradient by `output` comes, of which `rows` are its own."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.slots import Slot, find_slot
 from pipeline.model.artifact import Model, open_model
+from pipeline.model.checkpoint import DTYPES
 from pipeline.model.parts import Payload, to_tensor
 from swsc_core import decode
 
@@ -122,6 +123,16 @@ def _load_dense(key: ModelKey, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(key.location, dtype=dtype, output_loading_info=True)
 
 
+def _own_dtype(source: Model, config: Any) -> str:
+    """What the model calculates in: as its config says, or the dtype of its first weight."""
+    for about in (config, config.get_text_config()):
+        if getattr(about, "dtype", None):
+            return str(about.dtype).removeprefix("torch.")
+    first = source.names[0]
+    stored = source.checkpoint.tensors[first].dtype
+    return str(source.entries[first]["dtype"] if first in source.entries else DTYPES[stored][0])
+
+
 def _load_compressed(source: Model, key: ModelKey, dtype: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -131,5 +142,5 @@ def _load_compressed(source: Model, key: ModelKey, dtype: str) -> Any:
         kind = type(AutoModelForCausalLM.from_config(config))
     weights = {name: source.read(name) for name in source.names}
     if dtype == "auto":
-        dtype = source.config.get("dtype") or source.config["torch_dtype"]
+        dtype = _own_dtype(source, config)
     return kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)

@@ -1,10 +1,12 @@
 """Where a checkpoint's tensor lies in the loaded model.
 
-Mostly it is the parameter of the same name. But transformers joins experts while it loads them: what the file calls
-`experts.3.up_proj.weight` becomes some rows of slice 3 of a parameter [experts, rows, columns]. Which rows is not guessed from
-names: it is where the values are.
+Mostly it is the parameter of the same name. But transformers renames while it loads (GPT-2's `h.0…` becomes `transformer.h.0…`,
+GPT-NeoX's `embed_out` the head), by tables that change from release to release, and it joins experts: what the file calls
+`experts.3.up_proj.weight` becomes some rows of slice 3 of a parameter [experts, rows, columns]. What has another name is not
+guessed from names: it is where the values are.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.model.families import layer_of
+
+_COMPARED = 16  # values of an expert's first row that are looked for before all of it is compared
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,29 @@ def find_slot(model: Any, name: str, weight: Tensor, location: str) -> Slot:
     own = parameters.get(name)
     if own is not None and own.shape == weight.shape:
         return Slot(own)
+    renamed = _equal(parameters, name, weight)
+    if renamed is not None:
+        return Slot(renamed)
     joined = [p for other, p in parameters.items() if p.ndim == 3 and layer_of(other) == layer_of(name)]
     for parameter in joined:
         if parameter.shape[2] == weight.shape[1]:
             wanted = weight.to(parameter.device, parameter.dtype)
-            for expert, first in (parameter == wanted[0]).all(dim=2).nonzero().tolist():
+            alike = (parameter[:, :, :_COMPARED] == wanted[0, :_COMPARED]).all(dim=2)
+            for expert, first in alike.nonzero().tolist():
                 slot = Slot(parameter, expert, slice(first, first + len(wanted)))
                 if torch.equal(slot.of(parameter), wanted):
                     return slot
     raise CheckpointError(f"{location}: the loaded model has no parameter for {name}; --exclude it")
+
+
+def _equal(parameters: Mapping[str, torch.nn.Parameter], name: str, weight: Tensor) -> torch.nn.Parameter | None:
+    """The parameter of another name that has these values: the only one, or the one whose name ends alike."""
+    found = {}
+    for other, parameter in parameters.items():
+        if parameter.shape == weight.shape:
+            wanted = weight.to(parameter.device, parameter.dtype)
+            if torch.equal(parameter[:1], wanted[:1]) and torch.equal(parameter, wanted):
+                found[other] = parameter
+    alike = [parameter for other, parameter in found.items() if other.endswith(name) or name.endswith(other)]
+    only = alike if alike else list(found.values())
+    return only[0] if len(only) == 1 else None

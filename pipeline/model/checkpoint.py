@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import CheckpointError, UserError
+from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
 from pipeline.model.store import Store
 
 INDEX = "model.safetensors.index.json"
@@ -58,6 +59,7 @@ class Checkpoint:
         extras: other files of the directory that belong to the model (tokenizer, generation config, …).
         fingerprint: sha256 over config, headers, sizes and samples of each shard's bytes. It tells a fine-tuned or a
             repaired checkpoint from its twin without reading all of it; it is no proof that no byte differs.
+        buffers: tensors of the files that are no weights: masks and the like, which every model makes anew.
     """
 
     store: Store
@@ -65,6 +67,7 @@ class Checkpoint:
     config: dict[str, Any]
     extras: tuple[str, ...] = field(default=())
     fingerprint: str = ""
+    buffers: tuple[TensorInfo, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +112,10 @@ def open_checkpoint(location: str) -> Checkpoint:
     config = _config(store)
     digest.update(json.dumps(config, sort_keys=True).encode())
     extras = tuple(name for name in names if _is_extra(name))
-    return Checkpoint(store, tensors, config, extras, digest.hexdigest())
+    buffers = tuple(info for info in tensors.values() if is_buffer(info))
+    twice = {HEAD} if is_stored_twice(store, tensors, config) else set()
+    own = {name: info for name, info in tensors.items() if info not in buffers and name not in twice}
+    return Checkpoint(store, own, config, extras, digest.hexdigest(), buffers)
 
 
 def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:

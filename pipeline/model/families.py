@@ -4,6 +4,8 @@
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from pipeline.errors import ConfigError
 
@@ -17,6 +19,8 @@ ROLES = {
     "up": "up_proj",
     "down": "down_proj",
 }
+# what families call the number of positions that a model was made for
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -28,6 +32,13 @@ def role_patterns(roles: tuple[str, ...]) -> dict[str, re.Pattern[str]]:
             f"projectors: {', '.join(unknown)} not known; known are {', '.join(ROLES)}; select others by --include REGEX"
         )
     return {role: re.compile(rf"(^|\.)({ROLES[role]})\.weight$") for role in roles}
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Number of positions that a model was made for, if its config says."""
+    text: Mapping[str, Any] = config.get("text_config") or {}
+    found = (about.get(key) for about in (text, config) for key in _POSITIONS)
+    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
 
 
 def layer_of(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.model.artifact import part_name
-from pipeline.model.checkpoint import read_header
+from pipeline.model.checkpoint import RUN, read_header
 from pipeline.model.families import layer_of
 from pipeline.model.parts import DONE, read_tensor
 from pipeline.model.store import Store
@@ -40,7 +40,7 @@ class Moments:
     gradient_share: float
 
     def metric(self, name: str, device: str) -> tuple[Metric, float]:
-        """The metric of one matrix, and the loss (nats a token) that one unit of its energy stands for.
+        """The metric of one matrix, and the loss (nats a token of the text) that one unit of its energy stands for.
 
         An expert that no token of the text was sent to has the plain metric, and its errors cost nothing.
         """
@@ -52,12 +52,17 @@ class Moments:
         moment = blend(plain, weighted, self.gradient_share)
         gradients = float(rows.sum())
         trace = float(weighted.trace()) / gradients if gradients > 0 else 0.0
-        unit = 0.5 * trace / len(moment) * gradients / row["tokens"] / len(rows)
-        return Metric(moment, rows if gradients > 0 else None, name=name), unit
+        unit = 0.5 * trace / len(moment) * gradients / self._text_tokens() / len(rows)
+        return Metric(moment, rows if gradients > 0 else None, tokens=row["tokens"], name=name), unit
 
     def tokens(self, name: str) -> int:
         """Number of tokens of the text that reached a matrix."""
         return int(self._row(name)["tokens"])
+
+    def _text_tokens(self) -> int:
+        """Number of tokens of the text; an expert sees some of them."""
+        windows, length = self.store.read_json(RUN)["windows"]
+        return int(windows * length)
 
     def _row(self, name: str) -> dict[str, Any]:
         row: dict[str, Any] = self.store.read_json(f"{DONE}/{moment_file(name)}.json")["rows"][0]

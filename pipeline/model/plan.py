@@ -14,9 +14,11 @@ from pipeline.config import MatrixSettings
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.checkpoint import FLOATS, Checkpoint, TensorInfo
 from pipeline.model.families import layer_of, role_patterns
+from pipeline.model.leftovers import HEAD, embedding_of_tied
 from pipeline.model.specs import budget_bytes, require_affordable, resolve, value_bits
 from swsc_core.spec import Spec
 
+_STORED = ("compressed", "copied")  # actions after which a tensor stands in the output
 _COPY_BYTES = 2 << 30  # largest file of copied tensors: large single files are copied in parallel
 
 
@@ -31,7 +33,7 @@ class Decision:
     """
 
     info: TensorInfo
-    action: Literal["compressed", "copied", "tied"]
+    action: Literal["compressed", "copied", "tied", "left out"]
     reason: str
     stored_bytes: int
     specs: tuple[Spec, ...] = ()
@@ -77,7 +79,7 @@ class Plan:
 
     @property
     def weights(self) -> int:
-        return sum(decision.info.count for decision in self.decisions if decision.action != "tied")
+        return sum(decision.info.count for decision in self.decisions if decision.action in _STORED)
 
     @property
     def stored_bytes(self) -> int:
@@ -86,7 +88,7 @@ class Plan:
 
     def stored_bytes_as(self, form: str) -> int:
         """Foretold bytes of all tensors in the given output format."""
-        dense = sum(decision.info.nbytes for decision in self.decisions if decision.action != "tied")
+        dense = sum(decision.info.nbytes for decision in self.decisions if decision.action in _STORED)
         return self.stored_bytes if form == "swsc" else dense
 
 
@@ -114,6 +116,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
     if not any(decision.action == "compressed" for decision in decisions):
         raise ConfigError(f"{checkpoint.store.root}: no tensor is selected; {_choices(checkpoint)}")
     decisions += _tied(checkpoint)
+    decisions += [Decision(info, "left out", "a buffer that a model makes anew", 0) for info in checkpoint.buffers]
     return _with_tasks(decisions)
 
 
@@ -153,7 +156,8 @@ def _decide(info: TensorInfo, selected: tuple[bool, str], settings: MatrixSettin
 
 
 def _is_matrix(info: TensorInfo) -> bool:
-    return len(info.shape) == 2 and info.dtype in FLOATS and info.count > 0
+    bias = info.name.endswith("bias")  # those of joined experts have two dimensions
+    return len(info.shape) == 2 and info.dtype in FLOATS and info.count > 0 and not bias
 
 
 def with_specs(plan: Plan, specs: Mapping[str, tuple[Spec, ...]], settings: MatrixSettings) -> Plan:
@@ -172,11 +176,10 @@ def _compressed(info: TensorInfo, reason: str, specs: tuple[Spec, ...], settings
 
 
 def _tied(checkpoint: Checkpoint) -> Iterable[Decision]:
-    """The output head that the checkpoint leaves out because it is the embedding."""
-    config = checkpoint.config.get("text_config") or checkpoint.config
-    embedding = next((info for name, info in checkpoint.tensors.items() if name.endswith("embed_tokens.weight")), None)
-    if config.get("tie_word_embeddings") and embedding and "lm_head.weight" not in checkpoint.tensors:
-        head = replace(embedding, name="lm_head.weight")
+    """The output head that is the embedding, whether the files leave it out or hold it twice."""
+    embedding = embedding_of_tied(checkpoint.tensors, checkpoint.config)
+    if embedding and HEAD not in checkpoint.tensors:
+        head = replace(embedding, name=HEAD)
         yield Decision(head, "tied", f"shares {embedding.name}", 0)
 
 

@@ -143,3 +143,26 @@ def test_swapping_variants_in_and_out_leaves_the_model_as_it_was(tiny_model: Pat
     swapped = worker.measure(key, "three", (name,), windows, payload)["losses"]
     after = worker.measure(key, "", (), windows)["losses"]
     assert before == after != swapped
+
+
+def test_windows_are_no_longer_than_the_model_was_made_for_unless_told(
+    tiny_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "evaluate",
+        str(tiny_model),
+        "--text",
+        str(text),
+        "--windows",
+        "1",
+        "--local",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    for flags, length, said in (
+        ([], 256, "note: windows of 256 tokens, the positions that the model was made for"),
+        (["--seqlen", "300"], 300, "note: the model was made for 256 positions, windows of 300 tokens are longer"),
+    ):
+        assert main([*argv, *flags]) == 0
+        assert json.loads((tmp_path / "r.json").read_text())["seqlen"] == length
+        assert said in capsys.readouterr().out

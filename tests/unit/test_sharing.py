@@ -209,3 +209,17 @@ def test_a_zero_matrix_stays_zero_in_any_metric(axis: Axis) -> None:
     spec = replace(SEGMENTED, channel_axis=axis, rank=1)
     restored = encode(torch.zeros(6, 8), [spec], metric=Metric(moment_of(1, 8))).restored
     assert not restored.any()
+
+
+def test_few_tokens_are_trusted_less() -> None:
+    """A moment of fewer tokens than inputs says nothing of most directions; error there is to cost something."""
+    generator = torch.Generator().manual_seed(5)
+    mixing = torch.randn(64, 64, generator=generator) * torch.logspace(-1, 0.5, 64)
+    truth, weight = Metric(mixing @ mixing.T), weight_of(22, 48, 64)
+    inputs = torch.randn(32, 64, generator=generator) @ mixing.T
+    spec = replace(SEGMENTED, n_clusters=16)
+    trusting, careful = (
+        truth.energy(weight - encode(weight, [spec], metric=Metric(inputs.T @ inputs, tokens=tokens)).restored)
+        for tokens in (None, 32)
+    )
+    assert careful < 0.8 * trusting
