@@ -2,10 +2,12 @@
 
 The loss of a matrix is foretold as a product. `reach`, a closed form of its weights and moments, is what its weights would
 lose if nothing of them were kept but the scale of their rows. `share`, what a spec leaves of that, is measured once for
-each kind of matrix (role and shape) on some rows of one of them. Both are kept beside the moments: another budget costs
-nothing.
+each kind of matrix (role and shape) on some rows of one of them. Both are kept beside the moments, for each selection of
+matrices: another budget costs nothing.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,7 +25,6 @@ from swsc_core.allocation import Choice, allocate
 from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
 
-_CURVES = "curves.json"
 _VERSION = 5  # goes up with every change of the menu or of what is measured
 
 
@@ -77,10 +78,10 @@ def _curves(
     identity = {"version": _VERSION, "seed": settings.seed, "matrices": sorted(info.name for info in infos)}
     identity |= {"gradient_share": moments.gradient_share}
     identity |= {"widths": sorted({value_bits(info.dtype, settings) for info in infos})}
-    if moments.store.exists(_CURVES):
-        kept: dict[str, Any] = moments.store.read_json(_CURVES)
-        if kept["identity"] == identity:
-            return kept
+    file = f"curves-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    if moments.store.exists(file):
+        kept: dict[str, Any] = moments.store.read_json(file)
+        return kept
     curves: dict[str, Any] = {"identity": identity, "reach": {}, "shares": {}}
 
     def note(done: Done) -> None:
@@ -94,7 +95,7 @@ def _curves(
     run_alone(tasks, compression_bytes(plan), note, make_pool, "curves", "tasks")
     for kind, found in curves["shares"].items():
         curves["shares"][kind] = [pair for place in sorted(found) for pair in found[place]]
-    moments.store.write_json(_CURVES, curves)
+    moments.store.write_json(file, curves)
     return curves
 
 

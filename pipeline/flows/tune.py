@@ -28,10 +28,13 @@ from pipeline.run.progress import Progress
 
 _STEP_TOKENS = 2048  # of the windows of one step
 _HELD_OUT = 8  # one window of so many
-_RATE = 8e-3  # longest step, in units of a value's size (swsc_core/tuning.py)
+_RATE = (
+    8e-3  # longest step, in units of a value's size (swsc_core/tuning.py), of a model that is _FAR from the original
+)
+_FAR = 0.5  # nats a token; a closer one takes shorter steps, or they would add more than there is to mend
 _WARM_UP = 0.1  # share of the steps in which the rate rises
 _KEPT_EVERY = 8  # steps after which the state is written
-_VERSION = 1  # goes up with every change of the result
+_VERSION = 2  # goes up with every change of the result
 _RESULT = "result.json"
 
 
@@ -117,7 +120,7 @@ class Tuning:
             handles = tuple(done.payloads[0] for done in gradients)
             stepped = yield [
                 Task(
-                    ("step", step), "tune_step", (self._key, step, self._rate(step)), f"tuning step {step}",
+                    ("step", step), "tune_step", (self._key, step, self._rate(step, _mean(before))), f"tuning step {step}",
                     (*state, *handles), outputs=1,
                 )
             ]  # fmt: skip
@@ -153,10 +156,16 @@ class Tuning:
             for place, window in enumerate(self._text.held_out)
         ]  # fmt: skip
 
-    def _rate(self, step: int) -> float:
-        """Rises, then falls as a cosine does."""
+    def _rate(self, step: int, divergence: float) -> float:
+        """Rises, then falls as a cosine does; in proportion to the `divergence` at the start, up to _FAR."""
         total = len(self._batches)
-        return _RATE * min(1.0, step / (1 + _WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
+        return (
+            _RATE
+            * min(1.0, divergence / _FAR)
+            * min(1.0, step / (1 + _WARM_UP * total))
+            * 0.5
+            * (1 + math.cos(math.pi * (step - 1) / total))
+        )
 
 
 def _digest_of(location: str) -> str:
