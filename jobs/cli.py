@@ -9,6 +9,7 @@ from importlib import import_module
 
 from jobs.flags import Parser
 from pipeline.errors import SwscError
+from pipeline.run import interrupt
 
 # verb -> (module with `add_arguments` and `run`, what it does)
 VERBS = {
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
+        interrupt.forget()
         print(f"interrupted{_kept(arguments.verb)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does

@@ -5,7 +5,6 @@ replaced here, and the driver decides about its task.
 """
 
 import os
-import signal
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 from pipeline.config import ClusterSettings
 from pipeline.errors import ClusterError, RunError, WorkerLost
 from pipeline.model.parts import commit
+from pipeline.run import interrupt
 from pipeline.run.pool import Done, LocalPool, Pool, Task, as_swsc_error
 from pipeline.run.worker import Worker
 
@@ -113,8 +113,7 @@ def _connect(address: str | None) -> bool:
         raise ClusterError(
             f"no Ray cluster at {where}: {reason}; check --address, RAY_ADDRESS and RAY_AUTH_MODE"
         ) from None
-    # `ray job stop` and cluster managers send SIGTERM: end as after Ctrl-C. Ray installs its own handler at init.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt.listen()  # after Ray, which installs a handler of its own
     return started_here
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Protocol
 
 from pipeline.errors import RunError, UserError, WorkerLost
+from pipeline.run import interrupt
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
@@ -94,6 +95,7 @@ def execute(pool: Pool, source: Source, progress: Progress) -> None:
     running = 0
     patience = time.monotonic() + _SECONDS_OF_PATIENCE
     while True:
+        interrupt.check()
         for worker in pool.idle():
             task = again.pop() if again else source.next(worker)
             if task is not None:

@@ -1,8 +1,12 @@
 """The driver's loop, on pools that do what they are told."""
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 
 from pipeline.errors import CheckpointError, RunError, SwscError, WorkerLost
+from pipeline.run import interrupt
 from pipeline.run.driver import StagedTasks, Stages, TaskList, execute
 from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress
@@ -108,3 +112,35 @@ def test_a_stage_that_fails_is_the_last() -> None:
         execute(pool, StagedTasks(staged(log)), progress)
     assert log == [["a", "b", "c"]]
     assert "e" not in pool.started
+
+
+class InterruptedWhenFreed:
+    """Python drops what is raised in a finalizer."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def listening() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupt.listen()
+    yield
+    interrupt.forget()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_comes_while_an_object_is_freed_is_not_lost(listening: None) -> None:
+    finished: list[str] = []
+
+    def note(done: Done) -> None:
+        finished.append(done.value)
+        if len(finished) == 2:
+            InterruptedWhenFreed()
+
+    source = TaskList([Task(name, "work", ()) for name in "abcde"], note)
+    with pytest.raises(KeyboardInterrupt), Progress("test", 5, 0) as progress:
+        execute(ScriptedPool({}), source, progress)
+    assert len(finished) == 2
