@@ -12,6 +12,8 @@ from torch import Tensor
 
 from swsc_core.bits import ChannelAxis
 
+_LEAST_SLAB, _SLAB, _SLABS = 1 << 19, 1 << 21, 16  # weights of a slab, and the number of them from which it grows
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -63,3 +65,9 @@ class Layout:
         if self.channel_axis == "output":
             return segments.reshape(-1, self.n)
         return segments.reshape(-1, self.n, self.size).transpose(1, 2).reshape(-1, self.n)
+
+
+def slab_values(count: int) -> int:
+    """Weights of a slab of rows of a matrix of `count`. About five temporaries of its size are alive at a time: all of them
+    together are less than half of a large matrix, and a small one is done in one piece."""
+    return min(_SLAB, max(_LEAST_SLAB, count // _SLABS))

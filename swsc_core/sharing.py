@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from swsc_core.codebook import nearest, sample_size, weighted_kmeans
+from swsc_core.layout import slab_values
 from swsc_core.metric import Metric
 from swsc_core.points import sum_by_label
 from swsc_core.spec import SwscSpec
 from swsc_core.values import Values, store_scales, store_values
 
-_LEAST_SLAB, _SLAB, _SLABS = 1 << 19, 1 << 21, 16  # weights of a slab, and the number of them from which it grows
 _GPU_SLABS = 16  # times as large on a GPU, which would wait for the calls otherwise
 _LAZY_COLUMNS = 128  # columns after which the rest of a slab is updated
 CONJUGATE_STEPS = 4  # a later round goes on where this one stopped: twelve gave the same energies (docs/experiments.md)
@@ -283,12 +283,6 @@ class Sharing:
     def _lazy_blocks(self) -> Iterator[tuple[int, int]]:
         width = max(1, _LAZY_COLUMNS // self.layout.width) * self.layout.width
         return ((start, min(self.layout.n, start + width)) for start in range(0, self.layout.n, width))
-
-
-def slab_values(count: int) -> int:
-    """Weights of a slab of rows of a matrix of `count`. About five temporaries of its size are alive at a time: all of them
-    together are less than half of a large matrix, and a small one is done in one piece."""
-    return min(_SLAB, max(_LEAST_SLAB, count // _SLABS))
 
 
 def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:

@@ -9,9 +9,10 @@ from pipeline.model.plan import Decision, Plan
 from swsc_core.bits import Geometry
 from swsc_core.codebook import sample_size
 from swsc_core.kmeans import effort
+from swsc_core.layout import slab_values
 from swsc_core.lowrank import is_exact
 from swsc_core.points import gram_pays
-from swsc_core.sharing import CONJUGATE_STEPS, slab_values
+from swsc_core.sharing import CONJUGATE_STEPS
 from swsc_core.spec import Spec, SwscSpec
 
 WORKER_BASE = 450 << 20  # bytes of a worker that holds no weights: Python, torch, transformers, Ray
