@@ -31,8 +31,10 @@ class Metric:
         self, moment: Tensor | None = None, row_weights: Tensor | None = None, *, tokens: int | None = None,
         name: str = "weight",
     ) -> None:  # fmt: skip
-        """`moment` [n, n], a mean over `tokens` inputs (None: the truth), and `row_weights` [m] in any scale. A float32 `moment` is taken over and scaled where it lies: two
-        of its kind would be the most of the memory of a matrix that is wider than tall.
+        """`moment` [n, n], a mean over `tokens` inputs (None: the truth), and `row_weights` [m], in any scale.
+
+        A float32 `moment` is taken over and scaled where it lies: two of its kind would be the most of the memory of a matrix
+        that is wider than tall.
 
         Raises:
             WeightError: values that are not finite, or a moment that is zero: no input ever reached the matrix.

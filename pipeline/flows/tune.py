@@ -28,9 +28,7 @@ from pipeline.run.progress import Progress
 
 _STEP_TOKENS = 2048  # of the windows of one step
 _HELD_OUT = 8  # one window of so many
-_RATE = (
-    8e-3  # longest step, in units of a value's size (swsc_core/tuning.py), of a model that is _FAR from the original
-)
+_RATE = 8e-3  # longest step of a model that is _FAR from the original, in units of a value's size (swsc_core/tuning.py)
 _FAR = 0.5  # nats a token; a closer one takes shorter steps, or they would add more than there is to mend
 _WARM_UP = 0.1  # share of the steps in which the rate rises
 _KEPT_EVERY = 8  # steps after which the state is written
@@ -159,13 +157,8 @@ class Tuning:
     def _rate(self, step: int, divergence: float) -> float:
         """Rises, then falls as a cosine does; in proportion to the `divergence` at the start, up to _FAR."""
         total = len(self._batches)
-        return (
-            _RATE
-            * min(1.0, divergence / _FAR)
-            * min(1.0, step / (1 + _WARM_UP * total))
-            * 0.5
-            * (1 + math.cos(math.pi * (step - 1) / total))
-        )
+        longest = _RATE * min(1.0, divergence / _FAR)
+        return longest * min(1.0, step / (1 + _WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
 
 
 def _digest_of(location: str) -> str:

@@ -114,7 +114,7 @@ def open_checkpoint(location: str) -> Checkpoint:
     extras = tuple(name for name in names if _is_extra(name))
     buffers = tuple(info for info in tensors.values() if is_buffer(info))
     twice = {HEAD} if is_stored_twice(store, tensors, config) else set()
-    own = {name: info for name, info in tensors.items() if info not in buffers and name not in twice}
+    own = {name: info for name, info in tensors.items() if not is_buffer(info) and name not in twice}
     return Checkpoint(store, own, config, extras, digest.hexdigest(), buffers)
 
 
