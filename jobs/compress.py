@@ -66,6 +66,11 @@ def summarise(output: str, report: dict[str, Any]) -> None:
         f" {report['whole_model_bits_per_weight']:.3f} over the whole model, {report['seconds']:.1f} s"
         + _resumed(report)
     )
+    if tuning := report.get("tuning"):
+        print(
+            f"tuning: {tuning['divergence_before']:.4f} to {tuning['divergence_after']:.4f} nats a token on held-out windows"
+            + ("" if tuning["applied"] else ": no better, so it was not applied")
+        )
 
 
 def _resumed(report: dict[str, Any]) -> str:

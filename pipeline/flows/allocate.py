@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from pipeline.config import MatrixSettings
@@ -20,7 +21,7 @@ from pipeline.model.forecast import compression_bytes
 from pipeline.model.moments import Moments
 from pipeline.model.plan import Decision, Plan, with_specs
 from pipeline.model.specs import budget_bytes, value_bits
-from pipeline.run.pool import Done, Task
+from pipeline.run.pool import Task
 from swsc_core.allocation import Choice, allocate
 from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
@@ -82,47 +83,52 @@ def _curves(
     if moments.store.exists(file):
         kept: dict[str, Any] = moments.store.read_json(file)
         return kept
-    curves: dict[str, Any] = {"identity": identity, "reach": {}, "shares": {}}
-
-    def note(done: Done) -> None:
-        kind, key = done.task.key
-        if kind == "reach":
-            curves["reach"] |= done.value
-        else:
-            curves["shares"].setdefault(key[0], {})[key[1]] = done.value
-
-    tasks = _tasks(source, infos, settings, moments)
-    run_alone(tasks, compression_bytes(plan), note, make_pool, "curves", "tasks")
-    for kind, found in curves["shares"].items():
-        curves["shares"][kind] = [pair for place in sorted(found) for pair in found[place]]
+    run = partial(_results, memory=compression_bytes(plan), make_pool=make_pool)
+    reaches = run([Task(i.name, "reach", (source.store, i, moments), f"reach of {i.name}") for i in infos], "reach")
+    found = run(_share_tasks(source, infos, settings, moments, reaches), "curves")
+    shares: dict[str, list[Any]] = {}
+    for kind, place in sorted(found):
+        shares.setdefault(kind, []).extend(found[kind, place])
+    curves = {"identity": identity, "reach": reaches, "shares": shares}
     moments.store.write_json(file, curves)
     return curves
 
 
-def _tasks(source: Checkpoint, infos: Sequence[TensorInfo], settings: MatrixSettings, moments: Moments) -> list[Task]:
+def _results(tasks: list[Task], what: str, memory: int, make_pool: PoolMaker) -> dict[Any, Any]:
+    """What each task returned, by its key."""
+    found: dict[Any, Any] = {}
+    run_alone(tasks, memory, lambda done: found.update({done.task.key: done.value}), make_pool, what, "tasks")
+    return found
+
+
+def _share_tasks(
+    source: Checkpoint,
+    infos: Sequence[TensorInfo],
+    settings: MatrixSettings,
+    moments: Moments,
+    reaches: dict[str, float],
+) -> list[Task]:
     kinds: dict[str, list[TensorInfo]] = {}
     for info in infos:
         kinds.setdefault(kind_of(info), []).append(info)
     tasks = []
     for kind, members in kinds.items():
-        middle = _typical(members, moments)
-        shape = (middle.shape[0], middle.shape[1])
-        specs = list(candidates(shape, value_bits(middle.dtype, settings)))
+        middle = _typical(members, moments, reaches)
+        specs = list(candidates((middle.shape[0], middle.shape[1]), value_bits(middle.dtype, settings)))
         for place, some in enumerate(_dealt(specs)):
             arguments = (source.store, middle, moments, [asdict(spec) for spec in some], settings.seed)
-            tasks.append(Task(("shares", (kind, place)), "shares", arguments, label=f"curve of {middle.name}"))
-    reaches = [
-        Task(("reach", info.name), "reach", (source.store, info, moments), label=f"reach of {info.name}")
-        for info in infos
-    ]
-    return tasks + reaches
+            tasks.append(Task((kind, place), "shares", arguments, label=f"curve of {middle.name}"))
+    return tasks
 
 
-def _typical(members: Sequence[TensorInfo], moments: Moments) -> TensorInfo:
-    """The middle one of those that most tokens reached: an expert that got none says nothing of the others."""
-    tokens = [moments.tokens(info.name) for info in members]
-    reached = [info for info, own in zip(members, tokens, strict=True) if own == max(tokens)]
-    return reached[len(reached) // 2]
+def _typical(members: Sequence[TensorInfo], moments: Moments, reaches: dict[str, float]) -> TensorInfo:
+    """The middle one of those that most tokens reached and that have anything to lose.
+
+    An expert that got no token, or a matrix of zeros, says nothing of the others.
+    """
+    rank = {info: (reaches[info.name] > 0, moments.tokens(info.name)) for info in members}
+    telling = [info for info in members if rank[info] == max(rank.values())]
+    return telling[len(telling) // 2]
 
 
 def _dealt(specs: list[SwscSpec], size: int = 3) -> list[list[SwscSpec]]:

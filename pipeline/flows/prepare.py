@@ -10,6 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.flows.allocate import allocate_plan
 from pipeline.flows.calibrate import Calibration
 from pipeline.flows.compress import Calibrated, PoolMaker
+from pipeline.flows.tune import TuneText
 from pipeline.flows.write import written_windows
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.windows import CalibrationText, calibration_windows, read_text
@@ -47,6 +48,8 @@ def prepare(
         text = calibration_windows(source.store.root, calibration)
     for name in unseen:
         require_apart(text.traces, read_text(name), name)
+    if settings.epochs:
+        TuneText(text.ids, settings.epochs, settings.seed)  # too few windows are told of before hours of work
     moments = None
     if settings.with_moments:
         infos = [decision.info for decision in plan.compressed]

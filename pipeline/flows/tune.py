@@ -32,7 +32,7 @@ _RATE = 8e-3  # longest step of a model that is _FAR from the original, in units
 _FAR = 0.5  # nats a token; a closer one takes shorter steps, or they would add more than there is to mend
 _WARM_UP = 0.1  # share of the steps in which the rate rises
 _KEPT_EVERY = 8  # steps after which the state is written
-_VERSION = 2  # goes up with every change of the result
+_VERSION = 3  # goes up with every change of the result
 _RESULT = "result.json"
 
 
@@ -78,7 +78,8 @@ class Tuning:
     def run(self, make_pool: PoolMaker) -> tuple[Tuned, dict[str, Any]]:
         """Tune, go on with a tuning that was cut short, or find a finished one again.
 
-        Returns what came of it, and the divergence on the held-out windows before and after, in nats a token.
+        Returns what came of it, and the divergence on the held-out windows before and after, in nats a token; it is
+        applied if that fell.
 
         Raises:
             RunError: a task failed; states that were written are kept.
@@ -93,8 +94,9 @@ class Tuning:
             finally:
                 pool.close()
         about = self._store.read_json(_RESULT)
-        helped = about["divergence_after"] < about["divergence_before"]
-        return Tuned(self._key.compressed, self._store, _state_file(about["steps"]) if helped else None), about
+        return Tuned(
+            self._key.compressed, self._store, _state_file(about["steps"]) if about["applied"] else None
+        ), about
 
     def _tasks_after(self, done: int) -> int:
         steps = range(done + 1, len(self._batches) + 1)
@@ -128,9 +130,10 @@ class Tuning:
                 yield [Task(("keep", step), "keep", (), f"state {step}", state, outputs=1, commit_to=where)]
                 self._forget_before(step)
         after = yield self._measurements(step, state)
-        divergences = {"divergence_before": _mean(before), "divergence_after": _mean(after)}
-        about = {"steps": step, "tokens": sum(batch.size for batch in self._batches), **divergences}
-        self._store.write_json(_RESULT, about | {"divergence_by_step": course})
+        about: dict[str, Any] = {"steps": step, "tokens": sum(batch.size for batch in self._batches)}
+        about |= {"divergence_before": _mean(before), "divergence_after": _mean(after)}
+        about |= {"applied": _mean(after) < _mean(before), "divergence_by_step": course}
+        self._store.write_json(_RESULT, about)
 
     def _forget_before(self, step: int) -> None:
         for name in [_state_file(earlier) for earlier in range(step)]:

@@ -29,6 +29,7 @@ _CODEBOOK_PASSES = 14  # over the sample of segments: seeding and iterations
 _BLOCK_SECONDS = 3e-4  # of the small calls for one block of columns of a slab
 _LAPACK = 25  # m·n·min(m, n) operations of an exact SVD
 _WEIGHT_SECONDS = 7e-8  # restoring, measuring and packing a weight; RTN, too
+_LAYERS, _WIDTH = ("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model")  # in configs
 
 
 def forecast(plan: Plan, form: str) -> dict[str, Any]:
@@ -82,7 +83,8 @@ def calibration_bytes(source: Checkpoint, seqlen: int, moments: int) -> int:
     Weights and sums in float32, the activations of one window that the backward pass needs, and five copies of logits.
     """
     text = {**source.config, **(source.config.get("text_config") or {})}
-    activations = seqlen * text.get("num_hidden_layers", 0) * 24 * text.get("hidden_size", 0)
+    layers, width = (next((text[key] for key in keys if key in text), 0) for keys in (_LAYERS, _WIDTH))
+    activations = seqlen * layers * 24 * width
     return WORKER_BASE + 6 * source.weights + moments + 4 * (activations + 5 * seqlen * text.get("vocab_size", 0))
 
 

@@ -36,18 +36,20 @@ def budget_bytes(checkpoint: Checkpoint, matrices: Sequence[TensorInfo], setting
 
 def require_affordable(matrices: Sequence[TensorInfo], budget: int, settings: MatrixSettings) -> None:
     """Raise ConfigError if even the smallest specs of the menu are larger than the budget."""
-    nothing = settings.model_copy(update={"bits": 0.0})
-    shapes = [((info.shape[0], info.shape[1]), info) for info in matrices]
-    least = sum(
-        _provisional(info.name, shape, info.dtype, nothing).stored_bytes(shape, value_bits(info.dtype, settings))
-        for shape, info in shapes
-    )
-    if least > budget:
+    least = {info: _least_bytes(info, settings) for info in matrices}
+    if sum(least.values()) > budget:
         count = sum(info.count for info in matrices)
+        worst = max(matrices, key=lambda info: least[info] / info.count)
         raise ConfigError(
             f"bits {settings.bits:g} over the {settings.bits_over}: {8 * budget / count:.3f} bits a weight are left for the"
-            f" selected matrices, the least is {8 * least / count:.3f}; raise --bits"
+            f" selected matrices, the least is {8 * sum(least.values()) / count:.3f} ({worst.name}, shape"
+            f" {list(worst.shape)}: {8 * least[worst] / worst.count:.3f}); raise --bits, or --exclude what takes most"
         )
+
+
+def _least_bytes(info: TensorInfo, settings: MatrixSettings) -> int:
+    shape, nothing = (info.shape[0], info.shape[1]), settings.model_copy(update={"bits": 0.0})
+    return _provisional(info.name, shape, info.dtype, nothing).stored_bytes(shape, value_bits(info.dtype, settings))
 
 
 def resolve(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> tuple[Spec, ...]:

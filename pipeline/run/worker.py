@@ -145,10 +145,10 @@ class Worker:
         (row,) = (row for row in layer.rows if row["name"] == name)
         return {"peak_rss": peak_rss()}, Payload(tuple(part for part in layer.parts if part.name in own), (row,))
 
-    def reach(self, source: Store, info: TensorInfo, moments: Moments) -> dict[str, float]:
+    def reach(self, source: Store, info: TensorInfo, moments: Moments) -> float:
         """What a matrix would lose, in nats a token, if each weight kept nothing but its row's scale."""
         metric, unit = moments.metric(info.name, self.device)
-        return {info.name: unit * reach(self._read(source, info).float(), metric)}
+        return unit * reach(self._read(source, info).float(), metric)
 
     def shares(
         self, source: Store, info: TensorInfo, moments: Moments, specs: Sequence[dict[str, Any]], seed: int

@@ -21,7 +21,7 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.moments import Moments, blend
 from pipeline.model.store import Store
 from pipeline.run import pool, worker
-from tests.tiny import WORDS, contents, make_text
+from tests.tiny import WORDS, contents, make_text, make_tiny_model
 
 ROLES = "q,k,v,o,gate,up,down"
 SHORT = ["--calibration-windows", "6", "--calibration-seqlen", "32"]
@@ -158,6 +158,17 @@ def test_measured_allocation_foretells_less_loss_than_a_uniform_one(
         )
         assert report["compressed_bits_per_weight"] <= 3
     assert losses["measured"] < losses["uniform"]
+
+
+def test_a_matrix_of_zeros_says_nothing_of_the_others_of_its_kind(calibration: Path, tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "model", shards=False)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model.model.layers[1].self_attn.q_proj.weight.data.zero_()
+    model.save_pretrained(path)
+    report = compress(path, tmp_path / "out", calibration, "--preset", "fast", "--bits", "4", "--projectors", "q")
+    errors = [row["relative_error"] for row in report["tensors"] if row["action"] == "compressed"]
+    assert errors[1] == 0.0
+    assert report["compressed_bits_per_weight"] > 3.5, "the others are worth what the budget buys"
 
 
 def test_activations_beat_the_papers_form_at_equal_numbers_in_perplexity_of_the_metric(

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.model.artifact import Model
-from pipeline.model.forecast import core_seconds, evaluation_bytes, forecast
+from pipeline.model.forecast import calibration_bytes, core_seconds, evaluation_bytes, forecast
 from tests.unit.test_plan import checkpoint_of, plan_of
 
 SPEED = 5e10
@@ -69,3 +69,12 @@ def test_moments_take_memory_beside_the_matrices() -> None:
 def test_segments_are_worked_through_in_less_memory_than_whole_channels() -> None:
     whole, segmented = (plan_of(SQUARE, projectors="q", clusters=64, segment_size=size) for size in (None, 4))
     assert forecast(segmented, "swsc")["worker_peak_bytes"] < forecast(whole, "swsc")["worker_peak_bytes"]
+
+
+def test_calibration_holds_the_activations_of_all_layers_whatever_the_config_calls_them() -> None:
+    none, llama, gpt2 = (
+        checkpoint_of({"w": (1, 0)}, **config)
+        for config in ({}, {"num_hidden_layers": 12, "hidden_size": 768}, {"n_layer": 12, "n_embd": 768})
+    )
+    assert calibration_bytes(llama, 512, 0) - calibration_bytes(none, 512, 0) == 4 * 512 * 12 * 24 * 768
+    assert calibration_bytes(gpt2, 512, 0) == calibration_bytes(llama, 512, 0)

@@ -21,6 +21,16 @@ def test_a_copied_passage_is_found_whatever_its_case_and_white_space() -> None:
         require_apart(traces(calibration), measured, "t.txt")
 
 
+def test_a_copied_passage_is_found_in_a_script_without_spaces() -> None:
+    def sentences(seed: int) -> str:
+        draw = random.Random(seed)
+        return "".join(chr(0x4E00 + draw.randrange(3000)) for _ in range(400))
+
+    require_apart(traces(sentences(0)), sentences(1), "t.txt")
+    with pytest.raises(TextError, match="shares passages"):
+        require_apart(traces(sentences(0) + sentences(2)), sentences(1) + "\n" + sentences(2), "t.txt")
+
+
 def test_texts_of_the_same_words_in_another_order_are_apart() -> None:
     require_apart(traces(" ".join(words(5, 4000))), " ".join(words(6, 4000)), "t.txt")
 
