@@ -17,7 +17,9 @@ from pipeline.report.tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="directory of a safetensors checkpoint")
+    parser.add_argument(
+        "model", metavar="MODEL", help="directory of a safetensors checkpoint, here or at s3://… or gs://…"
+    )
     parser.add_argument("output", metavar="OUTPUT", help="directory to write, new or begun by the same command")
     add_config(parser)
     add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings)

@@ -1,17 +1,13 @@
 """`swsc evaluate MODEL --text FILE`: perplexity by the standard protocol."""
 
 import argparse
-import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from jobs.flags import add_settings, settings_of
+from jobs.flags import add_settings, settings_of, writable
 from pipeline.config import ClusterSettings, EvaluateSettings
-from pipeline.errors import OutputError
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import positions_of
-from pipeline.model.store import Store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,14 +20,14 @@ def run(arguments: argparse.Namespace) -> int:
     settings, cluster = settings_of(arguments, EvaluateSettings, ClusterSettings)
     model = open_model(arguments.model)  # a damaged model is told of before Ray is started
     settings = _within_positions(settings, model)
-    target = _writable(arguments.json) if arguments.json else None  # and so is a place that cannot be written
+    target = writable(arguments.json) if arguments.json else None  # and so is a place that cannot be written
     from pipeline.flows.evaluate import evaluate_model
     from pipeline.run.cluster import make_pool
 
     result = evaluate_model(arguments.model, settings, partial(make_pool, cluster))
     summarise(result)
     if target:
-        Store.at(str(target.parent)).write_json(target.name, result)
+        target.parent.write_json(target.name, result)
     return 0
 
 
@@ -45,16 +41,6 @@ def _within_positions(settings: EvaluateSettings, model: Model) -> EvaluateSetti
         return settings
     print(f"note: windows of {positions} tokens, the positions that the model was made for")
     return settings.model_copy(update={"seqlen": positions})
-
-
-def _writable(path: str) -> Path:
-    """The file to be written, without making it: a run that is refused leaves none."""
-    target = Path(path).absolute()
-    if not target.parent.is_dir():
-        raise OutputError(f"{path}: No such file or directory; give a file in a directory that is there")
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise OutputError(f"{path}: cannot be written; give another file")
-    return target
 
 
 def summarise(result: dict[str, Any]) -> None:

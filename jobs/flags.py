@@ -1,12 +1,14 @@
 """Flags of the command line, made from the settings: one field, one flag, one description."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pipeline.config import ClusterSettings
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, OutputError
+from pipeline.model.store import Store
 from pipeline.validation import Settings, read_config, validated
 
 S = TypeVar("S", bound=Settings)
@@ -60,3 +62,18 @@ def settings_of(arguments: argparse.Namespace, *kinds: type[S]) -> list[Any]:
 def cluster_of(arguments: argparse.Namespace) -> ClusterSettings:
     """Where the work is done."""
     return validated(ClusterSettings, {k: v for k, v in vars(arguments).items() if k in ClusterSettings.model_fields})
+
+
+def writable(path: str) -> Store:
+    """A file that is to be written, as a store of its directory and name; it is not made: a run that is refused leaves none.
+
+    Raises:
+        OutputError: a file on a disk that cannot be written.
+    """
+    target = Store.at(path)
+    if target.is_local:
+        if not target.parent.is_there:
+            raise OutputError(f"{path}: No such file or directory; give a file in a directory that is there")
+        if target.is_there or not os.access(target.parent.root, os.W_OK):
+            raise OutputError(f"{path}: cannot be written; give another file")
+    return target

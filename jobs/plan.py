@@ -1,12 +1,11 @@
 """`swsc plan MODEL`: what would happen, from headers alone."""
 
 import argparse
-import json
+import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from jobs.flags import add_config, add_settings, settings_of
+from jobs.flags import add_config, add_settings, settings_of, writable
 from pipeline.config import CalibrationSettings, CompressSettings
 from pipeline.errors import OutputError
 from pipeline.model.checkpoint import open_checkpoint
@@ -17,7 +16,9 @@ from pipeline.report.tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="directory of a safetensors checkpoint")
+    parser.add_argument(
+        "model", metavar="MODEL", help="directory of a safetensors checkpoint, here or at s3://… or gs://…"
+    )
     add_config(parser)
     add_settings(parser, CompressSettings, CalibrationSettings)
     parser.add_argument("--output", metavar="DIR", help="also say whether the disk of DIR has room")
@@ -29,12 +30,13 @@ def run(arguments: argparse.Namespace) -> int:
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
     foretold = forecast(plan, settings.format)
-    if arguments.output:
-        foretold["free_bytes"] = Store.at(arguments.output).free_bytes()
+    free = Store.at(arguments.output).free_bytes() if arguments.output else None
+    if free is not None:
+        foretold["free_bytes"] = free
     rows = [_row(decision) for decision in plan.decisions]
     if arguments.json:
-        text = json.dumps({"tensors": rows, **foretold}, indent=1) + "\n"
-        Path(arguments.json).write_text(text, encoding="utf-8")
+        target = writable(arguments.json)
+        target.parent.write_json(target.name, {"tensors": rows, **foretold})
     print_table(
         [row for row in rows if row["action"] == "compressed"], ["name", "shape", "paper_bits", "bits_per_weight"]
     )
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{action} ({reason}): {count} tensors")
     for key, value in foretold.items():
         print(f"{key}: {value:,.3f}" if isinstance(value, float) else f"{key}: {value:,}")
-    if foretold.get("free_bytes", foretold["output_bytes"]) < foretold["output_bytes"]:
+    if foretold.get("free_bytes", math.inf) < foretold["output_bytes"]:
         raise OutputError(f"{arguments.output}: the disk has not enough room; free some or choose another")
     return 0
 

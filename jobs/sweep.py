@@ -64,7 +64,7 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
 def begin(out: str) -> Store:
     """The store of the results; a directory that cannot be written, or is not ours, is told of before any work."""
     store = Store.at(out)
-    if not store.is_empty() and not store.exists(_MARK):
+    if store.entries() and not store.exists(_MARK):
         raise OutputError(f"{out}: not empty and not the results of a sweep; choose an empty or new directory")
     store.write(_MARK, [])
     return store

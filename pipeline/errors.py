@@ -41,6 +41,10 @@ class RunError(SwscError):
     """A task failed; the message names it."""
 
 
+class StoreError(RunError):
+    """A disk or an object store that does not answer, or refuses."""
+
+
 class NonFiniteError(RunError):
     """A window whose loss is NaN or Inf; it is never dropped."""
 

@@ -125,7 +125,7 @@ def begin_with_room(store: Store, identity: dict[str, Any], nbytes: int) -> Outp
     """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
     out = begin(store, identity)
     needed, free = 0 if out.complete else nbytes - out.finished_bytes, store.free_bytes()
-    if needed > free:
+    if free is not None and needed > free:
         abandon(out)
         raise OutputError(
             f"{store.root}: {needed:,} bytes are needed, {free:,} are free on its disk; free some or choose another"

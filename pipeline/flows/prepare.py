@@ -1,7 +1,6 @@
 """What comes before a compression that needs a text: second moments, the specs that follow from them, windows to tune on."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from pipeline.measure.windows import CalibrationText, calibration_windows, read_
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.moments import Moments
 from pipeline.model.plan import Plan
+from pipeline.model.store import Store
 
 
 def prepare(
@@ -39,7 +39,7 @@ def prepare(
                 f"{', '.join(idle)} mean nothing to metric weights without tune: choose preset best or fast, or drop them"
             )
         return plan, None
-    cache = calibration.cache_dir or os.path.join(os.path.dirname(os.path.abspath(beside)), ".swsc-cache")
+    cache = calibration.cache_dir or Store.at(beside).parent.below(".swsc-cache").root
     if settings.preset == "data-free":
         if calibration.calibration:
             raise ConfigError("calibration means nothing to preset data-free: drop it, or choose preset best")
@@ -61,7 +61,7 @@ def prepare(
 
 def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None) -> str:
     specs = repr([(decision.info.name, decision.specs) for decision in plan.compressed])
-    gathered = f"{os.path.basename(moments.store.root)} {moments.gradient_share}" if moments else ""
+    gathered = f"{moments.store.name} {moments.gradient_share}" if moments else ""
     ids = hashlib.sha256(text.ids.tobytes()).hexdigest()
     return hashlib.sha256(f"{gathered} {ids} {text.ids.shape} {specs}".encode()).hexdigest()
 

@@ -17,6 +17,7 @@ from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.slots import Slot, find_slot
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import DTYPES
+from pipeline.model.mirror import small_files
 from pipeline.model.parts import Payload, to_tensor
 from swsc_core import decode
 
@@ -106,7 +107,8 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
     logging.disable_progress_bar()
     dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
     try:
-        model, info = _load_compressed(source, key, dtype) if source.entries else _load_dense(key, dtype)
+        in_place = source.checkpoint.store.is_local and not source.entries
+        model, info = _load_dense(key, dtype) if in_place else _load_from_store(source, key, dtype)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"{key.location}: transformers cannot load it: {str(error).splitlines()[0]}") from None
     absent = sorted(info["missing_keys"])
@@ -133,11 +135,13 @@ def _own_dtype(source: Model, config: Any) -> str:
     return str(source.entries[first]["dtype"] if first in source.entries else DTYPES[stored][0])
 
 
-def _load_compressed(source: Model, key: ModelKey, dtype: str) -> Any:
+def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
+    """A model whose weights transformers cannot read itself: compressed ones, or those of an object store."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(key.location)
-    del config.quantization_config
+    config = AutoConfig.from_pretrained(small_files(key.location))
+    if source.entries:
+        del config.quantization_config
     with torch.device("meta"):  # only to learn the class: from_pretrained of the Auto class insists on files
         kind = type(AutoModelForCausalLM.from_config(config))
     weights = {name: source.read(name) for name in source.names}

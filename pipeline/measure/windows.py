@@ -13,6 +13,8 @@ import numpy as np
 from pipeline.config import CalibrationSettings, EvaluateSettings
 from pipeline.errors import TextError
 from pipeline.measure.overlap import traces
+from pipeline.model.mirror import small_files
+from pipeline.model.store import Store
 
 WIKITEXT2 = "wikitext2"
 
@@ -88,7 +90,7 @@ def _tokenise(model: str, text: str) -> tuple[np.ndarray, int | None]:
     from transformers.utils import logging
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(small_files(model))
     except Exception as error:  # a damaged file makes the library raise whatever its parser meets
         reason = (str(error).splitlines() or [""])[0]
         raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None
@@ -98,10 +100,10 @@ def _tokenise(model: str, text: str) -> tuple[np.ndarray, int | None]:
 
 def read_calibration(name: str) -> str:
     """A text file byte for byte, or the rows of a Parquet file or Hub data set joined by blank lines."""
-    if Path(name).exists() and not name.endswith(".parquet"):
-        return read_text(name)
     if name.endswith(".parquet"):
         return _rows(name, "parquet", data_files=name, split="train")
+    if "://" in name or Path(name).exists():
+        return read_text(name)
     place, config, split = [*name.split(":"), "", ""][:3]
     return _rows(name, place, *([config] if config else []), split=split or "train")
 
@@ -111,7 +113,8 @@ def read_text(name: str) -> str:
     if name == WIKITEXT2:
         return _wikitext2()
     try:
-        return Path(name).read_bytes().decode("utf-8")
+        store = Store.at(name)
+        return store.parent.read(store.name).decode("utf-8")
     except OSError as error:
         raise TextError(f"text {name}: {error.strerror}; give a text file, or {WIKITEXT2}") from None
     except UnicodeDecodeError as error:

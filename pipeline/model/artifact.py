@@ -62,9 +62,10 @@ def begin(store: Store, identity: dict[str, Any]) -> Output:
     if store.exists(RUN):
         _same(store, _read_own(store, RUN), identity)
         return Output(store, identity, _finished(store), complete=False)
-    if not store.is_empty() and [path.name for path in store.path(".").iterdir()] != [".swsc"]:
+    present = store.entries()
+    if present.keys() - {".swsc"}:
         raise OutputError(f"{store.root}: not empty and not an output of this tool; choose an empty or new directory")
-    made = not store.path(".").exists()
+    made = not store.is_there
     store.write_json(RUN, identity)
     return Output(store, identity, {}, complete=False, made_directory=made)
 
@@ -101,7 +102,7 @@ def _require_whole(store: Store, files: Mapping[str, Any]) -> None:
 def _finished(store: Store) -> dict[str, tuple[FileRecord, list[dict[str, Any]]]]:
     """Files of an interrupted run that are as their records say; anything else is removed."""
     finished = {}
-    for entry in Store(f"{store.root}/{DONE}").names():
+    for entry in store.below(DONE).names():
         file = entry.removesuffix(".json")
         try:
             done = store.read_json(f"{DONE}/{entry}")
@@ -123,8 +124,8 @@ def abandon(output: Output) -> None:
         return
     for name in [name for name in output.store.names() if _OURS.match(name)] + [".swsc"]:
         output.store.remove(name)
-    if output.made_directory and not any(output.store.path(".").iterdir()):
-        output.store.path(".").rmdir()
+    if output.made_directory:
+        output.store.remove_empty()
 
 
 def finish(

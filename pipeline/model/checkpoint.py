@@ -20,7 +20,7 @@ SINGLE = "model.safetensors"
 MANIFEST = "swsc_manifest.json"  # of an output: written last
 RUN = ".swsc/run.json"  # of an output under way: what was asked for
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
-_SAMPLES, _SAMPLE_BYTES = 16, 65536  # of a shard, for the fingerprint
+_SAMPLES, _SAMPLE_BYTES, _LEAST_SAMPLE = 16, 65536, 64  # of a shard, for the fingerprint
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # safetensors name of a dtype -> (torch's name, bytes of a value)
@@ -203,8 +203,9 @@ def _info(name: str, entry: dict[str, Any], file: str, data_start: int) -> Tenso
 def _samples(store: Store, file: str) -> Iterable[bytearray]:
     """Pieces of a file at even distances, its end among them."""
     size = store.size(file)
+    length = max(_LEAST_SAMPLE, min(_SAMPLE_BYTES, size // (100 * _SAMPLES)))  # 1% of what a small file holds
     for number in range(_SAMPLES):
-        yield store.read(file, max(0, (size - _SAMPLE_BYTES) * number // (_SAMPLES - 1)), _SAMPLE_BYTES)
+        yield store.read(file, max(0, (size - length) * number // (_SAMPLES - 1)), length)
 
 
 def _config(store: Store) -> dict[str, Any]:

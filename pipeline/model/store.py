@@ -1,22 +1,18 @@
-"""A directory of files that are read by byte ranges and appear whole or not at all.
+"""A directory of files that are read by byte ranges and appear whole or not at all, on a disk or in an object store."""
 
-Local directories for now; every path below a store is relative to its root and may not leave it.
-"""
-
+import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
-from uuid import uuid4
 
 from pipeline.errors import UserError
+from pipeline.model.files import SCHEMES, Bytes, Files, files_at
 
 CHUNK = 8 << 20  # bytes of one read or write of a stream: large against latency, small against memory
-TEMPORARY = ".partial"
 
 
 @dataclass(frozen=True)
@@ -30,70 +26,98 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Store:
-    """A directory, by its absolute path; a value, so that workers on other nodes can hold it too."""
+    """A directory, by its absolute path or address; a value, so that workers on other nodes can hold it too."""
 
     root: str
 
     @classmethod
     def at(cls, location: str) -> "Store":
-        """The store at a local path; raises UserError for an address that is not one."""
-        if "://" in location:
-            raise UserError(f"{location}: only local paths are read and written so far; mount or copy it first")
-        return cls(os.path.abspath(location))
+        """The store at a local path, s3://… or gs://…; raises UserError for another address."""
+        scheme, separator, rest = location.partition("://")
+        if not separator:
+            return cls(os.path.abspath(location))
+        if scheme == "file":
+            return cls(os.path.abspath(rest))
+        bucket = rest.strip("/")
+        if scheme not in SCHEMES or not bucket:
+            known = ", ".join(f"{name}://BUCKET/…" for name in SCHEMES)
+            raise UserError(f"{location}: not an address that is read or written; give a local path, {known}")
+        return cls(f"{scheme}://{bucket}")
 
-    def path(self, name: str) -> Path:
-        """Absolute path of `name`; raises UserError if it would leave the directory."""
-        pure = PurePosixPath(name)
-        if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
-            raise UserError(f"{self.root}: file name {name!r} points outside the directory; repair the index")
-        return Path(self.root, name)
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.root
+
+    @property
+    def parent(self) -> "Store":
+        """The directory that this one stands in; that of a bucket is the bucket itself."""
+        scheme, separator, rest = self.root.rpartition("://")
+        above = os.path.dirname(rest)
+        return Store(f"{scheme}{separator}{above}") if above else self
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.root)
+
+    def below(self, name: str) -> "Store":
+        """The store in a folder of this one."""
+        return Store(f"{self.root}/{_inside(self.root, name)}")
+
+    @property
+    def _files(self) -> Files:
+        return files_at(self.root.rpartition("://")[0])
+
+    @property
+    def _folder(self) -> str:
+        return self.root.rpartition("://")[2]
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{_inside(self.root, name)}"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is such a directory; one of an object store is there as soon as it holds something."""
+        return self._files.is_folder(self._folder)
 
     def exists(self, name: str) -> bool:
-        return self.path(name).is_file()
+        """Whether there is a file of that name."""
+        return self._files.size(self._path(name)) is not None
 
     def size(self, name: str) -> int:
-        return self.path(name).stat().st_size
+        size = self._files.size(self._path(name))
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.root}/{name}")
+        return size
 
-    def is_empty(self) -> bool:
-        """Whether the directory holds nothing, or is not there."""
-        return not self.path(".").exists() or not any(self.path(".").iterdir())
+    def entries(self) -> dict[str, bool]:
+        """Name of everything directly in the directory -> whether it is a file; nothing if it is not there."""
+        return self._files.children(self._folder)
 
     def names(self) -> list[str]:
         """Names of the files directly in the directory, sorted."""
-        root = Path(self.root)
-        return sorted(entry.name for entry in root.iterdir() if entry.is_file()) if root.is_dir() else []
+        return sorted(name for name, is_file in self.entries().items() if is_file)
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytearray:
         """Bytes [start, start + length) of a file; fewer if it ends before."""
-        with open(self.path(name), "rb", buffering=0) as file:
-            data = bytearray(self.size(name) - start if length is None else length)
-            file.seek(start)
-            filled, view = 0, memoryview(data)
-            while filled < len(data) and (count := file.readinto(view[filled:])):
-                filled += count
-            del view
-        del data[filled:]
-        return data
+        return self._files.read(self._path(name), start, self.size(name) - start if length is None else length)
 
     def stream(self, name: str, start: int, length: int) -> Iterator[bytearray]:
         """The same bytes as `read`, in pieces of CHUNK."""
         for offset in range(start, start + length, CHUNK):
             yield self.read(name, offset, min(CHUNK, start + length - offset))
 
-    def write(self, name: str, pieces: Iterable[bytes | bytearray | memoryview]) -> FileRecord:
+    def write(self, name: str, pieces: Iterable[Bytes]) -> FileRecord:
         """Write a file of the given pieces; under `name` it is whole and durable, or not there."""
-        target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{uuid4().hex[:8]}{TEMPORARY}")  # two writers must not share one
         digest, size = hashlib.sha256(), 0
-        with open(temporary, "wb", buffering=0) as file:
+
+        def seen() -> Iterator[Bytes]:
+            nonlocal size
             for piece in pieces:
-                _write_all(file.fileno(), memoryview(piece).cast("B"))
                 digest.update(piece)
                 size += memoryview(piece).nbytes
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_directory(target.parent)
+                yield piece
+
+        self._files.write(self._path(name), seen())
         return FileRecord(name, size, digest.hexdigest())
 
     def write_json(self, name: str, value: Any) -> FileRecord:
@@ -110,30 +134,21 @@ class Store:
         return digest.hexdigest()
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder, if it is there."""
-        path = self.path(name)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        """Remove a file or a folder with all that is in it, if it is there."""
+        self._files.remove(self._path(name))
 
-    def free_bytes(self) -> int:
-        """Free bytes on the disk that the directory lies on, or would lie on."""
-        existing = Path(self.root)
-        while not existing.exists():
-            existing = existing.parent
-        return shutil.disk_usage(existing).free
+    def remove_empty(self) -> None:
+        """Remove the directory if there is nothing in it."""
+        self._files.remove_empty(self._folder)
+
+    def free_bytes(self) -> int | None:
+        """Free bytes on the disk that the directory lies on, or would lie on; None if there is no limit."""
+        return self._files.free_bytes(self._folder)
 
 
-def _write_all(descriptor: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename in `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _inside(root: str, name: str) -> str:
+    """`name`; raises UserError if it would leave the directory."""
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        raise UserError(f"{root}: file name {name!r} points outside the directory; repair the index")
+    return name

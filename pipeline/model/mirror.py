@@ -1,0 +1,26 @@
+"""Local copies of a model's small files, for libraries that open directories only: its config and its tokenizer."""
+
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.store import Store
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []  # they go when the process ends
+
+
+def small_files(location: str) -> str:
+    """A local directory with everything of the model at `location` but its weights; itself, if it is local."""
+    store = Store.at(location)
+    return store.root if store.is_local else _copied(store.root)
+
+
+@lru_cache
+def _copied(root: str) -> str:
+    checkpoint = open_checkpoint(root)
+    folder = tempfile.TemporaryDirectory(prefix="swsc-")
+    _kept.append(folder)
+    for name in ("config.json", *checkpoint.extras):
+        Path(folder.name, name).write_bytes(checkpoint.store.read(name))
+    return folder.name

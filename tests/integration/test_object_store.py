@@ -1,0 +1,173 @@
+"""Models, outputs, texts and caches in an object store: the bytes are those of a disk."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli import main
+from pipeline.config import MatrixSettings
+from pipeline.model import files
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.plan import make_plan
+from pipeline.model.store import Store
+from tests.object_store import BUCKET, ObjectStore, object_store
+from tests.tiny import contents, make_text
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    with object_store(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_EC2_METADATA_DISABLED"):
+            patch.setenv(name, running.environment[name])
+        files.files_at.cache_clear()
+        yield running
+    files.files_at.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def remote_model(server: ObjectStore, tiny_model: Path) -> str:
+    return upload(tiny_model, f"{BUCKET}/tiny")
+
+
+def upload(folder: Path, address: str) -> str:
+    store = Store.at(address)
+    for path in folder.iterdir():
+        store.write(path.name, [path.read_bytes()])
+    return address
+
+
+def stored(address: str) -> dict[str, bytes]:
+    """As `contents`, of an output wherever it lies."""
+    store = Store.at(address)
+    return {name: bytes(store.read(name)) for name in store.names() if name != "swsc_report.json"}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("local") / "out"
+    assert main(["compress", str(tiny_model), str(output), "--local", "--bits", "4"]) == 0
+    return contents(output)
+
+
+def test_model_and_output_may_lie_anywhere_and_the_bytes_are_the_same(
+    tiny_model: Path, remote_model: str, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    for source, output in [
+        (str(tiny_model), f"{BUCKET}/from-local"), (remote_model, f"{BUCKET}/from-remote"), (remote_model, str(tmp_path / "out")),
+    ]:  # fmt: skip
+        assert main(["compress", source, output, "--local", "--bits", "4"]) == 0
+        assert stored(output) == expected
+        assert not Store.at(output).exists(".swsc/run.json")
+        assert not Store.at(output).below(".swsc/done").names()
+
+
+def test_a_run_in_an_object_store_goes_on_where_it_was_cut_off(
+    remote_model: str, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, written = files.ObjectFiles.write, []
+
+    def write(self: Any, path: str, pieces: Any) -> None:
+        if path.endswith(".safetensors"):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(path)
+        real(self, path, pieces)
+
+    monkeypatch.setattr(files.ObjectFiles, "write", write)
+    command = ["compress", remote_model, f"{BUCKET}/cut", "--local", "--bits", "4"]
+    assert main(command) == 130
+    assert not Store.at(f"{BUCKET}/cut").exists("config.json")
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert stored(f"{BUCKET}/cut") == expected
+
+
+def test_an_object_whose_source_breaks_off_is_not_there(server: ObjectStore) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield bytes(6 << 20)
+        raise ValueError("the source breaks off")
+
+    store = Store.at(f"{BUCKET}/broken")
+    with pytest.raises(ValueError, match="breaks off"):
+        store.write("half", pieces())
+    assert store.names() == []
+
+
+def test_no_more_is_read_than_the_tensors_that_are_needed(remote_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's headers and fingerprint are large beside its weights, and are counted apart."""
+    ranges: list[int] = []
+    real = files.ObjectFiles.read
+
+    def read(self: Any, path: str, start: int, length: int) -> bytearray:
+        data = real(self, path, start, length)
+        ranges.append(len(data))
+        return data
+
+    monkeypatch.setattr(files.ObjectFiles, "read", read)
+    source = open_checkpoint(remote_model)
+    headers, ranges[:] = sum(ranges), []
+    plan = make_plan(source, MatrixSettings(bits=4))
+    assert main(["compress", remote_model, f"{BUCKET}/counted", "--local", "--bits", "4"]) == 0
+    weights = sum(task.nbytes for task in (*plan.layers, *plan.copies))
+    own = sum(source.store.size(name) for name in source.extras)
+    written = Store.at(f"{BUCKET}/counted")
+    again = sum(written.size(name) for name in written.names() if name.endswith(".safetensors")) // 4  # their headers
+    assert weights <= sum(ranges) <= weights + headers + own + again
+
+
+def test_texts_caches_and_results_may_lie_there_too(remote_model: str, tiny_model: Path, tmp_path: Path) -> None:
+    calibration, text = make_text(tmp_path / "calibration.txt", 1500, seed=77), make_text(tmp_path / "text.txt", seed=5)
+    there = Store.at(f"{BUCKET}/texts")
+    for path in (calibration, text):
+        there.write(path.name, [path.read_bytes()])
+    flags = ["--preset", "best", "--bits", "3", "--calibration-windows", "6", "--calibration-seqlen", "32", "--local"]
+    remote = ["compress", remote_model, f"{BUCKET}/best", "--calibration", f"{there.root}/calibration.txt", *flags]
+    local = ["compress", str(tiny_model), str(tmp_path / "best"), "--calibration", str(calibration), *flags]
+    assert main(remote) == 0
+    assert main(local) == 0
+    names = {"swsc_calibration.json", "swsc_manifest.json"}  # which name the text, by its place
+    here, far = contents(tmp_path / "best"), stored(f"{BUCKET}/best")
+    assert {n: b for n, b in far.items() if n not in names} == {n: b for n, b in here.items() if n not in names}
+    assert [name for name in Store.at(f"{BUCKET}/.swsc-cache").entries() if name.startswith("moments-")]
+    results = [f"{BUCKET}/results/far.json", str(tmp_path / "near.json")]
+    for model, name in ((f"{BUCKET}/best", results[0]), (str(tmp_path / "best"), results[1])):
+        evaluation = [
+            "evaluate",
+            model,
+            "--text",
+            f"{there.root}/text.txt",
+            "--seqlen",
+            "64",
+            "--json",
+            name,
+            "--local",
+        ]
+        assert main(evaluation) == 0
+    far_result, near_result = (Store.at(name).parent.read_json(Store.at(name).name) for name in results)
+    assert far_result["nll_per_window"] == near_result["nll_per_window"]
+
+
+def test_a_wrong_secret_is_one_line_that_does_not_tell_it(
+    remote_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
+    files.files_at.cache_clear()
+    try:
+        assert main(["plan", remote_model]) == 1
+    finally:
+        monkeypatch.undo()
+        files.files_at.cache_clear()
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {BUCKET}/tiny")
+    assert error.count("\n") == 1
+    assert "ACCESS_DENIED" in error or "AccessDenied" in error or "SIGNATURE_DOES_NOT_MATCH" in error
+    assert "not-the-secret" not in error
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in error
+
+
+def test_an_address_of_another_kind_says_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "ftp://host/model"]) == 2
+    assert "give a local path, s3://BUCKET/…, gs://BUCKET/…" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""A real S3 server (SeaweedFS from PyPI) on loopback ports of its own, with one bucket."""
+
+import contextlib
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+BUCKET = "s3://models"
+
+
+@dataclass
+class ObjectStore:
+    """A running server; `environment` is what its clients need."""
+
+    folder: Path
+    ports: dict[str, int]
+    environment: dict[str, str]
+    process: "subprocess.Popen[bytes]"
+
+    def kill(self) -> None:
+        """Pull the plug."""
+        self.process.kill()
+        self.process.wait()
+
+    def start_again(self) -> None:
+        """Up again, with the data that it had."""
+        self.process = _start(self.folder, self.ports, self.environment)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it answers."""
+        import pyarrow.fs as arrow
+
+        for _ in range(120):
+            with contextlib.suppress(OSError):
+                system = arrow.S3FileSystem(
+                    endpoint_override=self.environment["AWS_ENDPOINT_URL"], region="us-east-1",
+                    access_key=self.environment["AWS_ACCESS_KEY_ID"],
+                    secret_key=self.environment["AWS_SECRET_ACCESS_KEY"], connect_timeout=2, request_timeout=5,
+                )  # fmt: skip
+                if system.get_file_info("models").type != arrow.FileType.NotFound:
+                    return
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.25)
+        raise RuntimeError("the object store does not come up")
+
+
+@contextlib.contextmanager
+def object_store(folder: Path) -> Iterator[ObjectStore]:
+    """Start a server that keeps its data in `folder`, and stop it."""
+    ports = dict(zip(("master", "volume", "filer", "s3", "admin"), _free_ports(5), strict=True))
+    environment = {
+        **os.environ, "AWS_ACCESS_KEY_ID": "swsc-tests", "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-tests",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    server = ObjectStore(folder, ports, environment, _start(folder, ports, environment))
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()
+
+
+def _start(folder: Path, ports: dict[str, int], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    flags = [
+        f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={BUCKET.removeprefix('s3://')}",
+        "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        *(f"-{name}.port={port}" for name, port in ports.items()),
+    ]  # fmt: skip
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([str(Path(sys.executable).with_name("weed")), "mini", *flags], env=environment, **quiet)
+
+
+def _free_ports(count: int) -> Sequence[int]:
+    """Ports whose twins for gRPC, 10000 higher, are free, too."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(20000, 50000)
+        with contextlib.suppress(OSError):
+            for number in (port, port + 10000):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", number))
+            found.append(port)
+    return found
