@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any
 
 from jobs.flags import add_config, add_settings, settings_of
-from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, EvaluateSettings
+from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, EvaluateSettings, OutputSettings
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import describe
 from pipeline.flows.prepare import prepare
 from pipeline.flows.produce import produce
 from pipeline.measure.windows import make_windows
 from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.plan import make_plan
+from pipeline.model.plan import make_plan, require_coverage
 from pipeline.report.tables import print_table
 
 
@@ -22,20 +22,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("output", metavar="OUTPUT", help="directory to write, new or begun by the same command")
     add_config(parser)
-    add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings)
+    add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings)
     parser.add_argument("--text", help="then evaluate on this text file, or wikitext2")
     for flag in ("--seqlen", "--windows"):
         parser.add_argument(flag, default=argparse.SUPPRESS, help="with --text: as in `swsc evaluate`")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings, calibration, cluster = settings_of(arguments, CompressSettings, CalibrationSettings, ClusterSettings)
+    settings, calibration, cluster, output = settings_of(
+        arguments, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings
+    )
     cut = sorted({"seqlen", "windows"} & vars(arguments).keys())
     if cut and not arguments.text:
         raise ConfigError(f"{', '.join(cut)} mean nothing without --text: add it, or drop them")
     evaluation = settings_of(_without_config(arguments), EvaluateSettings)[0] if arguments.text else None
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
+    require_coverage(plan, output.require_coverage)
     if evaluation:
         make_windows(arguments.model, evaluation)  # a text that does not do is told of before hours of work
     from pipeline.run.cluster import make_pool  # late: importing Ray takes a second, and a mistake should show before
@@ -44,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     unseen = [arguments.text] if arguments.text else []
     plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, unseen)
     threads = cluster.threads_per_worker
-    report = produce(source, plan, arguments.output, settings, calibration, calibrated, threads, pools)
+    report = produce(
+        source, plan, arguments.output, settings, calibration, calibrated, threads, pools, output.overwrite
+    )
     summarise(arguments.output, report)
     if evaluation:
         from jobs.evaluate import summarise as summarise_evaluation

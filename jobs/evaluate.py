@@ -13,6 +13,7 @@ from pipeline.model.families import positions_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory of a dense, compressed or restored model")
     add_settings(parser, EvaluateSettings, ClusterSettings)
+    parser.add_argument("--verify", action="store_true", help="first hash an output's files, as `swsc verify` does")
     parser.add_argument("--json", metavar="FILE", help="also write the result there")
 
 
@@ -22,9 +23,13 @@ def run(arguments: argparse.Namespace) -> int:
     settings = _within_positions(settings, model)
     target = writable(arguments.json) if arguments.json else None  # and so is a place that cannot be written
     from pipeline.flows.evaluate import evaluate_model
+    from pipeline.flows.verify import verify_output
     from pipeline.run.cluster import make_pool
 
-    result = evaluate_model(arguments.model, settings, partial(make_pool, cluster))
+    pools = partial(make_pool, cluster)
+    if arguments.verify:
+        verify_output(arguments.model, pools)
+    result = evaluate_model(arguments.model, settings, pools)
     summarise(result)
     if target:
         target.parent.write_json(target.name, result)

@@ -6,11 +6,11 @@ from collections import Counter
 from typing import Any
 
 from jobs.flags import add_config, add_settings, settings_of, writable
-from pipeline.config import CalibrationSettings, CompressSettings
+from pipeline.config import CalibrationSettings, CompressSettings, OutputSettings
 from pipeline.errors import OutputError
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import forecast
-from pipeline.model.plan import Decision, make_plan
+from pipeline.model.plan import Decision, make_plan, require_coverage
 from pipeline.model.store import Store
 from pipeline.report.tables import print_table
 
@@ -20,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="directory of a safetensors checkpoint, here or at s3://… or gs://…"
     )
     add_config(parser)
-    add_settings(parser, CompressSettings, CalibrationSettings)
+    add_settings(parser, CompressSettings, CalibrationSettings, OutputSettings)
     parser.add_argument("--output", metavar="DIR", help="also say whether the disk of DIR has room")
     parser.add_argument("--json", metavar="FILE", help="also write the plan there")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings, _ = settings_of(arguments, CompressSettings, CalibrationSettings)
+    settings, _, output = settings_of(arguments, CompressSettings, CalibrationSettings, OutputSettings)
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
     foretold = forecast(plan, settings.format)
@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{action} ({reason}): {count} tensors")
     for key, value in foretold.items():
         print(f"{key}: {value:,.3f}" if isinstance(value, float) else f"{key}: {value:,}")
+    require_coverage(plan, output.require_coverage)
     if foretold.get("free_bytes", math.inf) < foretold["output_bytes"]:
         raise OutputError(f"{arguments.output}: the disk has not enough room; free some or choose another")
     return 0

@@ -12,12 +12,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="OUTPUT", help="directory of a compressed model")
     parser.add_argument("dense", metavar="DENSE", help="directory to write")
     add_settings(parser, ClusterSettings)
+    parser.add_argument("--overwrite", action="store_true", help="replace another output, or a damaged one")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from pipeline.run.cluster import make_pool
 
-    report = restore_model(arguments.model, arguments.dense, partial(make_pool, cluster_of(arguments)))
+    report = restore_model(
+        arguments.model, arguments.dense, partial(make_pool, cluster_of(arguments)), arguments.overwrite
+    )
     restored = sum(row["action"] == "restored" for row in report["tensors"])
     print(f"{arguments.dense}: {restored} of {len(report['tensors'])} tensors restored, the others copied")
     return 0

@@ -189,6 +189,18 @@ class CompressSettings(MatrixSettings):
     format: Literal["swsc", "dense"] = Field("swsc", description="compact form, or restored weights for stock loaders")
 
 
+class OutputSettings(Settings):
+    """How an output is begun; what it will hold does not depend on it."""
+
+    overwrite: bool = Field(False, description="replace an output of other settings, or a damaged one")
+    require_coverage: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="refuse to begin if a smaller share of the model's weights than this is compressed",
+    )
+
+
 class EvaluateSettings(Settings):
     """Perplexity by the standard protocol."""
 

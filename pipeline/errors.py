@@ -41,6 +41,10 @@ class RunError(SwscError):
     """A task failed; the message names it."""
 
 
+class DamageError(RunError):
+    """An output that is not as it was written; the message says what differs."""
+
+
 class StoreError(RunError):
     """A disk or an object store that does not answer, or refuses."""
 

@@ -22,7 +22,7 @@ from pipeline.model.moments import Moments, layers_of, moment_file
 from pipeline.model.store import Store
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Task
-from pipeline.run.progress import Progress
+from pipeline.run.progress import Progress, say
 
 _SHARD_TOKENS = 8192  # tokens of one task
 _VERSION = 3  # goes up with every change of what is gathered
@@ -77,7 +77,7 @@ class Calibration:
         identity = self._identity()
         digest = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
         self.store = Store.at(f"{cache}/moments-{digest}")
-        self._out = begin(self.store, identity)
+        self._out = begin(self.store, identity, wait=say)
         self._starts = range(0, len(ids), max(1, _SHARD_TOKENS // ids.shape[1]))  # first window of each shard
         self._folds: dict[tuple[int, int], _Fold] = defaultdict(_Fold)  # (range, place of a layer in it)
         self._ranges = self._cut()
@@ -111,19 +111,24 @@ class Calibration:
         Raises:
             RunError: tasks failed; finished matrices are kept.
         """
+        with self._out:
+            self._gather(make_pool)
+        return Moments(self.store, self._settings.gradient_share)
+
+    def _gather(self, make_pool: PoolMaker) -> None:
         tasks = [task for index in range(len(self._ranges)) for task in self._gathering(index)]
         self._queue: list[Task] = tasks[::-1]
         self._failures = TaskList([], lambda done: None)
-        if tasks:
-            widest = max(self._sum_bytes(part.names) for part in self._ranges)
-            pool = make_pool(len(tasks), calibration_bytes(self._source, self._ids.shape[1], widest))
-            try:
-                with Progress("calibrate", self._total_tasks, 0, "tasks") as progress:
-                    execute(pool, self, progress)
-            finally:
-                pool.close()
+        if not tasks:
+            return
+        widest = max(self._sum_bytes(part.names) for part in self._ranges)
+        pool = make_pool(len(tasks), calibration_bytes(self._source, self._ids.shape[1], widest))
+        try:
+            with Progress("calibrate", self._total_tasks, 0, "tasks") as progress:
+                execute(pool, self, progress)
+        finally:
+            pool.close()
         self._failures.raise_failures()
-        return Moments(self.store, self._settings.gradient_share)
 
     @property
     def _total_tasks(self) -> int:
@@ -177,7 +182,7 @@ class Calibration:
         return [
             Task(
                 ("write", index, name), "moments_of", (name,), label=f"moments of {name}", outputs=1, payloads=(total,),
-                commit_to=(self.store.root, moment_file(name)),
+                commit_to=(self._out.ticket, moment_file(name)),
             )
             for name in names
         ]  # fmt: skip

@@ -17,6 +17,7 @@ from pipeline.measure.tuner import Tuned
 from pipeline.model.artifact import CALIBRATION, Output, abandon, begin, finish, quantization_config
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes
+from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
 from pipeline.model.plan import Plan
 from pipeline.model.store import FileRecord, Store
@@ -65,6 +66,7 @@ class TunedModel:
 def compress_model(
     source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, threads: int, make_pool: PoolMaker,
     calibrated: Calibrated | None = None, tune: Callable[[], TunedModel] | None = None,
+    overwrite: bool = False, wait: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out `plan` into the directory `output`; returns the report that stands in swsc_report.json.
 
@@ -73,10 +75,11 @@ def compress_model(
     `calibrated` is needed where the plan's specs measure errors by activations. `tune`, called when it turns out that there
     is anything to do, gives the matrices ready made, but for their values.
 
-    A directory that an interrupted run of the same settings left is gone on with; one that is complete is left alone.
+    A directory that an interrupted run of the same settings left is gone on with; one that is complete is left alone; one of
+    other settings is replaced if `overwrite` says so. If another run is at work there, `wait` is told and it is waited for.
 
     Raises:
-        OutputError: the directory holds something else, or the disk has not enough room.
+        OutputError: the directory holds something else, another run writes there, or the disk has not enough room.
         CheckpointError: a selected weight holds NaN or Inf; nothing is left behind.
         RunError: tasks failed; what is finished is kept, and the same call goes on from there.
     """
@@ -86,9 +89,16 @@ def compress_model(
     identity = {**settings.model_dump(mode="json"), "source": source.fingerprint, "threads": threads}
     identity["algorithm"] = ALGORITHM
     identity["calibration"] = calibrated.fingerprint if calibrated else None
-    out = begin_with_room(store, identity, plan.stored_bytes_as(settings.format))
-    if out.complete:
-        return {**store.read_json("swsc_report.json"), "resumed": "complete"}
+    with begin_with_room(store, identity, plan.stored_bytes_as(settings.format), overwrite, wait) as out:
+        if out.complete:
+            return {**store.read_json("swsc_report.json"), "resumed": "complete"}
+        return _carry_out(out, source, plan, settings, make_pool, calibrated, tune, started)
+
+
+def _carry_out(
+    out: Output, source: Checkpoint, plan: Plan, settings: CompressSettings, make_pool: PoolMaker,
+    calibrated: Calibrated | None, tune: Callable[[], TunedModel] | None, started: float,
+) -> dict[str, Any]:  # fmt: skip
     records = {file: record for file, (record, _) in out.finished.items()}
     rows = {row["name"]: row for _, found in out.finished.values() for row in found}
     peaks: dict[str, int] = {}
@@ -102,7 +112,9 @@ def compress_model(
 
     moments = calibrated.moments if calibrated else None
     ready = tune() if tune else None
-    tasks = [task for task in _tasks(source, plan, store, settings, moments, ready) if task.key not in out.finished]
+    tasks = [
+        task for task in _tasks(source, plan, out.ticket, settings, moments, ready) if task.key not in out.finished
+    ]
     run_tasks(tasks, compression_bytes(plan), note, make_pool, out, "compress")
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["files_of_an_earlier_run"] = len(out.finished)
@@ -110,7 +122,7 @@ def compress_model(
         report["tuning"] = ready.about
     ordered = [records[name] for name in sorted(records)]
     if calibrated:
-        ordered.append(store.write_json(CALIBRATION, calibrated.about))
+        ordered.append(out.store.write_json(CALIBRATION, calibrated.about))
     finish(out, source, ordered, _config(source, rows, settings.format), report)
     return report
 
@@ -121,12 +133,19 @@ def require_apart(source: Checkpoint, store: Store) -> None:
         raise OutputError(f"{store.root}: output and model are the same directory; choose another output")
 
 
-def begin_with_room(store: Store, identity: dict[str, Any], nbytes: int) -> Output:
+def begin_with_room(
+    store: Store,
+    identity: dict[str, Any],
+    nbytes: int,
+    overwrite: bool = False,
+    wait: Callable[[str], None] | None = None,
+) -> Output:
     """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
-    out = begin(store, identity)
+    out = begin(store, identity, overwrite, wait)
     needed, free = 0 if out.complete else nbytes - out.finished_bytes, store.free_bytes()
     if free is not None and needed > free:
-        abandon(out)
+        with out:
+            abandon(out)
         raise OutputError(
             f"{store.root}: {needed:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
         )
@@ -168,7 +187,7 @@ def run_alone(
 
 
 def _tasks(
-    source: Checkpoint, plan: Plan, store: Store, settings: CompressSettings, moments: Moments | None,
+    source: Checkpoint, plan: Plan, ticket: Ticket, settings: CompressSettings, moments: Moments | None,
     ready: TunedModel | None,
 ) -> list[Task]:  # fmt: skip
     method, layers = "apply_tuning" if ready else "compress", []
@@ -179,11 +198,11 @@ def _tasks(
         layers.append(
             Task(
                 task.file, method, (source.store, task, *how), label=task.layer, outputs=1,
-                commit_to=(store.root, task.file), weight=task.nbytes,
+                commit_to=(ticket, task.file), weight=task.nbytes,
             )
         )  # fmt: skip
     copies = [
-        Task(task.file, "copy", (source.store, task, store), label=f"copy to {task.file}", weight=task.nbytes)
+        Task(task.file, "copy", (source.store, task, ticket), label=f"copy to {task.file}", weight=task.nbytes)
         for task in plan.copies
     ]
     return layers + copies

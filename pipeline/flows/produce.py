@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.config import CalibrationSettings, CompressSettings, MatrixSettings, Variant
@@ -12,11 +13,13 @@ from pipeline.model.artifact import REPORT
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.plan import Plan
 from pipeline.model.store import Store
+from pipeline.run.progress import say
 
 
 def produce(
     source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, calibration: CalibrationSettings,
-    calibrated: Calibrated | None, threads: int, make_pool: PoolMaker,
+    calibrated: Calibrated | None, threads: int, make_pool: PoolMaker, overwrite: bool = False,
+    wait: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out `plan` into `output`, and return the report.
 
@@ -26,19 +29,19 @@ def produce(
         As `compress_model`; ConfigError: fewer calibration windows than tuning needs.
     """
     if not settings.epochs or calibrated is None:
-        return compress_model(source, plan, output, settings, threads, make_pool, calibrated)
+        return compress_model(source, plan, output, settings, threads, make_pool, calibrated, None, overwrite, wait)
     text = TuneText(calibrated.ids, settings.epochs, settings.seed)
     untuned = settings.model_copy(update={"tune": 0, "format": "swsc"})
     staging = _place("untuned", source, untuned, calibrated, threads)
 
     def tune() -> TunedModel:
-        compress_model(source, plan, staging, untuned, threads, make_pool, calibrated)
+        compress_model(source, plan, staging, untuned, threads, make_pool, calibrated, wait=say)
         tuning = Tuning(source, staging, text, calibration.calibration_dtype, calibrated.cache)
         tuned, about = tuning.run(make_pool)
         rows = {row["name"]: row for row in describe(Store.at(staging).read_json(REPORT))}
         return TunedModel(tuned, rows, about)
 
-    return compress_model(source, plan, output, settings, threads, make_pool, calibrated, tune)
+    return compress_model(source, plan, output, settings, threads, make_pool, calibrated, tune, overwrite, wait)
 
 
 def produce_variant(
@@ -49,7 +52,7 @@ def produce_variant(
     given = {key: getattr(variant, key) for key in variant.model_fields_set & MatrixSettings.model_fields.keys()}
     settings = CompressSettings(**given)
     output = _place("variant", source, settings, calibrated, threads)
-    report = produce(source, plan, output, settings, calibration, calibrated, threads, make_pool)
+    report = produce(source, plan, output, settings, calibration, calibrated, threads, make_pool, wait=say)
     return Made(open_checkpoint(output), {row["name"]: row for row in describe(report)})
 
 

@@ -9,39 +9,43 @@ from pipeline.model.artifact import Model, finish, open_model
 from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.model.families import layer_of
 from pipeline.model.forecast import restoring_bytes
+from pipeline.model.lease import Ticket
 from pipeline.model.plan import CopyTask
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.pool import Done, Task
 
 
-def restore_model(location: str, output: str, make_pool: PoolMaker) -> dict[str, Any]:
+def restore_model(location: str, output: str, make_pool: PoolMaker, overwrite: bool = False) -> dict[str, Any]:
     """Restore every compressed tensor of the model at `location` and copy the others, shard by shard.
 
     Raises:
         ConfigError: the model is not compressed.
-        OutputError: the directory holds something else, or the disk has not enough room.
+        OutputError: the directory holds something else, another run writes there, or the disk has not enough room.
     """
     model = open_model(location)
     if not model.entries:
         raise ConfigError(f"{location}: not a swsc model, nothing to restore; use it as it is")
     store, source = Store.at(output), model.checkpoint
     require_apart(source, store)
-    tasks = _tasks(model, location, store)
     identity = {"restored_from": source.fingerprint, "algorithm": ALGORITHM}
-    out = begin_with_room(store, identity, sum(task.weight for task in tasks))
+    sizes = [
+        _dense_bytes(model.entries[name]) if name in model.entries else source.tensors[name].nbytes
+        for name in model.names
+    ]
     report = _report(model)
-    if out.complete:
-        return report
-    records = {file: record for file, (record, _) in out.finished.items()}
+    with begin_with_room(store, identity, sum(sizes), overwrite) as out:
+        if out.complete:
+            return report
+        records = {file: record for file, (record, _) in out.finished.items()}
 
-    def note(done: Done) -> None:
-        record: FileRecord = done.record or done.value
-        records[record.name] = record
+        def note(done: Done) -> None:
+            record: FileRecord = done.record or done.value
+            records[record.name] = record
 
-    todo = [task for task in tasks if task.key not in out.finished]
-    memory = restoring_bytes(max(model.count(name) for name in model.entries))
-    run_tasks(todo, memory, note, make_pool, out, "restore")
-    finish(out, source, [records[name] for name in sorted(records)], model.config, report)
+        todo = [task for task in _tasks(model, location, out.ticket) if task.key not in out.finished]
+        memory = restoring_bytes(max(model.count(name) for name in model.entries))
+        run_tasks(todo, memory, note, make_pool, out, "restore")
+        finish(out, source, [records[name] for name in sorted(records)], model.config, report)
     return report
 
 
@@ -54,7 +58,7 @@ def _report(model: Model) -> dict[str, Any]:
     return {"format": "dense", "tensors": rows, "versions": versions(), "argv": sys.argv}
 
 
-def _tasks(model: Model, location: str, store: Store) -> list[Task]:
+def _tasks(model: Model, location: str, ticket: Ticket) -> list[Task]:
     """A task for each layer that holds compressed tensors, and one for each source file that holds others."""
     layers: dict[str, list[str]] = {}
     copies: dict[str, list[TensorInfo]] = {}
@@ -70,13 +74,11 @@ def _tasks(model: Model, location: str, store: Store) -> list[Task]:
     for layer, names in layers.items():
         file, nbytes = next(files), sum(_dense_bytes(model.entries[name]) for name in names)
         tasks.append(
-            Task(
-                file, "restore", (location, names), label=layer, outputs=1, commit_to=(store.root, file), weight=nbytes
-            )
+            Task(file, "restore", (location, names), label=layer, outputs=1, commit_to=(ticket, file), weight=nbytes)
         )
     for infos in copies.values():
         copy = CopyTask(next(files), tuple(infos))
-        arguments = (model.checkpoint.store, copy, store)
+        arguments = (model.checkpoint.store, copy, ticket)
         tasks.append(Task(copy.file, "copy", arguments, label=f"copy to {copy.file}", weight=copy.nbytes))
     return tasks
 

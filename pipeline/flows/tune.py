@@ -17,14 +17,14 @@ import numpy as np
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import PoolMaker
 from pipeline.measure.tuner import Tuned, TuneKey
-from pipeline.model.artifact import begin
+from pipeline.model.artifact import Output, begin
 from pipeline.model.checkpoint import MANIFEST, Checkpoint
 from pipeline.model.forecast import tuning_bytes
 from pipeline.model.parts import DONE
 from pipeline.model.store import Store
 from pipeline.run.driver import StagedTasks, Stages, execute
 from pipeline.run.pool import Done, Task
-from pipeline.run.progress import Progress
+from pipeline.run.progress import Progress, say
 
 _STEP_TOKENS = 2048  # of the windows of one step
 _HELD_OUT = 8  # one window of so many
@@ -85,18 +85,23 @@ class Tuning:
             RunError: a task failed; states that were written are kept.
         """
         if not self._store.exists(_RESULT):
-            finished = begin(self._store, self.identity).finished
-            done = max((step for step in range(len(self._batches) + 1) if _state_file(step) in finished), default=0)
-            pool = make_pool(len(self._batches[0]), tuning_bytes(self._source, self._text.ids.shape[1]))
-            try:
-                with Progress("tune", self._tasks_after(done), 0, "tasks") as progress:
-                    execute(pool, StagedTasks(self._stages(done)), progress)
-            finally:
-                pool.close()
+            with begin(self._store, self.identity, wait=say) as out:
+                if not self._store.exists(_RESULT):  # the run that we waited for has made it
+                    self._move(out, make_pool)
         about = self._store.read_json(_RESULT)
         return Tuned(
             self._key.compressed, self._store, _state_file(about["steps"]) if about["applied"] else None
         ), about
+
+    def _move(self, out: Output, make_pool: PoolMaker) -> None:
+        self._ticket = out.ticket
+        done = max((step for step in range(len(self._batches) + 1) if _state_file(step) in out.finished), default=0)
+        pool = make_pool(len(self._batches[0]), tuning_bytes(self._source, self._text.ids.shape[1]))
+        try:
+            with Progress("tune", self._tasks_after(done), 0, "tasks") as progress:
+                execute(pool, StagedTasks(self._stages(done)), progress)
+        finally:
+            pool.close()
 
     def _tasks_after(self, done: int) -> int:
         steps = range(done + 1, len(self._batches) + 1)
@@ -126,7 +131,7 @@ class Tuning:
             ]  # fmt: skip
             state = stepped[0].payloads
             if self._is_kept(step):
-                where = (self._store.root, _state_file(step))
+                where = (self._ticket, _state_file(step))
                 yield [Task(("keep", step), "keep", (), f"state {step}", state, outputs=1, commit_to=where)]
                 self._forget_before(step)
         after = yield self._measurements(step, state)

@@ -160,6 +160,15 @@ def _is_matrix(info: TensorInfo) -> bool:
     return len(info.shape) == 2 and info.dtype in FLOATS and info.count > 0 and not bias
 
 
+def require_coverage(plan: Plan, share: float | None) -> None:
+    """Raise ConfigError if a smaller share of the weights than `share` is compressed."""
+    covered = sum(decision.info.count for decision in plan.compressed) / plan.weights
+    if share is not None and covered < share:
+        raise ConfigError(
+            f"require_coverage {share:g}: {covered:.4f} of the weights are selected; select more by --projectors or --include"
+        )
+
+
 def with_specs(plan: Plan, specs: Mapping[str, tuple[Spec, ...]], settings: MatrixSettings) -> Plan:
     """`plan` with other specs for the matrices named."""
     decisions = []

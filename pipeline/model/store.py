@@ -4,8 +4,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,11 +17,18 @@ CHUNK = 8 << 20  # bytes of one read or write of a stream: large against latency
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What stands in a file that is complete."""
+    """What stands in a file that is complete; `tensors`: sha256 of each tensor in it, by name."""
 
     name: str
     size: int
     sha256: str
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All but the name, as JSON."""
+        own: dict[str, Any] = {"size": self.size, "sha256": self.sha256}
+        return own | ({"tensors": dict(self.tensors)} if self.tensors else {})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.errors import RunError, SwscError, UserError
+from pipeline.model.lease import Ticket
 from pipeline.model.parts import commit
 from pipeline.run.worker import Worker
 
@@ -22,7 +23,7 @@ class Task:
         payloads: handles of large arguments, passed on after `args`.
         outputs: number of payloads that the method returns after its first value. They stay where they were made, and
             the driver gets handles of them.
-        commit_to: (store root, file): write the first payload there, beside where it lies.
+        commit_to: (ticket, file): write the first payload there, beside where it lies.
         weight: bytes of work, for progress.
     """
 
@@ -32,7 +33,7 @@ class Task:
     label: str = ""
     payloads: tuple[Any, ...] = ()
     outputs: int = 0
-    commit_to: tuple[str, str] | None = None
+    commit_to: tuple[Ticket, str] | None = None
     weight: int = 0
 
 

@@ -72,3 +72,8 @@ class Progress:
         left = f", about {seconds / share - seconds:.0f} s left" if 0 < share < 1 else ""
         size = f", {self._size()}" if self._bytes else ""
         self.say(f"{self._done} of {self._tasks} {self._unit}{size}, {seconds:.0f} s{left}")
+
+
+def say(line: str) -> None:
+    """Something that a person wants to know now, outside of any progress."""
+    print(line, file=sys.stderr, flush=True)

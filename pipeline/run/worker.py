@@ -21,8 +21,9 @@ from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
 from pipeline.model.artifact import open_model, part_name
 from pipeline.model.checkpoint import TensorInfo, read_header
+from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
-from pipeline.model.parts import Part, Payload, copy_tensors, read_tensor, to_part, to_tensor
+from pipeline.model.parts import Part, Payload, copy_tensors, differences, read_tensor, to_part, to_tensor
 from pipeline.model.plan import CopyTask, LayerTask
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.heap import return_freed_blocks
@@ -220,9 +221,13 @@ class Worker:
         parts = tuple(to_part(name, model.read(name)) for name in names)
         return {"rows": [], "peak_rss": peak_rss()}, Payload(parts)
 
-    def copy(self, source: Store, task: CopyTask, target: Store) -> FileRecord:
+    def check_file(self, store: Store, file: str, about: Mapping[str, Any]) -> list[str]:
+        """What is wrong with a file of an output, by its manifest's words."""
+        return differences(store, file, about)
+
+    def copy(self, source: Store, task: CopyTask, ticket: Ticket) -> FileRecord:
         """Stream tensors that stay as they are into their file."""
-        return copy_tensors(source, task.infos, target, task.file)
+        return copy_tensors(source, task.infos, ticket, task.file)
 
     def measure(
         self, key: ModelKey, variant: str, names: Sequence[str], windows: np.ndarray, *payloads: Payload

@@ -290,7 +290,10 @@ def test_compressed_model_that_does_not_say_what_is_compressed(model: Path, refu
 def test_damaged_manifest(tiny_model: Path, tmp_path: Path, refused, content: str) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "swsc_manifest.json").write_text(content)
-    refused(*compress(tiny_model, tmp_path), wanted=("swsc_manifest.json is damaged", "remove the output"))
+    refused(
+        *compress(tiny_model, tmp_path),
+        wanted=("swsc_manifest.json is damaged", "make the output again by --overwrite"),
+    )
 
 
 def test_damaged_tokenizer(model: Path, text: Path, refused) -> None:  # type: ignore[no-untyped-def]

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jobs.cli import main
 from pipeline.flows import compress as flow
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.lease import Ticket
 from pipeline.model.parts import read_tensor
 from pipeline.run import pool
 from swsc_core import SwscSpec, encode
@@ -245,10 +247,11 @@ class TestInterruption:
     ) -> None:
         calls = 0
 
-        def blind_at_the_second(root: str, file: str, payload: Any) -> Any:
+        def blind_at_the_second(ticket: Ticket, file: str, payload: Any) -> Any:
             nonlocal calls
             calls += 1
-            return real(f"{root}/elsewhere" if calls == 2 else root, file, payload)
+            elsewhere = replace(ticket, store=ticket.store.below("elsewhere"))
+            return real(elsewhere if calls == 2 else ticket, file, payload)
 
         real = pool.commit
         monkeypatch.setattr(pool, "commit", blind_at_the_second)

@@ -1,0 +1,21 @@
+"""`swsc verify OUTPUT`: is every byte as it was written?"""
+
+import argparse
+from functools import partial
+
+from jobs.flags import add_settings, cluster_of
+from pipeline.config import ClusterSettings
+from pipeline.flows.verify import verify_output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="OUTPUT", help="directory that compress or restore has written")
+    add_settings(parser, ClusterSettings)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from pipeline.run.cluster import make_pool
+
+    found = verify_output(arguments.model, partial(make_pool, cluster_of(arguments)))
+    print(f"{arguments.model}: {found['files']} files, {found['bytes']:,} bytes, all as they were written")
+    return 0

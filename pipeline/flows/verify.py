@@ -1,0 +1,70 @@
+"""Every byte of a finished output against its manifest: what was written is what lies there."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import CheckpointError, DamageError
+from pipeline.flows.compress import PoolMaker, run_alone
+from pipeline.model.artifact import REPORT
+from pipeline.model.checkpoint import MANIFEST
+from pipeline.model.forecast import WORKER_BASE
+from pipeline.model.store import Store
+from pipeline.run.pool import Done, Task
+
+_NAMED = 8  # findings that an error names
+
+
+def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
+    """Hash the files of the output at `location` over the workers, each file read in pieces.
+
+    Returns {"files": number, "bytes": number} of what was found whole.
+
+    Raises:
+        CheckpointError: no finished output there.
+        DamageError: names what is missing, cut, changed or added, down to the tensor.
+    """
+    store = Store.at(location)
+    files = _manifest(store)["files"]
+    findings: dict[Any, list[str]] = {"": list(_strange(store, files))}
+
+    def note(done: Done) -> None:
+        findings[done.task.key] = done.value
+
+    tasks = [
+        Task(name, "check_file", (store, name, about), label=name, weight=about["size"])
+        for name, about in files.items()
+    ]
+    run_alone(sorted(tasks, key=lambda task: -task.weight), WORKER_BASE, note, make_pool, "verify", "files")
+    found = [line for name in sorted(findings) for line in findings[name]]
+    if found:
+        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise DamageError(f"{location}: damaged: {'; '.join(found[:_NAMED])}{more}; make it again by --overwrite")
+    return {"files": len(files), "bytes": sum(about["size"] for about in files.values())}
+
+
+def _manifest(store: Store) -> dict[str, Any]:
+    """What the output says of itself; CheckpointError if it says nothing."""
+    if not store.exists(MANIFEST):
+        raise CheckpointError(
+            f"{store.root}: no {MANIFEST}: not a finished output; run the command that makes it again"
+        )
+    try:
+        manifest: dict[str, Any] = store.read_json(MANIFEST)
+        for about in manifest["files"].values():
+            int(about["size"]), str(about["sha256"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamageError(
+            f"{store.root}: {MANIFEST} is damaged ({error}); make the output again by --overwrite"
+        ) from None
+    return manifest
+
+
+def _strange(store: Store, files: dict[str, Any]) -> Iterator[str]:
+    """What no hash tells of: a report that cannot be read, tensor files that the manifest does not know."""
+    try:
+        store.read_json(REPORT)["tensors"]
+    except (OSError, ValueError, KeyError, TypeError):
+        yield f"{REPORT} is missing or no report"
+    for name in store.names():
+        if name.endswith(".safetensors") and name not in files:
+            yield f"{name} is not one of its files"

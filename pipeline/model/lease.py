@@ -1,0 +1,158 @@
+"""One run at a time on one directory: a small file says who writes there, and is renewed while it does.
+
+Clocks are not asked: a run is alive if its file changes while another one looks, and gone if it does not for _SILENT seconds,
+or at once if its process is of this machine and no longer there. Whoever takes the place of a run that is gone signs with a
+ticket of its own, and what the other one may still send is refused: every commit shows its ticket.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+from uuid import uuid4
+
+from pipeline.errors import OutputError, RunError, StoreError
+from pipeline.model.store import Store
+
+LEASE = ".swsc/lease.json"
+_BEAT = 5.0  # seconds after which a run renews its lease
+_SILENT = 30.0  # seconds without a sign of life after which it is taken for gone
+_held: set[str] = set()  # tickets of this process
+
+
+class LeaseLost(RunError):
+    """Another run has taken this one's place."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """The right to write into a directory; a value, so that commits on other nodes can show it."""
+
+    store: Store
+    owner: str
+
+    def require(self) -> None:
+        """Raise RunError if the directory is not seen from here, LeaseLost if another run has taken over."""
+        found = _read(self.store)
+        if found is None:
+            raise RunError(
+                f"{self.store.root}: not seen by node {gethostname()}, or done with; all nodes must see the output"
+            )
+        if found["owner"] != self.owner:
+            raise LeaseLost(f"{self.store.root}: {_who(found)} has taken over; this one is stopped, nothing is lost")
+
+
+class Lease:
+    """A ticket and the thread that keeps it valid."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self._beats = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self.renew()
+        _held.add(ticket.owner)
+        self._thread.start()
+
+    def renew(self) -> None:
+        """Give a sign of life."""
+        self._beats += 1
+        about = {"owner": self.ticket.owner, "machine": _machine(), "pid": os.getpid(), "beat": self._beats}
+        self.ticket.store.write_json(LEASE, about)
+
+    def _keep(self) -> None:
+        while not self._over.wait(_BEAT):
+            with suppress(OSError, StoreError):  # a store that does not answer now may do so at the next beat
+                try:
+                    self.ticket.require()
+                except StoreError:
+                    raise
+                except RunError:
+                    return  # taken over, or done with; commits will say so
+                self.renew()
+
+    def release(self) -> None:
+        """Give the ticket back."""
+        self._over.set()
+        self._thread.join()
+        _held.discard(self.ticket.owner)
+        with suppress(RunError, OSError):
+            self.ticket.require()
+            self.ticket.store.remove(LEASE)
+
+
+def acquire(
+    store: Store, wait: Callable[[str], None] | None = None, sleep: Callable[[float], None] = time.sleep
+) -> Lease:
+    """The right to write into `store`, as soon as no other run has it.
+
+    Args:
+        wait: told, in a line, that and for whom we wait; None: do not wait for a run that is alive.
+
+    Raises:
+        OutputError: another run is at work there.
+    """
+    _await_silence(store, wait, sleep)
+    lease = Lease(Ticket(store, uuid4().hex))
+    try:
+        lease.ticket.require()  # of two that came at the same moment the later one has it
+    except LeaseLost as error:
+        lease.release()
+        raise OutputError(str(error)) from None
+    return lease
+
+
+def _await_silence(store: Store, wait: Callable[[str], None] | None, sleep: Callable[[float], None]) -> None:
+    before, waited, told = _read(store), 0.0, False
+    while before is not None and not _is_gone(before) and waited < _SILENT:
+        sleep(1.0)
+        found, waited = _read(store), waited + 1.0
+        if found not in (None, before):
+            if wait is None:
+                raise OutputError(f"{store.root}: {_who(found or {})} is writing there; wait for it, or stop it")
+            if not told:
+                wait(f"{store.root}: {_who(found or {})} is making the same; waiting for it")
+            told, waited = True, 0.0
+        before = found
+
+
+def _read(store: Store) -> dict[str, Any] | None:
+    """What the file says; None if there is none, or none that can be understood."""
+    try:
+        about = store.read_json(LEASE)
+        return about if isinstance(about, dict) and "owner" in about else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _who(about: dict[str, Any]) -> str:
+    return f"a run on {str(about.get('machine')).split()[0]} (process {about.get('pid')})"
+
+
+def _is_gone(about: dict[str, Any]) -> bool:
+    """Whether it was a process of this machine that is no longer there."""
+    if about.get("machine") != _machine():
+        return False
+    if about.get("pid") == os.getpid():
+        return about["owner"] not in _held
+    try:
+        os.kill(int(about["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return False
+
+
+def _machine() -> str:
+    """A name of this machine since it was started, as far as its process numbers mean the same."""
+    parts = [gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)

@@ -1,0 +1,221 @@
+"""What happens to an output after it is made, or while two want to make it: verify, overwrite, a second run."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import main
+from pipeline.model import artifact, lease
+from pipeline.model.checkpoint import MANIFEST, RUN
+from pipeline.model.store import Store
+from tests.tiny import contents, make_text, make_tiny_model
+
+
+def compress(model: Path, output: Path, *flags: str) -> int:
+    return main(["compress", str(model), str(output), "--local", *flags])
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("made") / "out"
+    assert compress(tiny_model, output) == 0
+    return output
+
+
+@pytest.fixture
+def output(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def first_layer(output: Path) -> Path:
+    return output / json.loads((output / "model.safetensors.index.json").read_text())["weight_map"][QUERY]
+
+
+QUERY = "model.layers.0.self_attn.q_proj.labels"
+
+
+class TestVerify:
+    """Every kind of damage is named, down to the tensor."""
+
+    def test_a_whole_output_is_told_so_and_so_is_a_restored_one(
+        self, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["restore", str(output), str(tmp_path / "dense"), "--local"]) == 0
+        capsys.readouterr()
+        for place in (output, tmp_path / "dense"):
+            assert main(["verify", str(place), "--local"]) == 0
+            size = sum(len(data) for name, data in contents(place).items() if name != MANIFEST)
+            assert f"{size:,} bytes, all as they were written" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            (lambda out: first_layer(out).unlink(), "is missing"),
+            (lambda out: _append(first_layer(out), b"!"), "bytes, wanted"),
+            (lambda out: _append(first_layer(out), None), "bytes, wanted"),
+            (lambda out: _flip(first_layer(out), QUERY), f"{QUERY} differs"),
+            (lambda out: _flip(first_layer(out), ""), "header differs"),
+            (lambda out: _flip(out / "config.json", None), "config.json: content differs"),
+            (lambda out: (out / "extra.safetensors").write_bytes(b""), "extra.safetensors is not one of its files"),
+            (lambda out: (out / "swsc_report.json").unlink(), "swsc_report.json is missing"),
+            (lambda out: (out / "swsc_report.json").write_text("[]"), "swsc_report.json is missing or no report"),
+            (lambda out: (out / MANIFEST).write_text("{"), "swsc_manifest.json is damaged"),
+            (lambda out: (out / MANIFEST).write_text('{"files": {"a": {}}}'), "swsc_manifest.json is damaged"),
+        ],
+    )
+    def test_damage_is_named(
+        self, output: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], said: str
+    ) -> None:
+        damage(output)
+        assert main(["verify", str(output), "--local"]) == 1
+        error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("verify:")]
+        assert len(error) == 1
+        assert error[0].startswith("error: ")
+        assert said in error[0]
+
+    def test_what_is_no_finished_output_is_a_mistake(
+        self, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["verify", str(tiny_model), "--local"]) == 2
+        assert "not a finished output" in capsys.readouterr().err
+
+    def test_evaluation_verifies_first_if_it_is_told_to(
+        self, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        _flip(first_layer(output), QUERY)
+        text = str(make_text(tmp_path / "text.txt"))
+        flags = ["evaluate", str(output), "--local", "--seqlen", "64", "--windows", "2", "--text", text]
+        assert main([*flags, "--verify"]) == 1
+        assert f"{QUERY} differs" in capsys.readouterr().err
+
+
+def _append(path: Path, data: bytes | None) -> None:
+    path.write_bytes(path.read_bytes()[:-1] if data is None else path.read_bytes() + data)
+
+
+def _flip(path: Path, tensor: str | None) -> None:
+    """Change one bit: in the first byte of a tensor, in a name in the header (""), or in the last byte but one (None)."""
+    data = bytearray(path.read_bytes())
+    place = len(data) - 2
+    if tensor is not None:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        place = 8 + length + header[tensor]["data_offsets"][0] if tensor else data.index(b"labels")
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+class TestOverwrite:
+    """Another output in the place of one that is there, if that is said, and never a mixture of both."""
+
+    def test_other_settings_are_refused_with_the_remedy_and_replaced_when_told(
+        self, tiny_model: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = contents(output)
+        assert compress(tiny_model, output, "--bits", "5") == 2
+        assert "replace it by --overwrite" in capsys.readouterr().err
+        assert contents(output) == before
+        assert compress(tiny_model, output, "--bits", "5", "--overwrite") == 0
+        assert compress(tiny_model, tmp_path / "straight", "--bits", "5") == 0
+        assert contents(output) == contents(tmp_path / "straight")
+        assert not (output / ".swsc").exists()
+
+    def test_files_that_the_new_output_has_not_go_with_the_old_one(self, output: Path, tmp_path: Path) -> None:
+        larger = make_tiny_model(tmp_path / "larger", layers=6)
+        (larger / "notes.txt").write_text("of the larger model")
+        assert compress(larger, tmp_path / "there") == 0
+        smaller = make_tiny_model(tmp_path / "smaller", layers=2)
+        assert compress(smaller, tmp_path / "there", "--overwrite") == 0
+        assert compress(smaller, tmp_path / "straight") == 0
+        assert contents(tmp_path / "there") == contents(tmp_path / "straight")
+
+    def test_a_damaged_output_is_made_again(self, tiny_model: Path, output: Path) -> None:
+        whole = contents(output)
+        first_layer(output).unlink()
+        assert compress(tiny_model, output, "--overwrite") == 0
+        assert contents(output) == whole
+
+    def test_the_same_output_is_left_alone(self, tiny_model: Path, output: Path) -> None:
+        before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+        assert compress(tiny_model, output, "--overwrite") == 0
+        assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+    def test_what_is_not_ours_is_never_replaced(self, tiny_model: Path, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("three years of work")
+        assert compress(tiny_model, tmp_path, "--overwrite") == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_one_that_is_cut_off_at_any_write_ends_as_if_nothing_had_happened(
+        self, tiny_model: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert compress(tiny_model, tmp_path / "straight", "--bits", "5") == 0
+        real, at = Store.write, 0
+
+        def write(self: Store, name: str, pieces: object) -> object:
+            nonlocal at
+            at -= 1
+            if at == 0:
+                raise KeyboardInterrupt
+            return real(self, name, pieces)  # type: ignore[arg-type]
+
+        for last in range(1, 40):
+            place = Path(shutil.copytree(made, tmp_path / f"out{last}"))
+            at = last
+            monkeypatch.setattr(Store, "write", write)
+            code = compress(tiny_model, place, "--bits", "5", "--overwrite")
+            monkeypatch.undo()
+            if code == 0:
+                break
+            assert code == 130
+            assert not (place / MANIFEST).exists() or main(["verify", str(place), "--local"]) == 0
+            assert compress(tiny_model, place, "--bits", "5", "--overwrite") == 0
+            assert contents(place) == contents(tmp_path / "straight")
+        assert 20 < last < 39
+
+
+class TestTwoRuns:
+    """One at a time."""
+
+    def test_the_second_is_refused_and_the_first_is_not_disturbed(
+        self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = Store.at(str(tmp_path / "out"))
+        first = lease.acquire(store)
+        monkeypatch.setattr(lease, "_BEAT", 0.2)
+        second = lease.Lease(first.ticket)  # beats every fifth of a second
+        assert compress(tiny_model, tmp_path / "out") == 2
+        assert "is writing there; wait for it, or stop it" in capsys.readouterr().err
+        first.ticket.require()
+        second.release()
+        first.release()
+        assert compress(tiny_model, tmp_path / "out") == 0
+
+    def test_a_run_whose_place_was_taken_writes_no_more(
+        self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, calls = artifact.acquire, []
+
+        def acquire(store: Store, *rest: object) -> lease.Lease:
+            own = real(store, *rest)  # type: ignore[arg-type]
+            calls.append(own)
+            store.write_json(lease.LEASE, {"owner": "another", "machine": "far", "pid": 1, "beat": 1})
+            return own
+
+        monkeypatch.setattr(artifact, "acquire", acquire)
+        assert compress(tiny_model, tmp_path / "out") == 1
+        assert "a run on far (process 1) has taken over" in capsys.readouterr().err
+        assert not list((tmp_path / "out").glob("*.safetensors"))
+        assert (tmp_path / "out" / RUN).exists()
+
+
+def test_a_run_that_would_touch_too_little_is_refused_before_it_begins(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compress(tiny_model, tmp_path / "out", "--require-coverage", "0.5") == 2
+    assert "require_coverage 0.5: 0.1691 of the weights are selected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert compress(tiny_model, tmp_path / "out", "--require-coverage", "0.15") == 0
+    assert main(["plan", str(tiny_model), "--require-coverage", "0.5"]) == 2
