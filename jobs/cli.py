@@ -23,6 +23,9 @@ VERBS = {
 }
 
 
+_OF_THE_USER = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.EEXIST, errno.ENAMETOOLONG,
+}  # fmt: skip
 _GOES_ON = ("compress", "restore")  # verbs whose finished work an interruption leaves for the next call
 
 
@@ -42,11 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the disk's fault, not the user's
-            print(f"error: {error.strerror}; make room{_kept(arguments.verb)}", file=sys.stderr)
-            return 1
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}; check path and rights", file=sys.stderr)
-        return 2
+        where = error.filename or "system"
+        if error.errno in _OF_THE_USER:
+            print(f"error: {where}: {error.strerror}; check path and rights", file=sys.stderr)
+            return 2
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the disk"
+        print(f"error: {where}: {error.strerror or error}; {remedy}{_kept(arguments.verb)}", file=sys.stderr)
+        return 1
 
 
 def _kept(verb: str) -> str:

@@ -37,4 +37,4 @@ def make_text(path: Path, words: int = 2000, seed: int = 0) -> Path:
 
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file of a finished output but the report, which holds times."""
-    return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.name != "swsc_report.json"}
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.is_file() and p.name != "swsc_report.json"}

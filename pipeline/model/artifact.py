@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.errors import CheckpointError, OutputError
 from pipeline.model.checkpoint import INDEX, MANIFEST, RUN, Checkpoint, open_checkpoint, read_header
+from pipeline.model.files import TEMPORARY
 from pipeline.model.lease import Lease, Ticket, acquire
 from pipeline.model.parts import DONE, read_tensor
 from pipeline.model.store import FileRecord, Store
@@ -235,6 +236,8 @@ def finish(
     ]
     records += [store.write_json(INDEX, index), store.write_json("config.json", config)]
     store.write_json(REPORT, report)
+    for name in [name for name in store.names() if name.endswith(TEMPORARY)]:  # of workers that were killed
+        store.remove(name)
     files = {record.name: record.about for record in records}
     store.write_json(MANIFEST, {"format_version": FORMAT_VERSION, "identity": output.identity, "files": files})
     store.remove(".swsc")

@@ -162,7 +162,7 @@ def _check_index(location: str, weight_map: dict[str, str], tensors: dict[str, T
 def read_header(store: Store, file: str) -> tuple[bytes, list[TensorInfo]]:
     """Header bytes and tensors of one safetensors file, in order of offset, after checking every range."""
     where, size = f"{store.root}/{file}", store.size(file)
-    length = int.from_bytes(store.read(file, 0, 8), "little")
+    length = int.from_bytes(store.read(file, 0, min(8, size)), "little")
     if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
         raise CheckpointError(f"{where}: truncated or not a safetensors file ({size} bytes); download it again")
     raw = bytes(store.read(file, 8, length))
@@ -204,6 +204,7 @@ def _samples(store: Store, file: str) -> Iterable[bytearray]:
     """Pieces of a file at even distances, its end among them."""
     size = store.size(file)
     length = max(_LEAST_SAMPLE, min(_SAMPLE_BYTES, size // (100 * _SAMPLES)))  # 1% of what a small file holds
+    length = min(length, size)
     for number in range(_SAMPLES):
         yield store.read(file, max(0, (size - length) * number // (_SAMPLES - 1)), length)
 

@@ -81,11 +81,16 @@ class LocalFiles:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{path}.{uuid4().hex[:8]}{TEMPORARY}"  # two writers must not share one
-        with open(temporary, "wb", buffering=0) as file:
-            for piece in pieces:
-                _write_all(file.fileno(), memoryview(piece).cast("B"))
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                for piece in pieces:
+                    _write_all(file.fileno(), memoryview(piece).cast("B"))
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
         _sync_directory(target.parent)
 
     def remove(self, path: str) -> None:

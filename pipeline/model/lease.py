@@ -101,9 +101,9 @@ def acquire(
     lease = Lease(Ticket(store, uuid4().hex))
     try:
         lease.ticket.require()  # of two that came at the same moment the later one has it
-    except LeaseLost as error:
+    except BaseException as error:
         lease.release()
-        raise OutputError(str(error)) from None
+        raise OutputError(str(error)) if isinstance(error, LeaseLost) else error from None
     return lease
 
 

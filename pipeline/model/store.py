@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import StoreError, UserError
 from pipeline.model.files import SCHEMES, Bytes, Files, files_at
 
 CHUNK = 8 << 20  # bytes of one read or write of a stream: large against latency, small against memory
@@ -105,8 +105,18 @@ class Store:
         return sorted(name for name, is_file in self.entries().items() if is_file)
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytearray:
-        """Bytes [start, start + length) of a file; fewer if it ends before."""
-        return self._files.read(self._path(name), start, self.size(name) - start if length is None else length)
+        """Bytes [start, start + length) of a file, by default all from `start` on.
+
+        Raises:
+            StoreError: the file ends before, or the store gave less than it has.
+        """
+        length = self.size(name) - start if length is None else length
+        data = self._files.read(self._path(name), start, length)
+        if len(data) != length:
+            raise StoreError(
+                f"{self.root}/{name}: {len(data)} bytes at {start}, wanted {length}: read short, or cut off"
+            )
+        return data
 
     def stream(self, name: str, start: int, length: int) -> Iterator[bytearray]:
         """The same bytes as `read`, in pieces of CHUNK."""
@@ -114,7 +124,11 @@ class Store:
             yield self.read(name, offset, min(CHUNK, start + length - offset))
 
     def write(self, name: str, pieces: Iterable[Bytes]) -> FileRecord:
-        """Write a file of the given pieces; under `name` it is whole and durable, or not there."""
+        """Write a file of the given pieces; under `name` it is whole and durable, or not there.
+
+        Raises:
+            StoreError: what lies there afterwards is not as long as what was written.
+        """
         digest, size = hashlib.sha256(), 0
 
         def seen() -> Iterator[Bytes]:
@@ -125,6 +139,9 @@ class Store:
                 yield piece
 
         self._files.write(self._path(name), seen())
+        if (there := self._files.size(self._path(name))) != size:
+            self.remove(name)
+            raise StoreError(f"{self.root}/{name}: {there} bytes lie there after {size} were written; look at the disk")
         return FileRecord(name, size, digest.hexdigest())
 
     def write_json(self, name: str, value: Any) -> FileRecord:

@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from typing import Protocol
 
-from pipeline.errors import RunError, UserError, WorkerLost
+from pipeline.errors import RunError, StoreError, UserError, WorkerLost
 from pipeline.run import interrupt
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
 _SECONDS_OF_PATIENCE = 20.0  # before a run that has no worker says so
 _CAUSES = 8  # that a failed run names
-_ATTEMPTS = 3  # of a task whose worker or object went away under it
+_ATTEMPTS = 3  # of a task whose worker, object or store went away under it
 
 
 class Source(Protocol):
@@ -87,7 +87,7 @@ class StagedTasks:
 def execute(pool: Pool, source: Source, progress: Progress) -> None:
     """Run tasks of `source` on `pool` until there are none left and none under way.
 
-    A task whose worker died is given to another one, at most _ATTEMPTS times. Only the task that the worker was at is
+    A task whose worker died, or whose store did not answer, is done again, at most _ATTEMPTS times. Only the task that the worker was at is
     charged with it: workers hold no queue.
     """
     again: list[Task] = []
@@ -112,7 +112,7 @@ def execute(pool: Pool, source: Source, progress: Progress) -> None:
             continue
         running -= 1
         attempts[done.task.key] += 1
-        if isinstance(done.error, WorkerLost) and attempts[done.task.key] < _ATTEMPTS:
+        if isinstance(done.error, (WorkerLost, StoreError)) and attempts[done.task.key] < _ATTEMPTS:
             progress.say(f"{done.error}; starting it again")
             again.append(done.task)
             continue

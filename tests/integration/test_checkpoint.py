@@ -142,8 +142,8 @@ class TestDamage:
             (broken / "config.json").write_text(config)
         self.refused(broken, "config.json")
 
-    def test_gguf_and_addresses_say_that_they_are_not_read_yet(self) -> None:
-        for location in ("model.gguf", "s3://bucket/model"):
+    def test_gguf_and_foreign_addresses_say_that_they_are_not_read(self) -> None:
+        for location in ("model.gguf", "ftp://host/model", "s3://"):
             with pytest.raises(SwscError, match="read"):
                 open_checkpoint(location)
 

@@ -1,0 +1,81 @@
+"""A filesystem that fails once: at its n-th operation, in one of several ways."""
+
+import errno
+import os
+import time
+from collections.abc import Iterable, Iterator
+
+from pipeline.model.files import Bytes, Files
+
+MODES = ("fail", "late", "full", "short", "slow")
+
+
+class FaultyFiles:
+    """Counts the operations of `inner` and spoils number `at`.
+
+    Modes: "fail", an error in place of the operation; "late", an error although it was done; "full", no space left, halfway through
+    a write; "short", half of the bytes read, or written without a word; "slow", a pause. What a mode does not apply to goes well.
+    """
+
+    def __init__(self, inner: Files, mode: str, at: int) -> None:
+        self._inner, self._mode, self._at = inner, mode, at
+        self.count = 0
+
+    def _struck(self) -> str:
+        self.count += 1
+        if self.count != self._at:
+            return ""
+        if self._mode == "slow":
+            time.sleep(0.05)
+        if self._mode == "fail":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._mode
+
+    def _late(self, mode: str) -> None:
+        if mode == "late":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def size(self, path: str) -> int | None:
+        self._late(self._struck())
+        return self._inner.size(path)
+
+    def is_folder(self, path: str) -> bool:
+        self._late(self._struck())
+        return self._inner.is_folder(path)
+
+    def children(self, path: str) -> dict[str, bool]:
+        self._late(self._struck())
+        return self._inner.children(path)
+
+    def read(self, path: str, start: int, length: int) -> bytearray:
+        mode = self._struck()
+        data = self._inner.read(path, start, length)
+        self._late(mode)
+        return data[: len(data) // 2] if mode == "short" else data
+
+    def write(self, path: str, pieces: Iterable[Bytes]) -> None:
+        mode = self._struck()
+        if mode in ("full", "short"):
+            whole = b"".join(bytes(piece) for piece in pieces)
+            pieces = self._half(whole, mode)
+        self._inner.write(path, pieces)
+        self._late(mode)
+
+    def _half(self, whole: bytes, mode: str) -> Iterator[bytes]:
+        yield whole[: len(whole) // 2]
+        if mode == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def remove(self, path: str) -> None:
+        mode = self._struck()
+        self._inner.remove(path)
+        self._late(mode)
+
+    def remove_empty(self, path: str) -> None:
+        mode = self._struck()
+        self._inner.remove_empty(path)
+        self._late(mode)
+
+    def free_bytes(self, path: str) -> int | None:
+        self._late(self._struck())
+        return self._inner.free_bytes(path)
