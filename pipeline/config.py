@@ -222,6 +222,11 @@ class ClusterSettings(Settings):
     workers: int | None = Field(None, ge=1, description="number of workers (default: what CPUs, GPUs and memory hold)")
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 where there are GPUs, else 0")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs, and so threads, of a worker; decides the last bit")
+    task_deadline: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a task counts as hanging (default: by what its like took, 600 at least)",
+    )
     local: bool = Field(False, description="no Ray: a plain loop with the same bytes")
 
     @property

@@ -1,5 +1,6 @@
 """A real Ray cluster of two nodes on loopback addresses, one for the whole test run, with its own ports and folder."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -16,6 +17,9 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# A node counts as dead after three seconds without an answer, in place of fourteen.
+_HEALTH = {f"RAY_health_check_{name}": value for name, value in (("period_ms", "1000"), ("timeout_ms", "1000"))}
+_HEALTH["RAY_health_check_failure_threshold"] = "3"
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -26,6 +30,18 @@ class Cluster:
     address: str
     dashboard: str
     environment: dict[str, str]
+    folder: str
+
+    @contextlib.contextmanager
+    def another_node(self, ip: str, cpus: int = 1) -> Iterator["subprocess.Popen[bytes]"]:
+        """A node more, as long as the context lasts."""
+        address = ["start", f"--address={self.address}", f"--node-ip-address={ip}", f"--num-cpus={cpus}"]
+        node = subprocess.Popen([*RAY, *address, _agent(), *_common(self.folder)], **_quiet(self.environment))
+        try:
+            _wait_for_raylet(node)
+            yield node
+        finally:
+            _end(node)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command against the cluster from the repository's root."""
@@ -48,26 +64,47 @@ def cluster() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="swsc")  # short: socket paths are limited to 107 bytes
     # The entrypoint of a job says `python`: it must be this one, also where no environment is activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), "PATH": path}
+    environment = {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), "PATH": path, **_HEALTH}
     port, dashboard = free_port(), free_port()
-    common = ["--num-gpus=0", f"--temp-dir={folder}", "--object-store-memory=200000000", "--block"]
-    # Jobs are submitted through a node's agent; its default port may be another cluster's.
-    agents = [f"--dashboard-agent-listen-port={free_port()}" for _ in range(2)]
+    common = _common(folder)
     head = [*RAY, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
     nodes = [
         subprocess.Popen(
-            [*head, "--node-ip-address=127.0.0.1", "--num-cpus=2", agents[0], *common], **_quiet(environment)
+            [*head, "--node-ip-address=127.0.0.1", "--num-cpus=2", _agent(), *common], **_quiet(environment)
         )
     ]
     try:
         _wait_for(f"http://127.0.0.1:{dashboard}/api/version")
         join = [*RAY, "start", f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2", "--num-cpus=1"]
-        nodes.append(subprocess.Popen([*join, agents[1], *common], **_quiet(environment)))
-        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment)
+        nodes.append(subprocess.Popen([*join, _agent(), *common], **_quiet(environment)))
+        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment, folder)
     finally:
         for node in reversed(nodes):
             _end(node)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _common(folder: str) -> list[str]:
+    return ["--num-gpus=0", f"--temp-dir={folder}", "--object-store-memory=200000000", "--block"]
+
+
+def _agent() -> str:
+    """Jobs are submitted through a node's agent; its default port may be another cluster's."""
+    return f"--dashboard-agent-listen-port={free_port()}"
+
+
+def raylet_of(node: "subprocess.Popen[bytes]") -> psutil.Process | None:
+    """The process that is the node, as soon as it is there."""
+    family = psutil.Process(node.pid).children(recursive=True)
+    return next((process for process in family if process.name() == "raylet"), None)
+
+
+def _wait_for_raylet(node: "subprocess.Popen[bytes]") -> None:
+    for _ in range(240):
+        if raylet_of(node):
+            return
+        time.sleep(0.5)
+    raise RuntimeError("the node does not come up")
 
 
 def _quiet(environment: dict[str, str]) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """The same bytes however the work is spread, and runs that survive what happens on clusters. Real Ray, real kills."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from jobs.cli import main
-from tests.cluster.conftest import RAY, ROOT, Cluster
+from tests.cluster.conftest import RAY, ROOT, Cluster, raylet_of
 from tests.tiny import contents, make_text, make_tiny_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -192,6 +193,18 @@ def test_no_cluster_at_the_address_is_one_clear_line(tiny_model: Path, tmp_path:
     assert "error: no Ray cluster at 127.0.0.1:1" in done.stderr
 
 
+def workers_at(method: str, node: "subprocess.Popen[bytes] | None" = None) -> list[psutil.Process]:
+    """Processes of workers that are at `method` ("" is any), of all nodes or of one."""
+    family = psutil.Process(node.pid).children(recursive=True) if node else psutil.process_iter()
+    found = []
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::ActorWorker") and (not method or f"ActorWorker.{method}" in title):
+                found.append(process)
+    return found
+
+
 class TestRunsThatAreCutShort:
     """A model that takes several seconds, so that there is a moment to strike."""
 
@@ -207,9 +220,11 @@ class TestRunsThatAreCutShort:
         assert main(["compress", str(model), str(output), "--local", *self.SLOW]) == 0
         return contents(output)
 
-    def begin(self, cluster: Cluster, model: Path, output: Path) -> "subprocess.Popen[str]":
+    def begin(
+        self, cluster: Cluster, model: Path, output: Path, *more: str, workers: str = "2"
+    ) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "jobs", "compress", str(model), str(output), *self.SLOW]
-        flags = ["--address", cluster.address, "--workers", "2"]
+        flags = ["--address", cluster.address, *(["--workers", workers] if workers else []), *more]
         return subprocess.Popen(
             [*command, *flags],
             cwd=ROOT,
@@ -234,17 +249,42 @@ class TestRunsThatAreCutShort:
     ) -> None:
         run = self.begin(cluster, model, tmp_path / "out")
         self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
-        victims = [
-            p
-            for p in psutil.process_iter(["cmdline"])
-            if "ray::ActorWorker.compress" in " ".join(p.info["cmdline"] or [])
-        ]
-        assert victims
-        victims[0].kill()
+        workers_at("compress")[0].kill()
         _, error = run.communicate(timeout=200)
         assert run.returncode == 0, error
         assert "starting it again" in error
         assert contents(tmp_path / "out") == straight
+
+    def test_a_worker_that_hangs_is_given_up_and_nothing_differs(
+        self, cluster: Cluster, model: Path, tmp_path: Path, straight: dict[str, bytes]
+    ) -> None:
+        run = self.begin(cluster, model, tmp_path / "out", "--task-deadline", "15")
+        self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
+        victim = workers_at("compress")[0]
+        victim.suspend()
+        _, error = run.communicate(timeout=200)
+        assert run.returncode == 0, error
+        assert "hangs, given up after 15 s; starting it again" in error
+        assert contents(tmp_path / "out") == straight
+        assert not victim.is_running()
+
+    def test_a_node_that_is_lost_and_one_that_joins_change_nothing_but_who_works(
+        self, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        model = make_tiny_model(tmp_path / "model", layers=30)
+        with cluster.another_node("127.0.0.3") as third:
+            run = self.begin(cluster, model, tmp_path / "out", workers="")
+            self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2 and workers_at("", third))
+            raylet = raylet_of(third)
+            assert raylet is not None
+            raylet.kill()
+            with cluster.another_node("127.0.0.4") as fourth:
+                self.wait_until(lambda: workers_at("compress", fourth) or run.poll() is not None)
+                assert run.poll() is None, "a worker has come up on the node that joined"
+                _, error = run.communicate(timeout=300)
+        assert run.returncode == 0, error
+        assert main(["compress", str(model), str(tmp_path / "straight"), "--local", *self.SLOW]) == 0
+        assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
     @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
     def test_a_stopped_driver_leaves_no_model_and_the_same_command_goes_on(

@@ -19,7 +19,7 @@ WINGS = (
 )  # each knows only those before it
 # foreign library -> the files through whose door it comes in
 DOORS = {
-    "ray": {"pipeline/run/cluster.py"},
+    "ray": {"pipeline/run/cluster.py", "pipeline/run/ray_pool.py"},
     "safetensors": set(),  # read and written by byte range: pipeline/model/checkpoint.py says why
     "transformers": {"pipeline/measure/perplexity.py", "pipeline/measure/windows.py", "jobs/demo.py"},
     "datasets": {"pipeline/measure/windows.py"},

@@ -1,0 +1,204 @@
+"""Actors of Ray that do tasks, payloads as objects, commits as tasks beside the objects.
+
+Ray's own retries are off (`max_restarts=0`, `max_task_retries=0`): they stay bound to the dead actor. A worker that died, hangs
+or cannot use its GPU any more is replaced here, and the driver decides about its task.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
+
+from pipeline.errors import RunError, WorkerLost
+from pipeline.model.parts import commit
+from pipeline.run.pool import Done, Task, as_swsc_error
+from pipeline.run.worker import Worker
+
+_WAIT_SECONDS = 1.0
+_COMMITS_PER_WORKER = 2  # payloads waiting to be written; bounds what lies in the object store
+_CLOSE_SECONDS = 30.0  # longest wait for commits under way
+_RESPAWNS_PER_WORKER = 5
+_LOOK_SECONDS = 10.0  # between two looks at what has joined the cluster
+# A task hangs if it takes _TIMES as long as the longest of its kind so far, and no less than _LEAST_SECONDS:
+_TIMES, _LEAST_SECONDS = 20.0, 600.0
+
+
+class ActorWorker(Worker):
+    """A worker that finds its own device."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        super().__init__(threads, "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+
+
+_ACTOR = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")(ActorWorker)
+_COMMIT = ray.remote(num_cpus=0, max_retries=3)(commit)  # no CPU: workers hold them all, and it must not wait for one
+
+
+@dataclass
+class _Flight:
+    """A task under way: first its method (`report`), then, if it is to be written, its commit."""
+
+    task: Task
+    worker: int
+    report: Any
+    payloads: tuple[Any, ...]
+    record: Any
+    value: Any = None
+    started: float = field(default_factory=time.monotonic)
+
+
+class RayPool:
+    """Actors of Ray, one task at a time each; as many as the cluster has room for, also when it grows."""
+
+    def __init__(
+        self,
+        room: Callable[[], int],
+        options: dict[str, float],
+        threads: int,
+        started_here: bool,
+        deadline: float | None,
+    ) -> None:
+        """`room`: how many workers there may be, asked again and again. `deadline`: seconds of a task, if the user set any."""
+        self.size = room()
+        self._room, self._looked = room, time.monotonic()
+        self._deadline = deadline
+        self._longest: dict[str, float] = {}  # seconds of a finished task, by method
+        self._options = options
+        self._threads = threads
+        self._started_here = started_here
+        self._coming: dict[Any, int] = {}  # what tells that a worker is up -> the worker
+        self._actors = [self._spawn(worker) for worker in range(self.size)]
+        self._working: dict[int, _Flight] = {}
+        self._committing: list[_Flight] = []
+        self._respawns = 0
+
+    def _spawn(self, worker: int) -> Any:
+        """A new actor. It gets no task before it is up: it may be one that finds no place for hours, or ever."""
+        actor: Any = _ACTOR.options(**self._options).remote(self._threads)
+        self._coming[actor.__ray_ready__.remote()] = worker
+        return actor
+
+    def _grow(self) -> None:
+        """Workers for what has joined the cluster; those of nodes that left stay, and wait for a place."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for worker in range(self.size, self._room()):
+            self._actors.append(self._spawn(worker))
+            self.size += 1
+
+    def idle(self) -> list[int]:
+        self._grow()
+        if len(self._committing) >= _COMMITS_PER_WORKER * self.size:
+            return []
+        absent = self._working.keys() | set(self._coming.values())
+        return [worker for worker in range(self.size) if worker not in absent]
+
+    def start(self, worker: int, task: Task) -> None:
+        method = getattr(self._actors[worker], task.method)
+        refs = method.options(num_returns=1 + task.outputs).remote(*task.args, *task.payloads)
+        report, payloads = (refs[0], tuple(refs[1:])) if task.outputs else (refs, ())
+        record = _COMMIT.remote(*task.commit_to, payloads[0]) if task.commit_to else None
+        self._working[worker] = _Flight(task, worker, report, payloads, record)
+
+    def wait(self) -> Done | None:
+        flights = {flight.report: flight for flight in self._working.values()}
+        flights |= {flight.record: flight for flight in self._committing}
+        ready, _ = ray.wait([*flights, *self._coming], num_returns=1, timeout=_WAIT_SECONDS, fetch_local=False)
+        if overdue := self._overdue():
+            return overdue
+        if not ready:
+            return None
+        if ready[0] in self._coming:
+            self._arrived(ready[0])
+            return None
+        flight, ref = flights[ready[0]], ready[0]
+        try:
+            result = ray.get(ref)
+        except RayError as error:
+            return self._failed(flight, ref, error)
+        if ref is flight.record:
+            self._committing.remove(flight)
+            return Done(flight.task, flight.value, (), result, worker=flight.worker)
+        del self._working[flight.worker]
+        seconds, method = time.monotonic() - flight.started, flight.task.method
+        self._longest[method] = max(seconds, self._longest.get(method, 0.0))
+        flight.value = result
+        if flight.record is None:
+            return Done(flight.task, result, flight.payloads, worker=flight.worker)
+        flight.payloads = ()  # the commit holds the payload now; it is freed when the commit is done
+        self._committing.append(flight)
+        return None
+
+    def _overdue(self) -> Done | None:
+        """A task that takes so long that its worker must hang, which is then replaced."""
+        for flight in self._working.values():
+            longest = self._longest.get(flight.task.method)
+            foreseen = max(_LEAST_SECONDS, _TIMES * longest) if longest else None
+            limit, seconds = self._deadline or foreseen, time.monotonic() - flight.started
+            if limit and seconds > limit:
+                del self._working[flight.worker]
+                self._replace(flight.worker, flight.task.label)
+                lost = WorkerLost(f"{flight.task.label}: hangs, given up after {seconds:.0f} s")
+                return Done(flight.task, error=lost, worker=flight.worker)
+        return None
+
+    def _arrived(self, ref: Any) -> None:
+        worker = self._coming.pop(ref)
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            raise RunError(f"a worker cannot start: {' '.join(str(error.cause).split())}") from None
+        except RayError as error:
+            self._replace(worker, f"start ({type(error).__name__})")
+
+    def _failed(self, flight: _Flight, ref: Any, error: RayError) -> Done:
+        """An error of the task's own, or of Ray: then the process, its node or an object is gone, and it may run again."""
+        own = error.cause if isinstance(error, RayTaskError) and not isinstance(error, ObjectLostError) else None
+        if own is not None and _spoils_the_process(own):
+            reason, own = f"{type(own).__name__}: {str(own).splitlines()[0]}", None
+        else:
+            reason = type(error).__name__
+        if ref is flight.record:
+            self._committing.remove(flight)
+        else:
+            del self._working[flight.worker]
+            if own is None:
+                self._replace(flight.worker, flight.task.label)
+        if own is not None:
+            return Done(flight.task, error=as_swsc_error(own, flight.task), worker=flight.worker)
+        lost = WorkerLost(f"{flight.task.label}: {reason}")
+        return Done(flight.task, error=lost, worker=flight.worker)
+
+    def _replace(self, worker: int, at: str) -> None:
+        self._respawns += 1
+        if self._respawns > _RESPAWNS_PER_WORKER * self.size:
+            raise RunError(f"workers died {self._respawns} times, the last one at {at}; look at their memory and GPUs")
+        ray.kill(self._actors[worker])
+        self._actors[worker] = self._spawn(worker)
+
+    def close(self) -> None:
+        """End workers, and wait for commits under way: nothing is written after this."""
+        try:
+            for actor in self._actors:
+                ray.kill(actor)
+            pending = [flight.record for flight in (*self._committing, *self._working.values()) if flight.record]
+            if pending:
+                ray.wait(pending, num_returns=len(pending), timeout=_CLOSE_SECONDS, fetch_local=False)
+        except RayError:
+            pass  # Ray itself is gone; what made it so is on its way to the user
+        if self._started_here:
+            ray.shutdown()
+
+
+def _spoils_the_process(error: BaseException) -> bool:
+    """Whether a process can do nothing on its GPU after this: another one may, and it is no fault of the task."""
+    import torch
+
+    of_device = isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError))
+    return of_device or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
