@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from pipeline.config import MatrixSettings
 from pipeline.errors import ConfigError
@@ -77,12 +78,17 @@ def resolve(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSetti
 
 def _provisional(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> SwscSpec:
     """The largest spec of the menu within --bits, or the smallest: foretold until allocation chooses by measurement."""
-    width = value_bits(dtype, settings)
-    sized = {spec.stored_bytes(shape, width): spec for spec in candidates(shape, width) if spec.rank == 0}
+    sized = _sizes(shape, value_bits(dtype, settings))
     if not sized:
         raise ConfigError(f"{name}: shape {list(shape)} is too small to share by segments; --exclude it")
     budget = (settings.bits or 0) * shape[0] * shape[1] / 8
     return sized[max((nbytes for nbytes in sized if nbytes <= budget), default=min(sized))]
+
+
+@lru_cache(maxsize=1024)
+def _sizes(shape: tuple[int, int], width: int) -> dict[int, SwscSpec]:
+    """Stored bytes -> spec, of the menu without compensations; matrices of a model have few shapes."""
+    return {spec.stored_bytes(shape, width): spec for spec in candidates(shape, width) if spec.rank == 0}
 
 
 def _swsc_spec(name: str, shape: tuple[int, int], axis: ChannelAxis, dtype: str, settings: MatrixSettings) -> SwscSpec:

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+_MOST = 300  # rows about tensors; more of them are shown kind by kind
 _WIDTH = 200  # columns where there is no terminal that says how wide it is
 
 # key of a row -> heading and format
@@ -16,6 +17,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "model": ("model", ""),
     "variant": ("variant", ""),
     "name": ("tensor", ""),
+    "tensors": ("tensors", "d"),
     "shape": ("shape", ""),
     "text": ("text", ""),
     "seqlen": ("L", ""),
@@ -33,10 +35,14 @@ COLUMNS: dict[str, tuple[str, str]] = {
 def print_table(rows: Iterable[Mapping[str, Any]], keys: Iterable[str], title: str = "") -> None:
     """Print the given keys of rows to standard output; columns that are empty in every row are left out.
 
-    Rows that are about tensors come by model, in the order of layers.
+    Rows that are about tensors come by model, in the order of layers; where they are very many, those whose names and
+    shapes are alike but for numbers stand together, with the means of their figures.
     """
-    keys = tuple(keys)
-    rows = sorted(rows, key=_in_depth) if "name" in keys else list(rows)
+    keys, rows = tuple(keys), list(rows)
+    if "name" in keys:
+        rows = sorted(rows, key=_in_depth)
+        if len(rows) > _MOST:
+            rows, keys = _by_kind(rows), ("tensors", *keys)
     shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
     table = Table(box=box.MARKDOWN, title=title or None, title_justify="left")
     for key in shown:
@@ -46,6 +52,22 @@ def print_table(rows: Iterable[Mapping[str, Any]], keys: Iterable[str], title: s
         table.add_row(*(_cell(row.get(key), COLUMNS[key][1]) for key in shown))
     width = None if sys.stdout.isatty() else _WIDTH
     Console(width=width, highlight=False, markup=False).print(table)
+
+
+def _by_kind(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    kinds: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        same = [str(row.get(key)) for key in ("model", "variant", "shape")]
+        kinds.setdefault((re.sub(r"\d+", "N", row["name"]), *same), []).append(row)
+    return [_mean(kind[0], members) for kind, members in kinds.items()]
+
+
+def _mean(name: str, members: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row for several: means of figures, and what is the same in all."""
+    figures = {key for row in members for key, value in row.items() if isinstance(value, float)}
+    known = {key: [row[key] for row in members if row.get(key) is not None] for key in figures}
+    means = {key: sum(values) / len(values) for key, values in known.items()}
+    return {**members[0], **means, "name": name, "tensors": len(members)}
 
 
 def _in_depth(row: Mapping[str, Any]) -> tuple[str, list[tuple[int, str]]]:

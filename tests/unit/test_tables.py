@@ -34,3 +34,16 @@ def test_empty_columns_are_left_out_and_figures_are_rounded(capsys: pytest.Captu
 
 def test_shapes_read_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, [{"name": "w", "shape": [3, 4]}], "shape")[1] == ["3×4"]
+
+
+def test_very_many_tensors_are_shown_kind_by_kind_with_their_means(capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, object]] = [
+        {"name": f"layers.{layer}.{role}", "shape": [3, 4], "bits_per_weight": 2.0 + layer % 2}
+        for layer in range(200)
+        for role in "qk"
+    ]
+    assert printed(capsys, rows, "name", "shape", "bits_per_weight") == [
+        ["tensors", "tensor", "shape", "true bits"],
+        ["200", "layers.N.k", "3×4", "2.500"],
+        ["200", "layers.N.q", "3×4", "2.500"],
+    ]

@@ -1,0 +1,130 @@
+"""Claim: `swsc plan` reads headers only, in seconds and under 1 GB, for checkpoints in the shape of 70B and 671B models.
+
+python -m benchmarks.plan DIR      makes both below DIR (files with holes: a few MB of disk), plans them, prints a table
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.common import print_markdown
+from pipeline.model.checkpoint import file_header
+
+ROOT = Path(__file__).parents[1]
+SHARD_BYTES = 5_000_000_000
+SECONDS, PEAK_BYTES = 60.0, 1e9
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def llama_70b() -> tuple[dict[str, object], Shapes]:
+    """Llama-3-70B: 80 layers of grouped-query attention."""
+    hidden, mlp, keys, vocabulary = 8192, 28672, 1024, 128256
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for layer in range(80):
+        stem = f"model.layers.{layer}"
+        shapes |= {f"{stem}.self_attn.{role}_proj.weight": (hidden, hidden) for role in "qo"}
+        shapes |= {f"{stem}.self_attn.{role}_proj.weight": (keys, hidden) for role in "kv"}
+        shapes |= {f"{stem}.mlp.{role}_proj.weight": (mlp, hidden) for role in ("gate", "up")}
+        shapes |= {f"{stem}.mlp.down_proj.weight": (hidden, mlp)}
+        shapes |= {f"{stem}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    return {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": 80, "vocab_size": vocabulary}, shapes
+
+
+def deepseek_671b() -> tuple[dict[str, object], Shapes]:
+    """DeepSeek-V3: latent attention, and 256 experts in each of 58 layers, every one three matrices."""
+    hidden, expert, vocabulary = 7168, 2048, 129280
+    latent = {"q_a_proj": (1536, hidden), "q_b_proj": (24576, 1536), "kv_a_proj_with_mqa": (576, hidden)}
+    latent |= {"kv_b_proj": (32768, 512), "o_proj": (hidden, 16384)}
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for layer in range(61):
+        stem = f"model.layers.{layer}"
+        shapes |= {f"{stem}.self_attn.{name}.weight": shape for name, shape in latent.items()}
+        experts = [f"experts.{number}." for number in range(256)] + ["shared_experts."] if layer > 2 else [""]
+        wide = expert if layer > 2 else 18432
+        for name in experts:
+            shapes |= {f"{stem}.mlp.{name}{role}_proj.weight": (wide, hidden) for role in ("gate", "up")}
+            shapes |= {f"{stem}.mlp.{name}down_proj.weight": (hidden, wide)}
+        shapes |= {f"{stem}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    return {
+        "model_type": "deepseek_v3",
+        "hidden_size": hidden,
+        "num_hidden_layers": 61,
+        "vocab_size": vocabulary,
+    }, shapes
+
+
+def nbytes(shape: tuple[int, ...]) -> int:
+    return 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+
+
+def make(folder: Path, config: dict[str, object], shapes: Shapes) -> None:
+    """A checkpoint of holes: true headers, true sizes, no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shards: list[Shapes] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        if filled + nbytes(shape) > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += nbytes(shape)
+    weight_map = {}
+    for number, own in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header = file_header((name, "BF16", shape, nbytes(shape)) for name, shape in own.items())
+        (folder / file).write_bytes(header)
+        os.truncate(folder / file, len(header) + sum(map(nbytes, own.values())))
+        weight_map |= dict.fromkeys(own, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def planned(folder: Path) -> tuple[float, int, str]:
+    """Seconds and peak memory of `swsc plan`, and the line that says how large the output would be."""
+    command = [
+        sys.executable,
+        "-m",
+        "jobs",
+        "plan",
+        str(folder),
+        "--include",
+        "_proj",
+        "--preset",
+        "best",
+        "--bits",
+        "2.25",
+    ]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    said = [line for line in process.stdout if line.startswith("output_bytes")]
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"plan of {folder} failed")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024, said[0].strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    rows, held = [], True
+    for name, (config, shapes) in {"Llama-3-70B": llama_70b(), "DeepSeek-V3 671B": deepseek_671b()}.items():
+        make(folder / name.split()[0], config, shapes)
+        seconds, peak, output = planned(folder / name.split()[0])
+        held &= seconds < SECONDS and peak < PEAK_BYTES
+        rows.append([name, len(shapes), seconds, peak / 1e9, output])
+    print_markdown(["shape of", "tensors", "seconds", "peak memory, GB", "foretold"], rows)
+    print("holds" if held else "DOES NOT HOLD")
+    raise SystemExit(not held)
+
+
+if __name__ == "__main__":
+    main()
