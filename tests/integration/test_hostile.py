@@ -1,0 +1,182 @@
+"""Checkpoints that somebody made to do harm: a clear error each, no crash, no hang, little memory.
+
+pytest tests/integration/test_hostile.py --hypothesis-profile thorough       10,000 of each
+"""
+
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import MatrixSettings
+from pipeline.errors import SwscError
+from pipeline.model.checkpoint import INDEX, SINGLE, open_checkpoint
+from pipeline.model.plan import make_plan
+from tests.tiny import make_tiny_model
+
+MOST_BYTES = 100_000_000  # that opening one may allocate
+PATIENT = settings(deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+ODD = st.one_of(
+    st.sampled_from([-1, 0, 1, 7, 2**31, 2**60, 2**63, 2**200, 1.5, float("inf"), None, True, "", "../..", "\0", "/etc/passwd"]),
+    st.text(max_size=8), st.lists(st.integers(-2, 2**62), max_size=4), st.dictionaries(st.text(max_size=4), st.integers(), max_size=3),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("whole") / "model", layers=1, shards=False)
+
+
+@pytest.fixture(scope="module")
+def place(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(whole, tmp_path_factory.mktemp("hostile") / "model"))
+
+
+def opened(place: Path) -> bool:
+    """Whether it opens; what it says is a sentence of ours otherwise, and what opens lies within its files."""
+    said = ""
+    tracemalloc.start()
+    try:
+        checkpoint = open_checkpoint(str(place))
+        for info in checkpoint.tensors.values():
+            assert 0 < info.start <= info.start + info.nbytes <= (place / info.file).stat().st_size
+            assert (place / info.file).resolve().parent == place
+        make_plan(checkpoint, MatrixSettings())
+    except SwscError as error:
+        said = str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MOST_BYTES
+    assert not said or str(place) in said, "what is wrong is named"
+    return not said
+
+
+def split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def joined(header: bytes, body: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + body
+
+
+@PATIENT
+@given(data=st.data())
+def test_bytes_of_a_file_that_were_changed(whole: Path, place: Path, data: st.DataObject) -> None:
+    content = bytearray((whole / SINGLE).read_bytes()[:8000])
+    (place / SINGLE).write_bytes((whole / SINGLE).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content)))
+        kind = data.draw(st.sampled_from(["set", "insert", "cut", "drop"]))
+        if kind == "set" and at < len(content):
+            content[at] = data.draw(st.integers(0, 255))
+        elif kind == "insert":
+            content[at:at] = data.draw(st.binary(max_size=9))
+        elif kind == "cut":
+            del content[at:]
+        else:
+            del content[at : at + data.draw(st.integers(1, 20))]
+    (place / SINGLE).write_bytes(bytes(content))
+    assert not opened(place), "the file is shorter than its header says"
+
+
+@PATIENT
+@given(data=st.data())
+def test_headers_that_say_odd_things(whole: Path, place: Path, data: st.DataObject) -> None:
+    header, body = split((whole / SINGLE).read_bytes())
+    names = sorted(header)
+    for _ in range(data.draw(st.integers(1, 3))):
+        name, odd = data.draw(st.sampled_from(names)), data.draw(ODD)
+        where = data.draw(st.sampled_from(["entry", "dtype", "shape", "data_offsets", "inside", "name", "gone"]))
+        entry = header.get(name)
+        if where == "entry":
+            header[name] = odd
+        elif where == "name":
+            header[str(odd)] = entry
+        elif where == "gone":
+            header.pop(name, None)
+        elif where == "inside" and isinstance(entry, dict) and isinstance(entry.get("shape"), list):
+            entry["shape"][:1] = [odd]
+        elif isinstance(entry, dict):
+            entry[where] = odd
+    (place / SINGLE).write_bytes(joined(json.dumps(header).encode(), body))
+    opened(place)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b'{"a": 1' + b"0" * 5000 + b"}",
+        b'{"a":{},"a":{}}',
+        b"\xff\xfe{}",
+        b'{"__metadata__": []}',
+        b'{"w":{"dtype":"F32","shape":[' + b",".join([b"1"] * 100_000) + b'],"data_offsets":[0,4]}}',
+        b'{"w":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,4]}}',
+        b'{"w":{"dtype":"F32","shape":[0,1152921504606846976],"data_offsets":[0,0]}}',
+    ],
+)
+def test_headers_that_are_made_to_hurt(place: Path, header: bytes) -> None:
+    (place / SINGLE).write_bytes(joined(header, bytes(4)))
+    assert not opened(place)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**24, 2**32, 2**60, 2**64 - 1])
+def test_lengths_of_headers_that_cannot_be(place: Path, length: int) -> None:
+    (place / SINGLE).write_bytes(length.to_bytes(8, "little") + b"{}" + bytes(100))
+    assert not opened(place)
+
+
+def test_a_file_of_holes_that_says_it_is_all_header(place: Path) -> None:
+    with open(place / SINGLE, "wb") as file:
+        file.write((2**40).to_bytes(8, "little"))
+        file.truncate(2**41)
+    assert not opened(place)
+
+
+@PATIENT
+@given(data=st.data())
+def test_indexes_that_say_odd_things(whole: Path, place: Path, data: st.DataObject) -> None:
+    (place / SINGLE).write_bytes((whole / SINGLE).read_bytes())
+    weight_map: Any = dict.fromkeys(
+        [name for name in split((whole / SINGLE).read_bytes())[0] if name != "__metadata__"], SINGLE
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        weight_map[data.draw(st.sampled_from([*weight_map, "new"]))] = data.draw(ODD)
+    whole_index = {"weight_map": data.draw(st.one_of(st.just(weight_map), ODD)), "metadata": data.draw(ODD)}
+    (place / INDEX).write_text(json.dumps(data.draw(st.one_of(st.just(whole_index), ODD))))
+    try:
+        assert not opened(place) or all(file == SINGLE for file in weight_map.values())
+    finally:
+        (place / INDEX).unlink()
+
+
+@PATIENT
+@given(data=st.data())
+def test_configs_that_say_odd_things(whole: Path, place: Path, data: st.DataObject) -> None:
+    (place / SINGLE).write_bytes((whole / SINGLE).read_bytes())
+    config = json.loads((whole / "config.json").read_text())
+    for _ in range(data.draw(st.integers(1, 4))):
+        key = data.draw(st.sampled_from([*config, "quantization_config", "text_config", "n_layer"]))
+        config[key] = data.draw(ODD)
+    (place / "config.json").write_text(json.dumps(data.draw(st.one_of(st.just(config), ODD))))
+    try:
+        opened(place)
+    finally:
+        shutil.copy(whole / "config.json", place)
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../outside.safetensors"])
+def test_a_link_that_leads_out_of_the_directory(whole: Path, tmp_path: Path, target: str) -> None:
+    """It may: caches of hubs are made of links. But no name in an index does."""
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"w": target}}))
+    with pytest.raises(SwscError, match=r"outside the directory|is missing"):
+        open_checkpoint(str(folder))
