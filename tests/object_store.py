@@ -10,6 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
+
+from pipeline.model.files import files_at
 
 BUCKET = "s3://models"
 
@@ -66,6 +69,18 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
         yield server
     finally:
         server.kill()
+
+
+@contextlib.contextmanager
+def as_client(server: ObjectStore) -> Iterator[None]:
+    """This process is a client of the server, as long as the context lasts."""
+    own = {key: value for key, value in server.environment.items() if key.startswith("AWS_")}
+    with mock.patch.dict(os.environ, own):
+        files_at.cache_clear()
+        try:
+            yield
+        finally:
+            files_at.cache_clear()
 
 
 def _start(folder: Path, ports: dict[str, int], environment: dict[str, str]) -> "subprocess.Popen[bytes]":

@@ -1,134 +1,14 @@
-"""A real Ray cluster of two nodes on loopback addresses, one for the whole test run, with its own ports and folder."""
+"""One cluster of two nodes for the whole test run."""
 
-import contextlib
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import pytest
 
-ROOT = Path(__file__).parents[2]
-# A node counts as dead after three seconds without an answer, in place of fourteen.
-_HEALTH = {f"RAY_health_check_{name}": value for name, value in (("period_ms", "1000"), ("timeout_ms", "1000"))}
-_HEALTH["RAY_health_check_failure_threshold"] = "3"
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Addresses of the cluster, and the environment that its users need."""
-
-    address: str
-    dashboard: str
-    environment: dict[str, str]
-    folder: str
-
-    @contextlib.contextmanager
-    def another_node(self, ip: str, cpus: int = 1) -> Iterator["subprocess.Popen[bytes]"]:
-        """A node more, as long as the context lasts."""
-        address = ["start", f"--address={self.address}", f"--node-ip-address={ip}", f"--num-cpus={cpus}"]
-        node = subprocess.Popen([*RAY, *address, _agent(), *_common(self.folder)], **_quiet(self.environment))
-        try:
-            _wait_for_raylet(node)
-            yield node
-        finally:
-            _end(node)
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command against the cluster from the repository's root."""
-        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=540)
-
-    def swsc(self, *argv: object) -> subprocess.CompletedProcess[str]:
-        """`python -m jobs …` on the cluster."""
-        return self.run(sys.executable, "-m", "jobs", *map(str, argv), "--address", self.address)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.ray_cluster import Cluster, ray_cluster
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Head with two CPUs, second node with one."""
-    folder = tempfile.mkdtemp(prefix="swsc")  # short: socket paths are limited to 107 bytes
-    # The entrypoint of a job says `python`: it must be this one, also where no environment is activated.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), "PATH": path, **_HEALTH}
-    port, dashboard = free_port(), free_port()
-    common = _common(folder)
-    head = [*RAY, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-    nodes = [
-        subprocess.Popen(
-            [*head, "--node-ip-address=127.0.0.1", "--num-cpus=2", _agent(), *common], **_quiet(environment)
-        )
-    ]
-    try:
-        _wait_for(f"http://127.0.0.1:{dashboard}/api/version")
-        join = [*RAY, "start", f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2", "--num-cpus=1"]
-        nodes.append(subprocess.Popen([*join, _agent(), *common], **_quiet(environment)))
-        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment, folder)
-    finally:
-        for node in reversed(nodes):
-            _end(node)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _common(folder: str) -> list[str]:
-    return ["--num-gpus=0", f"--temp-dir={folder}", "--object-store-memory=200000000", "--block"]
-
-
-def _agent() -> str:
-    """Jobs are submitted through a node's agent; its default port may be another cluster's."""
-    return f"--dashboard-agent-listen-port={free_port()}"
-
-
-def raylet_of(node: "subprocess.Popen[bytes]") -> psutil.Process | None:
-    """The process that is the node, as soon as it is there."""
-    family = psutil.Process(node.pid).children(recursive=True)
-    return next((process for process in family if process.name() == "raylet"), None)
-
-
-def _wait_for_raylet(node: "subprocess.Popen[bytes]") -> None:
-    for _ in range(240):
-        if raylet_of(node):
-            return
-        time.sleep(0.5)
-    raise RuntimeError("the node does not come up")
-
-
-def _quiet(environment: dict[str, str]) -> dict[str, object]:
-    return {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
-
-
-def _wait_for(url: str) -> None:
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(url, timeout=2)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError(f"no answer from {url}")
-
-
-def _end(node: "subprocess.Popen[bytes]") -> None:
-    """Stop a node and the processes that it started, and no others."""
-    family = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
-    node.terminate()
-    try:
-        node.wait(20)
-    except subprocess.TimeoutExpired:
-        node.kill()
-    for process in family:
-        if process.is_running():
-            process.kill()
+    with ray_cluster() as running, running.another_node("127.0.0.2"):
+        yield running

@@ -1,6 +1,5 @@
 """The same bytes however the work is spread, and runs that survive what happens on clusters. Real Ray, real kills."""
 
-import contextlib
 import json
 import os
 import random
@@ -11,11 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from jobs.cli import main
-from tests.cluster.conftest import RAY, ROOT, Cluster, raylet_of
+from tests.ray_cluster import RAY, ROOT, Cluster, raylet_of, workers_at
 from tests.tiny import contents, make_text, make_tiny_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -191,18 +189,6 @@ def test_no_cluster_at_the_address_is_one_clear_line(tiny_model: Path, tmp_path:
     )
     assert done.returncode == 2
     assert "error: no Ray cluster at 127.0.0.1:1" in done.stderr
-
-
-def workers_at(method: str, node: "subprocess.Popen[bytes] | None" = None) -> list[psutil.Process]:
-    """Processes of workers that are at `method` ("" is any), of all nodes or of one."""
-    family = psutil.Process(node.pid).children(recursive=True) if node else psutil.process_iter()
-    found = []
-    for process in family:
-        with contextlib.suppress(psutil.Error):
-            title = " ".join(process.cmdline())
-            if title.startswith("ray::ActorWorker") and (not method or f"ActorWorker.{method}" in title):
-                found.append(process)
-    return found
 
 
 class TestRunsThatAreCutShort:

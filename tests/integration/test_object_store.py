@@ -13,18 +13,14 @@ from pipeline.model import files
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
 from pipeline.model.store import Store
-from tests.object_store import BUCKET, ObjectStore, object_store
+from tests.object_store import BUCKET, ObjectStore, as_client, object_store
 from tests.tiny import contents, make_text
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    with object_store(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_EC2_METADATA_DISABLED"):
-            patch.setenv(name, running.environment[name])
-        files.files_at.cache_clear()
+    with object_store(tmp_path_factory.mktemp("s3")) as running, as_client(running):
         yield running
-    files.files_at.cache_clear()
 
 
 @pytest.fixture(scope="module")

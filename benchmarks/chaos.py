@@ -1,0 +1,205 @@
+"""Claim: a run that is struck again and again, by kills and by pauses of all its parts, ends as if nothing had happened.
+
+    python -m benchmarks.chaos --rounds 100 --seed 0
+
+Each round compresses a small model from an object store into it, on a Ray cluster of two nodes, and strikes at random moments: a
+worker, the driver, the second node (another one joins) or the object store's server is killed, or a worker, the driver or the server is
+paused. A driver that fell is started again by the same command. Afterwards the output must be that of an undisturbed run, to the
+byte; meanwhile nothing may look finished that is not.
+"""
+
+import argparse
+import contextlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from benchmarks.common import print_markdown
+from pipeline.model.artifact import REPORT
+from pipeline.model.checkpoint import MANIFEST
+from pipeline.model.parts import DONE
+from pipeline.model.store import Store
+from tests.object_store import BUCKET, ObjectStore, as_client, object_store
+from tests.ray_cluster import ROOT, Cluster, end, ray_cluster, raylet_of, workers_at
+from tests.tiny import make_tiny_model
+
+FLAGS = ["--bits", "4", "--n-init", "60"]
+LAYERS = 12
+STRIKES = ("kill worker", "kill driver", "kill node", "kill store", "pause worker", "pause driver", "pause store")
+MOST_STARTS = 20  # of a driver in one round: beyond that it does not go on, whatever it says
+
+
+@dataclass
+class Round:
+    """What came of one."""
+
+    seed: str
+    strikes: list[str] = field(default_factory=list)
+    starts: int = 0
+    again: int = 0  # tasks that were begun again while a driver ran
+    lost: int = 0  # finished files that a new driver did not find
+    seconds: float = 0.0
+    identical: bool = False
+
+
+class Arena:
+    """Cluster, object store and model of all rounds, and the driver of the present one."""
+
+    def __init__(self, cluster: Cluster, server: ObjectStore, node: "subprocess.Popen[bytes]") -> None:
+        self.cluster, self.server, self.node = cluster, server, node
+        self._ip = 2
+
+    def run(self, seed: str, strikes: int) -> Round:
+        """A round with `strikes` strikes, drawn by `seed`."""
+        draw, outcome = random.Random(seed), Round(seed)
+        output = Store.at(f"{BUCKET}/round-{seed.replace(' ', '-')}")
+        started, code = time.monotonic(), -1
+        while code != 0 and outcome.starts < MOST_STARTS:
+            finished = set(_finished(output))
+            driver = self._driver(output)
+            outcome.starts += 1
+            while len(outcome.strikes) < strikes and _still(driver, draw.uniform(1.0, 8.0)):
+                outcome.strikes.append(self._strike(draw, driver))
+            _, said = driver.communicate()
+            code = driver.returncode
+            outcome.again += said.count("starting it again")
+            self._require_honest(output, code, said)
+            if code == 0:
+                kept = output.read_json(REPORT).get("files_of_an_earlier_run", 0)
+                outcome.lost += max(0, len(finished) - kept) if finished else 0
+        outcome.seconds = time.monotonic() - started
+        outcome.identical = code == 0 and contents(output) == self.expected
+        return outcome
+
+    def measure_undisturbed(self) -> float:
+        """Seconds of a run that nobody strikes, whose output is what all others are held against."""
+        output = Store.at(f"{BUCKET}/undisturbed")
+        started = time.monotonic()
+        driver = self._driver(output)
+        _, said = driver.communicate()
+        if driver.returncode:
+            raise SystemExit(f"the undisturbed run failed: {said}")
+        self.expected = contents(output)
+        return time.monotonic() - started
+
+    def _driver(self, output: Store) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "jobs", "compress", f"{BUCKET}/model", output.root, *FLAGS]
+        return subprocess.Popen(
+            [*command, "--address", self.cluster.address, "--task-deadline", "30"], cwd=ROOT, text=True,
+            env=self.cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def _require_honest(self, output: Store, code: int, said: str) -> None:
+        if code not in (0, 1, 2, 130, -9):
+            raise SystemExit(f"{output.root}: exit {code}: {said}")
+        if "Traceback" in said:
+            raise SystemExit(f"{output.root}: a traceback: {said}")
+        if code and output.exists(MANIFEST) and contents(output) != self.expected:
+            raise SystemExit(f"{output.root}: looks finished and is not, exit {code}: {said}")
+
+    def _strike(self, draw: random.Random, driver: "subprocess.Popen[str]") -> str:
+        strike = draw.choice(STRIKES)
+        what, pause = strike.split()[1], draw.uniform(0.5, 4.0)
+        if strike == "kill node":
+            raylet = raylet_of(self.node)
+            if raylet:
+                raylet.kill()
+            end(self.node)
+            self._ip = self._ip % 200 + 1
+            self.node = self.cluster.join(f"127.0.0.{self._ip + 1}")
+        elif strike == "kill store":
+            self.server.kill()
+            time.sleep(pause)
+            self.server.start_again()
+        else:
+            with contextlib.suppress(psutil.Error):
+                victim = self._victim(what, draw, driver)
+                if victim and strike.startswith("kill"):
+                    victim.kill()
+                elif victim:
+                    victim.suspend()
+                    time.sleep(pause)
+                    victim.resume()
+        return strike
+
+    def _victim(self, what: str, draw: random.Random, driver: "subprocess.Popen[str]") -> psutil.Process | None:
+        if what == "store":
+            return psutil.Process(self.server.process.pid)
+        if what == "driver":
+            return psutil.Process(driver.pid)
+        workers = [worker for worker in workers_at("") if worker.environ().get("RAY_TMPDIR") == self.cluster.folder]
+        return draw.choice(sorted(workers, key=lambda worker: worker.pid)) if workers else None
+
+
+def _still(driver: "subprocess.Popen[str]", seconds: float) -> bool:
+    """Whether the driver still runs after some seconds."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        driver.wait(seconds)
+    return driver.poll() is None
+
+
+def _finished(output: Store) -> list[str]:
+    return output.below(DONE).names()
+
+
+def contents(output: Store) -> dict[str, bytes]:
+    """Every file of an output but the report, which holds times."""
+    return {name: bytes(output.read(name)) for name in output.names() if name != REPORT}
+
+
+@contextlib.contextmanager
+def arena() -> Iterator[Arena]:
+    """Everything that the rounds need."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos"))
+        server = stack.enter_context(object_store(Path(folder, "store")))
+        stack.enter_context(as_client(server))
+        model = make_tiny_model(Path(folder, "model"), layers=LAYERS)
+        for path in model.iterdir():
+            Store.at(f"{BUCKET}/model").write(path.name, [path.read_bytes()])
+        cluster = stack.enter_context(ray_cluster())
+        place = Arena(cluster, server, cluster.join("127.0.0.2"))
+        stack.callback(lambda: end(place.node))
+        yield place
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strikes", type=int, default=3, help="in each round")
+    arguments = parser.parse_args()
+    with arena() as place:
+        undisturbed = place.measure_undisturbed()
+        rounds = []
+        for number in range(arguments.rounds):
+            rounds.append(place.run(f"{arguments.seed} {number}", arguments.strikes))
+            print(f"{rounds[-1]}", file=sys.stderr, flush=True)
+    print_summary(rounds, undisturbed)
+    raise SystemExit(not all(outcome.identical and not outcome.lost for outcome in rounds))
+
+
+def print_summary(rounds: list[Round], undisturbed: float) -> None:
+    """A table, and how often each strike fell."""
+    strikes = Counter(strike for outcome in rounds for strike in outcome.strikes)
+    total = sum(strikes.values())
+    lost = sum(outcome.seconds - undisturbed for outcome in rounds) / max(1, total)
+    print_markdown(
+        ["rounds", "identical", "strikes", "tasks begun again a strike", "finished files lost", "seconds undisturbed",
+         "seconds lost a strike"],
+        [[len(rounds), sum(outcome.identical for outcome in rounds), total,
+          sum(outcome.again for outcome in rounds) / max(1, total), sum(outcome.lost for outcome in rounds), undisturbed, lost]],
+    )  # fmt: skip
+    print(", ".join(f"{strike} {count}" for strike, count in sorted(strikes.items())))
+
+
+if __name__ == "__main__":
+    main()
