@@ -23,8 +23,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks.common import print_markdown
-from pipeline.model.artifact import REPORT
 from pipeline.model.checkpoint import MANIFEST
+from pipeline.model.output import REPORT
 from pipeline.model.parts import DONE
 from pipeline.model.store import Store
 from tests.object_store import BUCKET, ObjectStore, as_client, object_store

@@ -18,7 +18,7 @@ from pipeline.report.tables import print_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="directory of a safetensors checkpoint, here or at s3://… or gs://…"
+        "model", metavar="MODEL", help="directory of a safetensors checkpoint, here or at s3://… or gs://…; or a Hub id"
     )
     parser.add_argument("output", metavar="OUTPUT", help="directory to write, new or begun by the same command")
     add_config(parser)

@@ -17,7 +17,7 @@ from pipeline.report.tables import print_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="directory of a safetensors checkpoint, here or at s3://… or gs://…"
+        "model", metavar="MODEL", help="directory of a safetensors checkpoint, here or at s3://… or gs://…; or a Hub id"
     )
     add_config(parser)
     add_settings(parser, CompressSettings, CalibrationSettings, OutputSettings)

@@ -15,10 +15,10 @@ import numpy as np
 from pipeline.config import CalibrationSettings
 from pipeline.flows.compress import PoolMaker
 from pipeline.measure.perplexity import ModelKey
-from pipeline.model.artifact import begin
 from pipeline.model.checkpoint import Checkpoint, TensorInfo
 from pipeline.model.forecast import calibration_bytes
 from pipeline.model.moments import Moments, layers_of, moment_file
+from pipeline.model.output import begin
 from pipeline.model.store import Store
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Task

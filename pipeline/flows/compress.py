@@ -14,11 +14,12 @@ import numpy as np
 from pipeline.config import CompressSettings
 from pipeline.errors import OutputError, UserError
 from pipeline.measure.tuner import Tuned
-from pipeline.model.artifact import CALIBRATION, Output, abandon, begin, finish, quantization_config
+from pipeline.model.artifact import quantization_config
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
+from pipeline.model.output import CALIBRATION, Output, abandon, begin, finish
 from pipeline.model.plan import Plan
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.driver import TaskList, execute

@@ -10,9 +10,10 @@ from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.perplexity import ModelKey, perplexity
 from pipeline.measure.windows import Windows, make_windows, read_text
-from pipeline.model.artifact import CALIBRATION, Model, open_model
+from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import evaluation_bytes
+from pipeline.model.output import CALIBRATION
 from pipeline.run.pool import Done, Task
 
 _BATCHES = 4  # of one task: enough to hide its cost, few enough to share the work out evenly

@@ -9,8 +9,8 @@ from pipeline.config import CalibrationSettings, CompressSettings, MatrixSetting
 from pipeline.flows.compress import ALGORITHM, Calibrated, PoolMaker, TunedModel, compress_model, describe
 from pipeline.flows.sweep_runs import Made
 from pipeline.flows.tune import TuneText, Tuning
-from pipeline.model.artifact import REPORT
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from pipeline.model.output import REPORT
 from pipeline.model.plan import Plan
 from pipeline.model.store import Store
 from pipeline.run.progress import say

@@ -5,11 +5,12 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import ALGORITHM, PoolMaker, begin_with_room, require_apart, run_tasks, versions
-from pipeline.model.artifact import Model, finish, open_model
+from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.model.families import layer_of
 from pipeline.model.forecast import restoring_bytes
 from pipeline.model.lease import Ticket
+from pipeline.model.output import finish
 from pipeline.model.plan import CopyTask
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.pool import Done, Task

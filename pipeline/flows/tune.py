@@ -17,9 +17,9 @@ import numpy as np
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import PoolMaker
 from pipeline.measure.tuner import Tuned, TuneKey
-from pipeline.model.artifact import Output, begin
 from pipeline.model.checkpoint import MANIFEST, Checkpoint
 from pipeline.model.forecast import tuning_bytes
+from pipeline.model.output import Output, begin
 from pipeline.model.parts import DONE
 from pipeline.model.store import Store
 from pipeline.run.driver import StagedTasks, Stages, execute

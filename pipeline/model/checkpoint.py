@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import CheckpointError, UserError
+from pipeline.model.hub import local_copy
 from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
 from pipeline.model.store import Store
 
@@ -89,7 +90,7 @@ def open_checkpoint(location: str) -> Checkpoint:
     """
     if location.endswith(".gguf"):
         raise CheckpointError(f"{location}: GGUF files are not read here yet; save the model as safetensors first")
-    store = Store.at(location)
+    store = Store.at(local_copy(location))
     names = store.names()
     if not names:
         raise CheckpointError(f"{location}: no such directory, or an empty one; give the directory of a checkpoint")

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.hub import local_copy
 from pipeline.model.store import Store
 
 _kept: list[tempfile.TemporaryDirectory[str]] = []  # they go when the process ends
@@ -12,7 +13,7 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []  # they go when the process e
 
 def small_files(location: str) -> str:
     """A local directory with everything of the model at `location` but its weights; itself, if it is local."""
-    store = Store.at(location)
+    store = Store.at(local_copy(location))
     return store.root if store.is_local else _copied(store.root)
 
 

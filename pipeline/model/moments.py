@@ -2,7 +2,7 @@
 
 Of a matrix X.weight [m, n] it holds X.weighted, float32 [n, n], X.rows, float32 [m], and, unless another matrix of the same
 input has it, X.plain, float32 [n, n]; measure/calibration.py says what they are. The directory is begun as an output is
-(artifact.py) and never finished: another run may add more matrices.
+(output.py) and never finished: another run may add more matrices.
 """
 
 from collections.abc import Iterable

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from pipeline.model import artifact, lease
+from pipeline.model import lease
+from pipeline.model import output as outputs
 from pipeline.model.checkpoint import MANIFEST, RUN
 from pipeline.model.store import Store
 from tests.tiny import contents, make_text, make_tiny_model
@@ -138,6 +139,25 @@ class TestOverwrite:
         assert compress(tiny_model, output, "--overwrite") == 0
         assert contents(output) == whole
 
+    def test_a_run_whose_notes_are_damaged_is_begun_again(
+        self, tiny_model: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "begun" / ".swsc").mkdir(parents=True)
+        (tmp_path / "begun" / RUN).write_text("{")
+        assert compress(tiny_model, tmp_path / "begun") == 2
+        assert "run.json is damaged" in capsys.readouterr().err
+        assert compress(tiny_model, tmp_path / "begun", "--overwrite") == 0
+        assert contents(tmp_path / "begun") == contents(output)
+
+    def test_a_manifest_that_lies_makes_nobody_remove_what_is_not_ours(self, tiny_model: Path, output: Path) -> None:
+        (output / "mine").mkdir()
+        (output / "mine" / "thesis.tex").write_text("three years of work")
+        manifest = json.loads((output / MANIFEST).read_text())
+        manifest["files"] |= {key: {"size": 0, "sha256": ""} for key in [".", "mine", "mine/thesis.tex", "../out", "/"]}
+        (output / MANIFEST).write_text(json.dumps(manifest))
+        assert compress(tiny_model, output, "--bits", "5", "--overwrite") == 0
+        assert (output / "mine" / "thesis.tex").read_text() == "three years of work"
+
     def test_the_same_output_is_left_alone(self, tiny_model: Path, output: Path) -> None:
         before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
         assert compress(tiny_model, output, "--overwrite") == 0
@@ -196,7 +216,7 @@ class TestTwoRuns:
     def test_a_run_whose_place_was_taken_writes_no_more(
         self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real, calls = artifact.acquire, []
+        real, calls = outputs.acquire, []
 
         def acquire(store: Store, *rest: object) -> lease.Lease:
             own = real(store, *rest)  # type: ignore[arg-type]
@@ -204,7 +224,7 @@ class TestTwoRuns:
             store.write_json(lease.LEASE, {"owner": "another", "machine": "far", "pid": 1, "beat": 1})
             return own
 
-        monkeypatch.setattr(artifact, "acquire", acquire)
+        monkeypatch.setattr(outputs, "acquire", acquire)
         assert compress(tiny_model, tmp_path / "out") == 1
         assert "a run on far (process 1) has taken over" in capsys.readouterr().err
         assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -1,0 +1,51 @@
+"""Models by their Hub id, from a server that stands in for it, in processes of their own: the client reads its settings once."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import main
+from tests.hub_server import REPO, hub
+from tests.tiny import contents
+
+ROOT = Path(__file__).parents[2]
+
+
+def swsc(home: Path, endpoint: str, *argv: str) -> "subprocess.CompletedProcess[str]":
+    offline = {"HF_HUB_OFFLINE": "0" if endpoint else "1"}
+    environment = {**os.environ, "HF_HOME": str(home), **offline, **({"HF_ENDPOINT": endpoint} if endpoint else {})}
+    command = [sys.executable, "-m", "jobs", *argv]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_model_of_the_hub_is_compressed_as_the_same_on_a_disk_and_found_again_without_a_network(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    served = Path(shutil.copytree(tiny_model, tmp_path / "served"))
+    (served / "pytorch_model.bin").write_bytes(b"a pickle")
+    (served / "modeling_tiny.py").write_text("raise SystemExit('code of somebody else')")
+    flags = ["--local", "--bits", "4"]
+    with hub(served) as endpoint:
+        done = swsc(tmp_path / "home", endpoint, "compress", REPO, str(tmp_path / "out"), *flags)
+    assert done.returncode == 0, done.stderr
+    assert main(["compress", str(tiny_model), str(tmp_path / "straight"), *flags]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    again = swsc(tmp_path / "home", "", "plan", f"{REPO}@main")
+    assert again.returncode == 0, again.stderr
+    fetched = {path.name for path in (tmp_path / "home").rglob("*")}
+    assert "config.json" in fetched
+    assert not fetched & {"pytorch_model.bin", "modeling_tiny.py"}
+
+
+def test_what_is_neither_a_directory_nor_to_be_had_is_one_line_with_the_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "org/unknown"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: org/unknown: no such directory, and not to be had from the Hub (")
+    assert "`hf download org/unknown` where there is a network" in error
+    assert error.count("\n") == 1
