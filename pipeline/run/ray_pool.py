@@ -88,7 +88,11 @@ class RayPool:
         if time.monotonic() - self._looked < _LOOK_SECONDS:
             return
         self._looked = time.monotonic()
-        for worker in range(self.size, self._room()):
+        try:
+            room = self._room()
+        except (RayError, RuntimeError, ConnectionError):
+            return  # the head does not answer; workers may well go on without it
+        for worker in range(self.size, room):
             self._actors.append(self._spawn(worker))
             self.size += 1
 
@@ -141,7 +145,7 @@ class RayPool:
             longest = self._longest.get(flight.task.method)
             foreseen = max(_LEAST_SECONDS, _TIMES * longest) if longest else None
             limit, seconds = self._deadline or foreseen, time.monotonic() - flight.started
-            if limit and seconds > limit:
+            if limit and seconds > limit and not ray.wait([flight.report], timeout=0, fetch_local=False)[0]:
                 del self._working[flight.worker]
                 self._replace(flight.worker, flight.task.label)
                 lost = WorkerLost(f"{flight.task.label}: hangs, given up after {seconds:.0f} s")
@@ -200,5 +204,4 @@ def _spoils_the_process(error: BaseException) -> bool:
     """Whether a process can do nothing on its GPU after this: another one may, and it is no fault of the task."""
     import torch
 
-    of_device = isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError))
-    return of_device or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))

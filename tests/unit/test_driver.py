@@ -4,9 +4,10 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from pipeline.errors import CheckpointError, RunError, SwscError, WorkerLost
-from pipeline.run import interrupt
+from pipeline.errors import CheckpointError, RunError, StoreError, SwscError, WorkerLost
+from pipeline.run import interrupt, ray_pool
 from pipeline.run.driver import StagedTasks, Stages, TaskList, execute
 from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress
@@ -62,6 +63,26 @@ def test_a_task_whose_worker_died_runs_again() -> None:
     assert sorted(finished) == list("abc")
     assert pool.started.count("b") == 3
     assert pool.started.count("a") == 1
+
+
+def test_a_task_whose_store_does_not_answer_runs_again() -> None:
+    pool, finished = run("abc", {"b": [StoreError("s3://b/model: 503"), StoreError("s3://b/model: 503")]})
+    assert sorted(finished) == list("abc")
+    assert pool.started.count("b") == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "spoils"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered", 1), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("CUDA error"), False),
+    ],
+)
+def test_an_error_of_the_gpu_wants_a_fresh_process(error: Exception, spoils: bool) -> None:
+    assert ray_pool._spoils_the_process(error) == spoils
 
 
 def test_a_task_that_kills_every_worker_is_given_up_and_named_and_the_others_finish() -> None:
