@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -250,7 +251,7 @@ class TestRunsThatAreCutShort:
         victim.suspend()
         _, error = run.communicate(timeout=200)
         assert run.returncode == 0, error
-        assert "hangs, given up after 15 s; starting it again" in error
+        assert re.search(r"hangs, given up after 1\d s; starting it again", error), error
         assert contents(tmp_path / "out") == straight
         assert not victim.is_running()
 
