@@ -20,8 +20,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "swsc_manifest.json"  # of an output: written last
 RUN = ".swsc/run.json"  # of an output under way: what was asked for
-_HEADER_LIMIT = (
-    16_000_000  # bytes: ten times what the longest real ones take; a hostile one takes five times as much when parsed
+_JSON_LIMIT = (
+    16_000_000  # bytes of a header, index or config: more than any real one has, and parsed five times as much
 )
 _SAMPLES, _SAMPLE_BYTES, _LEAST_SAMPLE = 16, 65536, 64  # of a shard, for the fingerprint
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -125,7 +125,7 @@ def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
     """Shard files in order, and the index's map of tensors to files (empty without an index)."""
     if INDEX in names:
         try:
-            weight_map = store.read_json(INDEX)["weight_map"]
+            weight_map = store.read_json(INDEX, _JSON_LIMIT)["weight_map"]
             files = sorted(set(weight_map.values()))
             if not all(isinstance(file, str) for file in files):
                 raise TypeError("a file name is not a string")
@@ -166,7 +166,7 @@ def read_header(store: Store, file: str) -> tuple[bytes, list[TensorInfo]]:
     """Header bytes and tensors of one safetensors file, in order of offset, after checking every range."""
     where, size = f"{store.root}/{file}", store.size(file)
     length = int.from_bytes(store.read(file, 0, min(8, size)), "little")
-    if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+    if size < 8 or not 2 <= length <= min(size - 8, _JSON_LIMIT):
         raise CheckpointError(f"{where}: truncated or not a safetensors file ({size} bytes); download it again")
     raw = bytes(store.read(file, 8, length))
     try:
@@ -216,7 +216,7 @@ def _config(store: Store) -> dict[str, Any]:
     if not store.exists("config.json"):
         raise CheckpointError(f"{store.root}: config.json is missing; download it too")
     try:
-        config = store.read_json("config.json")
+        config = store.read_json("config.json", _JSON_LIMIT)
     except ValueError as error:
         raise CheckpointError(f"{store.root}/config.json: not JSON ({error}); download it again") from None
     if not isinstance(config, dict):

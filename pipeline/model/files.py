@@ -145,12 +145,12 @@ class ObjectFiles:
         return {info.base_name: info.is_file for info in found}
 
     def read(self, path: str, start: int, length: int) -> bytearray:
-        file = self._try(path, self._system.open_input_file, path)
-        data = bytearray(max(0, min(length, file.size() - start)))
-        file.seek(start)
-        filled, view = 0, memoryview(data)
-        while filled < len(data) and (count := self._try(path, file.readinto, view[filled:])):
-            filled += count
+        with self._try(path, self._system.open_input_file, path) as file:
+            data = bytearray(max(0, min(length, file.size() - start)))
+            file.seek(start)
+            filled, view = 0, memoryview(data)
+            while filled < len(data) and (count := self._try(path, file.readinto, view[filled:])):
+                filled += count
         del view, data[filled:]
         return data
 

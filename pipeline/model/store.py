@@ -148,7 +148,10 @@ class Store:
         """Write `value` as JSON with sorted keys: equal values give equal bytes."""
         return self.write(name, [json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"])
 
-    def read_json(self, name: str) -> Any:
+    def read_json(self, name: str, most: int | None = None) -> Any:
+        """The value of a JSON file; ValueError if it is none, or has more than `most` bytes."""
+        if most is not None and (size := self.size(name)) > most:
+            raise ValueError(f"{size:,} bytes, at most {most:,} are read")
         return json.loads(bytes(self.read(name)).decode())
 
     def sha256(self, name: str) -> str:

@@ -141,6 +141,14 @@ def test_a_file_of_holes_that_says_it_is_all_header(place: Path) -> None:
     assert not opened(place)
 
 
+@pytest.mark.parametrize("name", [INDEX, "config.json"])
+def test_json_files_of_holes(whole: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    with open(folder / name, "ab") as file:
+        file.truncate(2**41)
+    assert not opened(folder)
+
+
 @PATIENT
 @given(data=st.data())
 def test_indexes_that_say_odd_things(whole: Path, place: Path, data: st.DataObject) -> None:
