@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -68,14 +68,8 @@ class LocalFiles:
 
     def read(self, path: str, start: int, length: int) -> bytearray:
         with open(path, "rb", buffering=0) as file:
-            data = bytearray(length)
             file.seek(start)
-            filled, view = 0, memoryview(data)
-            while filled < len(data) and (count := file.readinto(view[filled:])):
-                filled += count
-            del view
-        del data[filled:]
-        return data
+            return _filled(length, file.readinto)
 
     def write(self, path: str, pieces: Iterable[Bytes]) -> None:
         target = Path(path)
@@ -108,6 +102,17 @@ class LocalFiles:
         while not existing.exists():
             existing = existing.parent
         return shutil.disk_usage(existing).free
+
+
+def _filled(length: int, read_into: Callable[[memoryview], int | None]) -> bytearray:
+    """Up to `length` bytes, by as many calls as it takes."""
+    data = bytearray(max(0, length))
+    filled, view = 0, memoryview(data)
+    while filled < len(data) and (count := read_into(view[filled:])):
+        filled += count
+    view.release()
+    del data[filled:]
+    return data
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:
@@ -146,13 +151,8 @@ class ObjectFiles:
 
     def read(self, path: str, start: int, length: int) -> bytearray:
         with self._try(path, self._system.open_input_file, path) as file:
-            data = bytearray(max(0, min(length, file.size() - start)))
             file.seek(start)
-            filled, view = 0, memoryview(data)
-            while filled < len(data) and (count := self._try(path, file.readinto, view[filled:])):
-                filled += count
-        del view, data[filled:]
-        return data
+            return _filled(min(length, file.size() - start), partial(self._try, path, file.readinto))
 
     def write(self, path: str, pieces: Iterable[Bytes]) -> None:
         out = self._try(path, self._system.open_output_stream, path)
@@ -161,8 +161,9 @@ class ObjectFiles:
                 self._try(path, out.write, memoryview(piece).cast("B"))
             self._try(path, out.close)
         except BaseException:
-            with suppress(OSError, StoreError):
+            with suppress(OSError):
                 out.close()  # which completes what was sent, as would the end of `out`
+            with suppress(StoreError):
                 self.remove(path)
             raise
 
