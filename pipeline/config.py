@@ -227,6 +227,10 @@ class ClusterSettings(Settings):
         gt=0,
         description="seconds after which a task counts as hanging (default: by what its like took, 600 at least)",
     )
+    elastic: bool = Field(
+        False,
+        description="the cluster grows on demand (Ray's autoscaler): ask for more workers than fit it now, and wait",
+    )
     local: bool = Field(False, description="no Ray: a plain loop with the same bytes")
 
     @property

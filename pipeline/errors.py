@@ -55,3 +55,7 @@ class NonFiniteError(RunError):
 
 class WorkerLost(RunError):
     """The process or the object of a task went away; the task itself is not to blame and may run again."""
+
+
+class PayloadLost(RunError):
+    """What a task was to be given went away with its node; whoever deals out tasks has to have it made again."""

@@ -11,7 +11,9 @@ os.environ.pop("RAY_ADDRESS", None)
 
 from tests.tiny import make_text, make_tiny_model
 
-settings.register_profile("thorough", max_examples=10_000)
+settings.register_profile("default", deadline=None)  # a busy machine is no failure
+settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=10_000)
+settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")

@@ -67,15 +67,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def ray_cluster(**more: str) -> Iterator[Cluster]:
-    """A head with two CPUs, whose processes and users have `more` in their environment."""
+def ray_cluster(*flags: str, port: int = 0, **more: str) -> Iterator[Cluster]:
+    """A head with two CPUs and `flags`, whose processes and users have `more` in their environment."""
     folder = tempfile.mkdtemp(prefix="swsc")  # short: socket paths are limited to 107 bytes
     # The entrypoint of a job says `python`: it must be this one, also where no environment is activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), "PATH": path, **_HEALTH, **more}
-    port, dashboard = free_port(), free_port()
+    port, dashboard = port or free_port(), free_port()
     head = [*RAY, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-    head += ["--node-ip-address=127.0.0.1", "--num-cpus=2", _agent(), *_common(folder)]
+    head += ["--node-ip-address=127.0.0.1", "--num-cpus=2", _agent(), *_common(folder), *flags]
     node = subprocess.Popen(head, **_quiet(environment))
     try:
         _wait_for(f"http://127.0.0.1:{dashboard}/api/version")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CalibrationSettings
+from pipeline.errors import PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.measure.perplexity import ModelKey
 from pipeline.model.checkpoint import Checkpoint, TensorInfo
@@ -25,6 +26,7 @@ from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress, say
 
 _SHARD_TOKENS = 8192  # tokens of one task
+_GATHERINGS = 3  # of a layer whose sums were lost with a node
 _VERSION = 3  # goes up with every change of what is gathered
 
 
@@ -80,6 +82,7 @@ class Calibration:
         self._out = begin(self.store, identity, wait=say)
         self._starts = range(0, len(ids), max(1, _SHARD_TOKENS // ids.shape[1]))  # first window of each shard
         self._folds: dict[tuple[int, int], _Fold] = defaultdict(_Fold)  # (range, place of a layer in it)
+        self._written: set[str] = set()  # matrices that this run has finished
         self._ranges = self._cut()
 
     def _identity(self) -> dict[str, Any]:
@@ -91,7 +94,8 @@ class Calibration:
         """Layers with matrices that have no moments yet, in ranges of bounded bytes; a layer is never cut."""
         ranges: list[_Range] = []
         room = 0
-        missing = [name for name in self._infos if moment_file(name) not in self._out.finished]
+        finished = self._out.finished.keys() | self._written
+        missing = [name for name in self._infos if moment_file(name) not in finished]
         for layer, names in layers_of(missing).items():
             nbytes = self._sum_bytes(names)
             if not ranges or nbytes > room:
@@ -116,18 +120,27 @@ class Calibration:
         return Moments(self.store, self._settings.gradient_share)
 
     def _gather(self, make_pool: PoolMaker) -> None:
-        tasks = [task for index in range(len(self._ranges)) for task in self._gathering(index)]
-        self._queue: list[Task] = tasks[::-1]
         self._failures = TaskList([], lambda done: None)
-        if not tasks:
+        if not self._ranges:
             return
         widest = max(self._sum_bytes(part.names) for part in self._ranges)
-        pool = make_pool(len(tasks), calibration_bytes(self._source, self._ids.shape[1], widest))
+        tasks = len(self._ranges) * len(self._starts)
+        pool = make_pool(tasks, calibration_bytes(self._source, self._ids.shape[1], widest))
         try:
             with Progress("calibrate", self._total_tasks, 0, "tasks") as progress:
-                execute(pool, self, progress)
+                for _ in range(_GATHERINGS):
+                    self._lost: list[Done] = []
+                    self._queue = [task for index in range(len(self._ranges)) for task in self._gathering(index)][::-1]
+                    execute(pool, self, progress)
+                    if not self._lost:
+                        break
+                    self._ranges, self._folds = self._cut(), defaultdict(_Fold)
+                    progress.say(f"{self._lost[0].error}; layers that are not finished are gathered again")
+                    progress.add(self._total_tasks)
         finally:
             pool.close()
+        for lost in self._lost:
+            self._failures.done(lost)
         self._failures.raise_failures()
 
     @property
@@ -152,10 +165,15 @@ class Calibration:
         return self._queue.pop() if self._queue else None
 
     def done(self, done: Done) -> None:
+        if isinstance(done.error, PayloadLost):
+            self._lost.append(done)
+            return
         if done.error:
             self._failures.done(done)
             return
         kind, index, *rest = done.task.key
+        if kind == "write":
+            self._written.add(rest[0])
         if kind == "gather":
             for place, payload in enumerate(done.payloads):
                 self._folds[index, place].shards[rest[0]] = payload

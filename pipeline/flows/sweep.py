@@ -12,7 +12,7 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from pipeline.config import EvaluateSettings, SweepSettings
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.evaluate import deal, model_key, worker_bytes
 from pipeline.flows.prepare import prepare
@@ -26,6 +26,8 @@ from pipeline.model.forecast import WORKER_BASE, compression_bytes
 from pipeline.run.driver import execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
+
+_BEGUN_AGAIN = 2  # most times that a run's lost units are made again
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class Sweep:
         for run in self._runs:
             self._open_if_ready(run)
         try:
-            with Progress("sweep", self.total_tasks, 0) as progress:
-                execute(pool, self, progress)
+            with Progress("sweep", self.total_tasks, 0) as self._progress:
+                execute(pool, self, self._progress)
         except BaseException:
             for run in self._runs:
                 run.error = run.error or ("not finished" if run.missing or run.outstanding else None)
@@ -134,15 +136,14 @@ class Sweep:
         # In the order in which runs need them, so that the first variants can be measured while others still compress.
         needed_by = {name: next(i for i, run in enumerate(self._runs) if name in run.units) for name in units}
         order = sorted(units, key=lambda name: (needed_by[name], -checkpoint.tensors[name].nbytes))
-        infos: list[TensorInfo] = [checkpoint.tensors[name] for name in order]
-        return [
-            Task(
-                ("compress", tuple(units[info.name])), "compress_units",
-                (checkpoint.store, info, [way for _, _, way in units[info.name]]),
-                label=f"{self._settings.models[model]} {info.name}", outputs=len(units[info.name]),
-            )
-            for info in infos
-        ]  # fmt: skip
+        return [self._compression(model, checkpoint.tensors[name], units[name]) for name in order]
+
+    def _compression(self, model: int, info: TensorInfo, units: list[Unit]) -> Task:
+        return Task(
+            ("compress", tuple(units)), "compress_units",
+            (self._checkpoints[model].store, info, [way for _, _, way in units]),
+            label=f"{self._settings.models[model]} {info.name}", outputs=len(units),
+        )  # fmt: skip
 
     def _open_if_ready(self, run: Run) -> None:
         """Make a run's evaluation tasks once its last unit is there."""
@@ -159,6 +160,7 @@ class Sweep:
                     label=f"{run.name} on {self._settings.models[run.model]}, window {start}",
                 )
                 for start, part in deal(windows.ids, text)
+                if (number, start) not in run.losses
             ]  # fmt: skip
         run.outstanding = len(run.parts)
         run.parts.reverse()
@@ -205,15 +207,33 @@ class Sweep:
         _, identity, number, start = done.task.key
         run = next(run for run in self._runs if id(run) == identity)
         run.outstanding -= 1
-        if done.error:
+        if isinstance(done.error, PayloadLost) and run.begun_again < _BEGUN_AGAIN:
+            run.lost = str(done.error)
+            self._progress.add(1)
+            run.outstanding -= len(run.parts)
+            run.parts.clear()
+        elif done.error:
             run.error = run.error or str(done.error)
             run.outstanding -= len(run.parts)
             run.parts.clear()
         else:
             run.losses[number, start] = done.value["losses"]
             run.dtypes[number] = done.value["dtype"]
-        if run.outstanding == 0:
+        if run.outstanding == 0 and run.lost and not run.error:
+            self._make_again(run)
+        elif run.outstanding == 0:
             self._release(run)
+
+    def _make_again(self, run: Run) -> None:
+        """Have all units of a run compressed again, some of which were lost with a node; what was measured stays."""
+        self._progress.say(f"{run.lost}; the matrices of {run.name} are compressed again")
+        run.lost, run.begun_again = None, run.begun_again + 1
+        tensors = self._checkpoints[run.model].tensors
+        for tensor, unit in run.units.items():
+            if unit not in run.missing:
+                run.missing.add(unit)
+                self._compressions.append(self._compression(run.model, tensors[tensor], [unit]))
+                self._progress.add(1)
 
     def _release(self, run: Run) -> None:
         """A run is over: let payloads go that no other run waits for."""

@@ -43,6 +43,8 @@ class Run:
     losses: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (evaluation, first window)
     dtypes: dict[int, str] = field(default_factory=dict)  # evaluation -> arithmetic it was measured in
     error: str | None = None
+    lost: str | None = None  # what was said when one of its units was not there any more
+    begun_again: int = 0  # times that its units had to be made again
 
     def begin(self) -> None:
         """All units are missing yet."""

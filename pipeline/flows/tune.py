@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.measure.tuner import Tuned, TuneKey
 from pipeline.model.checkpoint import MANIFEST, Checkpoint
@@ -32,6 +32,7 @@ _RATE = 8e-3  # longest step of a model that is _FAR from the original, in units
 _FAR = 0.5  # nats a token; a closer one takes shorter steps, or they would add more than there is to mend
 _WARM_UP = 0.1  # share of the steps in which the rate rises
 _KEPT_EVERY = 8  # steps after which the state is written
+_STARTS = 3  # of a tuning whose state was lost with a node
 _VERSION = 3  # goes up with every change of the result
 _RESULT = "result.json"
 
@@ -94,8 +95,19 @@ class Tuning:
         ), about
 
     def _move(self, out: Output, make_pool: PoolMaker) -> None:
+        """Go on from the last state that was written; again, if the present one is lost with its node."""
         self._ticket = out.ticket
-        done = max((step for step in range(len(self._batches) + 1) if _state_file(step) in out.finished), default=0)
+        self._kept = max(
+            (step for step in range(len(self._batches) + 1) if _state_file(step) in out.finished), default=0
+        )
+        for _ in range(_STARTS - 1):
+            try:
+                return self._go_on(self._kept, make_pool)
+            except PayloadLost as error:
+                say(f"tune: {error}; going on from step {self._kept}")
+        return self._go_on(self._kept, make_pool)
+
+    def _go_on(self, done: int, make_pool: PoolMaker) -> None:
         pool = make_pool(len(self._batches[0]), tuning_bytes(self._source, self._text.ids.shape[1]))
         try:
             with Progress("tune", self._tasks_after(done), 0, "tasks") as progress:
@@ -133,6 +145,7 @@ class Tuning:
             if self._is_kept(step):
                 where = (self._ticket, _state_file(step))
                 yield [Task(("keep", step), "keep", (), f"state {step}", state, outputs=1, commit_to=where)]
+                self._kept = step
                 self._forget_before(step)
         after = yield self._measurements(step, state)
         about: dict[str, Any] = {"steps": step, "tokens": sum(batch.size for batch in self._batches)}

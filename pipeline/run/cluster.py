@@ -2,6 +2,8 @@
 
 import os
 import socket
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 # Ray reads these when it is imported. A cluster that is started in this process listens on loopback only and needs no
@@ -23,6 +25,29 @@ from pipeline.run.worker import Worker
 _CONNECT_SECONDS = 10.0
 
 
+@dataclass(frozen=True)
+class Need:
+    """What one worker takes of a node."""
+
+    cpus: float
+    gpus: float
+    memory: int = 0  # bytes; 0: not asked for
+
+    def fitting(self, node: dict[str, float]) -> int:
+        """Workers that fit one node: none ever spans two."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
+        return min(int(node.get(name, 0) / amount) for name, amount in wanted.items() if amount)
+
+    def options(self) -> dict[str, float]:
+        """As Ray's actors want to be told."""
+        memory = {"memory": self.memory} if self.memory else {}
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, **memory}
+
+    def __str__(self) -> str:
+        memory = f" and {self.memory / 1e9:.1f} GB of memory" if self.memory else ""
+        return f"{self.cpus:g} CPUs, {self.gpus:g} GPUs{memory}"
+
+
 def make_pool(settings: ClusterSettings, tasks: int, memory: int) -> Pool:
     """A pool for `tasks` tasks: local, or actors on the cluster that `settings` names.
 
@@ -38,30 +63,53 @@ def make_pool(settings: ClusterSettings, tasks: int, memory: int) -> Pool:
         on_gpu = torch.cuda.is_available() and settings.gpus_per_worker != 0
         return LocalPool(Worker(settings.threads_per_worker, "cuda" if on_gpu else "cpu"))
     started_here = _connect(settings.address)
-    nodes = _nodes()
+    need = _need(settings, _nodes(), memory)
+    return RayPool(
+        room=partial(_workers, settings, need, tasks),
+        options=need.options(),
+        threads=settings.threads_per_worker,
+        started_here=started_here,
+        deadline=settings.task_deadline,
+        waiting_for=partial(_waiting_for, need),
+    )
+
+
+def _need(settings: ClusterSettings, nodes: list[dict[str, float]], memory: int) -> Need:
+    """What a worker asks for. Raises ClusterError if the cluster cannot hold as many as were asked for, and will not grow."""
     gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(_most(nodes, "GPU") > 0)
-    options = {"num_cpus": settings.cpus_per_worker, "num_gpus": gpus}
-    wanted, room = settings.workers or 1, sum(_room(node, settings.cpus_per_worker, gpus) for node in nodes)
-    if room < wanted:
+    bare = Need(settings.cpus_per_worker, gpus)
+    room = sum(map(bare.fitting, nodes))
+    if settings.elastic:
+        if not room and settings.gpus_per_worker is None:
+            raise ClusterError(
+                "--elastic, and no node for a worker yet: say how many GPUs to ask for by --gpus-per-worker"
+            )
+    elif room < (settings.workers or 1):
         raise ClusterError(
-            f"{wanted} workers of {settings.cpus_per_worker:g} CPUs and {gpus:g} GPUs do not fit the cluster, which has"
-            f" {sum(node.get('CPU', 0) for node in nodes):g} CPUs and {sum(node.get('GPU', 0) for node in nodes):g} GPUs"
-            f" on {len(nodes)} nodes; lower --workers, --cpus-per-worker or --gpus-per-worker"
+            f"{settings.workers or 1} workers of {bare} do not fit the cluster, which has {_sum(nodes)};"
+            " lower --workers, --cpus-per-worker or --gpus-per-worker, or say --elastic if an autoscaler is to add nodes"
         )
-    if settings.workers is None:
-        options["memory"] = memory
-        room = sum(_room(node, settings.cpus_per_worker, gpus, memory) for node in nodes)
-    if room == 0:
+    need = bare if settings.workers else replace(bare, memory=memory)
+    if not settings.elastic and not any(map(need.fitting, nodes)):
         raise ClusterError(
             f"a worker is foretold to need {memory / 1e9:.1f} GB of memory, the largest node offers Ray"
             f" {_most(nodes, 'memory') / 1e9:.1f} GB; use a larger node, or --workers 1 to try it all the same"
         )
+    return need
 
-    def room_now() -> int:
-        fitting = sum(_room(node, settings.cpus_per_worker, gpus, memory) for node in _nodes())
-        return settings.workers or min(fitting, max(1, tasks))
 
-    return RayPool(room_now, options, settings.threads_per_worker, started_here, settings.task_deadline)
+def _workers(settings: ClusterSettings, need: Need, tasks: int) -> int:
+    """How many there may be now. An autoscaler adds nodes for workers that wait, so as many again are asked for of it."""
+    room = sum(map(need.fitting, _nodes()))
+    return settings.workers or min(2 * max(1, room) if settings.elastic else room, max(1, tasks))
+
+
+def _waiting_for(need: Need) -> str:
+    free = ray.available_resources()
+    return (
+        f"each needs {need}, the cluster has {_sum(_nodes())},"
+        f" {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs of them free"
+    )
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -69,15 +117,14 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _room(resources: dict[str, float], cpus: float, gpus: float, memory: int = 0) -> int:
-    """Workers that fit one node: none ever spans two."""
-    wanted = {"CPU": cpus, "GPU": gpus, "memory": memory}
-    return min(int(resources.get(name, 0) / amount) for name, amount in wanted.items() if amount)
+def _sum(nodes: list[dict[str, float]]) -> str:
+    cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+    return f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes"
 
 
 def _most(nodes: list[dict[str, float]], resource: str) -> float:
     """What the best node has of a resource."""
-    return max(node.get(resource, 0) for node in nodes)
+    return max((node.get(resource, 0) for node in nodes), default=0)
 
 
 def _connect(address: str | None) -> bool:

@@ -107,7 +107,7 @@ def execute(pool: Pool, source: Source, progress: Progress) -> None:
         progress.tick()
         if done is None:
             if not running and time.monotonic() > patience:
-                progress.say("no worker is up yet: the cluster is busy, or nodes are still coming")
+                progress.say(f"no worker is up yet, waiting for one: {pool.waiting_for()}")
                 patience = time.monotonic() + 6 * _SECONDS_OF_PATIENCE
             continue
         running -= 1

@@ -63,6 +63,9 @@ class Pool(Protocol):
     def wait(self) -> Done | None:
         """Wait a moment for a task to end; None if none did."""
 
+    def waiting_for(self) -> str:
+        """What workers that are not up yet need, and what there is of it."""
+
     def close(self) -> None:
         """Let the workers go."""
 
@@ -90,6 +93,9 @@ class LocalPool:
         except Exception as error:
             return Done(task, error=as_swsc_error(error, task))
         return Done(task, value, payloads, record)
+
+    def waiting_for(self) -> str:
+        return "nothing"
 
     def close(self) -> None:
         self._waiting.clear()

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from pipeline.errors import RunError, WorkerLost
+from pipeline.errors import PayloadLost, RunError, SwscError, WorkerLost
 from pipeline.model.parts import commit
 from pipeline.run.pool import Done, Task, as_swsc_error
 from pipeline.run.worker import Worker
@@ -62,11 +62,22 @@ class RayPool:
         threads: int,
         started_here: bool,
         deadline: float | None,
+        waiting_for: Callable[[], str],
     ) -> None:
-        """`room`: how many workers there may be, asked again and again. `deadline`: seconds of a task, if the user set any."""
+        """Begin all workers.
+
+        Args:
+            room: how many there may be, asked again and again.
+            options: of an actor: CPUs, GPUs, memory.
+            threads: of a worker.
+            started_here: whether Ray ends with this pool.
+            deadline: seconds of a task, if the user set any.
+            waiting_for: what a worker needs and what there is of it, in words.
+        """
         self.size = room()
         self._room, self._looked = room, time.monotonic()
         self._deadline = deadline
+        self._waiting_for = waiting_for
         self._longest: dict[str, float] = {}  # seconds of a finished task, by method
         self._options = options
         self._threads = threads
@@ -95,6 +106,9 @@ class RayPool:
         for worker in range(self.size, room):
             self._actors.append(self._spawn(worker))
             self.size += 1
+
+    def waiting_for(self) -> str:
+        return self._waiting_for()
 
     def idle(self) -> list[int]:
         self._grow()
@@ -172,12 +186,14 @@ class RayPool:
             self._committing.remove(flight)
         else:
             del self._working[flight.worker]
-            if own is None:
-                self._replace(flight.worker, flight.task.label)
+        found: SwscError = WorkerLost(f"{flight.task.label}: {reason}")
         if own is not None:
-            return Done(flight.task, error=as_swsc_error(own, flight.task), worker=flight.worker)
-        lost = WorkerLost(f"{flight.task.label}: {reason}")
-        return Done(flight.task, error=lost, worker=flight.worker)
+            found = as_swsc_error(own, flight.task)
+        elif ref is flight.report and isinstance(error, ObjectLostError):
+            found = PayloadLost(f"{flight.task.label}: what it was to be given went away with a node")
+        elif ref is flight.report:
+            self._replace(flight.worker, flight.task.label)
+        return Done(flight.task, error=found, worker=flight.worker)
 
     def _replace(self, worker: int, at: str) -> None:
         self._respawns += 1

@@ -38,6 +38,9 @@ class ScriptedPool:
         script = self.scripts.get(task.key, [])
         return Done(task, value=task.key, error=script.pop(0) if script else None, worker=worker)
 
+    def waiting_for(self) -> str:
+        return "nothing"
+
     def close(self) -> None:
         pass
 

@@ -1,0 +1,15 @@
+"""What Ray's autoscaler starts nodes with in tests: processes of this machine."""
+
+from typing import Any
+
+from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
+
+
+class LoopbackProvider(FakeMultiNodeProvider):  # type: ignore[misc]
+    """Ray's own feigned provider; it refuses nodes whose type says how much memory they have, as types of real ones do."""
+
+    def create_node_with_resources_and_labels(
+        self, node_config: Any, tags: Any, count: int, resources: dict[str, float], labels: Any
+    ) -> None:
+        bare = {name: amount for name, amount in resources.items() if name != "memory"}
+        super().create_node_with_resources_and_labels(node_config, tags, count, bare, labels)
