@@ -2,15 +2,17 @@
 
 import argparse
 import math
+import os
 from collections import Counter
 from typing import Any
 
 from jobs.flags import add_config, add_settings, settings_of, writable
-from pipeline.config import CalibrationSettings, CompressSettings, OutputSettings
+from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, OutputSettings
 from pipeline.errors import OutputError
 from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.forecast import forecast
-from pipeline.model.plan import Decision, make_plan, require_coverage
+from pipeline.model.forecast import compression_bytes, forecast
+from pipeline.model.plan import Decision, Plan, make_plan, require_coverage
+from pipeline.model.speed import measure_speed
 from pipeline.model.store import Store
 from pipeline.report.tables import print_table
 
@@ -20,16 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="directory of a safetensors checkpoint, here or at s3://… or gs://…; or a Hub id"
     )
     add_config(parser)
-    add_settings(parser, CompressSettings, CalibrationSettings, OutputSettings)
+    add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings)
     parser.add_argument("--output", metavar="DIR", help="also say whether the disk of DIR has room")
     parser.add_argument("--json", metavar="FILE", help="also write the plan there")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings, _, output = settings_of(arguments, CompressSettings, CalibrationSettings, OutputSettings)
+    settings, _, cluster, output = settings_of(
+        arguments, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings
+    )
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
-    foretold = forecast(plan, settings.format)
+    foretold = forecast(plan, settings.format, measure_speed(source), _workers(cluster, plan))
     free = Store.at(arguments.output).free_bytes() if arguments.output else None
     if free is not None:
         foretold["free_bytes"] = free
@@ -48,6 +52,16 @@ def run(arguments: argparse.Namespace) -> int:
     if foretold.get("free_bytes", math.inf) < foretold["output_bytes"]:
         raise OutputError(f"{arguments.output}: the disk has not enough room; free some or choose another")
     return 0
+
+
+def _workers(cluster: ClusterSettings, plan: Plan) -> int:
+    """Those that the cluster has room for if one is named, else those that were asked for, else one a core of this machine."""
+    tasks = len(plan.layers) + len(plan.copies)
+    if cluster.address:
+        from pipeline.run.cluster import workers_for
+
+        return workers_for(cluster, tasks, compression_bytes(plan))
+    return 1 if cluster.local else cluster.workers or min(tasks, len(os.sched_getaffinity(0)))
 
 
 def _row(decision: Decision) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.config import CalibrationSettings
 from pipeline.errors import PayloadLost
-from pipeline.flows.compress import PoolMaker
+from pipeline.flows.compress import PoolMaker, require_room
 from pipeline.measure.perplexity import ModelKey
 from pipeline.model.checkpoint import Checkpoint, TensorInfo
 from pipeline.model.forecast import calibration_bytes
@@ -123,6 +123,7 @@ class Calibration:
         self._failures = TaskList([], lambda done: None)
         if not self._ranges:
             return
+        require_room(self.store, sum(self._sum_bytes(part.names) for part in self._ranges))
         widest = max(self._sum_bytes(part.names) for part in self._ranges)
         tasks = len(self._ranges) * len(self._starts)
         pool = make_pool(tasks, calibration_bytes(self._source, self._ids.shape[1], widest))

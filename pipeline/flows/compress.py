@@ -143,14 +143,28 @@ def begin_with_room(
 ) -> Output:
     """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
     out = begin(store, identity, overwrite, wait)
-    needed, free = 0 if out.complete else nbytes - out.finished_bytes, store.free_bytes()
-    if free is not None and needed > free:
+    try:
+        require_room(store, 0 if out.complete else nbytes - out.finished_bytes)
+    except OutputError:
         with out:
             abandon(out)
-        raise OutputError(
-            f"{store.root}: {needed:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
-        )
+        raise
     return out
+
+
+def require_room_for(plan: Plan, output: str, form: str) -> None:
+    """Raise OutputError if the disk of `output` cannot hold what the plan foretells, beside what lies there already."""
+    store = Store.at(output)
+    require_room(store, plan.stored_bytes_as(form) - sum(store.size(name) for name in store.names()))
+
+
+def require_room(store: Store, nbytes: int) -> None:
+    """Raise OutputError if the store's disk has not that many bytes free."""
+    free = store.free_bytes()
+    if free is not None and nbytes > free:
+        raise OutputError(
+            f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
+        )
 
 
 def run_tasks(

@@ -1,11 +1,11 @@
 """What work will cost: bytes, bits, peak memory of a worker, seconds of one core."""
 
-import time
 from typing import Any
 
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.plan import Decision, Plan
+from pipeline.model.speed import Speed
 from swsc_core.bits import Geometry
 from swsc_core.codebook import sample_size
 from swsc_core.kmeans import effort
@@ -29,11 +29,12 @@ _CODEBOOK_PASSES = 14  # over the sample of segments: seeding and iterations
 _BLOCK_SECONDS = 3e-4  # of the small calls for one block of columns of a slab
 _LAPACK = 25  # m·n·min(m, n) operations of an exact SVD
 _WEIGHT_SECONDS = 7e-8  # restoring, measuring and packing a weight; RTN, too
+_START_SECONDS = 10.0  # until a worker is up
 _LAYERS, _WIDTH = ("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model")  # in configs
 
 
-def forecast(plan: Plan, form: str) -> dict[str, Any]:
-    """What `swsc plan` prints; the GEMM speed of this machine is measured for a moment."""
+def forecast(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, Any]:
+    """What `swsc plan` prints. Times are those of compression; calibration, curves and tuning come on top."""
     compressed = sum(decision.stored_bytes for decision in plan.compressed)
     count = sum(decision.info.count for decision in plan.compressed)
     return {
@@ -42,8 +43,24 @@ def forecast(plan: Plan, form: str) -> dict[str, Any]:
         "whole_model_bits_per_weight": 8 * plan.stored_bytes / plan.weights,
         "share_of_weights_compressed": count / plan.weights,
         "worker_peak_bytes": compression_bytes(plan),
-        "core_seconds": core_seconds(plan, _gemm_speed()),
+        "of_which_on_a_gpu": compression_bytes(plan) - WORKER_BASE,
+        "core_seconds": core_seconds(plan, speed.gemm) + _stream_seconds(plan, form, speed),
+        "workers": workers,
+        "seconds": _wall_seconds(plan, form, speed, workers),
     }
+
+
+def _wall_seconds(plan: Plan, form: str, speed: Speed, workers: int) -> float:
+    """Until the last of `workers` is done: the largest layer may be what is waited for."""
+    compressing, streaming = core_seconds(plan, speed.gemm), _stream_seconds(plan, form, speed)
+    share = max((task.nbytes for task in plan.layers), default=0) / max(1, sum(task.nbytes for task in plan.layers))
+    return _START_SECONDS + max((compressing + streaming) / workers, compressing * share)
+
+
+def _stream_seconds(plan: Plan, form: str, speed: Speed) -> float:
+    """All is read, and what is written is hashed."""
+    read = sum(task.nbytes for task in plan.layers) + sum(task.nbytes for task in plan.copies)
+    return max(read, plan.stored_bytes_as(form)) / speed.stream
 
 
 def compression_bytes(plan: Plan) -> int:
@@ -129,19 +146,3 @@ def _kmeans_seconds(m: int, n: int, spec: SwscSpec, speed: float) -> float:
     step = _ADDITION * points**2 if gram else 2 * points * k * length
     iterations = _STARTED * starts + _REFINED * refined
     return (once + iterations * step) / speed + (iterations + starts * k / 2) * _STEP_SECONDS
-
-
-def _gemm_speed() -> float:
-    """Operations a second of a float32 GEMM on one core."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    square = torch.ones(1024, 1024)
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
-        square @ square
-        times.append(time.perf_counter() - started)
-    torch.set_num_threads(threads)
-    return float(2 * 1024**3 / min(times))

@@ -48,11 +48,11 @@ class Need:
         return f"{self.cpus:g} CPUs, {self.gpus:g} GPUs{memory}"
 
 
-def make_pool(settings: ClusterSettings, tasks: int, memory: int) -> Pool:
+def make_pool(settings: ClusterSettings, tasks: int, memory: int, later: int = 0) -> Pool:
     """A pool for `tasks` tasks: local, or actors on the cluster that `settings` names.
 
-    `memory`: bytes that a worker is foretold to need. As many workers are made as fit; a number of workers that the
-    user gave stands whatever the forecast says.
+    `memory`: bytes that a worker is foretold to need; `later`: those of pools to come, that must fit as well. As many workers
+    are made as fit; a number of workers that the user gave stands whatever the forecast says.
 
     Raises:
         ClusterError: no cluster at the address, or one that can never hold a worker.
@@ -63,6 +63,7 @@ def make_pool(settings: ClusterSettings, tasks: int, memory: int) -> Pool:
         on_gpu = torch.cuda.is_available() and settings.gpus_per_worker != 0
         return LocalPool(Worker(settings.threads_per_worker, "cuda" if on_gpu else "cpu"))
     started_here = _connect(settings.address)
+    _need(settings, _nodes(), max(memory, later))
     need = _need(settings, _nodes(), memory)
     return RayPool(
         room=partial(_workers, settings, need, tasks),
@@ -72,6 +73,16 @@ def make_pool(settings: ClusterSettings, tasks: int, memory: int) -> Pool:
         deadline=settings.task_deadline,
         waiting_for=partial(_waiting_for, need),
     )
+
+
+def workers_for(settings: ClusterSettings, tasks: int, memory: int) -> int:
+    """How many workers `make_pool` would begin; raises ClusterError as it would."""
+    started_here = _connect(settings.address)
+    try:
+        return _workers(settings, _need(settings, _nodes(), memory), tasks)
+    finally:
+        if started_here:
+            ray.shutdown()
 
 
 def _need(settings: ClusterSettings, nodes: list[dict[str, float]], memory: int) -> Need:
