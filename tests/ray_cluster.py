@@ -100,6 +100,12 @@ def raylet_of(node: "subprocess.Popen[bytes]") -> psutil.Process | None:
     return next((process for process in family if process.name() == "raylet"), None)
 
 
+def server_of(cluster: Cluster) -> psutil.Process:
+    """The process that knows of everything in a cluster, of its head."""
+    servers = [process for process in psutil.process_iter() if process.name() == "gcs_server"]
+    return next(process for process in servers if cluster.folder in " ".join(process.cmdline()))
+
+
 def _wait_for_raylet(node: "subprocess.Popen[bytes]") -> None:
     for _ in range(240):
         if raylet_of(node):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from jobs.cli import main
-from tests.ray_cluster import RAY, ROOT, Cluster, raylet_of, workers_at
+from tests.ray_cluster import RAY, ROOT, Cluster, ray_cluster, raylet_of, server_of, workers_at
 from tests.tiny import contents, make_text, make_tiny_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -293,3 +293,48 @@ class TestRunsThatAreCutShort:
         _, error = again.communicate(timeout=200)
         assert again.returncode == 0, error
         assert contents(tmp_path / "out") == straight
+
+    def test_a_driver_killed_at_nine_tenths_of_sixty_layers_loses_what_was_in_flight_at_most(
+        self, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        model, output = make_tiny_model(tmp_path / "model", layers=60), tmp_path / "out"
+        run = self.begin(cluster, model, output, "--n-init", "20")
+        self.wait_until(lambda: self.finished_files(output) >= 54)
+        run.kill()
+        run.communicate(timeout=60)
+        finished = self.finished_files(output)
+        again = self.begin(cluster, model, output, "--n-init", "20")
+        _, error = again.communicate(timeout=200)
+        assert again.returncode == 0, error
+        kept = json.loads((output / "swsc_report.json").read_text())["files_of_an_earlier_run"]
+        assert kept >= finished >= 54
+        assert main(["compress", str(model), str(tmp_path / "straight"), "--local", *self.SLOW, "--n-init", "20"]) == 0
+        assert contents(output) == contents(tmp_path / "straight")
+
+    def test_without_the_clusters_head_a_run_ends_and_goes_on_elsewhere(
+        self, cluster: Cluster, model: Path, tmp_path: Path, straight: dict[str, bytes]
+    ) -> None:
+        output = tmp_path / "out"
+        with ray_cluster(RAY_gcs_rpc_server_reconnect_timeout_s="8") as doomed:
+            run = self.begin(doomed, model, output)
+            self.wait_until(lambda: self.finished_files(output) >= 3)
+            server_of(doomed).kill()
+            _, error = run.communicate(timeout=120)
+        assert run.returncode not in (0, 2)
+        assert "Traceback" not in error
+        assert not (output / "swsc_manifest.json").exists()
+        again = self.begin(cluster, model, output)
+        _, error = again.communicate(timeout=200)
+        assert again.returncode == 0, error
+        assert contents(output) == straight
+
+    def test_workers_that_are_killed_for_their_memory_are_told_of(self, model: Path, tmp_path: Path) -> None:
+        tight = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "100"}  # any use is too much
+        with ray_cluster(**tight) as cluster:
+            run = self.begin(cluster, model, tmp_path / "out")
+            _, error = run.communicate(timeout=300)
+        assert run.returncode == 1
+        assert re.search(r"error: workers died \d+ times, the last one at .*; look at their memory and GPUs", error), (
+            error
+        )
+        assert not (tmp_path / "out" / "swsc_manifest.json").exists()
