@@ -1,0 +1,65 @@
+"""An object that goes with its node is told from a worker that does: nobody but its maker can bring it back."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ray_cluster import ROOT, end, ray_cluster, raylet_of
+from tests.tiny import make_tiny_model
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+SCRIPT = """
+import sys
+from pipeline.config import ClusterSettings
+from pipeline.errors import WorkerLost
+from pipeline.model.store import Store
+from pipeline.run.cluster import make_pool
+from pipeline.run.pool import Task
+
+def result_of(task):
+    while not (idle := pool.idle()):
+        pool.wait()
+    pool.start(idle[0], task)
+    while not (done := pool.wait()):
+        pass
+    return done
+
+address, folder, file = sys.argv[1:]
+pool = make_pool(ClusterSettings(address=address, workers=1), 2, 1)
+made = result_of(Task("make", "read_payload", (Store.at(folder), file), "made", outputs=1))
+print(made.error, flush=True)
+input()
+use = Task("use", "keep", (), "used", made.payloads, outputs=1)
+while isinstance((done := result_of(use)).error, WorkerLost):
+    pass
+print("swsc:", type(done.error).__name__, done.error, flush=True)
+again = result_of(Task("make", "read_payload", (Store.at(folder), file), "made", outputs=1))
+print("swsc:", result_of(Task("use", "keep", (), "used", again.payloads, outputs=1)).error, flush=True)
+"""
+
+
+def test_what_was_in_a_lost_nodes_memory_is_asked_of_its_maker(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", layers=2)
+    file = next(path.name for path in sorted(model.glob("*.safetensors")))
+    # Small objects would travel to the driver at once and be safe there.
+    with ray_cluster("--num-cpus=0", RAY_max_direct_call_object_size="100") as cluster:
+        node = cluster.join("127.0.0.2")
+        try:
+            script = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, cluster.address, str(model), file], cwd=ROOT, env=cluster.environment,
+                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+            assert script.stdout is not None
+            assert script.stdout.readline() == "None\n"
+            raylet = raylet_of(node)
+            assert raylet is not None
+            raylet.kill()
+            with cluster.another_node("127.0.0.3"):
+                said, _ = script.communicate("go on\n", timeout=200)
+        finally:
+            end(node)
+    lines = [line.removeprefix("swsc: ") for line in said.splitlines() if line.startswith("swsc: ")]  # Ray speaks, too
+    assert lines == ["PayloadLost used: what it was to be given went away with a node", "None"]
