@@ -1,7 +1,9 @@
 """The door to Ray: which cluster, and how many workers of which size it has room for."""
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +16,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+from ray._private import ray_constants
 
 from pipeline.config import ClusterSettings
 from pipeline.errors import ClusterError
@@ -151,7 +154,8 @@ def _connect(address: str | None) -> bool:
             ray.init(address=address, **quiet)
         elif address == "local" or not _found_local_cluster(quiet):
             started_here = True
-            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            with _loopback_only():
+                ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ClusterError(
@@ -159,6 +163,25 @@ def _connect(address: str | None) -> bool:
         ) from None
     interrupt.listen()  # after Ray, which installs a handler of its own
     return started_here
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A cluster that is started now is out of reach for other machines: its ports ask for no token.
+
+    Ray replaces a loopback address by the machine's own wherever it may build clusters of several machines; that it may not
+    here is said to its processes by the environment, and to this one, which has read it already, by Ray's constant.
+    """
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before[0] is not None:
+            os.environ[name] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
 def _require_listener(address: str) -> None:

@@ -78,6 +78,29 @@ def test_a_cluster_of_its_own_gives_the_same_bytes(tiny_model: Path, tmp_path: P
     assert contents(tmp_path / "out") == local
 
 
+def test_a_cluster_of_its_own_listens_on_loopback_only(tmp_path: Path) -> None:
+    script = (
+        "import psutil\n"
+        "from pipeline.config import ClusterSettings\n"
+        "from pipeline.run.cluster import make_pool\n"
+        "pool = make_pool(ClusterSettings(address='local', workers=1), 1, 1)\n"
+        "while not pool.idle():\n"
+        "    pool.wait()\n"
+        "me = psutil.Process()\n"
+        "for process in [me, *me.children(recursive=True)]:\n"
+        "    for found in process.net_connections():\n"
+        "        if found.status == psutil.CONN_LISTEN:\n"
+        "            print('swsc:', process.name(), found.laddr.ip.removeprefix('::ffff:'))\n"
+        "pool.close()\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ends_well(done)
+    found = [line.split()[-2:] for line in done.stdout.splitlines() if line.startswith("swsc:")]
+    assert {"gcs_server", "raylet"} <= {name for name, _ in found}
+    assert {ip for _, ip in found} == {"127.0.0.1"}
+
+
 def test_order_of_tasks_does_not_matter(
     tiny_model: Path, tmp_path: Path, local: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
