@@ -17,7 +17,7 @@ from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.slots import Slot, find_slot
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import DTYPES
-from pipeline.model.mirror import small_files
+from pipeline.model.mirror import require_no_code, small_files
 from pipeline.model.parts import Payload, to_tensor
 from swsc_core import decode
 
@@ -110,6 +110,7 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
         in_place = source.checkpoint.store.is_local and not source.entries
         model, info = _load_dense(key, dtype) if in_place else _load_from_store(source, key, dtype)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
+        require_no_code(key.location, error)
         raise CheckpointError(f"{key.location}: transformers cannot load it: {str(error).splitlines()[0]}") from None
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
@@ -122,7 +123,9 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
 def _load_dense(key: ModelKey, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(key.location, dtype=dtype, output_loading_info=True)
+    return AutoModelForCausalLM.from_pretrained(
+        key.location, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    )
 
 
 def _own_dtype(source: Model, config: Any) -> str:
@@ -139,7 +142,7 @@ def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
     """A model whose weights transformers cannot read itself: compressed ones, or those of an object store."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(small_files(key.location))
+    config = AutoConfig.from_pretrained(small_files(key.location), trust_remote_code=False)
     if source.entries:
         del config.quantization_config
     with torch.device("meta"):  # only to learn the class: from_pretrained of the Auto class insists on files

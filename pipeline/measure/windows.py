@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.config import CalibrationSettings, EvaluateSettings
 from pipeline.errors import TextError
 from pipeline.measure.overlap import traces
-from pipeline.model.mirror import small_files
+from pipeline.model.mirror import require_no_code, small_files
 from pipeline.model.store import Store
 
 WIKITEXT2 = "wikitext2"
@@ -90,8 +90,9 @@ def _tokenise(model: str, text: str) -> tuple[np.ndarray, int | None]:
     from transformers.utils import logging
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(small_files(model))
+        tokenizer = AutoTokenizer.from_pretrained(small_files(model), trust_remote_code=False)
     except Exception as error:  # a damaged file makes the library raise whatever its parser meets
+        require_no_code(model, error)
         reason = (str(error).splitlines() or [""])[0]
         raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None
     logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut into windows

@@ -22,7 +22,6 @@ _MOMENTS = 2  # its second moment and the root of that
 # What K-Means and SVD take, fitted to runs of benchmarks/llama7b_shape.py and of the demo (docs/experiments.md):
 _STARTED, _REFINED = 20, 150  # Lloyd iterations of a start, and of the refinement of one
 _STEP_SECONDS = 3e-4  # of an iteration, and half of it of a seed, beside the arithmetic
-_ADDITION = 70  # operations of a GEMM in the time of one addition of scattered rows
 _KRYLOV = 24  # products of the matrix with `rank` vectors
 _DISTANCE = 60  # operations of a GEMM in the time of one distance and its share of the minimum
 _CODEBOOK_PASSES = 14  # over the sample of segments: seeding and iterations
@@ -44,7 +43,7 @@ def forecast(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, Any
         "share_of_weights_compressed": count / plan.weights,
         "worker_peak_bytes": compression_bytes(plan),
         "of_which_on_a_gpu": compression_bytes(plan) - WORKER_BASE,
-        "core_seconds": core_seconds(plan, speed.gemm) + _stream_seconds(plan, form, speed),
+        "core_seconds": core_seconds(plan, speed) + _stream_seconds(plan, form, speed),
         "workers": workers,
         "seconds": _wall_seconds(plan, form, speed, workers),
     }
@@ -52,7 +51,7 @@ def forecast(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, Any
 
 def _wall_seconds(plan: Plan, form: str, speed: Speed, workers: int) -> float:
     """Until the last of `workers` is done: the largest layer may be what is waited for."""
-    compressing, streaming = core_seconds(plan, speed.gemm), _stream_seconds(plan, form, speed)
+    compressing, streaming = core_seconds(plan, speed), _stream_seconds(plan, form, speed)
     share = max((task.nbytes for task in plan.layers), default=0) / max(1, sum(task.nbytes for task in plan.layers))
     return _START_SECONDS + max((compressing + streaming) / workers, compressing * share)
 
@@ -110,39 +109,39 @@ def tuning_bytes(source: Checkpoint, seqlen: int) -> int:
     return calibration_bytes(source, seqlen, 4 * source.weights)
 
 
-def core_seconds(plan: Plan, speed: float) -> float:
-    """Seconds of one core whose GEMM does `speed` float32 operations a second; right within a factor of about two from 512 channels on."""
+def core_seconds(plan: Plan, speed: Speed) -> float:
+    """Seconds of one core; right within a factor of about 1.5 from 512 channels on."""
     return sum(_seconds(decision, spec, speed) for decision in plan.compressed for spec in decision.specs)
 
 
-def _seconds(decision: Decision, spec: Spec, speed: float) -> float:
+def _seconds(decision: Decision, spec: Spec, speed: Speed) -> float:
     m, n = decision.info.shape
     rest = _WEIGHT_SECONDS * m * n
     if not isinstance(spec, SwscSpec):
         return rest
     svd = _LAPACK * min(m, n) if is_exact(min(m, n), spec.rank) else 2 * _KRYLOV * spec.rank
     sharing = _kmeans_seconds if spec.segment_size is None else _segment_seconds
-    return rest + sharing(m, n, spec, speed) + ((1 + spec.rounds) * svd * m * n / speed if spec.rank else 0)
+    return rest + sharing(m, n, spec, speed) + ((1 + spec.rounds) * svd * m * n / speed.gemm if spec.rank else 0)
 
 
-def _segment_seconds(m: int, n: int, spec: SwscSpec, speed: float) -> float:
+def _segment_seconds(m: int, n: int, spec: SwscSpec, speed: Speed) -> float:
     """Products with the moment, distances to centroids (bound by memory, not by the GEMM), and small calls per block."""
     layout, k = spec.layout((m, n)), spec.n_clusters
     passes = 1 + spec.rounds
     products = 2 * m * n * n * (passes + CONJUGATE_STEPS * spec.rounds) + n**3 if spec.metric == "activations" else 0
     distances = _DISTANCE * k * (layout.count * passes + _CODEBOOK_PASSES * sample_size(k) * spec.codebooks)
     blocks = passes * layout.grid[1] * _BLOCK_SECONDS * -(-m * n // slab_values(m * n))
-    return (products + distances) / speed + blocks
+    return (products + distances) / speed.gemm + blocks
 
 
-def _kmeans_seconds(m: int, n: int, spec: SwscSpec, speed: float) -> float:
+def _kmeans_seconds(m: int, n: int, spec: SwscSpec, speed: Speed) -> float:
     geometry, k = Geometry(m, n, spec.channel_axis), spec.n_clusters
     if k == 0:
         return 0.0
     points, length = geometry.channels, geometry.length
     starts, refined = effort(points, k, spec.n_init)
     gram = gram_pays(points, length, k, starts)
-    once = 2 * points**2 * length if gram else 0
-    step = _ADDITION * points**2 if gram else 2 * points * k * length
+    once = 2 * points**2 * length / speed.gemm if gram else 0
+    step = points**2 / speed.additions if gram else 2 * points * k * length / speed.gemm
     iterations = _STARTED * starts + _REFINED * refined
-    return (once + iterations * step) / speed + (iterations + starts * k / 2) * _STEP_SECONDS
+    return once + iterations * step + (iterations + starts * k / 2) * _STEP_SECONDS

@@ -4,6 +4,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.hub import local_copy
 from pipeline.model.store import Store
@@ -25,3 +26,11 @@ def _copied(root: str) -> str:
     for name in ("config.json", *checkpoint.extras):
         Path(folder.name, name).write_bytes(checkpoint.store.read(name))
     return folder.name
+
+
+def require_no_code(location: str, error: Exception) -> None:
+    """Raise CheckpointError if what transformers said is that it would have to run code that the model brings."""
+    if "trust_remote_code" in str(error):
+        raise CheckpointError(
+            f"{location}: needs code of its own, which is not run; convert it to an architecture that transformers has"
+        ) from None

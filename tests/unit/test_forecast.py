@@ -7,12 +7,12 @@ from pipeline.model.forecast import calibration_bytes, core_seconds, evaluation_
 from pipeline.model.speed import Speed
 from tests.unit.test_plan import checkpoint_of, plan_of
 
-SPEED = Speed(gemm=5e10, stream=4e8)
+SPEED = Speed(gemm=5e10, additions=7e8, stream=4e8)
 SQUARE: dict[str, tuple[int, ...]] = {"model.layers.0.self_attn.q_proj.weight": (2048, 2048)}
 
 
 def seconds(shapes: dict[str, tuple[int, ...]] = SQUARE, **settings: object) -> float:
-    return core_seconds(plan_of(shapes, projectors="q", **settings), SPEED.gemm)
+    return core_seconds(plan_of(shapes, projectors="q", **settings), SPEED)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_time_is_shared_by_workers_down_to_what_the_largest_layer_takes_alone() 
     seconds = [forecast(plan, "swsc", SPEED, workers)["seconds"] - 10.0 for workers in (1, 2, 8, 100)]
     assert seconds[1] == pytest.approx(seconds[0] / 2)
     assert seconds[2] < seconds[1]
-    assert seconds[3] == pytest.approx(core_seconds(plan, SPEED.gemm) / 8)
+    assert seconds[3] == pytest.approx(core_seconds(plan, SPEED) / 8)
 
 
 def test_what_is_copied_takes_time_by_its_bytes() -> None:
