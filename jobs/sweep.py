@@ -10,6 +10,7 @@ from jobs.flags import add_settings, cluster_of
 from pipeline.config import ClusterSettings, SweepSettings
 from pipeline.errors import ConfigError, OutputError, RunError
 from pipeline.flows.sweep import Sweep, SweepResult
+from pipeline.model.lease import acquire
 from pipeline.model.store import Store
 from pipeline.report.files import write_results
 from pipeline.report.tables import print_table
@@ -40,11 +41,24 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
     What was measured is written even when the sweep is interrupted or fails as a whole; results of an earlier sweep in
     the same directory stay until there is something to put in their place.
     """
-    from pipeline.run.cluster import make_pool
-
     sweep = Sweep(settings)
     store = begin(out)
-    sweep.calibrate(partial(make_pool, cluster), f"{out}/results.json", cluster.threads_per_worker)
+    with acquire(store):
+        result = _measured(sweep, settings, cluster, store)
+    store.below(".swsc").remove_empty()
+    print_results(settings, result)
+    print(f"{out}/results.json, results.parquet, tensors.parquet: {len(result.rows)} rows, {result.seconds:.1f} s")
+    if result.failed:
+        causes = "; ".join(sorted({f"{row['variant']}: {row['error']}" for row in result.failed}))
+        raise RunError(f"{len(result.failed)} of {len(result.rows)} rows failed, the others are written: {causes}")
+    return 0
+
+
+def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, store: Store) -> SweepResult:
+    """Run the sweep and write its results, whatever stops it."""
+    from pipeline.run.cluster import make_pool
+
+    sweep.calibrate(partial(make_pool, cluster), f"{store.root}/results.json", cluster.threads_per_worker)
     pool = make_pool(cluster, sweep.total_tasks, sweep.worker_bytes)
     try:
         sweep.run(pool)
@@ -53,12 +67,7 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
         if result.measured or sys.exc_info()[0] is None:
             about = {"settings": settings.model_dump(mode="json"), "seconds": result.seconds, "argv": sys.argv}
             write_results(store, result.rows, result.tensors, about)
-    print_results(settings, result)
-    print(f"{out}/results.json, results.parquet, tensors.parquet: {len(result.rows)} rows, {result.seconds:.1f} s")
-    if result.failed:
-        causes = "; ".join(sorted({f"{row['variant']}: {row['error']}" for row in result.failed}))
-        raise RunError(f"{len(result.failed)} of {len(result.rows)} rows failed, the others are written: {causes}")
-    return 0
+    return result
 
 
 def begin(out: str) -> Store:

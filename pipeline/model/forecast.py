@@ -20,8 +20,10 @@ WORKER_BASE = 450 << 20  # bytes of a worker that holds no weights: Python, torc
 _WHOLE, _SEGMENTED = 8, 4  # shared by whole channels, with their Gram matrix; by segments, worked through in slabs
 _MOMENTS = 2  # its second moment and the root of that
 # What K-Means and SVD take, fitted to runs of benchmarks/llama7b_shape.py and of the demo (docs/experiments.md):
-_STARTED, _REFINED = 20, 150  # Lloyd iterations of a start, and of the refinement of one
-_STEP_SECONDS = 3e-4  # of an iteration, and half of it of a seed, beside the arithmetic
+_STARTED, _REFINED = 20, 100  # Lloyd iterations of a start, and of the refinement of one
+_STEP_SECONDS = 3e-4  # of an iteration beside the arithmetic; of a seed half of it at least
+_NEAREST = 10  # additions of rows in the time of one distance to a mean and its share of the minimum
+_SEED = 800  # additions in the time in which one point is looked at for the next seed, all trials together
 _KRYLOV = 24  # products of the matrix with `rank` vectors
 _DISTANCE = 60  # operations of a GEMM in the time of one distance and its share of the minimum
 _CODEBOOK_PASSES = 14  # over the sample of segments: seeding and iterations
@@ -143,5 +145,6 @@ def _kmeans_seconds(m: int, n: int, spec: SwscSpec, speed: Speed) -> float:
     gram = gram_pays(points, length, k, starts)
     once = 2 * points**2 * length / speed.gemm if gram else 0
     step = points**2 / speed.additions if gram else 2 * points * k * length / speed.gemm
-    iterations = _STARTED * starts + _REFINED * refined
-    return once + iterations * step + (iterations + starts * k / 2) * _STEP_SECONDS
+    step += _NEAREST * k * points / speed.additions + _STEP_SECONDS
+    seed = max(_SEED * points / speed.additions, _STEP_SECONDS / 2)
+    return once + (_STARTED * starts + _REFINED * refined) * step + starts * k * seed

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 from pipeline.errors import OutputError, RunError, StoreError
@@ -58,6 +58,12 @@ class Lease:
         self.renew()
         _held.add(ticket.owner)
         self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def renew(self) -> None:
         """Give a sign of life."""

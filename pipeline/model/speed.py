@@ -10,7 +10,7 @@ from pipeline.model.checkpoint import Checkpoint
 from swsc_core.points import sum_by_label
 
 _READ_BYTES = 64 << 20  # of the largest tensor, at most
-_REPEATS = 5
+_REPEATS = 15
 _SIDE = 1024  # of the square matrices of the GEMM; rows that are added up are four times as long and as many
 
 

@@ -13,6 +13,8 @@ from jobs.cli import main
 from pipeline.config import SweepSettings
 from pipeline.flows.sweep import Sweep
 from pipeline.flows.sweep_rows import known_model
+from pipeline.model.lease import acquire
+from pipeline.model.store import Store
 from pipeline.run.pool import LocalPool, Task
 from pipeline.run.worker import Worker
 from pipeline.validation import validated
@@ -229,3 +231,17 @@ def test_a_calibrated_variant_is_the_model_that_compress_would_write(
     assert main(["evaluate", str(tmp_path / "single"), *measured, "--local"]) == 0
     assert rows["ours"]["perplexity"] == json.loads((tmp_path / "e.json").read_text())["perplexity"]
     assert rows["ours"]["bits_per_weight"] <= 3
+
+
+def test_a_second_sweep_into_one_directory_is_refused(
+    models: list[Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text, VARIANTS[:1])))
+    argv = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]
+    (tmp_path / "out").mkdir()
+    with acquire(Store.at(str(tmp_path / "out"))):
+        (tmp_path / "out" / ".swsc-sweep").touch()
+        assert main(argv) == 2
+    assert "is writing there; wait for it, or stop it" in capsys.readouterr().err
+    assert main(argv) == 0
+    assert not (tmp_path / "out" / ".swsc").exists()
