@@ -108,7 +108,10 @@ class RayPool:
             self.size += 1
 
     def waiting_for(self) -> str:
-        return self._waiting_for()
+        try:
+            return self._waiting_for()
+        except (RayError, RuntimeError, ConnectionError):
+            return "the cluster's head does not answer"
 
     def idle(self) -> list[int]:
         self._grow()
