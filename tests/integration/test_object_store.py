@@ -9,6 +9,7 @@ import pytest
 
 from jobs.cli import main
 from pipeline.config import MatrixSettings
+from pipeline.errors import StoreError
 from pipeline.model import files
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
@@ -90,6 +91,21 @@ def test_an_object_whose_source_breaks_off_is_not_there(server: ObjectStore) -> 
     with pytest.raises(ValueError, match="breaks off"):
         store.write("half", pieces())
     assert store.names() == []
+
+
+def test_an_object_whose_server_dies_during_the_upload_is_not_there(server: ObjectStore) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield bytes(12 << 20)
+        server.kill()
+        yield bytes(12 << 20)
+
+    store = Store.at(f"{BUCKET}/cut")
+    try:
+        with pytest.raises(StoreError, match="check the address"):
+            store.write("large", pieces())
+    finally:
+        server.start_again()
+    assert not store.exists("large")
 
 
 def test_no_more_is_read_than_the_tensors_that_are_needed(remote_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
