@@ -112,7 +112,7 @@ def tuning_bytes(source: Checkpoint, seqlen: int) -> int:
 
 
 def core_seconds(plan: Plan, speed: Speed) -> float:
-    """Seconds of one core; right within a factor of about 1.5 from 512 channels on."""
+    """Seconds of one core; fitted to one run of 4096×4096 matrices; at 576 channels it was 1.6 times too long."""
     return sum(_seconds(decision, spec, speed) for decision in plan.compressed for spec in decision.specs)
 
 

@@ -206,7 +206,6 @@ def test_code_that_a_model_brings_is_not_run(
     if stored == "compressed":
         assert main(["compress", str(model), str(tmp_path / "out"), "--local", "--bits", "4"]) == 0
         model = tmp_path / "out"
-    (tmp_path / "empty").mkdir()
     capsys.readouterr()
     assert main(["evaluate", str(model), "--text", str(text), "--seqlen", "32", "--local"]) == 2
     assert "code of its own, which is not run" in capsys.readouterr().err
