@@ -15,6 +15,7 @@ from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.forecast import compression_bytes, tuning_bytes
 from pipeline.model.plan import Plan, make_plan, require_coverage
 from pipeline.report.tables import print_table
+from pipeline.validation import validated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     cut = sorted({"seqlen", "windows"} & vars(arguments).keys())
     if cut and not arguments.text:
         raise ConfigError(f"{', '.join(cut)} mean nothing without --text: add it, or drop them")
-    evaluation = settings_of(_without_config(arguments), EvaluateSettings)[0] if arguments.text else None
+    evaluation = _evaluation_of(arguments, calibration.trust_remote_code) if arguments.text else None
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
     require_coverage(plan, output.require_coverage)
@@ -66,9 +67,9 @@ def _largest_bytes(source: Checkpoint, plan: Plan, settings: CompressSettings, c
     return max(compression_bytes(plan), tuning_bytes(source, calibration.calibration_seqlen) if settings.epochs else 0)
 
 
-def _without_config(arguments: argparse.Namespace) -> argparse.Namespace:
-    kept = {"text", "seqlen", "windows"}
-    return argparse.Namespace(**{key: value for key, value in vars(arguments).items() if key in kept})
+def _evaluation_of(arguments: argparse.Namespace, trusted: bool) -> EvaluateSettings:
+    kept = {key: value for key, value in vars(arguments).items() if key in {"text", "seqlen", "windows"}}
+    return validated(EvaluateSettings, kept | {"trust_remote_code": trusted})
 
 
 def summarise(output: str, report: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jobs.evaluate import protocol
 from jobs.flags import add_settings, cluster_of
-from pipeline.config import ClusterSettings, SweepSettings
+from pipeline.config import ClusterSettings, LoadSettings, SweepSettings
 from pipeline.errors import ConfigError, OutputError, RunError
 from pipeline.flows.sweep import Sweep, SweepResult
 from pipeline.model.lease import acquire
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag in ("--seqlen", "--windows"):
         parser.add_argument(flag, help="of every evaluation, in place of the file's")
     parser.add_argument("--calibration", help="the calibration text, in place of the file's")
-    add_settings(parser, ClusterSettings)
+    add_settings(parser, LoadSettings, ClusterSettings)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -100,6 +100,8 @@ def sweep_settings(arguments: argparse.Namespace) -> SweepSettings:
         values["models"] = arguments.model
     if arguments.calibration:
         values["calibration"] = arguments.calibration
+    if "trust_remote_code" in arguments:
+        values["trust_remote_code"] = True
     replaced = {key: getattr(arguments, key) for key in ("text", "seqlen", "windows")}
     replaced = {key: value for key, value in replaced.items() if value is not None}
     if replaced:

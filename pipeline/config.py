@@ -1,6 +1,6 @@
 """Every setting, once: fields here are flags of the command line and keys of configuration files alike."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -158,7 +158,15 @@ class MatrixSettings(Settings):
         return self.with_moments or self.epochs > 0
 
 
-class CalibrationSettings(Settings):
+class LoadSettings(Settings):
+    """How a model is loaded, to be calibrated or measured."""
+
+    trust_remote_code: bool = Field(
+        False, description="run the Python code that the model brings along, if it does; read that code first"
+    )
+
+
+class CalibrationSettings(LoadSettings):
     """Text that second moments are gathered on."""
 
     calibration: str | None = Field(
@@ -201,7 +209,7 @@ class OutputSettings(Settings):
     )
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(LoadSettings):
     """Perplexity by the standard protocol."""
 
     text: str = Field(description="text file, or wikitext2 for the test split from the Hub")
@@ -255,6 +263,16 @@ class SweepSettings(CalibrationSettings):
     uncompressed: bool = Field(True, description="also measure each model as it is")
     reference: dict[str, float | None] = Field({}, description="published perplexity of the uncompressed model")
     matrices: bool = Field(False, description="also print one row a matrix")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trusted_alike(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A model whose code is run is run by every evaluation."""
+        given = values.get("evaluations")
+        if not values.get("trust_remote_code") or not isinstance(given, list | tuple):
+            return values
+        alike = [{"trust_remote_code": True, **one} if isinstance(one, dict) else one for one in given]
+        return {**values, "evaluations": alike}
 
     @model_validator(mode="after")
     def _unique(self) -> Self:

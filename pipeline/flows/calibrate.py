@@ -30,6 +30,11 @@ _GATHERINGS = 3  # of a layer whose sums were lost with a node
 _VERSION = 3  # goes up with every change of what is gathered
 
 
+def calibration_key(source: Checkpoint, settings: CalibrationSettings) -> ModelKey:
+    """How workers name the model that they calibrate."""
+    return ModelKey(source.store.root, settings.calibration_dtype, 1, settings.trust_remote_code)
+
+
 @dataclass(frozen=True)
 class _Range:
     """Layers whose moments fit the memory that is allowed, and the matrices of each."""
@@ -152,7 +157,7 @@ class Calibration:
 
     def _gathering(self, index: int) -> list[Task]:
         part, ids, size = self._ranges[index], self._ids, self._starts.step
-        key = ModelKey(self._source.store.root, self._settings.calibration_dtype, 1)
+        key = calibration_key(self._source, self._settings)
         return [
             Task(
                 ("gather", index, start), "calibrate",

@@ -65,7 +65,7 @@ def worker_bytes(model: Model, settings: EvaluateSettings) -> int:
 
 def model_key(checkpoint: Checkpoint, settings: EvaluateSettings) -> ModelKey:
     """How workers name the loaded model."""
-    return ModelKey(checkpoint.store.root, settings.dtype, settings.batch_size)
+    return ModelKey(checkpoint.store.root, settings.dtype, settings.batch_size, settings.trust_remote_code)
 
 
 def deal(ids: np.ndarray, settings: EvaluateSettings) -> list[tuple[int, np.ndarray]]:

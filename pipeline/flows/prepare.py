@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.config import CalibrationSettings, MatrixSettings
+from pipeline.config import CalibrationSettings, LoadSettings, MatrixSettings
 from pipeline.errors import ConfigError
 from pipeline.flows.allocate import allocate_plan
 from pipeline.flows.calibrate import Calibration
@@ -34,7 +34,9 @@ def prepare(
         TextError: a text that is missing or too short, or that shares passages with `unseen`.
     """
     if not settings.calibrated:
-        if idle := sorted(calibration.model_fields_set & CalibrationSettings.model_fields.keys()):
+        if idle := sorted(
+            calibration.model_fields_set & (CalibrationSettings.model_fields.keys() - LoadSettings.model_fields.keys())
+        ):
             raise ConfigError(
                 f"{', '.join(idle)} mean nothing to metric weights without tune: choose preset best or fast, or drop them"
             )

@@ -36,7 +36,7 @@ def produce(
 
     def tune() -> TunedModel:
         compress_model(source, plan, staging, untuned, threads, make_pool, calibrated, wait=say)
-        tuning = Tuning(source, staging, text, calibration.calibration_dtype, calibrated.cache)
+        tuning = Tuning(source, staging, text, calibration, calibrated.cache)
         tuned, about = tuning.run(make_pool)
         rows = {row["name"]: row for row in describe(Store.at(staging).read_json(REPORT))}
         return TunedModel(tuned, rows, about)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config import CalibrationSettings
 from pipeline.errors import ConfigError, PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.measure.tuner import Tuned, TuneKey
@@ -65,9 +66,12 @@ class TuneText:
 class Tuning:
     """One tuning of one compressed model; what it finds is kept in `cache` for every later run of the same."""
 
-    def __init__(self, source: Checkpoint, compressed: str, text: TuneText, dtype: str, cache: str) -> None:
+    def __init__(
+        self, source: Checkpoint, compressed: str, text: TuneText, settings: CalibrationSettings, cache: str
+    ) -> None:
         self._source, self._text = source, text
-        self._key = TuneKey(source.store.root, compressed, dtype)
+        dtype = settings.calibration_dtype
+        self._key = TuneKey(source.store.root, compressed, dtype, settings.trust_remote_code)
         self._batches = text.batches()
         self.identity = {
             "source": source.fingerprint, "compressed": _digest_of(compressed), "epochs": text.epochs, "seed": text.seed,

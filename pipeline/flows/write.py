@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CalibrationSettings
+from pipeline.flows.calibrate import calibration_key
 from pipeline.flows.compress import PoolMaker, run_alone
-from pipeline.measure.perplexity import ModelKey
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import calibration_bytes
 from pipeline.model.store import Store
@@ -36,7 +36,7 @@ def written_windows(
     def note(done: Done) -> None:
         written[done.task.key] = done.value
 
-    key = ModelKey(source.store.root, settings.calibration_dtype, 1)
+    key = calibration_key(source, settings)
     tasks = [
         Task(first, "write_text", (key, min(_BATCH, count - first), length, first, seed), label=f"text {first}")
         for first in range(0, count, _BATCH)

@@ -26,11 +26,17 @@ _ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k va
 
 @dataclass(frozen=True)
 class ModelKey:
-    """What an evaluation model is loaded from and as: `dtype` is "auto" or torch's name."""
+    """What an evaluation model is loaded from and as.
+
+    Attributes:
+        dtype: "auto", or torch's name.
+        trusted: code that the model brings may be run.
+    """
 
     location: str
     dtype: str
     batch_size: int
+    trusted: bool = False
 
 
 def perplexity(losses: Sequence[float], what: str) -> float:
@@ -109,9 +115,9 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
     try:
         in_place = source.checkpoint.store.is_local and not source.entries
         model, info = _load_dense(key, dtype) if in_place else _load_from_store(source, key, dtype)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # code that a model brings may raise anything
         require_no_code(key.location, error)
-        raise CheckpointError(f"{key.location}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{key.location}: transformers cannot load it: {_first_line(error)}") from None
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
         raise CheckpointError(
@@ -120,11 +126,15 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
     return model.to(device).eval()
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _load_dense(key: ModelKey, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        key.location, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        key.location, dtype=dtype, output_loading_info=True, trust_remote_code=key.trusted
     )
 
 
@@ -142,11 +152,11 @@ def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
     """A model whose weights transformers cannot read itself: compressed ones, or those of an object store."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(small_files(key.location), trust_remote_code=False)
+    config = AutoConfig.from_pretrained(small_files(key.location), trust_remote_code=key.trusted)
     if source.entries:
         del config.quantization_config
     with torch.device("meta"):  # only to learn the class: from_pretrained of the Auto class insists on files
-        kind = type(AutoModelForCausalLM.from_config(config))
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=key.trusted))
     weights = {name: source.read(name) for name in source.names}
     if dtype == "auto":
         dtype = _own_dtype(source, config)

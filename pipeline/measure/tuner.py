@@ -29,11 +29,12 @@ _ROWS = 512  # positions whose predictions are compared at a time
 
 @dataclass(frozen=True)
 class TuneKey:
-    """An original and a compressed form of it, by location, and the arithmetic of both."""
+    """An original and a compressed form of it, by location, the arithmetic of both, and whether their code may be run."""
 
     original: str
     compressed: str
     dtype: str
+    trusted: bool = False
 
 
 class Tuner:
@@ -42,8 +43,8 @@ class Tuner:
     def __init__(self, key: TuneKey, device: str) -> None:
         self.key = key
         self._device = device
-        self._teacher = _loaded(key.original, key.dtype, device)
-        self._student = _loaded(key.compressed, key.dtype, device)
+        self._teacher = _loaded(key, key.original, device)
+        self._student = _loaded(key, key.compressed, device)
         self._tunables = tunables(key.compressed, device)
         model = open_model(key.compressed)
         self._slots = {
@@ -156,5 +157,5 @@ def tunables(location: str, device: str) -> dict[str, Tunable]:
     return found
 
 
-def _loaded(location: str, dtype: str, device: str) -> Any:
-    return load_model(open_model(location), ModelKey(location, dtype, 1), device).requires_grad_(False)
+def _loaded(key: TuneKey, location: str, device: str) -> Any:
+    return load_model(open_model(location), ModelKey(location, key.dtype, 1, key.trusted), device).requires_grad_(False)

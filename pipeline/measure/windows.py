@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import CalibrationSettings, EvaluateSettings
+from pipeline.config import CalibrationSettings, EvaluateSettings, LoadSettings
 from pipeline.errors import TextError
 from pipeline.measure.overlap import traces
 from pipeline.model.mirror import require_no_code, small_files
@@ -37,7 +37,7 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
         TextError: no such text, one shorter than a window, or fewer windows than asked for.
     """
     text = read_text(settings.text)
-    ids, bos_token = _tokenise(model, text)
+    ids, bos_token = _tokenise(model, text, settings)
     length, wanted = settings.seqlen, settings.windows
     available = len(ids) // length
     if available < (wanted or 1):
@@ -73,7 +73,7 @@ def calibration_windows(model: str, settings: CalibrationSettings) -> Calibratio
     if settings.calibration is None:
         raise TextError("calibration: no text given; name one by --calibration, or choose preset paper")
     text = read_calibration(settings.calibration)
-    ids, _ = _tokenise(model, text)
+    ids, _ = _tokenise(model, text, settings)
     length, count = settings.calibration_seqlen, settings.calibration_windows
     if len(ids) < length * count:
         raise TextError(
@@ -84,13 +84,13 @@ def calibration_windows(model: str, settings: CalibrationSettings) -> Calibratio
     return CalibrationText(np.stack([ids[start : start + length] for start in starts]), traces(text))
 
 
-def _tokenise(model: str, text: str) -> tuple[np.ndarray, int | None]:
+def _tokenise(model: str, text: str, settings: LoadSettings) -> tuple[np.ndarray, int | None]:
     """Token ids of the whole text, int64, and the tokenizer's BOS token, if it has one."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(small_files(model), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(small_files(model), trust_remote_code=settings.trust_remote_code)
     except Exception as error:  # a damaged file makes the library raise whatever its parser meets
         require_no_code(model, error)
         reason = (str(error).splitlines() or [""])[0]

@@ -60,7 +60,7 @@ class Checkpoint:
     Attributes:
         tensors: by name, in the order of shards and of offsets within them.
         extras: other files of the directory that belong to the model (tokenizer, generation config, …).
-        fingerprint: sha256 over config, headers, sizes and samples of each shard's bytes. It tells a fine-tuned or a
+        fingerprint: sha256 over config, code, headers, sizes and samples of each shard's bytes. It tells a fine-tuned or a
             repaired checkpoint from its twin without reading all of it; it is no proof that no byte differs.
         buffers: tensors of the files that are no weights: masks and the like, which every model makes anew.
     """
@@ -115,6 +115,9 @@ def open_checkpoint(location: str) -> Checkpoint:
     config = _config(store)
     digest.update(json.dumps(config, sort_keys=True).encode())
     extras = tuple(name for name in names if _is_extra(name))
+    for name in extras:
+        if name.endswith(".py"):  # code that the model brings makes it another model
+            digest.update(store.read(name))
     buffers = tuple(info for info in tensors.values() if is_buffer(info))
     twice = {HEAD} if is_stored_twice(store, tensors, config) else set()
     own = {name: info for name, info in tensors.items() if not is_buffer(info) and name not in twice}

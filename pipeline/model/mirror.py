@@ -32,5 +32,5 @@ def require_no_code(location: str, error: Exception) -> None:
     """Raise CheckpointError if what transformers said is that it would have to run code that the model brings."""
     if "trust_remote_code" in str(error):
         raise CheckpointError(
-            f"{location}: needs code of its own, which is not run; convert it to an architecture that transformers has"
+            f"{location}: needs code of its own, which is not run unasked; read it, then add --trust-remote-code"
         ) from None

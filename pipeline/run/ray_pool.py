@@ -24,6 +24,7 @@ _RESPAWNS_PER_WORKER = 5
 _LOOK_SECONDS = 10.0  # between two looks at what has joined the cluster
 # A task hangs if it takes _TIMES as long as the longest of its kind so far, and no less than _LEAST_SECONDS:
 _TIMES, _LEAST_SECONDS = 20.0, 600.0
+_COMMITS, _FIRST_COMMIT_SECONDS = "commit", 180.0  # the kind that commits are, and how long one may be foreseen to take
 
 
 class ActorWorker(Worker):
@@ -143,31 +144,41 @@ class RayPool:
             result = ray.get(ref)
         except RayError as error:
             return self._failed(flight, ref, error)
+        self._note_time(flight, _COMMITS if ref is flight.record else flight.task.method)
         if ref is flight.record:
             self._committing.remove(flight)
             return Done(flight.task, flight.value, (), result, worker=flight.worker)
         del self._working[flight.worker]
-        seconds, method = time.monotonic() - flight.started, flight.task.method
-        self._longest[method] = max(seconds, self._longest.get(method, 0.0))
         flight.value = result
         if flight.record is None:
             return Done(flight.task, result, flight.payloads, worker=flight.worker)
-        flight.payloads = ()  # the commit holds the payload now; it is freed when the commit is done
+        flight.payloads, flight.started = (), time.monotonic()  # the commit holds the payload until it is done
         self._committing.append(flight)
         return None
 
     def _overdue(self) -> Done | None:
-        """A task that takes so long that its worker must hang, which is then replaced."""
+        """A task or a commit that takes so long that its process must hang, which is then ended."""
         for flight in self._working.values():
-            longest = self._longest.get(flight.task.method)
-            foreseen = max(_LEAST_SECONDS, _TIMES * longest) if longest else None
-            limit, seconds = self._deadline or foreseen, time.monotonic() - flight.started
-            if limit and seconds > limit and not ray.wait([flight.report], timeout=0, fetch_local=False)[0]:
+            if self._hangs(flight, flight.report, flight.task.method):
                 del self._working[flight.worker]
                 self._replace(flight.worker, flight.task.label)
-                lost = WorkerLost(f"{flight.task.label}: hangs, given up after {seconds:.0f} s")
-                return Done(flight.task, error=lost, worker=flight.worker)
+                return _given_up(flight, "hangs")
+        for flight in self._committing:
+            if self._hangs(flight, flight.record, _COMMITS):
+                self._committing.remove(flight)
+                ray.cancel(flight.record, force=True)
+                return _given_up(flight, "its commit hangs")
         return None
+
+    def _hangs(self, flight: _Flight, ref: Any, method: str) -> bool:
+        longest = self._longest.get(method, _FIRST_COMMIT_SECONDS if method == _COMMITS else None)
+        foreseen = max(_LEAST_SECONDS, _TIMES * longest) if longest else None
+        limit, seconds = self._deadline or foreseen, time.monotonic() - flight.started
+        return bool(limit and seconds > limit and not ray.wait([ref], timeout=0, fetch_local=False)[0])
+
+    def _note_time(self, flight: _Flight, method: str) -> None:
+        seconds = time.monotonic() - flight.started
+        self._longest[method] = max(seconds, self._longest.get(method, 0.0))
 
     def _arrived(self, ref: Any) -> None:
         worker = self._coming.pop(ref)
@@ -217,6 +228,12 @@ class RayPool:
             pass  # Ray itself is gone; what made it so is on its way to the user
         if self._started_here:
             ray.shutdown()
+
+
+def _given_up(flight: _Flight, why: str) -> Done:
+    seconds = time.monotonic() - flight.started
+    lost = WorkerLost(f"{flight.task.label}: {why}, given up after {seconds:.0f} s")
+    return Done(flight.task, error=lost, worker=flight.worker)
 
 
 def _spoils_the_process(error: BaseException) -> bool:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.cli import main
 from pipeline.config import MatrixSettings
 from pipeline.errors import SwscError
 from pipeline.model.checkpoint import INDEX, SINGLE, open_checkpoint
@@ -189,24 +188,3 @@ def test_a_link_that_leads_out_of_the_directory(whole: Path, tmp_path: Path, tar
     (folder / INDEX).write_text(json.dumps({"weight_map": {"w": target}}))
     with pytest.raises(SwscError, match=r"outside the directory|is missing"):
         open_checkpoint(str(folder))
-
-
-@pytest.mark.parametrize("stored", ["local", "compressed"])
-def test_code_that_a_model_brings_is_not_run(
-    stored: str, tiny_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    (model / "modeling_own.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\n")
-    config = json.loads((model / "config.json").read_text())
-    config |= {
-        "model_type": "own",
-        "auto_map": {"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.M"},
-    }
-    (model / "config.json").write_text(json.dumps(config))
-    if stored == "compressed":
-        assert main(["compress", str(model), str(tmp_path / "out"), "--local", "--bits", "4"]) == 0
-        model = tmp_path / "out"
-    capsys.readouterr()
-    assert main(["evaluate", str(model), "--text", str(text), "--seqlen", "32", "--local"]) == 2
-    assert "code of its own, which is not run" in capsys.readouterr().err
-    assert not (tmp_path / "was-run").exists()
