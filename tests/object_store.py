@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 from pipeline.model.files import files_at
+from pipeline.model.store import Store
 
 BUCKET = "s3://models"
 
@@ -81,6 +82,20 @@ def as_client(server: ObjectStore) -> Iterator[None]:
             yield
         finally:
             files_at.cache_clear()
+
+
+def upload(folder: Path, address: str) -> str:
+    """Put the files of a folder at an address, which is returned."""
+    store = Store.at(address)
+    for path in folder.iterdir():
+        store.write(path.name, [path.read_bytes()])
+    return address
+
+
+def stored(address: str) -> dict[str, bytes]:
+    """As `tiny.contents`, of an output wherever it lies."""
+    store = Store.at(address)
+    return {name: bytes(store.read(name)) for name in store.names() if name != "swsc_report.json"}
 
 
 def _start(folder: Path, ports: dict[str, int], environment: dict[str, str]) -> "subprocess.Popen[bytes]":

@@ -9,9 +9,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from pipeline.errors import StoreError
@@ -19,6 +21,7 @@ from pipeline.errors import StoreError
 TEMPORARY = ".partial"
 _ATTEMPTS = 6  # of one request to an object store, with growing pauses and jitter between them
 _CONNECT_SECONDS, _REQUEST_SECONDS = 10.0, 60.0
+_RETRY_TIME = timedelta(seconds=60)  # of a request to Google's store, whose client counts time in place of attempts
 
 Bytes = bytes | bytearray | memoryview
 
@@ -135,6 +138,8 @@ class ObjectFiles:
     def __init__(self, scheme: str) -> None:
         self._scheme = scheme
         self._system = _connected(scheme)
+        # Google's client fails for want of an object that stands for the folder; S3's would put one there instead.
+        self._delete_folder = self._system.delete_dir_contents if scheme == "gs" else self._system.delete_dir
 
     def size(self, path: str) -> int | None:
         info = self._try(path, self._system.get_file_info, path)
@@ -146,8 +151,14 @@ class ObjectFiles:
     def children(self, path: str) -> dict[str, bool]:
         from pyarrow.fs import FileSelector
 
-        found = self._try(path, self._system.get_file_info, FileSelector(path, allow_not_found=True))
-        return {info.base_name: info.is_file for info in found}
+        # Google's client names no folders, and asks for all that is below in any case: they are seen by what is in them.
+        deep = self._scheme == "gs"
+        selector = FileSelector(path, allow_not_found=True, recursive=deep)
+        found = {}
+        for info in self._try(path, self._system.get_file_info, selector):
+            name, _, below = info.path.removeprefix(f"{path}/").partition("/")
+            found[name] = info.is_file and not below
+        return found
 
     def read(self, path: str, start: int, length: int) -> bytearray:
         with self._try(path, self._system.open_input_file, path) as file:
@@ -171,7 +182,7 @@ class ObjectFiles:
         if self.size(path) is not None:
             self._try(path, self._system.delete_file, path)
         elif self.children(path):
-            self._try(path, self._system.delete_dir, path)
+            self._try(path, self._delete_folder, path)
 
     def remove_empty(self, path: str) -> None:
         pass  # there are no folders
@@ -194,7 +205,9 @@ def _connected(scheme: str) -> Any:
     import pyarrow.fs as arrow
 
     if scheme == "gs":
-        return arrow.GcsFileSystem()
+        emulator = urlsplit(os.environ.get("STORAGE_EMULATOR_HOST", ""))  # as Google's own clients have it
+        instead = {"anonymous": True, "scheme": emulator.scheme, "endpoint_override": emulator.netloc}
+        return arrow.GcsFileSystem(retry_time_limit=_RETRY_TIME, **(instead if emulator.netloc else {}))
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ("us-east-1" if endpoint else None)
     return arrow.S3FileSystem(

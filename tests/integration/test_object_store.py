@@ -14,7 +14,7 @@ from pipeline.model import files
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
 from pipeline.model.store import Store
-from tests.object_store import BUCKET, ObjectStore, as_client, object_store
+from tests.object_store import BUCKET, ObjectStore, as_client, object_store, stored, upload
 from tests.tiny import contents, make_text
 
 
@@ -27,19 +27,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 @pytest.fixture(scope="module")
 def remote_model(server: ObjectStore, tiny_model: Path) -> str:
     return upload(tiny_model, f"{BUCKET}/tiny")
-
-
-def upload(folder: Path, address: str) -> str:
-    store = Store.at(address)
-    for path in folder.iterdir():
-        store.write(path.name, [path.read_bytes()])
-    return address
-
-
-def stored(address: str) -> dict[str, bytes]:
-    """As `contents`, of an output wherever it lies."""
-    store = Store.at(address)
-    return {name: bytes(store.read(name)) for name in store.names() if name != "swsc_report.json"}
 
 
 @pytest.fixture(scope="module")

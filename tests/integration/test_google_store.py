@@ -1,0 +1,117 @@
+"""The same as test_object_store.py against the other kind of object store: what its client does differently would show here."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli import main
+from pipeline.model import files
+from pipeline.model.store import Store
+from tests.google_store import BUCKET, google_store
+from tests.object_store import stored, upload
+from tests.tiny import contents
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with google_store():
+        yield
+
+
+@pytest.fixture(scope="module")
+def remote_model(server: None, tiny_model: Path) -> str:
+    return upload(tiny_model, f"{BUCKET}/tiny")
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("local") / "out"
+    assert main(["compress", str(tiny_model), str(output), "--local", "--bits", "4"]) == 0
+    return contents(output)
+
+
+def test_model_and_output_may_lie_anywhere_and_the_bytes_are_the_same(
+    tiny_model: Path, remote_model: str, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    for source, output in [
+        (str(tiny_model), f"{BUCKET}/from-local"), (remote_model, f"{BUCKET}/from-remote"), (remote_model, str(tmp_path / "out")),
+    ]:  # fmt: skip
+        assert main(["compress", source, output, "--local", "--bits", "4"]) == 0
+        assert stored(output) == expected
+        assert main(["verify", output, "--local"]) == 0
+
+
+def test_a_run_goes_on_where_it_was_cut_off(
+    remote_model: str, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, written = files.ObjectFiles.write, []
+
+    def write(self: Any, path: str, pieces: Any) -> None:
+        if path.endswith(".safetensors"):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(path)
+        real(self, path, pieces)
+
+    monkeypatch.setattr(files.ObjectFiles, "write", write)
+    command = ["compress", remote_model, f"{BUCKET}/cut", "--local", "--bits", "4"]
+    assert main(command) == 130
+    assert not Store.at(f"{BUCKET}/cut").exists("config.json")
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert stored(f"{BUCKET}/cut") == expected
+
+
+def test_damage_is_found_and_named(remote_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    output = f"{BUCKET}/damaged"
+    assert main(["compress", remote_model, output, "--local", "--bits", "4"]) == 0
+    store = Store.at(output)
+    file = next(name for name in store.names() if name.endswith(".safetensors"))
+    data = store.read(file)
+    data[-1] ^= 1
+    store.write(file, [data])
+    capsys.readouterr()
+    assert main(["verify", output, "--local"]) == 1
+    assert file in capsys.readouterr().err
+
+
+def test_an_object_whose_source_breaks_off_is_not_there() -> None:
+    def pieces() -> Iterator[bytes]:
+        yield bytes(6 << 20)
+        raise ValueError("the source breaks off")
+
+    store = Store.at(f"{BUCKET}/broken")
+    with pytest.raises(ValueError, match="breaks off"):
+        store.write("half", pieces())
+    assert store.names() == []
+
+
+def test_a_folder_is_listed_sized_and_removed_with_what_is_in_it() -> None:
+    store = Store.at(f"{BUCKET}/folder")
+    store.write("one", [b"1", b"23"])
+    store.write("below/two", [b"4"])
+    assert store.entries() == {"one": True, "below": False}
+    assert store.size("one") == 3
+    assert store.read("one", 1, 2) == b"23"
+    store.remove("below")
+    assert store.names() == ["one"]
+    assert not store.exists("below/two")
+
+
+def test_a_store_that_does_not_answer_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(os.environ, "STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    monkeypatch.setattr(files, "_RETRY_TIME", files._RETRY_TIME / 60)
+    files.files_at.cache_clear()
+    try:
+        assert main(["plan", f"{BUCKET}/tiny"]) == 1
+    finally:
+        monkeypatch.undo()
+        files.files_at.cache_clear()
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {BUCKET}/tiny")
+    assert error.count("\n") == 1
