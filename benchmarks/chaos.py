@@ -4,13 +4,16 @@
 
 Each round compresses a small model from an object store into it, on a Ray cluster of two nodes, and strikes at random moments: a
 worker, the driver, the second node (another one joins) or the object store's server is killed, or a worker, the driver or the server is
-paused. A driver that fell is started again by the same command. Afterwards the output must be that of an undisturbed run, to the
-byte; meanwhile nothing may look finished that is not.
+paused. One strike in twenty is a long pause, beyond all deadlines: a worker that hangs, or a driver that hangs while another one
+takes its place, and then goes on. A driver that fell is started again by the same command. Afterwards the output must be that of
+an undisturbed run, to the byte; meanwhile nothing may look finished that is not, and nothing that is finished may be made again.
 """
 
 import argparse
 import contextlib
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +25,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.common import print_markdown
+from benchmarks.common import contents, print_markdown
+from pipeline.errors import SwscError
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.output import REPORT
 from pipeline.model.parts import DONE
@@ -34,6 +38,8 @@ from tests.tiny import make_tiny_model
 FLAGS = ["--bits", "4", "--n-init", "60"]
 LAYERS = 12
 STRIKES = ("kill worker", "kill driver", "kill node", "kill store", "pause worker", "pause driver", "pause store")
+LONG_STRIKES, LONG_SHARE, LONG_SECONDS = ("hang worker", "replace driver"), 0.05, 45.0
+DEADLINE = 30  # seconds of a task
 MOST_STARTS = 20  # of a driver in one round: beyond that it does not go on, whatever it says
 
 
@@ -45,7 +51,7 @@ class Round:
     strikes: list[str] = field(default_factory=list)
     starts: int = 0
     again: int = 0  # tasks that were begun again while a driver ran
-    lost: int = 0  # finished files that a new driver did not find
+    lost: int = 0  # finished files that were made again
     seconds: float = 0.0
     identical: bool = False
 
@@ -61,20 +67,23 @@ class Arena:
         """A round with `strikes` strikes, drawn by `seed`."""
         draw, outcome = random.Random(seed), Round(seed)
         output = Store.at(f"{BUCKET}/round-{seed.replace(' ', '-')}")
-        started, code = time.monotonic(), -1
+        started, code, records = time.monotonic(), -1, Records(output)
         while code != 0 and outcome.starts < MOST_STARTS:
-            finished = set(_finished(output))
+            found = 0 if output.exists(MANIFEST) else records.look()
             driver = self._driver(output)
             outcome.starts += 1
             while len(outcome.strikes) < strikes and _still(driver, draw.uniform(1.0, 8.0)):
-                outcome.strikes.append(self._strike(draw, driver))
+                strike, driver = self._strike(draw, driver, output)
+                outcome.strikes.append(strike)
+                records.look()
             _, said = driver.communicate()
             code = driver.returncode
             outcome.again += said.count("starting it again")
             self._require_honest(output, code, said)
-            if code == 0:
-                kept = output.read_json(REPORT).get("files_of_an_earlier_run", 0)
-                outcome.lost += max(0, len(finished) - kept) if finished else 0
+        outcome.lost = records.changed
+        if code == 0:
+            kept = output.read_json(REPORT).get("files_of_an_earlier_run", 0)
+            outcome.lost += max(0, found - kept)
         outcome.seconds = time.monotonic() - started
         outcome.identical = code == 0 and contents(output) == self.expected
         return outcome
@@ -93,7 +102,7 @@ class Arena:
     def _driver(self, output: Store) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "jobs", "compress", f"{BUCKET}/model", output.root, *FLAGS]
         return subprocess.Popen(
-            [*command, "--address", self.cluster.address, "--task-deadline", "30"], cwd=ROOT, text=True,
+            [*command, "--address", self.cluster.address, "--task-deadline", str(DEADLINE)], cwd=ROOT, text=True,
             env=self.cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -105,8 +114,13 @@ class Arena:
         if code and output.exists(MANIFEST) and contents(output) != self.expected:
             raise SystemExit(f"{output.root}: looks finished and is not, exit {code}: {said}")
 
-    def _strike(self, draw: random.Random, driver: "subprocess.Popen[str]") -> str:
-        strike = draw.choice(STRIKES)
+    def _strike(
+        self, draw: random.Random, driver: "subprocess.Popen[str]", output: Store
+    ) -> tuple[str, "subprocess.Popen[str]"]:
+        """Which strike it was, and the driver after it."""
+        strike = draw.choice(LONG_STRIKES if draw.random() < LONG_SHARE else STRIKES)
+        if strike == "replace driver":
+            return strike, self._replace(driver, output)
         what, pause = strike.split()[1], draw.uniform(0.5, 4.0)
         if strike == "kill node":
             raylet = raylet_of(self.node)
@@ -126,9 +140,21 @@ class Arena:
                     victim.kill()
                 elif victim:
                     victim.suspend()
-                    time.sleep(pause)
+                    time.sleep(LONG_SECONDS if strike.startswith("hang") else pause)
                     victim.resume()
-        return strike
+        return strike, driver
+
+    def _replace(self, driver: "subprocess.Popen[str]", output: Store) -> "subprocess.Popen[str]":
+        """Stop a driver until another one has taken its place, then let it go on: it must give way."""
+        os.kill(driver.pid, signal.SIGSTOP)
+        other = self._driver(output)
+        _still(other, LONG_SECONDS)
+        os.kill(driver.pid, signal.SIGCONT)
+        _, said = driver.communicate()
+        self._require_honest(output, driver.returncode, said)
+        if driver.returncode == 0 and other.poll() is None:
+            raise SystemExit(f"{output.root}: two drivers at once, the first one ended well: {said}")
+        return other
 
     def _victim(self, what: str, draw: random.Random, driver: "subprocess.Popen[str]") -> psutil.Process | None:
         if what == "store":
@@ -146,13 +172,23 @@ def _still(driver: "subprocess.Popen[str]", seconds: float) -> bool:
     return driver.poll() is None
 
 
-def _finished(output: Store) -> list[str]:
-    return output.below(DONE).names()
+class Records:
+    """The records of finished files as they were last seen: one that changes tells that its file was made again."""
 
+    def __init__(self, output: Store) -> None:
+        self._store = output.below(DONE)
+        self._seen: dict[str, bytes] = {}
+        self.changed = 0
 
-def contents(output: Store) -> dict[str, bytes]:
-    """Every file of an output but the report, which holds times."""
-    return {name: bytes(output.read(name)) for name in output.names() if name != REPORT}
+    def look(self) -> int:
+        """How many there are now."""
+        found = {}
+        with contextlib.suppress(FileNotFoundError, SwscError):  # they go when the run ends
+            for name in self._store.names():
+                found[name] = bytes(self._store.read(name))
+        self.changed += sum(data != self._seen.get(name, data) for name, data in found.items())
+        self._seen |= found
+        return len(found)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pipeline.model.output import REPORT
+from pipeline.model.store import Store
+
 T = TypeVar("T")
 
 
@@ -23,6 +26,11 @@ def print_markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> N
     print("|" + "---|" * len(header))
     for row in rows:
         print("| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+
+
+def contents(output: Store) -> dict[str, str]:
+    """Hash of every file of an output but the report, which holds times."""
+    return {name: output.sha256(name) for name in output.names() if name != REPORT}
 
 
 def structured_weight(m: int, n: int, seed: int, rank: int = 256) -> Tensor:

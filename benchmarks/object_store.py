@@ -15,10 +15,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.common import print_markdown, timed
+from benchmarks.common import contents, print_markdown, timed
 from jobs.cli import main as swsc
 from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.output import REPORT
 from pipeline.model.store import Store
 from tests.object_store import BUCKET, ObjectStore, as_client, object_store
 
@@ -65,11 +64,6 @@ def counted_store(folder: Path) -> Iterator[CountingProxy]:
         there = {**server.environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
         with as_client(ObjectStore(server.folder, server.ports, there, server.process)):
             yield proxy
-
-
-def contents(store: Store) -> dict[str, str]:
-    """Hash of every file but the report, which holds times."""
-    return {name: store.sha256(name) for name in store.names() if name != REPORT}
 
 
 def main() -> None:

@@ -7,13 +7,14 @@ from typing import Any
 from jobs.flags import add_config, add_settings, settings_of
 from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, EvaluateSettings, OutputSettings
 from pipeline.errors import ConfigError
-from pipeline.flows.compress import describe, require_room_for
-from pipeline.flows.prepare import prepare
+from pipeline.flows.compress import describe
+from pipeline.flows.preflight import require_output
+from pipeline.flows.prepare import cache_of, prepare
 from pipeline.flows.produce import produce
 from pipeline.measure.windows import make_windows
-from pipeline.model.checkpoint import Checkpoint, open_checkpoint
-from pipeline.model.forecast import compression_bytes, tuning_bytes
-from pipeline.model.plan import Plan, make_plan, require_coverage
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.forecast import stage_bytes
+from pipeline.model.plan import make_plan, require_coverage
 from pipeline.report.tables import print_table
 from pipeline.validation import validated
 
@@ -41,15 +42,15 @@ def run(arguments: argparse.Namespace) -> int:
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
     require_coverage(plan, output.require_coverage)
-    require_room_for(plan, arguments.output, settings.format)
+    threads, cache = cluster.threads_per_worker, cache_of(calibration, arguments.output)
+    require_output(source, plan, arguments.output, settings, threads, cache, output.overwrite)
     if evaluation:
         make_windows(arguments.model, evaluation)  # a text that does not do is told of before hours of work
     from pipeline.run.cluster import make_pool  # late: importing Ray takes a second, and a mistake should show before
 
-    pools = partial(make_pool, cluster, later=_largest_bytes(source, plan, settings, calibration))
+    pools = partial(make_pool, cluster, later=max(stage_bytes(source, plan, settings, calibration).values()))
     unseen = [arguments.text] if arguments.text else []
     plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, unseen)
-    threads = cluster.threads_per_worker
     report = produce(
         source, plan, arguments.output, settings, calibration, calibrated, threads, pools, output.overwrite
     )
@@ -60,11 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
 
         summarise_evaluation(evaluate_model(arguments.output, evaluation, pools))
     return 0
-
-
-def _largest_bytes(source: Checkpoint, plan: Plan, settings: CompressSettings, calibration: CalibrationSettings) -> int:
-    """Peak memory of the largest worker of all stages: one that does not fit is to be told of before the first."""
-    return max(compression_bytes(plan), tuning_bytes(source, calibration.calibration_seqlen) if settings.epochs else 0)
 
 
 def _evaluation_of(arguments: argparse.Namespace, trusted: bool) -> EvaluateSettings:

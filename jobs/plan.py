@@ -10,7 +10,7 @@ from jobs.flags import add_config, add_settings, settings_of, writable
 from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, OutputSettings
 from pipeline.errors import OutputError
 from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.forecast import compression_bytes, forecast
+from pipeline.model.forecast import cached_bytes, forecast, stage_bytes
 from pipeline.model.plan import Decision, Plan, make_plan, require_coverage
 from pipeline.model.speed import measure_speed
 from pipeline.model.store import Store
@@ -28,12 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings, _, cluster, output = settings_of(
+    settings, calibration, cluster, output = settings_of(
         arguments, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings
     )
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
-    foretold = forecast(plan, settings.format, measure_speed(source), _workers(cluster, plan))
+    stages = stage_bytes(source, plan, settings, calibration)
+    foretold = forecast(plan, settings.format, measure_speed(source), _workers(cluster, plan, stages))
+    foretold |= {f"{stage}_peak_bytes": nbytes for stage, nbytes in stages.items() if stage != "compress"}
+    foretold["disk_bytes"] = foretold["output_bytes"] + cached_bytes(plan, settings)
     free = Store.at(arguments.output).free_bytes() if arguments.output else None
     if free is not None:
         foretold["free_bytes"] = free
@@ -49,18 +52,18 @@ def run(arguments: argparse.Namespace) -> int:
     for key, value in foretold.items():
         print(f"{key}: {value:,.3f}" if isinstance(value, float) else f"{key}: {value:,}")
     require_coverage(plan, output.require_coverage)
-    if foretold.get("free_bytes", math.inf) < foretold["output_bytes"]:
+    if foretold.get("free_bytes", math.inf) < foretold["disk_bytes"]:
         raise OutputError(f"{arguments.output}: the disk has not enough room; free some or choose another")
     return 0
 
 
-def _workers(cluster: ClusterSettings, plan: Plan) -> int:
+def _workers(cluster: ClusterSettings, plan: Plan, stages: dict[str, int]) -> int:
     """Those that the cluster has room for if one is named, else those that were asked for, else one a core of this machine."""
     tasks = len(plan.layers) + len(plan.copies)
     if cluster.address:
         from pipeline.run.cluster import workers_for
 
-        return workers_for(cluster, tasks, compression_bytes(plan))
+        return workers_for(cluster, tasks, stages["compress"], later=max(stages.values()))
     return 1 if cluster.local else cluster.workers or min(tasks, len(os.sched_getaffinity(0)))
 
 

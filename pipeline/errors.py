@@ -25,6 +25,10 @@ class CheckpointError(UserError):
     """A source checkpoint that is missing, damaged, hostile or of a kind that is not read."""
 
 
+class WeightsError(CheckpointError):
+    """A selected weight that cannot be compressed, because it holds NaN, Inf or values that overflow."""
+
+
 class OutputError(UserError):
     """An output directory that must not or cannot be written."""
 
@@ -55,6 +59,10 @@ class NonFiniteError(RunError):
 
 class WorkerLost(RunError):
     """The process or the object of a task went away; the task itself is not to blame and may run again."""
+
+
+class NodeLost(WorkerLost):
+    """The whole node of a task went away, which says even less about the task."""
 
 
 class PayloadLost(RunError):

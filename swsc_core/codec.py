@@ -30,6 +30,9 @@ from swsc_core.spec import Spec, SwscSpec
 from swsc_core.swsc import SwscMatrix, compress, restore
 from swsc_core.values import Values
 
+PARTS = (
+    "weight", "labels", "scales", "left", "right", "weight_scales", "left_scales", "right_scales", "zero_points",
+)  # fmt: skip
 _ROWS = 256  # rows that are held in float64 at a time
 
 
@@ -165,8 +168,15 @@ def tensors_of(matrix: SwscMatrix) -> dict[str, Tensor]:
 
 
 def matrix_of(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> SwscMatrix:
-    """Inverse of `tensors_of`."""
+    """Inverse of `tensors_of`.
+
+    Raises:
+        ValueError: what the entry says does not fit the matrix that it is said of.
+    """
     shape = (int(entry["shape"][0]), int(entry["shape"][1]))
+    kinds = ("n_clusters", "rank", "channel_axis", "segment_size", "codebooks")
+    if wrong := SwscSpec(**{kind: entry[kind] for kind in kinds}).refusal(shape):
+        raise ValueError(f"a matrix of {shape[0]}×{shape[1]}: {wrong}")
 
     def values(part: str, rows: int, columns: int, bits: int | None) -> Values:
         return Values((rows, columns), tensors[part], tensors.get(f"{part}_scales"), bits)

@@ -4,6 +4,7 @@ import errno
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
 from pipeline.model.files import Bytes, Files
 
@@ -65,6 +66,18 @@ class FaultyFiles:
         yield whole[: len(whole) // 2]
         if mode == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def create(self, path: str, data: bytes) -> bool:
+        mode = self._struck()
+        done = self._inner.create(path, data[: len(data) // 2] if mode in ("full", "short") else data)
+        if mode == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._late(mode)
+        return done
+
+    def locked(self, path: str) -> AbstractContextManager[None]:
+        self._late(self._struck())
+        return self._inner.locked(path)
 
     def remove(self, path: str) -> None:
         mode = self._struck()

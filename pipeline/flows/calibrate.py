@@ -14,10 +14,11 @@ import numpy as np
 
 from pipeline.config import CalibrationSettings
 from pipeline.errors import PayloadLost
-from pipeline.flows.compress import PoolMaker, require_room
+from pipeline.flows.compress import PoolMaker
+from pipeline.flows.preflight import require_room
 from pipeline.measure.perplexity import ModelKey
 from pipeline.model.checkpoint import Checkpoint, TensorInfo
-from pipeline.model.forecast import calibration_bytes
+from pipeline.model.forecast import calibration_bytes, moment_bytes
 from pipeline.model.moments import Moments, layers_of, moment_file
 from pipeline.model.output import begin
 from pipeline.model.store import Store
@@ -111,8 +112,7 @@ class Calibration:
         return ranges
 
     def _sum_bytes(self, names: Sequence[str]) -> int:
-        """Bytes of the sums of some matrices: a weighted moment each, and a plain one for every two."""
-        return sum(6 * self._infos[name].shape[1] ** 2 for name in names)
+        return moment_bytes(self._infos[name] for name in names)
 
     def run(self, make_pool: PoolMaker) -> Moments:
         """Gather what is not there yet.

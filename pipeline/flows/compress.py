@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CompressSettings
-from pipeline.errors import OutputError, UserError
+from pipeline.errors import WeightsError
+from pipeline.flows.preflight import begin_with_room, identity_of, require_apart
 from pipeline.measure.tuner import Tuned
 from pipeline.model.artifact import quantization_config
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
-from pipeline.model.output import CALIBRATION, Output, abandon, begin, finish
+from pipeline.model.output import CALIBRATION, Output, abandon, finish
 from pipeline.model.plan import Plan
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
-ALGORITHM = 8  # goes up with every change that changes bytes: files of two versions are never mixed
 PoolMaker = Callable[[int, int], Pool]  # number of tasks, bytes of memory that a worker needs -> a pool for them
 
 
@@ -87,9 +87,7 @@ def compress_model(
     started = time.perf_counter()
     store = Store.at(output)
     require_apart(source, store)
-    identity = {**settings.model_dump(mode="json"), "source": source.fingerprint, "threads": threads}
-    identity["algorithm"] = ALGORITHM
-    identity["calibration"] = calibrated.fingerprint if calibrated else None
+    identity = identity_of(source, settings, threads) | {"calibration": calibrated.fingerprint if calibrated else None}
     with begin_with_room(store, identity, plan.stored_bytes_as(settings.format), overwrite, wait) as out:
         if out.complete:
             return {**store.read_json("swsc_report.json"), "resumed": "complete"}
@@ -128,55 +126,16 @@ def _carry_out(
     return report
 
 
-def require_apart(source: Checkpoint, store: Store) -> None:
-    """Raise OutputError if an output directory is its own source."""
-    if store.root == source.store.root:
-        raise OutputError(f"{store.root}: output and model are the same directory; choose another output")
-
-
-def begin_with_room(
-    store: Store,
-    identity: dict[str, Any],
-    nbytes: int,
-    overwrite: bool = False,
-    wait: Callable[[str], None] | None = None,
-) -> Output:
-    """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
-    out = begin(store, identity, overwrite, wait)
-    try:
-        require_room(store, 0 if out.complete else nbytes - out.finished_bytes)
-    except OutputError:
-        with out:
-            abandon(out)
-        raise
-    return out
-
-
-def require_room_for(plan: Plan, output: str, form: str) -> None:
-    """Raise OutputError if the disk of `output` cannot hold what the plan foretells, beside what lies there already."""
-    store = Store.at(output)
-    require_room(store, plan.stored_bytes_as(form) - sum(store.size(name) for name in store.names()))
-
-
-def require_room(store: Store, nbytes: int) -> None:
-    """Raise OutputError if the store's disk has not that many bytes free."""
-    free = store.free_bytes()
-    if free is not None and nbytes > free:
-        raise OutputError(
-            f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
-        )
-
-
 def run_tasks(
     tasks: list[Task], memory: int, note: Callable[[Done], None], make_pool: PoolMaker, out: Output, what: str
 ) -> None:
     """Run tasks on a pool of their own, of workers that need `memory` bytes each.
 
-    A user's mistake found on the way takes the begun output back.
+    A weight that cannot be compressed, which shows on the way only, takes the begun output back.
     """
     try:
         run_alone(tasks, memory, note, make_pool, what, "files")
-    except UserError:
+    except WeightsError:
         abandon(out)
         raise
 

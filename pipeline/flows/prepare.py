@@ -41,7 +41,7 @@ def prepare(
                 f"{', '.join(idle)} mean nothing to metric weights without tune: choose preset best or fast, or drop them"
             )
         return plan, None
-    cache = calibration.cache_dir or Store.at(beside).parent.below(".swsc-cache").root
+    cache = cache_of(calibration, beside)
     if settings.preset == "data-free":
         if calibration.calibration:
             raise ConfigError("calibration means nothing to preset data-free: drop it, or choose preset best")
@@ -59,6 +59,11 @@ def prepare(
         if settings.preset != "paper":
             plan = allocate_plan(source, plan, settings, moments, make_pool)
     return plan, Calibrated(moments, _fingerprint(plan, text, moments), _about(calibration, text), text.ids, cache)
+
+
+def cache_of(calibration: CalibrationSettings, beside: str) -> str:
+    """Where moments and models that are yet to be tuned are kept."""
+    return calibration.cache_dir or Store.at(beside).parent.below(".swsc-cache").root
 
 
 def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.config import CalibrationSettings, CompressSettings, MatrixSettings, Variant
-from pipeline.flows.compress import ALGORITHM, Calibrated, PoolMaker, TunedModel, compress_model, describe
+from pipeline.flows.compress import Calibrated, PoolMaker, TunedModel, compress_model, describe
+from pipeline.flows.preflight import ALGORITHM, STAGED
 from pipeline.flows.sweep_runs import Made
 from pipeline.flows.tune import TuneText, Tuning
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
@@ -32,7 +33,7 @@ def produce(
         return compress_model(source, plan, output, settings, threads, make_pool, calibrated, None, overwrite, wait)
     text = TuneText(calibrated.ids, settings.epochs, settings.seed)
     untuned = settings.model_copy(update={"tune": 0, "format": "swsc"})
-    staging = _place("untuned", source, untuned, calibrated, threads)
+    staging = _place(STAGED, source, untuned, calibrated, threads)
 
     def tune() -> TunedModel:
         compress_model(source, plan, staging, untuned, threads, make_pool, calibrated, wait=say)

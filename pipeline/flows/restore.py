@@ -4,7 +4,8 @@ import sys
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.flows.compress import ALGORITHM, PoolMaker, begin_with_room, require_apart, run_tasks, versions
+from pipeline.flows.compress import PoolMaker, run_tasks, versions
+from pipeline.flows.preflight import ALGORITHM, begin_with_room, require_apart
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.model.families import layer_of

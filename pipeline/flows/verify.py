@@ -21,7 +21,7 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
 
     Raises:
         CheckpointError: no finished output there.
-        DamageError: names what is missing, cut, changed or added, down to the tensor.
+        DamageError: names what is missing, cut or changed, down to the tensor, and tensor files that were added.
     """
     store = Store.at(location)
     files = _manifest(store)["files"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from pipeline.model.entries import what_is_wrong
 from pipeline.model.parts import read_tensor
 
 if TYPE_CHECKING:
@@ -89,8 +90,10 @@ def open_model(location: str) -> Model:
     if quantization.get("format_version") != FORMAT_VERSION:
         found = quantization.get("format_version")
         raise CheckpointError(f"{location}: format version {found}, this release reads {FORMAT_VERSION}; update swsc")
-    if not isinstance(quantization.get("tensors"), dict):
-        raise CheckpointError(f"{location}: quantization_config does not say what is compressed; compress again")
+    if wrong := what_is_wrong(quantization.get("tensors")):
+        raise CheckpointError(
+            f"{location}: quantization_config does not say what is compressed ({wrong}); compress again"
+        )
     model = Model(checkpoint, quantization["tensors"])
     missing = [
         where for name in model.entries for where in model.parts(name).values() if where not in checkpoint.tensors

@@ -7,11 +7,15 @@ stores that the library does not know, and because a hostile header must be refu
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pipeline.errors import CheckpointError, UserError
+from pipeline.model.files import TEMPORARY
+from pipeline.model.fingerprint import fingerprint_of
 from pipeline.model.hub import local_copy
 from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
 from pipeline.model.store import Store
@@ -23,7 +27,6 @@ RUN = ".swsc/run.json"  # of an output under way: what was asked for
 _JSON_LIMIT = (
     16_000_000  # bytes of a header, index or config: more than any real one has, and parsed five times as much
 )
-_SAMPLES, _SAMPLE_BYTES, _LEAST_SAMPLE = 16, 65536, 64  # of a shard, for the fingerprint
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # safetensors name of a dtype -> (torch's name, bytes of a value)
@@ -60,8 +63,7 @@ class Checkpoint:
     Attributes:
         tensors: by name, in the order of shards and of offsets within them.
         extras: other files of the directory that belong to the model (tokenizer, generation config, …).
-        fingerprint: sha256 over config, code, headers, sizes and samples of each shard's bytes. It tells a fine-tuned or a
-            repaired checkpoint from its twin without reading all of it; it is no proof that no byte differs.
+        headers_sha256: over the headers of all files.
         buffers: tensors of the files that are no weights: masks and the like, which every model makes anew.
     """
 
@@ -69,8 +71,13 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
     extras: tuple[str, ...] = field(default=())
-    fingerprint: str = ""
+    headers_sha256: str = ""
     buffers: tuple[TensorInfo, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this checkpoint from another one (fingerprint.py); read when it is asked for, which workers never do."""
+        return fingerprint_of(self)
 
     @property
     def nbytes(self) -> int:
@@ -97,13 +104,13 @@ def open_checkpoint(location: str) -> Checkpoint:
     if store.exists(RUN) and not store.exists(MANIFEST):
         raise CheckpointError(f"{location}: an unfinished output; run the command that began it again")
     files, weight_map = _shards(store, names)
+    for name in (*files, *(name for name in names if _is_extra(name)), "config.json"):
+        _require_inside(store, name)
     tensors: dict[str, TensorInfo] = {}
     digest = hashlib.sha256()
     for file in files:
         header, infos = read_header(store, file)
         digest.update(header)
-        for piece in _samples(store, file):
-            digest.update(piece)
         for info in infos:
             if info.name in tensors:
                 raise CheckpointError(
@@ -111,13 +118,8 @@ def open_checkpoint(location: str) -> Checkpoint:
                 )
             tensors[info.name] = info
     _check_index(location, weight_map, tensors)
-    digest.update(json.dumps([[file, store.size(file)] for file in files]).encode())
     config = _config(store)
-    digest.update(json.dumps(config, sort_keys=True).encode())
     extras = tuple(name for name in names if _is_extra(name))
-    for name in extras:
-        if name.endswith(".py"):  # code that the model brings makes it another model
-            digest.update(store.read(name))
     buffers = tuple(info for info in tensors.values() if is_buffer(info))
     twice = {HEAD} if is_stored_twice(store, tensors, config) else set()
     own = {name: info for name, info in tensors.items() if not is_buffer(info) and name not in twice}
@@ -155,6 +157,18 @@ def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
             " `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)` on a machine that trusts it"
         )
     raise CheckpointError(f"{store.root}: no *.safetensors file; give the directory of a safetensors checkpoint")
+
+
+def _require_inside(store: Store, name: str) -> None:
+    """Raise CheckpointError for a link out of the directory: what it leads to would be read, and copied, as if it were the model's."""
+    if not store.is_local or not os.path.islink(f"{store.root}/{name}"):
+        return
+    root, target = os.path.realpath(store.root), os.path.realpath(f"{store.root}/{name}")
+    blobs = os.path.realpath(f"{root}/../../blobs")  # where a cache of the Hub keeps what its snapshots link to
+    if not any(target.startswith(f"{place}/") for place in (root, blobs)):
+        raise CheckpointError(
+            f"{store.root}: {name} is a link to {target}, outside the directory; put the file itself there"
+        )
 
 
 def _check_index(location: str, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
@@ -206,15 +220,6 @@ def _info(name: str, entry: dict[str, Any], file: str, data_start: int) -> Tenso
     return TensorInfo(name, entry["dtype"], shape, file, data_start + start, stop - start)
 
 
-def _samples(store: Store, file: str) -> Iterable[bytearray]:
-    """Pieces of a file at even distances, its end among them."""
-    size = store.size(file)
-    length = max(_LEAST_SAMPLE, min(_SAMPLE_BYTES, size // (100 * _SAMPLES)))  # 1% of what a small file holds
-    length = min(length, size)
-    for number in range(_SAMPLES):
-        yield store.read(file, max(0, (size - length) * number // (_SAMPLES - 1)), length)
-
-
 def _config(store: Store) -> dict[str, Any]:
     if not store.exists("config.json"):
         raise CheckpointError(f"{store.root}: config.json is missing; download it too")
@@ -234,7 +239,8 @@ def _is_extra(name: str) -> bool:
     weights = name.endswith((".safetensors", *_PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")) or name.endswith(
         "index.json"
     )
-    return not (weights or name.startswith(("swsc_", ".")) or name == "config.json")
+    unfinished = name.endswith(TEMPORARY)
+    return not (weights or unfinished or name.startswith(("swsc_", ".")) or name == "config.json")
 
 
 def file_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:

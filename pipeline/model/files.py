@@ -5,10 +5,11 @@ object store by itself, because an object appears when its upload is completed. 
 from the environment or from its own configuration files, as its clients read them, and are never written anywhere.
 """
 
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -44,6 +45,12 @@ class Files(Protocol):
     def write(self, path: str, pieces: Iterable[Bytes]) -> None:
         """Write a file; when this returns it is durable, and until then it is not there."""
 
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small file unless there is one. An object store cannot tell: there it is written in any case."""
+
+    def locked(self, path: str) -> AbstractContextManager[None]:
+        """Keeps other processes out that lock the same folder, where the disk has locks. An object store has none."""
+
     def remove(self, path: str) -> None:
         """Remove a file or a folder with all that is in it, if it is there."""
 
@@ -76,7 +83,7 @@ class LocalFiles:
 
     def write(self, path: str, pieces: Iterable[Bytes]) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(target.parent)
         temporary = f"{path}.{uuid4().hex[:8]}{TEMPORARY}"  # two writers must not share one
         try:
             with open(temporary, "wb", buffering=0) as file:
@@ -89,6 +96,27 @@ class LocalFiles:
                 os.unlink(temporary)
             raise
         _sync_directory(target.parent)
+
+    def create(self, path: str, data: bytes) -> bool:
+        _make_directory(Path(path).parent)
+        try:
+            with open(path, "xb", buffering=0) as file:
+                _write_all(file.fileno(), memoryview(data))
+                os.fsync(file.fileno())
+        except FileExistsError:
+            return False
+        return True
+
+    @contextmanager
+    def locked(self, path: str) -> Iterator[None]:
+        _make_directory(Path(path))
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a network disk without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def remove(self, path: str) -> None:
         if os.path.isdir(path):
@@ -121,6 +149,14 @@ def _filled(length: int, read_into: Callable[[memoryview], int | None]) -> bytea
 def _write_all(descriptor: int, view: memoryview) -> None:
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and those above it, so that each survives a power cut."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:
@@ -170,13 +206,20 @@ class ObjectFiles:
         try:
             for piece in pieces:
                 self._try(path, out.write, memoryview(piece).cast("B"))
-            self._try(path, out.close)
         except BaseException:
             with suppress(OSError):
                 out.close()  # which completes what was sent, as would the end of `out`
             with suppress(StoreError):
                 self.remove(path)
             raise
+        self._try(path, out.close)  # if this fails nothing has appeared, and what was there before is there still
+
+    def create(self, path: str, data: bytes) -> bool:
+        self.write(path, [data])
+        return True
+
+    def locked(self, path: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def remove(self, path: str) -> None:
         if self.size(path) is not None:
@@ -194,7 +237,7 @@ class ObjectFiles:
         """Call the client; what it raises becomes one line that names the object."""
         try:
             return call(*arguments)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ArrowInvalid is one of the latter
             raise StoreError(
                 f"{self._scheme}://{path}: {' '.join(str(error).split())}; check the address, and endpoint, region and"
                 " credentials in the environment"

@@ -1,9 +1,11 @@
 """What work will cost: bytes, bits, peak memory of a worker, seconds of one core."""
 
+from collections.abc import Iterable
 from typing import Any
 
+from pipeline.config import CalibrationSettings, MatrixSettings
 from pipeline.model.artifact import Model
-from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.checkpoint import Checkpoint, TensorInfo
 from pipeline.model.plan import Decision, Plan
 from pipeline.model.speed import Speed
 from swsc_core.bits import Geometry
@@ -49,6 +51,31 @@ def forecast(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, Any
         "workers": workers,
         "seconds": _wall_seconds(plan, form, speed, workers),
     }
+
+
+def stage_bytes(
+    source: Checkpoint, plan: Plan, settings: MatrixSettings, calibration: CalibrationSettings
+) -> dict[str, int]:
+    """Peak memory of a worker in each stage of a compression; one that does not fit is to be told of before the first."""
+    stages = {"compress": compression_bytes(plan)}
+    if settings.with_moments:
+        sums = moment_bytes([decision.info for decision in plan.compressed])
+        at_a_time = min(sums, int(calibration.moment_gib * 2**30))
+        stages["calibrate"] = calibration_bytes(source, calibration.calibration_seqlen, at_a_time)
+    if settings.epochs:
+        stages["tune"] = tuning_bytes(source, calibration.calibration_seqlen)
+    return stages
+
+
+def cached_bytes(plan: Plan, settings: MatrixSettings) -> int:
+    """Bytes on disk beside the output: second moments, and the model that is yet to be tuned."""
+    moments = moment_bytes(decision.info for decision in plan.compressed) if settings.with_moments else 0
+    return moments + (plan.stored_bytes_as("swsc") if settings.epochs else 0)
+
+
+def moment_bytes(infos: Iterable[TensorInfo]) -> int:
+    """Bytes of the sums of some matrices: a weighted second moment each, and a plain one for every two, in float32."""
+    return sum(6 * info.shape[1] ** 2 for info in infos)
 
 
 def _wall_seconds(plan: Plan, form: str, speed: Speed, workers: int) -> float:

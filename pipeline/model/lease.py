@@ -5,6 +5,7 @@ or at once if its process is of this machine and no longer there. Whoever takes 
 ticket of its own, and what the other one may still send is refused: every commit shows its ticket.
 """
 
+import json
 import os
 import threading
 import time
@@ -22,6 +23,7 @@ from pipeline.model.store import Store
 LEASE = ".swsc/lease.json"
 _BEAT = 5.0  # seconds after which a run renews its lease
 _SILENT = 30.0  # seconds without a sign of life after which it is taken for gone
+_SETTLED = 2.0  # seconds after which two that signed at the same moment in an object store know who was the later one
 _held: set[str] = set()  # tickets of this process
 
 
@@ -31,14 +33,19 @@ class LeaseLost(RunError):
 
 @dataclass(frozen=True)
 class Ticket:
-    """The right to write into a directory; a value, so that commits on other nodes can show it."""
+    """The right to write into a directory; a value, so that commits on other nodes can show it.
+
+    Attributes:
+        run: what is written there, as a digest; a record that bears another one is not taken for finished work.
+    """
 
     store: Store
     owner: str
+    run: str = ""
 
     def require(self) -> None:
         """Raise RunError if the directory is not seen from here, LeaseLost if another run has taken over."""
-        found = _read(self.store)
+        found = _understood(_read(self.store))
         if found is None:
             raise RunError(
                 f"{self.store.root}: not seen by node {gethostname()}, or done with; all nodes must see the output"
@@ -51,12 +58,11 @@ class Lease:
     """A ticket and the thread that keeps it valid."""
 
     def __init__(self, ticket: Ticket) -> None:
+        """Begin to keep `ticket`, which has been signed for."""
         self.ticket = ticket
         self._beats = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
-        self.renew()
-        _held.add(ticket.owner)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -68,19 +74,19 @@ class Lease:
     def renew(self) -> None:
         """Give a sign of life."""
         self._beats += 1
-        about = {"owner": self.ticket.owner, "machine": _machine(), "pid": os.getpid(), "beat": self._beats}
-        self.ticket.store.write_json(LEASE, about)
+        self.ticket.store.put(LEASE, _signed(self.ticket, self._beats))
 
     def _keep(self) -> None:
         while not self._over.wait(_BEAT):
             with suppress(OSError, StoreError):  # a store that does not answer now may do so at the next beat
-                try:
-                    self.ticket.require()
-                except StoreError:
-                    raise
-                except RunError:
-                    return  # taken over, or done with; commits will say so
+                if self._is_lost():
+                    return
                 self.renew()
+
+    def _is_lost(self) -> bool:
+        """Whether another run has taken over. A lease that is nobody's went with a write that failed, and is signed again."""
+        found = _understood(_read(self.ticket.store))
+        return found is not None and found["owner"] != self.ticket.owner
 
     def release(self) -> None:
         """Give the ticket back."""
@@ -103,37 +109,87 @@ def acquire(
     Raises:
         OutputError: another run is at work there.
     """
-    _await_silence(store, wait, sleep)
-    lease = Lease(Ticket(store, uuid4().hex))
+    left = _await_silence(store, wait, sleep)
+    ticket = Ticket(store, uuid4().hex)
+    _held.add(ticket.owner)
     try:
-        lease.ticket.require()  # of two that came at the same moment the later one has it
-    except BaseException as error:
-        lease.release()
-        raise OutputError(str(error)) if isinstance(error, LeaseLost) else error from None
-    return lease
+        _sign(ticket, left, sleep)
+    except BaseException:
+        _held.discard(ticket.owner)
+        raise
+    return Lease(ticket)
 
 
-def _await_silence(store: Store, wait: Callable[[str], None] | None, sleep: Callable[[float], None]) -> None:
+def require_idle(store: Store, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Raise OutputError if another run writes into `store`; to learn that one is gone may take a while."""
+    _await_silence(store, None, sleep)
+
+
+def is_free(store: Store) -> bool:
+    """Whether nobody writes into `store`, as far as that shows at once."""
+    about = _understood(_read(store))
+    return about is None or _is_gone(about)
+
+
+def _sign(ticket: Ticket, left: bytes | None, sleep: Callable[[float], None]) -> None:
+    """Put our lease there, in the place of one that was `left`; OutputError if another run was faster."""
+    store = ticket.store
+    with store.locked():
+        if _read(store) != left:
+            raise _taken(store)
+        if left is not None:
+            store.remove(LEASE)
+        if not store.create(LEASE, _signed(ticket, 0)):
+            raise _taken(store)
+    if not store.is_local:
+        sleep(_SETTLED)  # of two that came at the same moment the later one has it
+    try:
+        ticket.require()
+    except LeaseLost:
+        raise _taken(store) from None
+
+
+def _taken(store: Store) -> OutputError:
+    who = _who(_understood(_read(store)) or {})
+    return OutputError(f"{store.root}: {who} is writing there; wait for it, or stop it")
+
+
+def _signed(ticket: Ticket, beat: int) -> bytes:
+    about = {"owner": ticket.owner, "machine": _machine(), "pid": os.getpid(), "beat": beat}
+    return json.dumps(about).encode()
+
+
+def _await_silence(store: Store, wait: Callable[[str], None] | None, sleep: Callable[[float], None]) -> bytes | None:
+    """The lease of a run that is gone, as soon as it is; None if there is no lease."""
     before, waited, told = _read(store), 0.0, False
-    while before is not None and not _is_gone(before) and waited < _SILENT:
+    while (about := _understood(before)) is not None and not _is_gone(about) and waited < _SILENT:
         sleep(1.0)
         found, waited = _read(store), waited + 1.0
         if found not in (None, before):
             if wait is None:
-                raise OutputError(f"{store.root}: {_who(found or {})} is writing there; wait for it, or stop it")
+                raise _taken(store)
             if not told:
-                wait(f"{store.root}: {_who(found or {})} is making the same; waiting for it")
+                wait(f"{store.root}: {_who(_understood(found) or {})} is making the same; waiting for it")
             told, waited = True, 0.0
         before = found
+    return before
 
 
-def _read(store: Store) -> dict[str, Any] | None:
-    """What the file says; None if there is none, or none that can be understood."""
+def _read(store: Store) -> bytes | None:
+    """The lease as it lies there; None if there is none."""
     try:
-        about = store.read_json(LEASE)
-        return about if isinstance(about, dict) and "owner" in about else None
-    except (FileNotFoundError, ValueError):
+        return bytes(store.read(LEASE))
+    except FileNotFoundError:
         return None
+
+
+def _understood(raw: bytes | None) -> dict[str, Any] | None:
+    """What a lease says; None if there is none, or none that can be understood."""
+    try:
+        about = json.loads(raw or b"")
+    except (ValueError, RecursionError):
+        return None
+    return about if isinstance(about, dict) and "owner" in about else None
 
 
 def _who(about: dict[str, Any]) -> str:

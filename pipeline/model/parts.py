@@ -105,10 +105,12 @@ def _write(
                 digest.update(piece)
                 yield piece
             hashes[name] = digest.hexdigest()
+        ticket.require()  # again: writing may have taken long, and the file appears after this
 
     ticket.require()
     record = replace(ticket.store.write(file, pieces()), tensors=hashes)
-    ticket.store.write_json(f"{DONE}/{file}.json", {**record.about, "rows": list(rows)})
+    ticket.require()
+    ticket.store.write_json(f"{DONE}/{file}.json", {**record.about, "rows": list(rows), "run": ticket.run})
     return record
 
 

@@ -12,10 +12,12 @@ from typing import Literal
 
 from pipeline.config import MatrixSettings
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.model.artifact import part_name
 from pipeline.model.checkpoint import FLOATS, Checkpoint, TensorInfo
 from pipeline.model.families import layer_of, role_patterns
 from pipeline.model.leftovers import HEAD, embedding_of_tied
 from pipeline.model.specs import budget_bytes, require_affordable, resolve, value_bits
+from swsc_core.codec import PARTS
 from swsc_core.spec import Spec
 
 _STORED = ("compressed", "copied")  # actions after which a tensor stands in the output
@@ -115,9 +117,22 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
     decisions = [_decide(info, selected[name], settings) for name, info in checkpoint.tensors.items()]
     if not any(decision.action == "compressed" for decision in decisions):
         raise ConfigError(f"{checkpoint.store.root}: no tensor is selected; {_choices(checkpoint)}")
+    _require_free_names(checkpoint, decisions)
     decisions += _tied(checkpoint)
     decisions += [Decision(info, "left out", "a buffer that a model makes anew", 0) for info in checkpoint.buffers]
     return _with_tasks(decisions)
+
+
+def _require_free_names(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> None:
+    """Raise CheckpointError if a tensor has a name that a part of a compressed one would be stored under."""
+    for decision in decisions:
+        name = decision.info.name
+        needed = [part_name(name, part) for part in PARTS if part != "weight"]
+        taken = [other for other in needed if other in checkpoint.tensors]
+        if decision.action == "compressed" and taken:
+            raise CheckpointError(
+                f"{checkpoint.store.root}: {taken[0]} has a name that the compressed {name} needs; leave that out by --exclude"
+            )
 
 
 def _selector(checkpoint: Checkpoint, settings: MatrixSettings) -> Callable[[str], tuple[bool, str]]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from pipeline.errors import StoreError, UserError
 from pipeline.model.files import SCHEMES, Bytes, Files, files_at
 
+_MOST_JSON = 1 << 28  # bytes: a report of 100,000 tensors has a quarter of that
 CHUNK = 8 << 20  # bytes of one read or write of a stream: large against latency, small against memory
 
 
@@ -46,6 +48,8 @@ class Store:
         if scheme == "file":
             return cls(os.path.abspath(rest))
         bucket = rest.strip("/")
+        if "@" in bucket:
+            raise UserError(f"{scheme}://…: credentials do not belong into an address; give them by the environment")
         if scheme not in SCHEMES or not bucket:
             known = ", ".join(f"{name}://BUCKET/…" for name in SCHEMES)
             raise UserError(f"{location}: not an address that is read or written; give a local path, {known}")
@@ -144,15 +148,30 @@ class Store:
             raise StoreError(f"{self.root}/{name}: {there} bytes lie there after {size} were written; look at the disk")
         return FileRecord(name, size, digest.hexdigest())
 
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small file that others may write, too: what lies there afterwards may be theirs."""
+        self._files.write(self._path(name), [data])
+
+    def create(self, name: str, data: bytes) -> bool:
+        """`put`, unless there is such a file: then False. An object store cannot tell, and writes in any case."""
+        return self._files.create(self._path(name), data)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps others of this disk out while a decision is made; a store that has no locks keeps nobody out."""
+        return self._files.locked(self._folder)
+
     def write_json(self, name: str, value: Any) -> FileRecord:
         """Write `value` as JSON with sorted keys: equal values give equal bytes."""
         return self.write(name, [json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"])
 
-    def read_json(self, name: str, most: int | None = None) -> Any:
+    def read_json(self, name: str, most: int = _MOST_JSON) -> Any:
         """The value of a JSON file; ValueError if it is none, or has more than `most` bytes."""
-        if most is not None and (size := self.size(name)) > most:
+        if (size := self.size(name)) > most:
             raise ValueError(f"{size:,} bytes, at most {most:,} are read")
-        return json.loads(bytes(self.read(name)).decode())
+        try:
+            return json.loads(bytes(self.read(name)).decode())
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
 
     def sha256(self, name: str) -> str:
         digest = hashlib.sha256()

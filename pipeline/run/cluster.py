@@ -78,10 +78,11 @@ def make_pool(settings: ClusterSettings, tasks: int, memory: int, later: int = 0
     )
 
 
-def workers_for(settings: ClusterSettings, tasks: int, memory: int) -> int:
+def workers_for(settings: ClusterSettings, tasks: int, memory: int, later: int = 0) -> int:
     """How many workers `make_pool` would begin; raises ClusterError as it would."""
     started_here = _connect(settings.address)
     try:
+        _need(settings, _nodes(), max(memory, later))
         return _workers(settings, _need(settings, _nodes(), memory), tasks)
     finally:
         if started_here:

@@ -1,11 +1,12 @@
 """The loop that keeps workers busy. It holds names, handles and small reports; a weight never passes through it."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from typing import Protocol
 
-from pipeline.errors import RunError, StoreError, UserError, WorkerLost
+from pipeline.errors import NodeLost, RunError, StoreError, UserError, WorkerLost
+from pipeline.model.lease import LeaseLost
 from pipeline.run import interrupt
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
@@ -13,6 +14,7 @@ from pipeline.run.progress import Progress
 _SECONDS_OF_PATIENCE = 20.0  # before a run that has no worker says so
 _CAUSES = 8  # that a failed run names
 _ATTEMPTS = 3  # of a task whose worker, object or store went away under it
+_OF_A_NODE = 0.25  # attempts that the loss of a node counts as: it may happen again and again to whoever is there
 
 
 class Source(Protocol):
@@ -37,8 +39,8 @@ class TaskList:
         return self._tasks.pop() if self._tasks else None
 
     def done(self, done: Done) -> None:
-        if isinstance(done.error, UserError):
-            raise done.error  # what the user gave is at fault: the other tasks would be for nothing
+        if isinstance(done.error, (UserError, LeaseLost)):
+            raise done.error  # what the user gave is at fault, or another run is at it: the other tasks would be for nothing
         if done.error:
             self._failed.append(done)
         else:
@@ -87,17 +89,21 @@ class StagedTasks:
 def execute(pool: Pool, source: Source, progress: Progress) -> None:
     """Run tasks of `source` on `pool` until there are none left and none under way.
 
-    A task whose worker died, or whose store did not answer, is done again, at most _ATTEMPTS times. Only the task that the worker was at is
-    charged with it: workers hold no queue.
+    A task whose worker died, or whose store did not answer, is done again, at most _ATTEMPTS times: at once, others may be
+    waiting for it; after that when nothing else is left to do. Only the task that the worker was at is charged with it: workers
+    hold no queue.
     """
     again: list[Task] = []
-    attempts: Counter[object] = Counter()
+    last: list[Task] = []
+    attempts: defaultdict[object, float] = defaultdict(float)
     running = 0
     patience = time.monotonic() + _SECONDS_OF_PATIENCE
     while True:
         interrupt.check()
         for worker in pool.idle():
             task = again.pop() if again else source.next(worker)
+            if task is None and last:
+                task = last.pop()
             if task is not None:
                 pool.start(worker, task)
                 running += 1
@@ -111,10 +117,10 @@ def execute(pool: Pool, source: Source, progress: Progress) -> None:
                 patience = time.monotonic() + 6 * _SECONDS_OF_PATIENCE
             continue
         running -= 1
-        attempts[done.task.key] += 1
+        attempts[done.task.key] += _OF_A_NODE if isinstance(done.error, NodeLost) else 1
         if isinstance(done.error, (WorkerLost, StoreError)) and attempts[done.task.key] < _ATTEMPTS:
             progress.say(f"{done.error}; starting it again")
-            again.append(done.task)
+            (again if attempts[done.task.key] <= 1 else last).append(done.task)
             continue
         progress.advance(done.task.weight)
         source.done(done)

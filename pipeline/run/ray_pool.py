@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from pipeline.errors import PayloadLost, RunError, SwscError, WorkerLost
+from pipeline.errors import NodeLost, PayloadLost, RunError, SwscError, WorkerLost
 from pipeline.model.parts import commit
 from pipeline.run.pool import Done, Task, as_swsc_error
 from pipeline.run.worker import Worker
@@ -20,7 +20,7 @@ from pipeline.run.worker import Worker
 _WAIT_SECONDS = 1.0
 _COMMITS_PER_WORKER = 2  # payloads waiting to be written; bounds what lies in the object store
 _CLOSE_SECONDS = 30.0  # longest wait for commits under way
-_RESPAWNS_PER_WORKER = 5
+_DEATHS, _DEATHS_PER_WORKER = 30, 5  # in a row, without a task that ended well: the larger of both ends a run
 _LOOK_SECONDS = 10.0  # between two looks at what has joined the cluster
 # A task hangs if it takes _TIMES as long as the longest of its kind so far, and no less than _LEAST_SECONDS:
 _TIMES, _LEAST_SECONDS = 20.0, 600.0
@@ -34,6 +34,10 @@ class ActorWorker(Worker):
         import torch
 
         super().__init__(threads, "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+
+    def node(self) -> str:
+        """Ray's name of the node that it is on."""
+        return ray.get_runtime_context().get_node_id()
 
 
 _ACTOR = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")(ActorWorker)
@@ -84,15 +88,16 @@ class RayPool:
         self._threads = threads
         self._started_here = started_here
         self._coming: dict[Any, int] = {}  # what tells that a worker is up -> the worker
+        self._nodes: dict[int, str] = {}  # worker -> Ray's name of its node
         self._actors = [self._spawn(worker) for worker in range(self.size)]
         self._working: dict[int, _Flight] = {}
         self._committing: list[_Flight] = []
-        self._respawns = 0
+        self._deaths = 0  # of workers, since a task ended well
 
     def _spawn(self, worker: int) -> Any:
         """A new actor. It gets no task before it is up: it may be one that finds no place for hours, or ever."""
         actor: Any = _ACTOR.options(**self._options).remote(self._threads)
-        self._coming[actor.__ray_ready__.remote()] = worker
+        self._coming[actor.node.remote()] = worker
         return actor
 
     def _grow(self) -> None:
@@ -144,6 +149,7 @@ class RayPool:
             result = ray.get(ref)
         except RayError as error:
             return self._failed(flight, ref, error)
+        self._deaths = 0
         self._note_time(flight, _COMMITS if ref is flight.record else flight.task.method)
         if ref is flight.record:
             self._committing.remove(flight)
@@ -183,7 +189,7 @@ class RayPool:
     def _arrived(self, ref: Any) -> None:
         worker = self._coming.pop(ref)
         try:
-            ray.get(ref)
+            self._nodes[worker] = ray.get(ref)
         except RayTaskError as error:
             raise RunError(f"a worker cannot start: {' '.join(str(error.cause).split())}") from None
         except RayError as error:
@@ -201,18 +207,25 @@ class RayPool:
         else:
             del self._working[flight.worker]
         found: SwscError = WorkerLost(f"{flight.task.label}: {reason}")
+        node_is_gone = ref is flight.report and _is_gone(self._nodes[flight.worker])
         if own is not None:
             found = as_swsc_error(own, flight.task)
         elif ref is flight.report and isinstance(error, ObjectLostError):
             found = PayloadLost(f"{flight.task.label}: what it was to be given went away with a node")
+        elif node_is_gone:
+            found = NodeLost(f"{flight.task.label}: its node went away")
+            self._replace(flight.worker)
         elif ref is flight.report:
             self._replace(flight.worker, flight.task.label)
         return Done(flight.task, error=found, worker=flight.worker)
 
-    def _replace(self, worker: int, at: str) -> None:
-        self._respawns += 1
-        if self._respawns > _RESPAWNS_PER_WORKER * self.size:
-            raise RunError(f"workers died {self._respawns} times, the last one at {at}; look at their memory and GPUs")
+    def _replace(self, worker: int, at: str = "") -> None:
+        """A new worker in the place of one; `at`: what this one died of, if it is to be blamed."""
+        self._deaths += bool(at)
+        if self._deaths > max(_DEATHS, _DEATHS_PER_WORKER * self.size):
+            raise RunError(
+                f"workers died {self._deaths} times in a row, the last one at {at}; look at their memory and GPUs"
+            )
         ray.kill(self._actors[worker])
         self._actors[worker] = self._spawn(worker)
 
@@ -228,6 +241,14 @@ class RayPool:
             pass  # Ray itself is gone; what made it so is on its way to the user
         if self._started_here:
             ray.shutdown()
+
+
+def _is_gone(node: str) -> bool:
+    """Whether a node is known to be dead."""
+    try:
+        return any(one["NodeID"] == node and not one["Alive"] for one in ray.nodes())
+    except (RayError, RuntimeError, ConnectionError):
+        return False  # the head does not answer
 
 
 def _given_up(flight: _Flight, why: str) -> Done:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import WeightsError
 from pipeline.measure.calibration import Calibrator
 from pipeline.measure.hooks import Sums
 from pipeline.measure.perplexity import Evaluator, ModelKey
@@ -53,7 +53,7 @@ class Worker:
         `moments` are needed where a spec asks for the metric of the activations.
 
         Raises:
-            CheckpointError: a weight holds NaN or Inf.
+            WeightsError: a weight holds NaN or Inf.
         """
         parts: list[Part] = []
         rows = []
@@ -107,7 +107,7 @@ class Worker:
             metric = moments.metric(info.name, self.device)[0] if moments else None
             encoded = encode(weight, specs, name=info.name, seed=seed, storage_dtype=dtype, metric=metric)
         except WeightError as error:
-            raise CheckpointError(f"{source.root}/{info.file}: {error}") from None
+            raise WeightsError(f"{source.root}/{info.file}: {error}") from None
         row = _row(info, specs, encoded, read_seconds, time.perf_counter() - started)
         return encoded, row | ({"calibration_tokens": moments.tokens(info.name)} if moments else {})
 

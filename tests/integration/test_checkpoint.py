@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from pipeline.config import MatrixSettings
 from pipeline.errors import CheckpointError, SwscError
 from pipeline.model.checkpoint import INDEX, open_checkpoint
 from pipeline.model.parts import read_tensor
+from pipeline.model.plan import make_plan
 
 
 @pytest.fixture
@@ -60,6 +62,51 @@ def test_fingerprint_changes_with_the_headers_and_the_config(broken: Path) -> No
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"rope_theta": 5}))
     assert open_checkpoint(str(broken)).fingerprint != before
+
+
+def test_fingerprint_tells_every_tensor_that_is_another(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    whole = open_checkpoint(str(model))
+    before = whole.fingerprint
+    for info in whole.tensors.values():
+        data = bytearray((model / info.file).read_bytes())
+        own = slice(info.start, info.start + info.nbytes)
+        data[own] = bytes(255 - value for value in data[own])
+        (model / info.file).write_bytes(data)
+        assert open_checkpoint(str(model)).fingerprint != before, info.name
+        shutil.copy(tiny_model / info.file, model)
+    assert open_checkpoint(str(model)).fingerprint == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00001-of-00004.safetensors", "config.json"])
+def test_a_link_out_of_the_directory_is_refused(tiny_model: Path, tmp_path: Path, name: str) -> None:
+    """What it leads to would be read, or copied into the output, as if it were the model's."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / name).rename(tmp_path / "elsewhere")
+    (model / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"{name} is a link to .*elsewhere, outside the directory"):
+        open_checkpoint(str(model))
+
+
+def test_links_within_and_those_of_a_cache_of_the_hub_are_followed(tiny_model: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "revision", tmp_path / "blobs"
+    shutil.copytree(tiny_model, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    (tmp_path / "linked").symlink_to(snapshot)
+    assert open_checkpoint(str(tmp_path / "linked")).fingerprint == open_checkpoint(str(tiny_model)).fingerprint
+
+
+def test_a_tensor_with_the_name_of_a_part_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    save_file({"model.layers.0.self_attn.q_proj.labels": torch.zeros(3)}, model / "extra.safetensors")
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.0.self_attn.q_proj.labels"] = "extra.safetensors"
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"q_proj.labels has a name that .*q_proj.weight needs.*--exclude"):
+        make_plan(open_checkpoint(str(model)), MatrixSettings(bits=3))
+    make_plan(open_checkpoint(str(model)), MatrixSettings(bits=3, exclude=r"layers\.0\."))
 
 
 class TestDamage:

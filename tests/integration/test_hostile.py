@@ -3,6 +3,7 @@
 pytest tests/integration/test_hostile.py --hypothesis-profile thorough       10,000 of each
 """
 
+import contextlib
 import json
 import shutil
 import tracemalloc
@@ -13,8 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jobs.cli import main
 from pipeline.config import MatrixSettings
 from pipeline.errors import SwscError
+from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import INDEX, SINGLE, open_checkpoint
 from pipeline.model.plan import make_plan
 from tests.tiny import make_tiny_model
@@ -30,6 +33,15 @@ ODD = st.one_of(
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("whole") / "model", layers=1, shards=False)
+
+
+@pytest.fixture(scope="module")
+def compressed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole one, compressed; it lies beside a copy of it."""
+    folder = tmp_path_factory.mktemp("compressed")
+    shutil.copytree(whole, folder / "model")
+    assert main(["compress", str(folder / "model"), str(folder / "out"), "--local"]) == 0
+    return folder / "out"
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +154,14 @@ def test_a_file_of_holes_that_says_it_is_all_header(place: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [INDEX, "config.json"])
+@pytest.mark.parametrize("nested", ["[" * 200_000, '{"a":' * 200_000])
+def test_json_files_that_are_nested_without_end(whole: Path, tmp_path: Path, name: str, nested: str) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    (folder / name).write_text(nested)
+    assert not opened(folder)
+
+
+@pytest.mark.parametrize("name", [INDEX, "config.json"])
 def test_json_files_of_holes(whole: Path, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "model"))
     with open(folder / name, "ab") as file:
@@ -181,9 +201,57 @@ def test_configs_that_say_odd_things(whole: Path, place: Path, data: st.DataObje
         shutil.copy(whole / "config.json", place)
 
 
+@PATIENT
+@given(data=st.data())
+def test_compressed_models_that_say_odd_things(compressed: Path, data: st.DataObject) -> None:
+    """Of their tensors: what is read then is refused, or read without harm."""
+    config = json.loads((compressed / "config.json").read_text())
+    whole, entries = json.dumps(config), config["quantization_config"]["tensors"]
+    for _ in range(data.draw(st.integers(1, 3))):
+        entry = entries[data.draw(st.sampled_from([*entries]))]
+        if isinstance(entry, dict) and entry:
+            key = data.draw(st.sampled_from([*entry, "new"]))
+            entry[key] = data.draw(ODD)
+            if data.draw(st.booleans()):
+                entry.pop(key)
+    config["quantization_config"]["tensors"] = data.draw(st.one_of(st.just(entries), st.just(entries), ODD))
+    (compressed / "config.json").write_text(json.dumps(config))
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(SwscError):
+            model = open_model(str(compressed))
+            for name in model.names:
+                with contextlib.suppress(ValueError, RuntimeError):  # parts that do not fit what is said of them
+                    model.read(name)
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()
+        (compressed / "config.json").write_text(whole)
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"files": {"config.json": {"size": "x", "sha256": "y"}}}', "{}"])
+def test_manifests_that_say_odd_things(
+    compressed: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = shutil.copytree(compressed, tmp_path / "out")
+    (output / "swsc_manifest.json").write_text(content)
+    assert main(["verify", str(output), "--local"]) == 1
+    assert "swsc_manifest.json is damaged" in capsys.readouterr().err
+    assert main(["compress", str(compressed.parent / "model"), str(output), "--local"]) == 2
+    assert "make the output again by --overwrite" in capsys.readouterr().err
+
+
+def test_a_secret_in_an_address_is_refused_and_not_said_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "s3://AKIAKEY:secret/with@bucket/model"]) == 2
+    assert main(["plan", "s3://AKIAKEY:secret@bucket/model"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 2
+    assert "secret" not in error
+    assert "AKIAKEY" not in error
+
+
 @pytest.mark.parametrize("target", ["/etc/passwd", "../outside.safetensors"])
-def test_a_link_that_leads_out_of_the_directory(whole: Path, tmp_path: Path, target: str) -> None:
-    """It may: caches of hubs are made of links. But no name in an index does."""
+def test_an_index_that_leads_out_of_the_directory(whole: Path, tmp_path: Path, target: str) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "model"))
     (folder / INDEX).write_text(json.dumps({"weight_map": {"w": target}}))
     with pytest.raises(SwscError, match=r"outside the directory|is missing"):

@@ -2,15 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs.cli import main
 from pipeline.model import lease
 from pipeline.model import output as outputs
 from pipeline.model.checkpoint import MANIFEST, RUN
+from pipeline.model.files import Bytes
+from pipeline.model.parts import Part, Payload, commit
 from pipeline.model.store import Store
 from tests.tiny import contents, make_text, make_tiny_model
 
@@ -133,11 +136,52 @@ class TestOverwrite:
         assert compress(smaller, tmp_path / "straight") == 0
         assert contents(tmp_path / "there") == contents(tmp_path / "straight")
 
-    def test_a_damaged_output_is_made_again(self, tiny_model: Path, output: Path) -> None:
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda out: first_layer(out).unlink(),
+            lambda out: _flip(first_layer(out), QUERY),
+            lambda out: (out / "swsc_report.json").unlink(),
+            lambda out: (out / "swsc_report.json").write_text("{"),
+            lambda out: (out / MANIFEST).write_text("{"),
+        ],
+    )
+    def test_a_damaged_output_is_refused_and_made_again_when_told(
+        self, tiny_model: Path, output: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
+    ) -> None:
         whole = contents(output)
-        first_layer(output).unlink()
+        damage(output)
+        assert compress(tiny_model, output) == 2
+        assert "make the output again by --overwrite" in capsys.readouterr().err
         assert compress(tiny_model, output, "--overwrite") == 0
         assert contents(output) == whole
+        assert main(["verify", str(output), "--local"]) == 0
+
+    def test_files_of_a_run_that_was_cut_off_at_its_end_do_not_stay_in_another_one(
+        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+        (other / "chat_template.jinja").write_text("of the other model")
+        real = Store.write
+
+        def write(self: Store, name: str, pieces: object) -> object:
+            if name == MANIFEST:
+                raise KeyboardInterrupt
+            return real(self, name, pieces)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Store, "write", write)
+        assert compress(other, tmp_path / "out") == 130
+        monkeypatch.undo()
+        assert (tmp_path / "out" / "chat_template.jinja").exists()
+        assert compress(tiny_model, tmp_path / "out", "--overwrite") == 0
+        assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+    def test_what_is_no_part_of_a_model_is_not_copied(self, tiny_model: Path, tmp_path: Path) -> None:
+        model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+        (model / "tokenizer.json.partial").write_text("of a download that was cut off")
+        assert compress(model, tmp_path / "out") == 0
+        assert main(["verify", str(tmp_path / "out"), "--local"]) == 0
+        assert not list((tmp_path / "out").glob("*.partial"))
 
     def test_a_run_whose_notes_are_damaged_is_begun_again(
         self, tiny_model: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -203,13 +247,11 @@ class TestTwoRuns:
         self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store = Store.at(str(tmp_path / "out"))
-        first = lease.acquire(store)
         monkeypatch.setattr(lease, "_BEAT", 0.2)
-        second = lease.Lease(first.ticket)  # beats every fifth of a second
+        first = lease.acquire(store)
         assert compress(tiny_model, tmp_path / "out") == 2
         assert "is writing there; wait for it, or stop it" in capsys.readouterr().err
         first.ticket.require()
-        second.release()
         first.release()
         assert compress(tiny_model, tmp_path / "out") == 0
 
@@ -226,9 +268,83 @@ class TestTwoRuns:
 
         monkeypatch.setattr(outputs, "acquire", acquire)
         assert compress(tiny_model, tmp_path / "out") == 1
-        assert "a run on far (process 1) has taken over" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "a run on far (process 1) has taken over" in error
+        assert error.count("has taken over") == 1, "the first refusal ends it: the other layers are not compressed"
         assert not list((tmp_path / "out").glob("*.safetensors"))
         assert (tmp_path / "out" / RUN).exists()
+
+    def test_files_of_a_run_that_lost_its_place_are_not_taken_for_work_of_its_successor(
+        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A run with 5 bits hangs in its last moment before a commit; one with 3 bits takes its place; then it goes on."""
+        assert compress(tiny_model, tmp_path / "straight", "--bits", "3") == 0
+        place, real = tmp_path / "out", Store.write
+
+        def cut_short(self: Store, name: str, pieces: Iterable[Bytes]) -> object:
+            if name == "config.json":
+                raise KeyboardInterrupt
+            return real(self, name, pieces)
+
+        monkeypatch.setattr(Store, "write", cut_short)
+        assert compress(tiny_model, place, "--bits", "5") == 130
+        names = ["model-00001-of-00007.safetensors", ".swsc/done/model-00001-of-00007.safetensors.json"]
+        late = {name: (place / name).read_bytes() for name in names}
+        assert compress(tiny_model, place, "--bits", "3", "--overwrite") == 130
+        monkeypatch.undo()
+        for name, data in late.items():
+            (place / name).write_bytes(data)
+        assert compress(tiny_model, place, "--bits", "3") == 0
+        assert contents(place) == contents(tmp_path / "straight")
+
+    @pytest.mark.parametrize("moment", ["in the middle of its file", "after its file"])
+    def test_a_commit_looks_again_whether_it_may(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    ) -> None:
+        store = Store.at(str(tmp_path / "out"))
+        own = lease.acquire(store)
+        real = Store.write
+
+        def lost() -> None:
+            store.put(lease.LEASE, json.dumps({"owner": "another", "machine": "far", "pid": 1, "beat": 1}).encode())
+
+        def meanwhile(pieces: Iterator[Bytes]) -> Iterator[Bytes]:
+            yield next(pieces)
+            lost()
+            yield from pieces
+
+        def write(self: Store, name: str, pieces: Iterable[Bytes]) -> object:
+            if moment == "in the middle of its file":
+                return real(self, name, meanwhile(iter(pieces)))
+            record = real(self, name, pieces)
+            lost()
+            return record
+
+        monkeypatch.setattr(Store, "write", write)
+        part = Part("w", "F32", (1,), np.zeros(4, dtype=np.uint8))
+        with pytest.raises(lease.LeaseLost):
+            commit(own.ticket, "model-00001-of-00001.safetensors", Payload((part,)))
+        assert not store.below(".swsc/done").names()
+        assert bool(store.names()) == (moment == "after its file")
+        own.release()
+
+
+def test_a_mistake_about_the_output_shows_before_the_calibration(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = str(make_text(tmp_path / "text.txt"))
+    flags = ["--preset", "best", "--bits", "3", "--calibration", text, "--calibration-windows", "4"]
+    flags += ["--calibration-seqlen", "32"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("three years of work")
+    assert compress(tiny_model, tmp_path / "made") == 0
+    for place, said in [("full", "not empty and not an output"), ("made", "replace it by --overwrite")]:
+        capsys.readouterr()
+        assert compress(tiny_model, tmp_path / place, *flags) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert "calibrate" not in error
+    assert not (tmp_path / ".swsc-cache").exists()
 
 
 def test_a_run_that_would_touch_too_little_is_refused_before_it_begins(

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipeline.errors import CheckpointError, RunError, StoreError, SwscError, WorkerLost
+from pipeline.errors import CheckpointError, NodeLost, RunError, StoreError, SwscError, WorkerLost
+from pipeline.model.lease import LeaseLost
 from pipeline.run import interrupt, ray_pool
 from pipeline.run.driver import StagedTasks, Stages, TaskList, execute
 from pipeline.run.pool import Done, Task
@@ -97,6 +98,31 @@ def test_a_task_that_kills_every_worker_is_given_up_and_named_and_the_others_fin
     assert pool.started.count("b") == 3
     with pytest.raises(RunError, match=r"1 tasks failed.*b dies"):
         source.raise_failures()
+
+
+def test_what_kills_its_workers_comes_last_after_a_second_try() -> None:
+    """So that a run which is ended for too many deaths has done what it could."""
+    pool, finished = ScriptedPool({name: [WorkerLost("gone")] * 9 for name in "ab"}), []
+    source = TaskList([Task(name, "work", ()) for name in "abcdef"], lambda done: finished.append(done.value))
+    with Progress("test", 6, 0) as progress:
+        execute(pool, source, progress)
+    assert sorted(finished) == list("cdef")
+    assert sorted(pool.started[:4]) == list("aabb")
+    assert sorted(pool.started[-2:]) == list("ab")
+
+
+def test_the_loss_of_nodes_is_hardly_charged_to_the_tasks_that_were_there() -> None:
+    pool, finished = run("abc", {"b": [NodeLost("its node went away")] * 8})
+    assert sorted(finished) == list("abc")
+    pool = ScriptedPool({"b": [NodeLost("its node went away")] * 99})
+    with Progress("test", 3, 0) as progress:
+        execute(pool, TaskList([Task(name, "work", ()) for name in "abc"], lambda done: None), progress)
+    assert pool.started.count("b") == 12
+
+
+def test_a_run_whose_place_was_taken_stops_at_once() -> None:
+    with pytest.raises(LeaseLost, match="taken over"):
+        run("abcdef", {"a": [LeaseLost("another has taken over")]})
 
 
 def test_a_failing_task_does_not_stop_the_others() -> None:

@@ -1,14 +1,19 @@
 """Claims about the right to write into a directory. Nothing here waits: time passes where the code would sleep."""
 
+import json
+import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.errors import OutputError, RunError
-from pipeline.model.lease import LEASE, LeaseLost, acquire
+from pipeline.model.lease import LEASE, LeaseLost, _machine, acquire
 from pipeline.model.store import Store
 
 
@@ -22,6 +27,9 @@ def foreign(store: Store, **about: Any) -> dict[str, Any]:
     lease = {"owner": "another", "machine": "far away", "pid": 1, "beat": 1, **about}
     store.write_json(LEASE, lease)
     return lease
+
+
+_GONE = json.dumps({"owner": "gone", "machine": _machine(), "pid": os.getpid(), "beat": 3}).encode()
 
 
 class Seconds:
@@ -94,6 +102,61 @@ def test_a_node_that_does_not_see_the_directory_says_so(store: Store) -> None:
     with pytest.raises(RunError, match="not seen by node"):
         lease.ticket.require()
     lease.release()
+
+
+@pytest.mark.parametrize("left", ["nothing", "a lease of a run that is gone", "half a lease"])
+def test_of_many_that_come_at_the_same_moment_one_has_it(
+    store: Store, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.model.lease._BEAT", 0.002)
+    many, found, patience = 6, [], threading.Event()
+    for _ in range(20):
+        if left != "nothing":
+            store.put(LEASE, b"{" if left == "half a lease" else _GONE)
+        start = threading.Barrier(many)
+
+        def come(start: threading.Barrier = start) -> Any:
+            start.wait()
+            try:
+                return acquire(store, sleep=lambda seconds: patience.wait(seconds / 50) and None)
+            except OutputError as error:
+                return error
+
+        with ThreadPoolExecutor(many) as pool:
+            found = [one.result() for one in [pool.submit(come) for _ in range(many)]]
+        have = [one for one in found if not isinstance(one, OutputError)]
+        assert len(have) == 1
+        have[0].ticket.require()
+        have[0].release()
+
+
+def test_a_lease_that_a_failed_write_took_away_is_signed_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.model.lease._BEAT", 0.01)
+    lease = acquire(store, sleep=Seconds())
+    store.remove(LEASE)
+    for _ in range(500):
+        if store.exists(LEASE):
+            break
+        threading.Event().wait(0.01)
+    lease.ticket.require()
+    lease.release()
+
+
+def test_one_that_was_put_into_the_place_of_an_old_one_is_not_cleared_away(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two found the same old lease; the other one was faster, and has signed by the time that ours clears the old one away."""
+    store.put(LEASE, _GONE)
+    real = Store.locked
+
+    def locked(self: Store) -> AbstractContextManager[None]:
+        foreign(store)
+        return real(self)
+
+    monkeypatch.setattr(Store, "locked", locked)
+    with pytest.raises(OutputError, match=r"a run on far \(process 1\) is writing there"):
+        acquire(store, sleep=Seconds())
+    assert store.read_json(LEASE)["owner"] == "another"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])

@@ -1,0 +1,74 @@
+"""What is looked at before anything is done: may the output be written, and is there room for it?"""
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.config import CompressSettings
+from pipeline.errors import OutputError
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.lease import require_idle
+from pipeline.model.output import Output, abandon, begin, require_replaceable
+from pipeline.model.plan import Plan
+from pipeline.model.store import Store
+
+ALGORITHM = 8  # goes up with every change that changes bytes: files of two versions are never mixed
+STAGED = "untuned"  # how the name of a model in the cache begins that is yet to be tuned
+
+
+def identity_of(source: Checkpoint, settings: CompressSettings, threads: int) -> dict[str, Any]:
+    """What makes two compressions the same, as far as it is known before the calibration."""
+    about = {"source": source.fingerprint, "threads": threads, "algorithm": ALGORITHM}
+    return {**settings.model_dump(mode="json"), **about}
+
+
+def require_output(
+    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, threads: int, cache: str, overwrite: bool
+) -> None:
+    """Raise OutputError for an output that `compress_model` would refuse in the end: hours of calibration may lie between."""
+    store = Store.at(output)
+    require_apart(source, store)
+    require_replaceable(store, identity_of(source, settings, threads), overwrite)
+    require_idle(store)
+    staged = plan.stored_bytes_as("swsc") - _staged_bytes(Store.at(cache)) if settings.epochs else 0
+    there = sum(store.size(name) for name in store.names())
+    require_room(store, max(0, plan.stored_bytes_as(settings.format) - there) + max(0, staged))
+
+
+def _staged_bytes(cache: Store) -> int:
+    """Bytes of models that earlier runs have made to be tuned: ours may be among them."""
+    places = [cache.below(name) for name in cache.entries() if name.startswith(STAGED)]
+    return sum(place.size(name) for place in places for name in place.names())
+
+
+def require_apart(source: Checkpoint, store: Store) -> None:
+    """Raise OutputError if an output directory is its own source."""
+    if store.root == source.store.root:
+        raise OutputError(f"{store.root}: output and model are the same directory; choose another output")
+
+
+def begin_with_room(
+    store: Store,
+    identity: dict[str, Any],
+    nbytes: int,
+    overwrite: bool = False,
+    wait: Callable[[str], None] | None = None,
+) -> Output:
+    """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
+    out = begin(store, identity, overwrite, wait)
+    try:
+        require_room(store, 0 if out.complete else nbytes - out.finished_bytes)
+    except BaseException as error:
+        with out:
+            if isinstance(error, OutputError):
+                abandon(out)
+        raise
+    return out
+
+
+def require_room(store: Store, nbytes: int) -> None:
+    """Raise OutputError if the store's disk has not that many bytes free."""
+    free = store.free_bytes()
+    if free is not None and nbytes > free:
+        raise OutputError(
+            f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
+        )

@@ -1,0 +1,91 @@
+"""Claims about what is on a disk or in an object store, and when."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as arrow
+import pytest
+
+from pipeline.errors import StoreError
+from pipeline.model import files
+from pipeline.model.store import Store
+
+
+def test_a_file_is_durable_before_it_appears_and_so_are_the_directories_that_lead_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        events.append(("sync", os.path.relpath(path, tmp_path)))
+        sync(descriptor)
+
+    def rename(before: str, after: str) -> None:
+        events.append(("rename", os.path.relpath(after, tmp_path)))
+        replace(before, after)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    Store.at(str(tmp_path)).write("new/deep/file", [b"content"])
+    assert events[:2] == [("sync", "."), ("sync", "new")], "each directory that was made, in the one above"
+    assert events[2][0] == "sync"
+    assert events[2][1].startswith("new/deep/file.")
+    assert events[3:] == [("rename", "new/deep/file"), ("sync", "new/deep")]
+
+
+class _Upload:
+    """An upload whose end fails once for each of `failures`."""
+
+    def __init__(self, inner: Any, failures: list[str]) -> None:
+        self._inner, self._failures = inner, failures
+
+    def write(self, data: Any) -> None:
+        self._inner.write(bytes(data))
+
+    def close(self) -> None:
+        if self._failures:
+            raise OSError(self._failures.pop())
+        self._inner.close()
+
+
+class _Client:
+    """A store of objects: one appears when its upload is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._inner = arrow.SubTreeFileSystem(str(folder), arrow.LocalFileSystem())
+        self.failures: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def open_output_stream(self, path: str) -> Any:
+        return _Upload(_Late(self._inner, path), self.failures)
+
+
+class _Late:
+    def __init__(self, system: Any, path: str) -> None:
+        self._system, self._path, self._data = system, path, b""
+
+    def write(self, data: bytes) -> None:
+        self._data += data
+
+    def close(self) -> None:
+        with self._system.open_output_stream(self._path) as out:
+            out.write(self._data)
+
+
+def test_an_object_whose_replacement_fails_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bucket").mkdir()
+    client = _Client(tmp_path)
+    monkeypatch.setattr(files, "_connected", lambda scheme: client)
+    objects = files.ObjectFiles("s3")
+    objects.write("bucket/lease", [b"first"])
+    client.failures.append("the store does not answer")
+    with pytest.raises(StoreError, match="s3://bucket/lease: the store does not answer"):
+        objects.write("bucket/lease", [b"second"])
+    assert objects.read("bucket/lease", 0, 5) == b"first"
+    objects.write("bucket/lease", [b"third"])
+    assert objects.read("bucket/lease", 0, 5) == b"third"
