@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CompressSettings
-from pipeline.errors import WeightsError
+from pipeline.errors import ClusterError, WeightsError
 from pipeline.flows.preflight import begin_with_room, identity_of, require_apart
 from pipeline.measure.tuner import Tuned
 from pipeline.model.artifact import quantization_config
@@ -131,11 +131,11 @@ def run_tasks(
 ) -> None:
     """Run tasks on a pool of their own, of workers that need `memory` bytes each.
 
-    A weight that cannot be compressed, which shows on the way only, takes the begun output back.
+    A weight that cannot be compressed, which shows on the way only, and a cluster that cannot do it take the begun output back.
     """
     try:
         run_alone(tasks, memory, note, make_pool, what, "files")
-    except WeightsError:
+    except (WeightsError, ClusterError):
         abandon(out)
         raise
 

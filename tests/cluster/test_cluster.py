@@ -311,6 +311,7 @@ class TestRunsThatAreCutShort:
                 assert run.poll() is None, "a worker has come up on the node that joined"
                 _, error = run.communicate(timeout=300)
         assert run.returncode == 0, error
+        assert "its node went away; starting it again" in error
         assert main(["compress", str(model), str(tmp_path / "straight"), "--local", *self.SLOW]) == 0
         assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
@@ -374,7 +375,7 @@ class TestRunsThatAreCutShort:
             run = self.begin(cluster, model, tmp_path / "out")
             _, error = run.communicate(timeout=300)
         assert run.returncode == 1
-        assert re.search(r"error: workers died \d+ times, the last one at .*; look at their memory and GPUs", error), (
+        assert re.search(r"error: workers died \d+ times in a row, the last one at .*; look at their memory and GPUs", error), (
             error
         )
         assert not (tmp_path / "out" / "swsc_manifest.json").exists()
