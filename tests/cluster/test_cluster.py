@@ -375,7 +375,7 @@ class TestRunsThatAreCutShort:
             run = self.begin(cluster, model, tmp_path / "out")
             _, error = run.communicate(timeout=300)
         assert run.returncode == 1
-        assert re.search(r"error: workers died \d+ times in a row, the last one at .*; look at their memory and GPUs", error), (
-            error
-        )
+        assert re.search(
+            r"error: workers died \d+ times in a row, the last one at .*; look at their memory and GPUs", error
+        ), error
         assert not (tmp_path / "out" / "swsc_manifest.json").exists()

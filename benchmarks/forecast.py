@@ -1,0 +1,90 @@
+"""Claim: `swsc plan` foretells the time of a compression within a factor of 1.5, on shapes that its constants were not fitted to.
+
+    python -m benchmarks.forecast
+
+The constants (pipeline/model/forecast.py) were fitted to the 4096×4096 matrices of benchmarks/llama7b_shape.py. Here are matrices
+of other models' shapes, square and not, at other bits, on the other axis and in segments: each is planned, then compressed by
+`--local`, and both times stand side by side.
+"""
+
+import contextlib
+import io
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import print_markdown, structured_weight
+from jobs.cli import main as swsc
+from pipeline.model.checkpoint import SINGLE, file_header
+from pipeline.model.store import Store
+
+LIMIT = 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Q and K of some layers of a model whose keys may be narrower than its queries."""
+
+    name: str
+    hidden: int
+    keys: int
+    layers: int
+    flags: tuple[str, ...]
+
+
+PAPER = ("--count", "paper", "--bits")
+CASES = [
+    Case("Llama-3.2-1B, 3 bits", 2048, 512, 4, (*PAPER, "3")),
+    Case("Llama-3.2-1B, 2 bits, input channels", 2048, 512, 4, (*PAPER, "2", "--channel-axis", "input")),
+    Case("Llama-3.2-3B, 2 bits", 3072, 1024, 2, (*PAPER, "2")),
+    Case("Llama-2-13B, 3 bits", 5120, 5120, 1, (*PAPER, "3")),
+    Case(
+        "Llama-3.2-3B, segments", 3072, 1024, 2, ("--clusters", "256", "--rank", "0", "--segment-size", "4", "--scaled")
+    ),
+]
+
+
+def make(case: Case, directory: str) -> None:
+    """Write a checkpoint of nothing but the matrices in question."""
+    rows = {"q": case.hidden, "k": case.keys}
+    tensors = {
+        f"model.layers.{layer}.self_attn.{role}_proj.weight": structured_weight(m, case.hidden, seed=2 * layer + m)
+        for layer in range(case.layers)
+        for role, m in rows.items()
+    }
+    values = {name: weight.bfloat16().view(torch.uint8).numpy() for name, weight in tensors.items()}
+    header = file_header((name, "BF16", tuple(weight.shape), 2 * weight.numel()) for name, weight in tensors.items())
+    store = Store.at(directory)
+    store.write(SINGLE, [header, *(memoryview(value).cast("B") for value in values.values())])
+    store.write_json("config.json", {"model_type": "llama", "hidden_size": case.hidden})
+
+
+def measure(case: Case, folder: Path) -> tuple[float, float]:
+    """Seconds foretold, and seconds that it took, of one core."""
+    model, output, plan = str(folder / "model"), str(folder / "out"), str(folder / "plan.json")
+    make(case, model)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for command in (["plan", model, "--json", plan], ["compress", model, output]):
+            if swsc([*command, *case.flags, "--local"]):
+                raise SystemExit(f"{case.name}: {command[0]} failed")
+    foretold = json.loads(Path(plan).read_text())["core_seconds"]
+    return foretold, json.loads(Path(output, "swsc_report.json").read_text())["seconds"]
+
+
+def main() -> None:
+    rows = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory(prefix="forecast") as folder:
+            foretold, took = measure(case, Path(folder))
+        rows.append(
+            [case.name, f"{case.hidden}×{case.hidden}, {case.keys}×{case.hidden}", foretold, took, foretold / took]
+        )
+    print_markdown(["model", "Q, K", "foretold s", "took s", "ratio"], rows)
+    raise SystemExit(any(not 1 / LIMIT <= ratio <= LIMIT for *_, ratio in rows))
+
+
+if __name__ == "__main__":
+    main()
