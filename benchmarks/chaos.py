@@ -74,7 +74,7 @@ class Arena:
             outcome.starts += 1
             while len(outcome.strikes) < strikes and _still(driver, draw.uniform(1.0, 8.0)):
                 strike, driver = self._strike(draw, driver, output)
-                outcome.strikes.append(strike)
+                outcome.strikes += [strike] if strike else []
                 records.look()
             _, said = driver.communicate()
             code = driver.returncode
@@ -117,7 +117,7 @@ class Arena:
     def _strike(
         self, draw: random.Random, driver: "subprocess.Popen[str]", output: Store
     ) -> tuple[str, "subprocess.Popen[str]"]:
-        """Which strike it was, and the driver after it."""
+        """Which strike it was ("": nobody was there to be struck), and the driver after it."""
         strike = draw.choice(LONG_STRIKES if draw.random() < LONG_SHARE else STRIKES)
         if strike == "replace driver":
             return strike, self._replace(driver, output)
@@ -133,15 +133,16 @@ class Arena:
             self.server.kill()
             time.sleep(pause)
             self.server.start_again()
-        else:
-            with contextlib.suppress(psutil.Error):
-                victim = self._victim(what, draw, driver)
-                if victim and strike.startswith("kill"):
+        elif victim := self._victim(what, draw, driver):
+            with contextlib.suppress(psutil.Error):  # it may end by itself, or be ended for hanging
+                if strike.startswith("kill"):
                     victim.kill()
-                elif victim:
+                else:
                     victim.suspend()
                     time.sleep(LONG_SECONDS if strike.startswith("hang") else pause)
                     victim.resume()
+        else:
+            strike = ""
         return strike, driver
 
     def _replace(self, driver: "subprocess.Popen[str]", output: Store) -> "subprocess.Popen[str]":
@@ -161,8 +162,13 @@ class Arena:
             return psutil.Process(self.server.process.pid)
         if what == "driver":
             return psutil.Process(driver.pid)
-        workers = [worker for worker in workers_at("") if worker.environ().get("RAY_TMPDIR") == self.cluster.folder]
+        workers = [worker for worker in workers_at("") if self._is_ours(worker)]
         return draw.choice(sorted(workers, key=lambda worker: worker.pid)) if workers else None
+
+    def _is_ours(self, worker: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            return worker.environ().get("RAY_TMPDIR") == self.cluster.folder
+        return False
 
 
 def _still(driver: "subprocess.Popen[str]", seconds: float) -> bool:

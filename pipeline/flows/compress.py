@@ -17,7 +17,7 @@ from pipeline.flows.preflight import begin_with_room, identity_of, require_apart
 from pipeline.measure.tuner import Tuned
 from pipeline.model.artifact import quantization_config
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.forecast import compression_bytes
+from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
 from pipeline.model.output import CALIBRATION, Output, abandon, finish
@@ -27,7 +27,8 @@ from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
 
-PoolMaker = Callable[[int, int], Pool]  # number of tasks, bytes of memory that a worker needs -> a pool for them
+# (number of tasks, bytes of memory that a worker needs, bytes of them that must fit a GPU if it has one) -> a pool for them
+PoolMaker = Callable[..., Pool]
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _carry_out(
     tasks = [
         task for task in _tasks(source, plan, out.ticket, settings, moments, ready) if task.key not in out.finished
     ]
-    run_tasks(tasks, compression_bytes(plan), note, make_pool, out, "compress")
+    run_tasks(tasks, compression_bytes(plan), note, make_pool, out, "compress", 0 if ready else device_bytes(plan))
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["files_of_an_earlier_run"] = len(out.finished)
     if ready:
@@ -127,22 +128,24 @@ def _carry_out(
 
 
 def run_tasks(
-    tasks: list[Task], memory: int, note: Callable[[Done], None], make_pool: PoolMaker, out: Output, what: str
-) -> None:
-    """Run tasks on a pool of their own, of workers that need `memory` bytes each.
+    tasks: list[Task], memory: int, note: Callable[[Done], None], make_pool: PoolMaker, out: Output, what: str,
+    device: int = 0,
+) -> None:  # fmt: skip
+    """Run tasks on a pool of their own, of workers that need `memory` bytes each, `device` of them on a GPU if they have one.
 
     A weight that cannot be compressed, which shows on the way only, and a cluster that cannot do it take the begun output back.
     """
     try:
-        run_alone(tasks, memory, note, make_pool, what, "files")
+        run_alone(tasks, memory, note, make_pool, what, "files", device)
     except (WeightsError, ClusterError):
         abandon(out)
         raise
 
 
 def run_alone(
-    tasks: list[Task], memory: int, note: Callable[[Done], None], make_pool: PoolMaker, what: str, unit: str
-) -> None:
+    tasks: list[Task], memory: int, note: Callable[[Done], None], make_pool: PoolMaker, what: str, unit: str,
+    device: int = 0,
+) -> None:  # fmt: skip
     """Run tasks, if there are any, on a pool of their own, of workers that need `memory` bytes each.
 
     Raises:
@@ -151,7 +154,7 @@ def run_alone(
     if not tasks:
         return
     source = TaskList(tasks, note)
-    pool = make_pool(len(tasks), memory)
+    pool = make_pool(len(tasks), memory, device)
     try:
         with Progress(what, len(tasks), sum(task.weight for task in tasks), unit) as progress:
             execute(pool, source, progress)

@@ -46,7 +46,7 @@ def forecast(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, Any
         "whole_model_bits_per_weight": 8 * plan.stored_bytes / plan.weights,
         "share_of_weights_compressed": count / plan.weights,
         "worker_peak_bytes": compression_bytes(plan),
-        "of_which_on_a_gpu": compression_bytes(plan) - WORKER_BASE,
+        "of_which_on_a_gpu": device_bytes(plan),
         "core_seconds": core_seconds(plan, speed) + _stream_seconds(plan, form, speed),
         "workers": workers,
         "seconds": _wall_seconds(plan, form, speed, workers),
@@ -98,6 +98,11 @@ def compression_bytes(plan: Plan) -> int:
     )
 
 
+def device_bytes(plan: Plan) -> int:
+    """The part of it that lies on a GPU, if the worker has one."""
+    return compression_bytes(plan) - WORKER_BASE
+
+
 def _peak_values(decision: Decision, spec: Spec) -> int:
     count, inputs = decision.info.count, decision.info.shape[1]
     if not isinstance(spec, SwscSpec):
@@ -139,7 +144,7 @@ def tuning_bytes(source: Checkpoint, seqlen: int) -> int:
 
 
 def core_seconds(plan: Plan, speed: Speed) -> float:
-    """Seconds of one core; fitted to one run of 4096×4096 matrices; at 576 channels it was 1.6 times too long."""
+    """Seconds of one core; fitted to one run of 4096×4096 matrices (what that is worth elsewhere: benchmarks/forecast.py)."""
     return sum(_seconds(decision, spec, speed) for decision in plan.compressed for spec in decision.specs)
 
 

@@ -22,7 +22,7 @@ from pipeline.config import ClusterSettings
 from pipeline.errors import ClusterError
 from pipeline.run import interrupt
 from pipeline.run.pool import LocalPool, Pool
-from pipeline.run.ray_pool import RayPool
+from pipeline.run.ray_pool import RayPool, require_gpu
 from pipeline.run.worker import Worker
 
 _CONNECT_SECONDS = 10.0
@@ -51,19 +51,24 @@ class Need:
         return f"{self.cpus:g} CPUs, {self.gpus:g} GPUs{memory}"
 
 
-def make_pool(settings: ClusterSettings, tasks: int, memory: int, later: int = 0) -> Pool:
+def make_pool(settings: ClusterSettings, tasks: int, memory: int, device: int = 0, later: int = 0) -> Pool:
     """A pool for `tasks` tasks: local, or actors on the cluster that `settings` names.
 
-    `memory`: bytes that a worker is foretold to need; `later`: those of pools to come, that must fit as well. As many workers
-    are made as fit; a number of workers that the user gave stands whatever the forecast says.
+    As many workers are made as fit; a number of workers that the user gave stands whatever the forecast says.
+
+    Args:
+        memory: bytes that a worker is foretold to need.
+        device: those of them that lie on its GPU, if it has one; 0: not foretold.
+        later: `memory` of pools to come, that must fit as well.
 
     Raises:
-        ClusterError: no cluster at the address, or one that can never hold a worker.
+        ClusterError: no cluster at the address, or one that can never hold a worker; a GPU that is too small.
     """
     if settings.local:
         import torch
 
         on_gpu = torch.cuda.is_available() and settings.gpus_per_worker != 0
+        require_gpu(device, torch.cuda.get_device_properties(0).total_memory if on_gpu else 0)
         return LocalPool(Worker(settings.threads_per_worker, "cuda" if on_gpu else "cpu"))
     started_here = _connect(settings.address)
     _need(settings, _nodes(), max(memory, later))
@@ -75,6 +80,7 @@ def make_pool(settings: ClusterSettings, tasks: int, memory: int, later: int = 0
         started_here=started_here,
         deadline=settings.task_deadline,
         waiting_for=partial(_waiting_for, need),
+        device=device,
     )
 
 

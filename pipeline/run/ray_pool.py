@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from pipeline.errors import NodeLost, PayloadLost, RunError, SwscError, WorkerLost
+from pipeline.errors import ClusterError, NodeLost, PayloadLost, RunError, SwscError, WorkerLost
 from pipeline.model.parts import commit
 from pipeline.run.pool import Done, Task, as_swsc_error
 from pipeline.run.worker import Worker
@@ -35,9 +35,14 @@ class ActorWorker(Worker):
 
         super().__init__(threads, "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
 
-    def node(self) -> str:
-        """Ray's name of the node that it is on."""
-        return ray.get_runtime_context().get_node_id()
+    def place(self) -> tuple[str, int]:
+        """Ray's name of the node that it is on, and bytes of its GPU, or of its share of one; 0: it has none."""
+        import torch
+
+        gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+        on_gpu = self.device == "cuda" and gpus > 0
+        nbytes = int(min(1.0, gpus) * torch.cuda.get_device_properties(0).total_memory) if on_gpu else 0
+        return ray.get_runtime_context().get_node_id(), nbytes
 
 
 _ACTOR = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")(ActorWorker)
@@ -68,6 +73,7 @@ class RayPool:
         started_here: bool,
         deadline: float | None,
         waiting_for: Callable[[], str],
+        device: int = 0,
     ) -> None:
         """Begin all workers.
 
@@ -78,10 +84,11 @@ class RayPool:
             started_here: whether Ray ends with this pool.
             deadline: seconds of a task, if the user set any.
             waiting_for: what a worker needs and what there is of it, in words.
+            device: bytes that a worker is foretold to need of its GPU, if it has one.
         """
         self.size = room()
         self._room, self._looked = room, time.monotonic()
-        self._deadline = deadline
+        self._deadline, self._device = deadline, device
         self._waiting_for = waiting_for
         self._longest: dict[str, float] = {}  # seconds of a finished task, by method
         self._options = options
@@ -97,7 +104,7 @@ class RayPool:
     def _spawn(self, worker: int) -> Any:
         """A new actor. It gets no task before it is up: it may be one that finds no place for hours, or ever."""
         actor: Any = _ACTOR.options(**self._options).remote(self._threads)
-        self._coming[actor.node.remote()] = worker
+        self._coming[actor.place.remote()] = worker
         return actor
 
     def _grow(self) -> None:
@@ -189,7 +196,8 @@ class RayPool:
     def _arrived(self, ref: Any) -> None:
         worker = self._coming.pop(ref)
         try:
-            self._nodes[worker] = ray.get(ref)
+            self._nodes[worker], nbytes = ray.get(ref)
+            require_gpu(self._device, nbytes)
         except RayTaskError as error:
             raise RunError(f"a worker cannot start: {' '.join(str(error.cause).split())}") from None
         except RayError as error:
@@ -241,6 +249,15 @@ class RayPool:
             pass  # Ray itself is gone; what made it so is on its way to the user
         if self._started_here:
             ray.shutdown()
+
+
+def require_gpu(needed: int, nbytes: int) -> None:
+    """Raise ClusterError if a GPU of `nbytes` bytes (0: none) is too small for what is foretold."""
+    if 0 < nbytes < needed:
+        raise ClusterError(
+            f"a task is foretold to need {needed / 1e9:.1f} GB of a GPU, a worker has {nbytes / 1e9:.1f} GB of one; use larger"
+            " GPUs or a larger --gpus-per-worker, or --gpus-per-worker 0 to calculate on CPUs"
+        )
 
 
 def _is_gone(node: str) -> bool:

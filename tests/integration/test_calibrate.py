@@ -102,7 +102,7 @@ def test_moments_do_not_depend_on_shards_ranges_or_the_matrices_asked_for(
     )
     ids = calibration_windows(str(tiny_model), settings).ids
     names = [name for name in source.tensors if name.endswith("proj.weight")]
-    local = lambda tasks, memory: pool.LocalPool(worker.Worker(1, "cpu"))  # noqa: E731
+    local = lambda tasks, memory, device=0: pool.LocalPool(worker.Worker(1, "cpu"))  # noqa: E731
     monkeypatch.setattr(flow, "_SHARD_TOKENS", 64)
 
     def gather(place: str, names: list[str], gib: float) -> dict[str, list[float]]:
