@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.model.output import REPORT
+from pipeline.model.standing import REPORT
 from pipeline.model.store import Store
 
 T = TypeVar("T")

@@ -7,8 +7,9 @@ from pipeline.config import CompressSettings
 from pipeline.errors import OutputError
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.lease import require_idle
-from pipeline.model.output import Output, abandon, begin, require_replaceable
+from pipeline.model.output import Output, abandon, begin
 from pipeline.model.plan import Plan
+from pipeline.model.standing import require_replaceable
 from pipeline.model.store import Store
 
 ALGORITHM = 8  # goes up with every change that changes bytes: files of two versions are never mixed

@@ -11,8 +11,8 @@ from pipeline.flows.preflight import ALGORITHM, STAGED
 from pipeline.flows.sweep_runs import Made
 from pipeline.flows.tune import TuneText, Tuning
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
-from pipeline.model.output import REPORT
 from pipeline.model.plan import Plan
+from pipeline.model.standing import REPORT
 from pipeline.model.store import Store
 from pipeline.run.progress import say
 

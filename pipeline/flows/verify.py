@@ -7,7 +7,7 @@ from pipeline.errors import CheckpointError, DamageError
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.forecast import WORKER_BASE
-from pipeline.model.output import REPORT
+from pipeline.model.standing import REPORT
 from pipeline.model.store import Store
 from pipeline.run.pool import Done, Task
 

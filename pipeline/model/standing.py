@@ -1,0 +1,169 @@
+"""What lies in a directory that is to be written: nothing, another output, this one whole, damaged or begun.
+
+Only what is known to be ours is ever removed, and a file counts as finished only if its record names this very run and its bytes
+are those of the record.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pipeline.errors import OutputError, UserError
+from pipeline.model.checkpoint import MANIFEST, RUN
+from pipeline.model.lease import is_free
+from pipeline.model.parts import DONE, differences
+from pipeline.model.store import FileRecord, Store
+
+REPORT = "swsc_report.json"
+_REPLACED = ".swsc/replaced.json"  # names of files of an output that this one replaces
+FINISHING = ".swsc/finishing.json"  # names of the files beside tensors that a run was about to write
+OURS = re.compile(r"(model-\d+-of-\d+\.safetensors|.*\.partial)$")  # names of tensor files and of unfinished files
+_HASHING = 8  # files at a time
+
+Finished = dict[str, tuple[FileRecord, list[dict[str, Any]]]]  # by name of the file: its record, and rows of the report
+
+
+def require_replaceable(store: Store, identity: Mapping[str, Any], overwrite: bool) -> None:
+    """Raise OutputError if the directory is not ours, or is another output and must not be replaced.
+
+    `identity` may be a part of it: that is compared.
+    """
+    if not (store.exists(MANIFEST) or store.exists(RUN)) and store.entries().keys() - {".swsc"}:
+        raise OutputError(f"{store.root}: not empty and not an output of this tool; choose an empty or new directory")
+    if overwrite:
+        return
+    if store.exists(MANIFEST):
+        _same(store, _read_own(store, MANIFEST, "identity")["identity"], identity, identity)
+    elif store.exists(RUN):
+        _same(store, _read_own(store, RUN), identity, identity)
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(store: Store, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the directory is complete and whole; raises OutputError if it is complete, but another output or damaged."""
+    if not store.exists(MANIFEST):
+        return False
+    try:
+        manifest = _read_own(store, MANIFEST, "identity", "files")
+        _same(store, manifest["identity"], identity)
+        _require_whole(store, manifest["files"])
+    except UserError:  # another output, a damaged one, or one whose manifest names what is outside
+        if overwrite:
+            return False
+        raise
+    if is_free(store):
+        store.remove(".swsc")  # a run that was cut off right after its manifest leaves it
+    return True
+
+
+def what_is_finished(store: Store, identity: dict[str, Any], overwrite: bool) -> Finished:
+    """What is finished of a run of this identity; a new one is begun, in the place of another one if that is meant."""
+    if store.exists(RUN) and not store.exists(MANIFEST) and _is_same_run(store, identity, overwrite):
+        _clear_replaced(store)
+        return _finished(store, digest_of(identity))
+    if store.exists(RUN) or store.exists(MANIFEST):
+        store.write_json(_REPLACED, _files_of(store))  # first: it is cleared once the run is of the new identity
+    store.write_json(RUN, identity)
+    store.remove(MANIFEST)
+    _clear_replaced(store)
+    return {}
+
+
+def _is_same_run(store: Store, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the run under way is of this identity; raises OutputError if it is not and must not be replaced."""
+    try:
+        _same(store, _read_own(store, RUN), identity)
+    except OutputError:
+        if overwrite:
+            return False
+        raise
+    return True
+
+
+def _files_of(store: Store) -> list[str]:
+    """Files of a finished output, or of one that was about to be, as far as what lists them can be read."""
+    names = [REPORT, *read_list(store, FINISHING)]
+    try:
+        return [*names, *_read_own(store, MANIFEST, "files")["files"]]
+    except (OutputError, OSError):
+        return names
+
+
+def _clear_replaced(store: Store) -> None:
+    """Remove what an output that is being replaced has left, files and records."""
+    if not store.exists(_REPLACED):
+        return
+    replaced = read_list(store, _REPLACED)
+    for name in store.names():
+        if name in replaced or OURS.match(name):
+            store.remove(name)
+    store.remove(DONE)
+    store.remove(FINISHING)
+    store.remove(_REPLACED)
+
+
+def _read_own(store: Store, name: str, *keys: str) -> dict[str, Any]:
+    """A file of ours; OutputError if it is damaged."""
+    try:
+        value = store.read_json(name)
+        return {**value, **{key: dict(value[key]) for key in keys}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{store.root}: {name} is damaged ({error}); make the output again by --overwrite") from None
+
+
+def read_list(store: Store, name: str) -> list[str]:
+    """A list of names that we wrote; empty if it is not there."""
+    value = store.read_json(name) if store.exists(name) else []
+    return [str(one) for one in value] if isinstance(value, list) else []
+
+
+def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str] | None = None) -> None:
+    changed = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted({*before, *now} if keys is None else keys)
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise OutputError(
+            f"{store.root}: holds an output of other settings ({'; '.join(changed)}); choose another directory, or replace it"
+            " by --overwrite"
+        )
+
+
+def _require_whole(store: Store, files: Mapping[str, Any]) -> None:
+    """Raise OutputError that names a file which is not as it was written."""
+    try:
+        with ThreadPoolExecutor(_HASHING) as pool:
+            found = [line for lines in pool.map(lambda one: differences(store, *one), files.items()) for line in lines]
+        _read_own(store, REPORT)
+    except FileNotFoundError:
+        found = [f"{REPORT} is missing"]
+    except (KeyError, TypeError) as error:
+        found = [f"{MANIFEST} is damaged ({error})"]
+    if found:
+        raise OutputError(f"{store.root}: {found[0]}; make the output again by --overwrite")
+
+
+def _finished(store: Store, run: str) -> Finished:
+    """Files of an interrupted `run` that are as their records say; anything else is removed."""
+    finished = {}
+    for entry in store.below(DONE).names():
+        file = entry.removesuffix(".json")
+        try:
+            done = store.read_json(f"{DONE}/{entry}")
+            record = FileRecord(file, done["size"], done["sha256"], done.get("tensors", {}))
+            sound = done["run"] == run and not differences(store, file, record.about)
+        except (ValueError, KeyError, TypeError):
+            sound = False
+        if sound:
+            finished[file] = (record, done["rows"])
+    for name in store.names():
+        if name not in finished and OURS.match(name):
+            store.remove(name)
+    return finished
