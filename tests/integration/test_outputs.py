@@ -2,19 +2,16 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline.model import lease
-from pipeline.model import output as outputs
+from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import MANIFEST, RUN
-from pipeline.model.files import Bytes
-from pipeline.model.parts import Part, Payload, commit
 from pipeline.model.store import Store
+from pipeline.run.worker import Worker
 from tests.tiny import contents, make_text, make_tiny_model
 
 
@@ -240,93 +237,33 @@ class TestOverwrite:
         assert 20 < last < 39
 
 
-class TestTwoRuns:
-    """One at a time."""
+def test_a_node_that_does_not_see_the_model_does_not_take_away_what_others_restored(
+    tiny_model: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["restore", str(output), str(tmp_path / "straight"), "--local"]) == 0
+    real, calls = Worker.restore, []
 
-    def test_the_second_is_refused_and_the_first_is_not_disturbed(
-        self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        store = Store.at(str(tmp_path / "out"))
-        monkeypatch.setattr(lease, "_BEAT", 0.2)
-        first = lease.acquire(store)
-        assert compress(tiny_model, tmp_path / "out") == 2
-        assert "is writing there; wait for it, or stop it" in capsys.readouterr().err
-        first.ticket.require()
-        first.release()
-        assert compress(tiny_model, tmp_path / "out") == 0
+    def restore(self: Worker, location: str, names: Sequence[str]) -> object:
+        calls.append(names)
+        if len(calls) == 2:
+            raise CheckpointError(f"{location}: no such directory")
+        return real(self, location, names)
 
-    def test_a_run_whose_place_was_taken_writes_no_more(
-        self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        real, calls = outputs.acquire, []
+    monkeypatch.setattr(Worker, "restore", restore)
+    assert main(["restore", str(output), str(tmp_path / "dense"), "--local"]) == 2
+    monkeypatch.undo()
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) == 1
+    assert main(["restore", str(output), str(tmp_path / "dense"), "--local"]) == 0
+    assert contents(tmp_path / "dense") == contents(tmp_path / "straight")
 
-        def acquire(store: Store, *rest: object) -> lease.Lease:
-            own = real(store, *rest)  # type: ignore[arg-type]
-            calls.append(own)
-            store.write_json(lease.LEASE, {"owner": "another", "machine": "far", "pid": 1, "beat": 1})
-            return own
 
-        monkeypatch.setattr(outputs, "acquire", acquire)
-        assert compress(tiny_model, tmp_path / "out") == 1
-        error = capsys.readouterr().err
-        assert "a run on far (process 1) has taken over" in error
-        assert error.count("has taken over") == 1, "the first refusal ends it: the other layers are not compressed"
-        assert not list((tmp_path / "out").glob("*.safetensors"))
-        assert (tmp_path / "out" / RUN).exists()
-
-    def test_files_of_a_run_that_lost_its_place_are_not_taken_for_work_of_its_successor(
-        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A run with 5 bits hangs in its last moment before a commit; one with 3 bits takes its place; then it goes on."""
-        assert compress(tiny_model, tmp_path / "straight", "--bits", "3") == 0
-        place, real = tmp_path / "out", Store.write
-
-        def cut_short(self: Store, name: str, pieces: Iterable[Bytes]) -> object:
-            if name == "config.json":
-                raise KeyboardInterrupt
-            return real(self, name, pieces)
-
-        monkeypatch.setattr(Store, "write", cut_short)
-        assert compress(tiny_model, place, "--bits", "5") == 130
-        names = ["model-00001-of-00007.safetensors", ".swsc/done/model-00001-of-00007.safetensors.json"]
-        late = {name: (place / name).read_bytes() for name in names}
-        assert compress(tiny_model, place, "--bits", "3", "--overwrite") == 130
-        monkeypatch.undo()
-        for name, data in late.items():
-            (place / name).write_bytes(data)
-        assert compress(tiny_model, place, "--bits", "3") == 0
-        assert contents(place) == contents(tmp_path / "straight")
-
-    @pytest.mark.parametrize("moment", ["in the middle of its file", "after its file"])
-    def test_a_commit_looks_again_whether_it_may(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-    ) -> None:
-        store = Store.at(str(tmp_path / "out"))
-        own = lease.acquire(store)
-        real = Store.write
-
-        def lost() -> None:
-            store.put(lease.LEASE, json.dumps({"owner": "another", "machine": "far", "pid": 1, "beat": 1}).encode())
-
-        def meanwhile(pieces: Iterator[Bytes]) -> Iterator[Bytes]:
-            yield next(pieces)
-            lost()
-            yield from pieces
-
-        def write(self: Store, name: str, pieces: Iterable[Bytes]) -> object:
-            if moment == "in the middle of its file":
-                return real(self, name, meanwhile(iter(pieces)))
-            record = real(self, name, pieces)
-            lost()
-            return record
-
-        monkeypatch.setattr(Store, "write", write)
-        part = Part("w", "F32", (1,), np.zeros(4, dtype=np.uint8))
-        with pytest.raises(lease.LeaseLost):
-            commit(own.ticket, "model-00001-of-00001.safetensors", Payload((part,)))
-        assert not store.below(".swsc/done").names()
-        assert bool(store.names()) == (moment == "after its file")
-        own.release()
+def test_restoring_verifies_first_if_it_is_told_to(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _flip(first_layer(output), QUERY)
+    assert main(["restore", str(output), str(tmp_path / "dense"), "--local", "--verify"]) == 1
+    assert f"{QUERY} differs" in capsys.readouterr().err
+    assert not (tmp_path / "dense").exists()
 
 
 def test_a_mistake_about_the_output_shows_before_the_calibration(
