@@ -1,6 +1,7 @@
 """What happens to an output after it is made, or while two want to make it: verify, overwrite, a second run."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -213,6 +214,7 @@ class TestOverwrite:
         self, tiny_model: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert compress(tiny_model, tmp_path / "straight", "--bits", "5") == 0
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # dozens of runs, and no power cut among them
         real, at = Store.write, 0
 
         def write(self: Store, name: str, pieces: object) -> object:
@@ -225,9 +227,9 @@ class TestOverwrite:
         for last in range(1, 40):
             place = Path(shutil.copytree(made, tmp_path / f"out{last}"))
             at = last
-            monkeypatch.setattr(Store, "write", write)
-            code = compress(tiny_model, place, "--bits", "5", "--overwrite")
-            monkeypatch.undo()
+            with monkeypatch.context() as patch:
+                patch.setattr(Store, "write", write)
+                code = compress(tiny_model, place, "--bits", "5", "--overwrite")
             if code == 0:
                 break
             assert code == 130
