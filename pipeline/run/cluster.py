@@ -164,9 +164,9 @@ def _connect(address: str | None) -> bool:
             with _loopback_only():
                 ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         raise ClusterError(
-            f"no Ray cluster at {where}: {reason}; check --address, RAY_ADDRESS and RAY_AUTH_MODE"
+            f"no Ray cluster at {where}: {reason}; check --address, RAY_ADDRESS and RAY_AUTH_MODE, or start one by --address local"
         ) from None
     interrupt.listen()  # after Ray, which installs a handler of its own
     return started_here
