@@ -141,16 +141,6 @@ def end(node: "subprocess.Popen[bytes]") -> None:
             process.kill()
 
 
-def idle_processes(cluster: Cluster) -> list[psutil.Process]:
-    """Processes of a cluster that have no task now: those that wrote what actors had made are among them, actors are not."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, AttributeError):
-            if "ray::IDLE" in process.cmdline()[:1] and cluster.folder in " ".join(process.parent().cmdline()):
-                found.append(process)
-    return found
-
-
 def workers_at(method: str, node: "subprocess.Popen[bytes] | None" = None) -> list[psutil.Process]:
     """Processes of workers that are at `method` ("" is any), of all nodes or of one."""
     family = psutil.Process(node.pid).children(recursive=True) if node else psutil.process_iter()

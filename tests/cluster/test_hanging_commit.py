@@ -1,0 +1,48 @@
+"""A commit runs beside the object, on no worker: if it hangs there, nobody dies of it, and it has a deadline of its own."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ray_cluster import ray_cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+SCRIPT = """
+import sys
+import numpy as np
+import ray
+from pipeline.config import ClusterSettings
+from pipeline.model.lease import acquire
+from pipeline.model.parts import Part, Payload
+from pipeline.model.store import Store
+from pipeline.run.cluster import make_pool
+from pipeline.run.driver import TaskList, execute
+from pipeline.run.pool import Task
+from pipeline.run.progress import Progress
+from tests.hanging import HangsOnce
+
+address, folder, mark = sys.argv[1:]
+pool = make_pool(ClusterSettings(address=address, workers=1, task_deadline=8), 1, 1)
+payload = Payload(HangsOnce((Part("w", "F32", (1,), np.zeros(4, dtype=np.uint8)),), mark))
+with acquire(Store.at(folder)) as lease:
+    done = []
+    where = (lease.ticket, "model-00001-of-00001.safetensors")
+    tasks = TaskList([Task("t", "keep", (), "a layer", (ray.put(payload),), outputs=1, commit_to=where)], done.append)
+    with Progress("test", 1, 0) as progress:
+        execute(pool, tasks, progress)
+    pool.close()
+tasks.raise_failures()
+print("swsc:", done[0].record.name)
+"""
+
+
+def test_a_commit_that_hangs_is_given_up_and_done_again(tmp_path: Path) -> None:
+    with ray_cluster("--num-cpus=1") as cluster:
+        done = cluster.run(sys.executable, "-c", SCRIPT, cluster.address, str(tmp_path / "out"), str(tmp_path / "mark"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"a layer: its commit hangs, given up after \d+ s; starting it again", done.stderr)
+    assert "swsc: model-00001-of-00001.safetensors" in done.stdout
+    assert (tmp_path / "out" / "model-00001-of-00001.safetensors").stat().st_size > 4
