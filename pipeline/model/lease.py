@@ -79,14 +79,9 @@ class Lease:
     def _keep(self) -> None:
         while not self._over.wait(_BEAT):
             with suppress(OSError, StoreError):  # a store that does not answer now may do so at the next beat
-                if self._is_lost():
-                    return
+                if (_understood(_read(self.ticket.store)) or {}).get("owner") != self.ticket.owner:
+                    return  # taken over, or done with by who took over: commits will say so
                 self.renew()
-
-    def _is_lost(self) -> bool:
-        """Whether another run has taken over. A lease that is nobody's went with a write that failed, and is signed again."""
-        found = _understood(_read(self.ticket.store))
-        return found is not None and found["owner"] != self.ticket.owner
 
     def release(self) -> None:
         """Give the ticket back."""

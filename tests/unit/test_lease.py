@@ -130,15 +130,16 @@ def test_of_many_that_come_at_the_same_moment_one_has_it(
         have[0].release()
 
 
-def test_a_lease_that_a_failed_write_took_away_is_signed_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.model.lease._BEAT", 0.01)
+def test_a_run_that_was_asleep_until_its_successor_was_done_does_not_sign_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.model.lease._BEAT", 0.2)
     lease = acquire(store, sleep=Seconds())
     store.remove(LEASE)
-    for _ in range(500):
-        if store.exists(LEASE):
-            break
-        threading.Event().wait(0.01)
-    lease.ticket.require()
+    threading.Event().wait(0.5)
+    assert not store.exists(LEASE)
+    with pytest.raises(RunError):
+        lease.ticket.require()
     lease.release()
 
 
