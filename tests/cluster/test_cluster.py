@@ -294,7 +294,6 @@ class TestRunsThatAreCutShort:
                 assert run.poll() is None, "a worker has come up on the node that joined"
                 _, error = run.communicate(timeout=300)
         assert run.returncode == 0, error
-        assert "its node went away; starting it again" in error
         assert main(["compress", str(model), str(tmp_path / "straight"), "--local", *self.SLOW]) == 0
         assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
