@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import CheckpointError, NonFiniteError
+from pipeline.errors import CheckpointError, NonFiniteError, SwscError
 from pipeline.measure.slots import Slot, find_slot
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import DTYPES
@@ -115,6 +115,8 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
     try:
         in_place = source.checkpoint.store.is_local and not source.entries
         model, info = _load_dense(key, dtype) if in_place else _load_from_store(source, key, dtype)
+    except SwscError:
+        raise  # of ours, and said already: a store that does not answer is asked again
     except Exception as error:  # code that a model brings may raise anything
         require_no_code(key.location, error)
         raise CheckpointError(f"{key.location}: transformers cannot load it: {_first_line(error)}") from None

@@ -1,4 +1,4 @@
-"""Models, outputs, texts and caches in an object store: the bytes are those of a disk."""
+"""Texts and caches in an object store, a server that dies, and what is said and read: of S3 (both kinds: test_both_stores.py)."""
 
 import os
 from collections.abc import Iterator
@@ -27,57 +27,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 @pytest.fixture(scope="module")
 def remote_model(server: ObjectStore, tiny_model: Path) -> str:
     return upload(tiny_model, f"{BUCKET}/tiny")
-
-
-@pytest.fixture(scope="module")
-def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    output = tmp_path_factory.mktemp("local") / "out"
-    assert main(["compress", str(tiny_model), str(output), "--local", "--bits", "4"]) == 0
-    return contents(output)
-
-
-def test_model_and_output_may_lie_anywhere_and_the_bytes_are_the_same(
-    tiny_model: Path, remote_model: str, tmp_path: Path, expected: dict[str, bytes]
-) -> None:
-    for source, output in [
-        (str(tiny_model), f"{BUCKET}/from-local"), (remote_model, f"{BUCKET}/from-remote"), (remote_model, str(tmp_path / "out")),
-    ]:  # fmt: skip
-        assert main(["compress", source, output, "--local", "--bits", "4"]) == 0
-        assert stored(output) == expected
-        assert not Store.at(output).exists(".swsc/run.json")
-        assert not Store.at(output).below(".swsc/done").names()
-
-
-def test_a_run_in_an_object_store_goes_on_where_it_was_cut_off(
-    remote_model: str, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, written = files.ObjectFiles.write, []
-
-    def write(self: Any, path: str, pieces: Any) -> None:
-        if path.endswith(".safetensors"):
-            if len(written) == 2:
-                raise KeyboardInterrupt
-            written.append(path)
-        real(self, path, pieces)
-
-    monkeypatch.setattr(files.ObjectFiles, "write", write)
-    command = ["compress", remote_model, f"{BUCKET}/cut", "--local", "--bits", "4"]
-    assert main(command) == 130
-    assert not Store.at(f"{BUCKET}/cut").exists("config.json")
-    monkeypatch.undo()
-    assert main(command) == 0
-    assert stored(f"{BUCKET}/cut") == expected
-
-
-def test_an_object_whose_source_breaks_off_is_not_there(server: ObjectStore) -> None:
-    def pieces() -> Iterator[bytes]:
-        yield bytes(6 << 20)
-        raise ValueError("the source breaks off")
-
-    store = Store.at(f"{BUCKET}/broken")
-    with pytest.raises(ValueError, match="breaks off"):
-        store.write("half", pieces())
-    assert store.names() == []
 
 
 def test_an_object_whose_server_dies_during_the_upload_is_not_there(server: ObjectStore) -> None:

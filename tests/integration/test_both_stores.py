@@ -1,4 +1,4 @@
-"""The same as test_object_store.py against the other kind of object store: what its client does differently would show here."""
+"""Models and outputs in both kinds of object store: the bytes are those of a disk, whatever their clients do differently."""
 
 import os
 from collections.abc import Iterator
@@ -10,20 +10,24 @@ import pytest
 from jobs.cli import main
 from pipeline.model import files
 from pipeline.model.store import Store
-from tests.google_store import BUCKET, google_store
-from tests.object_store import stored, upload
+from tests import google_store, object_store
 from tests.tiny import contents
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with google_store():
-        yield
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a bucket of a server, of which this process is a client."""
+    if request.param == "gs":
+        with google_store.google_store():
+            yield google_store.BUCKET
+    else:
+        with object_store.object_store(tmp_path_factory.mktemp("s3")) as server, object_store.as_client(server):
+            yield object_store.BUCKET
 
 
 @pytest.fixture(scope="module")
-def remote_model(server: None, tiny_model: Path) -> str:
-    return upload(tiny_model, f"{BUCKET}/tiny")
+def remote_model(bucket: str, tiny_model: Path) -> str:
+    return object_store.upload(tiny_model, f"{bucket}/tiny")
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +38,20 @@ def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def test_model_and_output_may_lie_anywhere_and_the_bytes_are_the_same(
-    tiny_model: Path, remote_model: str, tmp_path: Path, expected: dict[str, bytes]
+    tiny_model: Path, bucket: str, remote_model: str, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     for source, output in [
-        (str(tiny_model), f"{BUCKET}/from-local"), (remote_model, f"{BUCKET}/from-remote"), (remote_model, str(tmp_path / "out")),
+        (str(tiny_model), f"{bucket}/from-local"), (remote_model, f"{bucket}/from-remote"), (remote_model, str(tmp_path / "out")),
     ]:  # fmt: skip
         assert main(["compress", source, output, "--local", "--bits", "4"]) == 0
-        assert stored(output) == expected
+        assert object_store.stored(output) == expected
         assert main(["verify", output, "--local"]) == 0
+        assert not Store.at(output).exists(".swsc/run.json")
+        assert not Store.at(output).below(".swsc/done").names()
 
 
-def test_a_run_goes_on_where_it_was_cut_off(
-    remote_model: str, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+def test_a_run_in_an_object_store_goes_on_where_it_was_cut_off(
+    bucket: str, remote_model: str, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, written = files.ObjectFiles.write, []
 
@@ -57,16 +63,16 @@ def test_a_run_goes_on_where_it_was_cut_off(
         real(self, path, pieces)
 
     monkeypatch.setattr(files.ObjectFiles, "write", write)
-    command = ["compress", remote_model, f"{BUCKET}/cut", "--local", "--bits", "4"]
+    command = ["compress", remote_model, f"{bucket}/cut", "--local", "--bits", "4"]
     assert main(command) == 130
-    assert not Store.at(f"{BUCKET}/cut").exists("config.json")
+    assert not Store.at(f"{bucket}/cut").exists("config.json")
     monkeypatch.undo()
     assert main(command) == 0
-    assert stored(f"{BUCKET}/cut") == expected
+    assert object_store.stored(f"{bucket}/cut") == expected
 
 
-def test_damage_is_found_and_named(remote_model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    output = f"{BUCKET}/damaged"
+def test_damage_is_found_and_named(bucket: str, remote_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    output = f"{bucket}/damaged"
     assert main(["compress", remote_model, output, "--local", "--bits", "4"]) == 0
     store = Store.at(output)
     file = next(name for name in store.names() if name.endswith(".safetensors"))
@@ -78,19 +84,19 @@ def test_damage_is_found_and_named(remote_model: str, capsys: pytest.CaptureFixt
     assert file in capsys.readouterr().err
 
 
-def test_an_object_whose_source_breaks_off_is_not_there() -> None:
+def test_an_object_whose_source_breaks_off_is_not_there(bucket: str) -> None:
     def pieces() -> Iterator[bytes]:
         yield bytes(6 << 20)
         raise ValueError("the source breaks off")
 
-    store = Store.at(f"{BUCKET}/broken")
+    store = Store.at(f"{bucket}/broken")
     with pytest.raises(ValueError, match="breaks off"):
         store.write("half", pieces())
     assert store.names() == []
 
 
-def test_a_folder_is_listed_sized_and_removed_with_what_is_in_it() -> None:
-    store = Store.at(f"{BUCKET}/folder")
+def test_a_folder_is_listed_sized_and_removed_with_what_is_in_it(bucket: str) -> None:
+    store = Store.at(f"{bucket}/folder")
     store.write("one", [b"1", b"23"])
     store.write("below/two", [b"4"])
     assert store.entries() == {"one": True, "below": False}
@@ -108,10 +114,10 @@ def test_a_store_that_does_not_answer_is_one_line(
     monkeypatch.setattr(files, "_RETRY_TIME", files._RETRY_TIME / 60)
     files.files_at.cache_clear()
     try:
-        assert main(["plan", f"{BUCKET}/tiny"]) == 1
+        assert main(["plan", "gs://models/tiny"]) == 1
     finally:
         monkeypatch.undo()
         files.files_at.cache_clear()
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {BUCKET}/tiny")
+    assert error.startswith("error: gs://models/tiny")
     assert error.count("\n") == 1
