@@ -6,11 +6,13 @@ no choice of device: everything runs where the given tensor lies.
 
 from swsc_core.codec import Encoded, decode, encode
 from swsc_core.kmeans import KMeansResult, kmeans
+from swsc_core.linear import SwscEmbedding, SwscLinear
 from swsc_core.lowrank import LowRank, truncated_svd
+from swsc_core.matrix import SwscMatrix, restore
 from swsc_core.metric import Metric
 from swsc_core.rtn import RtnMatrix, dequantize, quantize
 from swsc_core.spec import RtnSpec, Spec, SwscSpec
-from swsc_core.swsc import SwscMatrix, compress, restore
+from swsc_core.swsc import compress
 
 __all__ = [
     "Encoded",
@@ -20,6 +22,8 @@ __all__ = [
     "RtnMatrix",
     "RtnSpec",
     "Spec",
+    "SwscEmbedding",
+    "SwscLinear",
     "SwscMatrix",
     "SwscSpec",
     "compress",

@@ -22,13 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swsc_core.bits import label_bits
 from swsc_core.checks import WeightError, not_finite
-from swsc_core.layout import Layout
+from swsc_core.matrix import SwscMatrix, restore
 from swsc_core.metric import Metric
-from swsc_core.rtn import RtnMatrix, dequantize, group_length, quantize
+from swsc_core.packing import packed_bytes
+from swsc_core.rtn import RtnMatrix, dequantize, group_count, group_length, quantize
 from swsc_core.spec import Spec, SwscSpec
-from swsc_core.swsc import SwscMatrix, compress, restore
-from swsc_core.values import Values
+from swsc_core.swsc import compress
+from swsc_core.values import GROUP, Values
 
 PARTS = (
     "weight", "labels", "scales", "left", "right", "weight_scales", "left_scales", "right_scales", "zero_points",
@@ -38,12 +40,46 @@ _ROWS = 256  # rows that are held in float64 at a time
 
 def parts_of(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the parts that a compressed matrix is stored as."""
+    return tuple(part_shapes(entry))
+
+
+def part_shapes(entry: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """part -> (shape, whether it is floating point values; else packed uint8), of a compressed matrix.
+
+    Raises:
+        ValueError: the entry does not fit the matrix that it is said of.
+    """
+    shape = (int(entry["shape"][0]), int(entry["shape"][1]))
     if entry["method"] == "rtn":
-        return ("weight", "scales", "zero_points")
-    parts = ["weight", "labels", "left", "right"]
-    parts += ["scales"] if entry["scaled"] else []
-    parts += ["weight_scales"] if entry["centroid_bits"] else []
-    return tuple(parts + (["left_scales", "right_scales"] if entry["factor_bits"] else []))
+        groups = group_count(shape, group_length(shape, entry["granularity"], entry.get("group_size", 0)))
+        codes, zeros = packed_bytes(shape[0] * shape[1], entry["bits"]), packed_bytes(groups, entry["bits"])
+        zeros = 0 if entry["symmetric"] else zeros
+        return {"weight": ((codes,), False), "scales": ((groups,), True), "zero_points": ((zeros,), False)}
+    spec = _spec_of(shape, entry)
+    layout = spec.layout(shape)
+    labels = packed_bytes(layout.count, label_bits(spec.n_clusters))
+    parts: dict[str, tuple[tuple[int, ...], bool]] = {"labels": ((labels,), False)}
+    parts |= {"scales": ((shape[0],), True)} if entry["scaled"] else {}
+    centroids = (spec.codebooks * spec.n_clusters, layout.size)
+    parts |= _value_shapes("weight", centroids, entry["centroid_bits"])
+    parts |= _value_shapes("left", (spec.rank, shape[0]), entry["factor_bits"])
+    return parts | _value_shapes("right", (spec.rank, shape[1]), entry["factor_bits"])
+
+
+def _value_shapes(part: str, shape: tuple[int, int], bits: int | None) -> dict[str, tuple[tuple[int, ...], bool]]:
+    if bits is None:
+        return {part: (shape, True)}
+    count = shape[0] * shape[1]
+    groups = group_count((1, count), min(GROUP, count))
+    return {part: ((packed_bytes(count, bits),), False), f"{part}_scales": ((groups,), True)}
+
+
+def _spec_of(shape: tuple[int, int], entry: Mapping[str, Any]) -> SwscSpec:
+    kinds = ("n_clusters", "rank", "channel_axis", "segment_size", "codebooks")
+    spec = SwscSpec(**{kind: entry[kind] for kind in kinds})
+    if wrong := spec.refusal(shape):
+        raise ValueError(f"a matrix of {shape[0]}×{shape[1]}: {wrong}")
+    return spec
 
 
 @dataclass(frozen=True)
@@ -149,14 +185,36 @@ def _encoded(
 
 
 def decode(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
-    """The dense weight, in its own dtype, from the stored parts and the entry that `encode` made."""
+    """The dense weight, in its own dtype, from the stored parts and the entry that `encode` made.
+
+    Raises:
+        ValueError: the entry does not fit its matrix, the parts do not fit the entry, or a label is out of range.
+    """
+    require_parts(tensors, entry)
     dtype = getattr(torch, entry["dtype"])
-    if entry["method"] == "swsc":
-        return restore(matrix_of(tensors, entry), dtype)
+    if entry["method"] == "rtn":
+        return dequantize(rtn_matrix_of(tensors, entry), dtype)
+    matrix = matrix_of(tensors, entry)
+    matrix.require_labels()
+    return restore(matrix, dtype)
+
+
+def require_parts(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the part, unless `tensors` are parts of the shapes and kinds that `entry` asks for."""
+    for part, (shape, is_float) in part_shapes(entry).items():
+        tensor = tensors[part]
+        if tuple(tensor.shape) != shape or tensor.is_floating_point() != is_float:
+            kind = "floating point values" if is_float else "uint8"
+            found = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+            raise ValueError(f"{part} is {found}, wanted {kind} {list(shape)}")
+
+
+def rtn_matrix_of(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> RtnMatrix:
+    """What round-to-nearest stored, of its parts."""
     shape = (int(entry["shape"][0]), int(entry["shape"][1]))
     length = group_length(shape, entry["granularity"], entry.get("group_size", 0))
     codes, scales, zeros = tensors["weight"], tensors["scales"], tensors["zero_points"]
-    return dequantize(RtnMatrix(shape, entry["bits"], length, entry["symmetric"], codes, scales, zeros), dtype)
+    return RtnMatrix(shape, entry["bits"], length, entry["symmetric"], codes, scales, zeros)
 
 
 def tensors_of(matrix: SwscMatrix) -> dict[str, Tensor]:
@@ -174,14 +232,11 @@ def matrix_of(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> SwscMa
         ValueError: what the entry says does not fit the matrix that it is said of.
     """
     shape = (int(entry["shape"][0]), int(entry["shape"][1]))
-    kinds = ("n_clusters", "rank", "channel_axis", "segment_size", "codebooks")
-    if wrong := SwscSpec(**{kind: entry[kind] for kind in kinds}).refusal(shape):
-        raise ValueError(f"a matrix of {shape[0]}×{shape[1]}: {wrong}")
+    layout = _spec_of(shape, entry).layout(shape)
 
     def values(part: str, rows: int, columns: int, bits: int | None) -> Values:
         return Values((rows, columns), tensors[part], tensors.get(f"{part}_scales"), bits)
 
-    layout = Layout(*shape, entry["channel_axis"], entry["segment_size"])
     return SwscMatrix(
         layout,
         entry["codebooks"],

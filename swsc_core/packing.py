@@ -3,11 +3,14 @@
 Value i occupies bits i*bits .. (i+1)*bits - 1 of the stream, and bit j of the stream is bit j % 8 of byte j // 8.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 # A multiple of eight values fills whole bytes, so blocks can be packed on their own: memory stays bounded.
 _BLOCK = 1 << 17
+_UNPACKED = 1 << 20  # as above, where a value takes fewer temporaries
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -42,15 +45,26 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 0:
         return torch.zeros(count, dtype=torch.int32, device=packed.device)
     parts = []
-    for start in range(0, count, _BLOCK):
-        size = min(_BLOCK, count - start)
+    for start in range(0, count, _UNPACKED):
+        size = min(_UNPACKED, count - start)
         first = start * bits // 8
         parts.append(_unpack_block(packed[first : first + packed_bytes(size, bits)], bits, size))
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _unpack_block(packed: Tensor, bits: int, count: int) -> Tensor:
-    stream = ((packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1).reshape(-1)
-    digits = stream[: count * bits].reshape(count, bits).to(torch.int32)
-    places = 2 ** torch.arange(bits, device=packed.device, dtype=torch.int32)
-    return (digits * places).sum(dim=1, dtype=torch.int32)
+    """Eight values lie in `bits` bytes, always at the same places: eight columns are put together from one to three bytes each."""
+    rows = -(-count // 8)
+    padded = torch.nn.functional.pad(packed, (0, rows * bits - packed.numel()))
+    columns = padded.reshape(rows, bits).to(torch.int32).unbind(dim=1)
+    values = torch.stack([_column(columns, place * bits, bits) for place in range(8)], dim=1)
+    return values.reshape(-1)[:count]
+
+
+def _column(columns: Sequence[Tensor], start: int, bits: int) -> Tensor:
+    """The integer of bits start .. start + bits - 1 of each row of bytes."""
+    first, last = start // 8, (start + bits - 1) // 8
+    value = columns[first] >> start % 8
+    for byte in range(first + 1, last + 1):
+        value = value | columns[byte] << 8 * byte - start
+    return value & (1 << bits) - 1

@@ -15,38 +15,16 @@ from torch import Tensor
 from swsc_core.bits import Geometry, label_bits
 from swsc_core.checks import WeightError, derive_seed, not_finite, require_matrix
 from swsc_core.kmeans import kmeans
-from swsc_core.layout import Layout
 from swsc_core.lowrank import truncated_svd
+from swsc_core.matrix import SwscMatrix
 from swsc_core.metric import Metric
-from swsc_core.packing import pack, unpack
+from swsc_core.packing import pack
 from swsc_core.points import means_of
 from swsc_core.sharing import Sharing
 from swsc_core.spec import SwscSpec
-from swsc_core.values import Values, store_scales, store_values
+from swsc_core.values import store_scales, store_values
 
 _HELPS = 1e-3  # share by which a round must lower the energy to be followed by another
-
-
-@dataclass(frozen=True)
-class SwscMatrix:
-    """A compressed m×n matrix, as it is stored.
-
-    Attributes:
-        layout: how it is cut into segments; segments of size n ("output") or m ("input") are whole channels.
-        codebooks: row groups with a codebook each; labels count within the codebook of their rows.
-        centroids: [codebooks * k, layout.size], the representative vectors.
-        labels: uint8 [packed_bytes(layout.count, ceil(log2 k))], the label vector, in the order of `layout.segments`.
-        scales: [m] or None; row i of the matrix is scales[i] times what its labels say.
-        left, right: [r, m] and [r, n]: (U_r Σ^½)ᵀ and Σ^½ V_r of the error.
-    """
-
-    layout: Layout
-    codebooks: int
-    centroids: Values
-    labels: Tensor
-    scales: Tensor | None
-    left: Values
-    right: Values
 
 
 @dataclass(frozen=True)
@@ -191,24 +169,3 @@ class _Compression:
             sharing.layout, self.spec.codebooks, sharing.centroids, labels, scales, self.left, self.right
         )
         return matrix, stats
-
-
-def restore(matrix: SwscMatrix, dtype: torch.dtype) -> Tensor:
-    """W_New = W' + leftᵀ · right, [m, n], computed in float32 and rounded to `dtype`."""
-    dense = _spread(matrix)
-    if matrix.scales is not None:
-        dense *= matrix.scales.float()[:, None]
-    if matrix.left.shape[0]:
-        dense += matrix.left.expand().T @ matrix.right.expand()
-    return dense.to(dtype)
-
-
-def _spread(matrix: SwscMatrix) -> Tensor:
-    """What the labels say, in float32: each segment replaced by its centroid; zero when there are no clusters."""
-    layout, k = matrix.layout, matrix.centroids.shape[0] // matrix.codebooks
-    if k == 0:
-        return torch.zeros(layout.m, layout.n, device=matrix.centroids.data.device)
-    labels = unpack(matrix.labels, label_bits(k), layout.count).chunk(matrix.codebooks)
-    centroids = matrix.centroids.expand().chunk(matrix.codebooks)
-    parts = [layout.matrix(book[own]) for book, own in zip(centroids, labels, strict=True)]
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)

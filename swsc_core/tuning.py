@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from swsc_core.bits import label_bits
+from swsc_core.matrix import SwscMatrix
 from swsc_core.packing import unpack
 from swsc_core.points import sum_by_label
-from swsc_core.swsc import SwscMatrix
 from swsc_core.values import Values, store_scales, store_values
 
 _DECAYS = 0.9, 0.95  # of the running means of gradients and of their squares

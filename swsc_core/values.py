@@ -30,15 +30,15 @@ class Values:
     scales: Tensor | None = None
     bits: int | None = None
 
-    def expand(self) -> Tensor:
-        """The values in float32, [a, b]."""
+    def expand(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values in `dtype`, [a, b]."""
         if self.scales is None or self.bits is None:
-            return self.data.float()
+            return self.data.to(dtype)
         count = self.shape[0] * self.shape[1]
         codes = RtnMatrix(
             (1, count), self.bits, min(GROUP, count), True, self.data, self.scales, self.data.new_empty(0)
         )
-        return dequantize(codes).reshape(self.shape)
+        return dequantize(codes, dtype).reshape(self.shape)
 
 
 def store_values(values: Tensor, bits: int | None, dtype: torch.dtype) -> Values:

@@ -1,0 +1,112 @@
+"""Layers whose weight stays compressed: the parts lie in memory as they are stored, and the forward pass works from them.
+
+A part is a parameter under its stored name (`weight`, `labels`, `left`, …), so that a state dict is what the files hold.
+Nothing requires a gradient unless it is asked for: `layer.left.requires_grad_()` fine-tunes the factors, say. These are no
+`nn.Linear` on purpose: code that reaches for `.weight` as the dense matrix would be silently wrong.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swsc_core.codec import decode, encode, matrix_of, part_shapes
+from swsc_core.matrix import restore_rows
+from swsc_core.metric import Metric
+from swsc_core.product import product
+from swsc_core.spec import Spec
+
+
+class CompressedWeight(nn.Module):
+    """The parts of one matrix [m, n], empty until they are loaded.
+
+    Args:
+        entry: what `encode` said of the matrix; plain JSON.
+        dtype: of the parts that are floating point values; torch's default if None.
+
+    Raises:
+        ValueError: an entry that does not fit its matrix.
+    """
+
+    def __init__(
+        self, entry: Mapping[str, Any], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.entry = dict(entry)
+        for part, (shape, is_float) in part_shapes(entry).items():
+            kind = (dtype or torch.get_default_dtype()) if is_float else torch.uint8
+            self.register_parameter(part, nn.Parameter(torch.empty(shape, dtype=kind, device=device), False))
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """part -> parameter."""
+        return {part: getattr(self, part) for part in part_shapes(self.entry)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parts that are floating point values."""
+        return next(part.dtype for part in self.parts.values() if part.is_floating_point())
+
+    def dense_weight(self) -> Tensor:
+        """W, [m, n], in the dtype that it had before it was compressed; ValueError if the parts are damaged."""
+        with torch.no_grad():
+            return decode(self.parts, self.entry)
+
+    def extra_repr(self) -> str:
+        said = {key: value for key, value in self.entry.items() if key not in ("shape", "dtype", "method")}
+        return ", ".join(f"{key}={value}" for key, value in said.items() if value is not None)
+
+
+class SwscLinear(CompressedWeight):
+    """y = x Wᵀ + b, W compressed by either method, and never built for "swsc" (product.py)."""
+
+    def __init__(
+        self,
+        entry: Mapping[str, Any],
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(entry, dtype, device)
+        self.out_features, self.in_features = int(entry["shape"][0]), int(entry["shape"][1])
+        kind = dtype or torch.get_default_dtype()
+        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=kind, device=device)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, spec: Spec, *, metric: Metric | None = None, seed: int = 0) -> "SwscLinear":
+        """Compress the weight of `linear`, which is not changed; ValueError as from `encode`."""
+        encoded = encode(linear.weight.detach(), [spec], seed=seed, metric=metric)
+        made = cls(encoded.entry, linear.bias is not None, linear.weight.dtype, "meta")
+        parts = dict(encoded.tensors) | ({} if linear.bias is None else {"bias": linear.bias.detach().clone()})
+        made.load_state_dict(parts, assign=True)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n] -> [..., m]."""
+        if self.entry["method"] == "rtn":
+            return nn.functional.linear(x, self.dense_weight().to(x.dtype), self.bias)
+        y = product(x, matrix_of(self.parts, self.entry))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class SwscEmbedding(CompressedWeight):
+    """Rows of W by their numbers, times `scale`; of "swsc" only those are restored that are asked for."""
+
+    def __init__(
+        self,
+        entry: Mapping[str, Any],
+        scale: float = 1.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(entry, dtype, device)
+        self.scale = scale
+        self.num_embeddings, self.embedding_dim = int(entry["shape"][0]), int(entry["shape"][1])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> [..., n], in the dtype of the parts."""
+        if self.entry["method"] == "rtn":
+            return nn.functional.embedding(ids, self.dense_weight().to(self.dtype)) * self.scale
+        rows = restore_rows(matrix_of(self.parts, self.entry), ids.reshape(-1)).to(self.dtype)
+        return rows.reshape(*ids.shape, self.embedding_dim) * self.scale

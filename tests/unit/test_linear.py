@@ -1,0 +1,183 @@
+"""Layers that work from the stored parts give what the dense weight gives."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+
+from swsc_core import RtnSpec, SwscEmbedding, SwscLinear, SwscSpec, encode
+from swsc_core import product as product_module
+from swsc_core.spec import Spec
+
+SPECS: dict[str, Spec] = {
+    "paper, output channels": SwscSpec(9, 4),
+    "paper, input channels": SwscSpec(9, 4, "input"),
+    "clusters alone": SwscSpec(9, 0),
+    "compensation alone": SwscSpec(0, 5),
+    "neither": SwscSpec(0, 0),
+    "one centroid": SwscSpec(1, 2),
+    "segments": SwscSpec(16, 0, segment_size=4, scaled=True),
+    "segments of input channels": SwscSpec(13, 3, "input", segment_size=5, scaled=True),
+    "codebooks": SwscSpec(7, 2, segment_size=6, codebooks=4, scaled=True),
+    "codebooks of whole channels": SwscSpec(3, 2, codebooks=4),
+    "few bits": SwscSpec(16, 3, segment_size=8, centroid_bits=8, factor_bits=6, scaled=True),
+    "rtn, groups": RtnSpec(3, "group", 16),
+    "rtn, one scale": RtnSpec(4, "tensor", symmetric=True),
+}
+M, N = 40, 48
+
+
+def dense(seed: int = 0, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(N, M, bias=bias)
+
+
+@pytest.fixture(params=SPECS, ids=list(SPECS))
+def layer(request: pytest.FixtureRequest) -> SwscLinear:
+    return SwscLinear.from_linear(dense(), SPECS[request.param])
+
+
+def expected(layer: SwscLinear, x: Tensor) -> Tensor:
+    """By the dense weight in float64."""
+    bias = None if layer.bias is None else layer.bias.double()
+    return linear(x.double(), layer.dense_weight().double(), bias)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_the_output_is_that_of_the_dense_weight(layer: SwscLinear) -> None:
+    x = torch.randn(2, 3, N)
+    assert relative(layer(x), expected(layer, x)) < 1e-6
+
+
+def test_slabs_of_any_size_give_the_same(layer: SwscLinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, N)
+    whole = layer(x)
+    monkeypatch.setattr(product_module, "_SLAB", 1)
+    assert relative(layer(x), whole) < 1e-6
+
+
+def test_the_same_input_gives_the_same_bits(layer: SwscLinear) -> None:
+    x = torch.randn(7, N)
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_close_as_a_dense_layer_is(layer: SwscLinear, dtype: torch.dtype) -> None:
+    x, wanted = torch.randn(16, N), layer
+    dense_layer = linear(x.to(dtype), wanted.dense_weight().to(dtype), wanted.bias.to(dtype))
+    ours = copy.deepcopy(layer).to(dtype)(x.to(dtype))
+    assert ours.dtype == dtype
+    assert relative(ours, expected(layer, x)) < 2.5 * relative(dense_layer, expected(layer, x)) + 1e-4
+
+
+def test_autocast_casts_the_products(layer: SwscLinear) -> None:
+    x = torch.randn(4, N)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert relative(y, expected(layer, x)) < 0.02
+
+
+def test_gradients_of_inputs_are_those_of_the_dense_weight(layer: SwscLinear) -> None:
+    x = torch.randn(6, N, requires_grad=True)
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    wanted = torch.ones(6, M).double() @ layer.dense_weight().double()
+    if wanted.any():
+        assert relative(x.grad, wanted) < 1e-5
+    else:
+        assert x.grad is None or not x.grad.any()
+
+
+def test_the_graph_of_segments_does_not_hold_the_dense_weight() -> None:
+    layer = SwscLinear.from_linear(dense(), SPECS["segments"])
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        layer(torch.randn(2, N, requires_grad=True))
+    assert max(kept) < M * N
+
+
+@pytest.mark.parametrize("name", ["paper, output channels", "paper, input channels", "segments", "codebooks"])
+def test_parts_that_are_asked_to_can_be_tuned(name: str) -> None:
+    layer = SwscLinear.from_linear(dense(), SPECS[name])
+    tuned = [
+        part for part in ("weight", "scales", "left", "right") if part in layer.parts and layer.parts[part].numel()
+    ]
+    for part in tuned:
+        layer.parts[part].requires_grad_()
+    x = torch.randn(6, N, dtype=torch.float64)
+
+    def loss(*values: Tensor) -> Tensor:
+        swapped = dict(zip(tuned, values, strict=True))
+        return torch.func.functional_call(layer.double(), swapped, (x,)).square().sum()
+
+    values = [layer.parts[part].detach().double().requires_grad_() for part in tuned]
+    assert torch.autograd.gradcheck(loss, values, fast_mode=True)
+
+
+def test_nothing_but_the_bias_wants_a_gradient_unasked(layer: SwscLinear) -> None:
+    assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["bias"]
+
+
+def test_the_state_dict_is_what_is_stored(layer: SwscLinear) -> None:
+    encoded = [encode(dense().weight.detach(), [spec]) for spec in SPECS.values()]
+    stored = next(found.tensors for found in encoded if found.entry == layer.entry)
+    state = layer.state_dict()
+    assert state.keys() == {*stored, "bias"}
+    assert all(torch.equal(state[part], tensor) for part, tensor in stored.items())
+
+
+def whole_graphs(layer: nn.Module) -> list[Callable[[Tensor], Tensor]]:
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(layer, (torch.randn(3, N),)).module()
+    return [compiled, exported]
+
+
+@pytest.mark.parametrize(
+    "name", ["paper, output channels", "paper, input channels", "segments", "few bits", "rtn, groups"]
+)
+def test_it_compiles_and_exports_as_one_graph(name: str) -> None:
+    layer = SwscLinear.from_linear(dense(), SPECS[name])
+    x = torch.randn(3, N)
+    with torch.no_grad():
+        for graph in whole_graphs(layer):
+            assert relative(graph(x), layer(x)) < 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(ids=st.lists(st.integers(0, M - 1), min_size=1, max_size=12), name=st.sampled_from(sorted(SPECS)))
+def test_rows_of_an_embedding_are_those_of_the_dense_weight(ids: list[int], name: str) -> None:
+    encoded = encode(dense().weight.detach(), [SPECS[name]])
+    layer = SwscEmbedding(encoded.entry, scale=2.0)
+    layer.load_state_dict(encoded.tensors)
+    wanted = embedding(torch.tensor([ids]), encoded.restored) * 2.0
+    assert torch.allclose(layer(torch.tensor([ids])), wanted, atol=1e-6)
+
+
+def test_what_the_layer_holds_is_what_is_stored() -> None:
+    layer = SwscLinear.from_linear(dense(bias=False), SPECS["segments"])
+    held = sum(p.numel() * p.element_size() for p in layer.parameters())
+    assert held == SPECS["segments"].stored_bytes((M, N), 32)
+
+
+@pytest.mark.parametrize(("part", "damage"), [("labels", lambda t: t[:-1]), ("weight", lambda t: t[:, :-1])])
+def test_parts_of_another_shape_are_refused_by_name(part: str, damage: Callable[[Tensor], Tensor]) -> None:
+    layer = SwscLinear.from_linear(dense(), SPECS["segments"])
+    setattr(layer, part, nn.Parameter(damage(layer.parts[part]), requires_grad=False))
+    with pytest.raises(ValueError, match=part):
+        layer.dense_weight()
+
+
+def test_a_label_beyond_the_centroids_is_refused() -> None:
+    layer = SwscLinear.from_linear(dense(), SPECS["paper, output channels"])
+    layer.labels.data.fill_(255)
+    with pytest.raises(ValueError, match="label 15 is out of range for 9 centroids"):
+        layer.dense_weight()
