@@ -55,6 +55,8 @@ def part_shapes(entry: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], bo
         codes, zeros = packed_bytes(shape[0] * shape[1], entry["bits"]), packed_bytes(groups, entry["bits"])
         zeros = 0 if entry["symmetric"] else zeros
         return {"weight": ((codes,), False), "scales": ((groups,), True), "zero_points": ((zeros,), False)}
+    if entry["method"] != "swsc":
+        raise ValueError(f"method {entry['method']!r} is not known")
     spec = _spec_of(shape, entry)
     layout = spec.layout(shape)
     labels = packed_bytes(layout.count, label_bits(spec.n_clusters))

@@ -36,11 +36,15 @@ class CompressedWeight(nn.Module):
         self.entry = dict(entry)
         for part, (shape, is_float) in part_shapes(entry).items():
             kind = (dtype or torch.get_default_dtype()) if is_float else torch.uint8
-            self.register_parameter(part, nn.Parameter(torch.empty(shape, dtype=kind, device=device), False))
+            empty = torch.empty(shape, dtype=kind, device=device)
+            if empty.numel():
+                self.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+            else:  # parameters of no size all lie at address 0, which tools that look for tied ones take for one and the same
+                self.register_buffer(part, empty)
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """part -> parameter."""
+        """part -> tensor."""
         return {part: getattr(self, part) for part in part_shapes(self.entry)}
 
     @property

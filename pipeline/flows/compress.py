@@ -15,7 +15,6 @@ from pipeline.config import CompressSettings
 from pipeline.errors import ClusterError, WeightsError
 from pipeline.flows.preflight import begin_with_room, identity_of, require_apart
 from pipeline.measure.tuner import Tuned
-from pipeline.model.artifact import quantization_config
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.lease import Ticket
@@ -26,6 +25,7 @@ from pipeline.model.store import FileRecord, Store
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
+from swsc_core.format import quantization_config
 
 # (number of tasks, bytes of memory that a worker needs, bytes of them that must fit a GPU if it has one) -> a pool for them
 PoolMaker = Callable[..., Pool]

@@ -8,22 +8,10 @@ from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.entries import what_is_wrong
 from pipeline.model.parts import read_tensor
+from swsc_core.format import entries_of, part_name
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-FORMAT_VERSION = 2
-
-
-def quantization_config(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What config.json says of the compressed tensors: tensor name -> what `swsc_core.decode` must know."""
-    return {"quant_method": "swsc", "format_version": FORMAT_VERSION, "tensors": entries}
-
-
-def part_name(tensor: str, part: str) -> str:
-    """Stored name of a part: `X.weight` and part `left` give `X.left`."""
-    stem = tensor.removesuffix(".weight")
-    return tensor if part == "weight" else f"{stem}.{part}"
 
 
 @dataclass(frozen=True)
@@ -87,14 +75,15 @@ def open_model(location: str) -> Model:
         raise CheckpointError(
             f"{location}: quantized by {quantization.get('quant_method')!r}; give the unquantized model"
         )
-    if quantization.get("format_version") != FORMAT_VERSION:
-        found = quantization.get("format_version")
-        raise CheckpointError(f"{location}: format version {found}, this release reads {FORMAT_VERSION}; update swsc")
-    if wrong := what_is_wrong(quantization.get("tensors")):
+    try:
+        entries = entries_of(quantization)
+    except ValueError as error:
+        raise CheckpointError(f"{location}: {error}") from None
+    if wrong := what_is_wrong(entries):
         raise CheckpointError(
             f"{location}: quantization_config does not say what is compressed ({wrong}); compress again"
         )
-    model = Model(checkpoint, quantization["tensors"])
+    model = Model(checkpoint, entries)
     missing = [
         where for name in model.entries for where in model.parts(name).values() if where not in checkpoint.tensors
     ]

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.model.artifact import part_name
 from pipeline.model.checkpoint import RUN, read_header
 from pipeline.model.families import layer_of
 from pipeline.model.parts import DONE, read_tensor
 from pipeline.model.store import Store
 from swsc_core import Metric
+from swsc_core.format import part_name
 
 
 def layers_of(names: Iterable[str]) -> dict[str, list[str]]:

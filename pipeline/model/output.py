@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from pipeline.model.artifact import FORMAT_VERSION
 from pipeline.model.checkpoint import INDEX, MANIFEST, Checkpoint, read_header
 from pipeline.model.lease import LEASE, Lease, Ticket, acquire
 from pipeline.model.standing import (
@@ -25,6 +24,7 @@ from pipeline.model.standing import (
     what_is_finished,
 )  # fmt: skip
 from pipeline.model.store import FileRecord, Store
+from swsc_core.format import FORMAT_VERSION
 
 CALIBRATION = "swsc_calibration.json"  # traces of the text that was calibrated on (measure/overlap.py)
 

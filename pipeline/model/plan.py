@@ -12,12 +12,12 @@ from typing import Literal
 
 from pipeline.config import MatrixSettings
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.model.artifact import part_name
 from pipeline.model.checkpoint import FLOATS, Checkpoint, TensorInfo
 from pipeline.model.families import layer_of, role_patterns
 from pipeline.model.leftovers import HEAD, embedding_of_tied
 from pipeline.model.specs import budget_bytes, require_affordable, resolve, value_bits
 from swsc_core.codec import PARTS
+from swsc_core.format import part_name
 from swsc_core.spec import Spec
 
 _STORED = ("compressed", "copied")  # actions after which a tensor stands in the output

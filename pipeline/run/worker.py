@@ -19,7 +19,7 @@ from pipeline.measure.hooks import Sums
 from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
-from pipeline.model.artifact import open_model, part_name
+from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import TensorInfo, read_header
 from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
@@ -31,6 +31,7 @@ from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
 from swsc_core.codec import dtype_name
 from swsc_core.curve import reach, share_left
+from swsc_core.format import part_name
 from swsc_core.spec import Spec, SwscSpec
 
 

@@ -1,0 +1,46 @@
+"""What `quantization_config` of a compressed checkpoint says, by version, and under which names its parts are stored.
+
+    {"quant_method": "swsc", "format_version": 2, "tensors": {tensor name: entry, …}}
+
+Entries are those of codec.py. A reader knows every version up to its own: an entry of version 1 (whole channels, 16-bit
+values) says less, and what it leaves out has one meaning. docs/format.md has all of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+QUANT_METHOD = "swsc"
+FORMAT_VERSION = 2
+
+
+def quantization_config(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What config.json says of the compressed tensors: tensor name -> what `swsc_core.decode` must know."""
+    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "tensors": dict(entries)}
+
+
+def entries_of(quantization: Mapping[str, Any]) -> Any:
+    """The entries that `quantization` holds, as the present version would say them.
+
+    Raises:
+        ValueError: a version that this release does not know.
+    """
+    version, entries = quantization.get("format_version"), quantization.get("tensors")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"format version {version}, this release reads 1 to {FORMAT_VERSION}; update swsc")
+    if version == 1 and isinstance(entries, dict):
+        return {name: _from_first(entry) for name, entry in entries.items()}
+    return entries
+
+
+def _from_first(entry: Any) -> Any:
+    if not isinstance(entry, dict) or entry.get("method") != "swsc" or "shape" not in entry:
+        return entry
+    length = entry["shape"][1 if entry.get("channel_axis") == "output" else 0]
+    added = {"segment_size": length, "codebooks": 1, "scaled": False, "centroid_bits": None, "factor_bits": None}
+    return added | entry
+
+
+def part_name(tensor: str, part: str) -> str:
+    """Stored name of a part: `X.weight` and part `left` give `X.left`."""
+    stem = tensor.removesuffix(".weight")
+    return tensor if part == "weight" else f"{stem}.{part}"

@@ -1,0 +1,72 @@
+"""Headers of safetensors files, held against what config.json says, before a byte of a weight is read.
+
+transformers warns of tensors that are missing and goes on with uninitialised memory, and older releases accept wrong shapes
+where a quantizer is present. Here a directory that is not whole is refused, and the line says what is wrong with which tensor.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from swsc_core.codec import part_shapes
+from swsc_core.format import part_name
+
+Header = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
+_LONGEST = 100 << 20  # bytes of a header that the format allows
+
+
+def read_headers(files: Iterable[str]) -> dict[str, Header]:
+    """Tensor name -> dtype and shape, of all `files`.
+
+    Raises:
+        ValueError: a file that is cut short, is no safetensors file, or holds a tensor that another one holds too.
+    """
+    found: dict[str, Header] = {}
+    for file in files:
+        for name, header in _read_header(Path(file)).items():
+            if name in found:
+                raise ValueError(f"{file}: {name} stands in another file, too; compress or download it again")
+            found[name] = header
+    return found
+
+
+def _read_header(path: Path) -> dict[str, Header]:
+    damaged = f"{path}: damaged or cut short; run `swsc verify`, then compress or download it again"
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            said = json.loads(file.read(length)) if length <= _LONGEST else {}
+        tensors = {name: about for name, about in said.items() if name != "__metadata__"}
+        end = max((about["data_offsets"][1] for about in tensors.values()), default=0)
+        headers = {name: (about["dtype"], tuple(about["shape"])) for name, about in tensors.items()}
+    except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError):
+        raise ValueError(damaged) from None
+    if path.stat().st_size != 8 + length + end:
+        raise ValueError(damaged)
+    return headers
+
+
+def require_parts(headers: Mapping[str, Header], entries: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Raise ValueError unless every entry fits its matrix and all its parts are there, of the shapes and kinds that it asks for."""
+    for name, entry in entries.items():
+        try:
+            wanted = part_shapes(entry)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{where}: the entry of {name} is no description of it ({error}); compress again"
+            ) from None
+        for part, (shape, is_float) in wanted.items():
+            _require_part(headers, part_name(name, part), shape, is_float, where)
+
+
+def _require_part(
+    headers: Mapping[str, Header], stored: str, shape: tuple[int, ...], is_float: bool, where: str
+) -> None:
+    if stored not in headers:
+        raise ValueError(f"{where}: {stored} is missing; compress or download it again")
+    dtype, found = headers[stored]
+    if found != shape or dtype.startswith(("F", "BF")) != is_float or (not is_float and dtype != "U8"):
+        kind = "floating point values" if is_float else "U8"
+        raise ValueError(f"{where}: {stored} is {dtype} {list(found)}, wanted {kind} {list(shape)}; download it again")

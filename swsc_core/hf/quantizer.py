@@ -1,0 +1,149 @@
+"""What transformers calls while it loads, saves and dequantizes a compressed model.
+
+Before weights are read, headers are held against the config and layers are replaced on the meta device; what has no layer of
+its own is restored on the way in (restoring.py). After that the model is as small as its files.
+"""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from swsc_core.bits import Geometry
+from swsc_core.budget import solve_budget
+from swsc_core.codec import matrix_of
+from swsc_core.format import FORMAT_VERSION
+from swsc_core.hf.config import SwscConfig
+from swsc_core.hf.headers import read_headers, require_parts
+from swsc_core.hf.names import Names, saved_name
+from swsc_core.hf.placing import compress_layer, make_dense, place
+from swsc_core.hf.restoring import with_restoring
+from swsc_core.linear import CompressedWeight, SwscLinear
+from swsc_core.menu import candidates
+from swsc_core.spec import SwscSpec
+
+
+class SwscQuantizer(HfQuantizer):
+    """Quantization method "swsc" of transformers."""
+
+    requires_calibration = False
+    quantization_config: SwscConfig
+
+    def __init__(self, quantization_config: SwscConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._restored: list[str] = []
+        self._stored: list[str] = []
+        self._dtype = torch.float32
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        entries, config = self.quantization_config.tensors, self.quantization_config
+        self._dtype, self._names = dtype or torch.get_default_dtype(), Names(model)
+        where = model.config.name_or_path
+        if checkpoint_files:
+            headers = read_headers(checkpoint_files)
+            require_parts(headers, entries, where)
+            self._stored = list(headers)
+        for name, entry in entries.items():
+            target, pattern = self._names.target(name)
+            if config.dequantize or pattern or not place(model, target, entry, self._dtype):
+                self._restored.append(name)
+        if checkpoint_files:
+            self._require_all(model, where)
+
+    def _require_all(self, model: Any, where: str) -> None:
+        """Raise ValueError if a parameter is in no file: transformers would warn and go on with whatever lies in memory."""
+        names, tied = Names(model), model.all_tied_weights_keys
+        ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
+        filled = names.filled(self._stored)
+        for name in model.state_dict():
+            found = name in filled or tied.get(name) in filled or any(k in filled for k, v in tied.items() if v == name)
+            if not found and not any(pattern.search(name) for pattern in ignored):
+                raise ValueError(f"{where}: nothing is stored for {name}; compress or download it again")
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """transformers' own conversions, with a step before them for what is restored while it is loaded."""
+        self._own_conversions = list(weight_conversions)
+        if not self._restored:
+            return weight_conversions
+        entries = self.quantization_config.tensors
+        return with_restoring(weight_conversions, self._restored, entries, self._stored, self._names, self._dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
+        if not self.pre_quantized:
+            self._compress(model)
+        elif self._restored:
+            model._weight_conversions = [c for c in self._own_conversions if c.was_used()] or None
+        for path, layer in model.named_modules():
+            if isinstance(layer, CompressedWeight):
+                _require_labels(path, layer)
+        return model
+
+    def _compress(self, model: Any) -> None:
+        config = self.quantization_config
+        chosen = [p for p, m in model.named_modules() if type(m) is nn.Linear and re.search(config.include, p)]
+        if not chosen:
+            raise ValueError(f"SwscConfig: include {config.include!r} finds no linear layer of {type(model).__name__}")
+        for path in chosen:
+            linear = model.get_submodule(path)
+            compress_layer(model, path, SwscLinear.from_linear(linear, _spec(linear, config), seed=config.seed))
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
+        named = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved holds a name
+        make_dense(model, named or self._dtype)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called before a model is saved: its config says what is compressed by then, under the names that are written."""
+        layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, CompressedWeight)}
+        tied = model.all_tied_weights_keys
+        self.quantization_config.tensors = {
+            saved_name(model, f"{path}.weight"): layer.entry
+            for path, layer in layers.items()
+            if f"{path}.weight" not in tied
+        }
+        model.config.quantization_config = self.quantization_config
+        return None, {"swsc_format_version": str(FORMAT_VERSION)}
+
+    def is_serializable(self) -> bool:
+        """Compressed layers are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through compressed layers: adapters can be trained on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` may compile the forward pass."""
+        return True
+
+
+def _require_labels(path: str, layer: CompressedWeight) -> None:
+    if layer.entry["method"] == "swsc" and layer.weight.device.type != "meta":
+        try:
+            matrix_of(layer.parts, layer.entry).require_labels()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; run `swsc verify`, then compress or download it again") from None
+
+
+def _spec(linear: nn.Linear, config: SwscConfig) -> SwscSpec:
+    """The largest that the bits buy, of the form that is asked for."""
+    m, n = linear.weight.shape
+    width = 8 * linear.weight.element_size()
+    if config.form == "paper":
+        return SwscSpec(*solve_budget(Geometry(m, n, "output"), config.bits, value_bits=width))
+    menu = [
+        replace(spec, metric="weights", feedback=False, rounds=0) for spec in candidates((m, n), width) if not spec.rank
+    ]
+    within = [spec for spec in menu if 8 * spec.stored_bytes((m, n), width) <= config.bits * m * n]
+    if not within:
+        raise ValueError(f"SwscConfig: bits {config.bits:g} buy nothing on a matrix of {m}×{n}; raise bits")
+    return max(within, key=lambda spec: spec.stored_bytes((m, n), width))
