@@ -1,5 +1,6 @@
 """Checkpoint in, complete compressed model directory out."""
 
+import os
 import platform
 import resource
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 
 from pipeline.config import CompressSettings
 from pipeline.errors import ClusterError, WeightsError
+from pipeline.flows.card import card_of_compression
 from pipeline.flows.preflight import begin_with_room, identity_of, require_apart
 from pipeline.measure.tuner import Tuned
 from pipeline.model.checkpoint import Checkpoint
@@ -48,6 +50,12 @@ class Calibrated:
     about: dict[str, Any]
     ids: np.ndarray
     cache: str
+
+    @property
+    def words(self) -> str:
+        """What a card says of it: the text by its name, without the path to it."""
+        text = os.path.basename(self.about["text"]) if self.about["text"] else "text that the model wrote itself"
+        return f"{len(self.ids)} windows of {self.ids.shape[1]} tokens of {text}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,8 @@ def _carry_out(
     ordered = [records[name] for name in sorted(records)]
     if calibrated:
         ordered.append(out.store.write_json(CALIBRATION, calibrated.about))
-    finish(out, source, ordered, _config(source, rows, settings.format), report)
+    card = card_of_compression(source, plan, rows, settings, calibrated.words if calibrated else "")
+    finish(out, source, ordered, _config(source, rows, settings.format), report, card)
     return report
 
 

@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.flows.card import card_of_restoring
 from pipeline.flows.compress import PoolMaker, run_tasks, versions
 from pipeline.flows.preflight import ALGORITHM, begin_with_room, require_apart
 from pipeline.model.artifact import Model, open_model
@@ -47,7 +48,7 @@ def restore_model(location: str, output: str, make_pool: PoolMaker, overwrite: b
         todo = [task for task in _tasks(model, location, out.ticket) if task.key not in out.finished]
         memory = restoring_bytes(max(model.count(name) for name in model.entries))
         run_tasks(todo, memory, note, make_pool, out, "restore")
-        finish(out, source, [records[name] for name in sorted(records)], model.config, report)
+        finish(out, source, [records[name] for name in sorted(records)], model.config, report, card_of_restoring(model))
     return report
 
 

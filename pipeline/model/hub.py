@@ -10,6 +10,9 @@ from functools import lru_cache
 from pipeline.errors import CheckpointError
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
+_SNAPSHOT = re.compile(
+    r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/[^/]+$"
+)  # where the cache has a model
 _WANTED = (
     "*.safetensors",
     "*.json",
@@ -17,7 +20,8 @@ _WANTED = (
     "*.model",
     "*.jinja",
     "LICENSE*",
-    "README.md",
+    "NOTICE*",
+    "*.md",
 )  # nothing that could be run
 
 
@@ -31,6 +35,18 @@ def local_copy(location: str) -> str:
     if match is None or os.path.exists(location):
         return location
     return _downloaded(match["repo"], match["revision"])
+
+
+def is_hub_id(value: object) -> bool:
+    """Whether it is ORG/NAME; a relative path of two parts looks the same."""
+    match = _HUB_ID.fullmatch(value) if isinstance(value, str) else None
+    return match is not None and match["revision"] is None
+
+
+def hub_id_of(root: str) -> str | None:
+    """ORG/NAME of the model that lies in the directory `root` of the Hub's cache; None for any other directory."""
+    match = _SNAPSHOT.search(root)
+    return f"{match['owner']}/{match['name']}" if match else None
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from pipeline.model.card import CARD, SOURCE_CARD
 from pipeline.model.checkpoint import INDEX, MANIFEST, Checkpoint, read_header
 from pipeline.model.lease import LEASE, Lease, Ticket, acquire
 from pipeline.model.standing import (
@@ -110,15 +111,20 @@ def abandon(output: Output) -> None:
 
 
 def finish(
-    output: Output, source: Checkpoint, records: list[FileRecord], config: dict[str, Any], report: dict[str, Any]
-) -> None:
+    output: Output, source: Checkpoint, records: list[FileRecord], config: dict[str, Any], report: dict[str, Any], card: str
+) -> None:  # fmt: skip
     """Write everything that makes finished tensor files a model; the manifest last.
+
+    The source's own card gives way to `card`, and is kept under another name, unless the source keeps one so already.
 
     The manifest lists every file but itself and the report, which holds times and therefore differs between runs.
     """
     output.ticket.require()
     store, weight_map, total = output.store, {}, 0
-    beside = [INDEX, "config.json", CALIBRATION, *source.extras]
+    copied = {name: name for name in source.extras if name != CARD}  # name here -> name in the source
+    if CARD in source.extras:
+        copied.setdefault(SOURCE_CARD, CARD)
+    beside = [INDEX, "config.json", CALIBRATION, CARD, *copied]
     for name in set(read_list(store, FINISHING)) & set(store.names()) - set(beside):
         store.remove(name)  # of a run that was cut off here, when the source had other files
     store.write_json(FINISHING, beside)
@@ -129,9 +135,13 @@ def finish(
             total += info.nbytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     records = records + [
-        store.write(name, source.store.stream(name, 0, source.store.size(name))) for name in source.extras
+        store.write(name, source.store.stream(own, 0, source.store.size(own))) for name, own in copied.items()
     ]
-    records += [store.write_json(INDEX, index), store.write_json("config.json", config)]
+    records += [
+        store.write(CARD, [card.encode()]),
+        store.write_json(INDEX, index),
+        store.write_json("config.json", config),
+    ]
     store.write_json(REPORT, report)
     files = {record.name: record.about for record in records}
     for name in [name for name in store.names() if OURS.match(name) and name not in files]:

@@ -20,21 +20,13 @@ WINGS = (
 )  # each knows only those before it
 FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 PLUG_IN = ("swsc_core", "hf")  # what transformers calls: the one part of the core that knows it
+PLUG_IN_DOORS = {f"swsc_core/hf/{name}.py" for name in ("__init__", "config", "names", "quantizer", "restoring")}
 # foreign library -> the files through whose door it comes in
 DOORS = {
     "ray": {"pipeline/run/cluster.py", "pipeline/run/ray_pool.py"},
     "safetensors": set(),  # read and written by byte range: pipeline/model/checkpoint.py says why
-    "transformers": {
-        "pipeline/measure/perplexity.py",
-        "pipeline/measure/windows.py",
-        "jobs/demo.py",
-        *(
-            str(file)
-            for file in FILES
-            if file.parts[:2] == PLUG_IN and file.name != "headers.py" and file.name != "placing.py"
-        ),
-    },
-    "huggingface_hub": {"pipeline/model/hub.py"},
+    "transformers": {"pipeline/measure/perplexity.py", "pipeline/measure/windows.py", "jobs/demo.py", *PLUG_IN_DOORS},
+    "huggingface_hub": {"pipeline/model/hub.py", "pipeline/model/card.py"},  # downloads and uploads; front matters
     "datasets": {"pipeline/measure/windows.py"},
     "pyarrow": {"pipeline/report/files.py", "pipeline/model/files.py"},
     "pydantic": {"pipeline/config.py", "pipeline/validation.py", "pipeline/model/entries.py"},

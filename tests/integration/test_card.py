@@ -1,0 +1,214 @@
+"""The model card of an output: what it says, that it is the same for equal runs, and what a measurement adds to it."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from jobs.cli import main
+from pipeline.model.checkpoint import MANIFEST, read_header
+from pipeline.model.store import Store
+from tests.tiny import contents, make_text
+
+OF_THE_SOURCE = """---
+license: other
+license_name: tiny-community
+license_link: LICENSE
+language:
+- no
+- en
+pipeline_tag: text-generation
+tags:
+- pretty
+model-index:
+- name: tiny
+  results:
+  - task: {type: text-generation}
+    dataset: {name: D, type: d}
+    metrics: [{type: perplexity, value: 1.5}]
+---
+# Tiny
+
+Is tiny, and has a perplexity of 1.5.
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a card and a licence of its own."""
+    path = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("carded") / "model"))
+    (path / "README.md").write_text(OF_THE_SOURCE)
+    (path / "LICENSE").write_text("Be kind.")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("made") / "out"
+    assert compress(model, output) == 0
+    return output
+
+
+@pytest.fixture
+def output(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def compress(model: Path, output: Path, *flags: str) -> int:
+    return main(["compress", str(model), str(output), "--local", *flags])
+
+
+def front_matter(output: Path) -> dict[str, Any]:
+    return ModelCard.load(output / "README.md").data.to_dict()
+
+
+def stored_bytes(output: Path) -> int:
+    store = Store.at(str(output))
+    return sum(info.nbytes for path in output.glob("*.safetensors") for info in read_header(store, path.name)[1])
+
+
+def changed(model: Path, target: Path, card: str | None = None, **config: str) -> Path:
+    """A copy of the model with another card, or none, and more in its config."""
+    shutil.copytree(model, target)
+    if card is None:
+        (target / "README.md").unlink()
+    else:
+        (target / "README.md").write_text(card)
+    file = target / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return target
+
+
+class TestWhatItSays:
+    def test_licence_language_and_task_are_carried_over_and_nothing_that_was_measured(self, made: Path) -> None:
+        assert front_matter(made) == {
+            "license": "other", "license_name": "tiny-community", "license_link": "LICENSE", "language": ["no", "en"],
+            "pipeline_tag": "text-generation", "library_name": "transformers", "tags": ["swsc", "compressed"],
+        }  # fmt: skip
+        assert (made / "LICENSE").read_text() == "Be kind."
+        assert "1.5" not in (made / "README.md").read_text()
+
+    def test_the_card_of_the_source_is_kept_whole_and_linked(self, made: Path) -> None:
+        assert (made / "BASE_MODEL_CARD.md").read_text() == OF_THE_SOURCE
+        assert "(BASE_MODEL_CARD.md)" in (made / "README.md").read_text()
+
+    @pytest.mark.parametrize("form", ["swsc", "dense"])
+    def test_its_figures_are_those_of_the_report_and_of_the_files(self, model: Path, tmp_path: Path, form: str) -> None:
+        assert compress(model, tmp_path / "out", "--format", form) == 0
+        card = (tmp_path / "out" / "README.md").read_text()
+        report = json.loads((tmp_path / "out" / "swsc_report.json").read_text())
+        bits = report["compressed_bits_per_weight"], report["whole_model_bits_per_weight"]
+        assert f"{bits[0]:.3f} over the compressed matrices, {bits[1]:.3f} over the whole model" in card
+        assert f"- {report['share_of_weights_compressed']:.1%} of " in card
+        assert f"{stored_bytes(model):,} bytes before, {stored_bytes(tmp_path / 'out'):,} here" in card
+        kinds = re.findall(r"`model\.layers\.N\.self_attn\.([qk])_proj\.weight` \| (\d+) \| (\d+) × (\d+)", card)
+        assert kinds == [("k", "3", "32", "64"), ("q", "3", "64", "64")]
+        assert ("import swsc_core" in card) == (form == "swsc")
+
+    def test_the_command_that_it_shows_makes_the_same_output(self, model: Path, tmp_path: Path) -> None:
+        flags = ["--bits", "4", "--include", r"\.(q|o)_proj", "--channel-axis", "auto", "--seed", "3"]
+        assert compress(model, tmp_path / "out", *flags) == 0
+        line = re.search(
+            r"^swsc compress MODEL OUTPUT (.*)$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE
+        )
+        assert line is not None
+        assert compress(model, tmp_path / "again", *shlex.split(line[1])) == 0
+        assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+    def test_a_calibration_is_named_without_the_path_to_it(self, model: Path, tmp_path: Path) -> None:
+        text = make_text(tmp_path / "prose.txt", 1500, seed=77)
+        short = ["--calibration-windows", "6", "--calibration-seqlen", "32", "--preset", "fast", "--bits", "4"]
+        assert compress(model, tmp_path / "out", *short, "--calibration", str(text)) == 0
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "Calibrated on 6 windows of 32 tokens of prose.txt." in card
+        assert str(tmp_path) not in card
+
+    def test_a_restored_model_says_what_was_compressed_and_keeps_licence_and_card(
+        self, made: Path, tmp_path: Path
+    ) -> None:
+        assert main(["restore", str(made), str(tmp_path / "dense"), "--local"]) == 0
+        card, before = (tmp_path / "dense" / "README.md").read_text(), (made / "README.md").read_text()
+        assert front_matter(tmp_path / "dense") == front_matter(made) | {"tags": ["swsc"]}
+        assert (tmp_path / "dense" / "BASE_MODEL_CARD.md").read_text() == OF_THE_SOURCE
+        assert re.findall(r"^\| .*$", card, re.MULTILINE) == re.findall(r"^\| .*$", before, re.MULTILINE)
+        assert f"{stored_bytes(made):,} bytes before, {stored_bytes(tmp_path / 'dense'):,} here" in card
+        assert main(["verify", str(tmp_path / "dense"), "--local"]) == 0
+
+
+class TestBaseModel:
+    """Named where anything names it; a guess never."""
+
+    def test_none_is_named_where_nothing_names_one(self, made: Path) -> None:
+        assert "base_model" not in (made / "README.md").read_text().split("---")[1]
+
+    def test_what_the_config_was_saved_from(self, model: Path, tmp_path: Path) -> None:
+        source = changed(model, tmp_path / "model", OF_THE_SOURCE, _name_or_path="org/tiny")
+        assert compress(source, tmp_path / "out") == 0
+        about = front_matter(tmp_path / "out")
+        assert (about["base_model"], about["base_model_relation"]) == ("org/tiny", "quantized")
+
+    def test_a_path_in_the_config_is_no_model(self, model: Path, tmp_path: Path) -> None:
+        source = changed(model, tmp_path / "model", None, _name_or_path="/home/somebody/tiny")
+        assert compress(source, tmp_path / "out") == 0
+        assert "base_model" not in front_matter(tmp_path / "out")
+        assert "somebody" not in (tmp_path / "out" / "README.md").read_text()
+
+    def test_what_its_own_card_is_based_on_in_that_cards_relation(self, model: Path, tmp_path: Path) -> None:
+        card = "---\nbase_model: org/large\nbase_model_relation: finetune\n---\n"
+        assert compress(changed(model, tmp_path / "model", card), tmp_path / "out") == 0
+        about = front_matter(tmp_path / "out")
+        assert (about["base_model"], about["base_model_relation"]) == ("org/large", "finetune")
+
+    def test_the_directory_of_the_hubs_cache_is_the_model_of_that_id(self, model: Path, tmp_path: Path) -> None:
+        snapshot = tmp_path / "models--org--tiny-1.5" / "snapshots" / ("a" * 40)
+        shutil.copytree(model, snapshot)
+        assert compress(snapshot, tmp_path / "out") == 0
+        assert front_matter(tmp_path / "out")["base_model"] == "org/tiny-1.5"
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ("# no front matter", "no front matter"),
+        ("---\nlicense: [mit\n---\n", "while parsing a flow sequence"),
+        ("---\n- mit\n---\n", "should be a dict"),
+        ("---\nlicense: mit\n", "no front matter"),
+        ("---\n" + "x" * (1 << 20), "bytes, at most"),
+    ],
+)
+def test_a_card_that_cannot_be_read_is_said_and_stops_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], card: str, said: str
+) -> None:
+    assert compress(changed(model, tmp_path / "model", card), tmp_path / "out") == 0
+    note = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: README.md of the model")]
+    assert len(note) == 1
+    assert said in note[0]
+    assert said in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "BASE_MODEL_CARD.md").read_text() == card
+
+
+def test_values_that_no_card_may_hold_are_not_carried_over(model: Path, tmp_path: Path) -> None:
+    card = "---\nlicense: {mit: 1}\nlanguage: [en, 3]\npipeline_tag: text-generation\nbase_model: ../../etc\n---\n"
+    assert compress(changed(model, tmp_path / "model", card), tmp_path / "out") == 0
+    kept = {"pipeline_tag": "text-generation", "library_name": "transformers", "tags": ["swsc", "compressed"]}
+    assert front_matter(tmp_path / "out") == kept
+
+
+def test_the_card_is_the_same_wherever_the_model_lies_and_whatever_reports_say(
+    model: Path, made: Path, tmp_path: Path
+) -> None:
+    elsewhere = Path(shutil.copytree(model, tmp_path / "another-name"))
+    assert compress(elsewhere, tmp_path / "another-output") == 0
+    assert contents(tmp_path / "another-output") == contents(made)
+
+
+def test_a_changed_card_is_damage_that_verify_names(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "README.md" in json.loads((output / MANIFEST).read_text())["files"]
+    (output / "README.md").write_text((output / "README.md").read_text() + "and fast")
+    assert main(["verify", str(output), "--local"]) == 1
+    assert "README.md" in capsys.readouterr().err
