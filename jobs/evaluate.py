@@ -6,6 +6,8 @@ from typing import Any
 
 from jobs.flags import add_settings, settings_of, writable
 from pipeline.config import ClusterSettings, EvaluateSettings
+from pipeline.errors import ConfigError
+from pipeline.flows.card import add_evaluation, read_result, require_card
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import positions_of
 
@@ -15,6 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, EvaluateSettings, ClusterSettings)
     parser.add_argument("--verify", action="store_true", help="first hash an output's files, as `swsc verify` does")
     parser.add_argument("--json", metavar="FILE", help="also write the result there")
+    parser.add_argument("--card", action="store_true", help="also write it into the model card of a local output")
+    parser.add_argument(
+        "--uncompressed",
+        metavar="FILE",
+        help="with --card: what --json wrote of the uncompressed model, to stand beside it",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = open_model(arguments.model)  # a damaged model is told of before Ray is started
     settings = _within_positions(settings, model)
     target = writable(arguments.json) if arguments.json else None  # and so is a place that cannot be written
+    before = _before(arguments)
     from pipeline.flows.evaluate import evaluate_model
     from pipeline.flows.verify import verify_output
     from pipeline.run.cluster import make_pool
@@ -33,7 +42,18 @@ def run(arguments: argparse.Namespace) -> int:
     summarise(result)
     if target:
         target.parent.write_json(target.name, result)
+    if arguments.card:
+        add_evaluation(arguments.model, result, before)
     return 0
+
+
+def _before(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The result of the uncompressed model, if it is given; whatever would keep a card from being written is told of here."""
+    if arguments.uncompressed and not arguments.card:
+        raise ConfigError("uncompressed means nothing without --card: add it, or drop it")
+    if arguments.card:
+        require_card(arguments.model)
+    return read_result(arguments.uncompressed) if arguments.uncompressed else None
 
 
 def _within_positions(settings: EvaluateSettings, model: Model) -> EvaluateSettings:

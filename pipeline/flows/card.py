@@ -5,10 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config import CompressSettings
+from pipeline.errors import ConfigError, OutputError
+from pipeline.model.amend import amend, require_amendable
 from pipeline.model.artifact import Model
-from pipeline.model.card import About, Compressed, make_card, read_source_card
+from pipeline.model.card import CARD, About, Compressed, make_card, read_source_card
+from pipeline.model.card_figures import PROTOCOL, with_evaluation
 from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, Checkpoint
 from pipeline.model.plan import Plan
+from pipeline.model.store import Store
 from pipeline.run.progress import say
 
 
@@ -50,6 +54,53 @@ def card_of_restoring(model: Model) -> str:
         restored=True,
     )
     return _made(model.checkpoint, about)
+
+
+def require_card(location: str) -> None:
+    """Raise OutputError for a place whose card no measurement can be added to, before the measurement; DamageError for a changed card."""
+    store = Store.at(location)
+    if not store.is_local:
+        raise OutputError(f"{location}: a card is written into a local output only; give its directory on a disk")
+    require_amendable(store, CARD)
+
+
+def add_evaluation(location: str, result: Mapping[str, Any], uncompressed: Mapping[str, Any] | None = None) -> None:
+    """Write a perplexity into the card of the output at `location`; one of the same protocol gives way to it.
+
+    Args:
+        uncompressed: the result of the model before it was compressed.
+
+    Raises:
+        ConfigError: `uncompressed` was measured by another protocol. OutputError, DamageError: as `require_card`.
+    """
+    require_card(location)
+    before = None if uncompressed is None else _comparable(result, uncompressed)
+    amend(Store.at(location), CARD, lambda card: with_evaluation(card, result, before))
+
+
+def _comparable(result: Mapping[str, Any], uncompressed: Mapping[str, Any]) -> float:
+    differing = [
+        f"{key} {uncompressed.get(key)!r}, not {result[key]!r}"
+        for key in PROTOCOL
+        if uncompressed.get(key) != result[key]
+    ]
+    if differing:
+        raise ConfigError(
+            f"uncompressed: measured by another protocol ({'; '.join(differing)}); measure it by the same one"
+        )
+    return float(uncompressed["perplexity"])
+
+
+def read_result(location: str) -> dict[str, Any]:
+    """What `swsc evaluate --json` has written there; ConfigError if it is none."""
+    file = Store.at(location)
+    try:
+        result = file.parent.read_json(file.name)
+        return {**result, "perplexity": float(result["perplexity"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{location}: not a result of `swsc evaluate --json` ({error}); make one of the uncompressed model"
+        ) from None
 
 
 def _made(source: Checkpoint, about: About) -> str:

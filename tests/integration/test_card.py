@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 from jobs.cli import main
+from pipeline.errors import OutputError, SwscError
+from pipeline.flows.card import require_card
+from pipeline.model import lease, store
+from pipeline.model.amend import amend
 from pipeline.model.checkpoint import MANIFEST, read_header
 from pipeline.model.store import Store
+from tests.faults import FaultyFiles
 from tests.tiny import contents, make_text
 
 OF_THE_SOURCE = """---
@@ -68,8 +74,8 @@ def front_matter(output: Path) -> dict[str, Any]:
 
 
 def stored_bytes(output: Path) -> int:
-    store = Store.at(str(output))
-    return sum(info.nbytes for path in output.glob("*.safetensors") for info in read_header(store, path.name)[1])
+    names = [path.name for path in output.glob("*.safetensors")]
+    return sum(info.nbytes for name in names for info in read_header(Store.at(str(output)), name)[1])
 
 
 def changed(model: Path, target: Path, card: str | None = None, **config: str) -> Path:
@@ -212,3 +218,149 @@ def test_a_changed_card_is_damage_that_verify_names(output: Path, capsys: pytest
     (output / "README.md").write_text((output / "README.md").read_text() + "and fast")
     assert main(["verify", str(output), "--local"]) == 1
     assert "README.md" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    return make_text(folder / "one.txt", 400, seed=1), make_text(folder / "two.txt", 400, seed=2)
+
+
+def evaluate(model: Path, text: Path, *flags: str, windows: int = 2) -> int:
+    return main(
+        ["evaluate", str(model), "--text", str(text), "--local", "--seqlen", "32", "--windows", str(windows), *flags]
+    )
+
+
+def figures(output: Path) -> list[dict[str, Any]]:
+    (index,) = front_matter(output)["model-index"]
+    return [{**metric, "text": one["dataset"]} for one in index["results"] for metric in one["metrics"]]
+
+
+def rows_of(output: Path) -> list[str]:
+    return re.findall(r"^\| .*\.txt .*$", (output / "README.md").read_text(), re.MULTILINE)
+
+
+class TestMeasured:
+    def test_a_perplexity_stands_in_the_card_with_its_protocol_and_verify_still_passes(
+        self, output: Path, texts: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        before = contents(output)
+        assert evaluate(output, texts[0], "--card", "--json", str(tmp_path / "r.json")) == 0
+        result = json.loads((tmp_path / "r.json").read_text())
+        (figure,) = figures(output)
+        assert figure["value"] == round(result["perplexity"], 4)
+        protocol = {key: result[key] for key in ("seqlen", "windows", "bos", "dtype")}
+        assert figure["args"] == protocol | {"overlap": 0}
+        assert figure["text"] == {"name": "one.txt", "type": "one.txt", "revision": result["text_sha256"]}
+        (row,) = rows_of(output)
+        assert f"| 2 windows of 32 tokens, no overlap, BOS none, float32 | {result['perplexity']:.3f} |" in row
+        assert str(texts[0].parent) not in (output / "README.md").read_text()
+        after = contents(output)
+        assert {name for name in before | after if before.get(name) != after.get(name)} == {"README.md", MANIFEST}
+        assert (
+            (output / "README.md").read_text().split("---")[2].startswith(before["README.md"].decode().split("---")[2])
+        )
+        assert main(["verify", str(output), "--local"]) == 0
+        assert not (output / ".swsc").exists()
+
+    def test_the_same_protocol_replaces_its_row_and_another_adds_one(
+        self, output: Path, texts: tuple[Path, Path]
+    ) -> None:
+        assert evaluate(output, texts[0], "--card") == 0
+        once = contents(output)
+        assert evaluate(output, texts[0], "--card") == 0
+        assert contents(output) == once
+        assert evaluate(output, texts[0], "--card", windows=3) == 0
+        assert evaluate(output, texts[1], "--card") == 0
+        assert evaluate(output, texts[0], "--card") == 0
+        assert [(one["text"]["name"], one["args"]["windows"]) for one in figures(output)] == [
+            ("one.txt", 2), ("one.txt", 3), ("two.txt", 2)
+        ]  # fmt: skip
+        assert len(rows_of(output)) == 3
+
+    def test_the_uncompressed_figure_stands_beside_it_and_stays(
+        self, model: Path, output: Path, texts: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        assert evaluate(model, texts[0], "--json", str(tmp_path / "before.json")) == 0
+        assert evaluate(output, texts[0], "--card", "--uncompressed", str(tmp_path / "before.json")) == 0
+        before = json.loads((tmp_path / "before.json").read_text())["perplexity"]
+        assert figures(output)[0]["args"]["uncompressed"] == round(before, 4)
+        assert rows_of(output)[0].endswith(f"| {before:.3f} |")
+        once = contents(output)
+        assert evaluate(output, texts[0], "--card") == 0
+        assert contents(output) == once
+
+    def test_an_uncompressed_figure_of_another_protocol_is_refused(
+        self, model: Path, output: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert evaluate(model, texts[0], "--json", str(tmp_path / "before.json"), windows=3) == 0
+        kept = contents(output)
+        assert evaluate(output, texts[0], "--card", "--uncompressed", str(tmp_path / "before.json")) == 2
+        assert "measured by another protocol (windows 3, not 2)" in capsys.readouterr().err
+        assert contents(output) == kept
+
+    @pytest.mark.parametrize("content", ["[1]", "{", '{"perplexity": "low"}'])
+    def test_what_is_no_result_is_refused_before_anything_is_measured(
+        self, output: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+    ) -> None:
+        (tmp_path / "r.json").write_text(content)
+        assert evaluate(output, texts[0], "--card", "--uncompressed", str(tmp_path / "r.json")) == 2
+        said = capsys.readouterr()
+        assert "not a result of `swsc evaluate --json`" in said.err
+        assert "perplexity" not in said.out
+
+    def test_a_model_that_is_no_output_and_one_in_an_object_store_are_refused(
+        self, model: Path, texts: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        kept = contents(model)
+        assert evaluate(model, texts[0], "--card") == 2
+        assert "not a finished output of this tool" in capsys.readouterr().err
+        assert contents(model) == kept
+        with pytest.raises(OutputError, match="into a local output only"):
+            require_card("s3://bucket/out")
+
+    def test_a_card_that_somebody_changed_is_not_written_over(
+        self, output: Path, texts: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (output / "README.md").write_text("mine")
+        assert evaluate(output, texts[0], "--card") == 1
+        assert "README.md" in capsys.readouterr().err
+        assert (output / "README.md").read_text() == "mine"
+
+    def test_an_output_with_figures_counts_as_complete(
+        self, model: Path, output: Path, texts: tuple[Path, Path]
+    ) -> None:
+        assert evaluate(output, texts[0], "--card") == 0
+        kept = contents(output)
+        assert compress(model, output) == 0
+        assert contents(output) == kept
+
+
+@pytest.mark.parametrize("mode", ["fail", "late", "full", "short"])
+def test_storage_that_fails_at_any_operation_leaves_a_card_that_the_next_call_completes(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(lease, "_BEAT", 60.0)  # no operations of another thread among those that are counted
+
+    def change(card: str) -> str:
+        return card if "measured" in card else card + "measured"
+
+    straight = Path(shutil.copytree(made, tmp_path / "straight"))
+    amend(Store.at(str(straight)), "README.md", change)
+    assert contents(straight) != contents(made)
+    inner, at, struck = store.files_at(""), 0, True
+    while struck:
+        at += 1
+        output = Path(shutil.copytree(made, tmp_path / f"out-{at}"))
+        faulty = FaultyFiles(inner, mode, at)
+        monkeypatch.setattr(store, "files_at", lambda scheme, faulty=faulty: faulty)
+        with suppress(OSError, SwscError):
+            amend(Store.at(str(output)), "README.md", change)
+        monkeypatch.setattr(store, "files_at", lambda scheme: inner)
+        struck = faulty.count >= at
+        amend(Store.at(str(output)), "README.md", change)
+        assert contents(output) == contents(straight)
+        assert not (output / ".swsc").exists()
+        shutil.rmtree(output)
+    assert at > 20, at

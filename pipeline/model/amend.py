@@ -1,0 +1,81 @@
+"""One text file of a finished output replaced, together with what the manifest says of it.
+
+Two files cannot change at once, so both are noted whole first, in one file, and written from there: whoever comes next completes what
+was cut off. A file that does not fit the manifest is damage, here as everywhere, and is not written over.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.errors import DamageError, OutputError
+from pipeline.model.checkpoint import MANIFEST, RUN
+from pipeline.model.lease import acquire
+from pipeline.model.parts import differences
+from pipeline.model.store import Store
+
+_NOTED = ".swsc/amending.json"  # name of a file -> its new text
+
+
+def require_amendable(store: Store, name: str) -> None:
+    """Raise if `amend` would.
+
+    Raises:
+        OutputError: no finished output, or one that has no such file. DamageError: the file is not as it was written.
+    """
+    if not store.exists(_NOTED):
+        _checked(store, name)
+
+
+def amend(store: Store, name: str, change: Callable[[str], str]) -> None:
+    """Replace the text of the file `name` by what `change` makes of it.
+
+    Raises:
+        OutputError, DamageError: as `require_amendable`; OutputError: another run writes there.
+    """
+    lease = acquire(store)
+    try:
+        _complete(store)
+        manifest = _checked(store, name)
+        before = bytes(store.read(name)).decode()
+        text = change(before)
+        if text != before:
+            data = text.encode()
+            files = manifest["files"] | {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+            lease.ticket.require()
+            store.write_json(_NOTED, {name: text, MANIFEST: manifest | {"files": files}})
+            _complete(store)
+    finally:
+        lease.release()
+        store.below(".swsc").remove_empty()
+
+
+def _complete(store: Store) -> None:
+    """Write what is noted; nothing if a run has begun since, which will replace it all."""
+    if store.exists(RUN) or not store.exists(_NOTED):
+        return
+    noted = store.read_json(_NOTED)
+    manifest = noted.pop(MANIFEST)
+    for name, text in noted.items():
+        store.write(name, [text.encode()])
+    store.write_json(MANIFEST, manifest)
+    store.remove(_NOTED)
+
+
+def _checked(store: Store, name: str) -> dict[str, Any]:
+    """The manifest, after a look at the file."""
+    try:
+        manifest: dict[str, Any] = store.read_json(MANIFEST)
+        about = manifest["files"].get(name)
+        found = differences(store, name, about) if about else []
+    except FileNotFoundError:
+        raise OutputError(f"{store.root}: not a finished output of this tool: nothing is written into it") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamageError(
+            f"{store.root}: {MANIFEST} is damaged ({error}); make the output again by --overwrite"
+        ) from None
+    if not about:
+        raise OutputError(f"{store.root}: made without {name}, by an older release; make it again by --overwrite")
+    if found:
+        raise DamageError(f"{store.root}: {found[0]}: not as it was written; make the output again by --overwrite")
+    return manifest
