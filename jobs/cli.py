@@ -19,6 +19,7 @@ VERBS = {
     "verify": ("jobs.verify", "hash an output's files again and say what differs from what was written"),
     "restore": ("jobs.restore", "turn a compressed model into a plain dense checkpoint"),
     "evaluate": ("jobs.evaluate", "perplexity of a dense, compressed or restored model"),
+    "push": ("jobs.push", "verify an output, then upload it to the Hugging Face Hub"),
     "sweep": ("jobs.sweep", "many models × many variants × many texts in one run"),
 }
 

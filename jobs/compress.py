@@ -5,15 +5,24 @@ from functools import partial
 from typing import Any
 
 from jobs.flags import add_config, add_settings, settings_of
-from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, EvaluateSettings, OutputSettings
+from pipeline.config import (
+    CalibrationSettings,
+    ClusterSettings,
+    CompressSettings,
+    EvaluateSettings,
+    OutputSettings,
+    PushSettings,
+)
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import describe
 from pipeline.flows.preflight import require_output
 from pipeline.flows.prepare import cache_of, prepare
 from pipeline.flows.produce import produce
+from pipeline.flows.push import push_output
 from pipeline.measure.windows import make_windows
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import stage_bytes
+from pipeline.model.hub import require_pushable
 from pipeline.model.plan import make_plan, require_coverage
 from pipeline.report.tables import print_table
 from pipeline.validation import validated
@@ -27,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings)
     parser.add_argument("--text", help="then evaluate on this text file, or wikitext2")
+    parser.add_argument("--push", metavar="REPO_ID", help="at the end, push the output to the Hub, as `swsc push` does")
+    parser.add_argument("--private", action="store_true", help="with --push: as in `swsc push`")
     for flag in ("--seqlen", "--windows"):
         parser.add_argument(flag, default=argparse.SUPPRESS, help="with --text: as in `swsc evaluate`")
 
@@ -38,6 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     cut = sorted({"seqlen", "windows"} & vars(arguments).keys())
     if cut and not arguments.text:
         raise ConfigError(f"{', '.join(cut)} mean nothing without --text: add it, or drop them")
+    if arguments.private and not arguments.push:
+        raise ConfigError("private means nothing without --push: add it, or drop it")
+    if arguments.push:
+        require_pushable(arguments.push)
     evaluation = _evaluation_of(arguments, calibration.trust_remote_code) if arguments.text else None
     source = open_checkpoint(arguments.model)
     plan = make_plan(source, settings)
@@ -60,6 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
         from pipeline.flows.evaluate import evaluate_model
 
         summarise_evaluation(evaluate_model(arguments.output, evaluation, pools))
+    if arguments.push:
+        address = push_output(arguments.output, arguments.push, PushSettings(private=arguments.private), pools)
+        print(f"{arguments.output}: pushed, {address}")
     return 0
 
 

@@ -209,6 +209,16 @@ class OutputSettings(Settings):
     )
 
 
+class PushSettings(Settings):
+    """Where on the Hub an output goes."""
+
+    private: bool = Field(
+        False, description="make the repository a private one; one that is there and public is refused"
+    )
+    revision: str | None = Field(None, min_length=1, description="branch to push to (default: main)")
+    message: str | None = Field(None, min_length=1, description="message of the commit")
+
+
 class EvaluateSettings(LoadSettings):
     """Perplexity by the standard protocol."""
 

@@ -1,12 +1,19 @@
-"""Stands in for the Hub: serves one model from a folder, at the few addresses that its client asks for."""
+"""Stands in for the Hub, at the few addresses that its client asks for: serves one model from a folder, or takes what is pushed.
 
+Large files come by LFS, so the client must be told HF_HUB_DISABLE_XET=1: the protocol of its newer store has no description.
+"""
+
+import base64
 import hashlib
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 REPO, COMMIT = "org/tiny", "a" * 40
 
@@ -43,14 +50,159 @@ def hub(folder: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with _served(Handler) as address:
+        yield address
+
+
+@contextmanager
+def _served(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
+        server.server_close()
 
 
 def _entry(file: Path) -> dict[str, object]:
     digest = hashlib.sha1(file.read_bytes()).hexdigest()
     return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": digest}
+
+
+@dataclass
+class Repo:
+    """A repository: its branches, as path -> content, and the messages of its commits."""
+
+    private: bool = False
+    branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
+    messages: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PushedHub:
+    """What has come to a stand-in that takes uploads from whoever has `token`."""
+
+    token: str
+    address: str = ""
+    repos: dict[str, Repo] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)  # sha256 -> content of large files
+    sent: list[str] = field(default_factory=list)  # sha256 of each large file that was sent
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+        """Status and JSON for a request whose token is right."""
+        if method == "PUT":
+            digest = hashlib.sha256(body).hexdigest()
+            assert path == f"/lfs/{digest}"
+            self.blobs[digest] = body
+            self.sent.append(digest)
+            return 200, {}
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return 200, {"objects": [self._wanted(one) for one in json.loads(body)["objects"]]}
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/(tree|branch|preupload|commit)/([^/]+))?", path)
+        if match is None or match[1] not in self.repos:
+            return 404, {"error": f"no {path}"}
+        repo = self.repos[match[1]]
+        if match[3] is None:
+            return 200, {"id": match[1], "sha": COMMIT, "private": repo.private, "siblings": []}
+        if match[3] == "branch":
+            known = match[4] in repo.branches
+            repo.branches.setdefault(match[4], dict(repo.branches["main"]))
+            return (409 if known else 200), {}
+        return 200, getattr(self, f"_{match[3]}")(repo, match[1], match[4], body)
+
+    def _create(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        name = f"{asked['organization']}/{asked['name']}"
+        known = name in self.repos
+        self.repos.setdefault(name, Repo(asked.get("visibility") == "private"))
+        return (409 if known else 200), {"url": f"{self.address}/{name}"}
+
+    def _wanted(self, one: dict[str, Any]) -> dict[str, Any]:
+        upload = {"actions": {"upload": {"href": f"{self.address}/lfs/{one['oid']}"}}}
+        return one | ({} if one["oid"] in self.blobs else upload)
+
+    def _tree(self, repo: Repo, name: str, branch: str, body: bytes) -> Any:
+        files = repo.branches[branch]
+        return [
+            {"type": "file", "path": path, "size": len(data), "oid": _oid(path, data)} for path, data in files.items()
+        ]
+
+    def _preupload(self, repo: Repo, name: str, branch: str, body: bytes) -> Any:
+        there = repo.branches[branch]
+        return {
+            "files": [
+                {
+                    "path": one["path"],
+                    "uploadMode": "lfs" if _is_large(one["path"]) else "regular",
+                    "shouldIgnore": False,
+                    "oid": _oid(one["path"], there[one["path"]]) if one["path"] in there else None,
+                }
+                for one in json.loads(body)["files"]
+            ]
+        }
+
+    def _commit(self, repo: Repo, name: str, branch: str, body: bytes) -> Any:
+        files = repo.branches[branch]
+        for line in map(json.loads, body.splitlines()):
+            key, value = line["key"], line["value"]
+            if key == "header":
+                repo.messages.append(value["summary"])
+            elif key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                files[value["path"]] = self.blobs[value["oid"]]
+            else:
+                assert key == "deletedFile", key
+                del files[value["path"]]
+        return {"commitUrl": f"{self.address}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+
+
+def _is_large(path: str) -> bool:
+    return path.endswith(".safetensors")
+
+
+def _oid(path: str, data: bytes) -> str:
+    git = hashlib.sha1(b"blob %d\0" % len(data) + data)
+    return hashlib.sha256(data).hexdigest() if _is_large(path) else git.hexdigest()
+
+
+@contextmanager
+def pushed_hub(token: str) -> Iterator[PushedHub]:
+    """A server that takes what is pushed with `token`, and refuses everybody else."""
+    state = PushedHub(token)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer()
+
+        def do_POST(self) -> None:
+            self._answer()
+
+        def do_PUT(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            known = self.command == "PUT" or self.headers.get("Authorization") == f"Bearer {state.token}"
+            status, value = (
+                state.answer(self.command, self.path.split("?")[0], body)
+                if known
+                else (401, {"error": "Invalid username or password."})
+            )
+            data = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with _served(Handler) as address:
+        state.address = address
+        yield state

@@ -24,7 +24,7 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
         DamageError: names what is missing, cut or changed, down to the tensor, and tensor files that were added.
     """
     store = Store.at(location)
-    files = _manifest(store)["files"]
+    files = manifest_of(store)["files"]
     findings: dict[Any, list[str]] = {"": list(_strange(store, files))}
 
     def note(done: Done) -> None:
@@ -42,7 +42,7 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
     return {"files": len(files), "bytes": sum(about["size"] for about in files.values())}
 
 
-def _manifest(store: Store) -> dict[str, Any]:
+def manifest_of(store: Store) -> dict[str, Any]:
     """What the output says of itself; CheckpointError if it says nothing."""
     if not store.exists(MANIFEST):
         raise CheckpointError(

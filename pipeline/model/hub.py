@@ -1,13 +1,18 @@
-"""Models by their Hub id: what is read of them is downloaded into the Hub's own cache, one revision as a whole.
+"""The Hub: models by their id, and outputs that are pushed to it.
 
-On a cluster all nodes must see that cache: HF_HOME on a filesystem that they share, or the model in an object store.
+What is read is downloaded into the Hub's own cache, one revision as a whole. On a cluster all nodes must see that cache: HF_HOME on a
+filesystem that they share, or the model in an object store. Who pushes is known by the Hub's own login alone: a token is neither
+taken by a flag nor printed.
 """
 
+import glob
 import os
 import re
+import sys
+from collections.abc import Iterable
 from functools import lru_cache
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError, StoreError
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 _SNAPSHOT = re.compile(
@@ -61,3 +66,53 @@ def _downloaded(repo: str, revision: str | None) -> str:
             f"{repo}: no such directory, and not to be had from the Hub ({reason}); check the path or the id, or run"
             f" `hf download {repo}` where there is a network"
         ) from None
+
+
+def require_pushable(repo: str) -> None:
+    """Raise ConfigError if nothing can be pushed to `repo`: no ORG/NAME, offline mode, or nobody logged in."""
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if not is_hub_id(repo):
+        raise ConfigError(f"{repo}: not the id of a model on the Hub; give ORG/NAME")
+    if HF_HUB_OFFLINE:
+        raise ConfigError(f"{repo}: nothing is pushed while HF_HUB_OFFLINE is set; unset it where there is a network")
+    token = get_token()
+    if token is None:
+        raise ConfigError(f"{repo}: nobody is logged in to the Hub; run `hf auth login`, or set HF_TOKEN")
+    if not (token.isascii() and token.isprintable()):  # the client would quote it when it complains
+        raise ConfigError(f"{repo}: the Hub's token holds characters that no token has; run `hf auth login` again")
+
+
+def push(folder: str, names: Iterable[str], repo: str, private: bool, revision: str | None, message: str) -> str:
+    """Make `repo`, if it is not there, the files `names` of `folder`, and return the address of the commit.
+
+    Files that the Hub has already are not sent again. Tensor files there that are none of ours are removed; others stay.
+
+    Raises:
+        ConfigError: `private` was asked for, and the repository is there and public. StoreError: the Hub refuses, or is not reached.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo).private:
+            raise ConfigError(f"{repo}: is there, and public; make it private on the Hub, or choose another id")
+        if revision:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo, folder_path=folder, revision=revision, commit_message=message,
+            allow_patterns=[glob.escape(name) for name in names], delete_patterns=["*.safetensors"],
+        )  # fmt: skip
+    except ConfigError:
+        raise
+    except Exception as error:  # no common root for what the Hub refuses and what a network may do
+        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(get_token() or "\0", "…")
+        raise StoreError(
+            f"{repo}: not pushed ({reason}); check the network and that the token may write there, then push again"
+        ) from None
+    return str(done.commit_url)

@@ -1,0 +1,29 @@
+"""A finished output to the Hub: verified first, then exactly what its manifest lists, the manifest and the report."""
+
+from pipeline import VERSION
+from pipeline.config import PushSettings
+from pipeline.errors import OutputError
+from pipeline.flows.compress import PoolMaker
+from pipeline.flows.verify import manifest_of, verify_output
+from pipeline.model.checkpoint import MANIFEST
+from pipeline.model.hub import push, require_pushable
+from pipeline.model.standing import REPORT
+from pipeline.model.store import Store
+
+
+def push_output(location: str, repo: str, settings: PushSettings, make_pool: PoolMaker) -> str:
+    """Push the output at `location`; returns the address of the commit.
+
+    Raises:
+        ConfigError: `repo` is no id, nobody is logged in, or the Hub's offline mode is on.
+        OutputError: not a directory on a disk. CheckpointError: no finished output. DamageError: not as it was written.
+        StoreError: the Hub refuses, or is not reached.
+    """
+    require_pushable(repo)
+    store = Store.at(location)
+    if not store.is_local:
+        raise OutputError(f"{location}: pushed from a disk only; copy it into a local directory first")
+    verify_output(location, make_pool)
+    names = [*manifest_of(store)["files"], MANIFEST, REPORT]
+    message = settings.message or f"Output of swsc {VERSION}"
+    return push(store.root, names, repo, settings.private, settings.revision, message)
