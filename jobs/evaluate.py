@@ -1,20 +1,26 @@
-"""`swsc evaluate MODEL --text FILE`: perplexity by the standard protocol."""
+"""`swsc evaluate MODEL`: perplexity by the standard protocol (`--text`), tasks of lm-evaluation-harness (`--tasks`), or both."""
 
 import argparse
 from functools import partial
 from typing import Any
 
 from jobs.flags import add_settings, settings_of, writable
-from pipeline.config import ClusterSettings, EvaluateSettings
+from pipeline.config import ClusterSettings, EvaluateSettings, MeasureSettings
 from pipeline.errors import ConfigError
 from pipeline.flows.card import add_evaluation, read_result, require_card
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import positions_of
+from pipeline.task_config import TaskSettings
+
+_ASKED_BY: dict[str, type[MeasureSettings]] = {
+    "text": EvaluateSettings,
+    "tasks": TaskSettings,
+}  # flag that asks for a measurement -> its settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory of a dense, compressed or restored model")
-    add_settings(parser, EvaluateSettings, ClusterSettings)
+    add_settings(parser, *_ASKED_BY.values(), ClusterSettings)
     parser.add_argument("--verify", action="store_true", help="first hash an output's files, as `swsc verify` does")
     parser.add_argument("--json", metavar="FILE", help="also write the result there")
     parser.add_argument("--card", action="store_true", help="also write it into the model card of a local output")
@@ -26,20 +32,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings, cluster = settings_of(arguments, EvaluateSettings, ClusterSettings)
+    asked = _asked(vars(arguments))
+    *wanted, cluster = settings_of(arguments, *asked.values(), ClusterSettings)
+    settings = dict(zip(asked, wanted, strict=True))
     model = open_model(arguments.model)  # a damaged model is told of before Ray is started
-    settings = _within_positions(settings, model)
+    if "text" in settings:
+        settings["text"] = _within_positions(settings["text"], model)
     target = writable(arguments.json) if arguments.json else None  # and so is a place that cannot be written
     before = _before(arguments)
     from pipeline.flows.evaluate import evaluate_model
+    from pipeline.flows.tasks import evaluate_tasks, require_harness
     from pipeline.flows.verify import verify_output
     from pipeline.run.cluster import make_pool
 
     pools = partial(make_pool, cluster)
+    if "tasks" in settings:
+        require_harness(settings["tasks"])
     if arguments.verify:
         verify_output(arguments.model, pools)
-    result = evaluate_model(arguments.model, settings, pools)
-    summarise(result)
+    result: dict[str, Any] = {}
+    if "text" in settings:
+        result = evaluate_model(arguments.model, settings["text"], pools)
+        summarise(result)
+    if "tasks" in settings:
+        found = evaluate_tasks(arguments.model, settings["tasks"], pools)
+        print(f"{found['model']}: {', '.join(settings['tasks'].tasks)}, {found['seconds']:.1f} s\n\n{found['tables']}")
+        result = {"model": found["model"], **result, "lm_eval": found["lm_eval"]}
     if target:
         target.parent.write_json(target.name, result)
     if arguments.card:
@@ -52,8 +70,24 @@ def _before(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.uncompressed and not arguments.card:
         raise ConfigError("uncompressed means nothing without --card: add it, or drop it")
     if arguments.card:
+        if not getattr(arguments, "text", None):
+            raise ConfigError("card takes a perplexity: give --text FILE, too")
         require_card(arguments.model)
     return read_result(arguments.uncompressed) if arguments.uncompressed else None
+
+
+def _asked(given: dict[str, Any]) -> dict[str, type[MeasureSettings]]:
+    """The measurements that were asked for; ConfigError for none, and for flags of one that was not."""
+    asked = {flag: kind for flag, kind in _ASKED_BY.items() if flag in given}
+    if not asked:
+        raise ConfigError(
+            "nothing to measure: give --text FILE for perplexity, --tasks NAME,… for lm-eval's tasks, or both"
+        )
+    known = {name for kind in asked.values() for name in kind.model_fields}
+    for flag in _ASKED_BY.keys() - asked.keys():
+        if idle := sorted(given.keys() & (_ASKED_BY[flag].model_fields.keys() - known)):
+            raise ConfigError(f"{', '.join(idle)} mean nothing without --{flag}: add it, or drop them")
+    return asked
 
 
 def _within_positions(settings: EvaluateSettings, model: Model) -> EvaluateSettings:

@@ -23,15 +23,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_settings(parser: argparse.ArgumentParser, *kinds: type[Settings]) -> None:
-    """A flag for each field of the settings. A flag that is not given leaves no trace: the config file counts."""
-    for kind in kinds:
-        for name, field in kind.model_fields.items():
-            flag = f"--{name.replace('_', '-')}"
-            if field.annotation is bool:
-                parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=field.description)
-            else:
-                metavar = name.upper()
-                parser.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS, help=field.description)
+    """A flag for each field, one for what several kinds share. A flag not given leaves no trace: the config file counts."""
+    fields = {name: field for kind in kinds for name, field in kind.model_fields.items()}
+    for name, field in fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        if field.annotation is bool:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=field.description)
+        else:
+            metavar = name.upper()
+            parser.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS, help=field.description)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

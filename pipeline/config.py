@@ -219,16 +219,21 @@ class PushSettings(Settings):
     message: str | None = Field(None, min_length=1, description="message of the commit")
 
 
-class EvaluateSettings(LoadSettings):
+class MeasureSettings(LoadSettings):
+    """How a model is run, whatever it is measured by."""
+
+    batch_size: int = Field(1, ge=1, description="windows of a text, or requests of tasks, of one forward pass")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="arithmetic; auto: float32 on CPU, the checkpoint's own on GPU"
+    )
+
+
+class EvaluateSettings(MeasureSettings):
     """Perplexity by the standard protocol."""
 
     text: str = Field(description="text file, or wikitext2 for the test split from the Hub")
     seqlen: int = Field(2048, ge=2, description="tokens of a window")
     windows: int | None = Field(None, ge=1, description="first N windows only (default: all)")
-    batch_size: int = Field(1, ge=1, description="windows of one forward pass")
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="arithmetic; auto: float32 on CPU, the checkpoint's own on GPU"
-    )
 
 
 class ClusterSettings(Settings):

@@ -37,6 +37,10 @@ class TextError(UserError):
     """A text that cannot be evaluated on."""
 
 
+class TaskError(UserError):
+    """A task of lm-eval that is not there, or cannot be carried out."""
+
+
 class ClusterError(UserError):
     """A cluster that is not there or can never hold the workers that were asked for."""
 

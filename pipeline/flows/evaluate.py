@@ -1,11 +1,12 @@
 """Perplexity of a model on workers: windows dealt out, losses added up in the order of the text."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from pipeline.config import EvaluateSettings
+from pipeline.config import EvaluateSettings, MeasureSettings
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.perplexity import ModelKey, perplexity
@@ -32,7 +33,7 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
     started = time.perf_counter()
     model = open_model(location)
     windows = make_windows(location, settings)
-    require_unseen(model, settings.text)
+    require_unseen(model, lambda: read_text(settings.text), settings.text)
     key = model_key(model.checkpoint, settings)
     losses: dict[int, list[float]] = {}
     dtypes: set[str] = set()
@@ -51,11 +52,11 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
     return result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}
 
 
-def require_unseen(model: Model, text: str) -> None:
-    """Raise TextError if the model was calibrated on passages of the text that it is to be measured on."""
+def require_unseen(model: Model, read: Callable[[], str], name: str) -> None:
+    """Raise TextError if the model was calibrated on passages of the text `name` that it is to be measured on."""
     store = model.checkpoint.store
     if store.exists(CALIBRATION):
-        require_apart(frozenset(store.read_json(CALIBRATION)["traces"]), read_text(text), text)
+        require_apart(frozenset(store.read_json(CALIBRATION)["traces"]), read(), name)
 
 
 def worker_bytes(model: Model, settings: EvaluateSettings) -> int:
@@ -63,7 +64,7 @@ def worker_bytes(model: Model, settings: EvaluateSettings) -> int:
     return evaluation_bytes(model, settings.dtype, settings.batch_size * settings.seqlen)
 
 
-def model_key(checkpoint: Checkpoint, settings: EvaluateSettings) -> ModelKey:
+def model_key(checkpoint: Checkpoint, settings: MeasureSettings) -> ModelKey:
     """How workers name the loaded model."""
     return ModelKey(checkpoint.store.root, settings.dtype, settings.batch_size, settings.trust_remote_code)
 

@@ -19,7 +19,8 @@ import torch
 from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.hooks import Hooks, Sums
 from pipeline.measure.perplexity import ModelKey, load_model
-from pipeline.model.artifact import open_model
+from pipeline.model.artifact import open_model, part_name
+from pipeline.model.parts import Payload, to_part
 
 
 class Calibrator:
@@ -83,6 +84,18 @@ class Calibrator:
             chances = logits.float().softmax(dim=-1).cpu()
             drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(self._device)
         torch.nn.functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
+
+
+def sums_payload(sums: dict[str, Sums]) -> Payload:
+    """The sums of some matrices, to be handed on."""
+    parts = [
+        to_part(part_name(name, part), tensor)
+        for name, own in sums.items()
+        for part, tensor in (("weighted", own.weighted), ("plain", own.plain), ("rows", own.rows))
+        if tensor is not None
+    ]
+    rows = tuple({"name": name, "tokens": own.tokens, "owner": own.owner} for name, own in sums.items())
+    return Payload(tuple(parts), rows)
 
 
 def _require_finite(sums: Mapping[str, Sums], window: int) -> None:

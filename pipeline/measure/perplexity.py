@@ -5,8 +5,10 @@ float64 over window indices: the result is the same to the last bit for any numb
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,20 +114,33 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
 
     logging.disable_progress_bar()
     dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
-    try:
+    with _told_of(key):
         in_place = source.checkpoint.store.is_local and not source.entries
         model, info = _load_dense(key, dtype) if in_place else _load_from_store(source, key, dtype)
-    except SwscError:
-        raise  # of ours, and said already: a store that does not answer is asked again
-    except Exception as error:  # code that a model brings may raise anything
-        require_no_code(key.location, error)
-        raise CheckpointError(f"{key.location}: transformers cannot load it: {_first_line(error)}") from None
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
         raise CheckpointError(
             f"{key.location}: {len(absent)} weights are missing, {absent[0]} first; download it again"
         )
     return model.to(device).eval()
+
+
+def skeleton(source: Model, key: ModelKey) -> Any:
+    """The same model on torch's meta device: its class, config and shapes, and not a byte of weights."""
+    with _told_of(key):
+        return _without_weights(source, key)[0]
+
+
+@contextmanager
+def _told_of(key: ModelKey) -> Iterator[None]:
+    """What transformers says, as a CheckpointError."""
+    try:
+        yield
+    except SwscError:
+        raise  # of ours, and said already: a store that does not answer is asked again
+    except Exception as error:  # code that a model brings may raise anything
+        require_no_code(key.location, error)
+        raise CheckpointError(f"{key.location}: transformers cannot load it: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -152,14 +167,29 @@ def _own_dtype(source: Model, config: Any) -> str:
 
 def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
     """A model whose weights transformers cannot read itself: compressed ones, or those of an object store."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(small_files(key.location), trust_remote_code=key.trusted)
-    if source.entries:
-        del config.quantization_config
-    with torch.device("meta"):  # only to learn the class: from_pretrained of the Auto class insists on files
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=key.trusted))
+    empty, config = _without_weights(
+        source, key
+    )  # to learn the class: from_pretrained of the Auto class insists on files
     weights = {name: source.read(name) for name in source.names}
     if dtype == "auto":
         dtype = _own_dtype(source, config)
-    return kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
+    model, info = type(empty).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    model.generation_config = empty.generation_config
+    return model, info
+
+
+def _without_weights(source: Model, key: ModelKey) -> tuple[Any, Any]:
+    """The model on the meta device, and its config as it was read."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    folder = small_files(key.location)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=key.trusted)
+    if source.entries:
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=key.trusted)
+    if Path(folder, "generation_config.json").exists():  # how the model generates is read from a directory alone
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, config

@@ -7,6 +7,7 @@ cut into floor(n / L) windows of L tokens without overlap; the tail is dropped.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,17 +87,23 @@ def calibration_windows(model: str, settings: CalibrationSettings) -> Calibratio
 
 def _tokenise(model: str, text: str, settings: LoadSettings) -> tuple[np.ndarray, int | None]:
     """Token ids of the whole text, int64, and the tokenizer's BOS token, if it has one."""
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    tokenizer = load_tokenizer(model, settings.trust_remote_code)
+    logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut into windows
+    return np.asarray(tokenizer(text)["input_ids"], dtype=np.int64), tokenizer.bos_token_id
+
+
+def load_tokenizer(model: str, trusted: bool) -> Any:
+    """The tokenizer of `model`; TextError if it has none that can be loaded, `trusted`: its own code may be run."""
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(small_files(model), trust_remote_code=settings.trust_remote_code)
+        return AutoTokenizer.from_pretrained(small_files(model), trust_remote_code=trusted)
     except Exception as error:  # a damaged file makes the library raise whatever its parser meets
         require_no_code(model, error)
         reason = (str(error).splitlines() or [""])[0]
         raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None
-    logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut into windows
-    return np.asarray(tokenizer(text)["input_ids"], dtype=np.int64), tokenizer.bos_token_id
 
 
 def read_calibration(name: str) -> str:

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import WeightsError
-from pipeline.measure.calibration import Calibrator
-from pipeline.measure.hooks import Sums
+from pipeline.measure.calibration import Calibrator, sums_payload
 from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
@@ -45,6 +44,7 @@ class Worker:
         self._evaluator: Evaluator | None = None
         self._calibrator: Calibrator | None = None
         self._tuner: Tuner | None = None
+        self._answerer: Any = None  # its module needs lm-eval, which need not be there
 
     def compress(
         self, source: Store, task: LayerTask, form: str, seed: int, storage_dtype: str | None, moments: Moments | None
@@ -120,7 +120,7 @@ class Worker:
         X.weighted, X.plain and X.rows are sums over tokens, float32; `fold_moments` adds those of all windows up.
         """
         sums = self._loaded(key).gather([name for names in layers for name in names], windows, first, seed)
-        return ({"peak_rss": peak_rss()}, *(_sums_payload({name: sums[name] for name in names}) for names in layers))
+        return ({"peak_rss": peak_rss()}, *(sums_payload({name: sums[name] for name in names}) for names in layers))
 
     def write_text(self, key: ModelKey, count: int, length: int, first: int, seed: int) -> np.ndarray:
         """Windows that the model `key` writes itself, int64 [count, length]."""
@@ -216,7 +216,7 @@ class Worker:
 
     def _forget_models(self) -> None:
         """One model at a time: the old one goes before the new one comes."""
-        self._evaluator = self._calibrator = self._tuner = None
+        self._evaluator = self._calibrator = self._tuner = self._answerer = None
 
     def restore(self, location: str, names: Sequence[str]) -> tuple[dict[str, Any], Payload]:
         """Dense weights of compressed tensors of the model at `location`."""
@@ -240,7 +240,7 @@ class Worker:
         Returns {"losses": [...], "dtype": of the arithmetic}.
         """
         if self._evaluator is None or self._evaluator.key != key:
-            self._calibrator = self._evaluator = None  # the old model goes before the new one comes
+            self._forget_models()
             self._evaluator = Evaluator(key, self.device)
         try:
             self._evaluator.become(variant, dict(zip(names, payloads, strict=True)))
@@ -249,16 +249,17 @@ class Worker:
             self._evaluator = None  # half swapped, it would contaminate whatever is measured next
             raise
 
+    def answer(self, key: ModelKey, kind: str, batches: Sequence[Sequence[Any]], seed: int | None) -> dict[str, Any]:
+        """What the model `key` answers to batches of lm-eval's requests (measure/tasks.py), batch by batch.
 
-def _sums_payload(sums: dict[str, Sums]) -> Payload:
-    parts = [
-        to_part(part_name(name, part), tensor)
-        for name, own in sums.items()
-        for part, tensor in (("weighted", own.weighted), ("plain", own.plain), ("rows", own.rows))
-        if tensor is not None
-    ]
-    rows = tuple({"name": name, "tokens": own.tokens, "owner": own.owner} for name, own in sums.items())
-    return Payload(tuple(parts), rows)
+        Returns {"answers": [[...], ...], "dtype": of the arithmetic}.
+        """
+        if self._answerer is None or self._answerer.key != key:
+            from pipeline.measure.tasks import Answerer
+
+            self._forget_models()
+            self._answerer = Answerer(key, self.device)
+        return {"answers": self._answerer.answers(kind, batches, seed), "dtype": self._answerer.dtype}
 
 
 def _row(

@@ -12,6 +12,7 @@ WINGS = (
     "errors",
     "validation",
     "config",
+    "task_config",
     "model",
     "measure",
     "run",
@@ -28,9 +29,15 @@ DOORS = {
     "transformers": {"pipeline/measure/perplexity.py", "pipeline/measure/windows.py", "jobs/demo.py", *PLUG_IN_DOORS},
     # what comes and goes over the network, in hub.py alone; front matters
     "huggingface_hub": {"pipeline/model/hub.py", "pipeline/model/card.py", "pipeline/model/card_figures.py"},
+    "lm_eval": {"pipeline/measure/tasks.py"},
     "datasets": {"pipeline/measure/windows.py"},
     "pyarrow": {"pipeline/report/files.py", "pipeline/model/files.py"},
-    "pydantic": {"pipeline/config.py", "pipeline/validation.py", "pipeline/model/entries.py"},
+    "pydantic": {
+        "pipeline/config.py",
+        "pipeline/task_config.py",
+        "pipeline/validation.py",
+        "pipeline/model/entries.py",
+    },
     "rich": {"pipeline/run/progress.py", "pipeline/report/tables.py"},
 }
 

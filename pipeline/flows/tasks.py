@@ -1,0 +1,116 @@
+"""Tasks of lm-evaluation-harness on workers: requests dealt out batch by batch, answers put together in lm-eval's order."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.errors import ConfigError
+from pipeline.flows.compress import PoolMaker
+from pipeline.flows.evaluate import model_key, require_unseen
+from pipeline.measure.perplexity import ModelKey
+from pipeline.model.artifact import Model, open_model
+from pipeline.model.forecast import evaluation_bytes
+from pipeline.run.driver import TaskList, execute
+from pipeline.run.pool import Done, Pool, Task
+from pipeline.run.progress import Progress
+from pipeline.task_config import TaskSettings
+
+_PARTS = 256  # that requests are dealt out in: enough for many workers, few enough to cost nothing themselves
+
+
+def require_harness(settings: TaskSettings) -> None:
+    """Raise ConfigError if lm-eval is not installed, or if there is no such directory of tasks."""
+    try:
+        import pipeline.measure.tasks  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"tasks want lm-evaluation-harness ({error}): pip install 'swsc[lm-eval]'") from None
+    if settings.include_path is not None and not Path(settings.include_path).is_dir():
+        raise ConfigError(
+            f"include_path {settings.include_path}: no such directory; give one that holds tasks as YAML files"
+        )
+
+
+def evaluate_tasks(location: str, settings: TaskSettings, make_pool: PoolMaker) -> dict[str, Any]:
+    """What lm-eval finds of the dense or compressed model at `location`.
+
+    Returns {"model", "lm_eval": lm-eval's own results, "tables": as it prints them, "seconds"}.
+
+    Raises:
+        ConfigError: lm-eval is not installed. CheckpointError: the model cannot be opened.
+        TaskError: a task that is not there, or cannot be carried out. RunError: a part of the requests failed.
+    """
+    started = time.perf_counter()
+    require_harness(settings)
+    from pipeline.measure.tasks import Asker, run_tasks, tables
+
+    model = open_model(location)
+    key = model_key(model.checkpoint, settings)
+    with PooledAnswers(model, key, settings, make_pool) as answers:
+        results = run_tasks(settings, Asker(model, key, answers))
+    return {
+        "model": location,
+        "lm_eval": results,
+        "tables": tables(results),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+class PooledAnswers:
+    """Has requests answered by a pool, which is begun by the first of them; a context manager."""
+
+    def __init__(self, model: Model, key: ModelKey, settings: TaskSettings, make_pool: PoolMaker) -> None:
+        self.dtype = ""
+        self._model, self._key, self._settings, self._make_pool = model, key, settings, make_pool
+        self._pool: Pool | None = None
+        self._made_for = (0, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool:
+            self._pool.close()
+
+    def require_unseen(self, read: Callable[[], str]) -> None:
+        """As pipeline.measure.tasks.Answers says."""
+        require_unseen(self._model, read, f"of tasks {', '.join(self._settings.tasks)}")
+
+    def __call__(self, kind: str, batches: list[list[Any]], tokens: int, together: bool) -> list[list[Any]]:
+        """As pipeline.measure.tasks.Answers says."""
+        seed = self._settings.seed[2] if together else None  # that of torch: lm-eval sets it before anything is drawn
+        size = len(batches) if together else -(-len(batches) // _PARTS)
+        tasks = [
+            Task(
+                start,
+                "answer",
+                (self._key, kind, batches[start : start + size], seed),
+                label=f"{kind}, batches {start} to {min(start + size, len(batches)) - 1}",
+            )
+            for start in range(0, len(batches), size)
+        ]
+        found: dict[int, list[list[Any]]] = {}
+
+        def note(done: Done) -> None:
+            found[done.task.key] = done.value["answers"]
+            self.dtype = done.value["dtype"]
+
+        source = TaskList(tasks, note)
+        pool = self._pool_for(len(tasks), evaluation_bytes(self._model, self._key.dtype, self._key.batch_size * tokens))
+        with Progress(kind, len(tasks), 0, "parts") as progress:
+            execute(pool, source, progress)
+        source.raise_failures()
+        return [answers for start in sorted(found) for answers in found[start]]
+
+    def _pool_for(self, tasks: int, memory: int) -> Pool:
+        """The pool that is there, with its loaded models, or a larger one where it was made for less."""
+        if self._pool is None or tasks > self._made_for[0] or memory > self._made_for[1]:
+            if self._pool:
+                self._pool.close()
+                self._pool = None
+            self._made_for = max(tasks, self._made_for[0]), max(memory, self._made_for[1])
+            self._pool = self._make_pool(*self._made_for, 0)
+        return self._pool
