@@ -2,9 +2,13 @@
 
 import json
 import random
+import re
 from pathlib import Path
+from typing import Any
 
 from tests.tiny import WORDS
+
+TASKS = ["tiny_group", "tiny_rolling", "tiny_write", "tiny_drawn"]
 
 _CHOICE = """
 task: tiny_choice
@@ -107,3 +111,20 @@ _CHARACTERS = """
 def characters(references, predictions):
     return sum((place + 1) * ord(letter) for place, letter in enumerate(predictions[0])) % 9973
 """
+
+
+def findings(results: dict[str, Any]) -> dict[str, Any]:
+    """All that does not tell of the machine, the moment, or where a function lies in memory."""
+    parts = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+    kept = {key: results[key] for key in parts if key in results}
+    about = (
+        "model_num_parameters",
+        "model_dtype",
+        "batch_size",
+        "limit",
+        "bootstrap_iters",
+        "random_seed",
+        "fewshot_seed",
+    )
+    kept["config"] = {key: results["config"][key] for key in about} | {"max_length": results["max_length"]}
+    return json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(kept)))  # type: ignore[no-any-return]

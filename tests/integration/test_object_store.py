@@ -15,6 +15,7 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
 from pipeline.model.store import Store
 from tests.object_store import BUCKET, ObjectStore, as_client, object_store, stored, upload
+from tests.offline_tasks import findings, make_tasks
 from tests.tiny import contents, make_text
 
 
@@ -96,6 +97,17 @@ def test_texts_caches_and_results_may_lie_there_too(remote_model: str, tiny_mode
         assert main(evaluation) == 0
     far_result, near_result = (Store.at(name).parent.read_json(Store.at(name).name) for name in results)
     assert far_result["nll_per_window"] == near_result["nll_per_window"]
+
+
+def test_tasks_of_lm_eval_find_the_same_there(remote_model: str, tiny_model: Path, tmp_path: Path) -> None:
+    tasks = ["--tasks", "tiny_group,tiny_write", "--include-path", str(make_tasks(tmp_path / "tasks")), "--local"]
+    assert main(["evaluate", remote_model, *tasks, "--json", f"{BUCKET}/results/tasks.json"]) == 0
+    assert main(["evaluate", str(tiny_model), *tasks, "--json", str(tmp_path / "tasks.json")]) == 0
+    far, near = (
+        place.parent.read_json(place.name)["lm_eval"]
+        for place in (Store.at(f"{BUCKET}/results/tasks.json"), Store.at(str(tmp_path / "tasks.json")))
+    )
+    assert findings(far) == findings(near)
 
 
 def test_a_wrong_secret_is_one_line_that_does_not_tell_it(

@@ -1,7 +1,6 @@
 """Tasks of lm-evaluation-harness: the numbers that lm-eval itself gets from the same weights, to the last bit."""
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,10 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from jobs.cli import main
-from tests.offline_tasks import make_tasks
+from tests.offline_tasks import TASKS, findings, make_tasks
 from tests.tiny import make_tiny_model
-
-TASKS = ["tiny_group", "tiny_rolling", "tiny_write", "tiny_drawn"]
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +46,6 @@ def lm_eval_alone(model: Path, tasks: Path, names: list[str] = TASKS, batch_size
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     results = simple_evaluate(lm, tasks=names, task_manager=manager, batch_size=batch_size, log_samples=False, **how)
     return json.loads(json.dumps(results, default=handle_non_serializable))
-
-
-def findings(results: dict[str, Any]) -> dict[str, Any]:
-    """All that does not tell of the machine, the moment, or where a function lies in memory."""
-    parts = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
-    kept = {key: results[key] for key in parts if key in results}
-    about = (
-        "model_num_parameters",
-        "model_dtype",
-        "batch_size",
-        "limit",
-        "bootstrap_iters",
-        "random_seed",
-        "fewshot_seed",
-    )
-    kept["config"] = {key: results["config"][key] for key in about} | {"max_length": results["max_length"]}
-    return json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(kept)))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
