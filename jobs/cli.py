@@ -18,7 +18,7 @@ VERBS = {
     "compress": ("jobs.compress", "compress a checkpoint; run again after an interruption and it goes on"),
     "verify": ("jobs.verify", "hash an output's files again and say what differs from what was written"),
     "restore": ("jobs.restore", "turn a compressed model into a plain dense checkpoint"),
-    "evaluate": ("jobs.evaluate", "perplexity of a dense, compressed or restored model"),
+    "evaluate": ("jobs.evaluate", "perplexity of a dense, compressed or restored model, or tasks of lm-eval"),
     "push": ("jobs.push", "verify an output, then upload it to the Hugging Face Hub"),
     "sweep": ("jobs.sweep", "many models × many variants × many texts in one run"),
 }

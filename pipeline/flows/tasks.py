@@ -9,6 +9,7 @@ from typing import Any, Self
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.evaluate import model_key, require_unseen
+from pipeline.measure.harness import harness
 from pipeline.measure.perplexity import ModelKey
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.forecast import evaluation_bytes
@@ -22,10 +23,7 @@ _PARTS = 256  # that requests are dealt out in: enough for many workers, few eno
 
 def require_harness(settings: TaskSettings) -> None:
     """Raise ConfigError if lm-eval is not installed, or if there is no such directory of tasks."""
-    try:
-        import pipeline.measure.tasks  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"tasks want lm-evaluation-harness ({error}): pip install 'swsc[lm-eval]'") from None
+    harness()
     if settings.include_path is not None and not Path(settings.include_path).is_dir():
         raise ConfigError(
             f"include_path {settings.include_path}: no such directory; give one that holds tasks as YAML files"
@@ -43,16 +41,15 @@ def evaluate_tasks(location: str, settings: TaskSettings, make_pool: PoolMaker) 
     """
     started = time.perf_counter()
     require_harness(settings)
-    from pipeline.measure.tasks import Asker, run_tasks, tables
-
+    lm_eval = harness()
     model = open_model(location)
     key = model_key(model.checkpoint, settings)
     with PooledAnswers(model, key, settings, make_pool) as answers:
-        results = run_tasks(settings, Asker(model, key, answers))
+        results = lm_eval.run_tasks(settings, lm_eval.Asker(model, key, answers))
     return {
         "model": location,
         "lm_eval": results,
-        "tables": tables(results),
+        "tables": lm_eval.tables(results),
         "seconds": time.perf_counter() - started,
     }
 

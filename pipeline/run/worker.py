@@ -15,6 +15,7 @@ import torch
 
 from pipeline.errors import WeightsError
 from pipeline.measure.calibration import Calibrator, sums_payload
+from pipeline.measure.harness import harness
 from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
@@ -255,10 +256,8 @@ class Worker:
         Returns {"answers": [[...], ...], "dtype": of the arithmetic}.
         """
         if self._answerer is None or self._answerer.key != key:
-            from pipeline.measure.tasks import Answerer
-
             self._forget_models()
-            self._answerer = Answerer(key, self.device)
+            self._answerer = harness().Answerer(key, self.device)
         return {"answers": self._answerer.answers(kind, batches, seed), "dtype": self._answerer.dtype}
 
 
