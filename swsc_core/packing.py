@@ -54,6 +54,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def _unpack_block(packed: Tensor, bits: int, count: int) -> Tensor:
     """Eight values lie in `bits` bytes, always at the same places: eight columns are put together from one to three bytes each."""
+    if bits == 8:
+        return packed.to(torch.int32)
     rows = -(-count // 8)
     padded = torch.nn.functional.pad(packed, (0, rows * bits - packed.numel()))
     columns = padded.reshape(rows, bits).to(torch.int32).unbind(dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear, one_hot
 from torch.utils.checkpoint import checkpoint
 
-from swsc_core.matrix import SwscMatrix
+from swsc_core.matrix import SwscMatrix, take_rows
 
 _SLAB = 1 << 22  # weights that are put together at a time
 
@@ -46,7 +46,7 @@ def _shared(x: Tensor, matrix: SwscMatrix) -> Tensor:
 
 def _by_slabs(x: Tensor, matrix: SwscMatrix, centroids: Tensor) -> Tensor:
     def multiply(x: Tensor, centroids: Tensor, indices: Tensor) -> Tensor:
-        return linear(x, matrix.layout.matrix(centroids[indices.reshape(-1)]))
+        return linear(x, matrix.layout.matrix(take_rows(centroids, indices.reshape(-1))))
 
     parts = []
     for indices in matrix.slabs(_SLAB):
