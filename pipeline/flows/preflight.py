@@ -12,7 +12,7 @@ from pipeline.model.plan import Plan
 from pipeline.model.standing import require_replaceable
 from pipeline.model.store import Store
 
-ALGORITHM = 8  # goes up with every change that changes bytes: files of two versions are never mixed
+ALGORITHM = 9  # goes up with every change that changes bytes: files of two versions are never mixed
 STAGED = "untuned"  # how the name of a model in the cache begins that is yet to be tuned
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, NonFiniteError, SwscError
-from pipeline.measure.slots import Slot, find_slot
+from pipeline.measure.slots import Slot, find_matrix_slot
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import DTYPES
 from pipeline.model.mirror import require_no_code, small_files
@@ -67,7 +67,7 @@ class Evaluator:
         return str(self._model.dtype).removeprefix("torch.")
 
     def become(self, variant: str, weights: Mapping[str, Payload]) -> None:
-        """Hold exactly `weights` (tensor name -> compressed parts) in place of the model's own; "" is the model as is.
+        """Hold exactly `weights` (matrix name -> compressed parts) in place of the model's own; "" is the model as is.
 
         Weights of an earlier variant are read again from the checkpoint: a second copy is never kept.
         """
@@ -75,7 +75,7 @@ class Evaluator:
             return
         self._variant = None
         for name in sorted(self._swapped - weights.keys()):
-            self._put(name, self._source.read(name))
+            self._put(name, self._source.read_matrix(name))
         for name, payload in weights.items():
             parts = {part.name: to_tensor(part).to(self._device) for part in payload.parts}
             self._put(name, decode(parts, payload.rows[0]["entry"]))
@@ -83,7 +83,7 @@ class Evaluator:
 
     def _put(self, name: str, weight: Tensor) -> None:
         if name not in self._slots:
-            self._slots[name] = find_slot(self._model, name, self._source.read(name), self.key.location)
+            self._slots[name] = find_matrix_slot(self._model, self._source, name)
         self._slots[name].put(weight)
 
     @torch.inference_mode()
@@ -145,9 +145,7 @@ def _own_dtype(source: Model, config: Any) -> str:
     for about in (config, config.get_text_config()):
         if getattr(about, "dtype", None):
             return str(about.dtype).removeprefix("torch.")
-    first = source.names[0]
-    stored = source.checkpoint.tensors[first].dtype
-    return str(source.entries[first]["dtype"] if first in source.entries else DTYPES[stored][0])
+    return DTYPES[source.dtype(source.names[0])][0]
 
 
 def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:

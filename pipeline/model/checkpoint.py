@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError, UserError
 from pipeline.model.files import TEMPORARY
@@ -19,6 +19,9 @@ from pipeline.model.fingerprint import fingerprint_of
 from pipeline.model.hub import local_copy
 from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
 from pipeline.model.store import Store
+
+if TYPE_CHECKING:  # headers are read without torch
+    from swsc_core.pieces import Rows
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,7 +45,7 @@ FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes at `start` of `file`."""
+    """Where a tensor lies: `nbytes` bytes at `start` of `file`; or, if it is a `view`, what it looks like."""
 
     name: str
     dtype: str
@@ -50,10 +53,25 @@ class TensorInfo:
     file: str
     start: int
     nbytes: int
+    view: "View | None" = None
 
     @property
     def count(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a tensor is made of `tensor`, which is what lies in the file.
+
+    Attributes:
+        transposed: rows and columns change places.
+        rows: then these rows of it.
+    """
+
+    tensor: TensorInfo
+    transposed: bool = False
+    rows: "Rows | None" = None
 
 
 @dataclass(frozen=True)

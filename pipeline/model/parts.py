@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import CheckpointError
-from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, file_header, read_header
+from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, View, file_header, read_header
 from pipeline.model.files import Bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.store import FileRecord, Store
@@ -60,8 +60,16 @@ def to_tensor(part: Part) -> "Tensor":
 
 
 def read_tensor(store: Store, info: TensorInfo) -> "Tensor":
-    """Read one tensor by its byte range."""
-    return _tensor(store.read(info.file, info.start, info.nbytes), info.dtype, info.shape)
+    """Read one tensor by its byte range, or make it of what lies there."""
+    if info.view is None:
+        return _tensor(store.read(info.file, info.start, info.nbytes), info.dtype, info.shape)
+    return seen(read_tensor(store, info.view.tensor), info.view)
+
+
+def seen(tensor: "Tensor", view: View) -> "Tensor":
+    """What a view shows of the tensor that it is of."""
+    turned = tensor.T.contiguous() if view.transposed else tensor
+    return view.rows.take(turned) if view.rows else turned
 
 
 def _tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> "Tensor":

@@ -23,7 +23,7 @@ def checkpoint_of(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", **con
             nbytes *= side
         tensors[name] = TensorInfo(name, dtype, shape, "model.safetensors", start, nbytes)
         start += nbytes
-    return Checkpoint(Store("/nowhere"), tensors, config)
+    return Checkpoint(Store("/nowhere"), tensors, {"model_type": "llama", **config})
 
 
 LAYERS = {
