@@ -7,13 +7,13 @@ from pipeline.errors import ConfigError
 from pipeline.flows.compress import PoolMaker, run_tasks, versions
 from pipeline.flows.preflight import ALGORITHM, begin_with_room, require_apart
 from pipeline.model.artifact import Model, open_model
-from pipeline.model.checkpoint import TensorInfo
 from pipeline.model.families import layer_of
 from pipeline.model.forecast import restoring_bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.output import finish
 from pipeline.model.plan import CopyTask
 from pipeline.model.store import FileRecord, Store
+from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Done, Task
 
 

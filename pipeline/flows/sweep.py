@@ -21,9 +21,10 @@ from pipeline.flows.sweep_rows import run_rows, tensor_rows
 from pipeline.flows.sweep_runs import Run, Unit, make_runs
 from pipeline.measure.windows import Windows, make_windows
 from pipeline.model.artifact import Model
-from pipeline.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.forecast import WORKER_BASE, compression_bytes
 from pipeline.model.matrices import find_matrix
+from pipeline.model.tensors import TensorInfo
 from pipeline.run.driver import execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress

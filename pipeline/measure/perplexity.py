@@ -16,9 +16,9 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, NonFiniteError, SwscError
 from pipeline.measure.slots import Slot, find_matrix_slot
 from pipeline.model.artifact import Model, open_model
-from pipeline.model.checkpoint import DTYPES
 from pipeline.model.mirror import require_no_code, small_files
 from pipeline.model.parts import Payload, to_tensor
+from pipeline.model.tensors import DTYPES
 from swsc_core import decode
 
 _ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k values are 256 MiB
@@ -113,7 +113,7 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
     logging.disable_progress_bar()
     dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
     try:
-        in_place = source.checkpoint.store.is_local and not source.entries
+        in_place = source.checkpoint.store.is_local and not source.entries and not source.checkpoint.scales
         model, info = _load_dense(key, dtype) if in_place else _load_from_store(source, key, dtype)
     except SwscError:
         raise  # of ours, and said already: a store that does not answer is asked again
@@ -149,11 +149,11 @@ def _own_dtype(source: Model, config: Any) -> str:
 
 
 def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
-    """A model whose weights transformers cannot read itself: compressed ones, or those of an object store."""
+    """A model whose weights transformers cannot read as we do: compressed ones, fp8, or those of an object store."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(small_files(key.location), trust_remote_code=key.trusted)
-    if source.entries:
+    if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):  # only to learn the class: from_pretrained of the Auto class insists on files
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=key.trusted))

@@ -7,9 +7,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError
-from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, Checkpoint, TensorInfo, open_checkpoint
+from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.entries import what_is_wrong
 from pipeline.model.parts import read_tensor
+from pipeline.model.quantized import require_unquantized
+from pipeline.model.tensors import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,12 +162,9 @@ def open_model(location: str) -> Model:
     """
     checkpoint = open_checkpoint(location)
     quantization = checkpoint.config.get("quantization_config") or {}
-    if not quantization:
-        return Model(checkpoint, {})
     if quantization.get("quant_method") != "swsc":
-        raise CheckpointError(
-            f"{location}: quantized by {quantization.get('quant_method')!r}; give the unquantized model"
-        )
+        require_unquantized(location, checkpoint.tensors, checkpoint.config)
+        return Model(checkpoint, {})
     if quantization.get("format_version") not in _READ:
         found, known = quantization.get("format_version"), " and ".join(map(str, _READ))
         raise CheckpointError(f"{location}: format version {found}, this release reads {known}; update swsc")

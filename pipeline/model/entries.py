@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
-from pipeline.model.checkpoint import DTYPES, FLOATS
+from pipeline.model.tensors import DTYPES, FLOATS
 
 _Rows = Annotated[list[Annotated[int, Field(ge=0, le=1 << 31)]], Field(min_length=4, max_length=4)]
 _MOST_BLOCKS = 1 << 16  # of a piece: heads, or groups of them

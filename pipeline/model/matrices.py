@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import CheckpointError
-from pipeline.model.checkpoint import DTYPES, FLOATS, Checkpoint, TensorInfo, View
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import Family, Role
+from pipeline.model.tensors import DTYPES, FLOATS, TensorInfo, View
 from swsc_core.pieces import Rows, misfit
 
 

@@ -12,12 +12,14 @@ from typing import Literal
 from pipeline.config import MatrixSettings
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.artifact import part_name
-from pipeline.model.checkpoint import Checkpoint, TensorInfo
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import layer_of
 from pipeline.model.leftovers import HEAD, embedding_of_tied
 from pipeline.model.matrices import Joined, is_matrix, joined_of, tensor_of
+from pipeline.model.quantized import REASON, require_unquantized
 from pipeline.model.selection import Selected, select
 from pipeline.model.specs import budget_bytes, require_affordable, resolve, value_bits
+from pipeline.model.tensors import TensorInfo
 from swsc_core.codec import PARTS
 from swsc_core.spec import Spec
 
@@ -104,10 +106,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
             not fit a selected matrix.
         CheckpointError: the source is quantized already.
     """
-    quantized = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if quantized:
-        remedy = "restore it first (swsc restore)" if quantized == "swsc" else "give the unquantized model"
-        raise CheckpointError(f"{checkpoint.store.root}: already quantized by {quantized!r}; {remedy}")
+    require_unquantized(checkpoint.store.root, checkpoint.tensors, checkpoint.config)
     selected = select(checkpoint, settings)
     if settings.preset != "paper":
         matrices = [one.info for one in selected if one.chosen and is_matrix(one.info)]
@@ -121,6 +120,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
     _require_free_names(checkpoint, decisions)
     decisions += _tied(checkpoint)
     decisions += [Decision(info, "left out", "a buffer that a model makes anew", 0) for info in checkpoint.buffers]
+    decisions += [Decision(info, "left out", REASON, 0) for info in checkpoint.scales]
     return _with_tasks(decisions)
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from pipeline.config import MatrixSettings
 from pipeline.errors import ConfigError
-from pipeline.model.checkpoint import Checkpoint, TensorInfo
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import Family, require_roles
 from pipeline.model.matrices import matrices_of
+from pipeline.model.tensors import TensorInfo
 
 _SHOWN = 12  # kinds of tensors in a message
 

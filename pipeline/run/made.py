@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.model.artifact import laid, part_name
-from pipeline.model.checkpoint import TensorInfo
 from pipeline.model.matrices import Joined, lies_as, tensor_of
 from pipeline.model.parts import Part, read_tensor, to_part
 from pipeline.model.store import Store
+from pipeline.model.tensors import TensorInfo
 from swsc_core import Encoded
 from swsc_core.codec import dtype_name
 from swsc_core.pieces import Rows, join, rest_of

@@ -19,12 +19,13 @@ from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
 from pipeline.model.artifact import open_model, part_name
-from pipeline.model.checkpoint import TensorInfo, View, read_header
+from pipeline.model.checkpoint import read_header
 from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
 from pipeline.model.parts import Payload, copy_tensors, differences, read_tensor, seen, to_part, to_tensor
 from pipeline.model.plan import CopyTask, LayerTask
 from pipeline.model.store import FileRecord, Store
+from pipeline.model.tensors import TensorInfo, View
 from pipeline.run.heap import return_freed_blocks
 from pipeline.run.made import LayerParts, errors_of, peak_rss, row_of
 from swsc_core import Encoded, encode

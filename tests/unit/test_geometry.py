@@ -10,11 +10,12 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomConfig
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
 from pipeline.errors import CheckpointError
-from pipeline.model.checkpoint import Checkpoint, TensorInfo
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import Family
 from pipeline.model.matrices import find_matrix, matrices_of
 from pipeline.model.parts import seen
 from pipeline.model.store import Store
+from pipeline.model.tensors import TensorInfo
 from swsc_core.pieces import Rows, join, misfit, rest_of
 
 N = 5  # inputs
