@@ -25,7 +25,8 @@ from pipeline.model.families import Family
 from pipeline.model.matrices import matrices_of
 from pipeline.model.parts import read_tensor
 from swsc_core import kmeans
-from swsc_core.bits import Geometry, solve_budget
+from swsc_core.bits import Geometry
+from swsc_core.budget import solve_budget
 
 LIMIT = 1.01  # inertia, ours over theirs
 AXES = ("output", "input")

@@ -74,7 +74,9 @@ def open_checkpoint(location: str) -> Checkpoint:
             one outside the directory, a tensor in two shards, or a pickle checkpoint.
     """
     if location.endswith(".gguf"):
-        raise CheckpointError(f"{location}: GGUF files are not read here yet; save the model as safetensors first")
+        raise CheckpointError(
+            f"{location}: a GGUF file; make a checkpoint of it first: swsc convert {location} NEW_DIR"
+        )
     store = Store.at(local_copy(location))
     names = store.names()
     if not names:
@@ -134,6 +136,10 @@ def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
         raise CheckpointError(
             f"{store.root}: a pickle checkpoint, which can run code when it is opened, is refused; convert it with"
             " `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)` on a machine that trusts it"
+        )
+    if gguf := next((name for name in names if name.endswith(".gguf")), None):
+        raise CheckpointError(
+            f"{store.root}: GGUF files only; make a checkpoint of one first: swsc convert {store.root}/{gguf} NEW_DIR"
         )
     raise CheckpointError(f"{store.root}: no *.safetensors file; give the directory of a safetensors checkpoint")
 

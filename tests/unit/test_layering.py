@@ -21,7 +21,8 @@ WINGS = (
 DOORS = {
     "ray": {"pipeline/run/cluster.py", "pipeline/run/ray_pool.py"},
     "safetensors": set(),  # read and written by byte range: pipeline/model/checkpoint.py says why
-    "transformers": {"pipeline/measure/perplexity.py", "pipeline/measure/windows.py", "jobs/demo.py"},
+    "transformers": {"pipeline/measure/perplexity.py", "pipeline/measure/windows.py", "pipeline/flows/convert.py"},
+    "gguf": {"pipeline/flows/convert.py"},
     "huggingface_hub": {"pipeline/model/hub.py"},
     "datasets": {"pipeline/measure/windows.py"},
     "pyarrow": {"pipeline/report/files.py", "pipeline/model/files.py"},
