@@ -133,11 +133,26 @@ def _first_line(error: Exception) -> str:
 
 
 def _load_dense(key: ModelKey, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    return AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(key.location, trust_remote_code=key.trusted)
+    return _auto_class(config).from_pretrained(
         key.location, dtype=dtype, output_loading_info=True, trust_remote_code=key.trusted
     )
+
+
+def _auto_class(config: Any) -> Any:
+    """What loads a model that predicts tokens: of some multimodal families only the class that sees pictures, too."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(config)
+    only_seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if only_seeing else AutoModelForCausalLM
 
 
 def _own_dtype(source: Model, config: Any) -> str:
@@ -150,13 +165,13 @@ def _own_dtype(source: Model, config: Any) -> str:
 
 def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
     """A model whose weights transformers cannot read as we do: compressed ones, fp8, or those of an object store."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(small_files(key.location), trust_remote_code=key.trusted)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):  # only to learn the class: from_pretrained of the Auto class insists on files
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=key.trusted))
+        kind = type(_auto_class(config).from_config(config, trust_remote_code=key.trusted))
     weights = {name: source.read(name) for name in source.names}
     if dtype == "auto":
         dtype = _own_dtype(source, config)
