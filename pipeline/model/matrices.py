@@ -27,10 +27,16 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Joined:
-    """A tensor some of whose pieces are compressed: the whole, turned round if it lies transposed, and those pieces."""
+    """A tensor some of whose pieces are compressed: `view` shows the whole, turned round if it lies transposed."""
 
-    whole: TensorInfo
+    tensor: str
+    view: View
     pieces: tuple[TensorInfo, ...]
+
+    @property
+    def rows(self) -> list[Rows]:
+        """The rows of each piece."""
+        return [piece.view.rows for piece in self.pieces if piece.view and piece.view.rows]
 
 
 def matrices_of(checkpoint: Checkpoint, family: Family, info: TensorInfo) -> list[Matrix]:
@@ -69,11 +75,11 @@ def tensor_of(info: TensorInfo) -> str:
 
 def joined_of(compressed: Iterable[TensorInfo]) -> tuple[Joined, ...]:
     """The tensors that some of the matrices given are pieces of."""
-    pieces: dict[str, list[TensorInfo]] = {}
+    pieces: dict[tuple[str, View], list[TensorInfo]] = {}
     for info in compressed:
         if info.view and info.view.rows:
-            pieces.setdefault(tensor_of(info), []).append(info)
-    return tuple(Joined(_whole(own[0]), tuple(own)) for own in pieces.values())
+            pieces.setdefault((tensor_of(info), replace(info.view, rows=None)), []).append(info)
+    return tuple(Joined(*whole, tuple(own)) for whole, own in pieces.items())
 
 
 def lies_as(info: TensorInfo) -> dict[str, Any]:
@@ -85,11 +91,6 @@ def lies_as(info: TensorInfo) -> dict[str, Any]:
     if rows is None:
         return about
     return about | {"tensor": tensor_of(info), "rows": [rows.first, rows.length, rows.stride, rows.count]}
-
-
-def _whole(piece: TensorInfo) -> TensorInfo:
-    assert piece.view is not None
-    return _turned(piece.view.tensor) if piece.view.transposed else piece.view.tensor
 
 
 def _turned(info: TensorInfo) -> TensorInfo:

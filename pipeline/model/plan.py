@@ -185,7 +185,7 @@ def _with_tasks(decisions: list[Decision]) -> Plan:
         if decision.action == "compressed":
             layers[layer_of(decision.info.name)].append(decision)
     joined = {layer: joined_of(item.info for item in items) for layer, items in layers.items()}
-    split = {one.whole.name for own in joined.values() for one in own}
+    split = {one.tensor for own in joined.values() for one in own}
     copied = [item.info for item in decisions if item.action == "copied" and tensor_of(item.info) not in split]
     copies = list(_copy_groups(copied))
     total = len(layers) + len(copies)

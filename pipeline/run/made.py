@@ -1,15 +1,13 @@
 """What a worker has made of a layer: the tensors of its file, and the rows of the report."""
 
 import resource
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 from pipeline.model.artifact import laid, part_name
 from pipeline.model.matrices import Joined, lies_as, tensor_of
-from pipeline.model.parts import Part, read_tensor, to_part
-from pipeline.model.store import Store
+from pipeline.model.parts import Part, to_part
 from pipeline.model.tensors import TensorInfo
 from swsc_core import Encoded
 from swsc_core.codec import dtype_name
@@ -36,16 +34,16 @@ class LayerParts:
         else:
             self._restored.setdefault(tensor_of(info), []).append((rows, encoded.restored.cpu()))
 
-    def finished(self, source: Store, joined: Iterable[Joined]) -> tuple[Part, ...]:
+    def add_rest(self, joined: Joined, whole: Tensor) -> None:
+        """What is left of a joined matrix, `whole` [m, n], when all its pieces are added; in the dense form the whole."""
+        rest = whole[rest_of(len(whole), joined.rows)]
+        if self._form == "dense":
+            rest = laid(join(rest, self._restored.pop(joined.tensor)), lies_as(joined.pieces[0]))
+        self._parts.append(to_part(joined.tensor, rest))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
         """All of them."""
-        for tensor in joined:
-            whole = read_tensor(source, tensor.whole)
-            rest = whole[
-                rest_of(len(whole), [piece.view.rows for piece in tensor.pieces if piece.view and piece.view.rows])
-            ]
-            if self._form == "dense":
-                rest = laid(join(rest, self._restored.pop(tensor.whole.name)), lies_as(tensor.whole))
-            self._parts.append(to_part(tensor.whole.name, rest))
         return tuple(self._parts)
 
 

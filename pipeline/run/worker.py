@@ -22,7 +22,7 @@ from pipeline.model.artifact import open_model, part_name
 from pipeline.model.checkpoint import read_header
 from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
-from pipeline.model.parts import Payload, copy_tensors, differences, read_tensor, seen, to_part, to_tensor
+from pipeline.model.parts import Part, Payload, copy_tensors, differences, read_tensor, seen, to_part, to_tensor
 from pipeline.model.plan import CopyTask, LayerTask
 from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensors import TensorInfo, View
@@ -44,7 +44,7 @@ class Worker:
         self._evaluator: Evaluator | None = None
         self._calibrator: Calibrator | None = None
         self._tuner: Tuner | None = None
-        self._joined: tuple[str, View, torch.Tensor] | None = None  # store, tensor and values
+        self._wholes: dict[tuple[Store, View], torch.Tensor] = {}
 
     def compress(
         self, source: Store, task: LayerTask, form: str, seed: int, storage_dtype: str | None, moments: Moments | None
@@ -64,8 +64,7 @@ class Worker:
             encoded, row = self._encode(weight, source, info, specs, seed, storage_dtype, read_seconds, moments)
             made.add(info, encoded)
             rows.append(row)
-        self._joined = None
-        return {"rows": rows, "peak_rss": peak_rss()}, Payload(made.finished(source, task.joined), tuple(rows))
+        return {"rows": rows, "peak_rss": peak_rss()}, Payload(self._finished(made, source, task), tuple(rows))
 
     def compress_units(
         self, source: Store, info: TensorInfo, units: Sequence[tuple[tuple[Spec, ...], int, str | None, Moments | None]]
@@ -75,9 +74,8 @@ class Worker:
         Returns measurements, then one payload for each way.
         """
         started = time.perf_counter()
-        weight = self._read(source, info)
+        weight = self._read_alone(source, info)
         read_seconds = time.perf_counter() - started
-        self._joined = None
         payloads = [self._unit(weight, source, info, read_seconds, *unit) for unit in units]
         return ({"rows": [payload.rows[0] for payload in payloads], "peak_rss": peak_rss()}, *payloads)
 
@@ -93,14 +91,27 @@ class Worker:
         return Payload(tuple(to_part(part, tensor) for part, tensor in encoded.tensors.items()), (row,))
 
     def _read(self, source: Store, info: TensorInfo) -> torch.Tensor:
-        """A matrix on the device; of a tensor that joins several, which come one after the other, the whole is kept."""
         if info.view is None or info.view.rows is None:
             return read_tensor(source, info).to(self.device)
-        whole, rows = replace(info.view, rows=None), info.view.rows
-        if self._joined is None or self._joined[:2] != (source.root, whole):
-            self._joined = None
-            self._joined = source.root, whole, seen(read_tensor(source, whole.tensor), whole)
-        return rows.take(self._joined[2]).to(self.device)
+        return info.view.rows.take(self._whole(source, replace(info.view, rows=None))).to(self.device)
+
+    def _read_alone(self, source: Store, info: TensorInfo) -> torch.Tensor:
+        """The same, when no other matrix of its layer is asked for next."""
+        weight = self._read(source, info)
+        self._wholes.clear()
+        return weight
+
+    def _whole(self, source: Store, view: View) -> torch.Tensor:
+        """A tensor that joins several matrices, on the CPU; kept until its layer is done, so that it is read once."""
+        if (source, view) not in self._wholes:
+            self._wholes[source, view] = seen(read_tensor(source, view.tensor), view)
+        return self._wholes[source, view]
+
+    def _finished(self, made: LayerParts, source: Store, task: LayerTask) -> tuple[Part, ...]:
+        for joined in task.joined:
+            made.add_rest(joined, self._whole(source, joined.view))
+        self._wholes.clear()
+        return made.parts
 
     def _encode(
         self, weight: torch.Tensor, source: Store, info: TensorInfo, specs: tuple[Spec, ...], seed: int,
@@ -159,13 +170,13 @@ class Worker:
     def reach(self, source: Store, info: TensorInfo, moments: Moments) -> float:
         """What a matrix would lose, in nats a token, if each weight kept nothing but its row's scale."""
         metric, unit = moments.metric(info.name, self.device)
-        return unit * reach(self._read(source, info).float(), metric)
+        return unit * reach(self._read_alone(source, info).float(), metric)
 
     def shares(
         self, source: Store, info: TensorInfo, moments: Moments, specs: Sequence[dict[str, Any]], seed: int
     ) -> list[tuple[dict[str, Any], float]]:
         """What each spec leaves of a matrix' reach, measured on some of its rows."""
-        weight, (metric, _) = self._read(source, info), moments.metric(info.name, self.device)
+        weight, (metric, _) = self._read_alone(source, info), moments.metric(info.name, self.device)
         kinds = [SwscSpec(**values) for values in specs]
         return [(asdict(spec), share_left(weight, spec, metric, seed, info.name)) for spec in kinds]
 
@@ -211,8 +222,7 @@ class Worker:
         for info, encoded in zip(infos, ready, strict=True):
             made.add(info, encoded)
             changed.append({**rows[info.name], **errors_of(info, encoded), "entry": encoded.entry})
-        self._joined = None
-        return {"rows": changed, "peak_rss": peak_rss()}, Payload(made.finished(source, task.joined), tuple(changed))
+        return {"rows": changed, "peak_rss": peak_rss()}, Payload(self._finished(made, source, task), tuple(changed))
 
     def _tuner_of(self, key: TuneKey) -> Tuner:
         if self._tuner is None or self._tuner.key != key:

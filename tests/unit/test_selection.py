@@ -63,7 +63,7 @@ def test_a_role_of_a_joined_tensor_is_its_own_rows_and_the_others_stay() -> None
     assert actions["model.layers.0.self_attn.qkv_proj.k.weight"] == ("copied", (16, 32))
     assert actions["model.layers.0.self_attn.o_proj.weight"] == ("copied", (32, 32))
     assert plan.weights == checkpoint_of(PHI).weights
-    joined = {one.whole.name: [tensor_of(piece) for piece in one.pieces] for one in plan.layers[0].joined}
+    joined = {one.tensor: [tensor_of(piece) for piece in one.pieces] for one in plan.layers[0].joined}
     assert {name: len(pieces) for name, pieces in joined.items()} == {
         "model.layers.0.self_attn.qkv_proj.weight": 1,
         "model.layers.0.mlp.gate_up_proj.weight": 2,
