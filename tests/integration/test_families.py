@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import GPTNeoXForCausalLM
 
 from jobs.cli import main
 from pipeline.config import CompressSettings
 from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.checkpoint import INDEX, open_checkpoint
 from pipeline.model.matrices import tensor_of
 from pipeline.model.plan import make_plan
 from swsc_core import decode
@@ -106,6 +107,28 @@ def test_joined_matrices_and_language_parts_are_calibrated_tuned_and_measured(
     assert report["compressed_bits_per_weight"] <= 4.5
     assert report["tuning"]["steps"] > 0
     assert main(["evaluate", str(out), "--text", str(text), "--seqlen", "32", "--windows", "2", "--local"]) == 0
+
+
+def test_layers_after_the_last_are_kept_to_the_byte_and_do_not_disturb(
+    tiny_model: Path, text: Path, tmp_path: Path
+) -> None:
+    """Heads that predict several tokens at once lie as one layer more than the config says (DeepSeek-V3's layer 61)."""
+    model = FamilyModel("deepseek_v3", tmp_path)
+    extra = {
+        f"model.layers.2.{name.split('.', 3)[3]}": tensor.clone()
+        for name, tensor in tensors_of(model.dense).items()
+        if name.startswith("model.layers.1.")
+    } | {"model.layers.2.eh_proj.weight": torch.randn(64, 128)}
+    save_file(extra, model.dense / "extra.safetensors")
+    index = json.loads((model.dense / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
+    (model.dense / INDEX).write_text(json.dumps(index))
+    restored = tensors_of(model.restored(model.compressed))
+    assert all(torch.equal(restored[name], tensor) for name, tensor in extra.items())
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (model.compressed / file).write_bytes((tiny_model / file).read_bytes())
+    argv = ["evaluate", str(model.compressed), "--text", str(text), "--seqlen", "32", "--windows", "2", "--local"]
+    assert main(argv) == 0
 
 
 class TestDamagedPieces:
