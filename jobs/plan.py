@@ -11,6 +11,7 @@ from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettin
 from pipeline.errors import OutputError
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import cached_bytes, forecast, stage_bytes
+from pipeline.model.matrices import lies_as
 from pipeline.model.plan import Decision, Plan, make_plan, require_coverage
 from pipeline.model.speed import measure_speed
 from pipeline.model.store import Store
@@ -74,6 +75,7 @@ def _row(decision: Decision) -> dict[str, Any]:
         "action": decision.action,
         "reason": decision.reason,
         "shape": list(decision.info.shape),
+        **lies_as(decision.info),
         "method": decision.specs[0].method if decision.specs else None,
         "bits_per_weight": bits,
         "paper_bits": decision.paper_bits,

@@ -9,6 +9,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 
+from tests.families import family  # noqa: F401 - a fixture
 from tests.tiny import make_text, make_tiny_model
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure

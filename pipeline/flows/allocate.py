@@ -16,11 +16,12 @@ from typing import Any
 
 from pipeline.config import MatrixSettings
 from pipeline.flows.compress import PoolMaker, run_alone
-from pipeline.model.checkpoint import Checkpoint, TensorInfo
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes
 from pipeline.model.moments import Moments
 from pipeline.model.plan import Decision, Plan, with_specs
 from pipeline.model.specs import budget_bytes, value_bits
+from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Task
 from swsc_core.allocation import Choice, allocate
 from swsc_core.menu import candidates

@@ -17,18 +17,19 @@ from pipeline.errors import PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.preflight import require_room
 from pipeline.measure.perplexity import ModelKey
-from pipeline.model.checkpoint import Checkpoint, TensorInfo
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import calibration_bytes, moment_bytes
 from pipeline.model.moments import Moments, layers_of, moment_file
 from pipeline.model.output import begin
 from pipeline.model.store import Store
+from pipeline.model.tensors import TensorInfo
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress, say
 
 _SHARD_TOKENS = 8192  # tokens of one task
 _GATHERINGS = 3  # of a layer whose sums were lost with a node
-_VERSION = 3  # goes up with every change of what is gathered
+_VERSION = 4  # goes up with every change of what is gathered
 
 
 def calibration_key(source: Checkpoint, settings: CalibrationSettings) -> ModelKey:

@@ -10,7 +10,7 @@ from pipeline.model.amend import amend, require_amendable
 from pipeline.model.artifact import Model
 from pipeline.model.card import CARD, About, Compressed, make_card, read_source_card
 from pipeline.model.card_figures import PROTOCOL, with_evaluation
-from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, Checkpoint
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.plan import Plan
 from pipeline.model.store import Store
 from pipeline.run.progress import say
@@ -21,15 +21,14 @@ def card_of_compression(
 ) -> str:
     """The card of what `compress_model` has made; `calibration`: the text in words, "" without one."""
     matrices = tuple(Compressed(name, _pair(row["entry"]["shape"]), row["stored_bytes"]) for name, row in rows.items())
-    copied = sum(decision.info.nbytes for decision in plan.decisions if decision.action == "copied")
-    compact = copied + sum(matrix.nbytes for matrix in matrices)
+    compact = plan.stored_bytes - sum(one.stored_bytes for one in plan.compressed) + sum(one.nbytes for one in matrices)
     about = About(
         form=settings.format,
         how=_how(settings, calibration),
         matrices=matrices,
         weights=plan.weights,
         before=source.nbytes,
-        after=compact if settings.format == "swsc" else source.nbytes,
+        after=compact if settings.format == "swsc" else plan.stored_bytes_as("dense"),
         compact=compact,
     )
     return _made(source, about)
@@ -42,14 +41,13 @@ def card_of_restoring(model: Model) -> str:
         Compressed(name, _pair(entry["shape"]), sum(tensors[part].nbytes for part in model.parts(name).values()))
         for name, entry in model.entries.items()
     )
-    dense = sum(one.weights * _width(model.entries[one.name]["dtype"]) for one in matrices)
     about = About(
         form="dense",
         how="Restored by `swsc restore` from the compact form of the model.",
         matrices=matrices,
         weights=model.weights,
         before=model.checkpoint.nbytes,
-        after=model.checkpoint.nbytes - sum(one.nbytes for one in matrices) + dense,
+        after=sum(map(model.nbytes, model.names)),
         compact=model.checkpoint.nbytes,
         restored=True,
     )
@@ -112,10 +110,6 @@ def _made(source: Checkpoint, about: About) -> str:
 
 def _pair(shape: list[int]) -> tuple[int, int]:
     return shape[0], shape[1]
-
-
-def _width(dtype: str) -> int:
-    return DTYPES[TORCH_TO_SAFETENSORS[dtype]][1]
 
 
 def _how(settings: CompressSettings, calibration: str) -> str:

@@ -20,6 +20,7 @@ from pipeline.measure.tuner import Tuned
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.lease import Ticket
+from pipeline.model.matrices import lies_as
 from pipeline.model.moments import Moments
 from pipeline.model.output import CALIBRATION, Output, abandon, finish
 from pipeline.model.plan import Plan
@@ -207,7 +208,7 @@ def _report(
     tensors = []
     for decision in plan.decisions:
         about: dict[str, Any] = {"name": decision.info.name, "action": decision.action, "reason": decision.reason}
-        about |= {"shape": list(decision.info.shape), "method": None}
+        about |= {"shape": list(decision.info.shape), "method": None, **lies_as(decision.info)}
         row = {key: value for key, value in rows.get(decision.info.name, {}).items() if key != "entry"}
         tensors.append({**about, **row})
     return {

@@ -8,13 +8,13 @@ from pipeline.flows.card import card_of_restoring
 from pipeline.flows.compress import PoolMaker, run_tasks, versions
 from pipeline.flows.preflight import ALGORITHM, begin_with_room, require_apart
 from pipeline.model.artifact import Model, open_model
-from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.model.families import layer_of
 from pipeline.model.forecast import restoring_bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.output import finish
 from pipeline.model.plan import CopyTask
 from pipeline.model.store import FileRecord, Store
+from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Done, Task
 
 
@@ -31,10 +31,7 @@ def restore_model(location: str, output: str, make_pool: PoolMaker, overwrite: b
     store, source = Store.at(output), model.checkpoint
     require_apart(source, store)
     identity = {"restored_from": source.fingerprint, "algorithm": ALGORITHM}
-    sizes = [
-        _dense_bytes(model.entries[name]) if name in model.entries else source.tensors[name].nbytes
-        for name in model.names
-    ]
+    sizes = [model.nbytes(name) for name in model.names]
     report = _report(model)
     with begin_with_room(store, identity, sum(sizes), overwrite) as out:
         if out.complete:
@@ -46,7 +43,7 @@ def restore_model(location: str, output: str, make_pool: PoolMaker, overwrite: b
             records[record.name] = record
 
         todo = [task for task in _tasks(model, location, out.ticket) if task.key not in out.finished]
-        memory = restoring_bytes(max(model.count(name) for name in model.entries))
+        memory = restoring_bytes(max(model.count(name) for name in model.names if model.is_compressed(name)))
         run_tasks(todo, memory, note, make_pool, out, "restore")
         finish(out, source, [records[name] for name in sorted(records)], model.config, report, card_of_restoring(model))
     return report
@@ -55,9 +52,8 @@ def restore_model(location: str, output: str, make_pool: PoolMaker, overwrite: b
 def _report(model: Model) -> dict[str, Any]:
     rows = []
     for name in model.names:
-        done = ("restored", "was compressed") if name in model.entries else ("copied", "was stored as it is")
-        shape = model.entries[name]["shape"] if name in model.entries else model.checkpoint.tensors[name].shape
-        rows.append({"name": name, "action": done[0], "reason": done[1], "shape": list(shape)})
+        done = ("restored", "was compressed") if model.is_compressed(name) else ("copied", "was stored as it is")
+        rows.append({"name": name, "action": done[0], "reason": done[1], "shape": list(model.shape(name))})
     return {"format": "dense", "tensors": rows, "versions": versions(), "argv": sys.argv}
 
 
@@ -66,7 +62,7 @@ def _tasks(model: Model, location: str, ticket: Ticket) -> list[Task]:
     layers: dict[str, list[str]] = {}
     copies: dict[str, list[TensorInfo]] = {}
     for name in model.names:
-        if name in model.entries:
+        if model.is_compressed(name):
             layers.setdefault(layer_of(name), []).append(name)
         else:
             info = model.checkpoint.tensors[name]
@@ -75,7 +71,7 @@ def _tasks(model: Model, location: str, ticket: Ticket) -> list[Task]:
     files = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
     tasks = []
     for layer, names in layers.items():
-        file, nbytes = next(files), sum(_dense_bytes(model.entries[name]) for name in names)
+        file, nbytes = next(files), sum(model.nbytes(name) for name in names)
         tasks.append(
             Task(file, "restore", (location, names), label=layer, outputs=1, commit_to=(ticket, file), weight=nbytes)
         )
@@ -84,8 +80,3 @@ def _tasks(model: Model, location: str, ticket: Ticket) -> list[Task]:
         arguments = (model.checkpoint.store, copy, ticket)
         tasks.append(Task(copy.file, "copy", arguments, label=f"copy to {copy.file}", weight=copy.nbytes))
     return tasks
-
-
-def _dense_bytes(entry: dict[str, Any]) -> int:
-    width = DTYPES[TORCH_TO_SAFETENSORS[entry["dtype"]]][1]
-    return int(entry["shape"][0]) * int(entry["shape"][1]) * width

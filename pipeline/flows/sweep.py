@@ -21,8 +21,10 @@ from pipeline.flows.sweep_rows import run_rows, tensor_rows
 from pipeline.flows.sweep_runs import Run, Unit, make_runs
 from pipeline.measure.windows import Windows, make_windows
 from pipeline.model.artifact import Model
-from pipeline.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.forecast import WORKER_BASE, compression_bytes
+from pipeline.model.matrices import find_matrix
+from pipeline.model.tensors import TensorInfo
 from pipeline.run.driver import execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
@@ -135,8 +137,8 @@ class Sweep:
                     units[tensor].append(unit)
         # In the order in which runs need them, so that the first variants can be measured while others still compress.
         needed_by = {name: next(i for i, run in enumerate(self._runs) if name in run.units) for name in units}
-        order = sorted(units, key=lambda name: (needed_by[name], -checkpoint.tensors[name].nbytes))
-        return [self._compression(model, checkpoint.tensors[name], units[name]) for name in order]
+        order = sorted(units, key=lambda name: (needed_by[name], -find_matrix(checkpoint, name).nbytes))
+        return [self._compression(model, find_matrix(checkpoint, name), units[name]) for name in order]
 
     def _compression(self, model: int, info: TensorInfo, units: list[Unit]) -> Task:
         return Task(
@@ -228,11 +230,11 @@ class Sweep:
         """Have all units of a run compressed again, some of which were lost with a node; what was measured stays."""
         self._progress.say(f"{run.lost}; the matrices of {run.name} are compressed again")
         run.lost, run.begun_again = None, run.begun_again + 1
-        tensors = self._checkpoints[run.model].tensors
+        checkpoint = self._checkpoints[run.model]
         for tensor, unit in run.units.items():
             if unit not in run.missing:
                 run.missing.add(unit)
-                self._compressions.append(self._compression(run.model, tensors[tensor], [unit]))
+                self._compressions.append(self._compression(run.model, find_matrix(checkpoint, tensor), [unit]))
                 self._progress.add(1)
 
     def _release(self, run: Run) -> None:

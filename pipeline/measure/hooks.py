@@ -1,8 +1,8 @@
 """Sums over tokens of what goes into a model's matrices and of the gradients that come back out of them.
 
-Four kinds of matrix, one kind of sum: the weight of a linear layer; that of a Conv1D (GPT-2), which lies transposed, so that
-inputs and gradients change places; an expert's, which is some rows of a joined parameter and is recognised by where it lies when
-`linear` is called with it; and an embedding, which is transposed, too, and whose inputs are ones: rows are counted.
+Three kinds of matrix, one kind of sum: the weight of a linear layer (nn.Linear, or GPT-2's Conv1D), or the rows of it that are one
+projection of several; an expert's, which is some rows of a joined parameter and is recognised by where it lies when `linear` is
+called with it; and an embedding, which is transposed, and whose inputs are ones: rows are counted.
 """
 
 from collections import defaultdict
@@ -18,6 +18,7 @@ from pipeline.errors import CheckpointError
 from pipeline.measure.slots import Slot, find_slot
 from pipeline.model.artifact import Model
 from pipeline.model.families import layer_of
+from swsc_core.pieces import Rows
 
 
 @dataclass
@@ -72,12 +73,11 @@ class Hooks(TorchFunctionMode):
         self._slots: dict[str, Slot] = {}  # of tensors that the model has by another name
 
     def add(self, name: str) -> None:
-        """Watch the tensor `name` of the checkpoint; CheckpointError if it is no matrix of a kind known here."""
-        module = self._module(name)
-        if isinstance(module, torch.nn.Linear):
-            self._to_hook.append((module, self._linear(name)))
-        elif type(module).__name__ == "Conv1D":
-            self._to_hook.append((module, self._transposed(name)))
+        """Watch the matrix `name` of the checkpoint; CheckpointError if it is of no kind known here."""
+        place = self._source.place(name)
+        module = self._module(place.tensor)
+        if isinstance(module, torch.nn.Linear) or (type(module).__name__ == "Conv1D" and place.transposed):
+            self._to_hook.append((module, self._linear(name, place.rows)))
         elif isinstance(module, torch.nn.Embedding):
             self._to_hook.append((module, self._embedding(name)))
         else:
@@ -130,8 +130,9 @@ class Hooks(TorchFunctionMode):
                 self._watch(name, args[0], out, rows)
         return out
 
-    def _linear(self, name: str) -> Callable[..., None]:
+    def _linear(self, name: str, piece: Rows | None) -> Callable[..., None]:
         layer = layer_of(name)
+        rows = piece.index(self._model.device) if piece else slice(None)
 
         def forward(module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             last, owner = self._owners.get(layer, (None, name))
@@ -139,22 +140,8 @@ class Hooks(TorchFunctionMode):
             self._owners[layer] = arguments[0], owner
             self._require_gradient(name, output)
             if name not in self._sums:
-                self._start(name, output.shape[-1], arguments[0].shape[-1], owner, output)
-            self._watch(name, arguments[0], output, slice(None))
-
-        return forward
-
-    def _transposed(self, name: str) -> Callable[..., None]:
-        def forward(module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            self._require_gradient(name, output)
-            if name not in self._sums:
-                self._start(name, arguments[0].shape[-1], output.shape[-1], name, output)
-            seen = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-
-            def backward(gradient: Tensor) -> None:
-                self._sums[name].add(gradient.reshape(len(seen), -1).float(), seen.float())
-
-            output.register_hook(backward)
+                self._start(name, piece.total if piece else output.shape[-1], arguments[0].shape[-1], owner, output)
+            self._watch(name, arguments[0], output, rows)
 
         return forward
 
@@ -178,7 +165,7 @@ class Hooks(TorchFunctionMode):
             where = self._source.checkpoint.store.root
             raise CheckpointError(f"{where}: no gradient comes back to {name}: it cannot be calibrated; --exclude it")
 
-    def _watch(self, name: str, inputs: Tensor, output: Tensor, rows: slice) -> None:
+    def _watch(self, name: str, inputs: Tensor, output: Tensor, rows: slice | Tensor) -> None:
         """Add to the sums of `name` when the gradient by `output` comes, of which `rows` are its own."""
         seen = inputs.detach().reshape(-1, inputs.shape[-1])
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, NonFiniteError, SwscError
-from pipeline.measure.slots import Slot, find_slot
+from pipeline.measure.slots import Slot, find_matrix_slot
 from pipeline.model.artifact import Model, open_model
-from pipeline.model.checkpoint import DTYPES
 from pipeline.model.mirror import require_no_code, small_files
 from pipeline.model.parts import Payload, to_tensor
+from pipeline.model.tensors import DTYPES
 from swsc_core import decode
 
 _ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k values are 256 MiB
@@ -69,7 +69,7 @@ class Evaluator:
         return str(self._model.dtype).removeprefix("torch.")
 
     def become(self, variant: str, weights: Mapping[str, Payload]) -> None:
-        """Hold exactly `weights` (tensor name -> compressed parts) in place of the model's own; "" is the model as is.
+        """Hold exactly `weights` (matrix name -> compressed parts) in place of the model's own; "" is the model as is.
 
         Weights of an earlier variant are read again from the checkpoint: a second copy is never kept.
         """
@@ -77,7 +77,7 @@ class Evaluator:
             return
         self._variant = None
         for name in sorted(self._swapped - weights.keys()):
-            self._put(name, self._source.read(name))
+            self._put(name, self._source.read_matrix(name))
         for name, payload in weights.items():
             parts = {part.name: to_tensor(part).to(self._device) for part in payload.parts}
             self._put(name, decode(parts, payload.rows[0]["entry"]))
@@ -85,7 +85,7 @@ class Evaluator:
 
     def _put(self, name: str, weight: Tensor) -> None:
         if name not in self._slots:
-            self._slots[name] = find_slot(self._model, name, self._source.read(name), self.key.location)
+            self._slots[name] = find_matrix_slot(self._model, self._source, name)
         self._slots[name].put(weight)
 
     @torch.inference_mode()
@@ -115,7 +115,7 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
     logging.disable_progress_bar()
     dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
     with _told_of(key):
-        in_place = source.checkpoint.store.is_local and not source.entries
+        in_place = source.checkpoint.store.is_local and not source.entries and not source.checkpoint.scales
         model, info = _load_dense(key, dtype) if in_place else _load_from_store(source, key, dtype)
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
@@ -148,11 +148,26 @@ def _first_line(error: Exception) -> str:
 
 
 def _load_dense(key: ModelKey, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    return AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(key.location, trust_remote_code=key.trusted)
+    return _auto_class(config).from_pretrained(
         key.location, dtype=dtype, output_loading_info=True, trust_remote_code=key.trusted
     )
+
+
+def _auto_class(config: Any) -> Any:
+    """What loads a model that predicts tokens: of some multimodal families only the class that sees pictures, too."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(config)
+    only_seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if only_seeing else AutoModelForCausalLM
 
 
 def _own_dtype(source: Model, config: Any) -> str:
@@ -160,16 +175,12 @@ def _own_dtype(source: Model, config: Any) -> str:
     for about in (config, config.get_text_config()):
         if getattr(about, "dtype", None):
             return str(about.dtype).removeprefix("torch.")
-    first = source.names[0]
-    stored = source.checkpoint.tensors[first].dtype
-    return str(source.entries[first]["dtype"] if first in source.entries else DTYPES[stored][0])
+    return DTYPES[source.dtype(source.names[0])][0]
 
 
 def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
-    """A model whose weights transformers cannot read itself: compressed ones, or those of an object store."""
-    empty, config = _without_weights(
-        source, key
-    )  # to learn the class: from_pretrained of the Auto class insists on files
+    """A model whose weights transformers cannot read as we do: compressed ones, fp8, or those of an object store."""
+    empty, config = _without_weights(source, key)  # from_pretrained of the Auto class insists on files
     weights = {name: source.read(name) for name in source.names}
     if dtype == "auto":
         dtype = _own_dtype(source, config)
@@ -182,14 +193,14 @@ def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
 
 def _without_weights(source: Model, key: ModelKey) -> tuple[Any, Any]:
     """The model on the meta device, and its config as it was read."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     folder = small_files(key.location)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=key.trusted)
-    if source.entries:
+    if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=key.trusted)
+        model = _auto_class(config).from_config(config, trust_remote_code=key.trusted)
     if Path(folder, "generation_config.json").exists():  # how the model generates is read from a directory alone
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, config

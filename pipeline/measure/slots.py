@@ -7,34 +7,56 @@ guessed from names: it is where the values are.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.model.artifact import Model
 from pipeline.model.families import layer_of
+from swsc_core.pieces import Rows
 
 _COMPARED = 16  # values of an expert's first row that are looked for before all of it is compared
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter, or `rows` of its slice `expert`."""
+    """A parameter, or `rows` of its slice `expert`; or, of what it is seen turned round, the rows of a `piece`."""
 
     parameter: torch.nn.Parameter
     expert: int | None = None
     rows: slice | None = None
+    transposed: bool = False
+    piece: Rows | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This part of a tensor that has the parameter's shape: a view, [m, n]."""
-        return tensor if self.expert is None else tensor[self.expert, self.rows]
+        """This part of a tensor that has the parameter's shape, [m, n]; a view, if it is no piece."""
+        return self.piece.take(self._whole(tensor)) if self.piece else self._whole(tensor)
 
     @torch.no_grad()
     def put(self, weight: Tensor) -> None:
         """Write `weight` [m, n] there."""
-        self.of(self.parameter).copy_(weight)
+        if self.piece:
+            self.piece.put(self._whole(self.parameter), weight)
+        else:
+            self._whole(self.parameter).copy_(weight)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        part = tensor if self.expert is None else tensor[self.expert, self.rows]
+        return part.T if self.transposed else part
+
+
+def find_matrix_slot(model: Any, source: Model, name: str) -> Slot:
+    """The place of the matrix `name` of `source`, which `model` was loaded from.
+
+    Raises:
+        CheckpointError: it is nowhere in the model.
+    """
+    place = source.place(name)
+    slot = find_slot(model, place.tensor, source.read(place.tensor), source.checkpoint.store.root)
+    return replace(slot, transposed=place.transposed, piece=place.rows)
 
 
 def find_slot(model: Any, name: str, weight: Tensor, location: str) -> Slot:

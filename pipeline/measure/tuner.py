@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.errors import NonFiniteError
 from pipeline.measure.perplexity import ModelKey, load_model
-from pipeline.measure.slots import find_slot
+from pipeline.measure.slots import find_matrix_slot
 from pipeline.measure.tune_state import TuneState, Values, from_payload
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import read_header
@@ -47,9 +47,7 @@ class Tuner:
         self._student = _loaded(key, key.compressed, device)
         self._tunables = tunables(key.compressed, device)
         model = open_model(key.compressed)
-        self._slots = {
-            name: find_slot(self._student, name, model.read(name), key.compressed) for name in self._tunables
-        }
+        self._slots = {name: find_matrix_slot(self._student, model, name) for name in self._tunables}
         self._values = self.start().values
         self._step = 0  # after which it has these values
 

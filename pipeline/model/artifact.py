@@ -1,17 +1,37 @@
 """A model as it lies in a directory, dense or compressed: opened from its headers, read tensor by tensor."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.entries import what_is_wrong
 from pipeline.model.parts import read_tensor
+from pipeline.model.quantized import require_unquantized
+from pipeline.model.tensors import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
 from swsc_core.format import entries_of, part_name
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from swsc_core.pieces import Rows
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix [outputs, inputs] in a dense model: `rows` of a tensor (None: all), turned round if that lies transposed."""
+
+    tensor: str
+    transposed: bool
+    rows: "Rows | None"
+
+
+def laid(matrix: "Tensor", about: Mapping[str, Any]) -> "Tensor":
+    """A matrix [outputs, inputs] as its tensor lies in a dense checkpoint; `about`: its entry."""
+    return matrix.T.contiguous() if about.get("transposed") else matrix
 
 
 @dataclass(frozen=True)
@@ -21,11 +41,25 @@ class Model:
     checkpoint: Checkpoint
     entries: dict[str, dict[str, Any]]
 
+    @cached_property
+    def pieces(self) -> dict[str, list[str]]:
+        """joined tensor -> its compressed pieces, by the names of their entries."""
+        found: dict[str, list[str]] = {}
+        for name, entry in self.entries.items():
+            if entry.get("tensor"):
+                found.setdefault(entry["tensor"], []).append(name)
+        return found
+
     @property
     def names(self) -> list[str]:
         """Names of the dense tensors, compressed ones by the name of the tensor that they stand for."""
-        parts = {name for tensor in self.entries for name in self.parts(tensor).values() if name != tensor}
-        return [name for name in self.checkpoint.tensors if name not in parts]
+        whole = self.entries.keys() - {piece for own in self.pieces.values() for piece in own}
+        parts = {stored for name in self.entries for stored in self.parts(name).values()}
+        return [name for name in self.checkpoint.tensors if name not in parts or name in whole]
+
+    def is_compressed(self, name: str) -> bool:
+        """Whether the dense tensor `name` is stored compressed, or pieces of it are."""
+        return name in self.entries or name in self.pieces
 
     @property
     def weights(self) -> int:
@@ -34,12 +68,44 @@ class Model:
 
     def count(self, name: str) -> int:
         """Number of weights of the dense tensor `name`."""
-        return math.prod(self.entries[name]["shape"]) if name in self.entries else self.checkpoint.tensors[name].count
+        return math.prod(self.shape(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the dense tensor `name`."""
+        if name in self.entries:
+            return self._laid(self.entries[name], tuple(self.entries[name]["shape"]))
+        rest = self.checkpoint.tensors[name].shape
+        if name not in self.pieces:
+            return rest
+        own = [self.entries[piece] for piece in self.pieces[name]]
+        return self._laid(own[0], (rest[0] + sum(entry["shape"][0] for entry in own), rest[1]))
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the dtype of the dense tensor `name`."""
+        entry = self.entries.get(self.pieces[name][0] if name in self.pieces else name)
+        return TORCH_TO_SAFETENSORS[entry["dtype"]] if entry else self.checkpoint.tensors[name].dtype
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the dense tensor `name`."""
+        return self.count(name) * DTYPES[self.dtype(name)][1]
+
+    @staticmethod
+    def _laid(entry: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1] if entry.get("transposed") else shape
 
     @property
     def config(self) -> dict[str, Any]:
         """The model's own config, without what says that it is compressed."""
         return {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+
+    def place(self, name: str) -> "Place":
+        """Where the matrix `name` lies in the dense model: that of an entry, or a matrix of a dense checkpoint."""
+        from pipeline.model.matrices import find_matrix, lies_as  # late, as all that needs torch
+        from swsc_core.pieces import Rows
+
+        about = self.entries[name] if name in self.entries else lies_as(find_matrix(self.checkpoint, name))
+        rows = Rows(*about["rows"]) if about.get("rows") else None
+        return Place(about.get("tensor") or name, about.get("transposed", False), rows)
 
     def parts(self, tensor: str) -> dict[str, str]:
         """part -> stored name, of a compressed tensor."""
@@ -49,11 +115,25 @@ class Model:
 
     def read(self, name: str) -> "Tensor":
         """The dense tensor `name`, on the CPU."""
+        if not self.is_compressed(name):
+            return read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
+        return self._joined(name) if name in self.pieces else laid(self.read_matrix(name), self.entries[name])
+
+    def read_matrix(self, name: str) -> "Tensor":
+        """The matrix [outputs, inputs] `name`, on the CPU: what an entry stands for, or a matrix of a dense checkpoint."""
+        from pipeline.model.matrices import find_matrix  # late, as all that needs torch
         from swsc_core import decode
 
         if name not in self.entries:
-            return read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
+            return read_tensor(self.checkpoint.store, find_matrix(self.checkpoint, name))
         return decode(self.read_parts(name), self.entries[name])
+
+    def _joined(self, name: str) -> "Tensor":
+        from swsc_core.pieces import Rows, join
+
+        rest = read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
+        own = [(Rows(*self.entries[piece]["rows"]), self.read_matrix(piece)) for piece in self.pieces[name]]
+        return laid(join(rest, own), self.entries[self.pieces[name][0]])
 
     def read_parts(self, name: str) -> dict[str, "Tensor"]:
         """part -> tensor, of a compressed tensor, on the CPU."""
@@ -69,12 +149,9 @@ def open_model(location: str) -> Model:
     """
     checkpoint = open_checkpoint(location)
     quantization = checkpoint.config.get("quantization_config") or {}
-    if not quantization:
-        return Model(checkpoint, {})
     if quantization.get("quant_method") != "swsc":
-        raise CheckpointError(
-            f"{location}: quantized by {quantization.get('quant_method')!r}; give the unquantized model"
-        )
+        require_unquantized(location, checkpoint.tensors, checkpoint.config)
+        return Model(checkpoint, {})
     try:
         entries = entries_of(quantization)
     except ValueError as error:
@@ -89,4 +166,22 @@ def open_model(location: str) -> Model:
     ]
     if missing:
         raise CheckpointError(f"{location}: {missing[0]} is missing ({len(missing)} in all); compress again")
+    for name, pieces in model.pieces.items():
+        rest = None if name in model.entries else checkpoint.tensors.get(name)
+        if wrong := _misfit(rest, [model.entries[piece] for piece in pieces]):
+            raise CheckpointError(
+                f"{location}: the pieces of {name} do not make up the whole ({wrong}); compress again"
+            )
     return model
+
+
+def _misfit(rest: TensorInfo | None, pieces: list[dict[str, Any]]) -> str:
+    """What is wrong with the pieces of a joined tensor, of which `rest` stands in the file; "" if nothing is."""
+    from swsc_core.pieces import Rows, misfit
+
+    if rest is None or len(rest.shape) != 2:
+        return "the rows of no piece are missing"
+    alike = {(entry["shape"][1], entry["dtype"], entry.get("transposed", False)) for entry in pieces}
+    if len(alike) != 1 or {rest.shape[1]} != {columns for columns, _, _ in alike}:
+        return "they differ in columns, dtype or direction"
+    return misfit(rest.shape[0], [Rows(*entry["rows"]) for entry in pieces])

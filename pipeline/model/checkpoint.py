@@ -18,7 +18,9 @@ from pipeline.model.files import TEMPORARY
 from pipeline.model.fingerprint import fingerprint_of
 from pipeline.model.hub import local_copy
 from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
+from pipeline.model.quantized import read_as_bfloat16
 from pipeline.model.store import Store
+from pipeline.model.tensors import DTYPES, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -28,32 +30,6 @@ _JSON_LIMIT = (
     16_000_000  # bytes of a header, index or config: more than any real one has, and parsed five times as much
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-# safetensors name of a dtype -> (torch's name, bytes of a value)
-DTYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "I64": ("int64", 8), "I32": ("int32", 4),
-    "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
-    "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8),
-}  # fmt: skip
-TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes at `start` of `file`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    nbytes: int
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -65,6 +41,7 @@ class Checkpoint:
         extras: other files of the directory that belong to the model (tokenizer, generation config, …).
         headers_sha256: over the headers of all files.
         buffers: tensors of the files that are no weights: masks and the like, which every model makes anew.
+        scales: of fp8 weights, which stand in `tensors` as what they are with them: bfloat16.
     """
 
     store: Store
@@ -73,6 +50,7 @@ class Checkpoint:
     extras: tuple[str, ...] = field(default=())
     headers_sha256: str = ""
     buffers: tuple[TensorInfo, ...] = ()
+    scales: tuple[TensorInfo, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,7 +74,9 @@ def open_checkpoint(location: str) -> Checkpoint:
             one outside the directory, a tensor in two shards, or a pickle checkpoint.
     """
     if location.endswith(".gguf"):
-        raise CheckpointError(f"{location}: GGUF files are not read here yet; save the model as safetensors first")
+        raise CheckpointError(
+            f"{location}: a GGUF file; make a checkpoint of it first: swsc convert {location} NEW_DIR"
+        )
     store = Store.at(local_copy(location))
     names = store.names()
     if not names:
@@ -123,7 +103,8 @@ def open_checkpoint(location: str) -> Checkpoint:
     buffers = tuple(info for info in tensors.values() if is_buffer(info))
     twice = {HEAD} if is_stored_twice(store, tensors, config) else set()
     own = {name: info for name, info in tensors.items() if not is_buffer(info) and name not in twice}
-    return Checkpoint(store, own, config, extras, digest.hexdigest(), buffers)
+    own, config, scales = read_as_bfloat16(location, own, config)
+    return Checkpoint(store, own, config, extras, digest.hexdigest(), buffers, scales)
 
 
 def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -155,6 +136,10 @@ def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
         raise CheckpointError(
             f"{store.root}: a pickle checkpoint, which can run code when it is opened, is refused; convert it with"
             " `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)` on a machine that trusts it"
+        )
+    if gguf := next((name for name in names if name.endswith(".gguf")), None):
+        raise CheckpointError(
+            f"{store.root}: GGUF files only; make a checkpoint of one first: swsc convert {store.root}/{gguf} NEW_DIR"
         )
     raise CheckpointError(f"{store.root}: no *.safetensors file; give the directory of a safetensors checkpoint")
 

@@ -1,20 +1,46 @@
 """What config.json says of compressed tensors, checked before anything is made of it: it may come from anywhere."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)  # fmt: skip
 
-from pipeline.model.checkpoint import DTYPES, FLOATS
+from pipeline.model.tensors import DTYPES, FLOATS
 
+_Rows = Annotated[list[Annotated[int, Field(ge=0, le=1 << 31)]], Field(min_length=4, max_length=4)]
+_MOST_BLOCKS = 1 << 16  # of a piece: heads, or groups of them
 _FLOATS = tuple(DTYPES[name][0] for name in FLOATS)
 
 
 class _Entry(BaseModel):
-    """What every entry says; values of another kind are mistakes."""
+    """What every entry says; values of another kind are mistakes.
+
+    `transposed`: the tensor that it stands for lies as [inputs, outputs]. A piece of a joined tensor has a name of its own and
+    says which `rows` of `tensor` it is: first row, rows of a block, from one block to the next, number of blocks.
+    """
 
     model_config = ConfigDict(strict=True)
     shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
     dtype: Literal[_FLOATS]  # type: ignore[valid-type]
+    transposed: bool = False
+    tensor: str | None = None
+    rows: _Rows | None = None
+
+    @model_validator(mode="after")
+    def _whole_or_piece(self) -> Self:
+        if (self.tensor is None) != (self.rows is None):
+            raise ValueError("tensor and rows say together what a piece is of")
+        if self.rows and (self.rows[1] * self.rows[3] != self.shape[0] or self.rows[3] > _MOST_BLOCKS):
+            raise ValueError(f"rows {self.rows} are not the {self.shape[0]} of its shape")
+        return self
 
 
 class _SwscEntry(_Entry):

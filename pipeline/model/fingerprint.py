@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def fingerprint_of(checkpoint: "Checkpoint") -> str:
     files = sorted({info.file for info in (*checkpoint.tensors.values(), *checkpoint.buffers)})
     sizes = [[file, store.size(file)] for file in files]
     digest.update(json.dumps([sizes, checkpoint.config], sort_keys=True).encode())
+    blocks = {info.view.block for info in checkpoint.tensors.values() if info.view}
+    digest.update(repr(sorted(blocks)).encode() if blocks else b"")
     for name in checkpoint.extras:
         if name.endswith(".py"):  # code that the model brings makes it another model
             digest.update(store.read(name))
@@ -39,7 +42,7 @@ def fingerprint_of(checkpoint: "Checkpoint") -> str:
 def _ranges(checkpoint: "Checkpoint", files: list[str]) -> Iterator[_Range]:
     for file in files:
         yield from _of_file(file, checkpoint.store.size(file))
-    for info in checkpoint.tensors.values():
+    for info in chain.from_iterable(info.stored for info in checkpoint.tensors.values()):
         length = min(info.nbytes, max(_LEAST_TENSOR, min(_TENSOR_BYTES, info.nbytes // _SHARE)))
         yield info.file, info.start + (info.nbytes - length) // 2, length
 

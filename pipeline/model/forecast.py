@@ -5,9 +5,10 @@ from typing import Any
 
 from pipeline.config import CalibrationSettings, MatrixSettings
 from pipeline.model.artifact import Model
-from pipeline.model.checkpoint import Checkpoint, TensorInfo
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.plan import Decision, Plan
 from pipeline.model.speed import Speed
+from pipeline.model.tensors import TensorInfo
 from swsc_core.bits import Geometry
 from swsc_core.codebook import sample_size
 from swsc_core.kmeans import effort

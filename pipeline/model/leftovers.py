@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.model.store import Store
 
 if TYPE_CHECKING:
-    from pipeline.model.checkpoint import TensorInfo
+    from pipeline.model.tensors import TensorInfo
 
 HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _PIECES, _PIECE_BYTES = 64, 1 << 16  # of both tensors, that are compared

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import CheckpointError
-from pipeline.model.checkpoint import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, file_header, read_header
+from pipeline.model.checkpoint import file_header, read_header
 from pipeline.model.files import Bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.store import FileRecord, Store
+from pipeline.model.tensors import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, View
 
 if TYPE_CHECKING:  # committing a file needs no torch, and a committing process is up sooner without it
     from torch import Tensor
@@ -60,8 +61,22 @@ def to_tensor(part: Part) -> "Tensor":
 
 
 def read_tensor(store: Store, info: TensorInfo) -> "Tensor":
-    """Read one tensor by its byte range."""
-    return _tensor(store.read(info.file, info.start, info.nbytes), info.dtype, info.shape)
+    """Read one tensor by its byte range, or make it of what lies there."""
+    if info.view is None:
+        return _tensor(store.read(info.file, info.start, info.nbytes), info.dtype, info.shape)
+    tensor = read_tensor(store, info.view.tensor)
+    if info.view.scales:
+        from swsc_core.fp8 import scaled
+
+        scales = read_tensor(store, info.view.scales)
+        tensor = scaled(tensor, scales.expand(-(-len(tensor) // info.view.block[0]), -1), info.view.block)
+    return seen(tensor, info.view)
+
+
+def seen(tensor: "Tensor", view: View) -> "Tensor":
+    """What a view shows of the tensor that it is of."""
+    turned = tensor.T.contiguous() if view.transposed else tensor
+    return view.rows.take(turned) if view.rows else turned
 
 
 def _tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> "Tensor":
@@ -83,12 +98,18 @@ def commit(ticket: Ticket, file: str, payload: Payload) -> FileRecord:
 
 
 def copy_tensors(source: Store, infos: Sequence[TensorInfo], ticket: Ticket, file: str) -> FileRecord:
-    """Stream tensors from a source checkpoint into one new file; memory does not depend on their size."""
+    """Stream tensors from a source checkpoint into one new file; memory holds one of them at most, if it is no copy."""
     ordered = sorted(infos, key=lambda info: (-DTYPES[info.dtype][1], info.file, info.start))
     header = file_header((info.name, info.dtype, info.shape, info.nbytes) for info in ordered)
-    return _write(
-        ticket, file, header, ((info.name, source.stream(info.file, info.start, info.nbytes)) for info in ordered), ()
-    )
+    return _write(ticket, file, header, ((info.name, _pieces(source, info)) for info in ordered), ())
+
+
+def _pieces(source: Store, info: TensorInfo) -> Iterator[Bytes]:
+    """The bytes of a tensor, as they lie in the file or, of a view, made of what lies there."""
+    if info.view is None:
+        yield from source.stream(info.file, info.start, info.nbytes)
+    else:
+        yield to_part(info.name, read_tensor(source, info)).data.data
 
 
 def _write(

@@ -4,18 +4,21 @@ Pure: nothing is read but what the checkpoint's headers said, nothing is written
 counted by the same functions that count what is stored.
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.config import MatrixSettings
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.model.checkpoint import FLOATS, Checkpoint, TensorInfo
-from pipeline.model.families import layer_of, role_patterns
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.families import layer_of
 from pipeline.model.leftovers import HEAD, embedding_of_tied
+from pipeline.model.matrices import Joined, is_matrix, joined_of, tensor_of
+from pipeline.model.quantized import REASON, require_unquantized
+from pipeline.model.selection import Selected, select
 from pipeline.model.specs import budget_bytes, require_affordable, resolve, value_bits
+from pipeline.model.tensors import TensorInfo
 from swsc_core.codec import PARTS
 from swsc_core.format import part_name
 from swsc_core.spec import Spec
@@ -44,11 +47,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class LayerTask:
-    """Compress the selected matrices of one layer into one file."""
+    """Compress the selected matrices of one layer into one file, and write what is left of tensors that join several."""
 
     layer: str
     file: str
     items: tuple[tuple[TensorInfo, tuple[Spec, ...]], ...]
+    joined: tuple[Joined, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -102,24 +106,21 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
             not fit a selected matrix.
         CheckpointError: the source is quantized already.
     """
-    quantized = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if quantized:
-        remedy = "restore it first (swsc restore)" if quantized == "swsc" else "give the unquantized model"
-        raise CheckpointError(f"{checkpoint.store.root}: already quantized by {quantized!r}; {remedy}")
-    select = _selector(checkpoint, settings)
-    selected = {name: select(name) for name in checkpoint.tensors}
+    require_unquantized(checkpoint.store.root, checkpoint.tensors, checkpoint.config)
+    selected = select(checkpoint, settings)
     if settings.preset != "paper":
-        matrices = [info for name, info in checkpoint.tensors.items() if selected[name][0] and _is_matrix(info)]
+        matrices = [one.info for one in selected if one.chosen and is_matrix(one.info)]
         budget = budget_bytes(checkpoint, matrices, settings)
         require_affordable(matrices, budget, settings)
         bits = 8 * budget / max(1, sum(info.count for info in matrices))
         settings = settings.model_copy(update={"bits": bits})
-    decisions = [_decide(info, selected[name], settings) for name, info in checkpoint.tensors.items()]
+    decisions = [_decide(one, settings) for one in selected]
     if not any(decision.action == "compressed" for decision in decisions):
-        raise ConfigError(f"{checkpoint.store.root}: no tensor is selected; {_choices(checkpoint)}")
+        raise ConfigError(f"{checkpoint.store.root}: no tensor is selected; select some by --projectors or --include")
     _require_free_names(checkpoint, decisions)
     decisions += _tied(checkpoint)
     decisions += [Decision(info, "left out", "a buffer that a model makes anew", 0) for info in checkpoint.buffers]
+    decisions += [Decision(info, "left out", REASON, 0) for info in checkpoint.scales]
     return _with_tasks(decisions)
 
 
@@ -127,7 +128,7 @@ def _require_free_names(checkpoint: Checkpoint, decisions: Iterable[Decision]) -
     """Raise CheckpointError if a tensor has a name that a part of a compressed one would be stored under."""
     for decision in decisions:
         name = decision.info.name
-        needed = [part_name(name, part) for part in PARTS if part != "weight"]
+        needed = [part_name(name, part) for part in PARTS if part_name(name, part) != tensor_of(decision.info)]
         taken = [other for other in needed if other in checkpoint.tensors]
         if decision.action == "compressed" and taken:
             raise CheckpointError(
@@ -135,44 +136,15 @@ def _require_free_names(checkpoint: Checkpoint, decisions: Iterable[Decision]) -
             )
 
 
-def _selector(checkpoint: Checkpoint, settings: MatrixSettings) -> Callable[[str], tuple[bool, str]]:
-    """A function that says of a tensor's name whether it is selected, and why or why not."""
-    roles = settings.projectors if settings.projectors is not None else (() if settings.include else ("q", "k"))
-    patterns = {f"projector {role}": pattern for role, pattern in role_patterns(roles).items()}
-    if settings.include:
-        patterns["--include"] = re.compile(settings.include)
-    for why, pattern in patterns.items():
-        if not any(pattern.search(name) for name in checkpoint.tensors):
-            raise ConfigError(f"{checkpoint.store.root}: {why} selects no tensor; {_choices(checkpoint)}")
-
-    def select(name: str) -> tuple[bool, str]:
-        why = next((why for why, pattern in patterns.items() if pattern.search(name)), "")
-        if why and settings.exclude and re.search(settings.exclude, name):
-            return False, f"{why}, but --exclude"
-        return (True, why) if why else (False, "not selected")
-
-    return select
-
-
-def _choices(checkpoint: Checkpoint) -> str:
-    kinds = sorted({re.sub(r"\d+", "N", name) for name, info in checkpoint.tensors.items() if len(info.shape) == 2})
-    return f"choose by --include among {', '.join(kinds[:12])}{' …' if len(kinds) > 12 else ''}"
-
-
-def _decide(info: TensorInfo, selected: tuple[bool, str], settings: MatrixSettings) -> Decision:
-    chosen, reason = selected
-    if not chosen:
+def _decide(selected: Selected, settings: MatrixSettings) -> Decision:
+    info, reason = selected.info, selected.reason
+    if not selected.chosen:
         return Decision(info, "copied", reason, info.nbytes)
-    if not _is_matrix(info):
+    if not is_matrix(info):
         what = f"{info.dtype} {list(info.shape)} is not a matrix of a dtype that is compressed"
         return Decision(info, "copied", f"{reason}, but {what}", info.nbytes)
     shape = (info.shape[0], info.shape[1])
     return _compressed(info, reason, resolve(info.name, shape, info.dtype, settings), settings)
-
-
-def _is_matrix(info: TensorInfo) -> bool:
-    bias = info.name.endswith("bias")  # those of joined experts have two dimensions
-    return len(info.shape) == 2 and info.dtype in FLOATS and info.count > 0 and not bias
 
 
 def require_coverage(plan: Plan, share: float | None) -> None:
@@ -212,11 +184,14 @@ def _with_tasks(decisions: list[Decision]) -> Plan:
     for decision in decisions:
         if decision.action == "compressed":
             layers[layer_of(decision.info.name)].append(decision)
-    copies = list(_copy_groups([decision.info for decision in decisions if decision.action == "copied"]))
+    joined = {layer: joined_of(item.info for item in items) for layer, items in layers.items()}
+    split = {one.tensor for own in joined.values() for one in own}
+    copied = [item.info for item in decisions if item.action == "copied" and tensor_of(item.info) not in split]
+    copies = list(_copy_groups(copied))
     total = len(layers) + len(copies)
     files = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
     layer_tasks = [
-        LayerTask(layer, next(files), tuple((item.info, item.specs) for item in items))
+        LayerTask(layer, next(files), tuple((item.info, item.specs) for item in items), joined[layer])
         for layer, items in layers.items()
     ]
     copy_tasks = [CopyTask(next(files), tuple(infos)) for infos in copies]

@@ -6,7 +6,8 @@ from functools import lru_cache
 
 from pipeline.config import MatrixSettings
 from pipeline.errors import ConfigError
-from pipeline.model.checkpoint import DTYPES, Checkpoint, TensorInfo
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.tensors import DTYPES, TensorInfo
 from swsc_core.bits import ChannelAxis, Geometry
 from swsc_core.budget import solve_budget
 from swsc_core.menu import candidates

@@ -4,10 +4,9 @@ A worker belongs to no model and no run: each call says what to read and what to
 model, because loading one costs more than measuring a few windows with it.
 """
 
-import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,17 @@ from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
 from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import TensorInfo, read_header
+from pipeline.model.checkpoint import read_header
 from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
-from pipeline.model.parts import Part, Payload, copy_tensors, differences, read_tensor, to_part, to_tensor
+from pipeline.model.parts import Part, Payload, copy_tensors, differences, read_tensor, seen, to_part, to_tensor
 from pipeline.model.plan import CopyTask, LayerTask
 from pipeline.model.store import FileRecord, Store
+from pipeline.model.tensors import TensorInfo, View
 from pipeline.run.heap import return_freed_blocks
+from pipeline.run.made import LayerParts, errors_of, peak_rss, row_of
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
-from swsc_core.codec import dtype_name
 from swsc_core.curve import reach, share_left
 from swsc_core.format import part_name
 from swsc_core.spec import Spec, SwscSpec
@@ -46,6 +46,7 @@ class Worker:
         self._calibrator: Calibrator | None = None
         self._tuner: Tuner | None = None
         self._answerer: Any = None  # its module needs lm-eval, which need not be there
+        self._wholes: dict[tuple[Store, View], torch.Tensor] = {}
 
     def compress(
         self, source: Store, task: LayerTask, form: str, seed: int, storage_dtype: str | None, moments: Moments | None
@@ -57,17 +58,15 @@ class Worker:
         Raises:
             WeightsError: a weight holds NaN or Inf.
         """
-        parts: list[Part] = []
-        rows = []
+        made, rows = LayerParts(form), []
         for info, specs in task.items:
             started = time.perf_counter()
             weight = self._read(source, info)
             read_seconds = time.perf_counter() - started
             encoded, row = self._encode(weight, source, info, specs, seed, storage_dtype, read_seconds, moments)
-            tensors = encoded.tensors if form == "swsc" else {"weight": encoded.restored}
-            parts += [to_part(part_name(info.name, part), tensor) for part, tensor in tensors.items()]
+            made.add(info, encoded)
             rows.append(row)
-        return {"rows": rows, "peak_rss": peak_rss()}, Payload(tuple(parts), tuple(rows))
+        return {"rows": rows, "peak_rss": peak_rss()}, Payload(self._finished(made, source, task), tuple(rows))
 
     def compress_units(
         self, source: Store, info: TensorInfo, units: Sequence[tuple[tuple[Spec, ...], int, str | None, Moments | None]]
@@ -77,7 +76,7 @@ class Worker:
         Returns measurements, then one payload for each way.
         """
         started = time.perf_counter()
-        weight = self._read(source, info)
+        weight = self._read_alone(source, info)
         read_seconds = time.perf_counter() - started
         payloads = [self._unit(weight, source, info, read_seconds, *unit) for unit in units]
         return ({"rows": [payload.rows[0] for payload in payloads], "peak_rss": peak_rss()}, *payloads)
@@ -94,7 +93,27 @@ class Worker:
         return Payload(tuple(to_part(part, tensor) for part, tensor in encoded.tensors.items()), (row,))
 
     def _read(self, source: Store, info: TensorInfo) -> torch.Tensor:
-        return read_tensor(source, info).to(self.device)
+        if info.view is None or info.view.rows is None:
+            return read_tensor(source, info).to(self.device)
+        return info.view.rows.take(self._whole(source, replace(info.view, rows=None))).to(self.device)
+
+    def _read_alone(self, source: Store, info: TensorInfo) -> torch.Tensor:
+        """The same, when no other matrix of its layer is asked for next."""
+        weight = self._read(source, info)
+        self._wholes.clear()
+        return weight
+
+    def _whole(self, source: Store, view: View) -> torch.Tensor:
+        """A tensor that joins several matrices, on the CPU; kept until its layer is done, so that it is read once."""
+        if (source, view) not in self._wholes:
+            self._wholes[source, view] = seen(read_tensor(source, view.tensor), view)
+        return self._wholes[source, view]
+
+    def _finished(self, made: LayerParts, source: Store, task: LayerTask) -> tuple[Part, ...]:
+        for joined in task.joined:
+            made.add_rest(joined, self._whole(source, joined.view))
+        self._wholes.clear()
+        return made.parts
 
     def _encode(
         self, weight: torch.Tensor, source: Store, info: TensorInfo, specs: tuple[Spec, ...], seed: int,
@@ -110,7 +129,7 @@ class Worker:
             encoded = encode(weight, specs, name=info.name, seed=seed, storage_dtype=dtype, metric=metric)
         except WeightError as error:
             raise WeightsError(f"{source.root}/{info.file}: {error}") from None
-        row = _row(info, specs, encoded, read_seconds, time.perf_counter() - started)
+        row = row_of(info, specs, encoded, read_seconds, time.perf_counter() - started)
         return encoded, row | ({"calibration_tokens": moments.tokens(info.name)} if moments else {})
 
     def calibrate(
@@ -153,13 +172,13 @@ class Worker:
     def reach(self, source: Store, info: TensorInfo, moments: Moments) -> float:
         """What a matrix would lose, in nats a token, if each weight kept nothing but its row's scale."""
         metric, unit = moments.metric(info.name, self.device)
-        return unit * reach(self._read(source, info).float(), metric)
+        return unit * reach(self._read_alone(source, info).float(), metric)
 
     def shares(
         self, source: Store, info: TensorInfo, moments: Moments, specs: Sequence[dict[str, Any]], seed: int
     ) -> list[tuple[dict[str, Any], float]]:
         """What each spec leaves of a matrix' reach, measured on some of its rows."""
-        weight, (metric, _) = self._read(source, info), moments.metric(info.name, self.device)
+        weight, (metric, _) = self._read_alone(source, info), moments.metric(info.name, self.device)
         kinds = [SwscSpec(**values) for values in specs]
         return [(asdict(spec), share_left(weight, spec, metric, seed, info.name)) for spec in kinds]
 
@@ -199,15 +218,13 @@ class Worker:
         self, source: Store, task: LayerTask, form: str, tuned: Tuned, rows: Mapping[str, dict[str, Any]]
     ) -> tuple[dict[str, Any], Payload]:
         """A layer of the compressed model that was tuned, with tuned values; `rows` are those of its report."""
-        parts: list[Part] = []
-        changed = []
+        made, changed = LayerParts(form), []
         infos = [info for info, _ in task.items]
         ready = tuned.encoded((info.name, self._read(source, info)) for info in infos)
         for info, encoded in zip(infos, ready, strict=True):
-            tensors = encoded.tensors if form == "swsc" else {"weight": encoded.restored}
-            parts += [to_part(part_name(info.name, part), tensor) for part, tensor in tensors.items()]
-            changed.append({**rows[info.name], **_errors(info, encoded), "entry": encoded.entry})
-        return {"rows": changed, "peak_rss": peak_rss()}, Payload(tuple(parts), tuple(changed))
+            made.add(info, encoded)
+            changed.append({**rows[info.name], **errors_of(info, encoded), "entry": encoded.entry})
+        return {"rows": changed, "peak_rss": peak_rss()}, Payload(self._finished(made, source, task), tuple(changed))
 
     def _tuner_of(self, key: TuneKey) -> Tuner:
         if self._tuner is None or self._tuner.key != key:
@@ -259,40 +276,3 @@ class Worker:
             self._forget_models()
             self._answerer = harness().Answerer(key, self.device)
         return {"answers": self._answerer.answers(kind, batches, seed), "dtype": self._answerer.dtype}
-
-
-def _row(
-    info: TensorInfo, specs: tuple[Spec, ...], encoded: Encoded, read_seconds: float, seconds: float
-) -> dict[str, Any]:
-    """A row of swsc_report.json; bits are counted from the bytes that are stored."""
-    axis = encoded.entry.get("channel_axis")
-    spec = next(spec for spec in specs if getattr(spec, "channel_axis", None) == axis)
-    cluster_error = encoded.stats.get("cluster_error")
-    return {
-        "name": info.name,
-        "shape": list(info.shape),
-        "dtype": dtype_name(encoded.restored.dtype),
-        "method": spec.method,
-        "bits_per_weight": 8 * encoded.stored_bytes / info.count,
-        "paper_bits": spec.paper_bits((info.shape[0], info.shape[1])),
-        **_errors(info, encoded),
-        "cluster_mean_squared_error": None if cluster_error is None else cluster_error / info.count,
-        "read_seconds": read_seconds,
-        "seconds": seconds,
-        "stored_bytes": encoded.stored_bytes,
-        "entry": encoded.entry,
-        "stats": encoded.stats,
-    }
-
-
-def _errors(info: TensorInfo, encoded: Encoded) -> dict[str, float]:
-    return {
-        "relative_error": encoded.relative_error,
-        "mean_squared_error": encoded.squared_error / info.count,
-        "mean_square": encoded.squared_norm / info.count,
-    }
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

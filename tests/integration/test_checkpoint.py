@@ -189,8 +189,14 @@ class TestDamage:
             (broken / "config.json").write_text(config)
         self.refused(broken, "config.json")
 
-    def test_gguf_and_foreign_addresses_say_that_they_are_not_read(self) -> None:
-        for location in ("model.gguf", "ftp://host/model", "s3://"):
+    def test_gguf_says_how_it_is_converted(self, tmp_path: Path) -> None:
+        (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+        for location in (tmp_path, tmp_path / "model-q4.gguf"):
+            with pytest.raises(CheckpointError, match=r"swsc convert \S+model-q4.gguf NEW_DIR"):
+                open_checkpoint(str(location))
+
+    def test_foreign_addresses_say_that_they_are_not_read(self) -> None:
+        for location in ("ftp://host/model", "s3://"):
             with pytest.raises(SwscError, match="read"):
                 open_checkpoint(location)
 

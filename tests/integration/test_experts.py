@@ -110,35 +110,68 @@ def test_moments_of_an_embedding_are_lookups_and_gradients(model: Path) -> None:
     assert torch.equal(sums.weighted, sums.plain)
 
 
-def test_a_transposed_matrix_is_measured_by_the_gradients_of_its_outputs(
-    tiny_model: Path, calibration: Path, tmp_path: Path
-) -> None:
-    """GPT-2's Conv1D, y = x W: rows of W are inputs. Tied and learnt embeddings beside it stay as they are."""
+@pytest.fixture(scope="module")
+def gpt2(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conv1D, y = x W: rows of W are inputs; Q, K and V are joined, side by side."""
+    path = tmp_path_factory.mktemp("gpt2") / "model"
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2,
         bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    GPT2LMHeadModel(config).save_pretrained(path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "model" / file).write_bytes((tiny_model / file).read_bytes())
-    name, window = "transformer.h.1.mlp.c_fc.weight", np.arange(20)[None]
-    calibrator = Calibrator(ModelKey(str(tmp_path / "model"), "float32", 1), "cpu")
-    module = calibrator._model.get_submodule(name.removesuffix(".weight"))
+        (path / file).write_bytes((tiny_model / file).read_bytes())
+    return path
+
+
+def test_moments_of_transposed_and_joined_matrices_are_those_of_inputs_and_of_their_own_outputs(gpt2: Path) -> None:
+    module = "transformer.h.1.attn.c_attn"
+    names = [f"{module}.{role}.weight" for role in "qkv"]
+    window = np.arange(20)[None]
+    calibrator = Calibrator(ModelKey(str(gpt2), "float32", 1), "cpu")
     seen: dict[str, Any] = {}
 
     def note(module: Any, arguments: Any, output: torch.Tensor) -> None:
         seen["x"] = arguments[0][0]
         output.register_hook(lambda gradient: seen.update(g=gradient[0]))
 
-    module.register_forward_hook(note)
-    sums = calibrator.gather([name], window, 0, 0)[name]
-    torch.testing.assert_close(sums.plain, seen["g"].T @ seen["g"])
-    torch.testing.assert_close(sums.rows, seen["x"].square().sum(dim=0))
+    calibrator._model.get_submodule(module).register_forward_hook(note)
+    sums = calibrator.gather(names, window, 0, 0)
+    x, gradients = seen["x"], dict(zip(names, seen["g"].split(32, dim=1), strict=True))
+    torch.testing.assert_close(sums[names[0]].plain, x.T @ x)
+    for name, g in gradients.items():
+        torch.testing.assert_close(sums[name].rows, g.square().sum(dim=0))
+        torch.testing.assert_close(sums[name].weighted, (x * g.square().sum(dim=1, keepdim=True)).T @ x)
+    assert [sums[name].owner for name in names] == [names[0]] * 3
+
+
+def test_transposed_and_joined_matrices_are_compressed_and_tuned(gpt2: Path, calibration: Path, tmp_path: Path) -> None:
+    """Tied and learnt embeddings beside them stay as they are."""
     flags = ["--preset", "best", "--bits", "4", "--include", r"c_attn|c_proj|c_fc", *CALIBRATION, "--local"]
-    argv = ["compress", str(tmp_path / "model"), str(tmp_path / "out"), "--calibration", str(calibration)]
+    argv = ["compress", str(gpt2), str(tmp_path / "out"), "--calibration", str(calibration)]
     assert main([*argv, *flags]) == 0
     report = json.loads((tmp_path / "out" / "swsc_report.json").read_text())
-    assert sum(row["action"] == "compressed" for row in report["tensors"]) == 8
+    rows = [row for row in report["tensors"] if row["action"] == "compressed"]
+    assert len(rows) == 2 * (3 + 3)
+    assert {row["name"]: row["shape"] for row in rows}["transformer.h.0.mlp.c_fc.weight"] == [128, 32]
+    assert report["tuning"]["steps"] > 0
+
+
+def test_a_sweep_swaps_pieces_in_and_out(gpt2: Path, text: Path, tmp_path: Path) -> None:
+    config = tmp_path / "sweep.yaml"
+    config.write_text(
+        "variants:\n- {name: coarse, projectors: 'q,up', clusters: 4, rank: 1}\n"
+        f"evaluations:\n- {{text: {text}, seqlen: 32, windows: 4}}\n"
+    )
+    assert main(["sweep", str(config), "--model", str(gpt2), "--out", str(tmp_path / "sweep"), "--local"]) == 0
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "sweep" / "results.json").read_text())["rows"]}
+    flags = ["--projectors", "q,up", "--clusters", "4", "--rank", "1", "--local"]
+    assert main(["compress", str(gpt2), str(tmp_path / "out"), *flags]) == 0
+    argv = ["evaluate", str(tmp_path / "out"), "--text", str(text), "--seqlen", "32", "--windows", "4", "--local"]
+    assert main([*argv, "--json", str(tmp_path / "measured.json")]) == 0
+    measured = json.loads((tmp_path / "measured.json").read_text())["perplexity"]
+    assert rows["coarse"]["perplexity"] == pytest.approx(measured, rel=1e-6)
+    assert rows["coarse"]["perplexity"] != rows["uncompressed"]["perplexity"]
 
 
 def test_all_of_it_is_compressed_tuned_and_measured(

@@ -9,6 +9,7 @@ import pytest
 from jobs.cli import main
 from tests.tiny import make_text
 
+QK = ["--include", "q_proj|k_proj"]  # roles of a family that is not known are not guessed
 _CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,7 +69,7 @@ def test_it_is_not_run_unasked(
     stored: str, model: Path, text: Path, tmp_path: Path, mark: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if stored == "compressed":
-        assert main(["compress", str(model), str(tmp_path / "out"), "--local", "--bits", "4"]) == 0
+        assert main(["compress", str(model), str(tmp_path / "out"), "--local", "--bits", "4", *QK]) == 0
         model = tmp_path / "out"
     capsys.readouterr()
     assert main(["evaluate", str(model), "--text", str(text), "--seqlen", "32", "--local"]) == 2
@@ -91,6 +92,7 @@ def test_a_calibration_does_not_run_it_unasked(
         str(calibration),
         "--calibration-seqlen",
         "32",
+        *QK,
     ]
     assert main(["compress", str(model), str(tmp_path / "out"), "--calibration-windows", "4", *flags]) == 2
     assert "--trust-remote-code" in capsys.readouterr().err
@@ -105,7 +107,7 @@ def test_a_trusted_model_is_calibrated_tuned_and_measured_as_any_other(
     model: Path, tiny_model: Path, text: Path, calibration: Path, tmp_path: Path
 ) -> None:
     flags = ["--local", "--preset", "best", "--tune", "1", "--bits", "3", "--calibration", str(calibration)]
-    flags += ["--calibration-windows", "4", "--calibration-seqlen", "32"]
+    flags += ["--calibration-windows", "4", "--calibration-seqlen", "32", *QK]
     own, known = tmp_path / "own" / "out", tmp_path / "known" / "out"
     assert (
         main(["compress", str(model), str(own), *flags, "--trust-remote-code", "--text", str(text), "--seqlen", "32"])
@@ -123,7 +125,7 @@ def test_a_sweep_trusts_for_calibration_and_evaluations_alike(
     config.write_text(
         "calibration_windows: 4\ncalibration_seqlen: 32\n"
         "evaluations: [{text: here, seqlen: 32}]\n"
-        "variants: [{name: best, preset: best, tune: 0, bits: 3}]\n"
+        "variants: [{name: best, preset: best, tune: 0, bits: 3, include: q_proj|k_proj}]\n"
     )
     command = [
         "sweep",
@@ -142,7 +144,7 @@ def test_a_sweep_trusts_for_calibration_and_evaluations_alike(
 
 
 def test_other_code_makes_it_another_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["compress", str(model), str(tmp_path / "out"), "--local", "--bits", "4"]
+    command = ["compress", str(model), str(tmp_path / "out"), "--local", "--bits", "4", *QK]
     assert main(command) == 0
     with (model / "modeling_own.py").open("a") as code:
         code.write("# changed\n")

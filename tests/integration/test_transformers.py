@@ -257,7 +257,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a newer version": (
         lambda p: config_of(p, lambda c: c["quantization_config"].update(format_version=99)),
-        "format version 99, this release reads 1 to 2; update swsc",
+        "format version 99, this release reads 1 to 3; update swsc",
     ),
     "an entry of another rank": (entry_of("rank", 7), "left is F32"),
     "an entry that cannot be": (entry_of("segment_size", 5), "segment_size 5 does not divide"),

@@ -26,7 +26,13 @@ PLUG_IN_DOORS = {f"swsc_core/hf/{name}.py" for name in ("__init__", "config", "n
 DOORS = {
     "ray": {"pipeline/run/cluster.py", "pipeline/run/ray_pool.py"},
     "safetensors": set(),  # read and written by byte range: pipeline/model/checkpoint.py says why
-    "transformers": {"pipeline/measure/perplexity.py", "pipeline/measure/windows.py", "jobs/demo.py", *PLUG_IN_DOORS},
+    "transformers": {
+        "pipeline/measure/perplexity.py",
+        "pipeline/measure/windows.py",
+        "pipeline/flows/convert.py",
+        *PLUG_IN_DOORS,
+    },
+    "gguf": {"pipeline/flows/convert.py"},
     # what comes and goes over the network, in hub.py alone; front matters
     "huggingface_hub": {"pipeline/model/hub.py", "pipeline/model/card.py", "pipeline/model/card_figures.py"},
     "lm_eval": {"pipeline/measure/tasks.py"},

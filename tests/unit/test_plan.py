@@ -7,10 +7,11 @@ import pytest
 from pipeline.config import CompressSettings
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model import plan as module
-from pipeline.model.checkpoint import DTYPES, Checkpoint, TensorInfo
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import layer_of
 from pipeline.model.plan import Plan, make_plan
 from pipeline.model.store import Store
+from pipeline.model.tensors import DTYPES, TensorInfo
 from swsc_core.spec import RtnSpec, SwscSpec
 
 
@@ -23,7 +24,7 @@ def checkpoint_of(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", **con
             nbytes *= side
         tensors[name] = TensorInfo(name, dtype, shape, "model.safetensors", start, nbytes)
         start += nbytes
-    return Checkpoint(Store("/nowhere"), tensors, config)
+    return Checkpoint(Store("/nowhere"), tensors, {"model_type": "llama", **config})
 
 
 LAYERS = {

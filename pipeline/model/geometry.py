@@ -1,0 +1,57 @@
+"""How the pieces of a joined matrix lie in it: `count` groups, in each so many rows of every piece, one after the other.
+
+Each function here takes a model's (text) config and the number of rows, and returns (count, rows of each piece in a group).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+Geometry = Callable[[Config, int], tuple[int, tuple[int, ...]]]
+
+
+def concatenated(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
+    """All of Q, all of K, all of V (Phi-3, GPT-2)."""
+    heads, pairs, width = _heads(config)
+    return 1, (heads * width, pairs * width, pairs * width)
+
+
+def by_head(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
+    """Q, K and V of one head, then of the next (GPT-NeoX, BLOOM)."""
+    heads, _, width = _heads(config)
+    return heads, (width, width, width)
+
+
+def by_group(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
+    """The query heads that share a key, their key and value, then the next (InternLM2, Falcon's new decoder)."""
+    heads, pairs, width = _heads(config)
+    return pairs, (heads // pairs * width, width, width)
+
+
+def falcon(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
+    """By group in the new decoder (40B), one key for all heads in the old one (7B), or by head (RW)."""
+    if config.get("new_decoder_architecture"):
+        return by_group(config, rows)
+    if config.get("multi_query", True):
+        heads, _, width = _heads(config)
+        return 1, (heads * width, width, width)
+    return by_head(config, rows)
+
+
+def halves(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
+    """Two pieces alike, one after the other (gate and up)."""
+    return 1, (rows // 2, rows // 2)
+
+
+def latent(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
+    """What makes K and V of one head from their common latent, then of the next (DeepSeek's MLA)."""
+    heads, _, _ = _heads(config)
+    return heads, (int(config["qk_nope_head_dim"]), int(config["v_head_dim"]))
+
+
+def _heads(config: Config) -> tuple[int, int, int]:
+    """Heads, heads of keys and values, and rows of each; KeyError if the config does not say."""
+    heads = int(config["num_attention_heads"] if "num_attention_heads" in config else config["n_head"])
+    pairs = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
+    width = config.get("hidden_size") or config["n_embd"]
+    return heads, int(pairs), int(config.get("head_dim") or width // heads)

@@ -1,0 +1,118 @@
+"""Checkpoints that are quantized already: those in fp8 are read as bfloat16, all others are refused.
+
+An fp8 weight has scales beside it: one for the tensor, one a row, or one a block (DeepSeek-V3, Qwen3-FP8). The weight is what
+both together say, so they are read together wherever it is read, and neither scales nor `quantization_config` are passed on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pipeline.errors import CheckpointError
+from pipeline.model.tensors import DTYPES, TensorInfo, View
+
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_SCALES = (
+    "_scale_inv",
+    "_scale",
+)  # what names of weights end on to be those of their scales; both are to be multiplied with
+_IDLE = ("input_scale", "activation_scale")  # of the arithmetic that fp8 is meant for
+_READ = (
+    None,
+    "fp8",
+    "compressed-tensors",
+    "fbgemm_fp8",
+)  # methods whose fp8 weights are read; None: config.json is silent
+REASON = "a scale of fp8 weights, which are read as bfloat16"
+
+
+def read_as_bfloat16(
+    where: str, tensors: Mapping[str, TensorInfo], config: dict[str, Any]
+) -> tuple[dict[str, TensorInfo], dict[str, Any], tuple[TensorInfo, ...]]:
+    """Tensors, config and consumed scales of a checkpoint that may be in fp8; as they are, if it is not.
+
+    Raises:
+        CheckpointError: fp8 weights without scales, or scales that do not fit them.
+    """
+    about: Mapping[str, Any] = config.get("quantization_config") or {}
+    pairs = {} if about.get("quant_method") not in _READ else _pairs(tensors)
+    if not pairs:
+        return dict(tensors), config, ()
+    if bare := [name for name, info in tensors.items() if info.dtype in _FP8 and name not in pairs]:
+        raise CheckpointError(f"{where}: {bare[0]} is fp8 and has no scales, others have; download it again")
+    scales = {scale.name: scale for scale in pairs.values()}
+    idle = {name: info for name, info in tensors.items() if name.endswith(_IDLE) and f"{_stem(name)}.weight" in pairs}
+    left = {
+        name: _seen(where, info, pairs[name], about) if name in pairs else info
+        for name, info in tensors.items()
+        if name not in scales and name not in idle
+    }
+    own = {key: value for key, value in config.items() if key != "quantization_config"}
+    return left, own, (*scales.values(), *idle.values())
+
+
+def require_unquantized(where: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a checkpoint that is quantized in a way that is not read here."""
+    about: Mapping[str, Any] = config.get("quantization_config") or {}
+    method = about.get("quant_method")
+    if about and not method and about.get("load_in_4bit", about.get("load_in_8bit")) is not None:
+        method = "bitsandbytes"  # of old
+    packed = next((name for name in tensors if name.endswith((".qweight", ".weight_packed"))), None)
+    if not about and packed is None:
+        return
+    what = f"{method!r}" if method else f"a method that config.json does not name ({packed or 'no quant_method'})"
+    form = f" in the form {about['format']!r}" if isinstance(about.get("format"), str) else ""
+    if method == "swsc":
+        raise CheckpointError(f"{where}: already quantized by 'swsc'; restore it first (swsc restore)")
+    raise CheckpointError(
+        f"{where}: already quantized by {what}{form}; give the unquantized model, or make one where that method is installed:"
+        " `m = AutoModelForCausalLM.from_pretrained(dir); m.dequantize(); m.save_pretrained(new_dir)`"
+    )
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """fp8 weight -> its scales."""
+    return {
+        name: tensors[name + ending]
+        for name, info in tensors.items()
+        for ending in _SCALES
+        if info.dtype in _FP8 and name + ending in tensors
+    }
+
+
+def _seen(where: str, info: TensorInfo, scales: TensorInfo, about: Mapping[str, Any]) -> TensorInfo:
+    block = _block(info.shape, scales.shape, about)
+    if block is None or scales.dtype not in ("F32", "F16", "BF16"):
+        raise CheckpointError(
+            f"{where}: {scales.name} ({scales.dtype} {list(scales.shape)}) does not say how {info.name}"
+            f" {list(info.shape)} is scaled, with weight_block_size {about.get('weight_block_size')}; give the model in bfloat16"
+        )
+    view = View(info, scales=scales, block=block)
+    return replace(info, dtype="BF16", nbytes=info.count * DTYPES["BF16"][1], view=view)
+
+
+def _block(shape: tuple[int, ...], scales: tuple[int, ...], about: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None if the scales do not fit."""
+    if len(shape) != 2:
+        return None
+    m, n = shape
+    if scales in ((), (1,), (1, 1)):
+        return m, n
+    if scales in ((m,), (m, 1)):
+        return 1, n
+    size = about.get("weight_block_size") or _group_block(about)
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+        return None
+    return (size[0], size[1]) if scales == (-(-m // size[0]), -(-n // size[1])) else None
+
+
+def _group_block(about: Mapping[str, Any]) -> Any:
+    """The block size of compressed-tensors, if all groups of weights have the same."""
+    groups = about.get("config_groups")
+    own = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
+    sizes = [weights.get("block_structure") for weights in own]
+    return sizes[0] if sizes and all(size == sizes[0] for size in sizes) else None

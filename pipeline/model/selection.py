@@ -1,0 +1,89 @@
+"""Which matrices of a checkpoint are to be compressed: by the roles of its family, by an expression, less what is excluded.
+
+Nothing is guessed: a model that the table of families does not know is asked for an expression, and a role or an
+expression that selects nothing is a mistake.
+"""
+
+import re
+from dataclasses import dataclass
+
+from pipeline.config import MatrixSettings
+from pipeline.errors import ConfigError
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.families import Family, require_roles
+from pipeline.model.matrices import matrices_of
+from pipeline.model.tensors import TensorInfo
+
+_SHOWN = 12  # kinds of tensors in a message
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A matrix, or a tensor that stays whole; whether it is to be compressed, and why or why not."""
+
+    info: TensorInfo
+    chosen: bool
+    reason: str
+
+
+def select(checkpoint: Checkpoint, settings: MatrixSettings) -> list[Selected]:
+    """Every tensor in the checkpoint's order; of one that joins several, its pieces, if any of them is chosen.
+
+    Raises:
+        ConfigError: an unknown role, a family without roles, a role or an expression that selects nothing.
+        CheckpointError: a joined tensor whose shape does not fit the config.
+    """
+    chooser = _Chooser(checkpoint, settings)
+    found = [selected for info in checkpoint.tensors.values() for selected in chooser.of(info)]
+    for why in chooser.unmet:
+        raise ConfigError(f"{checkpoint.store.root}: {why} selects no tensor; {_choices(checkpoint, chooser.family)}")
+    return found
+
+
+class _Chooser:
+    """What the settings say of one tensor after the other; `unmet` are the wishes that none of them has met yet."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: MatrixSettings) -> None:
+        self._checkpoint, self._exclude = checkpoint, settings.exclude
+        self.family = Family(checkpoint.config)
+        roles = settings.projectors if settings.projectors is not None else (() if settings.include else ("q", "k"))
+        require_roles(roles)
+        if roles and not self.family.known:
+            raise ConfigError(
+                f"{checkpoint.store.root}: the roles of model_type {self.family.name!r} are not known, so --projectors"
+                f" {','.join(roles)} says nothing; {_choices(checkpoint, self.family)}"
+            )
+        self._roles = roles
+        self._include = re.compile(settings.include) if settings.include else None
+        self.unmet = [f"projector {role}" for role in roles] + (["--include"] if self._include else [])
+
+    def of(self, info: TensorInfo) -> list[Selected]:
+        """A tensor or its pieces."""
+        if self._exclude and re.search(self._exclude, info.name):
+            roles = self.family.role_of(info.name).roles
+            return [self._decide(info, info, roles[0] if roles else None)]
+        pieces = matrices_of(self._checkpoint, self.family, info)
+        found = [self._decide(info, piece.info, piece.role) for piece in pieces]
+        return found if any(one.chosen for one in found) else [Selected(info, False, found[0].reason)]
+
+    def _decide(self, tensor: TensorInfo, own: TensorInfo, role: str | None) -> Selected:
+        names = (tensor.name, own.name)
+        included = self._include is not None and any(self._include.search(name) for name in names)
+        why = f"projector {role}" if role in self._roles else ("--include" if included else "")
+        if not why:
+            return Selected(own, False, "not selected")
+        self.unmet = [wish for wish in self.unmet if wish != why and not (included and wish == "--include")]
+        if self._exclude and any(re.search(self._exclude, name) for name in names):
+            return Selected(own, False, f"{why}, but --exclude")
+        if self.family.is_beyond(tensor.name) and not included:
+            return Selected(
+                own, False, f"{why}, but in a layer after the model's last, which text does not run through"
+            )
+        return Selected(own, True, why)
+
+
+def _choices(checkpoint: Checkpoint, family: Family) -> str:
+    """What may be selected, in words."""
+    kinds = sorted({re.sub(r"\d+", "N", name) for name, info in checkpoint.tensors.items() if len(info.shape) == 2})
+    roles = f"; the roles of its family are {','.join(family.roles)}" if family.known else ""
+    return f"choose by --include among {', '.join(kinds[:_SHOWN])}{' …' if len(kinds) > _SHOWN else ''}{roles}"

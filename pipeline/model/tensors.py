@@ -1,0 +1,59 @@
+"""Where a tensor lies in a file and what it is: a range of bytes, or what is made of one."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # headers are read without torch
+    from swsc_core.pieces import Rows
+
+# safetensors name of a dtype -> (torch's name, bytes of a value)
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "I64": ("int64", 8), "I32": ("int32", 4),
+    "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
+    "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8),
+}  # fmt: skip
+TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes at `start` of `file`; or, if it is a `view`, what it looks like."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+    view: "View | None" = None
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def stored(self) -> tuple["TensorInfo", ...]:
+        """What lies in the file: itself, unless it is a view."""
+        if self.view is None:
+            return (self,)
+        return (*self.view.tensor.stored, *((self.view.scales,) if self.view.scales else ()))
+
+
+@dataclass(frozen=True)
+class View:
+    """How a tensor is made of `tensor`, which is what lies in the file.
+
+    Attributes:
+        transposed: rows and columns change places.
+        rows: then these rows of it.
+        scales: what it is multiplied with (quantized.py), a scale for each `block` of rows and columns.
+    """
+
+    tensor: TensorInfo
+    transposed: bool = False
+    rows: "Rows | None" = None
+    scales: TensorInfo | None = None
+    block: tuple[int, int] = (1, 1)

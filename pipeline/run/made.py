@@ -1,0 +1,85 @@
+"""What a worker has made of a layer: the tensors of its file, and the rows of the report."""
+
+import resource
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.model.artifact import laid, part_name
+from pipeline.model.matrices import Joined, lies_as, tensor_of
+from pipeline.model.parts import Part, to_part
+from pipeline.model.tensors import TensorInfo
+from swsc_core import Encoded
+from swsc_core.codec import dtype_name
+from swsc_core.pieces import Rows, join, rest_of
+from swsc_core.spec import Spec
+
+
+class LayerParts:
+    """The stored tensors of one layer, matrix by matrix, then what is left of tensors that join several."""
+
+    def __init__(self, form: str) -> None:
+        """`form`: "swsc", or "dense" for restored weights as they lay in the source."""
+        self._form = form
+        self._parts: list[Part] = []
+        self._restored: dict[str, list[tuple[Rows, Tensor]]] = {}  # joined tensor -> its pieces, in the dense form
+
+    def add(self, info: TensorInfo, encoded: Encoded) -> None:
+        """A matrix that is compressed."""
+        rows = info.view.rows if info.view else None
+        if self._form == "swsc":
+            self._parts += [to_part(part_name(info.name, part), own) for part, own in encoded.tensors.items()]
+        elif rows is None:
+            self._parts.append(to_part(info.name, laid(encoded.restored, lies_as(info))))
+        else:
+            self._restored.setdefault(tensor_of(info), []).append((rows, encoded.restored.cpu()))
+
+    def add_rest(self, joined: Joined, whole: Tensor) -> None:
+        """What is left of a joined matrix, `whole` [m, n], when all its pieces are added; in the dense form the whole."""
+        rest = whole[rest_of(len(whole), joined.rows)]
+        if self._form == "dense":
+            rest = laid(join(rest, self._restored.pop(joined.tensor)), lies_as(joined.pieces[0]))
+        self._parts.append(to_part(joined.tensor, rest))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All of them."""
+        return tuple(self._parts)
+
+
+def row_of(
+    info: TensorInfo, specs: tuple[Spec, ...], encoded: Encoded, read_seconds: float, seconds: float
+) -> dict[str, Any]:
+    """A row of swsc_report.json; bits are counted from the bytes that are stored."""
+    axis = encoded.entry.get("channel_axis")
+    spec = next(spec for spec in specs if getattr(spec, "channel_axis", None) == axis)
+    cluster_error = encoded.stats.get("cluster_error")
+    return {
+        "name": info.name,
+        "shape": list(info.shape),
+        "dtype": dtype_name(encoded.restored.dtype),
+        "method": spec.method,
+        "bits_per_weight": 8 * encoded.stored_bytes / info.count,
+        "paper_bits": spec.paper_bits((info.shape[0], info.shape[1])),
+        **errors_of(info, encoded),
+        "cluster_mean_squared_error": None if cluster_error is None else cluster_error / info.count,
+        "read_seconds": read_seconds,
+        "seconds": seconds,
+        "stored_bytes": encoded.stored_bytes,
+        "entry": encoded.entry | lies_as(info),
+        "stats": encoded.stats,
+    }
+
+
+def errors_of(info: TensorInfo, encoded: Encoded) -> dict[str, float]:
+    """What a compression lost of a matrix."""
+    return {
+        "relative_error": encoded.relative_error,
+        "mean_squared_error": encoded.squared_error / info.count,
+        "mean_square": encoded.squared_norm / info.count,
+    }
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

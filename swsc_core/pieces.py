@@ -1,0 +1,79 @@
+"""Which rows of a joined matrix a piece is: Q of a matrix that holds Q, K and V.
+
+Families that join their projections lay them out one after the other, or interleave them head by head or group by group.
+All of these are blocks of equal length at equal distances, so a piece is four numbers, whatever the number of heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`count` blocks of `length` rows, `stride` apart, from row `first` on."""
+
+    first: int
+    length: int
+    stride: int
+    count: int
+
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return self.length * self.count
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """First row of each block, and the first after it."""
+        starts = (self.first + self.stride * number for number in range(self.count))
+        return [(start, start + self.length) for start in starts]
+
+    def index(self, device: torch.device | str = "cpu") -> Tensor:
+        """The rows, int64 [total], in the order of the piece."""
+        starts = self.first + self.stride * torch.arange(self.count, device=device)
+        return (starts[:, None] + torch.arange(self.length, device=device)).reshape(-1)
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """The piece [total, n] of a joined matrix [m, n]: a copy."""
+        return matrix[self.index(matrix.device)]
+
+    def put(self, matrix: Tensor, piece: Tensor) -> None:
+        """Write a piece [total, n] into its rows of the joined matrix [m, n], in place."""
+        matrix[self.index(matrix.device)] = piece.to(matrix.device, matrix.dtype)
+
+
+def rest_of(rows: int, pieces: list[Rows]) -> Tensor:
+    """The rows, int64 [rest], in order, of a joined matrix of so many rows that are in no piece."""
+    free = torch.ones(rows, dtype=torch.bool)
+    for piece in pieces:
+        free[piece.index()] = False
+    return free.nonzero()[:, 0]
+
+
+def join(rest: Tensor, pieces: list[tuple[Rows, Tensor]]) -> Tensor:
+    """The joined matrix [m, n] of its pieces and of the rows [rest, n] that are in none of them; in the dtype of `rest`.
+
+    Raises:
+        ValueError: pieces that overlap or leave rows out.
+    """
+    if wrong := misfit(len(rest), [rows for rows, _ in pieces]):
+        raise ValueError(wrong)
+    matrix = rest.new_empty((len(rest) + sum(rows.total for rows, _ in pieces), rest.shape[1]))
+    matrix[rest_of(len(matrix), [rows for rows, _ in pieces]).to(rest.device)] = rest
+    for rows, piece in pieces:
+        rows.put(matrix, piece)
+    return matrix
+
+
+def misfit(rest: int, pieces: list[Rows]) -> str:
+    """What is wrong with pieces that, with `rest` rows more, are to make up a whole matrix; "" if nothing is."""
+    if any(min(rows.length, rows.stride, rows.count) < 1 or rows.first < 0 for rows in pieces):
+        return "a piece has no rows"
+    whole, position = rest + sum(rows.total for rows in pieces), 0
+    for start, stop in sorted(block for rows in pieces for block in rows.blocks):
+        if start < position or stop > whole:
+            return f"pieces overlap or leave the {whole} rows of the joined matrix"
+        position = stop
+    return ""

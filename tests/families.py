@@ -1,0 +1,161 @@
+"""Tiny random models of many families, built from the real config classes and saved under the names that hub checkpoints use.
+
+`family` gives each of them in turn, with its compressed forms; a test of all families is a test of this fixture.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from safetensors.torch import load_file
+
+from jobs.cli import main
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0,
+}  # fmt: skip
+_WHOLE = {**_SHAPE, "num_key_value_heads": 4}
+_NEOX = {key: value for key, value in _SHAPE.items() if key != "num_key_value_heads"}
+_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
+_FALCON = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+}
+_MLA = {
+    **_WHOLE, "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 48, "first_k_dense_replace": 1,
+    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama 2": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_WHOLE)),
+    "llama 3": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_SHAPE, rope_theta=500000.0, tie_word_embeddings=True)),
+    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**_SHAPE, sliding_window=16)),
+    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**_SHAPE)),
+    "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=True)),
+    "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**_SHAPE, head_dim=16)),
+    "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**_SHAPE, head_dim=16)),
+    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**_SHAPE)),
+    "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**_NEOX)),
+    "falcon 7b": lambda: t.FalconForCausalLM(t.FalconConfig(**_FALCON, multi_query=True)),
+    "falcon 40b": lambda: t.FalconForCausalLM(t.FalconConfig(**_FALCON, num_kv_heads=2, new_decoder_architecture=True)),
+    "falcon rw": lambda: t.FalconForCausalLM(
+        t.FalconConfig(**_FALCON, multi_query=False, alibi=True, parallel_attn=False, bias=True)
+    ),
+    "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4)),
+    "gpt2": lambda: t.GPT2LMHeadModel(
+        t.GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2)
+    ),
+    "opt": lambda: t.OPTForCausalLM(
+        t.OPTConfig(
+            vocab_size=256, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, init_std=0.2,
+            max_position_embeddings=128, word_embed_proj_dim=64,
+        )
+    ),
+    "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**_SHAPE, num_local_experts=4)),
+    "qwen2_moe": lambda: t.Qwen2MoeForCausalLM(
+        t.Qwen2MoeConfig(**_SHAPE, **_EXPERTS, shared_expert_intermediate_size=48)
+    ),
+    "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**_SHAPE, **_EXPERTS, head_dim=16)),
+    "deepseek_v2": lambda: t.DeepseekV2ForCausalLM(t.DeepseekV2Config(**_MLA, q_lora_rank=None)),
+    "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**_MLA, q_lora_rank=24)),
+    "llava": lambda: t.LlavaForConditionalGeneration(
+        t.LlavaConfig(
+            text_config=t.LlamaConfig(**_SHAPE), image_token_index=255,
+            vision_config=t.CLIPVisionConfig(**_VISION, projection_dim=32),
+        )
+    ),
+    "gemma3 with vision": lambda: t.Gemma3ForConditionalGeneration(
+        t.Gemma3Config(text_config={**_SHAPE, "head_dim": 16}, vision_config=_VISION, mm_tokens_per_image=4)
+    ),
+    "qwen2_vl": lambda: t.Qwen2VLForConditionalGeneration(
+        t.Qwen2VLConfig(
+            text_config={**_SHAPE, "rope_parameters": _ROPE},
+            vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2},
+        )
+    ),
+}  # fmt: skip
+_ROLES = {  # of families that have other roles than Llama
+    **dict.fromkeys(("gpt_neox", "falcon 7b", "falcon 40b", "falcon rw", "bloom", "gpt2", "opt"), "q,k,v,o,up,down"),
+    **dict.fromkeys(("qwen2_moe", "deepseek_v2", "deepseek_v3"), "q,k,v,o,gate,up,down,experts"),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), "q,k,v,o,experts"),
+}
+_COARSE = ["--clusters", "4", "--rank", "2", "--n-init", "1", "--local"]
+
+
+@dataclass(frozen=True)
+class FamilyModel:
+    """A tiny model in float32 as a directory, and what is made of it when it is first asked for."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def dense(self) -> Path:
+        """The checkpoint, as `save_pretrained` writes it: in several files that split layers."""
+        path = self.folder / "dense"
+        torch.manual_seed(0)
+        MODELS[self.name]().save_pretrained(path, max_shard_size="100KB")
+        return path
+
+    @property
+    def roles(self) -> str:
+        """All roles that its language part has."""
+        return _ROLES.get(self.name, "q,k,v,o,gate,up,down")
+
+    @cached_property
+    def compressed(self) -> Path:
+        """Everything linear is compressed."""
+        return self.compress("all", "--projectors", self.roles)
+
+    @cached_property
+    def queries_and_keys(self) -> Path:
+        """Q and K are compressed."""
+        return self.compress("qk", "--projectors", "q,k")
+
+    def compress(self, name: str, *flags: str) -> Path:
+        """A directory of the model compressed, coarsely and fast."""
+        assert main(["compress", str(self.dense), str(self.folder / name), *_COARSE, *flags]) == 0
+        return self.folder / name
+
+    def restored(self, compressed: Path) -> Path:
+        """A dense directory again."""
+        path = compressed.with_name(f"{compressed.name}-restored")
+        assert path.exists() or main(["restore", str(compressed), str(path), "--local"]) == 0
+        return path
+
+    def load(self, directory: Path, **how: Any) -> Any:
+        """The model of a directory, in eval mode, by the class that its config names."""
+        kind = getattr(t, json.loads((self.dense / "config.json").read_text())["architectures"][0])
+        model, info = kind.from_pretrained(directory, output_loading_info=True, **how)
+        assert not info["missing_keys"]
+        return model.eval()
+
+    def logits(self, model: Any) -> torch.Tensor:
+        """What it says to some text."""
+        with torch.no_grad():
+            return model(input_ids=torch.arange(1, 25)[None]).logits  # type: ignore[no-any-return]
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Every stored tensor of a directory."""
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FamilyModel:
+    """Each family in turn."""
+    return FamilyModel(request.param, tmp_path_factory.mktemp(request.param.replace(" ", "-")))
