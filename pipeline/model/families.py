@@ -83,9 +83,9 @@ class Family:
         kind = str(config.get("model_type"))
         text: Mapping[str, Any] = config.get("text_config") or {}
         self._inside, own = MULTIMODAL.get(kind, ("", kind))
-        if kind in MULTIMODAL and text.get("model_type") in FAMILIES:
-            own = str(text["model_type"])
-        self.name = kind
+        if kind in MULTIMODAL:
+            own = str(text.get("model_type", own))
+        self.name = own
         self.known = own in FAMILIES
         self._roles = [
             (_pattern(name if isinstance(name, str) else name[0]), _role(roles, name))

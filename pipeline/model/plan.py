@@ -38,7 +38,7 @@ class Decision:
     """
 
     info: TensorInfo
-    action: Literal["compressed", "copied", "tied", "left out"]
+    action: Literal["compressed", "copied", "split", "tied", "left out"]
     reason: str
     stored_bytes: int
     specs: tuple[Spec, ...] = ()
@@ -118,7 +118,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
     if not any(decision.action == "compressed" for decision in decisions):
         raise ConfigError(f"{checkpoint.store.root}: no tensor is selected; select some by --projectors or --include")
     _require_free_names(checkpoint, decisions)
-    decisions += _tied(checkpoint)
+    decisions += [*_split(checkpoint, decisions), *_tied(checkpoint)]
     decisions += [Decision(info, "left out", "a buffer that a model makes anew", 0) for info in checkpoint.buffers]
     decisions += [Decision(info, "left out", REASON, 0) for info in checkpoint.scales]
     return _with_tasks(decisions)
@@ -169,6 +169,12 @@ def _compressed(info: TensorInfo, reason: str, specs: tuple[Spec, ...], settings
     shape, width = (info.shape[0], info.shape[1]), value_bits(info.dtype, settings)
     stored = max(spec.stored_bytes(shape, width) for spec in specs)
     return Decision(info, "compressed", reason, stored, specs, max(spec.paper_bits(shape) for spec in specs))
+
+
+def _split(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> Iterable[Decision]:
+    """The tensors whose pieces are decided on one by one."""
+    for joined in joined_of(decision.info for decision in decisions):
+        yield Decision(checkpoint.tensors[joined.tensor], "split", "joins several matrices, see its pieces", 0)
 
 
 def _tied(checkpoint: Checkpoint) -> Iterable[Decision]:

@@ -57,7 +57,9 @@ def test_a_tensor_that_is_renamed_on_loading_is_found_by_its_values(
     assert main([*argv, "--calibration", str(texts[0])]) == 0
     rows = report_of(out)
     assert {name for name, row in rows.items() if row["action"] == "compressed"} == {
-        "wte.weight", *(f"h.{n}.{part}.weight" for n in range(2) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
+        "wte.weight", *(f"h.{n}.{part}.weight" for n in range(2) for part in (
+            "attn.c_attn.q", "attn.c_attn.k", "attn.c_attn.v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj",
+        ))
     }  # fmt: skip
     assert main(["evaluate", str(out), "--text", str(texts[1]), "--local", "--json", str(tmp_path / "r.json")]) == 0
     assert json.loads((tmp_path / "r.json").read_text())["seqlen"] == 64  # the default of 2048, cut to n_positions

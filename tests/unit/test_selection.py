@@ -117,3 +117,5 @@ def test_of_a_multimodal_model_roles_are_the_language_parts(prefix: str) -> None
     shapes = {f"{where}layers.0.self_attn.q_proj.weight": (32, 32) for where in (prefix, "vision_tower.encoder.")}
     plan = plan_of(shapes, {"model_type": "llava", "text_config": {"model_type": "mistral"}}, projectors="q")
     assert [d.info.name for d in plan.compressed] == [f"{prefix}layers.0.self_attn.q_proj.weight"]
+    with pytest.raises(ConfigError, match="model_type 'mpt' are not known"):
+        plan_of(shapes, {"model_type": "llava", "text_config": {"model_type": "mpt"}}, projectors="q")
