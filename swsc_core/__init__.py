@@ -6,7 +6,7 @@ no choice of device: everything runs where the given tensor lies.
 
 from swsc_core.codec import Encoded, decode, encode
 from swsc_core.kmeans import KMeansResult, kmeans
-from swsc_core.linear import SwscEmbedding, SwscLinear
+from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
 from swsc_core.lowrank import LowRank, truncated_svd
 from swsc_core.matrix import SwscMatrix, restore
 from swsc_core.metric import Metric
@@ -23,6 +23,7 @@ __all__ = [
     "RtnSpec",
     "Spec",
     "SwscEmbedding",
+    "SwscJoined",
     "SwscLinear",
     "SwscMatrix",
     "SwscSpec",

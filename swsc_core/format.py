@@ -40,6 +40,22 @@ def _from_first(entry: Any) -> Any:
     return added | entry
 
 
+def pieces_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """dense tensor -> name of a piece of it -> entry; a tensor that is compressed whole is its only piece, without a name."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, entry in entries.items():
+        tensor = entry.get("tensor") or name
+        stem = tensor.removesuffix(".weight")
+        piece = "" if tensor == name else name.removeprefix(f"{stem}.").removesuffix(".weight")
+        found.setdefault(tensor, {})[piece] = entry
+    return found
+
+
+def piece_name(tensor: str, piece: str) -> str:
+    """Inverse of the naming of `pieces_of`."""
+    return f"{tensor.removesuffix('.weight')}.{piece}.weight" if piece else tensor
+
+
 def part_name(tensor: str, part: str) -> str:
     """Stored name of a part: `X.weight` and part `left` give `X.left`."""
     stem = tensor.removesuffix(".weight")

@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from swsc_core.codec import decode, encode, matrix_of, part_shapes
 from swsc_core.matrix import restore_rows
 from swsc_core.metric import Metric
+from swsc_core.pieces import Rows, join, misfit, order_of
 from swsc_core.product import product
 from swsc_core.spec import Spec
+
+
+def _hold(layer: nn.Module, name: str, tensor: Tensor) -> None:
+    """Parameters of no size all lie at address 0, which tools that look for tied ones take for one and the same: they are buffers."""
+    if tensor.numel():
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    else:
+        layer.register_buffer(name, tensor)
 
 
 class CompressedWeight(nn.Module):
@@ -36,11 +45,7 @@ class CompressedWeight(nn.Module):
         self.entry = dict(entry)
         for part, (shape, is_float) in part_shapes(entry).items():
             kind = (dtype or torch.get_default_dtype()) if is_float else torch.uint8
-            empty = torch.empty(shape, dtype=kind, device=device)
-            if empty.numel():
-                self.register_parameter(part, nn.Parameter(empty, requires_grad=False))
-            else:  # parameters of no size all lie at address 0, which tools that look for tied ones take for one and the same
-                self.register_buffer(part, empty)
+            _hold(self, part, torch.empty(shape, dtype=kind, device=device))
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -91,6 +96,60 @@ class SwscLinear(CompressedWeight):
         if self.entry["method"] == "rtn":
             return nn.functional.linear(x, self.dense_weight().to(x.dtype), self.bias)
         y = product(x, matrix_of(self.parts, self.entry))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class SwscJoined(nn.Module):
+    """y = x Wᵀ + b of a matrix that joins several, some of them compressed: each is multiplied by itself, then rows are put in order.
+
+    Args:
+        pieces: name of a piece ("q", "k", …) -> its entry, which says which rows it is.
+        rest: rows that are in no piece; their weight is dense.
+
+    Raises:
+        ValueError: pieces that overlap or leave rows out.
+    """
+
+    def __init__(
+        self,
+        pieces: Mapping[str, Mapping[str, Any]],
+        rest: int,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows = {name: Rows(*entry["rows"]) for name, entry in pieces.items()}
+        if wrong := misfit(rest, list(self.rows.values())):
+            raise ValueError(wrong)
+        for name, entry in pieces.items():
+            self.add_module(name, SwscLinear(entry, dtype=dtype, device=device))
+        self.out_features = rest + sum(rows.total for rows in self.rows.values())
+        self.in_features = int(next(iter(pieces.values()))["shape"][1])
+        kind = dtype or torch.get_default_dtype()
+        _hold(self, "weight", torch.empty(rest, self.in_features, dtype=kind, device=device))
+        self._order = order_of(self.out_features, list(self.rows.values()))
+        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=kind, device=device)) if bias else None
+
+    @property
+    def pieces(self) -> dict[str, SwscLinear]:
+        """name -> layer."""
+        return {name: layer for name, layer in self.named_children() if isinstance(layer, SwscLinear)}
+
+    @property
+    def _rest(self) -> Tensor:
+        return self.get_parameter("weight") if "weight" in self._parameters else self.get_buffer("weight")
+
+    def dense_weight(self) -> Tensor:
+        """W, [m, n], in the dtype of the rows that are in no piece; ValueError if a part is damaged."""
+        with torch.no_grad():
+            return join(self._rest, [(self.rows[name], layer.dense_weight()) for name, layer in self.pieces.items()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n] -> [..., m]."""
+        found = [layer(x) for layer in self.pieces.values()]
+        y = torch.cat([*found, nn.functional.linear(x, self._rest.to(x.dtype)).to(found[0].dtype)], dim=-1)
+        y = y.index_select(-1, torch.tensor(self._order, device=x.device))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -4,7 +4,9 @@ Families that join their projections lay them out one after the other, or interl
 All of these are blocks of equal length at equal distances, so a piece is four numbers, whatever the number of heads.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,19 @@ def rest_of(rows: int, pieces: list[Rows]) -> Tensor:
     for piece in pieces:
         free[piece.index()] = False
     return free.nonzero()[:, 0]
+
+
+def order_of(rows: int, pieces: list[Rows]) -> list[int]:
+    """Where each of so many rows of a joined matrix is to be found among those of the pieces, one after the other, and the rest."""
+    taken = [row for piece in pieces for start, stop in piece.blocks for row in range(start, stop)]
+    own = set(taken)
+    found = {row: place for place, row in enumerate([*taken, *(row for row in range(rows) if row not in own)])}
+    return [found[row] for row in range(rows)]
+
+
+def laid(matrix: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """A matrix [outputs, inputs] as its tensor lies in a dense checkpoint, by what its entry says."""
+    return matrix.T.contiguous() if entry.get("transposed") else matrix
 
 
 def join(rest: Tensor, pieces: list[tuple[Rows, Tensor]]) -> Tensor:

@@ -1,7 +1,6 @@
 """A model as it lies in a directory, dense or compressed: opened from its headers, read tensor by tensor."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,10 @@ from pipeline.model.parts import read_tensor
 from pipeline.model.quantized import require_unquantized
 from pipeline.model.tensors import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
 from swsc_core.format import entries_of, part_name
+from swsc_core.pieces import Rows, join, laid, misfit
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from swsc_core.pieces import Rows
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,7 @@ class Place:
 
     tensor: str
     transposed: bool
-    rows: "Rows | None"
-
-
-def laid(matrix: "Tensor", about: Mapping[str, Any]) -> "Tensor":
-    """A matrix [outputs, inputs] as its tensor lies in a dense checkpoint; `about`: its entry."""
-    return matrix.T.contiguous() if about.get("transposed") else matrix
+    rows: Rows | None
 
 
 @dataclass(frozen=True)
@@ -100,8 +93,7 @@ class Model:
 
     def place(self, name: str) -> "Place":
         """Where the matrix `name` lies in the dense model: that of an entry, or a matrix of a dense checkpoint."""
-        from pipeline.model.matrices import find_matrix, lies_as  # late, as all that needs torch
-        from swsc_core.pieces import Rows
+        from pipeline.model.matrices import find_matrix, lies_as
 
         about = self.entries[name] if name in self.entries else lies_as(find_matrix(self.checkpoint, name))
         rows = Rows(*about["rows"]) if about.get("rows") else None
@@ -121,7 +113,7 @@ class Model:
 
     def read_matrix(self, name: str) -> "Tensor":
         """The matrix [outputs, inputs] `name`, on the CPU: what an entry stands for, or a matrix of a dense checkpoint."""
-        from pipeline.model.matrices import find_matrix  # late, as all that needs torch
+        from pipeline.model.matrices import find_matrix
         from swsc_core import decode
 
         if name not in self.entries:
@@ -129,8 +121,6 @@ class Model:
         return decode(self.read_parts(name), self.entries[name])
 
     def _joined(self, name: str) -> "Tensor":
-        from swsc_core.pieces import Rows, join
-
         rest = read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
         own = [(Rows(*self.entries[piece]["rows"]), self.read_matrix(piece)) for piece in self.pieces[name]]
         return laid(join(rest, own), self.entries[self.pieces[name][0]])
@@ -177,8 +167,6 @@ def open_model(location: str) -> Model:
 
 def _misfit(rest: TensorInfo | None, pieces: list[dict[str, Any]]) -> str:
     """What is wrong with the pieces of a joined tensor, of which `rest` stands in the file; "" if nothing is."""
-    from swsc_core.pieces import Rows, misfit
-
     if rest is None or len(rest.shape) != 2:
         return "the rows of no piece are missing"
     alike = {(entry["shape"][1], entry["dtype"], entry.get("transposed", False)) for entry in pieces}

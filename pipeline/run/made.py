@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.model.artifact import laid, part_name
 from pipeline.model.matrices import Joined, lies_as, tensor_of
 from pipeline.model.parts import Part, to_part
 from pipeline.model.tensors import TensorInfo
 from swsc_core import Encoded
 from swsc_core.codec import dtype_name
-from swsc_core.pieces import Rows, join, rest_of
+from swsc_core.format import part_name
+from swsc_core.pieces import Rows, join, laid, rest_of
 from swsc_core.spec import Spec
 
 

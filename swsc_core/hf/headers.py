@@ -61,6 +61,11 @@ def require_parts(headers: Mapping[str, Header], entries: Mapping[str, Mapping[s
             _require_part(headers, part_name(name, part), shape, is_float, where)
 
 
+def require_rest(headers: Mapping[str, Header], tensor: str, layer: Any, where: str) -> None:
+    """Raise ValueError unless the rows of a joined tensor that are in no piece are there."""
+    _require_part(headers, tensor, tuple(layer.weight.shape), True, where)
+
+
 def _require_part(
     headers: Mapping[str, Header], stored: str, shape: tuple[int, ...], is_float: bool, where: str
 ) -> None:

@@ -56,4 +56,4 @@ def in_natural_order(names: Iterable[str]) -> list[str]:
 
 def saved_name(model: Any, parameter: str) -> str:
     """The name under which `save_pretrained` writes a parameter that is neither merged nor split."""
-    return next(iter(revert_weight_conversion(model, {parameter: model.get_parameter(parameter)})))
+    return next(iter(revert_weight_conversion(model, {parameter: model.get_parameter_or_buffer(parameter)})))

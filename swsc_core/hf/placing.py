@@ -5,25 +5,31 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from swsc_core.linear import CompressedWeight, SwscEmbedding, SwscLinear
+from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
+from swsc_core.pieces import laid
+
+# subclasses of nn.Linear that do what it does; others may look at their weight in ways of their own, and are restored
+_LINEAR = {"FalconLinear"}
+Pieces = Mapping[str, Mapping[str, Any]]  # name of a piece ("q", "k", …) -> entry; "" alone: the whole
 
 
-def place(model: Any, parameter: str, entry: Mapping[str, Any], dtype: torch.dtype) -> bool:
+def place(model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype) -> bool:
     """Replace the layer whose weight is `parameter` by a compressed one on the meta device, and the head that is tied to it.
 
     Returns:
         Whether there is a layer that is known to use its weight as a matrix and for nothing else.
 
     Raises:
-        ValueError: the layer's matrix has another shape than the entry.
+        ValueError: the layer's matrix has another shape than the entries say.
     """
-    if not _place(model, parameter, entry, dtype):
+    if not _place(model, parameter, pieces, dtype):
         return False
     for target, source in dict(model.all_tied_weights_keys).items():
         if parameter in (target, source):
             other = source if parameter == target else target
-            if not _place(model, other, entry, dtype):
+            if not _place(model, other, pieces, dtype):
                 raise ValueError(f"{parameter} is tied to {other}, which cannot be compressed; restore the model")
             _tie_parts(model, target.removesuffix(".weight"), source.removesuffix(".weight"))
     return True
@@ -39,25 +45,46 @@ def _tie_parts(model: Any, target: str, source: str) -> None:
     model._tied_weights_keys = (model._tied_weights_keys or {}) | tied
 
 
-def _place(model: Any, parameter: str, entry: Mapping[str, Any], dtype: torch.dtype) -> bool:
+def _place(model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype) -> bool:
     path, _, leaf = parameter.rpartition(".")
     layer = model.get_submodule(path) if leaf == "weight" else None
-    made = None if layer is None else _compressed(layer, entry, dtype)
-    if layer is None or made is None:
+    if layer is None or not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
         return False
-    if list(layer.weight.shape) != list(entry["shape"]):
-        raise ValueError(f"{parameter} is {list(layer.weight.shape)} in this model, {entry['shape']} in its entry")
-    _put(model, path, made)
-    return True
+    try:
+        made = _compressed(layer, pieces, dtype)
+    except ValueError as error:
+        raise ValueError(f"{parameter} is {list(layer.weight.shape)} in this model: {error}") from None
+    if made is not None:
+        _put(model, path, made)
+    return made is not None
 
 
-def _compressed(layer: nn.Module, entry: Mapping[str, Any], dtype: torch.dtype) -> CompressedWeight | None:
-    if type(layer) is nn.Linear:
-        return SwscLinear(entry, layer.bias is not None, dtype, "meta")
+def _compressed(layer: Any, pieces: Pieces, dtype: torch.dtype) -> nn.Module | None:
+    """What works as `layer` does from stored parts; None if it does something else. ValueError for a matrix of another shape."""
+    entry = next(iter(pieces.values()))
+    turned = type(layer) is Conv1D
+    shape = list(layer.weight.shape)[:: -1 if turned else 1]
+    if bool(entry.get("transposed")) != turned:
+        return None
+    linear = type(layer) is Conv1D or type(layer) is nn.Linear or type(layer).__name__ in _LINEAR
+    if "" not in pieces:
+        if not linear:
+            return None
+        rest = shape[0] - sum(piece["shape"][0] for piece in pieces.values())
+        _require_shape(shape[1:], entry["shape"][1:])
+        return SwscJoined(pieces, rest, layer.bias is not None, dtype, "meta")
     scale = getattr(layer, "scalar_embed_scale", None)  # Gemma's; other subclasses of Embedding do what they like
+    _require_shape(shape, entry["shape"])
+    if linear:
+        return SwscLinear(entry, layer.bias is not None, dtype, "meta")
     if type(layer) is nn.Embedding or (isinstance(layer, nn.Embedding) and scale is not None):
         return SwscEmbedding(entry, 1.0 if scale is None else float(scale), dtype, "meta")
     return None
+
+
+def _require_shape(own: list[int], said: list[int]) -> None:
+    if own != list(said):
+        raise ValueError(f"matrix of {own}, {list(said)} in its entry; take the config that belongs to it")
 
 
 def compress_layer(model: Any, path: str, made: SwscLinear) -> None:
@@ -72,8 +99,11 @@ def make_dense(model: Any, dtype: torch.dtype) -> None:
         ValueError: parts that are damaged.
     """
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, SwscLinear):
-            _put(model, path, _dense_linear(layer, dtype))
+        if isinstance(layer, SwscJoined):
+            turned = any(piece.entry.get("transposed") for piece in layer.pieces.values())
+            _put(model, path, _dense_linear(layer, turned, dtype))
+        elif isinstance(layer, SwscLinear) and not isinstance(model.get_submodule(path.rpartition(".")[0]), SwscJoined):
+            _put(model, path, _dense_linear(layer, bool(layer.entry.get("transposed")), dtype))
         elif isinstance(layer, SwscEmbedding):
             _put(model, path, _dense_embedding(layer, dtype))
     vars(model).pop("_tied_weights_keys", None)  # the class says it again
@@ -81,9 +111,11 @@ def make_dense(model: Any, dtype: torch.dtype) -> None:
     model.tie_weights()
 
 
-def _dense_linear(layer: SwscLinear, dtype: torch.dtype) -> nn.Linear:
-    made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    made.weight = nn.Parameter(layer.dense_weight().to(dtype))
+def _dense_linear(layer: SwscLinear | SwscJoined, turned: bool, dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):
+        m, n = layer.out_features, layer.in_features
+        made = Conv1D(m, n) if turned else nn.Linear(n, m, layer.bias is not None)
+    made.weight = nn.Parameter(laid(layer.dense_weight().to(dtype), {"transposed": turned}))
     made.register_parameter("bias", layer.bias)
     return made
 

@@ -15,9 +15,9 @@ from transformers.quantizers.base import HfQuantizer
 from swsc_core.bits import Geometry
 from swsc_core.budget import solve_budget
 from swsc_core.codec import matrix_of
-from swsc_core.format import FORMAT_VERSION
+from swsc_core.format import FORMAT_VERSION, pieces_of
 from swsc_core.hf.config import SwscConfig
-from swsc_core.hf.headers import read_headers, require_parts
+from swsc_core.hf.headers import read_headers, require_parts, require_rest
 from swsc_core.hf.names import Names, saved_name
 from swsc_core.hf.placing import compress_layer, make_dense, place
 from swsc_core.hf.restoring import with_restoring
@@ -50,10 +50,12 @@ class SwscQuantizer(HfQuantizer):
             headers = read_headers(checkpoint_files)
             require_parts(headers, entries, where)
             self._stored = list(headers)
-        for name, entry in entries.items():
-            target, pattern = self._names.target(name)
-            if config.dequantize or pattern or not place(model, target, entry, self._dtype):
-                self._restored.append(name)
+        for tensor, pieces in pieces_of(entries).items():
+            target, pattern = self._names.target(tensor)
+            if config.dequantize or pattern or not place(model, target, pieces, self._dtype):
+                self._restored.append(tensor)
+            elif checkpoint_files and "" not in pieces:
+                require_rest(headers, tensor, model.get_submodule(target.removesuffix(".weight")), where)
         if checkpoint_files:
             self._require_all(model, where)
 
@@ -104,12 +106,19 @@ class SwscQuantizer(HfQuantizer):
         layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, CompressedWeight)}
         tied = model.all_tied_weights_keys
         self.quantization_config.tensors = {
-            saved_name(model, f"{path}.weight"): layer.entry
+            saved_name(model, f"{path}.weight"): self._saved_entry(model, path, layer)
             for path, layer in layers.items()
             if f"{path}.weight" not in tied
         }
         model.config.quantization_config = self.quantization_config
         return None, {"swsc_format_version": str(FORMAT_VERSION)}
+
+    @staticmethod
+    def _saved_entry(model: Any, path: str, layer: CompressedWeight) -> dict[str, Any]:
+        """The entry of a layer, which names the tensor that it is a piece of as that is named from now on."""
+        if "tensor" not in layer.entry:
+            return layer.entry
+        return layer.entry | {"tensor": saved_name(model, f"{path.rpartition('.')[0]}.weight")}
 
     def is_serializable(self) -> bool:
         """Compressed layers are saved as they are."""

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from swsc_core.codec import PARTS, decode, parts_of
-from swsc_core.format import part_name
+from swsc_core.format import part_name, piece_name, pieces_of
 from swsc_core.hf.names import Names, in_natural_order
+from swsc_core.pieces import Rows, join, laid
 
 Entries = Mapping[str, Mapping[str, Any]]
 _WEIGHT = re.compile(r"(\\?\.)?weight\$?$")
@@ -62,10 +63,36 @@ class Restore(ConversionOps):
         if name not in self.entries:
             return next(waiting["weight"])
         parts = {part: next(waiting[part]) for part in parts_of(self.entries[name])}
-        try:
-            return decode(parts, self.entries[name]).to(self.dtype)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}; run `swsc verify`, then compress or download it again") from None
+        return laid(_decoded(name, parts, self.entries[name]), self.entries[name]).to(self.dtype)
+
+
+class RestoreJoined(Restore):
+    """The same for one joined tensor: parts of all its pieces and the rows of none in, the tensor out."""
+
+    def __init__(self, tensor: str, pieces: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> None:
+        super().__init__(pieces, {}, dtype, merges=False)
+        self.tensor = tensor
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str],
+        full_layer_name: str = "", **_: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """`input_dict`: pattern -> the one tensor that it finds; patterns: the rest, then part after part of each piece."""
+        found = iter(next(_listed(input_dict.pop(pattern))) for pattern in source_patterns)
+        rest, pieces = next(found), []
+        for piece, entry in self.entries.items():
+            parts = {part: next(found) for part in parts_of(entry)}
+            pieces.append((Rows(*entry["rows"]), _decoded(f"{self.tensor} ({piece})", parts, entry)))
+        whole = laid(join(rest, pieces), next(iter(self.entries.values())))
+        return {target_patterns[0]: whole.to(self.dtype)}
+
+
+def _decoded(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
+    try:
+        return decode(parts, entry)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; run `swsc verify`, then compress or download it again") from None
 
 
 def _listed(tensors: Any) -> Iterator[Tensor]:
@@ -124,5 +151,12 @@ def _pattern(source: str, part: str) -> str:
 
 def _restorer(name: str, target: str, entries: Entries, names: Names, dtype: torch.dtype) -> Any:
     renamed = names.renamed(name)
+    if name not in entries:
+        pieces = pieces_of(entries)[name]
+        stored = [
+            part_name(piece_name(renamed, piece), part) for piece, own in pieces.items() for part in parts_of(own)
+        ]
+        patterns = [f"^{re.escape(one)}$" for one in (renamed, *stored)]
+        return WeightConverter(patterns, renamed, [RestoreJoined(name, pieces, dtype)])
     patterns = [f"^{re.escape(part_name(renamed, part))}$" for part in PARTS]
     return WeightConverter(patterns, renamed, [Restore(entries, {target: [[name]]}, dtype, merges=False)])

@@ -21,7 +21,9 @@ WINGS = (
 )  # each knows only those before it
 FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 PLUG_IN = ("swsc_core", "hf")  # what transformers calls: the one part of the core that knows it
-PLUG_IN_DOORS = {f"swsc_core/hf/{name}.py" for name in ("__init__", "config", "names", "quantizer", "restoring")}
+PLUG_IN_DOORS = {
+    f"swsc_core/hf/{name}.py" for name in ("__init__", "config", "names", "placing", "quantizer", "restoring")
+}
 # foreign library -> the files through whose door it comes in
 DOORS = {
     "ray": {"pipeline/run/cluster.py", "pipeline/run/ray_pool.py"},
