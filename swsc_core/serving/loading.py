@@ -96,12 +96,7 @@ class Loading:
                     f"{source.name}: {list(weight.shape)} is no dense matrix, and config.json has no entry"
                 )
             return [weight[slice(*rows), slice(*columns)].clone() for rows, columns in self._places(source, weight)]
-        try:
-            require_parts(parts, source.entry)
-            if source.entry["method"] == "swsc":
-                matrix_of(parts, source.entry).require_labels()
-        except ValueError as error:
-            raise ValueError(f"{source.name}.{error}; {REMEDY}") from error
+        _require_whole(source.name, parts, source.entry)
         return [self._slice(source, parts, *place) for place in self.place(source, tuple(source.entry["shape"]))]
 
     def _places(self, source: Source, weight: Tensor) -> list[tuple[Range, Range]]:
@@ -124,6 +119,19 @@ class Loading:
                 )
                 raise ValueError(f"not in the checkpoint: {missing}; {REMEDY}")
         return [cut for number in range(len(self.sources)) for cut in self._slices[number]]
+
+
+def _require_whole(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the tensor, unless `parts` are what `entry` says, labels in range."""
+    try:
+        require_parts(parts, entry)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}; {REMEDY}") from error
+    try:
+        if entry["method"] == "swsc":
+            matrix_of(parts, entry).require_labels()
+    except ValueError as error:
+        raise ValueError(f"{name}.labels: {error}; {REMEDY}") from error
 
 
 class ServedLinear(nn.Module):

@@ -145,12 +145,9 @@ class ServedConfig:
     def get_config_filenames() -> list[str]:
         return []
 
-    def get_scaled_act_names(self) -> list[str]:
-        return []
-
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Names of the checkpoint become those of the engine's modules."""
-        self.entries = hf_to_vllm_mapper.apply_dict(self.entries)
+    def rename(self, mapper: Any) -> None:
+        """Names of the checkpoint become those of the engine's modules, by its own mapper."""
+        self.entries = mapper.apply_dict(self.entries)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """The method of a layer by its name; None where the engine's own serves.

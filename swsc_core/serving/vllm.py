@@ -1,5 +1,7 @@
 """vLLM's door: `vllm serve DIR` opens a compressed model once this package is installed (entry point vllm.general_plugins)."""
 
+from typing import Any
+
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -39,6 +41,10 @@ class SwscConfig(ServedConfig, QuantizationConfig):
     linear, embedding, head = LinearBase, VocabParallelEmbedding, ParallelLMHead
     linear_method, embedding_method = SwscLinearMethod, SwscEmbeddingMethod
     dense_linear_method, dense_head_method = UnquantizedLinearMethod, DenseHeadMethod
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Names of the checkpoint become those of the engine's modules."""
+        self.rename(hf_to_vllm_mapper)
 
 
 def register() -> None:

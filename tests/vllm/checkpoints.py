@@ -31,7 +31,9 @@ def compress(source: Path, out: Path, specs: Mapping[str, Spec]) -> tuple[Path, 
     quantization = {"quant_method": "swsc", "format_version": 2, "tensors": entries}
     (compressed / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     save_file(stored, compressed / "model.safetensors", {"format": "pt"})
-    save_file({name: tensor.contiguous() for name, tensor in restored.items()}, dense / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in restored.items()}, dense / "model.safetensors", {"format": "pt"}
+    )
     return compressed, dense
 
 
