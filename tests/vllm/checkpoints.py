@@ -37,10 +37,42 @@ def compress(source: Path, out: Path, specs: Mapping[str, Spec]) -> tuple[Path, 
     return compressed, dense
 
 
-def greedy(directory: Path, prompt: list[int], tokens: int) -> list[int]:
-    """What transformers says next, in float32."""
+def by_transformers(
+    directory: Path, prompts: list[list[int]], tokens: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """What the model says next to each prompt, greedily, and how likely it found each token of the prompt; in float32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    said = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    return said[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+    said, likely = [], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        said.append(out[0, len(prompt) :].tolist())
+        with torch.no_grad():
+            logs = model(ids).logits[0, :-1].log_softmax(-1)
+        likely.append(logs.gather(1, ids[0, 1:, None])[:, 0].tolist())
+    return said, likely
+
+
+def by_vllm(
+    directory: Path, prompts: list[list[int]], tokens: int, ranks: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The same by vLLM, on `ranks` processes."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(directory), dtype="float32", tensor_parallel_size=ranks, max_model_len=128, max_num_seqs=4,
+        enforce_eager=True, enable_prefix_caching=False, disable_log_stats=True,
+    )  # fmt: skip
+    asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, prompt_logprobs=0)
+    try:
+        done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    said = [list(one.outputs[0].token_ids) for one in done]
+    likely = [
+        [at[token].logprob for at, token in zip(one.prompt_logprobs[1:], prompt[1:], strict=True)]
+        for one, prompt in zip(done, prompts, strict=True)
+    ]
+    return said, likely
