@@ -158,7 +158,7 @@ def _encode_one(
             weight, spec.bits, granularity=spec.granularity, group_size=spec.group_size,
             symmetric=spec.symmetric, scale_dtype=storage_dtype, name=name,
         )  # fmt: skip
-        parts = {"weight": rtn.codes, "scales": rtn.scales, "zero_points": rtn.zero_points}
+        parts = rtn_tensors_of(rtn)
         entry |= {"bits": rtn.bits, "granularity": spec.granularity, "symmetric": rtn.symmetric}
         entry |= {"group_size": spec.group_size} if spec.granularity == "group" else {}
         restored, stats = dequantize(rtn, weight.dtype), {"rtn_seconds": time.perf_counter() - started}
@@ -217,6 +217,11 @@ def rtn_matrix_of(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Rt
     length = group_length(shape, entry["granularity"], entry.get("group_size", 0))
     codes, scales, zeros = tensors["weight"], tensors["scales"], tensors["zero_points"]
     return RtnMatrix(shape, entry["bits"], length, entry["symmetric"], codes, scales, zeros)
+
+
+def rtn_tensors_of(matrix: RtnMatrix) -> dict[str, Tensor]:
+    """Inverse of `rtn_matrix_of`: tensors by the names of their parts."""
+    return {"weight": matrix.codes, "scales": matrix.scales, "zero_points": matrix.zero_points}
 
 
 def tensors_of(matrix: SwscMatrix) -> dict[str, Tensor]:

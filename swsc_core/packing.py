@@ -52,6 +52,15 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def packed_slice(packed: Tensor, bits: int, first: int, last: int, count: int) -> Tensor:
+    """Values `first` to `last` of `count` packed ones, packed on their own: a view where they begin and end at a byte."""
+    if first * bits % 8 == 0 and (last * bits % 8 == 0 or last == count):
+        return packed[first * bits // 8 : packed_bytes(last, bits)]
+    start = first // 8 * 8  # eight values fill whole bytes
+    values = unpack(packed[start * bits // 8 : packed_bytes(last, bits)], bits, last - start)
+    return pack(values[first - start :], bits)
+
+
 def _unpack_block(packed: Tensor, bits: int, count: int) -> Tensor:
     """Eight values lie in `bits` bytes, always at the same places: eight columns are put together from one to three bytes each."""
     if bits == 8:

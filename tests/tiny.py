@@ -11,19 +11,15 @@ WORDS = [f"w{number}" for number in range(250)]
 
 
 def make_tiny_model(
-    path: Path,
-    *,
-    layers: int = 3,
-    seed: int = 0,
-    tied: bool = True,
-    shards: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Path:
+    path: Path, *, layers: int = 3, seed: int = 0, tied: bool = True, shards: bool = True, head_dim: int = 16,
+    bias: bool = False, dtype: torch.dtype = torch.bfloat16,
+) -> Path:  # fmt: skip
     """Save a random Llama (hidden 64, k_proj 32×64: never square), in shards that split layers."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, initializer_range=0.2,
+        head_dim=head_dim, attention_bias=bias,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(path, max_shard_size="60KB" if shards else "1GB")

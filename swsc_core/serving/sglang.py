@@ -1,0 +1,59 @@
+"""SGLang's door (entry point sglang.srt.plugins), written after the source of 0.5.23 and never run in SGLang: docs/serving.md."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang.srt.distributed.utils import get_group_rank_size
+from sglang.srt.layers import quantization
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from torch import nn
+
+from swsc_core.serving.methods import ServedConfig, ServedEmbeddingMethod, ServedMethod
+
+# what its models fuse, which few of them say
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+class SwscLinearMethod(ServedMethod, LinearMethodBase):
+    """A linear layer of which at least one tensor is compressed."""
+
+    def ranks_of(self, layer: nn.Module) -> tuple[int, int]:
+        group = getattr(layer, "tp_group", None)
+        if getattr(layer, "kv_tp_group", group) is not group:
+            raise ValueError(f"{self.sources[0].name}: heads split by two groups are not served; `swsc restore` first")
+        rank, ranks = get_group_rank_size(group)
+        return rank, ranks
+
+
+class SwscEmbeddingMethod(ServedEmbeddingMethod, LinearMethodBase):
+    """A compressed embedding or head."""
+
+
+class SwscConfig(ServedConfig, QuantizationConfig):
+    """`quantization_config` of a compressed model."""
+
+    linear, embedding, head = LinearBase, VocabParallelEmbedding, ParallelLMHead
+    linear_method, embedding_method = SwscLinearMethod, SwscEmbeddingMethod
+    dense_linear_method, dense_head_method = UnquantizedLinearMethod, UnquantizedEmbeddingMethod
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ServedConfig:
+        made = super().from_config(config)
+        made.packed_modules_mapping = {**PACKED, **config.get("packed_modules_mapping", {})}
+        return made
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
+        """Names of the checkpoint become those of the engine's modules."""
+        self.rename(hf_to_sglang_mapper)
+
+
+def register() -> None:
+    """Make the format known; SGLang calls this in each of its processes."""
+    quantization.QUANTIZATION_METHODS["swsc"] = SwscConfig
+    quantization.CPU_QUANTIZATION_METHODS["swsc"] = SwscConfig  # what it asks instead on a CPU with AMX

@@ -1,0 +1,78 @@
+"""Compressed checkpoints with a spec a tensor, and their restored twins: more kinds in one model than one run would make."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from swsc_core import encode
+from swsc_core.spec import Spec
+
+
+def compress(source: Path, out: Path, specs: Mapping[str, Spec]) -> tuple[Path, Path]:
+    """Write `out`/compressed and `out`/dense: each tensor of `specs` compressed by its spec, and restored."""
+    compressed, dense = out / "compressed", out / "dense"
+    for directory in (compressed, dense):
+        shutil.copytree(source, directory)
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    entries: dict[str, Any] = {}
+    stored, restored = dict(tensors), dict(tensors)
+    for name, spec in specs.items():
+        made = encode(tensors[name], [spec], name=name)
+        entries[name], restored[name] = made.entry, made.restored
+        del stored[name]
+        stem = name.removesuffix(".weight")
+        stored |= {f"{stem}.{part}": tensor for part, tensor in made.tensors.items()}
+    quantization = {"quant_method": "swsc", "format_version": 2, "tensors": entries}
+    (compressed / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    save_file(stored, compressed / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in restored.items()}, dense / "model.safetensors", {"format": "pt"}
+    )
+    return compressed, dense
+
+
+def by_transformers(
+    directory: Path, prompts: list[list[int]], tokens: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """What the model says next to each prompt, greedily, and how likely it found each token of the prompt; in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    said, likely = [], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        said.append(out[0, len(prompt) :].tolist())
+        with torch.no_grad():
+            logs = model(ids).logits[0, :-1].log_softmax(-1)
+        likely.append(logs.gather(1, ids[0, 1:, None])[:, 0].tolist())
+    return said, likely
+
+
+def by_vllm(
+    directory: Path, prompts: list[list[int]], tokens: int, ranks: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The same by vLLM, on `ranks` processes."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(directory), dtype="float32", tensor_parallel_size=ranks, max_model_len=128, max_num_seqs=4,
+        enforce_eager=True, enable_prefix_caching=False, disable_log_stats=True,
+    )  # fmt: skip
+    asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, prompt_logprobs=0)
+    try:
+        done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    said = [list(one.outputs[0].token_ids) for one in done]
+    likely = [
+        [at[token].logprob for at, token in zip(one.prompt_logprobs[1:], prompt[1:], strict=True)]
+        for one, prompt in zip(done, prompts, strict=True)
+    ]
+    return said, likely
