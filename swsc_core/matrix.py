@@ -93,8 +93,9 @@ def take_rows(table: Tensor, rows: Tensor) -> Tensor:
     A short row is moved as one number: ten times as fast as `table[rows]` on a CPU.
     """
     word = _WORDS.get(table.shape[1] * table.element_size())
-    if word is None or table.requires_grad or table.storage_offset() % table.shape[1] or not table.is_contiguous():
+    if word is None or table.requires_grad:
         return table.index_select(0, rows)
+    table = table.clone(memory_format=torch.contiguous_format)  # small, and a slice may begin between two words
     return table.view(word).reshape(-1).index_select(0, rows).view(table.dtype).reshape(len(rows), -1)
 
 
