@@ -31,9 +31,10 @@ DOORS = {
         *(
             str(file)
             for file in FILES
-            if file.parts[:2] == PLUG_IN and file.name != "headers.py" and file.name != "placing.py"
+            if file.parts[:2] == PLUG_IN and file.name not in ("headers.py", "lora.py", "placing.py")
         ),
     },
+    "peft": {"swsc_core/hf/lora.py"},
     "huggingface_hub": {"pipeline/model/hub.py"},
     "datasets": {"pipeline/measure/windows.py"},
     "pyarrow": {"pipeline/report/files.py", "pipeline/model/files.py"},
