@@ -86,15 +86,21 @@ class Evaluator:
             self._slots[name] = find_slot(self._model, name, self._source.read(name), self.key.location)
         self._slots[name].put(weight)
 
-    @torch.inference_mode()
     def losses(self, windows: np.ndarray) -> list[float]:
         """Mean loss of each window, int64 [windows, seqlen]."""
-        ids = torch.from_numpy(np.array(windows)).to(self._device)
-        return [loss for batch in ids.split(self.key.batch_size) for loss in self._batch_losses(batch)]
+        return window_losses(self._model, windows, self.key.batch_size)
 
-    def _batch_losses(self, batch: Tensor) -> list[float]:
-        logits = self._model(input_ids=batch, use_cache=False).logits
-        return [_window_loss(rows[:-1], ids[1:]) for rows, ids in zip(logits, batch, strict=True)]
+
+@torch.inference_mode()
+def window_losses(model: Any, windows: np.ndarray, batch_size: int = 1) -> list[float]:
+    """Mean loss of each window, int64 [windows, seqlen], under a causal LM of transformers."""
+    ids = torch.from_numpy(np.array(windows)).to(model.device)
+    return [loss for batch in ids.split(batch_size) for loss in _batch_losses(model, batch)]
+
+
+def _batch_losses(model: Any, batch: Tensor) -> list[float]:
+    logits = model(input_ids=batch, use_cache=False).logits
+    return [_window_loss(rows[:-1], ids[1:]) for rows, ids in zip(logits, batch, strict=True)]
 
 
 def _window_loss(logits: Tensor, targets: Tensor) -> float:
@@ -119,7 +125,7 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
         raise  # of ours, and said already: a store that does not answer is asked again
     except Exception as error:  # code that a model brings may raise anything
         require_no_code(key.location, error)
-        raise CheckpointError(f"{key.location}: transformers cannot load it: {_first_line(error)}") from None
+        raise CheckpointError(f"{key.location}: transformers cannot load it: {first_line(error)}") from None
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
         raise CheckpointError(
@@ -128,7 +134,8 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
     return model.to(device).eval()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library says, without the advice that it adds."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -152,14 +159,20 @@ def _own_dtype(source: Model, config: Any) -> str:
 
 def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
     """A model whose weights transformers cannot read itself: compressed ones, or those of an object store."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(small_files(key.location), trust_remote_code=key.trusted)
-    if source.entries:
-        del config.quantization_config
-    with torch.device("meta"):  # only to learn the class: from_pretrained of the Auto class insists on files
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=key.trusted))
+    config, empty = empty_model(source, key.location, key.trusted)
     weights = {name: source.read(name) for name in source.names}
     if dtype == "auto":
         dtype = _own_dtype(source, config)
+    kind = type(empty)  # from_pretrained of the Auto class insists on files
     return kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
+
+
+def empty_model(source: Model, location: str, trusted: bool) -> tuple[Any, Any]:
+    """The config of a model, as if it were dense, and the causal LM that it is, without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(small_files(location), trust_remote_code=trusted)
+    if source.entries:
+        del config.quantization_config
+    with torch.device("meta"):
+        return config, AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)

@@ -47,13 +47,14 @@ class Model:
 
         return {part: part_name(tensor, part) for part in parts_of(self.entries[tensor])}
 
-    def read(self, name: str) -> "Tensor":
-        """The dense tensor `name`, on the CPU."""
+    def read(self, name: str, bare: bool = False) -> "Tensor":
+        """The dense tensor `name`, on the CPU; if `bare`, without the low-rank part of a compressed one."""
         from swsc_core import decode
+        from swsc_core.apart import shared_part
 
         if name not in self.entries:
             return read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
-        return decode(self.read_parts(name), self.entries[name])
+        return (shared_part if bare else decode)(self.read_parts(name), self.entries[name])
 
     def read_parts(self, name: str) -> dict[str, "Tensor"]:
         """part -> tensor, of a compressed tensor, on the CPU."""

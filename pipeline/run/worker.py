@@ -4,9 +4,8 @@ A worker belongs to no model and no run: each call says what to read and what to
 model, because loading one costs more than measuring a few windows with it.
 """
 
-import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import WeightsError
+from pipeline.measure.adapter import adapter_tensors
 from pipeline.measure.calibration import Calibrator
 from pipeline.measure.hooks import Sums
 from pipeline.measure.perplexity import Evaluator, ModelKey
@@ -26,7 +26,7 @@ from pipeline.model.moments import Moments
 from pipeline.model.parts import Part, Payload, copy_tensors, differences, read_tensor, to_part, to_tensor
 from pipeline.model.plan import CopyTask, LayerTask
 from pipeline.model.store import FileRecord, Store
-from pipeline.run.heap import return_freed_blocks
+from pipeline.run.heap import peak_rss, return_freed_blocks
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
 from swsc_core.codec import dtype_name
@@ -218,11 +218,16 @@ class Worker:
         """One model at a time: the old one goes before the new one comes."""
         self._evaluator = self._calibrator = self._tuner = None
 
-    def restore(self, location: str, names: Sequence[str]) -> tuple[dict[str, Any], Payload]:
-        """Dense weights of compressed tensors of the model at `location`."""
+    def restore(self, location: str, names: Sequence[str], bare: Iterable[str] = ()) -> tuple[dict[str, Any], Payload]:
+        """Dense weights of compressed tensors of the model at `location`; of `bare` ones without their low-rank part."""
         model = open_model(location)
-        parts = tuple(to_part(name, model.read(name)) for name in names)
+        parts = tuple(to_part(name, model.read(name, name in bare)) for name in names)
         return {"rows": [], "peak_rss": peak_rss()}, Payload(parts)
+
+    def low_rank(self, location: str, carried: Mapping[str, str]) -> tuple[dict[str, Any], Payload]:
+        """The low-rank parts of tensors of the model at `location`, tensor -> linear layer, as a LoRA adapter's."""
+        tensors = adapter_tensors(open_model(location), carried)
+        return {"rows": [], "peak_rss": peak_rss()}, Payload(tuple(to_part(*one) for one in tensors))
 
     def check_file(self, store: Store, file: str, about: Mapping[str, Any]) -> list[str]:
         """What is wrong with a file of an output, by its manifest's words."""
@@ -291,8 +296,3 @@ def _errors(info: TensorInfo, encoded: Encoded) -> dict[str, float]:
         "mean_squared_error": encoded.squared_error / info.count,
         "mean_square": encoded.squared_norm / info.count,
     }
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
