@@ -2,17 +2,27 @@
 
 import argparse
 from functools import partial
+from typing import Any
 
 from jobs.flags import add_settings, cluster_of
 from pipeline.config import ClusterSettings
 from pipeline.flows.restore import restore_model
 from pipeline.flows.verify import verify_output
+from pipeline.model.standing import ADAPTER
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="OUTPUT", help="directory of a compressed model")
     parser.add_argument("dense", metavar="DENSE", help="directory to write")
     add_settings(parser, ClusterSettings)
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help=f"leave the low-rank part to a LoRA adapter, which stock PEFT opens at DENSE/{ADAPTER}",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that the model brings, where --adapter needs it"
+    )
     parser.add_argument("--verify", action="store_true", help="first hash OUTPUT's files, as `swsc verify` does")
     parser.add_argument("--overwrite", action="store_true", help="replace another output, or a damaged one")
 
@@ -23,7 +33,20 @@ def run(arguments: argparse.Namespace) -> int:
     pools = partial(make_pool, cluster_of(arguments))
     if arguments.verify:
         verify_output(arguments.model, pools)
-    report = restore_model(arguments.model, arguments.dense, pools, arguments.overwrite)
-    restored = sum(row["action"] == "restored" for row in report["tensors"])
-    print(f"{arguments.dense}: {restored} of {len(report['tensors'])} tensors restored, the others copied")
+    report = restore_model(
+        arguments.model, arguments.dense, pools, arguments.overwrite, arguments.adapter, arguments.trust_remote_code
+    )
+    restored = [row for row in report["tensors"] if row["action"] == "restored"]
+    print(f"{arguments.dense}: {len(restored)} of {len(report['tensors'])} tensors restored, the others copied")
+    if arguments.adapter:
+        _tell_of_adapter(arguments.dense, restored)
     return 0
+
+
+def _tell_of_adapter(dense: str, restored: list[dict[str, Any]]) -> None:
+    """Without the adapter the model is not what was compressed: that is said, and what the adapter does not hold."""
+    carried = sum(ADAPTER in row["reason"] for row in restored)
+    whole = [row["name"] for row in restored if "whole" in row["reason"]]
+    print(f"{dense}/{ADAPTER}: the low-rank part of {carried} of them, as a LoRA adapter that belongs on top (PEFT)")
+    if whole:
+        print(f"note: {len(whole)} restored whole, as an adapter sits on linear layers alone: {', '.join(whole[:4])}")

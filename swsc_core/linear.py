@@ -19,10 +19,10 @@ from swsc_core.product import product
 from swsc_core.spec import Spec
 
 
-def _hold(layer: nn.Module, name: str, tensor: Tensor) -> None:
+def _hold(layer: nn.Module, name: str, tensor: Tensor, requires_grad: bool = False) -> None:
     """Parameters of no size all lie at address 0, which tools that look for tied ones take for one and the same: they are buffers."""
     if tensor.numel():
-        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad))
     else:
         layer.register_buffer(name, tensor)
 
@@ -34,6 +34,9 @@ class CompressedWeight(nn.Module):
         entry: what `encode` said of the matrix; plain JSON.
         dtype: of the parts that are floating point values; torch's default if None.
 
+    Attributes:
+        tied: another layer works from the same parts.
+
     Raises:
         ValueError: an entry that does not fit its matrix.
     """
@@ -42,10 +45,17 @@ class CompressedWeight(nn.Module):
         self, entry: Mapping[str, Any], dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.entry = dict(entry)
+        self.entry, self.tied = dict(entry), False
         for part, (shape, is_float) in part_shapes(entry).items():
             kind = (dtype or torch.get_default_dtype()) if is_float else torch.uint8
-            _hold(self, part, torch.empty(shape, dtype=kind, device=device))
+            self._hold(part, torch.empty(shape, dtype=kind, device=device))
+
+    def _hold(self, part: str, tensor: Tensor) -> None:
+        """`tensor` as the part of that name."""
+        wanted = getattr(self, part, tensor).requires_grad
+        if part in self._parameters or part in self._buffers:
+            delattr(self, part)
+        _hold(self, part, tensor, wanted)
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -90,6 +100,39 @@ class SwscLinear(CompressedWeight):
         parts = dict(encoded.tensors) | ({} if linear.bias is None else {"bias": linear.bias.detach().clone()})
         made.load_state_dict(parts, assign=True)
         return made
+
+    def why_no_low_rank(self, rank: int) -> str | None:
+        """Why the compensation cannot become higher by `rank`; None if it can."""
+        if self.entry["method"] != "swsc":
+            return "a matrix that was rounded to nearest has no low-rank part"
+        if self.entry["factor_bits"] is not None:
+            return f"its low-rank part is stored in {self.entry['factor_bits']} bits a value"
+        if self.tied:
+            return "it is tied to another layer, which would change, too"
+        higher, most = self.entry["rank"] + rank, min(self.out_features, self.in_features)
+        return f"its low-rank part would have rank {higher}, at most {most} mean anything" if higher > most else None
+
+    def add_low_rank(self, left: Tensor, right: Tensor) -> None:
+        """Add leftᵀ · right to W, [r, m] and [r, n]: compensation of a rank higher by r, rounded to the dtype of its factors.
+
+        Raises:
+            ValueError: as `why_no_low_rank` says.
+        """
+        if why := self.why_no_low_rank(left.shape[0]):
+            raise ValueError(why)
+        added = {"left": left, "right": right}
+        parts = {part: torch.cat([self.parts[part], more.to(self.parts[part])]) for part, more in added.items()}
+        self._hold_low_rank(parts, self.entry["rank"] + left.shape[0])
+
+    def drop_low_rank(self, rank: int) -> None:
+        """Undo `add_low_rank` of that rank, to the bit."""
+        kept = self.entry["rank"] - rank
+        self._hold_low_rank({part: self.parts[part][:kept].clone() for part in ("left", "right")}, kept)
+
+    def _hold_low_rank(self, parts: Mapping[str, Tensor], rank: int) -> None:
+        self.entry["rank"] = rank
+        for part, tensor in parts.items():
+            self._hold(part, tensor.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m]."""

@@ -1,28 +1,41 @@
-"""A compressed model directory in, a plain dense one out, which stock loaders open."""
+"""A compressed model directory in, a plain dense one out, which stock loaders open.
+
+With `adapter` the dense matrices hold what is shared alone, and the low-rank part lies beside them as a LoRA adapter that stock
+PEFT opens: the folder `swsc_adapter`, under the same manifest.
+"""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.flows.card import card_of_restoring
 from pipeline.flows.compress import PoolMaker, run_tasks, versions
 from pipeline.flows.preflight import ALGORITHM, begin_with_room, require_apart
+from pipeline.measure.adapter import adapter_bytes, adapter_config, carried_by_adapter
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import layer_of
 from pipeline.model.forecast import restoring_bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.output import finish
 from pipeline.model.plan import CopyTask
+from pipeline.model.standing import ADAPTER
 from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Done, Task
 
 
-def restore_model(location: str, output: str, make_pool: PoolMaker, overwrite: bool = False) -> dict[str, Any]:
+def restore_model(
+    location: str, output: str, make_pool: PoolMaker, overwrite: bool = False, adapter: bool = False, trusted: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """Restore every compressed tensor of the model at `location` and copy the others, shard by shard.
 
+    Args:
+        adapter: leave the low-rank part to a LoRA adapter, where one can carry it.
+        trusted: code that the model brings may be run, to learn which matrices are linear layers.
+
     Raises:
-        ConfigError: the model is not compressed.
+        ConfigError: the model is not compressed, or has nothing that an adapter could carry.
         OutputError: the directory holds something else, another run writes there, or the disk has not enough room.
     """
     model = open_model(location)
@@ -30,10 +43,12 @@ def restore_model(location: str, output: str, make_pool: PoolMaker, overwrite: b
         raise ConfigError(f"{location}: not a swsc model, nothing to restore; use it as it is")
     store, source = Store.at(output), model.checkpoint
     require_apart(source, store)
-    identity = {"restored_from": source.fingerprint, "algorithm": ALGORITHM}
+    carried = carried_by_adapter(model, location, trusted) if adapter else {}
+    identity = {"restored_from": source.fingerprint, "algorithm": ALGORITHM} | ({"adapter": True} if adapter else {})
     sizes = [model.nbytes(name) for name in model.names]
-    report = _report(model)
-    with begin_with_room(store, identity, sum(sizes), overwrite) as out:
+    report = _report(model, carried)
+    low_rank = adapter_bytes(model, carried)
+    with begin_with_room(store, identity, sum(sizes) + low_rank, overwrite) as out:
         if out.complete:
             return report
         records = {file: record for file, (record, _) in out.finished.items()}
@@ -42,23 +57,35 @@ def restore_model(location: str, output: str, make_pool: PoolMaker, overwrite: b
             record: FileRecord = done.record or done.value
             records[record.name] = record
 
-        todo = [task for task in _tasks(model, location, out.ticket) if task.key not in out.finished]
-        memory = restoring_bytes(max(model.count(name) for name in model.names if model.is_compressed(name)))
-        run_tasks(todo, memory, note, make_pool, out, "restore")
-        finish(out, source, [records[name] for name in sorted(records)], model.config, report, card_of_restoring(model))
+        todo = [task for task in _tasks(model, location, out.ticket, carried) if task.key not in out.finished]
+        largest = max(model.count(name) for name in model.names if model.is_compressed(name))
+        run_tasks(todo, restoring_bytes(largest) + 2 * low_rank, note, make_pool, out, "restore")
+        ordered = [records[name] for name in sorted(records)]
+        if carried:
+            ordered.append(store.write_json(f"{ADAPTER}/adapter_config.json", adapter_config(model, carried)))
+        finish(out, source, ordered, model.config, report, card_of_restoring(model))
     return report
 
 
-def _report(model: Model) -> dict[str, Any]:
+def _done(model: Model, name: str, carried: Mapping[str, str]) -> tuple[str, str]:
+    if not model.is_compressed(name):
+        return "copied", "was stored as it is"
+    if name in carried:
+        return "restored", f"was compressed; its low-rank part is in {ADAPTER}"
+    whole = carried and any(model.entries[own].get("rank") for own in model.pieces.get(name, [name]))
+    return "restored", "was compressed" + ("; whole, as it is no linear layer of its own" if whole else "")
+
+
+def _report(model: Model, carried: Mapping[str, str]) -> dict[str, Any]:
     rows = []
     for name in model.names:
-        done = ("restored", "was compressed") if model.is_compressed(name) else ("copied", "was stored as it is")
+        done = _done(model, name, carried)
         rows.append({"name": name, "action": done[0], "reason": done[1], "shape": list(model.shape(name))})
     return {"format": "dense", "tensors": rows, "versions": versions(), "argv": sys.argv}
 
 
-def _tasks(model: Model, location: str, ticket: Ticket) -> list[Task]:
-    """A task for each layer that holds compressed tensors, and one for each source file that holds others."""
+def _tasks(model: Model, location: str, ticket: Ticket, carried: Mapping[str, str]) -> list[Task]:
+    """A task for each layer that holds compressed tensors, one for each source file that holds others, one for an adapter."""
     layers: dict[str, list[str]] = {}
     copies: dict[str, list[TensorInfo]] = {}
     for name in model.names:
@@ -72,11 +99,26 @@ def _tasks(model: Model, location: str, ticket: Ticket) -> list[Task]:
     tasks = []
     for layer, names in layers.items():
         file, nbytes = next(files), sum(model.nbytes(name) for name in names)
+        bare = ([name for name in names if name in carried],) if carried else ()
         tasks.append(
-            Task(file, "restore", (location, names), label=layer, outputs=1, commit_to=(ticket, file), weight=nbytes)
+            Task(
+                file,
+                "restore",
+                (location, names, *bare),
+                label=layer,
+                outputs=1,
+                commit_to=(ticket, file),
+                weight=nbytes,
+            )
         )
     for infos in copies.values():
         copy = CopyTask(next(files), tuple(infos))
         arguments = (model.checkpoint.store, copy, ticket)
         tasks.append(Task(copy.file, "copy", arguments, label=f"copy to {copy.file}", weight=copy.nbytes))
+    if carried:
+        file, nbytes = f"{ADAPTER}/adapter_model.safetensors", adapter_bytes(model, carried)
+        whole = (location, dict(carried))
+        tasks.append(
+            Task(file, "low_rank", whole, label="low-rank part", outputs=1, commit_to=(ticket, file), weight=nbytes)
+        )
     return tasks

@@ -88,15 +88,21 @@ class Evaluator:
             self._slots[name] = find_matrix_slot(self._model, self._source, name)
         self._slots[name].put(weight)
 
-    @torch.inference_mode()
     def losses(self, windows: np.ndarray) -> list[float]:
         """Mean loss of each window, int64 [windows, seqlen]."""
-        ids = torch.from_numpy(np.array(windows)).to(self._device)
-        return [loss for batch in ids.split(self.key.batch_size) for loss in self._batch_losses(batch)]
+        return window_losses(self._model, windows, self.key.batch_size)
 
-    def _batch_losses(self, batch: Tensor) -> list[float]:
-        logits = self._model(input_ids=batch, use_cache=False).logits
-        return [_window_loss(rows[:-1], ids[1:]) for rows, ids in zip(logits, batch, strict=True)]
+
+@torch.inference_mode()
+def window_losses(model: Any, windows: np.ndarray, batch_size: int = 1) -> list[float]:
+    """Mean loss of each window, int64 [windows, seqlen], under a causal LM of transformers."""
+    ids = torch.from_numpy(np.array(windows)).to(model.device)
+    return [loss for batch in ids.split(batch_size) for loss in _batch_losses(model, batch)]
+
+
+def _batch_losses(model: Any, batch: Tensor) -> list[float]:
+    logits = model(input_ids=batch, use_cache=False).logits
+    return [_window_loss(rows[:-1], ids[1:]) for rows, ids in zip(logits, batch, strict=True)]
 
 
 def _window_loss(logits: Tensor, targets: Tensor) -> float:

@@ -105,20 +105,21 @@ class Model:
 
         return {part: part_name(tensor, part) for part in parts_of(self.entries[tensor])}
 
-    def read(self, name: str) -> "Tensor":
-        """The dense tensor `name`, on the CPU."""
+    def read(self, name: str, bare: bool = False) -> "Tensor":
+        """The dense tensor `name`, on the CPU; if `bare`, without the low-rank part of one that is compressed whole."""
         if not self.is_compressed(name):
             return read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
-        return self._joined(name) if name in self.pieces else laid(self.read_matrix(name), self.entries[name])
+        return self._joined(name) if name in self.pieces else laid(self.read_matrix(name, bare), self.entries[name])
 
-    def read_matrix(self, name: str) -> "Tensor":
+    def read_matrix(self, name: str, bare: bool = False) -> "Tensor":
         """The matrix [outputs, inputs] `name`, on the CPU: what an entry stands for, or a matrix of a dense checkpoint."""
         from pipeline.model.matrices import find_matrix
         from swsc_core import decode
+        from swsc_core.apart import shared_part
 
         if name not in self.entries:
             return read_tensor(self.checkpoint.store, find_matrix(self.checkpoint, name))
-        return decode(self.read_parts(name), self.entries[name])
+        return (shared_part if bare else decode)(self.read_parts(name), self.entries[name])
 
     def _joined(self, name: str) -> "Tensor":
         rest = read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])

@@ -14,6 +14,7 @@ from pipeline.model.card import CARD, SOURCE_CARD
 from pipeline.model.checkpoint import INDEX, MANIFEST, Checkpoint, read_header
 from pipeline.model.lease import LEASE, Lease, Ticket, acquire
 from pipeline.model.standing import (
+    ADAPTER,
     FINISHING,
     OURS,
     REPORT,
@@ -103,7 +104,7 @@ def abandon(output: Output) -> None:
     """Take back what this run wrote, after a user's mistake that only showed while it ran (NaN in a weight)."""
     if output.finished:
         return
-    for name in [name for name in output.store.names() if OURS.match(name)]:
+    for name in [ADAPTER, *(name for name in output.store.names() if OURS.match(name))]:
         output.store.remove(name)
     _leave(output)
     if output.made_directory:
@@ -128,7 +129,7 @@ def finish(
     for name in set(read_list(store, FINISHING)) & set(store.names()) - set(beside):
         store.remove(name)  # of a run that was cut off here, when the source had other files
     store.write_json(FINISHING, beside)
-    for record in [record for record in records if record.name.endswith(".safetensors")]:
+    for record in [record for record in records if OURS.match(record.name)]:
         for info in read_header(store, record.name)[1]:
             assert info.name not in weight_map, f"{info.name} stands twice"  # make_plan has refused it
             weight_map[info.name] = record.name

@@ -18,6 +18,7 @@ from pipeline.model.parts import DONE, differences
 from pipeline.model.store import FileRecord, Store
 
 REPORT = "swsc_report.json"
+ADAPTER = "swsc_adapter"  # folder of what stock PEFT reads beside a dense model (measure/adapter.py)
 _REPLACED = ".swsc/replaced.json"  # names of files of an output that this one replaces
 FINISHING = ".swsc/finishing.json"  # names of the files beside tensors that a run was about to write
 OURS = re.compile(r"(model-\d+-of-\d+\.safetensors|.*\.partial)$")  # names of tensor files and of unfinished files
@@ -103,6 +104,7 @@ def _clear_replaced(store: Store) -> None:
     for name in store.names():
         if name in replaced or OURS.match(name):
             store.remove(name)
+    store.remove(ADAPTER)
     store.remove(DONE)
     store.remove(FINISHING)
     store.remove(_REPLACED)

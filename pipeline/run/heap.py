@@ -1,10 +1,11 @@
-"""Keeps freed memory from staying with the process.
+"""How much memory a process took, and how it gives freed memory back.
 
 glibc serves blocks of up to 32 MiB from a heap of which it gives back the end only. A slab's temporaries are such blocks,
 and after some rounds the holes between them took as much as two copies of a large matrix (benchmarks/memory.py).
 """
 
 import ctypes
+import resource
 import sys
 
 _LARGE = (
@@ -22,3 +23,8 @@ def return_freed_blocks(weights: int) -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MAPPED)
         mallopt(_M_TRIM_THRESHOLD, _MAPPED)
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,6 +1,5 @@
 """What a worker has made of a layer: the tensors of its file, and the rows of the report."""
 
-import resource
 from typing import Any
 
 from torch import Tensor
@@ -78,8 +77,3 @@ def errors_of(info: TensorInfo, encoded: Encoded) -> dict[str, float]:
         "mean_squared_error": encoded.squared_error / info.count,
         "mean_square": encoded.squared_norm / info.count,
     }
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

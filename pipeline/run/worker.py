@@ -5,7 +5,7 @@ model, because loading one costs more than measuring a few windows with it.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import WeightsError
+from pipeline.measure.adapter import adapter_tensors
 from pipeline.measure.calibration import Calibrator, sums_payload
 from pipeline.measure.harness import harness
 from pipeline.measure.perplexity import Evaluator, ModelKey
@@ -26,8 +27,8 @@ from pipeline.model.parts import Part, Payload, copy_tensors, differences, read_
 from pipeline.model.plan import CopyTask, LayerTask
 from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensors import TensorInfo, View
-from pipeline.run.heap import return_freed_blocks
-from pipeline.run.made import LayerParts, errors_of, peak_rss, row_of
+from pipeline.run.heap import peak_rss, return_freed_blocks
+from pipeline.run.made import LayerParts, errors_of, row_of
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
 from swsc_core.curve import reach, share_left
@@ -236,11 +237,16 @@ class Worker:
         """One model at a time: the old one goes before the new one comes."""
         self._evaluator = self._calibrator = self._tuner = self._answerer = None
 
-    def restore(self, location: str, names: Sequence[str]) -> tuple[dict[str, Any], Payload]:
-        """Dense weights of compressed tensors of the model at `location`."""
+    def restore(self, location: str, names: Sequence[str], bare: Iterable[str] = ()) -> tuple[dict[str, Any], Payload]:
+        """Dense weights of compressed tensors of the model at `location`; of `bare` ones without their low-rank part."""
         model = open_model(location)
-        parts = tuple(to_part(name, model.read(name)) for name in names)
+        parts = tuple(to_part(name, model.read(name, name in bare)) for name in names)
         return {"rows": [], "peak_rss": peak_rss()}, Payload(parts)
+
+    def low_rank(self, location: str, carried: Mapping[str, str]) -> tuple[dict[str, Any], Payload]:
+        """The low-rank parts of tensors of the model at `location`, tensor -> linear layer, as a LoRA adapter's."""
+        tensors = adapter_tensors(open_model(location), carried)
+        return {"rows": [], "peak_rss": peak_rss()}, Payload(tuple(to_part(*one) for one in tensors))
 
     def check_file(self, store: Store, file: str, about: Mapping[str, Any]) -> list[str]:
         """What is wrong with a file of an output, by its manifest's words."""

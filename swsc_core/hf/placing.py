@@ -38,6 +38,7 @@ def place(model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype) -> boo
 def _tie_parts(model: Any, target: str, source: str) -> None:
     """transformers ties by two tables: one says what is tied at present, one what is not saved twice. Both want parameters."""
     layer = model.get_submodule(target)
+    layer.tied = model.get_submodule(source).tied = True
     tied = {f"{target}.{part}": f"{source}.{part}" for part, tensor in layer.parts.items() if tensor.numel()}
     for part, empty in layer.named_buffers(recurse=False):
         layer.register_buffer(part, empty, persistent=False)  # nothing is stored for them a second time

@@ -38,6 +38,7 @@ DOORS = {
     # what comes and goes over the network, in hub.py alone; front matters
     "huggingface_hub": {"pipeline/model/hub.py", "pipeline/model/card.py", "pipeline/model/card_figures.py"},
     "lm_eval": {"pipeline/measure/tasks.py"},
+    "peft": {"swsc_core/hf/lora.py"},
     "datasets": {"pipeline/measure/windows.py"},
     "pyarrow": {"pipeline/report/files.py", "pipeline/model/files.py"},
     "pydantic": {

@@ -1,0 +1,1 @@
+"""What can be done with a compressed model: scripts to be read from top to bottom, and run offline."""

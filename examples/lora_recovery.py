@@ -1,0 +1,148 @@
+"""Win back quality that a compression has cost: a short LoRA fine-tune of a compressed model on a text file.
+
+    python -m examples.lora_recovery COMPRESSED ADAPTER --train TRAINING.txt --text TEST.txt --teacher DENSE
+
+The compressed model stays as it is; a LoRA adapter on its compressed layers learns to predict what the dense model predicts
+(--teacher), or, without it, the text itself. Perplexity is measured before and after by the protocol of `swsc evaluate`, and a
+training text that shares passages with the text to be measured on is refused.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import swsc_core.hf.lora  # noqa: F401  transformers and PEFT know compressed layers from here on
+from pipeline.config import CalibrationSettings, EvaluateSettings
+from pipeline.errors import SwscError
+from pipeline.measure.overlap import require_apart
+from pipeline.measure.perplexity import perplexity, window_losses
+from pipeline.measure.windows import calibration_windows, make_windows, read_text
+from swsc_core import SwscLinear
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Fine-tune, measure, save; returns the perplexities before and after, and the minutes of training."""
+    given = _arguments(argv)
+    logging.disable_progress_bar()
+
+    # 1. Two texts. A figure on a text that was trained on would flatter: shared passages are refused.
+    test = make_windows(given.model, EvaluateSettings(text=given.text, seqlen=given.seqlen, windows=given.windows))
+    training = calibration_windows(
+        given.model,
+        CalibrationSettings(
+            calibration=given.train,
+            calibration_windows=given.steps * given.batch,
+            calibration_seqlen=given.train_seqlen,
+        ),
+    )
+    require_apart(training.traces, read_text(given.text), given.text)
+
+    # 2. The compressed model, opened as any other, and how good it is.
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+    before = perplexity(window_losses(model, test.ids), given.model)
+    print(f"{given.model}: perplexity {before:.3f} on {len(test.ids)} windows of {given.seqlen} tokens of {given.text}")
+
+    # 3. An adapter on its compressed layers. B begins as zero: nothing has changed yet.
+    torch.manual_seed(given.seed)
+    layers = [path for path, layer in model.named_modules() if isinstance(layer, SwscLinear) and path != "lm_head"]
+    adapted = get_peft_model(
+        model, LoraConfig(r=given.rank, lora_alpha=2 * given.rank, target_modules=layers, task_type="CAUSAL_LM")
+    )
+    values, weights = adapted.num_parameters(only_trainable=True), sum(_weights(model, path) for path in layers)
+    print(f"adapter of rank {given.rank} on {len(layers)} layers: {16 * values / weights:.3f} bits a weight of theirs")
+
+    # 4. The fine-tune: towards what the dense model says, or towards the text.
+    teacher = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=torch.float32).eval() if given.teacher else None
+    order = torch.randperm(len(training.ids), generator=torch.Generator().manual_seed(given.seed))
+    started = time.perf_counter()
+    train(adapted, teacher, torch.from_numpy(training.ids)[order], given.batch, given.rate, given.autocast)
+    minutes = (time.perf_counter() - started) / 60
+
+    # 5. How good it is now, and the adapter on disk: stock PEFT opens it on top of the compressed model.
+    after = perplexity(window_losses(adapted.eval(), test.ids), given.model)
+    adapted.save_pretrained(given.adapter)
+    tokens = training.ids.size
+    print(f"perplexity {before:.3f} -> {after:.3f} after {minutes:.1f} minutes on {tokens:,} tokens of {given.train}")
+    print(f"{given.adapter}: the adapter; PeftModel.from_pretrained(compressed model, {given.adapter!r}) opens it")
+    if given.merged:
+        save_merged(adapted, given.model, given.merged)
+    return {"before": before, "after": after, "minutes": minutes}
+
+
+def train(model: Any, teacher: Any, windows: torch.Tensor, batch: int, rate: float, autocast: bool) -> None:
+    """One pass over `windows`, int64 [count, seqlen], by Adam; the rate rises over a tenth of it and falls to zero."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    steps = len(windows) // batch
+    warm = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+    )
+    for step, ids in enumerate(windows.split(batch), start=1):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+            loss = _loss(model, teacher, ids.to(model.device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % max(1, steps // 10) == 0:
+            print(f"step {step} of {steps}: loss {loss.item():.4f}", flush=True)
+
+
+def save_merged(adapted: Any, model: str, output: str) -> None:
+    """A compressed model of its own, whose low-rank part is higher by the adapter: all verbs open it."""
+    adapted.merge_and_unload().save_pretrained(output)
+    AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    print(f"{output}: both in one, still compressed")
+
+
+def _loss(model: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Nats a token: how far from the teacher's prediction, or from the next token of the text if there is no teacher."""
+    said = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    if teacher is None:
+        return cross_entropy(said, ids[:, 1:].flatten())
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    return kl_div(log_softmax(said, -1), log_softmax(wanted, -1), log_target=True, reduction="batchmean")
+
+
+def _weights(model: Any, path: str) -> int:
+    layer = model.get_submodule(path).get_base_layer()
+    return int(layer.in_features * layer.out_features)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="COMPRESSED", help="directory that `swsc compress` has written")
+    parser.add_argument("adapter", metavar="ADAPTER", help="directory to write the adapter into")
+    parser.add_argument("--train", required=True, metavar="TEXT", help="text file to train on")
+    parser.add_argument("--text", required=True, metavar="TEXT", help="text file to measure on")
+    parser.add_argument(
+        "--teacher", metavar="DENSE", help="directory of the dense model (default: learn the text itself)"
+    )
+    parser.add_argument("--merged", metavar="OUTPUT", help="also write both as one compressed model")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapter")
+    parser.add_argument("--steps", type=int, default=100, help="of the optimizer")
+    parser.add_argument("--batch", type=int, default=1, help="windows of a step")
+    parser.add_argument("--train-seqlen", type=int, default=512, help="tokens of a training window")
+    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
+    parser.add_argument("--autocast", action="store_true", help="train in bfloat16; fast where the processor has it")
+    parser.add_argument("--seqlen", type=int, default=1024, help="tokens of a window that is measured")
+    parser.add_argument("--windows", type=int, default=8, help="windows that are measured")
+    parser.add_argument("--seed", type=int, default=0, help="of the adapter's start and the order of the text")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SwscError as error:
+        raise SystemExit(f"error: {error}") from None

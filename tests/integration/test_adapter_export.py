@@ -1,0 +1,185 @@
+"""`swsc restore --adapter`: a dense base and a LoRA adapter that stock transformers and PEFT open, without a plug-in."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from jobs.cli import main
+from pipeline.errors import CheckpointError
+from pipeline.model.checkpoint import MANIFEST
+from pipeline.run.worker import Worker
+from swsc_core import SwscSpec, encode
+from tests.tiny import contents, make_tiny_model
+
+SEGMENTS = ["--clusters", "16", "--segment-size", "4", "--scaled", "--include", "proj"]
+FORMS = {
+    "paper": ["--bits", "6"],
+    "input channels": ["--bits", "6", "--channel-axis", "input", "--include", "proj"],
+    "few bits": [*SEGMENTS, "--rank", "3", "--factor-bits", "8", "--centroid-bits", "8"],
+    "compensation alone": ["--clusters", "0", "--rank", "5"],
+    "with the tied head": ["--clusters", "9", "--rank", "2", "--include", "embed_tokens|q_proj"],
+}
+# what a user without swsc runs: the arguments are the base, the adapter and where to leave the logits
+STOCK = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
+ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    torch.save(model(input_ids=ids).logits, sys.argv[3])
+    torch.save(model.merge_and_unload()(input_ids=ids).logits, sys.argv[4])
+assert not [name for name in sys.modules if name.startswith(("swsc", "pipeline", "jobs"))]
+"""
+
+
+def restore(*arguments: object) -> int:
+    return main(["restore", *map(str, arguments), "--local"])
+
+
+def logits(directory: Path) -> torch.Tensor:
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(directory)(ids).logits  # type: ignore[no-any-return]
+
+
+def stock(base: Path, place: Path) -> list[torch.Tensor]:
+    """Logits with the adapter on top, and merged, of a process that knows nothing of this project."""
+    found = [place / "on-top.pt", place / "merged.pt"]
+    command = [sys.executable, "-W", "error::UserWarning", "-c", STOCK, base, base / "swsc_adapter", *found]
+    subprocess.run([str(part) for part in command], check=True, cwd=place, env={"HF_HUB_OFFLINE": "1"}, timeout=200)
+    return [torch.load(file) for file in found]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", dtype=torch.float32)
+
+
+@pytest.fixture
+def compressed(model: Path, tmp_path: Path) -> Path:
+    assert main(["compress", str(model), str(tmp_path / "out"), "--local", *FORMS["paper"]]) == 0
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stock_peft_gives_what_the_restored_model_gives(
+    model: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, whole, base = (tmp_path / name for name in ("out", "whole", "base"))
+    assert main(["compress", str(model), str(out), "--local", *FORMS[form]]) == 0
+    assert restore(out, whole) == restore(out, base, "--adapter") == 0
+    said = capsys.readouterr().out
+    wanted, alone = logits(whole), logits(base)
+    for found in stock(base, tmp_path):
+        assert (found - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+    assert (alone - wanted).abs().max() > 0.1
+    assert ("note: 1 restored whole" in said and "embed_tokens" in said) == (form == "with the tied head")
+    assert main(["verify", str(base), "--local"]) == 0
+
+
+def test_ranks_differ_by_layer_and_tensors_without_a_rank_are_left_out(model: Path, tmp_path: Path) -> None:
+    """As presets allocate them; here by hand, in a directory that transformers has saved."""
+    import swsc_core.hf
+
+    opened = AutoModelForCausalLM.from_pretrained(model)
+    ranks = {0: 4, 1: 0, 2: 7}
+    for layer, rank in ranks.items():
+        linear = opened.model.layers[layer].self_attn.q_proj
+        opened.model.layers[layer].self_attn.q_proj = swsc_core.SwscLinear.from_linear(linear, SwscSpec(5, rank))
+    opened.config.quantization_config = swsc_core.hf.SwscConfig()
+    opened.hf_quantizer = swsc_core.hf.SwscQuantizer(opened.config.quantization_config)
+    opened.save_pretrained(tmp_path / "out")
+    assert restore(tmp_path / "out", tmp_path / "whole") == 0
+    assert restore(tmp_path / "out", tmp_path / "base", "--adapter") == 0
+    about = json.loads((tmp_path / "base" / "swsc_adapter" / "adapter_config.json").read_text())
+    assert about["target_modules"] == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 2)]
+    assert len(about["rank_pattern"]) == 1
+    wanted = logits(tmp_path / "whole")
+    for found in stock(tmp_path / "base", tmp_path):
+        assert (found - wanted).abs().max() <= 1e-5 * float(wanted.abs().max())
+
+
+def test_the_parts_are_exactly_the_stored_ones(compressed: Path, model: Path, tmp_path: Path) -> None:
+    assert restore(compressed, tmp_path / "base", "--adapter") == 0
+    carried = load_file(tmp_path / "base" / "swsc_adapter" / "adapter_model.safetensors")
+    stored = {name: t for file in compressed.glob("*.safetensors") for name, t in load_file(file).items()}
+    layer = "model.layers.1.self_attn.k_proj"
+    assert torch.equal(carried[f"base_model.model.{layer}.lora_A.weight"], stored[f"{layer}.right"])
+    assert torch.equal(carried[f"base_model.model.{layer}.lora_B.weight"].T, stored[f"{layer}.left"])
+    base = {n: t for file in (tmp_path / "base").glob("*.safetensors") for n, t in load_file(file).items()}
+    assert len(base[f"{layer}.weight"].unique(dim=0)) == len(stored[f"{layer}.weight"])  # as many rows as centroids
+
+
+@pytest.mark.parametrize(
+    "flags", [["--clusters", "9", "--rank", "0"], ["--method", "rtn", "--bits", "4"]], ids=["clusters alone", "rtn"]
+)
+def test_a_model_without_a_low_rank_part_is_refused(
+    model: Path, tmp_path: Path, flags: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", str(model), str(tmp_path / "out"), "--local", *flags]) == 0
+    assert restore(tmp_path / "out", tmp_path / "base", "--adapter") == 2
+    assert "no matrix has a low-rank part that an adapter could carry; drop --adapter" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+
+
+def test_low_rank_parts_that_no_adapter_can_carry_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--clusters", "9", "--rank", "2", "--include", "embed_tokens"]
+    assert main(["compress", str(model), str(tmp_path / "out"), "--local", *flags]) == 0
+    assert restore(tmp_path / "out", tmp_path / "base", "--adapter") == 2
+    assert "model.embed_tokens.weight and others with a low-rank part are no linear layers" in capsys.readouterr().err
+
+
+def test_an_interrupted_export_goes_on_and_has_the_same_bytes(
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert restore(compressed, tmp_path / "straight", "--adapter") == 0
+
+    def low_rank(self: Worker, location: str, carried: Any) -> object:
+        raise CheckpointError(f"{location}: no such directory")
+
+    monkeypatch.setattr(Worker, "low_rank", low_rank)
+    assert restore(compressed, tmp_path / "base", "--adapter") == 2
+    assert not (tmp_path / "base" / MANIFEST).exists()
+    monkeypatch.undo()
+    assert restore(compressed, tmp_path / "base", "--adapter") == 0
+    for place in ("", "swsc_adapter"):
+        assert contents(tmp_path / "base" / place) == contents(tmp_path / "straight" / place)
+
+
+def test_damage_to_the_adapter_is_named(compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert restore(compressed, tmp_path / "base", "--adapter") == 0
+    file = tmp_path / "base" / "swsc_adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert main(["verify", str(tmp_path / "base"), "--local"]) == 1
+    assert "swsc_adapter/adapter_model.safetensors: base_model.model" in capsys.readouterr().err
+
+
+def test_no_adapter_is_left_beside_a_model_that_is_restored_whole(compressed: Path, tmp_path: Path) -> None:
+    assert restore(compressed, tmp_path / "dense", "--adapter") == 0
+    assert restore(compressed, tmp_path / "dense") == 2
+    assert restore(compressed, tmp_path / "dense", "--overwrite") == 0
+    assert not (tmp_path / "dense" / "swsc_adapter").exists()
+
+
+def test_both_parts_of_a_matrix_add_up() -> None:
+    from swsc_core.apart import low_rank_part, shared_part
+
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    spec = SwscSpec(6, 4, segment_size=8, scaled=True, factor_bits=6)
+    found = encode(weight, [spec])
+    left, right = low_rank_part(found.tensors, found.entry)
+    total = shared_part(found.tensors, found.entry).float() + left.T @ right
+    assert left.dtype == torch.float32
+    assert torch.allclose(total, found.restored.float(), rtol=2**-7, atol=2**-7)
