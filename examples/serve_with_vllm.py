@@ -19,7 +19,11 @@ def by_vllm(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]],
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        args.model, dtype=args.dtype, tensor_parallel_size=args.ranks, max_model_len=512, enforce_eager=not args.compile
+        args.model,
+        dtype=args.dtype,
+        tensor_parallel_size=args.ranks,
+        max_model_len=args.length,
+        enforce_eager=not args.compile,
     )
     done = llm.generate(args.prompt or PROMPTS, SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True))
     said = [list(one.outputs[0].token_ids) for one in done]
@@ -44,6 +48,7 @@ def main() -> int:
     )
     parser.add_argument("--prompt", action="append", help="may be given more than once")
     parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a prompt and what follows, at most")
     parser.add_argument("--ranks", type=int, default=1, help="tensor parallel processes or GPUs")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes longer to start")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swsc_core.bits import label_bits
 from swsc_core.layout import Layout
-from swsc_core.packing import unpack
+from swsc_core.packing import unpack, unpack_eights
 from swsc_core.values import Values
 
 _EIGHT = 8  # rows of labels whose bits fill whole bytes, whatever the width of a label
@@ -130,9 +130,12 @@ def _shared_rows(matrix: SwscMatrix, rows: Tensor) -> Tensor:
     eights = -(-layout.grid[0] // _EIGHT)
     missing = eights * blocks * bits - matrix.labels.numel()
     packed = torch.nn.functional.pad(matrix.labels, (0, missing)).reshape(eights, -1)[grid_rows // _EIGHT]
-    labels = unpack(packed.reshape(-1), bits, len(rows) * _EIGHT * blocks).reshape(len(rows), _EIGHT, blocks)
-    own = labels[torch.arange(len(rows), device=rows.device), grid_rows % _EIGHT]
-    found = matrix.centroids.expand()[own + matrix._first_centroids(grid_rows)]  # [count, blocks, size]
+    own: Tensor | int = 0
+    if bits:
+        labels = unpack_eights(packed.reshape(-1, blocks, bits)).reshape(-1, _EIGHT, blocks)
+        own = labels[torch.arange(len(rows), device=rows.device), grid_rows % _EIGHT]
+    first = matrix._first_centroids(grid_rows).expand(-1, blocks)
+    found = matrix.centroids.expand()[own + first]  # [count, blocks, size]
     if layout.channel_axis == "output":
         return found.reshape(len(rows), -1)
     return found.gather(2, (rows % layout.row_step)[:, None, None].expand(-1, blocks, 1))[:, :, 0]

@@ -62,14 +62,19 @@ def packed_slice(packed: Tensor, bits: int, first: int, last: int, count: int) -
 
 
 def _unpack_block(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Eight values lie in `bits` bytes, always at the same places: eight columns are put together from one to three bytes each."""
     if bits == 8:
         return packed.to(torch.int32)
     rows = -(-count // 8)
     padded = torch.nn.functional.pad(packed, (0, rows * bits - packed.numel()))
-    columns = padded.reshape(rows, bits).to(torch.int32).unbind(dim=1)
-    values = torch.stack([_column(columns, place * bits, bits) for place in range(8)], dim=1)
-    return values.reshape(-1)[:count]
+    return unpack_eights(padded.reshape(rows, bits)).reshape(-1)[:count]
+
+
+def unpack_eights(packed: Tensor) -> Tensor:
+    """int32 [..., 8] of uint8 [..., bits]: eight values lie in `bits` bytes, always at the same places, and are put together
+    from one to three bytes each. No step depends on the number of values, so that a compiler need not know it."""
+    bits = packed.shape[-1]
+    columns = packed.to(torch.int32).unbind(dim=-1)
+    return torch.stack([_column(columns, place * bits, bits) for place in range(8)], dim=-1)
 
 
 def _column(columns: Sequence[Tensor], start: int, bits: int) -> Tensor:

@@ -152,6 +152,22 @@ def test_it_compiles_and_exports_as_one_graph(name: str) -> None:
             assert relative(graph(x), layer(x)) < 1e-6
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_one_compiled_graph_serves_any_number_of_tokens(name: str) -> None:
+    """Engines compile once, with the number of tokens unknown, and refuse a graph that fixes it."""
+    torch.compiler.reset()
+    encoded = encode(dense().weight.detach(), [SPECS[name]])
+    layer, rows = SwscLinear.from_linear(dense(), SPECS[name]), SwscEmbedding(encoded.entry)
+    rows.load_state_dict(encoded.tensors)
+    for module, tokens in ((layer, lambda count: torch.randn(count, N)), (rows, lambda count: torch.arange(count) % M)):
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            for count in (5, 19, 64):
+                x = tokens(count)
+                torch._dynamo.mark_dynamic(x, 0)
+                assert relative(compiled(x), module(x)) < 1e-6 or not module(x).any()
+
+
 @settings(max_examples=25, deadline=None)
 @given(ids=st.lists(st.integers(0, M - 1), min_size=1, max_size=12), name=st.sampled_from(sorted(SPECS)))
 def test_rows_of_an_embedding_are_those_of_the_dense_weight(ids: list[int], name: str) -> None:

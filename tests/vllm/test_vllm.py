@@ -99,6 +99,18 @@ class TestWhatCannotBeServed:
         assert "ValueError: not in the checkpoint: model.layers.0.self_attn.k_proj.labels; `swsc verify DIR`" in said
 
 
+def test_the_example_finds_the_same_tokens_compiled(model: tuple[Path, Path]) -> None:
+    example = Path(__file__).parents[2] / "examples" / "serve_with_vllm.py"
+    flags = ["--compile", "--tokens", "8", "--prompt", "w1 w22 w3", "--prompt", "w4 w55 w6 w7 w8"]
+    done = subprocess.run(
+        [sys.executable, str(example), str(model[0]), "--against", str(model[1]), *flags],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1] == "2 of 2 prompts: the same 8 tokens as transformers"
+
+
 def test_the_plug_in_is_installed_by_name() -> None:
     (found,) = entry_points(group="vllm.general_plugins", name="swsc")
     assert found.value == "swsc_core.serving.vllm:register"
