@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from jobs.cli import main
 from pipeline.errors import CheckpointError
@@ -139,6 +139,26 @@ def test_low_rank_parts_that_no_adapter_can_carry_are_refused(
     assert main(["compress", str(model), str(tmp_path / "out"), "--local", *flags]) == 0
     assert restore(tmp_path / "out", tmp_path / "base", "--adapter") == 2
     assert "model.embed_tokens.weight and others with a low-rank part are no linear layers" in capsys.readouterr().err
+
+
+def test_fused_experts_are_restored_whole_beside_an_adapter_on_what_is_linear(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, initializer_range=0.2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    flags = ["--include", r"q_proj|experts\.", "--clusters", "9", "--rank", "3"]
+    assert main(["compress", str(tmp_path / "model"), str(tmp_path / "out"), "--local", *flags]) == 0
+    assert restore(tmp_path / "out", tmp_path / "whole") == 0
+    assert restore(tmp_path / "out", tmp_path / "base", "--adapter") == 0
+    assert "the low-rank part of 2 of them" in (said := capsys.readouterr().out)
+    assert f"note: {2 * 4 * 3} restored whole" in said
+    wanted = logits(tmp_path / "whole")
+    for found in stock(tmp_path / "base", tmp_path):
+        assert (found - wanted).abs().max() <= 1e-5 * float(wanted.abs().max())
 
 
 def test_an_interrupted_export_goes_on_and_has_the_same_bytes(
