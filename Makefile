@@ -7,8 +7,10 @@ BIN := .venv/bin
 demo: .venv/demo-installed
 	$(BIN)/swsc demo --out demo-output
 
+# Two processes for what has no Ray; clusters one after the other, each wants the machine for itself.
 test: .venv/test-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration
+	$(BIN)/python -m pytest tests/cluster tests/gpu tests/vllm
 
 check: .venv/test-installed
 	$(BIN)/ruff check .
