@@ -39,11 +39,11 @@ class SwscConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.bits, self.include, self.form, self.seed = bits, include, form, seed
         self.dequantize = dequantize
+        self.tensors: Mapping[str, Mapping[str, Any]] = entries_of(stored) if "tensors" in stored else {}
         if odd := sorted(set(stored) - set(_OWN)):
             raise ValueError(
                 f"SwscConfig: {', '.join(odd)} not known; this release knows bits, include, segment_size, seed"
             )
-        self.tensors: Mapping[str, Mapping[str, Any]] = entries_of(stored) if "tensors" in stored else {}
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json: what is said of the stored tensors, and nothing of how they came about."""
