@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import swsc_core.hf.lora  # noqa: F401  transformers and PEFT know compressed layers from here on
@@ -98,8 +98,8 @@ def train(model: Any, teacher: Any, windows: torch.Tensor, batch: int, rate: flo
 
 
 def save_merged(adapted: Any, model: str, output: str) -> None:
-    """A compressed model of its own, whose low-rank part is higher by the adapter: all verbs open it."""
-    adapted.merge_and_unload().save_pretrained(output)
+    """A compressed model of its own, whose low-rank part has a higher rank, in the dtype of the one before: all verbs open it."""
+    adapted.merge_and_unload().to(AutoConfig.from_pretrained(model).dtype).save_pretrained(output)
     AutoTokenizer.from_pretrained(model).save_pretrained(output)
     print(f"{output}: both in one, still compressed")
 
@@ -130,10 +130,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--merged", metavar="OUTPUT", help="also write both as one compressed model")
     parser.add_argument("--rank", type=int, default=8, help="of the adapter")
-    parser.add_argument("--steps", type=int, default=100, help="of the optimizer")
+    parser.add_argument("--steps", type=int, default=160, help="of the optimizer")
     parser.add_argument("--batch", type=int, default=1, help="windows of a step")
-    parser.add_argument("--train-seqlen", type=int, default=512, help="tokens of a training window")
-    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
+    parser.add_argument("--train-seqlen", type=int, default=256, help="tokens of a training window")
+    parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate")
     parser.add_argument("--autocast", action="store_true", help="train in bfloat16; fast where the processor has it")
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens of a window that is measured")
     parser.add_argument("--windows", type=int, default=8, help="windows that are measured")
