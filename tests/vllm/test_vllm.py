@@ -108,7 +108,7 @@ def test_the_example_finds_the_same_tokens_compiled(model: tuple[Path, Path]) ->
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().splitlines()[-1] == "2 of 2 prompts: the same 8 tokens as transformers"
+    assert "2 of 2 prompts: the same 8 tokens as transformers" in done.stdout.splitlines()  # vLLM logs there, too
 
 
 def test_the_plug_in_is_installed_by_name() -> None:
