@@ -49,6 +49,10 @@ class SwscConfig(QuantizationConfigMixin):
         """As it stands in config.json: what is said of the stored tensors, and nothing of how they came about."""
         return quantization_config(self.tensors)
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """transformers asks a config that was loaded before as it asks a dictionary."""
+        return self.to_dict().get(key, default)
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """What may be asked for while a compressed checkpoint is loaded."""
         return {"dequantize": self.dequantize}

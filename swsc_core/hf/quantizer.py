@@ -60,13 +60,18 @@ class SwscQuantizer(HfQuantizer):
             self._require_all(model, where)
 
     def _require_all(self, model: Any, where: str) -> None:
-        """Raise ValueError if a parameter is in no file: transformers would warn and go on with whatever lies in memory."""
+        """Raise ValueError if a parameter is in no file: transformers would warn and go on with whatever lies in memory.
+
+        A class that is not the checkpoint's own brings a head of its own, which is to be trained: what it shares has to be there.
+        """
+        own = type(model).__name__ in (model.config.architectures or [])
         names, tied = Names(model), model.all_tied_weights_keys
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
         filled = names.filled(self._stored)
         for name in model.state_dict():
             found = name in filled or tied.get(name) in filled or any(k in filled for k, v in tied.items() if v == name)
-            if not found and not any(pattern.search(name) for pattern in ignored):
+            wanted = own or name.startswith(f"{model.base_model_prefix}.")
+            if wanted and not found and not any(pattern.search(name) for pattern in ignored):
                 raise ValueError(f"{where}: nothing is stored for {name}; compress or download it again")
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """Compressed directories opened by transformers: same outputs as the restored dense model, as small as their files."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import swsc_core.hf
 from jobs.cli import main
@@ -127,6 +128,25 @@ def test_layers_may_lie_on_disk(whole: Path, tmp_path: Path) -> None:
 def test_a_pipeline_opens_it_by_its_directory(whole: Path) -> None:
     write = pipeline("text-generation", model=str(whole), tokenizer=AutoTokenizer.from_pretrained(whole))
     assert write("w1 w2 w3", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("w1 w2 w3")
+
+
+def test_a_class_with_another_head_brings_that_and_shares_the_rest(whole: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(whole, num_labels=3, pad_token_id=0)
+    with torch.no_grad():
+        assert model(ids()).logits.shape == (2, 3)
+        shared = model.model(ids()).last_hidden_state
+        assert torch.equal(shared, opened(whole).model(ids()).last_hidden_state)
+
+
+def test_a_copy_a_pickle_and_a_config_that_was_loaded_before_give_the_same(whole: Path, tmp_path: Path) -> None:
+    model = opened(whole)
+    torch.save(model, tmp_path / "model.pt")
+    others = [
+        copy.deepcopy(model),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+        opened(whole, config=model.config),
+    ]
+    assert all(torch.equal(logits(other), logits(model)) for other in others)
 
 
 def test_a_tied_head_is_held_once(whole: Path) -> None:
