@@ -41,9 +41,7 @@ class SwscConfig(QuantizationConfigMixin):
         self.dequantize = dequantize
         self.tensors: Mapping[str, Mapping[str, Any]] = entries_of(stored) if "tensors" in stored else {}
         if odd := sorted(set(stored) - set(_OWN)):
-            raise ValueError(
-                f"SwscConfig: {', '.join(odd)} not known; this release knows bits, include, segment_size, seed"
-            )
+            raise ValueError(f"SwscConfig: {', '.join(odd)} not known; this release knows bits, include, form, seed")
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json: what is said of the stored tensors, and nothing of how they came about."""

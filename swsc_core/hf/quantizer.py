@@ -64,7 +64,7 @@ class SwscQuantizer(HfQuantizer):
 
         A class that is not the checkpoint's own brings a head of its own, which is to be trained: what it shares has to be there.
         """
-        own = type(model).__name__ in (model.config.architectures or [])
+        own = type(model).__name__ in (model.config.architectures or []) or not hasattr(model, model.base_model_prefix)
         names, tied = Names(model), model.all_tied_weights_keys
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
         filled = names.filled(self._stored)

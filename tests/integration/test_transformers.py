@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import swsc_core.hf
 from jobs.cli import main
@@ -283,6 +283,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an entry that cannot be": (entry_of("segment_size", 5), "segment_size 5 does not divide"),
     "an entry without a method": (entry_of("method", "magic"), "no description of it"),
 }
+
+
+def test_a_missing_tensor_is_missed_by_the_model_without_its_head_too(place: Path) -> None:
+    changed(place, "model.norm.weight", lambda t: t.pop("model.norm.weight"))
+    for kind in (AutoModel, AutoModelForSequenceClassification):
+        with pytest.raises(ValueError, match=r"nothing is stored for (model\.)?norm.weight"):
+            kind.from_pretrained(place)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
