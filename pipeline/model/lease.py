@@ -171,11 +171,22 @@ def _await_silence(store: Store, wait: Callable[[str], None] | None, sleep: Call
 
 
 def _read(store: Store) -> bytes | None:
-    """The lease as it lies there; None if there is none."""
-    try:
-        return bytes(store.read(LEASE))
-    except FileNotFoundError:
-        return None
+    """The lease as it lies there; None if there is none.
+
+    It may be replaced between the look at its length and the look at its bytes: what is not whole is looked at again.
+    """
+    for last in (False, False, True):
+        try:
+            raw = bytes(store.read(LEASE))
+        except FileNotFoundError:
+            return None
+        except StoreError:
+            if last:
+                raise
+            continue
+        if last or _understood(raw) is not None:
+            break
+    return raw
 
 
 def _understood(raw: bytes | None) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import OutputError, RunError
-from pipeline.model.lease import LEASE, LeaseLost, _machine, acquire
+from pipeline.model.lease import LEASE, LeaseLost, Ticket, _machine, acquire
 from pipeline.model.store import Store
 
 
@@ -166,3 +166,19 @@ def test_a_lease_that_nobody_can_read_holds_nothing_up(store: Store, content: st
     time = Seconds()
     acquire(store, sleep=time).release()
     assert time.passed == 0
+
+
+def test_a_lease_that_grows_while_it_is_read_is_read_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tenth sign of life is a byte longer: who had looked at the length before it saw less than a lease."""
+    size, beats = Store.size, iter([b'{"owner": "me", "beat": 10}'])
+
+    def size_before_a_beat(self: Store, name: str) -> int:
+        found = size(self, name)
+        if beat := next(beats, b""):
+            self.put(LEASE, beat)
+        return found
+
+    store.put(LEASE, b'{"owner": "me", "beat": 9}')
+    monkeypatch.setattr(Store, "size", size_before_a_beat)
+    Ticket(store, "me").require()
+    assert store.read_json(LEASE)["beat"] == 10
