@@ -37,10 +37,22 @@ class Cluster:
         node = subprocess.Popen([*RAY, *address, _agent(), *_common(self.folder)], **_quiet(self.environment))
         try:
             _wait_for_raylet(node)
+            self._wait_to_be_counted(ip)
         except BaseException:
             end(node)
             raise
         return node
+
+    def _wait_to_be_counted(self, ip: str) -> None:
+        """Its process is there a moment before the cluster knows of it."""
+        from ray._raylet import GcsClient
+
+        client = GcsClient(address=self.address)
+        for _ in range(240):
+            if any(node.node_manager_address == ip for node in client.get_all_node_info().values()):
+                return
+            time.sleep(0.25)
+        raise RuntimeError(f"the node at {ip} is not counted")
 
     @contextlib.contextmanager
     def another_node(self, ip: str, cpus: int = 1) -> Iterator["subprocess.Popen[bytes]"]:
