@@ -56,7 +56,7 @@ def _place(model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype) -> bo
     except ValueError as error:
         raise ValueError(f"{parameter} is {list(layer.weight.shape)} in this model: {error}") from None
     if made is not None:
-        _put(model, path, made)
+        put_layer(model, path, made)
     return made is not None
 
 
@@ -88,11 +88,6 @@ def _require_shape(own: list[int], said: list[int]) -> None:
         raise ValueError(f"matrix of {own}, {list(said)} in its entry; take the config that belongs to it")
 
 
-def compress_layer(model: Any, path: str, made: SwscLinear) -> None:
-    """Put `made` in the place of the layer `path`."""
-    _put(model, path, made)
-
-
 def make_dense(model: Any, dtype: torch.dtype) -> None:
     """Replace every compressed layer by a dense one, on the device of its parts.
 
@@ -102,11 +97,11 @@ def make_dense(model: Any, dtype: torch.dtype) -> None:
     for path, layer in list(model.named_modules()):
         if isinstance(layer, SwscJoined):
             turned = any(piece.entry.get("transposed") for piece in layer.pieces.values())
-            _put(model, path, _dense_linear(layer, turned, dtype))
+            put_layer(model, path, _dense_linear(layer, turned, dtype))
         elif isinstance(layer, SwscLinear) and not isinstance(model.get_submodule(path.rpartition(".")[0]), SwscJoined):
-            _put(model, path, _dense_linear(layer, bool(layer.entry.get("transposed")), dtype))
+            put_layer(model, path, _dense_linear(layer, bool(layer.entry.get("transposed")), dtype))
         elif isinstance(layer, SwscEmbedding):
-            _put(model, path, _dense_embedding(layer, dtype))
+            put_layer(model, path, _dense_embedding(layer, dtype))
     vars(model).pop("_tied_weights_keys", None)  # the class says it again
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()
@@ -139,6 +134,7 @@ class Scaled:
         return rows * rows.new_tensor(self.scale)
 
 
-def _put(model: Any, path: str, layer: nn.Module) -> None:
+def put_layer(model: Any, path: str, layer: nn.Module) -> None:
+    """Put `layer` in the place of the one at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer)

@@ -19,7 +19,7 @@ from swsc_core.format import FORMAT_VERSION, pieces_of
 from swsc_core.hf.config import SwscConfig
 from swsc_core.hf.headers import read_headers, require_parts, require_rest
 from swsc_core.hf.names import Names, saved_name
-from swsc_core.hf.placing import compress_layer, make_dense, place
+from swsc_core.hf.placing import make_dense, place, put_layer
 from swsc_core.hf.restoring import with_restoring
 from swsc_core.linear import CompressedWeight, SwscLinear
 from swsc_core.menu import candidates
@@ -99,7 +99,7 @@ class SwscQuantizer(HfQuantizer):
             raise ValueError(f"SwscConfig: include {config.include!r} finds no linear layer of {type(model).__name__}")
         for path in chosen:
             linear = model.get_submodule(path)
-            compress_layer(model, path, SwscLinear.from_linear(linear, _spec(linear, config), seed=config.seed))
+            put_layer(model, path, SwscLinear.from_linear(linear, _spec(linear, config), seed=config.seed))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved holds a name
