@@ -109,8 +109,11 @@ class LocalFiles:
 
     @contextmanager
     def locked(self, path: str) -> Iterator[None]:
-        _make_directory(Path(path))
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = None
+        while descriptor is None:
+            _make_directory(Path(path))
+            with suppress(FileNotFoundError):  # whoever was done here has removed it just now
+                descriptor = os.open(path, os.O_RDONLY)
         try:
             with suppress(OSError):  # a network disk without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -104,15 +104,17 @@ def acquire(
     Raises:
         OutputError: another run is at work there.
     """
-    left = _await_silence(store, wait, sleep)
-    ticket = Ticket(store, uuid4().hex)
-    _held.add(ticket.owner)
-    try:
-        _sign(ticket, left, sleep)
-    except BaseException:
-        _held.discard(ticket.owner)
-        raise
-    return Lease(ticket)
+    while True:
+        left = _await_silence(store, wait, sleep)
+        ticket = Ticket(store, uuid4().hex)
+        _held.add(ticket.owner)
+        try:
+            _sign(ticket, left, sleep)
+            return Lease(ticket)
+        except BaseException as error:
+            _held.discard(ticket.owner)
+            if wait is None or not isinstance(error, OutputError):  # of two that came at the same moment the other one has it
+                raise
 
 
 def require_idle(store: Store, sleep: Callable[[float], None] = time.sleep) -> None:

@@ -160,6 +160,40 @@ def test_one_that_was_put_into_the_place_of_an_old_one_is_not_cleared_away(
     assert store.read_json(LEASE)["owner"] == "another"
 
 
+def test_of_two_that_sign_at_the_same_moment_one_waits_for_the_other_if_that_is_wanted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, faster = Store.locked, iter([lambda: foreign(store)])
+
+    def locked(self: Store) -> AbstractContextManager[None]:
+        next(faster, lambda: {})()
+        return real(self)
+
+    monkeypatch.setattr(Store, "locked", locked)
+    signs = [lambda: foreign(store, beat=2), lambda: store.remove(LEASE)]
+    told: list[str] = []
+    lease = acquire(store, wait=told.append, sleep=Seconds(*signs))
+    lease.ticket.require()
+    assert len(told) == 1
+    lease.release()
+
+
+def test_a_directory_that_is_removed_at_the_same_moment_is_made_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was done in it has removed it, empty, just before it is locked."""
+    real, first = os.open, iter([lambda: os.rmdir(store.root)])
+
+    def opened(path: Any, *how: Any, **further: Any) -> int:
+        if path == store.root:
+            next(first, lambda: None)()
+        return real(path, *how, **further)
+
+    monkeypatch.setattr(os, "open", opened)
+    with acquire(store) as lease:
+        lease.ticket.require()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_lease_that_nobody_can_read_holds_nothing_up(store: Store, content: str) -> None:
     store.write(LEASE, [content.encode()])
