@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from jobs.flags import add_config, add_settings, settings_of
+from jobs.flags import MODEL, add_config, add_settings, settings_of
 from pipeline.config import (
     CalibrationSettings,
     ClusterSettings,
@@ -29,9 +29,7 @@ from pipeline.validation import validated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="directory of a safetensors checkpoint, here or at s3://… or gs://…; or a Hub id"
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("output", metavar="OUTPUT", help="directory to write, new or begun by the same command")
     add_config(parser)
     add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings)

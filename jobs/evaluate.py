@@ -19,7 +19,9 @@ _ASKED_BY: dict[str, type[MeasureSettings]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="directory of a dense, compressed or restored model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="directory of a dense, compressed or restored model, a GGUF file or a Hub id"
+    )
     add_settings(parser, *_ASKED_BY.values(), ClusterSettings)
     parser.add_argument("--verify", action="store_true", help="first hash an output's files, as `swsc verify` does")
     parser.add_argument("--json", metavar="FILE", help="also write the result there")

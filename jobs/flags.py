@@ -12,6 +12,7 @@ from pipeline.model.store import Store
 from pipeline.validation import Settings, read_config, validated
 
 S = TypeVar("S", bound=Settings)
+MODEL = "directory of a safetensors checkpoint, here or at s3://… or gs://…; a GGUF file, here; or a Hub id"
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,11 +6,11 @@ import os
 from collections import Counter
 from typing import Any
 
-from jobs.flags import add_config, add_settings, settings_of, writable
+from jobs.flags import MODEL, add_config, add_settings, settings_of, writable
 from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, OutputSettings
 from pipeline.errors import OutputError
-from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import cached_bytes, forecast, stage_bytes
+from pipeline.model.gguf_headers import open_headers
 from pipeline.model.matrices import lies_as
 from pipeline.model.plan import Decision, Plan, make_plan, require_coverage
 from pipeline.model.speed import measure_speed
@@ -19,9 +19,7 @@ from pipeline.report.tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="directory of a safetensors checkpoint, here or at s3://… or gs://…; or a Hub id"
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     add_config(parser)
     add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings)
     parser.add_argument("--output", metavar="DIR", help="also say whether the disk of DIR has room")
@@ -32,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings, calibration, cluster, output = settings_of(
         arguments, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings
     )
-    source = open_checkpoint(arguments.model)
+    source = open_headers(arguments.model)
     plan = make_plan(source, settings)
     stages = stage_bytes(source, plan, settings, calibration)
     foretold = forecast(plan, settings.format, measure_speed(source), _workers(cluster, plan, stages))

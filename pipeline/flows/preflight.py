@@ -10,7 +10,7 @@ from pipeline.model.lease import require_idle
 from pipeline.model.output import Output, abandon, begin
 from pipeline.model.plan import Plan
 from pipeline.model.standing import require_replaceable
-from pipeline.model.store import Store
+from pipeline.model.store import Store, require_room
 
 ALGORITHM = 9  # goes up with every change that changes bytes: files of two versions are never mixed
 STAGED = "untuned"  # how the name of a model in the cache begins that is yet to be tuned
@@ -64,12 +64,3 @@ def begin_with_room(
                 abandon(out)
         raise
     return out
-
-
-def require_room(store: Store, nbytes: int) -> None:
-    """Raise OutputError if the store's disk has not that many bytes free."""
-    free = store.free_bytes()
-    if free is not None and nbytes > free:
-        raise OutputError(
-            f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
-        )

@@ -16,6 +16,7 @@ from pipeline.measure.adapter import adapter_bytes, adapter_config, carried_by_a
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import layer_of
 from pipeline.model.forecast import restoring_bytes
+from pipeline.model.gguf import is_gguf
 from pipeline.model.lease import Ticket
 from pipeline.model.output import finish
 from pipeline.model.plan import CopyTask
@@ -38,8 +39,8 @@ def restore_model(
         ConfigError: the model is not compressed, or has nothing that an adapter could carry.
         OutputError: the directory holds something else, another run writes there, or the disk has not enough room.
     """
-    model = open_model(location)
-    if not model.entries:
+    model = None if is_gguf(location) else open_model(location)
+    if model is None or not model.entries:
         raise ConfigError(f"{location}: not a swsc model, nothing to restore; use it as it is")
     store, source = Store.at(output), model.checkpoint
     require_apart(source, store)

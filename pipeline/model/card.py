@@ -212,6 +212,11 @@ def _figures(about: About) -> str:
 
 def _original(source: Checkpoint, own: SourceCard) -> str:
     lines = []
+    if source.dequantized and source.dequantized.baseline:
+        lines.append(
+            f"It was dequantized from a GGUF file, `{source.dequantized}`: figures are those of this baseline, not of the model that"
+            " was quantized."
+        )
     if CARD in source.extras:
         lines.append(
             f"Its own card is kept in [{SOURCE_CARD}]({SOURCE_CARD}): what it is for, its limits, its terms. Figures there are those of"

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.errors import CheckpointError, UserError
 from pipeline.model.files import TEMPORARY
 from pipeline.model.fingerprint import fingerprint_of
+from pipeline.model.gguf import Dequantized, read_note
 from pipeline.model.hub import local_copy
 from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
 from pipeline.model.quantized import read_as_bfloat16
@@ -42,6 +43,7 @@ class Checkpoint:
         headers_sha256: over the headers of all files.
         buffers: tensors of the files that are no weights: masks and the like, which every model makes anew.
         scales: of fp8 weights, which stand in `tensors` as what they are with them: bfloat16.
+        dequantized: the GGUF file that it was made of, or that what it was compressed from was made of.
     """
 
     store: Store
@@ -51,6 +53,7 @@ class Checkpoint:
     headers_sha256: str = ""
     buffers: tuple[TensorInfo, ...] = ()
     scales: tuple[TensorInfo, ...] = ()
+    dequantized: Dequantized | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,10 +76,6 @@ def open_checkpoint(location: str) -> Checkpoint:
         CheckpointError: no checkpoint there, a shard missing, truncated or corrupt, an index that names an absent file or
             one outside the directory, a tensor in two shards, or a pickle checkpoint.
     """
-    if location.endswith(".gguf"):
-        raise CheckpointError(
-            f"{location}: a GGUF file; make a checkpoint of it first: swsc convert {location} NEW_DIR"
-        )
     store = Store.at(local_copy(location))
     names = store.names()
     if not names:
@@ -104,7 +103,7 @@ def open_checkpoint(location: str) -> Checkpoint:
     twice = {HEAD} if is_stored_twice(store, tensors, config) else set()
     own = {name: info for name, info in tensors.items() if not is_buffer(info) and name not in twice}
     own, config, scales = read_as_bfloat16(location, own, config)
-    return Checkpoint(store, own, config, extras, digest.hexdigest(), buffers, scales)
+    return Checkpoint(store, own, config, extras, digest.hexdigest(), buffers, scales, read_note(store))
 
 
 def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -138,9 +137,7 @@ def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
             " `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)` on a machine that trusts it"
         )
     if gguf := next((name for name in names if name.endswith(".gguf")), None):
-        raise CheckpointError(
-            f"{store.root}: GGUF files only; make a checkpoint of one first: swsc convert {store.root}/{gguf} NEW_DIR"
-        )
+        raise CheckpointError(f"{store.root}: GGUF files only; give one of them by its name: {store.root}/{gguf}")
     raise CheckpointError(f"{store.root}: no *.safetensors file; give the directory of a safetensors checkpoint")
 
 

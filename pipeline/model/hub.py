@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from pipeline.errors import CheckpointError, ConfigError, StoreError
+from pipeline.model.gguf import is_gguf, kept_checkpoint
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 _SNAPSHOT = re.compile(
@@ -31,11 +32,13 @@ _WANTED = (
 
 
 def local_copy(location: str) -> str:
-    """`location` itself, or the directory that holds the Hub's model ORG/NAME[@REVISION].
+    """`location` itself, or the directory that holds the Hub's model ORG/NAME[@REVISION], or what a GGUF file stands for.
 
     Raises:
-        CheckpointError: neither a directory nor a model that can be had.
+        CheckpointError: neither a directory nor a model that can be had. OutputError: no room for a GGUF file's weights.
     """
+    if is_gguf(location):
+        return kept_checkpoint(location)
     match = _HUB_ID.fullmatch(location)
     if match is None or os.path.exists(location):
         return location

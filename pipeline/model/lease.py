@@ -113,7 +113,9 @@ def acquire(
             return Lease(ticket)
         except BaseException as error:
             _held.discard(ticket.owner)
-            if wait is None or not isinstance(error, OutputError):  # of two that came at the same moment the other one has it
+            if wait is None or not isinstance(
+                error, OutputError
+            ):  # of two that came at the same moment the other one has it
                 raise
 
 

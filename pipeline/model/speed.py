@@ -55,7 +55,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _stream(source: Checkpoint) -> float:
     largest = max(source.tensors.values(), key=lambda info: info.nbytes)
-    nbytes = min(largest.nbytes, _READ_BYTES)
+    nbytes = min(largest.nbytes, _READ_BYTES, source.store.size(largest.file) - largest.start)
     started = time.perf_counter()
     whole, own = hashlib.sha256(), hashlib.sha256()
     for piece in source.store.stream(largest.file, largest.start, nbytes):

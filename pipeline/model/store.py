@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.errors import StoreError, UserError
+from pipeline.errors import OutputError, StoreError, UserError
 from pipeline.model.files import SCHEMES, Bytes, Files, files_at
 
 _MOST_JSON = 1 << 28  # bytes: a report of 100,000 tensors has a quarter of that
@@ -190,6 +190,15 @@ class Store:
     def free_bytes(self) -> int | None:
         """Free bytes on the disk that the directory lies on, or would lie on; None if there is no limit."""
         return self._files.free_bytes(self._folder)
+
+
+def require_room(store: Store, nbytes: int) -> None:
+    """Raise OutputError if the store's disk has not that many bytes free."""
+    free = store.free_bytes()
+    if free is not None and nbytes > free:
+        raise OutputError(
+            f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
+        )
 
 
 def _inside(root: str, name: str) -> str:

@@ -189,11 +189,10 @@ class TestDamage:
             (broken / "config.json").write_text(config)
         self.refused(broken, "config.json")
 
-    def test_gguf_says_how_it_is_converted(self, tmp_path: Path) -> None:
+    def test_a_directory_of_gguf_files_says_how_one_of_them_is_given(self, tmp_path: Path) -> None:
         (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
-        for location in (tmp_path, tmp_path / "model-q4.gguf"):
-            with pytest.raises(CheckpointError, match=r"swsc convert \S+model-q4.gguf NEW_DIR"):
-                open_checkpoint(str(location))
+        with pytest.raises(CheckpointError, match=r"give one of them by its name: \S+model-q4.gguf"):
+            open_checkpoint(str(tmp_path))
 
     def test_foreign_addresses_say_that_they_are_not_read(self) -> None:
         for location in ("ftp://host/model", "s3://"):

@@ -4,62 +4,18 @@ import json
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
 from tests.families import tensors_of
-
-HIDDEN, INNER, LAYERS, HEADS, VOCABULARY = 64, 96, 2, 4, 128
-Q8, F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
-
-
-def tensors() -> dict[str, np.ndarray]:
-    """A tiny Llama's weights, by the names of GGUF."""
-    draw = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (VOCABULARY, HIDDEN),
-        "output.weight": (VOCABULARY, HIDDEN),
-    }
-    for layer in range(LAYERS):
-        block = f"blk.{layer}"
-        shapes |= {f"{block}.attn_{role}.weight": (HIDDEN, HIDDEN) for role in ("q", "k", "v", "output")}
-        shapes |= {f"{block}.ffn_{role}.weight": (INNER, HIDDEN) for role in ("gate", "up")}
-        shapes |= {f"{block}.ffn_down.weight": (HIDDEN, INNER)}
-    made = {name: (0.2 * draw.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
-    norms = [f"blk.{layer}.{kind}_norm.weight" for layer in range(LAYERS) for kind in ("attn", "ffn")]
-    return made | {name: np.ones(HIDDEN, np.float32) for name in (*norms, "output_norm.weight")}
+from tests.tiny_gguf import Q8, make_tiny_gguf, tensors
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights in 8 bits, norms in 32."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_tokenizer_model("gpt2")
-    letters, joined = [chr(0x21 + number) for number in range(90)], ['!"', "#$"]
-    writer.add_token_list([*letters, *joined, *(f"<{number}>" for number in range(VOCABULARY - 92))])
-    writer.add_token_merges([" ".join(pair) for pair in joined])
-    writer.add_bos_token_id(100)
-    writer.add_eos_token_id(101)
-    for name, values in tensors().items():
-        kind = F32 if "norm" in name else Q8
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return make_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +76,21 @@ def test_a_directory_that_holds_something_is_left_alone(
         assert main(["convert", str(file), target]) == 2
         assert wanted in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_file_that_lacks_a_tensor_is_refused_and_nothing_is_drawn_at_random(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = make_tiny_gguf(tmp_path / "part.gguf", without="blk.1.ffn_down.weight")
+    assert main(["convert", str(file), str(tmp_path / "out")]) == 2
+    assert "model.layers.1.mlp.down_proj.weight is not in it (1 tensors are missing)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["part.gguf"]
+
+
+@pytest.mark.parametrize("target", ["out/", "sub/../out", "new/deep/out"])
+def test_the_place_may_be_written_in_any_way(
+    file: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(file), target]) == 0
+    assert (tmp_path / target.replace("sub/../", "") / "config.json").is_file()

@@ -31,10 +31,11 @@ DOORS = {
     "transformers": {
         "pipeline/measure/perplexity.py",
         "pipeline/measure/windows.py",
-        "pipeline/flows/convert.py",
+        "pipeline/model/gguf.py",
+        "pipeline/model/gguf_headers.py",
         *PLUG_IN_DOORS,
     },
-    "gguf": {"pipeline/flows/convert.py"},
+    "gguf": {"pipeline/model/gguf.py"},
     # what comes and goes over the network, in hub.py alone; front matters
     "huggingface_hub": {"pipeline/model/hub.py", "pipeline/model/card.py", "pipeline/model/card_figures.py"},
     "lm_eval": {"pipeline/measure/tasks.py"},

@@ -1,0 +1,61 @@
+"""What a GGUF file would be as a checkpoint, without its weights: names, shapes and config, for a plan.
+
+transformers makes the config of it, and the model on no device; from both follow the headers of the file that `save_pretrained`
+would write. A file that was dequantized before is opened as what it was made into.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from pipeline.model.gguf import header_of, is_gguf, is_kept, quiet_transformers, told, warn, where
+from pipeline.model.store import Store
+from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo
+
+
+def open_headers(location: str) -> Checkpoint:
+    """`open_checkpoint` for those who read no weights: a GGUF file is not dequantized for them.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    if not is_gguf(location) or is_kept(location):
+        return open_checkpoint(location)
+    file = Path(os.path.abspath(location))
+    quiet_transformers()
+    about, _ = header_of(file)
+    model = told(file, lambda: _without_weights(file))
+    infos = [_info(file.name, name, tensor) for name, tensor in sorted(_saved(model).items())]
+    tensors = {info.name: info for info in infos}
+    warn(location, about)
+    return Checkpoint(Store.at(str(file.parent)), tensors, _config(model), dequantized=about)
+
+
+def _without_weights(file: Path) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(**where(file))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def _saved(model: Any) -> dict[str, Any]:
+    """Name -> tensor as `save_pretrained` writes them: tied ones once, joined ones by their parts."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    return dict(revert_weight_conversion(model, own))
+
+
+def _info(file: str, name: str, tensor: Any) -> TensorInfo:
+    """It lies nowhere yet: at the beginning of the GGUF file, as far as anything reads from there."""
+    dtype = TORCH_TO_SAFETENSORS[str(tensor.dtype).removeprefix("torch.")]
+    return TensorInfo(name, dtype, tuple(tensor.shape), file, 0, tensor.numel() * tensor.element_size())
+
+
+def _config(model: Any) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(model.config.to_json_string())
+    return config | {"architectures": [type(model).__name__]}
