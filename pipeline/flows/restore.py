@@ -58,7 +58,7 @@ def restore_model(
             record: FileRecord = done.record or done.value
             records[record.name] = record
 
-        todo = [task for task in _tasks(model, location, out.ticket, carried) if task.key not in out.finished]
+        todo = [task for task in _tasks(model, out.ticket, carried) if task.key not in out.finished]
         largest = max(model.count(name) for name in model.names if model.is_compressed(name))
         run_tasks(todo, restoring_bytes(largest) + 2 * low_rank, note, make_pool, out, "restore")
         ordered = [records[name] for name in sorted(records)]
@@ -85,7 +85,7 @@ def _report(model: Model, carried: Mapping[str, str]) -> dict[str, Any]:
     return {"format": "dense", "tensors": rows, "versions": versions(), "argv": sys.argv}
 
 
-def _tasks(model: Model, location: str, ticket: Ticket, carried: Mapping[str, str]) -> list[Task]:
+def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Task]:
     """A task for each layer that holds compressed tensors, one for each source file that holds others, one for an adapter."""
     layers: dict[str, list[str]] = {}
     copies: dict[str, list[TensorInfo]] = {}
@@ -105,7 +105,7 @@ def _tasks(model: Model, location: str, ticket: Ticket, carried: Mapping[str, st
             Task(
                 file,
                 "restore",
-                (location, names, *bare),
+                (model.checkpoint.store.root, names, *bare),
                 label=layer,
                 outputs=1,
                 commit_to=(ticket, file),
@@ -118,7 +118,7 @@ def _tasks(model: Model, location: str, ticket: Ticket, carried: Mapping[str, st
         tasks.append(Task(copy.file, "copy", arguments, label=f"copy to {copy.file}", weight=copy.nbytes))
     if carried:
         file, nbytes = f"{ADAPTER}/adapter_model.safetensors", adapter_bytes(model, carried)
-        whole = (location, dict(carried))
+        whole = (model.checkpoint.store.root, dict(carried))
         tasks.append(
             Task(file, "low_rank", whole, label="low-rank part", outputs=1, commit_to=(ticket, file), weight=nbytes)
         )

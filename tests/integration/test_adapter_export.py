@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from jobs.cli import main
 from pipeline.errors import CheckpointError
+from pipeline.flows.restore import restore_model
 from pipeline.model.checkpoint import MANIFEST
+from pipeline.run.pool import LocalPool
 from pipeline.run.worker import Worker
 from swsc_core import SwscSpec, encode
 from tests.tiny import contents, make_tiny_model
@@ -203,3 +205,20 @@ def test_both_parts_of_a_matrix_add_up() -> None:
     total = shared_part(found.tensors, found.entry).float() + left.T @ right
     assert left.dtype == torch.float32
     assert torch.allclose(total, found.restored.float(), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_workers_that_stand_elsewhere_find_a_model_that_was_named_from_here(
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: bool
+) -> None:
+    """A worker of a cluster that runs already has that cluster's directory, not ours."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(compressed.parent)
+
+    def elsewhere(tasks: int, memory: int, device: int = 0) -> LocalPool:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        return LocalPool(Worker(1, "cpu"))
+
+    restore_model(compressed.name, str(tmp_path / "dense"), elsewhere, adapter=adapter)
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify", str(tmp_path / "dense"), "--local"]) == 0
