@@ -60,9 +60,17 @@ def _kept(verb: str) -> str:
     return ": what is finished is kept; run the same command again to go on" if verb in _GOES_ON else ""
 
 
+def _is_text(word: str) -> bool:
+    """Whether results and reports can hold it: Python takes bytes that are no UTF-8 for lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in word)
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     """The arguments; only the module of the verb that is asked for is imported, because torch takes seconds."""
     parser = Parser(prog="swsc", description="Compress sharded language models on a Ray cluster.")
+    for word in argv:
+        if not _is_text(word):
+            parser.error(f"{word!r}: not UTF-8; rename it")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     for verb, (module, summary) in VERBS.items():
         subparser = verbs.add_parser(verb, help=summary, description=summary)

@@ -331,3 +331,12 @@ def test_one_wrong_variant_is_one_finding(tiny_model: Path, tmp_path: Path, refu
     assert "at least 1 item" not in capsys.readouterr().err
     (tmp_path / "s.yaml").write_text(f"models: [{tiny_model}, {tiny_model}]\nvariants: [{{name: a}}]\n")
     refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "out", "--local", wanted=("models are named twice",))
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_name_that_no_json_can_hold_is_told_of_before_any_work(
+    tiny_model: Path, tmp_path: Path, refused, place: int
+) -> None:  # type: ignore[no-untyped-def]
+    argv = ["compress", str(tiny_model), str(tmp_path / "out"), "--local"]
+    argv[place] += "\udcff"  # what Python makes of a byte that is not UTF-8
+    refused(*argv, wanted=("not UTF-8; rename it",))
