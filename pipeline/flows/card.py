@@ -1,5 +1,6 @@
 """The card of a compression, of a restoring, and what a measurement adds to it."""
 
+import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -73,7 +74,7 @@ def add_evaluation(location: str, result: Mapping[str, Any], uncompressed: Mappi
     """
     require_card(location)
     before = None if uncompressed is None else _comparable(result, uncompressed)
-    amend(Store.at(location), CARD, lambda card: with_evaluation(card, result, before))
+    amend(Store.at(location), CARD, lambda card: with_evaluation(card, result, before), wait=say)
 
 
 def _comparable(result: Mapping[str, Any], uncompressed: Mapping[str, Any]) -> float:
@@ -94,7 +95,10 @@ def read_result(location: str) -> dict[str, Any]:
     file = Store.at(location)
     try:
         result = file.parent.read_json(file.name)
-        return {**result, "perplexity": float(result["perplexity"])}
+        perplexity = float(result["perplexity"])
+        if not math.isfinite(perplexity):
+            raise ValueError(f"perplexity {perplexity}")
+        return {**result, "perplexity": perplexity}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{location}: not a result of `swsc evaluate --json` ({error}); make one of the uncompressed model"
@@ -124,11 +128,7 @@ def _flag(name: str, value: object) -> str:
     flag = f"--{name.replace('_', '-')}"
     if value is True:
         return flag
-    words = (
-        ",".join(map(str, value))
-        if isinstance(value, tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    words = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, float):
+        words = words.removesuffix(".0")
     return f"{flag} {shlex.quote(words)}"

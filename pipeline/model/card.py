@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from pipeline import VERSION
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.hub import hub_id_of, is_hub_id
@@ -104,20 +102,20 @@ def read_source_card(source: Checkpoint) -> SourceCard:
         data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
         if not data:
             return SourceCard(problem="no front matter")
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except Exception as error:  # no common root for what a foreign front matter brings up, at the end of hours of work
         return SourceCard(problem=(str(error).splitlines() or [type(error).__name__])[0])
     found = {key: _words(data.get(key)) for key in (*_CARRIED, "base_model", "base_model_relation")}
     return SourceCard({key: value for key, value in found.items() if value})
 
 
 def _words(value: object) -> str | list[str] | None:
-    """A word or a list of words; None for anything else, which no card may hold there."""
+    """A word or a list of words; None for anything else, an empty one among it, which no card may hold there."""
     if isinstance(value, list):
         words = [word for word in map(_words, value) if isinstance(word, str)]
         return words if len(words) == len(value) else None
     if value is False:
         return "no"  # Norwegian: YAML takes the bare word for a truth value
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, str) and value.strip() and value.isprintable() else None
 
 
 def make_card(source: Checkpoint, own: SourceCard, about: About) -> str:

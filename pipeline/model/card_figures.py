@@ -59,7 +59,7 @@ def _evaluations(rows: list[Any]) -> str:
     lines = ["| text | protocol | perplexity | uncompressed |", "|---|---|---|---|"]
     for row in rows:
         args, before = row.metric_args, _uncompressed(row)
-        text = row.dataset_name.replace("|", r"\|")
+        text = " ".join(row.dataset_name.split()).replace("|", r"\|")
         how = f"{args['windows']} windows of {args['seqlen']} tokens, no overlap, BOS {args['bos']}, {args['dtype']}"
         lines.append(
             f"| {text} (sha256 `{row.dataset_revision[:16]}…`) | {how} | {row.metric_value:.3f} |"

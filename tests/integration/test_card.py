@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from huggingface_hub import ModelCard
 
 from jobs.cli import main
 from pipeline.errors import OutputError, SwscError
-from pipeline.flows.card import require_card
+from pipeline.flows.card import add_evaluation, require_card
 from pipeline.model import lease, store
 from pipeline.model.amend import amend
 from pipeline.model.checkpoint import MANIFEST, read_header
@@ -117,7 +119,16 @@ class TestWhatItSays:
         assert ("import swsc_core" in card) == (form == "swsc")
 
     def test_the_command_that_it_shows_makes_the_same_output(self, model: Path, tmp_path: Path) -> None:
-        flags = ["--bits", "4", "--include", r"\.(q|o)_proj", "--channel-axis", "auto", "--seed", "3"]
+        flags = [
+            "--bits",
+            "4.0123456789",
+            "--include",
+            r"\.(q|o)_proj|layers.0",
+            "--channel-axis",
+            "auto",
+            "--seed",
+            "3",
+        ]
         assert compress(model, tmp_path / "out", *flags) == 0
         line = re.search(
             r"^swsc compress MODEL OUTPUT (.*)$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE
@@ -185,6 +196,7 @@ class TestBaseModel:
         ("---\n- mit\n---\n", "should be a dict"),
         ("---\nlicense: mit\n", "no front matter"),
         ("---\n" + "x" * (1 << 20), "bytes, at most"),
+        ("---\nmodel_name: x\neval_results: [3]\n---\n", "no attribute"),
     ],
 )
 def test_a_card_that_cannot_be_read_is_said_and_stops_nothing(
@@ -203,6 +215,14 @@ def test_values_that_no_card_may_hold_are_not_carried_over(model: Path, tmp_path
     assert compress(changed(model, tmp_path / "model", card), tmp_path / "out") == 0
     kept = {"pipeline_tag": "text-generation", "library_name": "transformers", "tags": ["swsc", "compressed"]}
     assert front_matter(tmp_path / "out") == kept
+
+
+@pytest.mark.parametrize("word", ["''", "'  '", '"\\ud800"', '"a\\0b"', '"a\\n---\\nb"'])
+def test_a_licence_that_is_empty_or_no_word_is_none(model: Path, tmp_path: Path, word: str) -> None:
+    card = f"---\nlicense: {word}\nlanguage: en\n---\n"
+    assert compress(changed(model, tmp_path / "model", card), tmp_path / "out") == 0
+    assert front_matter(tmp_path / "out").keys() == {"language", "library_name", "tags"}
+    assert "No card of it names a licence" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_card_is_the_same_wherever_the_model_lies_and_whatever_reports_say(
@@ -300,7 +320,32 @@ class TestMeasured:
         assert "measured by another protocol (windows 3, not 2)" in capsys.readouterr().err
         assert contents(output) == kept
 
-    @pytest.mark.parametrize("content", ["[1]", "{", '{"perplexity": "low"}'])
+    def test_measurements_that_end_at_the_same_moment_all_stand_in_the_card(
+        self, output: Path, texts: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        assert evaluate(output, texts[0], "--json", str(tmp_path / "r.json")) == 0
+        result, together = json.loads((tmp_path / "r.json").read_text()), threading.Barrier(4)
+
+        def add(windows: int) -> None:
+            together.wait()
+            add_evaluation(str(output), result | {"windows": windows})
+
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(add, windows) for windows in range(4)]:
+                done.result()
+        assert sorted(one["args"]["windows"] for one in figures(output)) == [0, 1, 2, 3]
+        assert main(["verify", str(output), "--local"]) == 0
+
+    @pytest.mark.parametrize("name", ["a: #b.txt", "one\ntwo|`three.txt", " .txt"])
+    def test_a_text_of_any_name_is_one_row(self, output: Path, texts: tuple[Path, Path], tmp_path: Path, name: str) -> None:  # fmt: skip
+        text = shutil.copy(texts[0], tmp_path / name)
+        assert evaluate(output, Path(text), "--card") == 0
+        assert evaluate(output, Path(text), "--card") == 0
+        (figure,) = figures(output)
+        assert figure["text"]["name"] == name
+        assert len(rows_of(output)) == 1
+
+    @pytest.mark.parametrize("content", ["[1]", "{", '{"perplexity": "low"}', '{"perplexity": NaN}'])
     def test_what_is_no_result_is_refused_before_anything_is_measured(
         self, output: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
     ) -> None:
