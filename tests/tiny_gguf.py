@@ -26,13 +26,13 @@ def tensors() -> dict[str, np.ndarray]:
     return made | {name: np.ones(HIDDEN, np.float32) for name in (*norms, "output_norm.weight")}
 
 
-def make_tiny_gguf(path: Path, without: str = "", file_type: int | None = None) -> Path:
-    """The weights in 8 bits, norms in 32; `without`: what a tensor is called that is left out."""
+def make_tiny_gguf(path: Path, without: str = "", file_type: int | None = None, inner: int = INNER) -> Path:
+    """The weights in 8 bits, norms in 32; `without`: what a tensor is called that is left out; `inner`: what the header says of it."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
+    writer.add_feed_forward_length(inner)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(1e-5)

@@ -26,6 +26,10 @@ from pipeline.model.store import Store, require_room
 
 NOTE = "dequantized.json"  # in a checkpoint: the file that it was made of, and what that held
 DTYPE = "bfloat16"  # of a checkpoint, unless another is asked for
+NOT_WHOLE = (
+    "not a whole model, or of a kind that transformers cannot read from GGUF; of a model in several files make one"
+    " (llama-gguf-split --merge), or give another"
+)
 _MAGIC = b"GGUF"
 _WHOLE = ("F64", "F32", "F16", "BF16")  # types that are not quantized
 _HEAD, _SAMPLES, _SAMPLE_BYTES = 16 << 20, 4096, 4096  # of a file, that tell it from another
@@ -253,14 +257,19 @@ def _load(file: Path, dtype: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    how: dict[str, Any] = {**where(file), "dtype": getattr(torch, dtype), "output_loading_info": True}
+    how: dict[str, Any] = {
+        **where(file),
+        "dtype": getattr(torch, dtype),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
     with redirect_stderr(StringIO()):  # the converter's bar, which knows nothing of terminals
         loaded, info = told(file, lambda: AutoModelForCausalLM.from_pretrained(**how))
-    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
-        raise CheckpointError(
-            f"{file}: {missing[0]} is not in it ({len(missing)} tensors are missing): not a whole model; of a model in several"
-            " files make one (llama-gguf-split --merge), or download it again"
-        )
+    lacking = [f"{name} is not in it" for name in sorted(info["missing_keys"])]
+    differing = sorted((name, list(there), list(wanted)) for name, there, wanted in info["mismatched_keys"])
+    lacking += [f"{name} is {there} in it, and {wanted} by its header" for name, there, wanted in differing]
+    if lacking:  # transformers would draw them at random
+        raise CheckpointError(f"{file}: {lacking[0]} ({len(lacking)} tensors in all): {NOT_WHOLE}")
     # The loaded model counts as quantized by GGUF and refuses to be saved: one without weights takes its weights.
     with torch.device("meta"):
         plain: Any = type(loaded)(loaded.config)

@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
-from pipeline.model.gguf import header_of, is_gguf, is_kept, quiet_transformers, told, warn, where
+from pipeline.model.gguf import NOT_WHOLE, header_of, is_gguf, is_kept, quiet_transformers, told, warn, where
 from pipeline.model.store import Store
 from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo
 
@@ -25,9 +26,11 @@ def open_headers(location: str) -> Checkpoint:
         return open_checkpoint(location)
     file = Path(os.path.abspath(location))
     quiet_transformers()
-    about, _ = header_of(file)
+    about, weights = header_of(file)
     model = told(file, lambda: _without_weights(file))
     infos = [_info(file.name, name, tensor) for name, tensor in sorted(_saved(model).items())]
+    if (wanted := sum(info.count for info in infos)) > weights:
+        raise CheckpointError(f"{location}: {weights:,} weights are in it, and {wanted:,} by its header: {NOT_WHOLE}")
     tensors = {info.name: info for info in infos}
     warn(location, about)
     return Checkpoint(Store.at(str(file.parent)), tensors, _config(model), dequantized=about)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
 from tests.families import tensors_of
-from tests.tiny_gguf import Q8, make_tiny_gguf, tensors
+from tests.tiny_gguf import INNER, Q8, make_tiny_gguf, tensors
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +79,22 @@ def test_a_directory_that_holds_something_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_file_that_lacks_a_tensor_is_refused_and_nothing_is_drawn_at_random(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [
+        ({"without": "blk.1.ffn_down.weight"}, "model.layers.1.mlp.down_proj.weight is not in it"),
+        ({"inner": 2 * INNER}, "model.layers.0.mlp.down_proj.weight is [64, 96] in it, and [64, 192] by its header"),
+    ],
+)
+def test_a_file_that_lacks_weights_is_refused_and_nothing_is_drawn_at_random(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: dict[str, Any], wanted: str
 ) -> None:
-    file = make_tiny_gguf(tmp_path / "part.gguf", without="blk.1.ffn_down.weight")
+    file = make_tiny_gguf(tmp_path / "part.gguf", **how)
     assert main(["convert", str(file), str(tmp_path / "out")]) == 2
-    assert "model.layers.1.mlp.down_proj.weight is not in it (1 tensors are missing)" in capsys.readouterr().err
+    assert wanted in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["part.gguf"]
+    assert main(["plan", str(file), "--clusters", "4", "--rank", "2"]) == 2
+    assert "not a whole model, or of a kind that transformers cannot read from GGUF" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["out/", "sub/../out", "new/deep/out"])
