@@ -43,6 +43,7 @@ def make_tiny_gguf(path: Path, without: str = "", file_type: int | None = None, 
     writer.add_token_merges([" ".join(pair) for pair in joined])
     writer.add_bos_token_id(100)
     writer.add_eos_token_id(101)
+    writer.add_license("apache-2.0")
     if file_type is not None:
         writer.add_file_type(file_type)
     for name, values in tensors().items():

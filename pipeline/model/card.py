@@ -7,7 +7,7 @@ another model, with that one's figures, and stays whole in a file of its own (do
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import VERSION
@@ -88,7 +88,13 @@ class About:
 
 
 def read_source_card(source: Checkpoint) -> SourceCard:
-    """The front matter of the source's README.md; a `problem` if there is one that cannot be read."""
+    """The front matter of the source's README.md, and the licence that a GGUF file names; a `problem` if it cannot be read."""
+    found = _front_matter(source)
+    licence = {"license": source.dequantized.licence} if source.dequantized and source.dequantized.licence else {}
+    return replace(found, data=licence | dict(found.data))
+
+
+def _front_matter(source: Checkpoint) -> SourceCard:
     from huggingface_hub import ModelCard
 
     if CARD not in source.extras:

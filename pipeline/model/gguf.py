@@ -42,11 +42,13 @@ class Dequantized:
     Attributes:
         file: name of the GGUF file.
         baseline: its type, "Q4_K_M", or the types of its tensors; "" if nothing in it is quantized.
+        licence: what it says of that; "" if nothing.
         types: number of its tensors of each type ("Q4_1", "F32", …).
     """
 
     file: str
     baseline: str
+    licence: str
     types: dict[str, int]
 
     def __str__(self) -> str:
@@ -104,8 +106,8 @@ def read_note(store: Store) -> Dequantized | None:
     try:
         note = store.read_json(NOTE, 1 << 20)
         types = {str(kind): int(count) for kind, count in note["types"].items()}
-        file, baseline = (" ".join(str(note[key]).split()) for key in ("file", "baseline"))
-        return Dequantized(file, baseline, types)
+        file, baseline, licence = (_word(note[key]) for key in ("file", "baseline", "licence"))
+        return Dequantized(file, baseline, licence, types)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{store.root}/{NOTE}: not as `swsc convert` writes it ({error}); remove it") from None
 
@@ -156,12 +158,24 @@ def header_of(file: Path) -> tuple[Dequantized, int]:
         raise ConfigError("the package gguf reads GGUF files and is not installed; pip install 'swsc[demo]'") from None
     reader = told(file, lambda: GGUFReader(file))
     types = dict(Counter(tensor.tensor_type.name for tensor in reader.tensors))
-    field = reader.get_field("general.file_type")
-    known = {kind.value: kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType}
-    named = known.get(field.contents(), "") if field else ""
+    kind, licence = (_value(reader, f"general.{key}") for key in ("file_type", "license"))
+    named = {one.value: one.name.removeprefix("MOSTLY_") for one in LlamaFileType}.get(kind, "")
     quantized = sorted(types.keys() - set(_WHOLE))
     baseline = (named or ", ".join(quantized)) if quantized else ""
-    return Dequantized(file.name, baseline, types), sum(int(tensor.n_elements) for tensor in reader.tensors)
+    return Dequantized(file.name, baseline, _word(licence or ""), types), sum(
+        int(tensor.n_elements) for tensor in reader.tensors
+    )
+
+
+def _value(reader: Any, key: str) -> Any:
+    field = reader.get_field(key)
+    return field.contents() if field else None
+
+
+def _word(value: object) -> str:
+    """What a file says of itself, in one line that a card may hold."""
+    text = " ".join(str(value).split())
+    return text if text.isprintable() else ""
 
 
 def _require_gguf(file: Path) -> None:

@@ -50,10 +50,15 @@ def test_what_is_compressed_is_what_convert_makes_of_it(
 def test_report_and_card_name_the_file_and_its_type_and_so_does_what_is_restored(file: Path, tmp_path: Path) -> None:
     assert main(["compress", str(file), str(tmp_path / "out"), *SMALL]) == 0
     report = json.loads((tmp_path / "out" / "swsc_report.json").read_text())
-    assert report["dequantized_from"] == {"file": "tiny one.gguf", "baseline": "Q8_0", "types": {"F32": 5, "Q8_0": 16}}
+    types = {"F32": 5, "Q8_0": 16}
+    assert report["dequantized_from"] == {
+        "file": "tiny one.gguf", "baseline": "Q8_0", "licence": "apache-2.0", "types": types,
+    }  # fmt: skip
     assert main(["restore", str(tmp_path / "out"), str(tmp_path / "dense"), "--local"]) == 0
     for name in ("out", "dense"):
-        assert "dequantized from a GGUF file, `tiny one.gguf (Q8_0)`" in (tmp_path / name / "README.md").read_text()
+        card = (tmp_path / name / "README.md").read_text()
+        assert "\nlicense: apache-2.0\n" in card
+        assert "dequantized from a GGUF file, `tiny one.gguf (Q8_0)`" in card
 
 
 def test_a_plan_comes_from_its_headers_and_is_that_of_what_it_becomes(
