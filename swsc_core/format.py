@@ -1,16 +1,17 @@
 """What `quantization_config` of a compressed checkpoint says, by version, and under which names its parts are stored.
 
-    {"quant_method": "swsc", "format_version": 3, "tensors": {tensor name: entry, …}}
+    {"quant_method": "swsc", "format_version": 4, "tensors": {tensor name: entry, …}}
 
 Entries are those of codec.py. A reader knows every version up to its own: an entry of version 1 (whole channels, 16-bit
-values) or 2 (no pieces, nothing transposed) says less, and what it leaves out has one meaning. docs/format.md has all of it.
+values), 2 (no pieces, nothing transposed) or 3 (nothing stacked) says less, and what it leaves out has one meaning.
+docs/format.md has all of it.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 QUANT_METHOD = "swsc"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def quantization_config(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -186,7 +186,7 @@ class SwscJoined(nn.Module):
     def dense_weight(self) -> Tensor:
         """W, [m, n], in the dtype of the rows that are in no piece; ValueError if a part is damaged."""
         with torch.no_grad():
-            return join(self._rest, [(self.rows[name], layer.dense_weight()) for name, layer in self.pieces.items()])
+            return join(self._rest, list(self.rows.values()), (layer.dense_weight() for layer in self.pieces.values()))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m]."""

@@ -39,6 +39,14 @@ _MLA = {
 _VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
 }  # fmt: skip
+_LLAMA4 = {
+    **_SHAPE,
+    "intermediate_size_mlp": 80,
+    "num_local_experts": 4,
+    "head_dim": 16,
+    "interleave_moe_layer_step": 2,
+}
+_VISION_QWEN = {"depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama 2": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_WHOLE)),
@@ -72,6 +80,31 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**_SHAPE, **_EXPERTS, head_dim=16)),
     "deepseek_v2": lambda: t.DeepseekV2ForCausalLM(t.DeepseekV2Config(**_MLA, q_lora_rank=None)),
     "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**_MLA, q_lora_rank=24)),
+    "llama4": lambda: t.Llama4ForCausalLM(t.Llama4TextConfig(**_LLAMA4)),
+    "llama4 with vision": lambda: t.Llama4ForConditionalGeneration(
+        t.Llama4Config(
+            text_config=_LLAMA4,
+            vision_config={**_VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        )
+    ),
+    "gpt_oss": lambda: t.GptOssForCausalLM(
+        t.GptOssConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=16)
+    ),
+    "granitemoeshared": lambda: t.GraniteMoeSharedForCausalLM(
+        t.GraniteMoeSharedConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=48)
+    ),
+    "aria_text": lambda: t.AriaTextForCausalLM(
+        t.AriaTextConfig(**_SHAPE, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+    ),
+    "qwen3_vl_moe": lambda: t.Qwen3VLMoeForConditionalGeneration(
+        t.Qwen3VLMoeConfig(
+            text_config={**_SHAPE, **_EXPERTS, "head_dim": 16, "rope_parameters": _ROPE, "mlp_only_layers": [0]},
+            vision_config={
+                **_VISION_QWEN, "intermediate_size": 48, "out_hidden_size": 64, "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+        )
+    ),
     "llava": lambda: t.LlavaForConditionalGeneration(
         t.LlavaConfig(
             text_config=t.LlamaConfig(**_SHAPE), image_token_index=255,
@@ -88,11 +121,21 @@ MODELS: dict[str, Callable[[], Any]] = {
         )
     ),
 }  # fmt: skip
+_ALL = "q,k,v,o,gate,up,down,experts"
 _ROLES = {  # of families that have other roles than Llama
     **dict.fromkeys(("gpt_neox", "falcon 7b", "falcon 40b", "falcon rw", "bloom", "gpt2", "opt"), "q,k,v,o,up,down"),
-    **dict.fromkeys(("qwen2_moe", "deepseek_v2", "deepseek_v3"), "q,k,v,o,gate,up,down,experts"),
-    **dict.fromkeys(("mixtral", "qwen3_moe"), "q,k,v,o,experts"),
+    **dict.fromkeys(("qwen2_moe", "deepseek_v2", "deepseek_v3"), _ALL),
+    **dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss"), "q,k,v,o,experts"),
+    **dict.fromkeys(("llama4", "llama4 with vision", "granitemoeshared", "aria_text", "qwen3_vl_moe"), _ALL),
 }
+STACKED = (
+    "llama4",
+    "llama4 with vision",
+    "gpt_oss",
+    "granitemoeshared",
+    "aria_text",
+    "qwen3_vl_moe",
+)  # experts in one tensor
 _COARSE = ["--clusters", "4", "--rank", "2", "--n-init", "1", "--local"]
 
 

@@ -1,8 +1,8 @@
 """Sums over tokens of what goes into a model's matrices and of the gradients that come back out of them.
 
 Three kinds of matrix, one kind of sum: the weight of a linear layer (nn.Linear, or GPT-2's Conv1D), or the rows of it that are one
-projection of several; an expert's, which is some rows of a joined parameter and is recognised by where it lies when `linear` is
-called with it; and an embedding, which is transposed, and whose inputs are ones: rows are counted.
+projection of several; an expert's, which is some rows of a joined parameter and is recognised by where it lies when something is
+multiplied with it, or with all experts at once (Llama 4); and an embedding, which is transposed, and whose inputs are ones: rows are counted.
 """
 
 from collections import defaultdict
@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import CheckpointError
-from pipeline.measure.slots import Slot, find_slot
+from pipeline.measure.slots import Slot, find_matrix_slot, find_slot
 from pipeline.model.artifact import Model
 from pipeline.model.families import layer_of
 from swsc_core.pieces import Rows
+
+# by which experts are multiplied with, one by one (`@` comes as either of two) or all at once
+_PRODUCTS = {torch.nn.functional.linear, Tensor.__matmul__, Tensor.matmul, torch.matmul, torch.bmm, Tensor.bmm}
 
 
 @dataclass
@@ -57,6 +60,14 @@ class Sums:
         self.tokens += len(ids)
 
 
+@dataclass(frozen=True)
+class _Expert:
+    """A matrix that is some `rows` of an expert's outputs."""
+
+    name: str
+    rows: slice | Tensor
+
+
 class Hooks(TorchFunctionMode):
     """While entered, adds up what passes through the matrices that were added."""
 
@@ -67,7 +78,8 @@ class Hooks(TorchFunctionMode):
         self._owners: dict[
             str, tuple[Tensor, str]
         ] = {}  # layer -> the last input of a linear layer, and who had it first
-        self._experts: dict[int, list[tuple[str, slice]]] = defaultdict(list)  # address of a slice -> matrices in it
+        self._experts: dict[int, list[_Expert]] = defaultdict(list)  # address of a slice -> matrices in it
+        self._stacks: set[int] = set()  # addresses of the parameters that they are slices of
         self._to_hook: list[tuple[Any, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
         self._handles: list[Any] = []
         self._slots: dict[str, Slot] = {}  # of tensors that the model has by another name
@@ -75,13 +87,15 @@ class Hooks(TorchFunctionMode):
     def add(self, name: str) -> None:
         """Watch the matrix `name` of the checkpoint; CheckpointError if it is of no kind known here."""
         place = self._source.place(name)
+        if place.stacked:
+            return self._add_expert(name, find_matrix_slot(self._model, self._source, name))
         module = self._module(place.tensor)
         if isinstance(module, torch.nn.Linear) or (type(module).__name__ == "Conv1D" and place.transposed):
             self._to_hook.append((module, self._linear(name, place.rows)))
         elif isinstance(module, torch.nn.Embedding):
             self._to_hook.append((module, self._embedding(name)))
         else:
-            self._add_expert(name)
+            self._add_expert(name, self._slots.get(name))
 
     def _module(self, name: str) -> Any:
         try:
@@ -100,15 +114,15 @@ class Hooks(TorchFunctionMode):
         modules = (module for module in self._model.modules() if getattr(module, "weight", None) is slot.parameter)
         return next(modules, None) if slot.expert is None else None
 
-    def _add_expert(self, name: str) -> None:
+    def _add_expert(self, name: str, slot: Slot | None) -> None:
         where = self._source.checkpoint.store.root
-        slot = self._slots.get(name)
         if slot is None or slot.expert is None or slot.rows is None:
             raise CheckpointError(f"{where}: {name} is no linear layer of the loaded model; --exclude it")
         together = self._experts[slot.parameter[slot.expert].data_ptr()]
-        together.append((name, slot.rows))
-        m, n = slot.rows.stop - slot.rows.start, slot.parameter.shape[2]
-        self._start(name, m, n, together[0][0], slot.parameter)  # some may never get a token
+        together.append(_Expert(name, slot.piece.index(self._model.device) if slot.piece else slot.rows))
+        self._stacks.add(slot.parameter.data_ptr())
+        m, n = slot.of(slot.parameter).shape
+        self._start(name, m, n, together[0].name, slot.parameter)  # some may never get a token
 
     def __enter__(self) -> "Hooks":
         if self._experts:
@@ -125,9 +139,15 @@ class Hooks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear and self._experts and len(args) > 1:
-            for name, rows in self._experts.get(args[1].data_ptr(), ()):
-                self._watch(name, args[0], out, rows)
+        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
+            inputs, weight = args[:2]
+            if weight.ndim == 3 and weight.data_ptr() in self._stacks:
+                for number, one in enumerate(weight):
+                    for own in self._experts.get(one.data_ptr(), ()):
+                        self._watch(own.name, inputs[number], out, own.rows, number)
+            else:
+                for own in self._experts.get(weight.data_ptr(), ()):
+                    self._watch(own.name, inputs, out, own.rows)
         return out
 
     def _linear(self, name: str, piece: Rows | None) -> Callable[..., None]:
@@ -165,12 +185,19 @@ class Hooks(TorchFunctionMode):
             where = self._source.checkpoint.store.root
             raise CheckpointError(f"{where}: no gradient comes back to {name}: it cannot be calibrated; --exclude it")
 
-    def _watch(self, name: str, inputs: Tensor, output: Tensor, rows: slice | Tensor) -> None:
-        """Add to the sums of `name` when the gradient by `output` comes, of which `rows` are its own."""
+    def _watch(
+        self, name: str, inputs: Tensor, output: Tensor, rows: slice | Tensor, number: int | None = None
+    ) -> None:
+        """Add to the sums of `name` when the gradient by `output` comes, of which `rows` are its own.
+
+        `number`: `output` is that of all experts, of which this one has its own inputs: zeros for tokens that were not sent to it.
+        """
         seen = inputs.detach().reshape(-1, inputs.shape[-1])
+        sent = slice(None) if number is None else seen.any(dim=1)
 
         def backward(gradient: Tensor) -> None:
-            self._sums[name].add(seen.float(), gradient.reshape(len(seen), -1)[:, rows].float())
+            own = gradient if number is None else gradient[number]
+            self._sums[name].add(seen[sent].float(), own.reshape(len(seen), -1)[sent][:, rows].float())
 
         output.register_hook(backward)
 

@@ -198,7 +198,7 @@ def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
 
 
 def _without_weights(source: Model, key: ModelKey) -> tuple[Any, Any]:
-    """The model on the meta device, and its config as it was read."""
+    """The model on the meta device, and its config as it was read, or the part of it that is the text model's if it is one."""
     from transformers import AutoConfig, GenerationConfig
 
     folder = small_files(key.location)
@@ -209,4 +209,4 @@ def _without_weights(source: Model, key: ModelKey) -> tuple[Any, Any]:
         model = _auto_class(config).from_config(config, trust_remote_code=key.trusted)
     if Path(folder, "generation_config.json").exists():  # how the model generates is read from a directory alone
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, config
+    return model, config if isinstance(config, type(model.config)) else config.get_text_config()

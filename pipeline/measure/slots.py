@@ -3,18 +3,19 @@
 Mostly it is the parameter of the same name. But transformers renames while it loads (GPT-2's `h.0…` becomes `transformer.h.0…`,
 GPT-NeoX's `embed_out` the head), by tables that change from release to release, and it joins experts: what the file calls
 `experts.3.up_proj.weight` becomes some rows of slice 3 of a parameter [experts, rows, columns]. What has another name is not
-guessed from names: it is where the values are.
+guessed from names: it is where the values are. So is the way that matrices of a stack lie, which some families turn round.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.model.artifact import Model
+from pipeline.model.artifact import Model, Place
 from pipeline.model.families import layer_of
 from swsc_core.pieces import Rows
 
@@ -55,8 +56,41 @@ def find_matrix_slot(model: Any, source: Model, name: str) -> Slot:
         CheckpointError: it is nowhere in the model.
     """
     place = source.place(name)
+    if place.stacked:
+        return _find_stacked(model, source, name, place)
     slot = find_slot(model, place.tensor, source.read(place.tensor), source.checkpoint.store.root)
     return replace(slot, transposed=place.transposed, piece=place.rows)
+
+
+def _find_stacked(model: Any, source: Model, name: str, place: Place) -> Slot:
+    """The place of a matrix of a stack, or of a piece of one; no other matrix of the stack is read."""
+    weight = source.read_matrix(name)
+    parameters = {
+        other: p for other, p in model.named_parameters() if p.ndim == 3 and p.shape[0] == place.stacked and place.rows
+    }
+    for other in sorted(parameters, key=lambda other: -_likeness(place.tensor, other)):
+        for turned in (False, True):
+            slot = _slice(parameters[other], place, turned)
+            if slot and torch.equal(found := slot.of(slot.parameter), weight.to(found.device, found.dtype)):
+                return slot
+    raise CheckpointError(f"{source.checkpoint.store.root}: the loaded model has no parameter for {name}; --exclude it")
+
+
+def _slice(parameter: torch.nn.Parameter, place: Place, turned: bool) -> Slot | None:
+    """Where rows of a stack are in a parameter [stacked, a, b] whose matrices are a×b or, turned round, b×a."""
+    assert place.rows
+    m = parameter.shape[2 if turned else 1]
+    number, first = divmod(place.rows.first, m)
+    rows = replace(place.rows, first=first)
+    fits = number < len(parameter) and rows.first + rows.stride * (rows.count - 1) + rows.length <= m
+    return Slot(parameter, number, slice(None), turned, rows) if fits else None
+
+
+def _likeness(name: str, other: str) -> int:
+    """Number of words that two names have in common, at their beginnings and ends."""
+    words = name.removesuffix(".weight").split("."), other.split(".")
+    ends = (zip(*words, strict=False), zip(*(own[::-1] for own in words), strict=False))
+    return sum(len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))) for pairs in ends)
 
 
 def find_slot(model: Any, name: str, weight: Tensor, location: str) -> Slot:

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """A matrix [outputs, inputs] in a dense model: `rows` of a tensor (None: all), turned round if that lies transposed."""
+    """A matrix [outputs, inputs] in a dense model: `rows` of a tensor (None: all), turned round if that lies transposed.
+
+    `stacked`: how many matrices the tensor is a stack of, whose rows are counted one matrix after the other; None: it is one.
+    """
 
     tensor: str
     transposed: bool
     rows: Rows | None
+    stacked: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,9 @@ class Model:
 
     @staticmethod
     def _laid(entry: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[::-1] if entry.get("transposed") else shape
+        """Shape of the tensor that lies as an entry says, of which `shape` is that of the (joined) matrix."""
+        stack = (entry["stacked"], shape[0] // entry["stacked"]) if entry.get("stacked") else shape[:1]
+        return (*stack[:-1], *((shape[1], stack[-1]) if entry.get("transposed") else (stack[-1], shape[1])))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -97,7 +103,7 @@ class Model:
 
         about = self.entries[name] if name in self.entries else lies_as(find_matrix(self.checkpoint, name))
         rows = Rows(*about["rows"]) if about.get("rows") else None
-        return Place(about.get("tensor") or name, about.get("transposed", False), rows)
+        return Place(about.get("tensor") or name, about.get("transposed", False), rows, about.get("stacked"))
 
     def parts(self, tensor: str) -> dict[str, str]:
         """part -> stored name, of a compressed tensor."""
@@ -123,8 +129,9 @@ class Model:
 
     def _joined(self, name: str) -> "Tensor":
         rest = read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
-        own = [(Rows(*self.entries[piece]["rows"]), self.read_matrix(piece)) for piece in self.pieces[name]]
-        return laid(join(rest, own), self.entries[self.pieces[name][0]])
+        own = self.pieces[name]
+        rows = [Rows(*self.entries[piece]["rows"]) for piece in own]
+        return laid(join(rest, rows, map(self.read_matrix, own)), self.entries[own[0]])
 
     def read_parts(self, name: str) -> dict[str, "Tensor"]:
         """part -> tensor, of a compressed tensor, on the CPU."""
@@ -170,7 +177,12 @@ def _misfit(rest: TensorInfo | None, pieces: list[dict[str, Any]]) -> str:
     """What is wrong with the pieces of a joined tensor, of which `rest` stands in the file; "" if nothing is."""
     if rest is None or len(rest.shape) != 2:
         return "the rows of no piece are missing"
-    alike = {(entry["shape"][1], entry["dtype"], entry.get("transposed", False)) for entry in pieces}
-    if len(alike) != 1 or {rest.shape[1]} != {columns for columns, _, _ in alike}:
-        return "they differ in columns, dtype or direction"
+    alike = {
+        (entry["shape"][1], entry["dtype"], entry.get("transposed", False), entry.get("stacked")) for entry in pieces
+    }
+    if len(alike) != 1 or {rest.shape[1]} != {columns for columns, *_ in alike}:
+        return "they differ in columns, dtype, direction or number of matrices"
+    stacked = pieces[0].get("stacked") or 1
+    if (rest.shape[0] + sum(entry["shape"][0] for entry in pieces)) % stacked:
+        return f"their rows are not those of {stacked} matrices"
     return misfit(rest.shape[0], [Rows(*entry["rows"]) for entry in pieces])

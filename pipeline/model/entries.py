@@ -24,7 +24,8 @@ class _Entry(BaseModel):
     """What every entry says; values of another kind are mistakes.
 
     `transposed`: the tensor that it stands for lies as [inputs, outputs]. A piece of a joined tensor has a name of its own and
-    says which `rows` of `tensor` it is: first row, rows of a block, from one block to the next, number of blocks.
+    says which `rows` of `tensor` it is: first row, rows of a block, from one block to the next, number of blocks. `stacked`: how
+    many matrices `tensor` is a stack of, whose rows are counted one matrix after the other.
     """
 
     model_config = ConfigDict(strict=True)
@@ -33,11 +34,14 @@ class _Entry(BaseModel):
     transposed: bool = False
     tensor: str | None = None
     rows: _Rows | None = None
+    stacked: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _whole_or_piece(self) -> Self:
         if (self.tensor is None) != (self.rows is None):
             raise ValueError("tensor and rows say together what a piece is of")
+        if self.stacked and self.rows is None:
+            raise ValueError("a stack of matrices has pieces")
         if self.rows and (self.rows[1] * self.rows[3] != self.shape[0] or self.rows[3] > _MOST_BLOCKS):
             raise ValueError(f"rows {self.rows} are not the {self.shape[0]} of its shape")
         return self

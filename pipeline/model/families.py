@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.model.geometry import Geometry, by_group, by_head, concatenated, falcon, halves, latent
+from pipeline.model.geometry import Geometry, by_group, by_head, concatenated, falcon, halves, interleaved, latent
+from pipeline.model.stacks import Stack, stacks
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "experts")
 
-# role -> names of modules, N standing for any number; roles that one tensor joins -> (its name, how they lie in it)
-Names = Mapping[str, str | tuple[str, Geometry]]
+# role -> names of modules, N standing for any number; roles that one tensor joins -> (its name, how they lie in it);
+# experts that lie stacked -> their tensors (stacks.py)
+Names = Mapping[str, str | tuple[str, Geometry] | tuple[Stack, Stack]]
 _ATTENTION: Names = {role: f"{role}_proj" for role in ("q", "k", "v", "o")}
 _MLP: Names = {role: f"{role}_proj" for role in ("gate", "up", "down")}
 _SHARED: Names = {role: f"mlp.{role}_proj|mlp.shared_experts?.{role}_proj" for role in ("gate", "up", "down")}
@@ -26,6 +28,12 @@ _MIXTRAL: Names = {**_ATTENTION, "experts": r"(block_sparse_moe|mlp).experts.N.(
 _MLA: Names = {
     **_SHARED, **_EXPERTS, "q": "q_proj|q_a_proj|q_b_proj", "k": "kv_a_proj_with_mqa", "k+v": ("kv_b_proj", latent), "o": "o_proj",
 }  # fmt: skip
+_LLAMA4: Names = {
+    **_ATTENTION, **{role: f"feed_forward.{role}_proj|feed_forward.shared_expert.{role}_proj" for role in ("gate", "up", "down")},
+    "experts": stacks("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj", turned=True),
+}  # fmt: skip
+_STACKED = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+_GRANITE: Names = {**_ATTENTION, "experts": stacks("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")}
 _GPT2: Names = {"q+k+v": ("attn.c_attn", concatenated), "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
 _FC: Names = {"up": "mlp.fc1", "down": "mlp.fc2"}
 _H4H: Names = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
@@ -36,6 +44,12 @@ FAMILIES: dict[str, Names] = {
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "ernie4_5_moe"), _MOE),
     **dict.fromkeys(("mixtral", "phimoe"), _MIXTRAL),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _MLA),
+    "llama4_text": _LLAMA4,
+    "qwen3_vl_moe_text": {**_LLAMA, "experts": stacks(*_STACKED, turned=None, width="moe_intermediate_size")},
+    "gpt_oss": {**_ATTENTION, "experts": stacks(*_STACKED, turned=True, geometry=interleaved)},
+    "granitemoe": _GRANITE,
+    "granitemoeshared": {**_GRANITE, "gate+up": ("shared_mlp.input_linear", halves), "down": "shared_mlp.output_linear"},
+    "aria_text": {**_ATTENTION, **_SHARED, "experts": stacks("mlp.experts.fc1", "mlp.experts.fc2", turned=True)},
     "phi": {**_ATTENTION, "o": "self_attn.dense", **_FC},
     "phi3": {"q+k+v": ("qkv_proj", concatenated), "o": "o_proj", "gate+up": ("gate_up_proj", halves), "down": "down_proj"},
     "glm4": {**_ATTENTION, "gate+up": ("gate_up_proj", halves), "down": "down_proj"},
@@ -58,6 +72,7 @@ MULTIMODAL: dict[str, tuple[str, str]] = {
     "llava": (_LANGUAGE, "llama"), "llava_next": (_LANGUAGE, "llama"), "llava_onevision": (_LANGUAGE, "qwen2"),
     "gemma3": (_LANGUAGE, "gemma3_text"), "paligemma": (_LANGUAGE, "gemma"), "mistral3": (_LANGUAGE, "mistral"),
     "internvl": (_LANGUAGE, "qwen2"), "aya_vision": (_LANGUAGE, "cohere2"),
+    "llama4": (_LANGUAGE, "llama4_text"), "aria": (_LANGUAGE, "aria_text"), "qwen3_vl_moe": (_BARE, "qwen3_vl_moe_text"),
     "qwen2_vl": (_BARE, "qwen2"), "qwen2_5_vl": (_BARE, "qwen2"), "qwen3_vl": (_BARE, "qwen3_vl_text"),
 }  # fmt: skip
 
@@ -69,10 +84,14 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Role:
-    """What a tensor is for: one role, or several that it joins, which then lie in it as `geometry` says."""
+    """What a tensor is for: one role, or several that it joins, which then lie in it as `geometry` says.
+
+    `stack`: the tensor holds a matrix of every expert, if it has three dimensions.
+    """
 
     roles: tuple[str, ...]
     geometry: Geometry | None = None
+    stack: Stack | None = None
 
 
 class Family:
@@ -87,10 +106,7 @@ class Family:
             own = str(text.get("model_type", own))
         self.name = own
         self.known = own in FAMILIES
-        self._roles = [
-            (_pattern(name if isinstance(name, str) else name[0]), _role(roles, name))
-            for roles, name in FAMILIES.get(own, {}).items()
-        ]
+        self._roles = [line for roles, name in FAMILIES.get(own, {}).items() for line in _lines(roles, name)]
         self._transposed = _pattern(_TRANSPOSED[own]) if own in _TRANSPOSED else None
         self._text = re.compile(self._inside)
         self._layers = _number_of({**config, **text}, _LAYERS)
@@ -117,13 +133,18 @@ class Family:
         return self._layers is not None and found is not None and int(found[1]) >= self._layers
 
 
-def _pattern(names: str) -> re.Pattern[str]:
+def _pattern(names: str, ending: str = r"\.weight") -> re.Pattern[str]:
     alternatives = names.replace(".", r"\.").replace("N", r"\d+")
-    return re.compile(rf"(^|\.)({alternatives})\.weight$")
+    return re.compile(rf"(^|\.)({alternatives}){ending}$")
 
 
-def _role(roles: str, name: str | tuple[str, Geometry]) -> Role:
-    return Role(tuple(roles.split("+")), None if isinstance(name, str) else name[1])
+def _lines(roles: str, name: str | tuple[str, Geometry] | tuple[Stack, Stack]) -> list[tuple[re.Pattern[str], Role]]:
+    """Pattern of a tensor's name -> what the tensor is for."""
+    if isinstance(name, str):
+        return [(_pattern(name), Role((roles,)))]
+    if isinstance(name[0], str):
+        return [(_pattern(name[0]), Role(tuple(roles.split("+")), name[1]))]
+    return [(_pattern(stack.name, r"(\.weight)?"), Role((roles,), stack=stack)) for stack in name]
 
 
 def require_roles(roles: tuple[str, ...]) -> None:

@@ -43,6 +43,11 @@ def halves(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
     return 1, (rows // 2, rows // 2)
 
 
+def interleaved(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
+    """A row of one, then a row of the other (gate and up of gpt-oss)."""
+    return rows // 2, (1, 1)
+
+
 def latent(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
     """What makes K and V of one head from their common latent, then of the next (DeepSeek's MLA)."""
     heads, _, _ = _heads(config)

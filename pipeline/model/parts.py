@@ -64,7 +64,7 @@ def read_tensor(store: Store, info: TensorInfo) -> "Tensor":
     """Read one tensor by its byte range, or make it of what lies there."""
     if info.view is None:
         return _tensor(store.read(info.file, info.start, info.nbytes), info.dtype, info.shape)
-    tensor = read_tensor(store, info.view.tensor)
+    tensor = read_tensor(store, info.view.read)
     if info.view.scales:
         from swsc_core.fp8 import scaled
 
@@ -74,7 +74,7 @@ def read_tensor(store: Store, info: TensorInfo) -> "Tensor":
 
 
 def seen(tensor: "Tensor", view: View) -> "Tensor":
-    """What a view shows of the tensor that it is of."""
+    """What a view shows of what is read of its tensor."""
     turned = tensor.T.contiguous() if view.transposed else tensor
     return view.rows.take(turned) if view.rows else turned
 

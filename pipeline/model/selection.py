@@ -11,10 +11,12 @@ from pipeline.config import MatrixSettings
 from pipeline.errors import ConfigError
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import Family, require_roles
-from pipeline.model.matrices import matrices_of
+from pipeline.model.matrices import is_matrix, matrices_of
+from pipeline.model.stacks import is_stack
 from pipeline.model.tensors import TensorInfo
 
 _SHOWN = 12  # kinds of tensors in a message
+_LEFT = "not selected"
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,23 @@ class _Chooser:
             return [self._decide(info, info, roles[0] if roles else None)]
         pieces = matrices_of(self._checkpoint, self.family, info)
         found = [self._decide(info, piece.info, piece.role) for piece in pieces]
-        return found if any(one.chosen for one in found) else [Selected(info, False, found[0].reason)]
+        if any(one.chosen for one in found):
+            return found
+        reason = found[0].reason
+        return [Selected(info, False, self._stack_left(info) if is_stack(info) and reason == _LEFT else reason)]
+
+    def _stack_left(self, info: TensorInfo) -> str:
+        """Why a stack is copied: most of a mixture's weights are in them, and none is to be passed over without a word."""
+        role = self.family.role_of(info.name)
+        how = f"--projectors {role.roles[0]} selects" if role.roles else "--include REGEX with its name selects"
+        return f"{_LEFT}: a stack of {info.shape[0]} matrices, which {how}"
 
     def _decide(self, tensor: TensorInfo, own: TensorInfo, role: str | None) -> Selected:
         names = (tensor.name, own.name)
         included = self._include is not None and any(self._include.search(name) for name in names)
         why = f"projector {role}" if role in self._roles else ("--include" if included else "")
         if not why:
-            return Selected(own, False, "not selected")
+            return Selected(own, False, _LEFT)
         self.unmet = [wish for wish in self.unmet if wish != why and not (included and wish == "--include")]
         if self._exclude and any(re.search(self._exclude, name) for name in names):
             return Selected(own, False, f"{why}, but --exclude")
@@ -84,6 +95,8 @@ class _Chooser:
 
 def _choices(checkpoint: Checkpoint, family: Family) -> str:
     """What may be selected, in words."""
-    kinds = sorted({re.sub(r"\d+", "N", name) for name, info in checkpoint.tensors.items() if len(info.shape) == 2})
+    kinds = sorted(
+        {re.sub(r"\d+", "N", name) for name, info in checkpoint.tensors.items() if is_matrix(info) or is_stack(info)}
+    )
     roles = f"; the roles of its family are {','.join(family.roles)}" if family.known else ""
     return f"choose by --include among {', '.join(kinds[:_SHOWN])}{' …' if len(kinds) > _SHOWN else ''}{roles}"

@@ -1,7 +1,7 @@
 """Where a tensor lies in a file and what it is: a range of bytes, or what is made of one."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # headers are read without torch
@@ -47,6 +47,7 @@ class View:
     """How a tensor is made of `tensor`, which is what lies in the file.
 
     Attributes:
+        expert: this matrix of it, if it is a stack of them; nothing else is read then.
         transposed: rows and columns change places.
         rows: then these rows of it.
         scales: what it is multiplied with (quantized.py), a scale for each `block` of rows and columns.
@@ -55,5 +56,15 @@ class View:
     tensor: TensorInfo
     transposed: bool = False
     rows: "Rows | None" = None
+    expert: int | None = None
     scales: TensorInfo | None = None
     block: tuple[int, int] = (1, 1)
+
+    @property
+    def read(self) -> TensorInfo:
+        """What of the tensor is read: all, or the bytes of one matrix of a stack."""
+        if self.expert is None:
+            return self.tensor
+        nbytes = self.tensor.nbytes // self.tensor.shape[0]
+        start = self.tensor.start + self.expert * nbytes
+        return replace(self.tensor, shape=self.tensor.shape[1:], start=start, nbytes=nbytes)

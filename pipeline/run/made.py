@@ -1,16 +1,18 @@
 """What a worker has made of a layer: the tensors of its file, and the rows of the report."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pipeline.model.matrices import Joined, lies_as, tensor_of
+from pipeline.model.matrices import Joined, lies_as, rows_of, tensor_of
 from pipeline.model.parts import Part, to_part
-from pipeline.model.tensors import TensorInfo
+from pipeline.model.tensors import DTYPES, TensorInfo, View
 from swsc_core import Encoded
 from swsc_core.codec import dtype_name
 from swsc_core.format import part_name
-from swsc_core.pieces import Rows, join, laid, rest_of
+from swsc_core.pieces import join, laid, rest_of
 from swsc_core.spec import Spec
 
 
@@ -21,29 +23,41 @@ class LayerParts:
         """`form`: "swsc", or "dense" for restored weights as they lay in the source."""
         self._form = form
         self._parts: list[Part] = []
-        self._restored: dict[str, list[tuple[Rows, Tensor]]] = {}  # joined tensor -> its pieces, in the dense form
+        self._restored: dict[str, list[Tensor]] = {}  # joined tensor -> its pieces, in the dense form
 
     def add(self, info: TensorInfo, encoded: Encoded) -> None:
         """A matrix that is compressed."""
-        rows = info.view.rows if info.view else None
+        rows = rows_of(info.view) if info.view else None
         if self._form == "swsc":
             self._parts += [to_part(part_name(info.name, part), own) for part, own in encoded.tensors.items()]
         elif rows is None:
             self._parts.append(to_part(info.name, laid(encoded.restored, lies_as(info))))
         else:
-            self._restored.setdefault(tensor_of(info), []).append((rows, encoded.restored.cpu()))
+            self._restored.setdefault(tensor_of(info), []).append(encoded.restored.cpu())
 
-    def add_rest(self, joined: Joined, whole: Tensor) -> None:
-        """What is left of a joined matrix, `whole` [m, n], when all its pieces are added; in the dense form the whole."""
-        rest = whole[rest_of(len(whole), joined.rows)]
+    def add_rest(self, joined: Joined, read: Callable[[View], Tensor]) -> None:
+        """What is left of a joined matrix, which `read` reads, when all its pieces are added; in the dense form the whole."""
+        rest = _rest(joined, read)
         if self._form == "dense":
-            rest = laid(join(rest, self._restored.pop(joined.tensor)), lies_as(joined.pieces[0]))
+            rest = laid(join(rest, joined.rows, self._restored.pop(joined.tensor)), lies_as(joined.pieces[0]))
         self._parts.append(to_part(joined.tensor, rest))
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All of them."""
         return tuple(self._parts)
+
+
+def _rest(joined: Joined, read: Callable[[View], Tensor]) -> Tensor:
+    """The rows [rest, n] of a joined matrix that are in none of its pieces, on the CPU; only what holds some is read."""
+    (m, n), slices = joined.shape, joined.slices
+    left, each = rest_of(m, joined.rows), m // len(joined.slices)
+    found = [torch.empty(0, n, dtype=getattr(torch, DTYPES[joined.pieces[0].dtype][0]))]
+    for number, view in enumerate(slices):
+        own = left[(left >= each * number) & (left < each * (number + 1))] - each * number
+        if len(own):
+            found.append(read(view)[own])
+    return torch.cat(found)
 
 
 def row_of(

@@ -7,6 +7,7 @@ model, because loading one costs more than measuring a few windows with it.
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,14 +106,18 @@ class Worker:
         return weight
 
     def _whole(self, source: Store, view: View) -> torch.Tensor:
-        """A tensor that joins several matrices, on the CPU; kept until its layer is done, so that it is read once."""
+        """A tensor that joins several matrices, on the CPU; kept until its layer is done, so that it is read once.
+
+        Of a stack one matrix, which is kept until another one is asked for: a layer's experts are too large to be held together.
+        """
         if (source, view) not in self._wholes:
-            self._wholes[source, view] = seen(read_tensor(source, view.tensor), view)
+            self._wholes = {key: whole for key, whole in self._wholes.items() if key[1].expert is None}
+            self._wholes[source, view] = seen(read_tensor(source, view.read), view)
         return self._wholes[source, view]
 
     def _finished(self, made: LayerParts, source: Store, task: LayerTask) -> tuple[Part, ...]:
         for joined in task.joined:
-            made.add_rest(joined, self._whole(source, joined.view))
+            made.add_rest(joined, partial(self._whole, source))
         self._wholes.clear()
         return made.parts
 

@@ -67,10 +67,14 @@ class Restore(ConversionOps):
 
 
 class RestoreJoined(Restore):
-    """The same for one joined tensor: parts of all its pieces and the rows of none in, the tensor out."""
+    """The same for one joined tensor: parts of all its pieces and the rows of none in, the tensor as it lay in the file out.
 
-    def __init__(self, tensor: str, pieces: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> None:
-        super().__init__(pieces, {}, dtype, merges=False)
+    Args:
+        pieces: stored name of a piece -> entry, in natural order.
+    """
+
+    def __init__(self, tensor: str, pieces: Entries, dtype: torch.dtype, merges: bool) -> None:
+        super().__init__(pieces, {}, dtype, merges)
         self.tensor = tensor
 
     @torch.no_grad()
@@ -78,14 +82,17 @@ class RestoreJoined(Restore):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str],
         full_layer_name: str = "", **_: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        """`input_dict`: pattern -> the one tensor that it finds; patterns: the rest, then part after part of each piece."""
-        found = iter(next(_listed(input_dict.pop(pattern))) for pattern in source_patterns)
-        rest, pieces = next(found), []
-        for piece, entry in self.entries.items():
-            parts = {part: next(found) for part in parts_of(entry)}
-            pieces.append((Rows(*entry["rows"]), _decoded(f"{self.tensor} ({piece})", parts, entry)))
-        whole = laid(join(rest, pieces), next(iter(self.entries.values())))
-        return {target_patterns[0]: whole.to(self.dtype)}
+        """`input_dict`: pattern -> tensors in natural order; patterns: the rest, then each part of all pieces."""
+        rest, *parts = (_listed(input_dict.pop(pattern, [])) for pattern in source_patterns)
+        waiting = dict(zip(PARTS, parts, strict=True))
+        rows = [Rows(*entry["rows"]) for entry in self.entries.values()]
+        whole = join(next(rest), rows, (self._piece(piece, waiting) for piece in self.entries))
+        tensor = laid(whole, next(iter(self.entries.values()))).to(self.dtype)
+        return {source_patterns[0]: [tensor]} if self.merges else {target_patterns[0]: tensor}
+
+    def _piece(self, name: str, waiting: Mapping[str, Iterator[Tensor]]) -> Tensor:
+        entry = self.entries[name]
+        return _decoded(name, {part: next(waiting[part]) for part in parts_of(entry)}, entry)
 
 
 def _decoded(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
@@ -112,7 +119,8 @@ def with_restoring(
     Args:
         stored: names of all tensors of the checkpoint: experts that are not compressed are merged with those that are.
     """
-    targets = {name: names.target(name) for name in restored}
+    joined = {name: pieces for name, pieces in pieces_of(entries).items() if "" not in pieces}
+    targets = {name: names.target(name) for name in restored if name not in joined}
     sources: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     patterns = {pattern for _, pattern in targets.values() if pattern}
     for name in in_natural_order({*stored, *targets}):
@@ -123,8 +131,11 @@ def with_restoring(
         _restoring(converter, entries, sources, dtype) if patterns & set(converter.source_patterns) else converter
         for converter in converters
     ]
-    alone = [name for name, (_, pattern) in targets.items() if pattern is None]
-    return [_restorer(name, targets[name][0], entries, names, dtype) for name in alone] + changed
+    alone = [
+        _restorer(name, target, entries, names, dtype) for name, (target, pattern) in targets.items() if pattern is None
+    ]
+    whole = [_joining(name, joined[name], converters, names, dtype) for name in restored if name in joined]
+    return whole + alone + changed
 
 
 def _restoring(
@@ -151,12 +162,20 @@ def _pattern(source: str, part: str) -> str:
 
 def _restorer(name: str, target: str, entries: Entries, names: Names, dtype: torch.dtype) -> Any:
     renamed = names.renamed(name)
-    if name not in entries:
-        pieces = pieces_of(entries)[name]
-        stored = [
-            part_name(piece_name(renamed, piece), part) for piece, own in pieces.items() for part in parts_of(own)
-        ]
-        patterns = [f"^{re.escape(one)}$" for one in (renamed, *stored)]
-        return WeightConverter(patterns, renamed, [RestoreJoined(name, pieces, dtype)])
     patterns = [f"^{re.escape(part_name(renamed, part))}$" for part in PARTS]
     return WeightConverter(patterns, renamed, [Restore(entries, {target: [[name]]}, dtype, merges=False)])
+
+
+def _joining(name: str, pieces: Entries, converters: Sequence[Any], names: Names, dtype: torch.dtype) -> Any:
+    """What restores the joined tensor `name`, and then does what transformers does to such a tensor (turns it round, say).
+
+    A stack of experts has hundreds of pieces, so that a part of all of them is one pattern.
+    """
+    target, pattern = names.target(name)
+    follows = [step for one in converters if pattern in one.source_patterns for step in one.operations]
+    piece = next(iter(pieces))
+    stem = re.escape(names.renamed(piece_name(name, piece)).removesuffix(f".{piece}.weight"))
+    ordered = {own: pieces[own] for own in in_natural_order(pieces)}
+    patterns = [f"^{re.escape(names.renamed(name))}$", *(rf"^{stem}\..+\.{part}$" for part in PARTS)]
+    wanted = target if pattern else names.renamed(name)
+    return WeightConverter(patterns, wanted, [RestoreJoined(name, ordered, dtype, merges=bool(follows)), *follows])

@@ -17,12 +17,12 @@ from pipeline.model.checkpoint import INDEX, open_checkpoint
 from pipeline.model.matrices import tensor_of
 from pipeline.model.plan import make_plan
 from swsc_core import decode
-from tests.families import FamilyModel, tensors_of
+from tests.families import STACKED, FamilyModel, tensors_of
 from tests.tiny import make_text
 
 # what is no matrix that every token is multiplied by: embeddings, heads, routers, norms, biases, all that looks at pictures
 _OTHERS = re.compile(
-    r"embed|wte|wpe|lm_head|(mlp|moe)\.gate\.weight|shared_expert_gate|norm|ln_|\.bias$|vision|visual|projector|correction_bias"
+    r"embed|wte|wpe|lm_head|(mlp|moe)\.gate\.weight|router|sinks|shared_expert_gate|norm|ln_|bias$|vision|visual|projector|correction_bias"
 )
 
 
@@ -34,7 +34,10 @@ def by_hand(family: FamilyModel, compressed: Path) -> dict[str, torch.Tensor]:
         stem = name.removesuffix("weight")
         matrix = decode({part.removeprefix(stem): own for part, own in stored.items() if part.startswith(stem)}, entry)
         whole = dense[entry.get("tensor") or name]
-        whole = whole.T if entry.get("transposed") else whole
+        whole = whole.transpose(-2, -1) if entry.get("transposed") else whole
+        if "stacked" in entry:  # rows are counted through all of its matrices; none is in two
+            number, first = divmod(entry["rows"][0], whole.shape[1])
+            entry, whole = {**entry, "rows": [first, *entry["rows"][1:]]}, whole[number]
         first, length, stride, count = entry.get("rows") or (0, len(whole), len(whole), 1)
         for block in range(count):
             start = first + block * stride
@@ -91,7 +94,7 @@ def test_tensors_that_were_not_selected_are_the_same_to_the_byte(family: FamilyM
     assert all(re.search(r"q_|k_proj|kv_|qkv|query_key_value|c_attn", name) for name in changed)
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "falcon 40b", "deepseek_v3", "llava"])
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon 40b", "deepseek_v3", "llava", *STACKED])
 def test_joined_matrices_and_language_parts_are_calibrated_tuned_and_measured(
     name: str, tiny_model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -181,11 +184,12 @@ class TestDamagedPieces:
             GPTNeoXForCausalLM.from_pretrained(directory)
 
 
-def test_an_output_of_version_2_is_read_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_output_of_an_older_version_is_read_on(version: int, tmp_path: Path) -> None:
     model = FamilyModel("llama 2", tmp_path)
     config = json.loads((model.queries_and_keys / "config.json").read_text())
     restored = tensors_of(model.restored(model.queries_and_keys))
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = version
     (model.queries_and_keys / "config.json").write_text(json.dumps(config))
     old = open_model(str(model.queries_and_keys))
     assert all(torch.equal(old.read(name), tensor) for name, tensor in restored.items())

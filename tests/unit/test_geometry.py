@@ -106,8 +106,8 @@ def test_pieces_and_the_rest_make_up_the_whole_again() -> None:
     q, v = Rows(0, 8, 24, 4), Rows(16, 8, 24, 4)
     rest = weight[rest_of(96, [q, v])]
     assert torch.equal(rest, Rows(8, 8, 24, 4).take(weight))
-    assert torch.equal(join(rest, [(v, v.take(weight)), (q, q.take(weight))]), weight)
+    assert torch.equal(join(rest, [v, q], [v.take(weight), q.take(weight)]), weight)
     with pytest.raises(ValueError, match="overlap"):
-        join(rest, [(q, q.take(weight)), (q, q.take(weight))])
+        join(rest, [q, q], [q.take(weight), q.take(weight)])
     assert misfit(31, [q, v])
     assert misfit(0, [Rows(0, 8, 0, 4)])
