@@ -59,8 +59,7 @@ def restore_model(
             records[record.name] = record
 
         todo = [task for task in _tasks(model, out.ticket, carried) if task.key not in out.finished]
-        largest = max(model.count(name) for name in model.names if model.is_compressed(name))
-        run_tasks(todo, restoring_bytes(largest) + 2 * low_rank, note, make_pool, out, "restore")
+        run_tasks(todo, restoring_bytes(model) + 2 * low_rank, note, make_pool, out, "restore")
         ordered = [records[name] for name in sorted(records)]
         if carried:
             ordered.append(store.write_json(f"{ADAPTER}/adapter_config.json", adapter_config(model, carried)))

@@ -27,9 +27,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "swsc_manifest.json"  # of an output: written last
 RUN = ".swsc/run.json"  # of an output under way: what was asked for
-_JSON_LIMIT = (
-    16_000_000  # bytes of a header, index or config: more than any real one has, and parsed five times as much
-)
+# Bytes that are read of a header, and of an index or config: more than any real one has, and parsed five times as much. The
+# latter two of an output name every part of every matrix, of which a mixture of experts has tens of thousands.
+_HEADER_LIMIT, _JSON_LIMIT = 16_000_000, 1 << 27
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -165,7 +165,7 @@ def read_header(store: Store, file: str) -> tuple[bytes, list[TensorInfo]]:
     """Header bytes and tensors of one safetensors file, in order of offset, after checking every range."""
     where, size = f"{store.root}/{file}", store.size(file)
     length = int.from_bytes(store.read(file, 0, min(8, size)), "little")
-    if size < 8 or not 2 <= length <= min(size - 8, _JSON_LIMIT):
+    if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
         raise CheckpointError(f"{where}: truncated or not a safetensors file ({size} bytes); download it again")
     raw = bytes(store.read(file, 8, length))
     try:

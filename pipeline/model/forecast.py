@@ -1,5 +1,6 @@
 """What work will cost: bytes, bits, peak memory of a worker, seconds of one core."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -112,9 +113,10 @@ def _peak_values(decision: Decision, spec: Spec) -> int:
     return (_WHOLE if spec.segment_size is None else _SEGMENTED) * count + moments
 
 
-def restoring_bytes(largest_matrix: int) -> int:
-    """Peak memory of a worker that restores matrices of up to `largest_matrix` weights."""
-    return WORKER_BASE + 4 * _WHOLE * largest_matrix
+def restoring_bytes(model: Model) -> int:
+    """Peak memory of a worker that restores the matrices of `model`, one at a time; joined ones are put together and turned round."""
+    largest = max(math.prod(entry["shape"]) for entry in model.entries.values())
+    return WORKER_BASE + 4 * _WHOLE * largest + 2 * max(map(model.nbytes, model.pieces), default=0)
 
 
 def evaluation_bytes(model: Model, dtype: str, tokens: int) -> int:

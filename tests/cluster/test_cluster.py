@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from jobs.cli import main
+from tests.families import FamilyModel
 from tests.ray_cluster import RAY, ROOT, Cluster, ray_cluster, raylet_of, server_of, workers_at
 from tests.tiny import contents, make_text, make_tiny_model
 
@@ -66,6 +67,21 @@ def test_moments_curves_and_compression_are_bitwise_equal_for_any_number_of_work
     manifest = "swsc_manifest.json"
     assert {n: d for n, d in ours.items() if n != manifest} == {n: d for n, d in theirs.items() if n != manifest}
     files = [json.loads(made[manifest])["files"] for made in (ours, theirs)]
+    assert files[0] == files[1]
+
+
+def test_stacked_experts_are_the_same_for_any_number_of_workers(
+    cluster: Cluster, tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    model = FamilyModel("gpt_oss", tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (model.dense / file).write_bytes((tiny_model / file).read_bytes())
+    flags = ["--preset", "fast", "--bits", 4, "--projectors", "q,experts", "--calibration", calibration]
+    flags += ["--calibration-windows", 300, "--calibration-seqlen", 64, "--cache-dir"]
+    ends_well(cluster.swsc("compress", model.dense, tmp_path / "out", *flags, tmp_path / "cache", "--workers", 2))
+    own = [str(flag) for flag in [*flags, tmp_path / "own"]]
+    assert main(["compress", str(model.dense), str(tmp_path / "local"), "--local", *own]) == 0
+    files = [json.loads((tmp_path / out / "swsc_manifest.json").read_text())["files"] for out in ("local", "out")]
     assert files[0] == files[1]
 
 
