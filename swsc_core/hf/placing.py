@@ -94,11 +94,14 @@ def make_dense(model: Any, dtype: torch.dtype) -> None:
     Raises:
         ValueError: parts that are damaged.
     """
-    for path, layer in list(model.named_modules()):
+    layers = dict(model.named_modules())
+    for path, layer in layers.items():
+        if isinstance(layers.get(path.rpartition(".")[0]), SwscJoined):
+            continue  # a piece, which went with the whole
         if isinstance(layer, SwscJoined):
             turned = any(piece.entry.get("transposed") for piece in layer.pieces.values())
             put_layer(model, path, _dense_linear(layer, turned, dtype))
-        elif isinstance(layer, SwscLinear) and not isinstance(model.get_submodule(path.rpartition(".")[0]), SwscJoined):
+        elif isinstance(layer, SwscLinear):
             put_layer(model, path, _dense_linear(layer, bool(layer.entry.get("transposed")), dtype))
         elif isinstance(layer, SwscEmbedding):
             put_layer(model, path, _dense_embedding(layer, dtype))

@@ -58,4 +58,5 @@ def test_dequantized_on_load_or_afterwards_it_is_the_restored_model(family: Fami
     afterwards.dequantize()
     for model in (on_load, afterwards):
         assert not any(isinstance(layer, SwscLinear | SwscJoined) for layer in model.modules())
+        assert model.state_dict().keys() == dense.state_dict().keys()
         assert torch.equal(family.logits(model), family.logits(dense))
