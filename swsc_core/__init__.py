@@ -5,6 +5,7 @@ no choice of device: everything runs where the given tensor lies.
 """
 
 from swsc_core.codec import Encoded, decode, encode
+from swsc_core.experts import SwscExperts
 from swsc_core.kmeans import KMeansResult, kmeans
 from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
 from swsc_core.lowrank import LowRank, truncated_svd
@@ -23,6 +24,7 @@ __all__ = [
     "RtnSpec",
     "Spec",
     "SwscEmbedding",
+    "SwscExperts",
     "SwscJoined",
     "SwscLinear",
     "SwscMatrix",

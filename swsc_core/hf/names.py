@@ -18,20 +18,36 @@ from transformers.core_model_loading import (
 
 
 class Names:
-    """Where the tensors of a checkpoint go in `model`, which may still be empty."""
+    """Where the tensors of a checkpoint go in `model`, which may still be empty.
 
-    def __init__(self, model: Any) -> None:
-        transforms = get_model_conversion_mapping(model)
+    Args:
+        apart: patterns of merges that are not made.
+
+    Attributes:
+        converters: those that merge or split.
+    """
+
+    def __init__(self, model: Any, apart: frozenset[str] = frozenset()) -> None:
+        transforms = without(get_model_conversion_mapping(model), apart)
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        self.converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         self._prefix, self._state = model.base_model_prefix, model.state_dict()
 
     def target(self, stored: str) -> tuple[str, str | None]:
         """The parameter that `stored` becomes, or becomes part of, and the pattern of the merge, if it is one."""
         found: tuple[str, str | None] = rename_source_key(
-            stored, self._renamings, self._converters, self._prefix, self._state
+            stored, self._renamings, self.converters, self._prefix, self._state
         )
         return found
+
+    def merged(self, renamed: str) -> tuple[str, str | None]:
+        """The same for a name as merges see it."""
+        found: tuple[str, str | None] = rename_source_key(renamed, [], self.converters, self._prefix, self._state)
+        return found
+
+    def knows(self, parameter: str) -> bool:
+        """Whether the model has such a parameter."""
+        return parameter in self._state
 
     def renamed(self, stored: str) -> str:
         """`stored` as merges see it."""
@@ -41,12 +57,19 @@ class Names:
     def filled(self, stored: Iterable[str]) -> set[str]:
         """All parameters that the tensors `stored` become; a tensor that is split becomes several."""
         found = set()
-        splits = {p: c.target_patterns for c in self._converters for p in c.source_patterns}
+        splits = {p: c.target_patterns for c in self.converters for p in c.source_patterns}
         for name in stored:
             target, pattern = self.target(name)
             first, *others = splits[pattern] if pattern else [""]
             found |= {target, *(target.replace(first, other) for other in others)}
         return found
+
+
+def without(transforms: Iterable[Any], apart: frozenset[str]) -> list[Any]:
+    """`transforms` but those that merge by a pattern of `apart`."""
+    return [
+        entry for entry in transforms if not (isinstance(entry, WeightConverter) and apart & {*entry.source_patterns})
+    ]
 
 
 def in_natural_order(names: Iterable[str]) -> list[str]:

@@ -17,8 +17,9 @@ from swsc_core.budget import solve_budget
 from swsc_core.codec import matrix_of
 from swsc_core.format import FORMAT_VERSION, pieces_of
 from swsc_core.hf.config import SwscConfig
+from swsc_core.hf.experts import implementations, join, lay_apart, require_eager
 from swsc_core.hf.headers import read_headers, require_parts, require_rest
-from swsc_core.hf.names import Names, saved_name
+from swsc_core.hf.names import Names, saved_name, without
 from swsc_core.hf.placing import make_dense, place, put_layer
 from swsc_core.hf.restoring import with_restoring
 from swsc_core.linear import CompressedWeight, SwscLinear
@@ -36,7 +37,14 @@ class SwscQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._restored: list[str] = []
         self._stored: list[str] = []
+        self._apart: frozenset[str] = frozenset()
+        self._asked: dict[str, str | None] = {}
         self._dtype = torch.float32
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Sees the config before the model is made, which fills in what nobody asked for."""
+        self._asked = implementations(config)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **_: Any
@@ -50,6 +58,8 @@ class SwscQuantizer(HfQuantizer):
             headers = read_headers(checkpoint_files)
             require_parts(headers, entries, where)
             self._stored = list(headers)
+        if not config.dequantize:
+            self._lay_apart(model)
         for tensor, pieces in pieces_of(entries).items():
             target, pattern = self._names.target(tensor)
             if config.dequantize or pattern or not place(model, target, pieces, self._dtype):
@@ -59,13 +69,19 @@ class SwscQuantizer(HfQuantizer):
         if checkpoint_files:
             self._require_all(model, where)
 
+    def _lay_apart(self, model: Any) -> None:
+        self._apart = lay_apart(model, pieces_of(self.quantization_config.tensors), self._stored, self._names)
+        if self._apart:
+            self._names, self._implementations = Names(model, self._apart), implementations(model.config)
+            require_eager(model, self._asked)
+
     def _require_all(self, model: Any, where: str) -> None:
         """Raise ValueError if a parameter is in no file: transformers would warn and go on with whatever lies in memory.
 
         A class that is not the checkpoint's own brings a head of its own, which is to be trained: what it shares has to be there.
         """
         own = type(model).__name__ in (model.config.architectures or []) or not hasattr(model, model.base_model_prefix)
-        names, tied = Names(model), model.all_tied_weights_keys
+        names, tied = Names(model, self._apart), model.all_tied_weights_keys
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
         filled = names.filled(self._stored)
         for name in model.state_dict():
@@ -77,6 +93,7 @@ class SwscQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """transformers' own conversions, with a step before them for what is restored while it is loaded."""
         self._own_conversions = list(weight_conversions)
+        weight_conversions = without(weight_conversions, self._apart)
         if not self._restored:
             return weight_conversions
         entries = self.quantization_config.tensors
@@ -104,6 +121,12 @@ class SwscQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved holds a name
         make_dense(model, named or self._dtype)
+        if self._apart:
+            join(model, named or self._dtype)
+            model.config._experts_implementation = self._implementations
+            model._weight_conversions = [
+                c for c in self._own_conversions if c.was_used() or not without([c], self._apart)
+            ]
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:

@@ -22,7 +22,8 @@ WINGS = (
 FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 PLUG_IN = ("swsc_core", "hf")  # what transformers calls: the one part of the core that knows it
 PLUG_IN_DOORS = {
-    f"swsc_core/hf/{name}.py" for name in ("__init__", "config", "names", "placing", "quantizer", "restoring")
+    f"swsc_core/hf/{name}.py"
+    for name in ("__init__", "config", "experts", "names", "placing", "quantizer", "restoring")
 }
 # foreign library -> the files through whose door it comes in
 DOORS = {
