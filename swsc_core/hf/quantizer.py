@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
 from swsc_core.bits import Geometry
@@ -68,6 +69,7 @@ class SwscQuantizer(HfQuantizer):
                 require_rest(headers, tensor, model.get_submodule(target.removesuffix(".weight")), where)
         if checkpoint_files:
             self._require_all(model, where)
+        self._kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def _lay_apart(self, model: Any) -> None:
         self._apart = lay_apart(model, pieces_of(self.quantization_config.tensors), self._stored, self._names)
@@ -102,12 +104,22 @@ class SwscQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         if not self.pre_quantized:
             self._compress(model)
-        elif self._restored:
-            model._weight_conversions = [c for c in self._own_conversions if c.was_used()] or None
+        else:
+            self._convert_kinds(model)
+            if self._restored:
+                model._weight_conversions = [c for c in self._own_conversions if c.was_used()] or None
         for path, layer in model.named_modules():
             if isinstance(layer, CompressedWeight):
                 _require_labels(path, layer)
         return model
+
+    def _convert_kinds(self, model: Any) -> None:
+        """transformers 5.19 leaves what it renames in the dtype of the file."""
+        kept = list(model._get_dtype_plan(self._dtype))  # what a model wants in float32, whatever is asked for
+        keeps = build_glob_alternation(kept)[0] if kept else None
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.dtype != self._kinds.get(name, tensor.dtype) and not (keeps and keeps.search(name)):
+                tensor.data = tensor.data.to(self._kinds[name])
 
     def _compress(self, model: Any) -> None:
         config = self.quantization_config

@@ -41,6 +41,17 @@ def test_so_they_are_of_queries_and_keys_alone(family: FamilyModel) -> None:
     assert off(family, model, family.load(family.restored(family.queries_and_keys))) <= 1e-5
 
 
+def test_in_bfloat16_every_tensor_is_of_the_dtype_that_it_has_in_the_restored_model(family: FamilyModel) -> None:
+    restored = family.load(family.restored(family.compressed), dtype=torch.bfloat16).state_dict()
+    model = family.load(family.compressed, dtype=torch.bfloat16)
+    floats = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    assert {name: kind for name, kind in floats.items() if name in restored} == {
+        name: restored[name].dtype for name in floats if name in restored
+    }
+    assert {kind for name, kind in floats.items() if name not in restored} <= {torch.bfloat16}
+    assert family.logits(model).dtype == torch.bfloat16
+
+
 def test_generated_tokens_are_those_of_the_restored_model(opened: Any, dense: Any) -> None:
     assert torch.equal(tokens(opened), tokens(dense))
 
