@@ -12,6 +12,7 @@ from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel, PeftType
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_adapters_to_merge
 
+from swsc_core.experts import SwscExperts
 from swsc_core.linear import SwscLinear
 
 _STARTS = (True, False, "gaussian", "orthogonal")  # of A and B, that need no dense weight
@@ -94,8 +95,18 @@ class SwscLoraModel(LoraModel):
         lora_config._register_custom_module({SwscLinear: SwscLoraLinear})
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]  # PEFT's is static
+        """Experts are no modules in a dense model: what is asked for by name there does not mean them here."""
+        return not _of_experts(self.model, key) and LoraModel._check_target_module_exists(peft_config, key)
+
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         super()._prepare_model(peft_config, model)
+        asked = sorted({str(name).rpartition(".")[2] for name in peft_config.target_parameters or ()} & _joined(model))
+        if asked:
+            raise ValueError(
+                f"PEFT takes these targets for {', '.join(asked)} of the experts, which stay compressed and take no adapters; name"
+                " attention layers in target_modules, or open the model with SwscConfig(dequantize=True)"
+            )
         if str(peft_config.target_modules).lower() == "all-linear":  # PEFT would leave out what is no `nn.Linear`
             _maybe_include_all_linear_layers(peft_config, model)
             peft_config.target_modules |= _compressed(model)
@@ -108,6 +119,20 @@ class SwscLoraModel(LoraModel):
                 raise ValueError(f"{path}: the adapter cannot be merged: {why}; {_REMEDY}")
 
 
+def _of_experts(model: Any, key: str) -> bool:
+    """Whether the module is inside of experts that lie apart."""
+    parents = key.split(".")[:-1]
+    return any(
+        isinstance(model.get_submodule(".".join(parents[:depth])), SwscExperts) for depth in range(1, len(parents) + 1)
+    )
+
+
+def _joined(model: Any) -> set[str]:
+    """Parameters of experts that are not there, as they lie apart."""
+    stacks = [module for module in model.modules() if isinstance(module, SwscExperts)]
+    return {name for stack in stacks for name in (stack.up, stack.down)}
+
+
 def _compressed(model: Any) -> set[str]:
     """Names of the compressed layers, without the head, as PEFT has it, and without what is inside an adapter's layer."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -115,7 +140,10 @@ def _compressed(model: Any) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, SwscLinear) and module is not head and module not in wrapped
+        if isinstance(module, SwscLinear)
+        and module is not head
+        and module not in wrapped
+        and not _of_experts(model, name)
     }
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+import swsc_core.hf.lora  # noqa: F401  # puts adapters on compressed layers
 from jobs.cli import main
 from swsc_core import SwscExperts, SwscLinear
 from swsc_core.format import part_name
@@ -196,6 +198,42 @@ def test_the_model_without_its_head_opens_too(mixtral: FamilyModel) -> None:
         whole, bare = mixtral.load(mixtral.compressed), AutoModel.from_pretrained(mixtral.compressed)
         assert len(stacks(bare)) == 2
         assert torch.equal(bare(ids).last_hidden_state, whole.model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"], "all-linear"], ids=str
+)
+@pytest.mark.parametrize("what", ["everything", "one expert in two"])
+def test_adapters_come_to_lie_where_they_do_in_the_restored_model(
+    family: FamilyModel, targets: Any, what: str, tmp_path: Path
+) -> None:
+    if family.name != "qwen2_moe" and targets != ["q_proj", "o_proj"]:
+        pytest.skip("PEFT means experts by it")
+    compressed = (
+        family.compressed if what == "everything" else family.compress(f"lora {what}", "--include", MIXED[what])
+    )
+    found = []
+    for directory in (compressed, family.restored(compressed)):
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=targets, init_lora_weights="orthogonal", lora_dropout=0.0)
+        found.append(get_peft_model(family.load(directory), config))
+    names = [{name for name in model.state_dict() if "lora_" in name} for model in found]
+    assert names[0] == names[1]
+    assert not any(".experts." in name for name in names[0])
+    assert off(family, found[0], found[1]) <= 1e-5
+    found[0].save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(family.load(compressed), tmp_path / "adapter")
+    assert torch.equal(family.logits(loaded), family.logits(found[0]))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_modules": ["w1", "w2", "w3"]}, {"target_modules": "all-linear"}, {"target_parameters": ["experts.down_proj"]}],
+    ids=str,
+)  # fmt: skip
+def test_adapters_on_experts_are_refused_by_name(mixtral: FamilyModel, targets: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"down_proj.* of the experts, which stay compressed and take no adapters"):
+        get_peft_model(mixtral.load(mixtral.compressed), LoraConfig(r=2, **targets))
 
 
 def changed(directory: Path, name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
