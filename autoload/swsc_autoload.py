@@ -5,6 +5,7 @@ which looks at names and waits for one. A program that never imports transformer
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -24,7 +25,14 @@ class _Registering(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._own.exec_module(module)
-        import swsc_core.hf  # noqa: F401
+        try:
+            import swsc_core.hf  # noqa: F401
+        except ModuleNotFoundError as error:
+            if error.name != "swsc_core":
+                raise
+            # swsc was uninstalled and this was not: that is no reason for transformers not to be imported
+            remedy = "compressed checkpoints cannot be opened: pip install swsc, or pip uninstall swsc-autoload"
+            warnings.warn(f"swsc-autoload: swsc is not installed, {remedy}", stacklevel=2)
 
 
 class _Finder(MetaPathFinder):

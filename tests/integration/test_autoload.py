@@ -16,6 +16,15 @@ from tests.tiny import make_tiny_model
 ROOT = Path(__file__).parents[2]
 LOAD = "from transformers import AutoModelForCausalLM as A; print(type(A.from_pretrained(DIRECTORY).model.layers[0].self_attn.q_proj).__name__)"
 
+GONE = """
+import sys
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name == "swsc_core":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Gone())
+"""
+
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,3 +86,11 @@ def test_a_program_that_does_not_import_transformers_imports_nothing_of_ours(com
         "import sys, json; print({'torch', 'transformers', 'swsc_core'} & set(sys.modules))", compressed, installed
     )
     assert ended.stdout.strip() == "set()"
+
+
+def test_with_swsc_uninstalled_transformers_still_works_and_says_what_is_missing(
+    compressed: Path, installed: Path
+) -> None:
+    ended = run(GONE + "from transformers import PreTrainedModel as A; print(A.__name__)", compressed, installed)
+    assert ended.stdout.strip() == "PreTrainedModel", ended.stderr
+    assert "swsc-autoload: swsc is not installed" in ended.stderr
