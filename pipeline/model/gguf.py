@@ -84,11 +84,7 @@ def kept_checkpoint(location: str) -> str:
         CheckpointError: as `convert_gguf`, or the file is not on a disk of this machine. OutputError: no room beside it.
     """
     file, store = _kept(location)
-    if store.exists(NOTE):
-        found = read_note(store)
-    else:
-        _say(f"{location}: is dequantized to {DTYPE} first, into {store.root}, where it is kept")
-        found = _made(file, store, DTYPE)
+    found = read_note(store) if store.exists(NOTE) else _made(file, store, DTYPE)
     if found:
         warn(location, found)
     return store.root
@@ -245,6 +241,7 @@ def _write(file: Path, beside: Store, dtype: str) -> None:
     about, weights = header_of(file)
     beside.remove("whole")
     require_room(beside, weights * (4 if dtype == "float32" else 2))
+    _say(f"{file}: is dequantized to {dtype}, into {beside.root.removesuffix(TEMPORARY)}")
     whole = beside.below("whole")
     for part in _load(file, dtype):
         _save(part, whole.root)

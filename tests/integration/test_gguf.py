@@ -38,7 +38,7 @@ def test_what_is_compressed_is_what_convert_makes_of_it(
 ) -> None:
     assert main(["compress", str(file), str(tmp_path / "out"), *SMALL]) == 0
     said = capsys.readouterr().err
-    assert f"{file}: is dequantized to bfloat16 first" in said
+    assert f"{file}: is dequantized to bfloat16, into " in said
     assert f"note: {file}: {NOTE}" in said
     assert "it/s" not in said
     assert main(["convert", str(file), str(tmp_path / "dense")]) == 0
