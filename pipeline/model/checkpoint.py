@@ -16,7 +16,8 @@ from typing import Any
 from pipeline.errors import CheckpointError, UserError
 from pipeline.model.files import TEMPORARY
 from pipeline.model.fingerprint import fingerprint_of
-from pipeline.model.gguf import Dequantized, read_note
+from pipeline.model.gguf import read_note
+from pipeline.model.gguf_file import Dequantized
 from pipeline.model.hub import local_copy
 from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
 from pipeline.model.quantized import read_as_bfloat16

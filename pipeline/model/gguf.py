@@ -10,49 +10,19 @@ import errno
 import hashlib
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable
-from contextlib import redirect_stderr
-from dataclasses import dataclass
 from functools import lru_cache
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CheckpointError, ConfigError, OutputError, SwscError
+from pipeline.errors import CheckpointError, OutputError
 from pipeline.model.files import TEMPORARY
+from pipeline.model.gguf_file import Dequantized, header_of, load, one_line, quiet_transformers, require_gguf
 from pipeline.model.lease import acquire
 from pipeline.model.store import Store, require_room
 
 NOTE = "dequantized.json"  # in a checkpoint: the file that it was made of, and what that held
 DTYPE = "bfloat16"  # of a checkpoint, unless another is asked for
-NOT_WHOLE = (
-    "not a whole model, or of a kind that transformers cannot read from GGUF; of a model in several files make one"
-    " (llama-gguf-split --merge), or give another"
-)
-_MAGIC = b"GGUF"
-_WHOLE = ("F64", "F32", "F16", "BF16")  # types that are not quantized
 _HEAD, _SAMPLES, _SAMPLE_BYTES = 16 << 20, 4096, 4096  # of a file, that tell it from another
-
-
-@dataclass(frozen=True)
-class Dequantized:
-    """What a checkpoint was made of.
-
-    Attributes:
-        file: name of the GGUF file.
-        baseline: its type, "Q4_K_M", or the types of its tensors; "" if nothing in it is quantized.
-        licence: what it says of that; "" if nothing.
-        types: number of its tensors of each type ("Q4_1", "F32", …).
-    """
-
-    file: str
-    baseline: str
-    licence: str
-    types: dict[str, int]
-
-    def __str__(self) -> str:
-        return f"{self.file} ({self.baseline})" if self.baseline else self.file
 
 
 def is_gguf(location: str) -> bool:
@@ -70,7 +40,7 @@ def convert_gguf(file: Path, target: str, dtype: str = DTYPE) -> Dequantized:
         OutputError: the directory holds something, or there is no room for it.
         ConfigError: the package gguf is missing.
     """
-    _require_gguf(file)
+    require_gguf(file)
     store = Store.at(target)
     if os.path.isfile(store.root) or store.entries():
         raise OutputError(f"{target}: is there already and not empty; give a new directory")
@@ -102,7 +72,7 @@ def read_note(store: Store) -> Dequantized | None:
     try:
         note = store.read_json(NOTE, 1 << 20)
         types = {str(kind): int(count) for kind, count in note["types"].items()}
-        file, baseline, licence = (_word(note[key]) for key in ("file", "baseline", "licence"))
+        file, baseline, licence = (one_line(note[key]) for key in ("file", "baseline", "licence"))
         return Dequantized(file, baseline, licence, types)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{store.root}/{NOTE}: not as `swsc convert` writes it ({error}); remove it") from None
@@ -117,71 +87,6 @@ def warn(location: str, about: Dequantized) -> None:
         )
 
 
-def told(file: Path, call: Callable[[], Any]) -> Any:
-    """What a library makes of the file, or one line on why it does not."""
-    try:
-        return call()
-    except SwscError:
-        raise
-    except Exception as error:  # no common root for what a damaged or foreign file brings up
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file}: cannot be read as GGUF ({reason}); give another file") from None
-
-
-def quiet_transformers() -> None:
-    """No bars and no advice of transformers."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def where(file: Path) -> dict[str, str]:
-    """How transformers is told of a GGUF file."""
-    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-
-
-def header_of(file: Path) -> tuple[Dequantized, int]:
-    """What the file holds, and its number of weights.
-
-    Raises:
-        CheckpointError: no GGUF file, or a damaged one. ConfigError: the package gguf is missing.
-    """
-    _require_gguf(file)
-    try:
-        from gguf import GGUFReader, LlamaFileType
-    except ImportError:
-        raise ConfigError("the package gguf reads GGUF files and is not installed; pip install 'swsc[demo]'") from None
-    reader = told(file, lambda: GGUFReader(file))
-    types = dict(Counter(tensor.tensor_type.name for tensor in reader.tensors))
-    kind, licence = (_value(reader, f"general.{key}") for key in ("file_type", "license"))
-    named = {one.value: one.name.removeprefix("MOSTLY_") for one in LlamaFileType}.get(kind, "")
-    quantized = sorted(types.keys() - set(_WHOLE))
-    baseline = (named or ", ".join(quantized)) if quantized else ""
-    return Dequantized(file.name, baseline, _word(licence or ""), types), sum(
-        int(tensor.n_elements) for tensor in reader.tensors
-    )
-
-
-def _value(reader: Any, key: str) -> Any:
-    field = reader.get_field(key)
-    return field.contents() if field else None
-
-
-def _word(value: object) -> str:
-    """What a file says of itself, in one line that a card may hold."""
-    text = " ".join(str(value).split())
-    return text if text.isprintable() else ""
-
-
-def _require_gguf(file: Path) -> None:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; give a GGUF file")
-    with file.open("rb") as opened:
-        if opened.read(len(_MAGIC)) != _MAGIC:
-            raise CheckpointError(f"{file}: not a GGUF file; download it again, or give another")
-
-
 def _kept(location: str) -> tuple[Path, Store]:
     """A GGUF file, and where its checkpoint is kept, or would be."""
     if "://" in location:
@@ -189,7 +94,7 @@ def _kept(location: str) -> tuple[Path, Store]:
             f"{location}: a GGUF file is read from a disk only; copy it to one that all nodes see, and give that"
         )
     file = Path(os.path.abspath(location))
-    _require_gguf(file)
+    require_gguf(file)
     return file, Store.at(f"{file.parent}/.swsc-cache/gguf-{_fingerprint(file)[:16]}")
 
 
@@ -243,7 +148,7 @@ def _write(file: Path, beside: Store, dtype: str) -> None:
     require_room(beside, weights * (4 if dtype == "float32" else 2))
     _say(f"{file}: is dequantized to {dtype}, into {beside.root.removesuffix(TEMPORARY)}")
     whole = beside.below("whole")
-    for part in _load(file, dtype):
+    for part in load(file, dtype):
         _save(part, whole.root)
     whole.write_json(NOTE, vars(about))
     for name in whole.names():
@@ -261,35 +166,6 @@ def _save(part: Any, folder: str) -> None:
         raise OutputError(
             f"{folder}: cannot be written ({reason}); make room, and run the same command again"
         ) from None
-
-
-def _load(file: Path, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    how: dict[str, Any] = {
-        **where(file),
-        "dtype": getattr(torch, dtype),
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }
-    with redirect_stderr(StringIO()):  # the converter's bar, which knows nothing of terminals
-        loaded, info = told(file, lambda: AutoModelForCausalLM.from_pretrained(**how))
-    lacking = [f"{name} is not in it" for name in sorted(info["missing_keys"])]
-    differing = sorted((name, list(there), list(wanted)) for name, there, wanted in info["mismatched_keys"])
-    lacking += [f"{name} is {there} in it, and {wanted} by its header" for name, there, wanted in differing]
-    if lacking:  # transformers would draw them at random
-        raise CheckpointError(f"{file}: {lacking[0]} ({len(lacking)} tensors in all): {NOT_WHOLE}")
-    # The loaded model counts as quantized by GGUF and refuses to be saved: one without weights takes its weights.
-    with torch.device("meta"):
-        plain: Any = type(loaded)(loaded.config)
-    plain.load_state_dict(loaded.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.to(getattr(torch, dtype))  # what transformers would keep in float32, too
-    if hasattr(plain.config, "quantization_config"):
-        del plain.config.quantization_config
-    return plain, told(file, lambda: AutoTokenizer.from_pretrained(**where(file)))
 
 
 def _say(line: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
-from pipeline.model.gguf import NOT_WHOLE, header_of, is_gguf, is_kept, quiet_transformers, told, warn, where
+from pipeline.model.gguf import is_gguf, is_kept, warn
+from pipeline.model.gguf_file import NOT_WHOLE, header_of, quiet_transformers, told, where
 from pipeline.model.store import Store
 from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo
 

@@ -32,11 +32,11 @@ DOORS = {
     "transformers": {
         "pipeline/measure/perplexity.py",
         "pipeline/measure/windows.py",
-        "pipeline/model/gguf.py",
+        "pipeline/model/gguf_file.py",
         "pipeline/model/gguf_headers.py",
         *PLUG_IN_DOORS,
     },
-    "gguf": {"pipeline/model/gguf.py"},
+    "gguf": {"pipeline/model/gguf_file.py"},
     # what comes and goes over the network, in hub.py alone; front matters
     "huggingface_hub": {"pipeline/model/hub.py", "pipeline/model/card.py", "pipeline/model/card_figures.py"},
     "lm_eval": {"pipeline/measure/tasks.py"},
