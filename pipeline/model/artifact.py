@@ -181,7 +181,7 @@ def _misfit(rest: TensorInfo | None, pieces: list[dict[str, Any]]) -> str:
         (entry["shape"][1], entry["dtype"], entry.get("transposed", False), entry.get("stacked")) for entry in pieces
     }
     if len(alike) != 1 or {rest.shape[1]} != {columns for columns, *_ in alike}:
-        return "they differ in columns, dtype, direction or number of matrices"
+        return "they differ in columns, dtype or direction, or in the number of matrices"
     stacked = pieces[0].get("stacked") or 1
     if (rest.shape[0] + sum(entry["shape"][0] for entry in pieces)) % stacked:
         return f"their rows are not those of {stacked} matrices"

@@ -172,7 +172,10 @@ def _joining(name: str, pieces: Entries, converters: Sequence[Any], names: Names
     A stack of experts has hundreds of pieces, so that a part of all of them is one pattern.
     """
     target, pattern = names.target(name)
-    follows = [step for one in converters if pattern in one.source_patterns for step in one.operations]
+    following = [one for one in converters if pattern in one.source_patterns]
+    if any(len(one.source_patterns) > 1 or len(one.target_patterns) > 1 for one in following):
+        raise ValueError(f"transformers loads {name} in a way that restores nothing; use `swsc restore` instead")
+    follows = [step for one in following for step in one.operations]
     piece = next(iter(pieces))
     stem = re.escape(names.renamed(piece_name(name, piece)).removesuffix(f".{piece}.weight"))
     ordered = {own: pieces[own] for own in in_natural_order(pieces)}

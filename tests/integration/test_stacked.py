@@ -82,6 +82,27 @@ def test_one_expert_alone_is_changed_and_all_else_is_the_same_to_the_byte(model:
     }  # fmt: skip
 
 
+def test_the_dense_form_is_what_restoring_gives(model: FamilyModel) -> None:
+    flags = ["--projectors", "experts", "--exclude", r"\.[12]\.gate|\.3\.weight"]
+    written = tensors_of(model.compress("dense-form", *flags, "--format", "dense"))
+    restored = tensors_of(model.restored(model.compress("some", *flags)))
+    assert written.keys() == restored.keys() == tensors_of(model.dense).keys()
+    for name, tensor in restored.items():
+        assert torch.equal(written[name], tensor), name
+
+
+def test_beside_an_adapter_stacks_are_restored_whole(model: FamilyModel) -> None:
+    flags = ["--projectors", "q,experts"]
+    compressed, dense = model.compress("ranked", *flags), model.folder / "with-adapter"
+    assert main(["restore", str(compressed), str(dense), "--adapter", "--local"]) == 0
+    name = GATE_UP[model.name]
+    assert torch.equal(tensors_of(dense)[name], tensors_of(model.restored(compressed))[name])
+    assert "whole, as it is no linear layer of its own" in rows_of(dense)[name]["reason"]
+    targets = json.loads((dense / "swsc_adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert targets
+    assert all(target.endswith("q_proj") for target in targets)
+
+
 def test_what_is_left_of_a_stack_fits_no_loader_that_does_not_know_the_format(model: FamilyModel) -> None:
     directory = model.compress("bare", "--projectors", "experts")
     config = json.loads((directory / "config.json").read_text())
@@ -274,9 +295,9 @@ def test_a_stack_that_does_not_fit_the_config_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"stacked": 3}, "they differ in columns, dtype, direction or number of matrices"),
+        ({"stacked": 3}, "they differ in columns, dtype or direction, or in the number of matrices"),
         ({"stacked": 0}, "greater than 0"),
-        ({"stacked": None}, "they differ in columns, dtype, direction or number of matrices"),
+        ({"stacked": None}, "they differ in columns, dtype or direction, or in the number of matrices"),
         ({"tensor": None, "rows": None}, "a stack of matrices has pieces"),
         ({"rows": [10, 2, 2, 48]}, "pieces overlap"),
     ],
