@@ -94,7 +94,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         t.GraniteMoeSharedConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=48)
     ),
     "aria_text": lambda: t.AriaTextForCausalLM(
-        t.AriaTextConfig(**_SHAPE, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+        t.AriaTextConfig(**_SHAPE, moe_num_experts=12, moe_topk=2, moe_num_shared_experts=1)  # 10 comes after 9
     ),
     "qwen3_vl_moe": lambda: t.Qwen3VLMoeForConditionalGeneration(
         t.Qwen3VLMoeConfig(

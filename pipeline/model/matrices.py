@@ -104,7 +104,7 @@ def find_matrix(checkpoint: Checkpoint, name: str) -> TensorInfo:
     """The matrix that has a name: that of a tensor, or of a piece of one."""
     family = Family(checkpoint.config)
     info, piece = _tensor_and_piece(checkpoint, name)
-    if is_stack(info):  # of hundreds of experts one
+    if piece and is_stack(info):  # of hundreds of experts one
         found = _of_expert(checkpoint, family.role_of(info.name), info, int(piece.partition(".")[0]))
     else:
         found = matrices_of(checkpoint, family, info)
