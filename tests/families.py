@@ -16,6 +16,7 @@ import transformers as t
 from safetensors.torch import load_file
 
 from jobs.cli import main
+from swsc_core import SwscExperts
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -192,10 +193,20 @@ class FamilyModel:
         with torch.no_grad():
             return model(input_ids=torch.arange(1, 25)[None]).logits  # type: ignore[no-any-return]
 
+    def off(self, first: Any, second: Any) -> float:
+        """Largest difference of logits, to the largest logit (weights of tests are ten times as large as real ones)."""
+        wanted = self.logits(second)
+        return float((self.logits(first) - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     """Every stored tensor of a directory."""
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def experts_of(model: Any) -> list[SwscExperts]:
+    """Those that lie apart, layer by layer."""
+    return [module for module in model.modules() if isinstance(module, SwscExperts)]
 
 
 @pytest.fixture(scope="session", params=MODELS)

@@ -1,26 +1,20 @@
-"""Mixtures of experts opened by transformers: experts stay compressed, beside dense ones too, or are said not to be."""
+"""Mixtures of experts opened by transformers: experts stay compressed, dense ones beside them, and are saved as they were."""
 
 import copy
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as t
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers import AutoModel
 
 import swsc_core.hf.lora  # noqa: F401  # puts adapters on compressed layers
 from jobs.cli import main
-from swsc_core import SwscExperts, SwscLinear
-from swsc_core.format import part_name
-from swsc_core.hf.experts import lay_apart
-from swsc_core.hf.names import Names
-from tests.families import FamilyModel, tensors_of
+from swsc_core import SwscLinear
+from tests.families import MODELS, FamilyModel, experts_of, tensors_of
 
 EXPERTS = ("--projectors", "experts")
 FORMS = {
@@ -47,35 +41,22 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> FamilyModel:
     return FamilyModel("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
-@pytest.fixture
-def place(mixtral: FamilyModel, tmp_path: Path) -> Path:
-    """A copy of a compressed directory, to be damaged."""
-    return Path(shutil.copytree(mixtral.compressed, tmp_path / "model"))
-
-
-def stacks(model: Any) -> list[SwscExperts]:
-    return [module for module in model.modules() if isinstance(module, SwscExperts)]
-
-
 def held(model: Any) -> int:
     """Bytes that lie in memory, but for tables of positions, which no file holds."""
     stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
 
 
-def off(family: FamilyModel, first: Any, second: Any) -> float:
-    wanted = family.logits(second)
-    return float((family.logits(first) - wanted).abs().max() / wanted.abs().max().clamp(min=1))
-
-
 def test_a_model_is_as_large_as_its_files(family: FamilyModel) -> None:
     model = family.load(family.compressed)
-    assert held(model) == sum(t.numel() * t.element_size() for t in tensors_of(family.compressed).values())
+    assert held(model) == sum(
+        tensor.numel() * tensor.element_size() for tensor in tensors_of(family.compressed).values()
+    )
     assert held(model) < held(family.load(family.restored(family.compressed))) / 2
 
 
 def test_every_expert_is_compressed_by_itself(family: FamilyModel) -> None:
-    found = [layer for stack in stacks(family.load(family.compressed)) for layer in stack.modules()]
+    found = [layer for stack in experts_of(family.load(family.compressed)) for layer in stack.modules()]
     wanted = [name for name in tensors_of(family.dense) if ".experts." in name]
     assert sum(isinstance(layer, SwscLinear) for layer in found) == len(wanted)
 
@@ -86,22 +67,66 @@ def test_every_form_says_what_the_restored_model_says(mixtral: FamilyModel, form
     if not compressed.exists():
         assert main(["compress", str(mixtral.dense), str(compressed), "--local", *EXPERTS, *FORMS[form]]) == 0
     model = mixtral.load(compressed)
-    assert len(stacks(model)) == 2
-    assert off(mixtral, model, mixtral.load(mixtral.restored(compressed))) <= 1e-5
+    assert len(experts_of(model)) == 2
+    assert mixtral.off(model, mixtral.load(mixtral.restored(compressed))) <= 1e-5
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0,
+}  # fmt: skip
+_FEW: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+_ROUTED: dict[str, Any] = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 48, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+OTHERS: dict[str, Callable[[], Any]] = {
+    "olmoe": lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**_SIZES, **_FEW)),
+    "phimoe": lambda: t.PhimoeForCausalLM(t.PhimoeConfig(**_SIZES, num_local_experts=4)),
+    "glm4_moe": lambda: t.Glm4MoeForCausalLM(t.Glm4MoeConfig(**_SIZES, **_ROUTED, first_k_dense_replace=1)),
+    "dots1": lambda: t.Dots1ForCausalLM(t.Dots1Config(**_SIZES, **_ROUTED, first_k_dense_replace=1)),
+    "ernie4_5_moe": lambda: t.Ernie4_5_MoeForCausalLM(
+        t.Ernie4_5_MoeConfig(
+            **_SIZES, moe_num_experts=4, moe_k=2, moe_intermediate_size=48, moe_num_shared_experts=1,
+            moe_layer_start_index=0,
+        )
+    ),
+    "nemotron_h, without gates": lambda: t.NemotronHForCausalLM(
+        t.NemotronHConfig(
+            **_SIZES, **_ROUTED, moe_shared_expert_intermediate_size=48, layers_block_type=["attention", "moe"]
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_open_as_well(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, name, OTHERS[name])
+    family = FamilyModel(name, tmp_path)
+    compressed = family.compress("compressed", "--include", r"experts\.[0-2]\.")
+    model, restored = family.load(compressed), family.load(family.restored(compressed))
+    assert experts_of(model)
+    assert held(model) == sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(compressed).values())
+    assert family.off(model, restored) <= 1e-5
+    model.save_pretrained(tmp_path / "saved")
+    assert tensors_of(tmp_path / "saved").keys() == tensors_of(compressed).keys()
+    assert torch.equal(family.logits(family.load(tmp_path / "saved")), family.logits(model))
+    model.dequantize()
+    assert torch.equal(family.logits(model), family.logits(restored))
 
 
 @pytest.mark.parametrize("what", MIXED)
 def test_dense_matrices_stand_beside_compressed_ones(family: FamilyModel, what: str, tmp_path: Path) -> None:
     compressed = family.compress(what, "--include", MIXED[what])
     model = family.load(compressed)
-    assert stacks(model)
-    assert held(model) == sum(t.numel() * t.element_size() for t in tensors_of(compressed).values())
-    assert off(family, model, family.load(family.restored(compressed))) <= 1e-5
+    assert experts_of(model)
+    assert held(model) == sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(compressed).values())
+    assert family.off(model, family.load(family.restored(compressed))) <= 1e-5
     model.save_pretrained(tmp_path / "saved")
     assert tensors_of(tmp_path / "saved").keys() == tensors_of(compressed).keys()
     assert torch.equal(family.logits(family.load(tmp_path / "saved")), family.logits(model))
     model.dequantize()
-    assert not stacks(model)
+    assert not experts_of(model)
     assert torch.equal(family.logits(model), family.logits(family.load(family.restored(compressed))))
 
 
@@ -127,17 +152,6 @@ def test_experts_are_calculated_one_by_one_and_dequantized_as_before(family: Fam
     model.dequantize()
     wanted = family.load(family.restored(family.compressed)).get_experts_implementation()
     assert model.get_experts_implementation() == wanted
-
-
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-def test_another_implementation_is_refused_by_name(mixtral: FamilyModel, implementation: str) -> None:
-    said = f"experts_implementation '{implementation}' wants the experts .* leave it out"
-    with pytest.raises(ValueError, match=said):
-        mixtral.load(mixtral.compressed, experts_implementation=implementation)
-    model = mixtral.load(mixtral.compressed, experts_implementation="eager")
-    model.set_experts_implementation(implementation)
-    with pytest.raises(ValueError, match=said):
-        mixtral.logits(model)
 
 
 def test_a_config_that_was_loaded_before_opens_it_again(mixtral: FamilyModel) -> None:
@@ -196,134 +210,35 @@ def test_the_model_without_its_head_opens_too(mixtral: FamilyModel) -> None:
     with torch.no_grad():
         ids = torch.arange(1, 25)[None]
         whole, bare = mixtral.load(mixtral.compressed), AutoModel.from_pretrained(mixtral.compressed)
-        assert len(stacks(bare)) == 2
+        assert len(experts_of(bare)) == 2
         assert torch.equal(bare(ids).last_hidden_state, whole.model(ids).last_hidden_state)
 
 
-@pytest.mark.parametrize(
-    "targets", [["q_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"], "all-linear"], ids=str
-)
-@pytest.mark.parametrize("what", ["everything", "one expert in two"])
+ADAPTED = {
+    "attention": ("mixtral", ["q_proj", "o_proj"]),
+    "attention of DeepSeek": ("deepseek_v3", ["q_a_proj", "o_proj"]),
+    "shared experts": ("qwen2_moe", ["gate_proj", "up_proj", "down_proj"]),
+    "everything linear": ("qwen2_moe", "all-linear"),
+}
+
+
+@pytest.mark.parametrize("flags", [("--projectors", "q,o,experts"), ("--include", MIXED["one expert in two"])], ids=str)
+@pytest.mark.parametrize("what", ADAPTED)
 def test_adapters_come_to_lie_where_they_do_in_the_restored_model(
-    family: FamilyModel, targets: Any, what: str, tmp_path: Path
+    what: str, flags: tuple[str, str], tmp_path: Path
 ) -> None:
-    if family.name != "qwen2_moe" and targets != ["q_proj", "o_proj"]:
-        pytest.skip("PEFT means experts by it")
-    compressed = (
-        family.compressed if what == "everything" else family.compress(f"lora {what}", "--include", MIXED[what])
-    )
+    kind, targets = ADAPTED[what]
+    family = FamilyModel(kind, tmp_path)
+    compressed = family.compress("compressed", *flags)
     found = []
     for directory in (compressed, family.restored(compressed)):
         torch.manual_seed(3)
-        config = LoraConfig(r=2, target_modules=targets, init_lora_weights="orthogonal", lora_dropout=0.0)
+        config = LoraConfig(r=2, target_modules=targets, init_lora_weights="orthogonal")
         found.append(get_peft_model(family.load(directory), config))
     names = [{name for name in model.state_dict() if "lora_" in name} for model in found]
     assert names[0] == names[1]
     assert not any(".experts." in name for name in names[0])
-    assert off(family, found[0], found[1]) <= 1e-5
+    assert family.off(found[0], found[1]) <= 1e-5
     found[0].save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(family.load(compressed), tmp_path / "adapter")
     assert torch.equal(family.logits(loaded), family.logits(found[0]))
-
-
-@pytest.mark.parametrize(
-    "targets",
-    [{"target_modules": ["w1", "w2", "w3"]}, {"target_modules": "all-linear"}, {"target_parameters": ["experts.down_proj"]}],
-    ids=str,
-)  # fmt: skip
-def test_adapters_on_experts_are_refused_by_name(mixtral: FamilyModel, targets: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"down_proj.* of the experts, which stay compressed and take no adapters"):
-        get_peft_model(mixtral.load(mixtral.compressed), LoraConfig(r=2, **targets))
-
-
-def changed(directory: Path, name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    file = next(file for file in sorted(directory.glob("*.safetensors")) if name in load_file(file))
-    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
-    change(tensors)
-    save_file(tensors, file, {"format": "pt"})
-
-
-W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
-LABELS, LEFT = part_name(W1, "labels"), part_name(W1, "left")
-DAMAGES = {
-    "a part is missing": (LABELS, lambda t: t.pop(LABELS), "experts.2.w1.labels is missing"),
-    "a part of another shape": (LEFT, lambda t: t.update({LEFT: t[LEFT][:, :-1].contiguous()}), "experts.2.w1.left is F32"),
-    "a part of another kind": (LABELS, lambda t: t.update({LABELS: t[LABELS].float()}), "experts.2.w1.labels is F32"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_parts_of_an_expert_are_refused_by_name(place: Path, mixtral: FamilyModel, damage: str) -> None:
-    name, change, said = DAMAGES[damage]
-    changed(place, name, change)
-    with pytest.raises(ValueError, match=said):
-        mixtral.load(place)
-
-
-def test_a_label_out_of_range_is_refused_by_name(mixtral: FamilyModel, tmp_path: Path) -> None:
-    place = tmp_path / "model"
-    assert (
-        main(["compress", str(mixtral.dense), str(place), "--local", *EXPERTS, "--clusters", "5", "--rank", "1"]) == 0
-    )
-    changed(place, LABELS, lambda t: t[LABELS].fill_(255))
-    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.2.w1: label 7 is out of range for 5 centroids"):
-        mixtral.load(place)
-
-
-def test_a_dense_expert_that_is_missing_is_refused_by_name(mixtral: FamilyModel, tmp_path: Path) -> None:
-    place = Path(shutil.copytree(mixtral.compress("some", "--include", r"experts\.[01]\."), tmp_path / "model"))
-    changed(place, W1, lambda t: t.pop(W1))
-    with pytest.raises(ValueError, match=r"nothing is stored for model.layers.1.mlp.experts.2.w1.weight"):
-        mixtral.load(place)
-
-
-def test_an_expert_of_another_size_is_refused_by_name(place: Path, mixtral: FamilyModel) -> None:
-    config = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
-    with pytest.raises(ValueError, match=r"experts.0.w1.weight is \[128, 64\] in this model.*\[96, 64\] in its entry"):
-        mixtral.load(place)
-
-
-class OwnForward(MixtralExperts):
-    """Experts whose forward pass is no one's but theirs."""
-
-    def forward(self, *_: Any) -> Any:
-        raise NotImplementedError
-
-
-def empty(family: FamilyModel) -> Any:
-    config = MixtralConfig.from_pretrained(family.dense)
-    with torch.device("meta"):
-        return MixtralForCausalLM(config)
-
-
-def test_experts_whose_forward_pass_is_their_own_are_not_laid_apart(mixtral: FamilyModel) -> None:
-    names = [name for name in tensors_of(mixtral.dense) if ".experts." in name]
-    model = empty(mixtral)
-    for layer in model.model.layers[1:]:
-        layer.mlp.experts.__class__ = OwnForward
-    assert not lay_apart(model, names[:3], names, Names(model))
-    assert not stacks(model)
-    model = empty(mixtral)
-    assert lay_apart(model, names[:3], names, Names(model))
-    assert len(stacks(model)) == 2
-
-
-def test_so_are_those_with_parameters_of_another_kind(mixtral: FamilyModel) -> None:
-    names = [name for name in tensors_of(mixtral.dense) if ".experts." in name]
-    model = empty(mixtral)
-    model.model.layers[0].mlp.experts.register_buffer("scale", torch.ones(4, device="meta"))
-    assert not lay_apart(model, names, names, Names(model))
-
-
-def test_experts_that_are_multiplied_all_at_once_are_not_laid_apart() -> None:
-    with torch.device("meta"):
-        model = Llama4ForCausalLM(
-            Llama4TextConfig(
-                vocab_size=64, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, interleave_moe_layer_step=1,
-            )
-        )  # fmt: skip
-    names = list(model.state_dict())
-    assert any("experts" in name for name in names)
-    assert not lay_apart(model, names, names, Names(model))

@@ -20,25 +20,19 @@ def dense(family: FamilyModel) -> Any:
     return family.load(family.restored(family.compressed))
 
 
-def off(family: FamilyModel, first: Any, second: Any) -> float:
-    """Largest difference of logits, to the largest logit (weights of tests are ten times as large as real ones)."""
-    wanted = family.logits(second)
-    return float((family.logits(first) - wanted).abs().max() / wanted.abs().max().clamp(min=1))
-
-
 def tokens(model: Any) -> torch.Tensor:
     found = model.generate(input_ids=torch.arange(1, 13)[None], max_new_tokens=12, do_sample=False, pad_token_id=0)
     return found  # type: ignore[no-any-return]
 
 
 def test_logits_are_those_of_the_restored_model(family: FamilyModel, opened: Any, dense: Any) -> None:
-    assert off(family, opened, dense) <= 1e-5
+    assert family.off(opened, dense) <= 1e-5
 
 
 def test_so_they_are_of_queries_and_keys_alone(family: FamilyModel) -> None:
     model = family.load(family.queries_and_keys)
     assert any(isinstance(layer, SwscLinear) for layer in model.modules())
-    assert off(family, model, family.load(family.restored(family.queries_and_keys))) <= 1e-5
+    assert family.off(model, family.load(family.restored(family.queries_and_keys))) <= 1e-5
 
 
 def test_in_bfloat16_every_tensor_is_of_the_dtype_that_it_has_in_the_restored_model(family: FamilyModel) -> None:
@@ -60,7 +54,7 @@ def test_saved_and_opened_again_it_says_the_same(family: FamilyModel, opened: An
     saved = family.folder / "saved"
     opened.save_pretrained(saved, max_shard_size="100KB")
     assert torch.equal(family.logits(family.load(saved)), family.logits(opened))
-    assert off(family, family.load(family.restored(saved)), opened) <= 1e-5
+    assert family.off(family.load(family.restored(saved)), opened) <= 1e-5
 
 
 def test_dequantized_on_load_or_afterwards_it_is_the_restored_model(family: FamilyModel, dense: Any) -> None:
