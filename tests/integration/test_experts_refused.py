@@ -150,7 +150,18 @@ def test_experts_whose_forward_pass_is_their_own_are_not_laid_apart(mixtral: Fam
     assert len(experts_of(model)) == 2
 
 
-def test_so_are_those_with_parameters_of_another_kind(mixtral: FamilyModel) -> None:
+def test_such_experts_are_restored_while_they_are_loaded(
+    mixtral: FamilyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(MixtralExperts, "forward", MixtralExperts.forward.__wrapped__)
+    model = mixtral.load(mixtral.compressed, experts_implementation="grouped_mm")
+    assert not experts_of(model)
+    assert mixtral.off(model, mixtral.load(mixtral.restored(mixtral.compressed))) <= 1e-5
+    model.save_pretrained(tmp_path / "saved")
+    assert mixtral.off(mixtral.load(tmp_path / "saved"), model) <= 1e-5
+
+
+def test_neither_are_those_with_parameters_of_another_kind(mixtral: FamilyModel) -> None:
     names = [name for name in tensors_of(mixtral.dense) if ".experts." in name]
     model = empty(mixtral)
     model.model.layers[0].mlp.experts.register_buffer("scale", torch.ones(4, device="meta"))
