@@ -1,6 +1,7 @@
 """Compressed tensors that have no layer of their own in the model are restored while they are loaded.
 
-Experts are slices of one parameter in transformers, a router is a bare one, and with `dequantize` every matrix is wanted dense.
+Experts that cannot be laid apart (experts.py) are slices of one parameter, a router is a bare one, and with `dequantize` every
+matrix is wanted dense.
 Each is restored from its parts before whatever merges follow: as a step put before those of transformers' own tables.
 """
 
