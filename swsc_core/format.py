@@ -26,7 +26,7 @@ def entries_of(quantization: Mapping[str, Any]) -> Any:
         ValueError: a version that this release does not know.
     """
     version, entries = quantization.get("format_version"), quantization.get("tensors")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"format version {version}, this release reads 1 to {FORMAT_VERSION}; update swsc")
     if version == 1 and isinstance(entries, dict):
         return {name: _from_first(entry) for name, entry in entries.items()}
@@ -34,9 +34,10 @@ def entries_of(quantization: Mapping[str, Any]) -> Any:
 
 
 def _from_first(entry: Any) -> Any:
-    if not isinstance(entry, dict) or entry.get("method") != "swsc" or "shape" not in entry:
-        return entry
-    length = entry["shape"][1 if entry.get("channel_axis") == "output" else 0]
+    shape = entry.get("shape") if isinstance(entry, dict) and entry.get("method") == "swsc" else None
+    if not isinstance(shape, list) or len(shape) != 2:
+        return entry  # for `require_entries` to refuse
+    length = shape[1 if entry.get("channel_axis") == "output" else 0]
     added = {"segment_size": length, "codebooks": 1, "scaled": False, "centroid_bits": None, "factor_bits": None}
     return added | entry
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from swsc_core.entries import require_entries
 from swsc_core.format import QUANT_METHOD, entries_of, quantization_config
 
 _OWN = ("quant_method", "format_version", "tensors")
@@ -24,7 +25,7 @@ class SwscConfig(QuantizationConfigMixin):
         dequantize: restore every matrix while loading; the model is a plain dense one then.
 
     Raises:
-        ValueError: a format version that this release does not know, or a value that is not one of the above.
+        ValueError: a format version that this release does not know, a damaged entry, or a value that is not one of the above.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class SwscConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.bits, self.include, self.form, self.seed = bits, include, form, seed
         self.dequantize = dequantize
-        self.tensors: Mapping[str, Mapping[str, Any]] = entries_of(stored) if "tensors" in stored else {}
+        self.tensors: Mapping[str, Mapping[str, Any]] = entries_of(stored) if stored.keys() - {"quant_method"} else {}
+        require_entries(self.tensors)
         if odd := sorted(set(stored) - set(_OWN)):
             raise ValueError(f"SwscConfig: {', '.join(odd)} not known; this release knows bits, include, form, seed")
 

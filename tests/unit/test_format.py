@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swsc_core import decode
+from swsc_core.entries import require_entries
 from swsc_core.format import FORMAT_VERSION, entries_of, part_name, quantization_config
 from swsc_core.packing import pack
 
@@ -44,7 +45,7 @@ def test_an_entry_of_the_first_version_means_whole_channels() -> None:
     assert read["output"]["codebooks"] == 1
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, None, "2"])
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, None, "2", True])
 def test_a_version_that_is_not_known_is_refused_with_the_remedy(version: object) -> None:
     with pytest.raises(ValueError, match=f"this release reads 1 to {FORMAT_VERSION}; update swsc"):
         entries_of({"format_version": version, "tensors": {}})
@@ -54,3 +55,54 @@ def test_parts_stand_beside_the_tensor_that_they_replace() -> None:
     assert part_name("a.q_proj.weight", "weight") == "a.q_proj.weight"
     assert part_name("a.q_proj.weight", "left") == "a.q_proj.left"
     assert part_name("experts", "labels") == "experts.labels"
+
+
+RTN = {"method": "rtn", "shape": [4, 4], "dtype": "float32", "bits": 4, "granularity": "channel", "symmetric": False}
+
+
+class TestDamagedEntries:
+    """config.json may come from anywhere: each value of an entry is looked at before anything is made of it."""
+
+    @pytest.mark.parametrize("key", EXAMPLE["entry"])
+    @pytest.mark.parametrize("odd", ["magic", -1, 1.5, [], [4], [-4, -4], {}, float("inf"), "gone"])
+    def test_a_value_that_cannot_be_is_refused_with_the_tensor_and_the_key(self, key: str, odd: object) -> None:
+        entry = {**EXAMPLE["entry"], key: odd}
+        if odd == "gone":
+            del entry[key]
+        with pytest.raises(ValueError, match=rf"a\.q\.weight: its entry .* is damaged \({key} .*\); download"):
+            require_entries({"a.q.weight": entry})
+
+    @pytest.mark.parametrize(
+        ("key", "odd"), [("bits", 9), ("bits", "4"), ("granularity", "row"), ("group_size", 0), ("symmetric", 0)]
+    )
+    def test_of_rounded_ones_too(self, key: str, odd: object) -> None:
+        require_entries({"a": RTN})
+        with pytest.raises(ValueError, match=rf"damaged \({key} is "):
+            require_entries({"a": {**RTN, key: odd}})
+
+    @pytest.mark.parametrize(
+        ("piece", "said"),
+        [
+            ({"tensor": "b.weight"}, "tensor and rows say together"),
+            ({"rows": [0, 4, 4, 1]}, "tensor and rows say together"),
+            ({"tensor": "b.weight", "rows": [0, 1, 1, 1 << 40]}, "are not the 4 of its shape"),
+            ({"tensor": "b.weight", "rows": [0, 4, 4]}, "wanted four numbers"),
+            ({"tensor": "b.weight", "rows": [0.0, 4, 4, 1]}, "wanted four numbers"),
+            ({"tensor": ["b.weight"], "rows": [0, 4, 4, 1]}, "wanted the name of a tensor"),
+            ({"transposed": "yes"}, "wanted true or false"),
+        ],
+    )
+    def test_so_are_pieces_that_cannot_be(self, piece: dict[str, object], said: str) -> None:
+        with pytest.raises(ValueError, match=said):
+            require_entries({"a": {**EXAMPLE["entry"], **piece}})
+
+    @pytest.mark.parametrize("entries", [None, 7, "magic", [], ["a"], {"a": None}, {"a": [1]}])
+    def test_so_is_what_is_no_table(self, entries: object) -> None:
+        with pytest.raises(ValueError, match="no table"):
+            require_entries(entries)
+
+    @pytest.mark.parametrize("shape", [None, 4, "44", [], [4], {}])
+    def test_so_are_shapes_of_the_first_version(self, shape: object) -> None:
+        first = {"method": "swsc", "shape": shape, "dtype": "float32", "n_clusters": 2, "rank": 1}
+        with pytest.raises(ValueError, match="shape is"):
+            require_entries(entries_of({"format_version": 1, "tensors": {"a": first}}))
