@@ -65,8 +65,8 @@ def _compressed(layer: Any, pieces: Pieces, dtype: torch.dtype) -> nn.Module | N
     entry = next(iter(pieces.values()))
     turned = type(layer) is Conv1D
     shape = list(layer.weight.shape)[:: -1 if turned else 1]
-    if bool(entry.get("transposed")) != turned:
-        return None
+    if bool(entry.get("transposed")) != turned:  # a square one would be restored, turned round, in silence
+        raise ValueError("its entry says that it lies the other way round; take the config that belongs to it")
     linear = type(layer) is Conv1D or type(layer) is nn.Linear or type(layer).__name__ in _LINEAR
     if "" not in pieces:
         if not linear:
