@@ -76,6 +76,8 @@ def _wrong(entry: Any) -> str | None:
             return f"{key} is {str(entry[key])[:40]}, wanted {wanted}"
         if required and key not in entry:
             return f"{key} is missing"
+    if entry.get("granularity") == "group" and "group_size" not in entry:
+        return "group_size is missing"
     if ("tensor" in entry) != ("rows" in entry):
         return "tensor and rows say together what a piece is of"
     if "rows" in entry and entry["rows"][1] * entry["rows"][3] != entry["shape"][0]:

@@ -1,13 +1,16 @@
 """`quantization_config` as transformers holds it: what a checkpoint says of itself, or what is to be done while it is loaded."""
 
+import math
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from swsc_core.entries import require_entries
 from swsc_core.format import QUANT_METHOD, entries_of, quantization_config
 
+Form = Literal["segments", "paper"]
 _OWN = ("quant_method", "format_version", "tensors")
 
 
@@ -32,7 +35,7 @@ class SwscConfig(QuantizationConfigMixin):
         self,
         bits: float = 3.0,
         include: str = r"\.(q|k)_proj$",
-        form: Literal["segments", "paper"] = "segments",
+        form: Form = "segments",
         seed: int = 0,
         dequantize: bool = False,
         **stored: Any,
@@ -40,10 +43,24 @@ class SwscConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.bits, self.include, self.form, self.seed = bits, include, form, seed
         self.dequantize = dequantize
-        self.tensors: Mapping[str, Mapping[str, Any]] = entries_of(stored) if stored.keys() - {"quant_method"} else {}
+        self._require_arguments()
+        said = stored.keys() & {"tensors", "format_version"}  # by a checkpoint, of itself
+        self.tensors: Mapping[str, Mapping[str, Any]] = entries_of(stored) if said else {}
         require_entries(self.tensors)
         if odd := sorted(set(stored) - set(_OWN)):
             raise ValueError(f"SwscConfig: {', '.join(odd)} not known; this release knows bits, include, form, seed")
+
+    def _require_arguments(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int | float) or not 0 < self.bits < math.inf:
+            raise ValueError(f"SwscConfig: bits {self.bits!r}, wanted a positive number")
+        if self.form not in (known := get_args(Form)):
+            raise ValueError(f"SwscConfig: form {self.form!r} is not known; choose {' or '.join(known)}")
+        try:
+            re.compile(self.include)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"SwscConfig: include {self.include!r} is no regular expression ({error}); repair it"
+            ) from None
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json: what is said of the stored tensors, and nothing of how they came about."""

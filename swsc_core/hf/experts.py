@@ -68,7 +68,7 @@ def lay_apart(model: Any, tensors: Iterable[str], stored: Iterable[str], names: 
 def _merges(tensors: Iterable[str], names: Names) -> Iterator[tuple[str, str]]:
     """Of each of `tensors` that is merged: the module whose parameter it becomes part of, and the pattern of the merge."""
     for target, pattern in map(names.target, tensors):
-        if pattern and names.knows(target):
+        if pattern and names.has(target):
             yield target.rpartition(".")[0], pattern
 
 

@@ -41,7 +41,7 @@ def _read_header(path: Path) -> dict[str, Header]:
         tensors = {name: about for name, about in said.items() if name != "__metadata__"}
         end = max((about["data_offsets"][1] for about in tensors.values()), default=0)
         headers = {name: (about["dtype"], tuple(about["shape"])) for name, about in tensors.items()}
-    except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError):
+    except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
         raise ValueError(damaged) from None
     if path.stat().st_size != 8 + length + end:
         raise ValueError(damaged)
@@ -59,6 +59,10 @@ def require_parts(headers: Mapping[str, Header], entries: Mapping[str, Mapping[s
             ) from None
         for part, (shape, is_float) in wanted.items():
             _require_part(headers, part_name(name, part), shape, is_float, where)
+    known = {part_name(name, part) for name in entries for part in ("labels", "zero_points")}
+    for stored, (dtype, _) in headers.items():
+        if stored.endswith((".labels", ".zero_points")) and dtype == "U8" and stored not in known:
+            raise ValueError(f"{where}: {stored} is stored, and config.json has no entry for it; download it again")
 
 
 def require_rest(headers: Mapping[str, Header], tensor: str, layer: Any, where: str) -> None:

@@ -45,8 +45,8 @@ class Names:
         found: tuple[str, str | None] = rename_source_key(renamed, [], self.converters, self._prefix, self._state)
         return found
 
-    def knows(self, parameter: str) -> bool:
-        """Whether the model has such a parameter."""
+    def has(self, parameter: str) -> bool:
+        """Whether the model had such a parameter before any was replaced."""
         return parameter in self._state
 
     def renamed(self, stored: str) -> str:

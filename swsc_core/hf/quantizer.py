@@ -5,7 +5,7 @@ its own is restored on the way in (restoring.py). After that the model is as sma
 """
 
 import re
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,19 +13,16 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
-from swsc_core.bits import Geometry
-from swsc_core.budget import solve_budget
 from swsc_core.codec import matrix_of
 from swsc_core.format import FORMAT_VERSION, pieces_of
+from swsc_core.hf.compressing import compress_loaded
 from swsc_core.hf.config import SwscConfig
 from swsc_core.hf.experts import implementations, join, lay_apart, require_eager
-from swsc_core.hf.headers import read_headers, require_parts, require_rest
+from swsc_core.hf.headers import Header, read_headers, require_parts, require_rest
 from swsc_core.hf.names import Names, saved_name, without
-from swsc_core.hf.placing import make_dense, place, put_layer
+from swsc_core.hf.placing import make_dense, place
 from swsc_core.hf.restoring import with_restoring
-from swsc_core.linear import CompressedWeight, SwscLinear
-from swsc_core.menu import candidates
-from swsc_core.spec import SwscSpec
+from swsc_core.linear import CompressedWeight, SwscJoined
 
 
 class SwscQuantizer(HfQuantizer):
@@ -50,9 +47,13 @@ class SwscQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        if not self.pre_quantized:
-            return
         entries, config = self.quantization_config.tensors, self.quantization_config
+        if not self.pre_quantized:
+            if config.dequantize:
+                raise ValueError(
+                    "SwscConfig: dequantize: this checkpoint is not compressed; open it without SwscConfig"
+                )
+            return
         self._dtype, self._names = dtype or torch.get_default_dtype(), Names(model)
         where = model.config.name_or_path
         if checkpoint_files:
@@ -63,12 +64,15 @@ class SwscQuantizer(HfQuantizer):
             self._lay_apart(model)
         for tensor, pieces in pieces_of(entries).items():
             target, pattern = self._names.target(tensor)
-            if config.dequantize or pattern or not place(model, target, pieces, self._dtype):
+            if not self._names.has(target):
+                _require_ignored(model, tensor, where)
+            elif config.dequantize or pattern or not place(model, target, pieces, self._dtype):
                 self._restored.append(tensor)
             elif checkpoint_files and "" not in pieces:
                 require_rest(headers, tensor, model.get_submodule(target.removesuffix(".weight")), where)
         if checkpoint_files:
             self._require_all(model, where)
+            self._require_shapes(model, headers, where)
         self._kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def _lay_apart(self, model: Any) -> None:
@@ -92,6 +96,23 @@ class SwscQuantizer(HfQuantizer):
             if wanted and not found and not any(pattern.search(name) for pattern in ignored):
                 raise ValueError(f"{where}: nothing is stored for {name}; compress or download it again")
 
+    def _require_shapes(self, model: Any, headers: Mapping[str, Header], where: str) -> None:
+        """Raise ValueError if a tensor has another shape than its parameter, which transformers 5.19 takes as it is.
+
+        Heads of a class of one's own are left to transformers, which may be asked to make them anew.
+        """
+        state, head = model.state_dict(), model.get_output_embeddings()
+        inside = [f"{model.base_model_prefix}."] if hasattr(model, model.base_model_prefix) else [""]
+        inside += [f"{path}." for path, layer in model.named_modules() if layer is head]
+        for stored, (dtype, shape) in headers.items():
+            target, pattern = self._names.target(stored)
+            own = not pattern and target in state and stored not in self._restored and target.startswith(tuple(inside))
+            if own and tuple(state[target].shape) != shape:
+                raise ValueError(
+                    f"{where}: {stored} is {dtype} {list(shape)}, this model wants {list(state[target].shape)};"
+                    " take the config.json that belongs to it"
+                )
+
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """transformers' own conversions, with a step before them for what is restored while it is loaded."""
         self._own_conversions = list(weight_conversions)
@@ -103,7 +124,7 @@ class SwscQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         if not self.pre_quantized:
-            self._compress(model)
+            compress_loaded(model, self.quantization_config)
         else:
             self._convert_kinds(model)
             if self._restored:
@@ -111,6 +132,12 @@ class SwscQuantizer(HfQuantizer):
         for path, layer in model.named_modules():
             if isinstance(layer, CompressedWeight):
                 _require_labels(path, layer)
+            if isinstance(layer, CompressedWeight | SwscJoined):
+                _freeze(layer)
+        if any(
+            isinstance(one, CompressedWeight) for one in (model.get_input_embeddings(), model.get_output_embeddings())
+        ):
+            model.resize_token_embeddings = _refuse_to_resize
         return model
 
     def _convert_kinds(self, model: Any) -> None:
@@ -121,17 +148,9 @@ class SwscQuantizer(HfQuantizer):
             if tensor.dtype != self._kinds.get(name, tensor.dtype) and not (keeps and keeps.search(name)):
                 tensor.data = tensor.data.to(self._kinds[name])
 
-    def _compress(self, model: Any) -> None:
-        config = self.quantization_config
-        chosen = [p for p, m in model.named_modules() if type(m) is nn.Linear and re.search(config.include, p)]
-        if not chosen:
-            raise ValueError(f"SwscConfig: include {config.include!r} finds no linear layer of {type(model).__name__}")
-        for path in chosen:
-            linear = model.get_submodule(path)
-            put_layer(model, path, SwscLinear.from_linear(linear, _spec(linear, config), seed=config.seed))
-
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved holds a name
+        other = named is not None and named != model.dtype
         make_dense(model, named or self._dtype)
         if self._apart:
             join(model, named or self._dtype)
@@ -139,11 +158,14 @@ class SwscQuantizer(HfQuantizer):
             model._weight_conversions = [
                 c for c in self._own_conversions if c.was_used() or not without([c], self._apart)
             ]
-        return model
+        vars(model).pop("resize_token_embeddings", None)
+        return model.to(named) if other else model  # layers of two dtypes would not fit each other
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Called before a model is saved: its config says what is compressed by then, under the names that are written."""
         layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, CompressedWeight)}
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            _require_unwrapped(layers)
         tied = model.all_tied_weights_keys
         self.quantization_config.tensors = {
             saved_name(model, f"{path}.weight"): self._saved_entry(model, path, layer)
@@ -183,16 +205,29 @@ def _require_labels(path: str, layer: CompressedWeight) -> None:
             raise ValueError(f"{path}: {error}; run `swsc verify`, then compress or download it again") from None
 
 
-def _spec(linear: nn.Linear, config: SwscConfig) -> SwscSpec:
-    """The largest that the bits buy, of the form that is asked for."""
-    m, n = linear.weight.shape
-    width = 8 * linear.weight.element_size()
-    if config.form == "paper":
-        return SwscSpec(*solve_budget(Geometry(m, n, "output"), config.bits, value_bits=width))
-    menu = [
-        replace(spec, metric="weights", feedback=False, rounds=0) for spec in candidates((m, n), width) if not spec.rank
-    ]
-    within = [spec for spec in menu if 8 * spec.stored_bytes((m, n), width) <= config.bits * m * n]
-    if not within:
-        raise ValueError(f"SwscConfig: bits {config.bits:g} buy nothing on a matrix of {m}×{n}; raise bits")
-    return max(within, key=lambda spec: spec.stored_bytes((m, n), width))
+def _require_ignored(model: Any, tensor: str, where: str) -> None:
+    """Raise ValueError for a tensor without a place in the model, unless it is a head of another class, or known to be passed over."""
+    ignored = model._keys_to_ignore_on_load_unexpected or []
+    own = type(model).__name__ in (model.config.architectures or [])
+    if own and not any(re.search(pattern, tensor) for pattern in ignored):
+        raise ValueError(f"{where}: {tensor} has no place in this model; take the config.json that belongs to it")
+
+
+def _freeze(layer: nn.Module) -> None:
+    """transformers lets every floating point parameter want a gradient; parts do when they are asked to. Biases are as ever."""
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name != "bias":
+            parameter.requires_grad_(False)
+
+
+def _require_unwrapped(paths: Iterable[str]) -> None:
+    """Raise ValueError for layers within those of an adapter that was deleted: under such names nothing opens them again."""
+    if wrapped := next((path for path in paths if path.endswith(".base_layer")), None):
+        raise ValueError(
+            f"{wrapped}: this layer still lies within that of an adapter; open the model again before saving it"
+        )
+
+
+def _refuse_to_resize(*_: Any, **__: Any) -> None:
+    """Instead of `resize_token_embeddings`, which would change embeddings, find a compressed head, and stop half-way."""
+    raise ValueError("compressed embeddings have as many rows as they have; call dequantize() first, then resize them")

@@ -189,6 +189,107 @@ def test_a_dense_model_is_compressed_on_load(tmp_path: Path, form: Any) -> None:
         assert (layer.dense_weight() - weight).norm() < 0.9 * weight.norm()
 
 
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed directory whose head is compressed, and is not that of the embeddings."""
+    path = tmp_path_factory.mktemp("untied")
+    model = make_tiny_model(path / "model", dtype=torch.float32, tied=False)
+    assert main(["compress", str(model), str(path / "out"), "--local", *SEGMENTS, "--include", "proj|lm_head"]) == 0
+    return path / "out"
+
+
+def test_a_class_without_a_head_passes_over_one_that_is_compressed(untied: Path) -> None:
+    whole = opened(untied)
+    for kind in (AutoModel, AutoModelForSequenceClassification):
+        model = kind.from_pretrained(untied)
+        with torch.no_grad():
+            found = getattr(model, "model", model)(ids()).last_hidden_state
+            assert torch.equal(found, whole.model(ids()).last_hidden_state)
+
+
+def test_parts_want_no_gradient_unasked(whole: Path) -> None:
+    model = opened(whole)
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert wanted == {name for name, _ in model.named_parameters() if "norm" in name}
+
+
+@pytest.mark.parametrize("which", ["whole", "untied"])
+def test_compressed_embeddings_and_heads_are_not_resized_half_way(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = opened(request.getfixturevalue(which))
+    before = logits(model)
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=r"call dequantize\(\) first"):
+            one.resize_token_embeddings(260)
+        assert torch.equal(logits(one), before)
+    model.dequantize()
+    model.resize_token_embeddings(260, mean_resizing=False)
+    assert logits(model).shape[-1] == 260
+
+
+def test_dequantized_to_another_dtype_all_of_it_has_that(tmp_path: Path) -> None:
+    """Compressed layers alone would not fit those beside them."""
+    compressed, dense = made(tmp_path, *FORMS["paper"])
+    model = opened(compressed, dtype=torch.bfloat16)
+    model.dequantize(dtype=torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    wanted = logits(opened(dense))
+    assert (logits(model) - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_what_is_left_of_a_deleted_adapter_is_not_saved_under_names_that_nothing_opens(
+    whole: Path, tmp_path: Path
+) -> None:
+    lora = pytest.importorskip("swsc_core.hf.lora")
+    model = opened(whole)
+    model.add_adapter(lora.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="still lies within that of an adapter; open the model again"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*.safetensors"))
+
+
+class TestCompressedOnLoad:
+    """What cannot be kept is refused before a weight is changed."""
+
+    @pytest.fixture(scope="class")
+    def dense(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return make_tiny_model(tmp_path_factory.mktemp("dense") / "model", dtype=torch.float32)
+
+    def test_a_head_that_is_tied_is_refused(self, dense: Path) -> None:
+        """It would be saved twice, as two things, and not be opened again."""
+        with pytest.raises(ValueError, match="lm_head is tied to another layer; leave it out of include"):
+            opened(dense, quantization_config=swsc_core.hf.SwscConfig(bits=6, include="q_proj|lm_head"))
+
+    def test_a_layer_on_disk_is_refused(self, dense: Path, tmp_path: Path) -> None:
+        where = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+        how = {"device_map": where | {"model.layers": "disk"}, "offload_folder": tmp_path}
+        with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj lies on disk"):
+            opened(dense, quantization_config=swsc_core.hf.SwscConfig(bits=6), **how)
+
+    def test_there_is_nothing_to_dequantize(self, dense: Path) -> None:
+        with pytest.raises(ValueError, match="dequantize: this checkpoint is not compressed; open it without"):
+            opened(dense, quantization_config=swsc_core.hf.SwscConfig(dequantize=True))
+
+    @pytest.mark.parametrize(
+        ("how", "said"),
+        [
+            ({"bits": "4"}, "bits '4', wanted a positive number"),
+            ({"bits": 0}, "bits 0, wanted a positive number"),
+            ({"bits": float("nan")}, "bits nan, wanted a positive number"),
+            ({"form": "magic"}, "form 'magic' is not known; choose segments or paper"),
+            ({"include": "("}, r"include '\(' is no regular expression"),
+            ({"bitz": 4}, "bitz not known"),
+        ],
+    )
+    def test_settings_that_cannot_be_are_refused_by_name(self, how: dict[str, Any], said: str) -> None:
+        with pytest.raises(ValueError, match=said):
+            swsc_core.hf.SwscConfig(**how)
+
+
 def test_a_checkpoint_of_the_first_version_is_read(tmp_path: Path) -> None:
     compressed, dense = made(tmp_path, *FORMS["paper"])
     config = json.loads((compressed / "config.json").read_text())
@@ -281,7 +382,35 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an entry of another rank": (entry_of("rank", 7), "left is F32"),
     "an entry that cannot be": (entry_of("segment_size", 5), "segment_size 5 does not divide"),
-    "an entry without a method": (entry_of("method", "magic"), "no description of it"),
+    "an entry of an unknown method": (entry_of("method", "magic"), rf"{Q}: .*method 'magic' is not known"),
+    "an entry of an unknown dtype": (entry_of("dtype", "magic"), rf"{Q}: .*dtype is magic"),
+    "an entry that lies the other way round": (entry_of("transposed", True), rf"{Q} .* lies the other way round"),
+    "an entry is gone": (
+        lambda p: config_of(p, lambda c: c["quantization_config"]["tensors"].pop(Q)),
+        r"q_proj.labels is stored, and config.json has no entry for it",
+    ),
+    "no entry at all": (
+        lambda p: config_of(p, lambda c: c.update(quantization_config={"quant_method": "swsc"})),
+        "labels is stored, and config.json has no entry for it",
+    ),
+    "a dense tensor of another shape": (
+        lambda p: changed(p, "model.norm.weight", lambda t: t.update({"model.norm.weight": torch.ones(32)})),
+        r"model.norm.weight is F32 \[32\], this model wants \[64\]",
+    ),
+    "a config of fewer layers": (
+        lambda p: config_of(p, lambda c: c.update(num_hidden_layers=2)),
+        r"model.layers.2.\S+ has no place in this model",
+    ),
+    "a header that is nested without end": (
+        lambda p: file_of(p, Q).write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000),
+        "damaged or cut short",
+    ),
+    "a file of another directory": (
+        lambda p: (p / "model.safetensors.index.json").write_text(
+            (p / "model.safetensors.index.json").read_text().replace(file_of(p, Q).name, "../../elsewhere.safetensors")
+        ),
+        "elsewhere.safetensors",
+    ),
 }
 
 
@@ -316,5 +445,5 @@ def test_what_only_hashes_can_tell_is_told_by_verify(
 
     other = LABELS.replace("q_proj", "o_proj")
     changed(place, Q, swap(LABELS, other) if swapped else flip)
-    assert main(["verify", str(place)]) != 0
+    assert main(["verify", str(place), "--local"]) == 1
     assert file_of(place, Q).name in capsys.readouterr().err

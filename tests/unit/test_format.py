@@ -79,6 +79,8 @@ class TestDamagedEntries:
         require_entries({"a": RTN})
         with pytest.raises(ValueError, match=rf"damaged \({key} is "):
             require_entries({"a": {**RTN, key: odd}})
+        with pytest.raises(ValueError, match="group_size is missing"):
+            require_entries({"a": {**RTN, "granularity": "group"}})
 
     @pytest.mark.parametrize(
         ("piece", "said"),

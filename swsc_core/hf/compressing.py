@@ -1,0 +1,58 @@
+"""A dense model compressed right after it was loaded, without any text: `quantization_config=SwscConfig(bits=3)`."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from swsc_core.bits import Geometry
+from swsc_core.budget import solve_budget
+from swsc_core.hf.config import SwscConfig
+from swsc_core.hf.placing import put_layer
+from swsc_core.linear import SwscLinear
+from swsc_core.menu import candidates
+from swsc_core.spec import SwscSpec
+
+
+def compress_loaded(model: Any, config: SwscConfig) -> None:
+    """Replace the linear layers of `model` that `config.include` finds by compressed ones.
+
+    Raises:
+        ValueError: there are none, one is tied to another layer or not in memory, or the bits buy nothing.
+    """
+    chosen = [p for p, m in model.named_modules() if type(m) is nn.Linear and re.search(config.include, p)]
+    if not chosen:
+        raise ValueError(f"SwscConfig: include {config.include!r} finds no linear layer of {type(model).__name__}")
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    for path in chosen:
+        _require_own_weight(path, model.get_submodule(path), tied)
+    for path in chosen:
+        linear = model.get_submodule(path)
+        put_layer(model, path, SwscLinear.from_linear(linear, _spec(linear, config), seed=config.seed))
+
+
+def _require_own_weight(path: str, linear: nn.Linear, tied: set[str]) -> None:
+    if f"{path}.weight" in tied:
+        raise ValueError(
+            f"SwscConfig: {path} is tied to another layer; leave it out of include, or use `swsc compress`"
+        )
+    if linear.weight.device.type == "meta":
+        raise ValueError(
+            f"SwscConfig: {path} lies on disk; leave it in memory, or use `swsc compress` and open its output"
+        )
+
+
+def _spec(linear: nn.Linear, config: SwscConfig) -> SwscSpec:
+    """The largest that the bits buy, of the form that is asked for."""
+    m, n = linear.weight.shape
+    width = 8 * linear.weight.element_size()
+    if config.form == "paper":
+        return SwscSpec(*solve_budget(Geometry(m, n, "output"), config.bits, value_bits=width))
+    menu = [
+        replace(spec, metric="weights", feedback=False, rounds=0) for spec in candidates((m, n), width) if not spec.rank
+    ]
+    within = [spec for spec in menu if 8 * spec.stored_bytes((m, n), width) <= config.bits * m * n]
+    if not within:
+        raise ValueError(f"SwscConfig: bits {config.bits:g} buy nothing on a matrix of {m}×{n}; raise bits")
+    return max(within, key=lambda spec: spec.stored_bytes((m, n), width))
