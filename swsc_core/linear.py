@@ -137,7 +137,8 @@ class SwscLinear(CompressedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m]."""
         if self.entry["method"] == "rtn":
-            return nn.functional.linear(x, self.dense_weight().to(x.dtype), self.bias)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.dense_weight().to(x.dtype), bias)
         y = product(x, matrix_of(self.parts, self.entry))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

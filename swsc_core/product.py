@@ -34,7 +34,7 @@ def product(x: Tensor, matrix: SwscMatrix) -> Tensor:
 def _shared(x: Tensor, matrix: SwscMatrix) -> Tensor:
     layout = matrix.layout
     if not matrix.n_clusters:
-        return x.new_zeros(*x.shape[:-1], layout.m)
+        return linear(x[..., :1], x.new_zeros(layout.m, 1))  # zeros, in the dtype that autocast gives to products
     centroids = matrix.centroids.expand(x.dtype)
     if not matrix.shares_whole_channels:
         return _by_slabs(x, matrix, centroids)

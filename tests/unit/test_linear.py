@@ -79,6 +79,25 @@ def test_half_precision_is_as_close_as_a_dense_layer_is(layer: SwscLinear, dtype
     assert relative(ours, expected(layer, x)) < 2.5 * relative(dense_layer, expected(layer, x)) + 1e-4
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_input_says_the_dtype_whatever_that_of_the_parts(name: str, bias: bool) -> None:
+    layer, x = SwscLinear.from_linear(dense(bias=bias), SPECS[name]), torch.randn(16, N)
+    for dtype, most in ((torch.float64, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 3e-3)):
+        found, wanted = layer(x.to(dtype)), expected(layer, x)
+        assert found.dtype == dtype
+        assert relative(found, wanted) < most or not wanted.any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_under_autocast_it_gives_the_dtype_that_a_dense_layer_gives(name: str, bias: bool, dtype: torch.dtype) -> None:
+    layer, x = SwscLinear.from_linear(dense(bias=bias), SPECS[name]).to(dtype), torch.randn(4, N, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == dense(bias=bias).to(dtype)(x).dtype == torch.bfloat16
+
+
 def test_autocast_casts_the_products(layer: SwscLinear) -> None:
     x = torch.randn(4, N)
     with torch.autocast("cpu", torch.bfloat16):
