@@ -58,5 +58,5 @@ def _heads(config: Config) -> tuple[int, int, int]:
     """Heads, heads of keys and values, and rows of each; KeyError if the config does not say."""
     heads = int(config["num_attention_heads"] if "num_attention_heads" in config else config["n_head"])
     pairs = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
-    width = config.get("hidden_size") or config["n_embd"]
+    width = config.get("hidden_size") or config.get("n_embed") or config["n_embd"]  # n_embed: BLOOM of old
     return heads, int(pairs), int(config.get("head_dim") or width // heads)

@@ -177,7 +177,7 @@ def _rows(checkpoint: Checkpoint, whole: TensorInfo, roles: tuple[str, ...], geo
     where, m = checkpoint.store.root, whole.shape[0]
     try:
         count, lengths = geometry(_text_config(checkpoint), m)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{where}: config.json does not say how {whole.name} is joined ({error!r})") from None
     group = sum(lengths)
     found = [Rows(sum(lengths[:place]), length, group, count) for place, length in enumerate(lengths)]

@@ -71,6 +71,15 @@ def test_bloom_and_gpt_neox() -> None:
             assert torch.equal(found[role], part[0].permute(0, 2, 1).reshape(-1, N)), role
 
 
+def test_bloom_says_its_width_by_a_name_of_its_own_too() -> None:
+    """config.json of bigscience/bloom, and of those made like it, has n_embed; transformers takes it for hidden_size."""
+    name, weight = "h.0.self_attention.query_key_value.weight", torch.randn(96, N)
+    said = {"model_type": "bloom", "n_embed": 32, "n_layer": 1, "num_attention_heads": 4}
+    assert BloomConfig(**said).hidden_size == 32
+    old, new = pieces(name, weight, said), pieces(name, weight, BloomConfig(**said).to_dict())
+    assert all(torch.equal(old[role], new[role]) for role in "qkv")
+
+
 def test_gpt_2_lies_transposed_and_phi_3_does_not() -> None:
     weight = torch.randn(N, 96)
     found = pieces("h.0.attn.c_attn.weight", weight, {"model_type": "gpt2", "n_embd": 32, "n_head": 4})
@@ -94,8 +103,10 @@ def test_keys_and_values_of_a_latent_come_head_by_head() -> None:
     assert torch.equal(found["v"], v.reshape(-1, N))
 
 
-@pytest.mark.parametrize(("heads", "wanted"), [(5, "has 96 rows, but by config.json q.k.v take 5 times"), (0, "")])
-def test_a_config_that_does_not_fit_the_tensor_is_refused(heads: int, wanted: str) -> None:
+@pytest.mark.parametrize(
+    ("heads", "wanted"), [(5, "has 96 rows, but by config.json q.k.v take 5 times"), (0, ""), (float("inf"), "")]
+)
+def test_a_config_that_does_not_fit_the_tensor_is_refused(heads: float, wanted: str) -> None:
     config = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": heads}
     with pytest.raises(CheckpointError, match=rf"query_key_value.weight.*{wanted}"):
         pieces("gpt_neox.layers.0.attention.query_key_value.weight", torch.randn(96, N), config)
