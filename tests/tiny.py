@@ -23,13 +23,18 @@ def make_tiny_model(
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(path, max_shard_size="60KB" if shards else "1GB")
+    save_tokenizer(path)
+    return path
+
+
+def save_tokenizer(path: Path) -> None:
+    """A tokenizer of 253 words beside a model."""
     vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(path)
-    return path
 
 
 def make_text(path: Path, words: int = 2000, seed: int = 0) -> Path:

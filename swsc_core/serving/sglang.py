@@ -11,7 +11,8 @@ from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, U
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch import nn
 
-from swsc_core.serving.methods import ServedConfig, ServedEmbeddingMethod, ServedMethod
+from swsc_core.serving.config import ServedConfig
+from swsc_core.serving.methods import ServedEmbeddingMethod, ServedMethod
 
 # what its models fuse, which few of them say
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

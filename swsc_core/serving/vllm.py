@@ -3,6 +3,8 @@
 from typing import Any
 
 from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -12,7 +14,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from swsc_core.serving.methods import ServedConfig, ServedEmbeddingMethod, ServedMethod
+from swsc_core.serving.config import ServedConfig
+from swsc_core.serving.loading import Source
+from swsc_core.serving.methods import ServedEmbeddingMethod, ServedMethod
+from swsc_core.serving.vllm_experts import SwscExpertsMethod
 
 
 class SwscLinearMethod(ServedMethod, LinearMethodBase):
@@ -42,9 +47,32 @@ class SwscConfig(ServedConfig, QuantizationConfig):
     linear_method, embedding_method = SwscLinearMethod, SwscEmbeddingMethod
     dense_linear_method, dense_head_method = UnquantizedLinearMethod, DenseHeadMethod
 
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """That of any layer, and of experts."""
+        if isinstance(layer, RoutedExperts) and self.inside(prefix):
+            return SwscExpertsMethod(layer, self, prefix)
+        method = super().get_quant_method(layer, prefix)
+        if isinstance(method, SwscLinearMethod):
+            _require_left_alone(method.sources[0].name)
+        return method
+
+    def source(self, name: str) -> Source:
+        """By vLLM's name, or without what its GPT-2 puts before the names of the hub's checkpoints as it loads them."""
+        short = name.removeprefix("transformer.")
+        return super().source(name if f"{name}.weight" in self.pieces or short == name else short)
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Names of the checkpoint become those of the engine's modules."""
         self.rename(hf_to_vllm_mapper)
+
+
+def _require_left_alone(name: str) -> None:
+    """Raise ValueError for a layer whose tensors vLLM changes before it hands them over."""
+    if name.endswith("query_key_value") and get_current_vllm_config().model_config.hf_config.model_type == "bloom":
+        raise ValueError(
+            f"{name}: vLLM's BLOOM reorders the rows of whatever is called query_key_value, its compressed parts, too;"
+            " `swsc restore` first, or compress without --projectors q,k,v"
+        )
 
 
 def register() -> None:

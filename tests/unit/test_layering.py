@@ -50,7 +50,7 @@ DOORS = {
         "pipeline/model/entries.py",
     },
     "rich": {"pipeline/run/progress.py", "pipeline/report/tables.py"},
-    "vllm": {"swsc_core/serving/vllm.py"},
+    "vllm": {"swsc_core/serving/vllm.py", "swsc_core/serving/vllm_experts.py"},
     "sglang": {"swsc_core/serving/sglang.py"},
 }
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from swsc_core import RtnSpec, SwscSpec, encode
-from swsc_core.serving.methods import ServedConfig, ServedEmbeddingMethod, ServedMethod
+from swsc_core.serving.config import ServedConfig
+from swsc_core.serving.methods import ServedEmbeddingMethod, ServedMethod
 from swsc_core.spec import Spec
 
 HIDDEN, VOCABULARY = 48, 100
@@ -262,14 +263,6 @@ class TestWhatDoesNotFitIsRefusedByName:
     def test_a_configuration(self, config: dict[str, Any], said: str) -> None:
         with pytest.raises(ValueError, match=said):
             Config.from_config(config)
-
-    @pytest.mark.parametrize("about", [{"tensor": "a.qkv_proj.weight", "rows": [0, 64, 64, 1]}, {"transposed": True}])
-    def test_a_piece_of_a_joined_matrix_and_one_that_is_turned(self, about: dict[str, Any]) -> None:
-        entries = {name: entry | about for name, entry in Checkpoint({"a.qkv_proj.q": OUTPUT}).entries.items()}
-        with pytest.raises(
-            ValueError, match=r"a\.qkv_proj\.q\.weight: pieces of joined matrices.*`swsc restore` first"
-        ):
-            Config.from_config({"format_version": 3, "tensors": entries})
 
     def test_an_expert(self) -> None:
         config = Checkpoint({"a.experts.0.up_proj": OUTPUT}).config()

@@ -1,39 +1,70 @@
 """Compressed checkpoints with a spec a tensor, and their restored twins: more kinds in one model than one run would make."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from swsc_core import encode
+from swsc_core.pieces import Rows, rest_of
 from swsc_core.spec import Spec
 
 
-def compress(source: Path, out: Path, specs: Mapping[str, Spec]) -> tuple[Path, Path]:
-    """Write `out`/compressed and `out`/dense: each tensor of `specs` compressed by its spec, and restored."""
+def compress(
+    source: Path,
+    out: Path,
+    specs: Mapping[str, Spec],
+    pieces: Mapping[str, Rows] = MappingProxyType({}),
+    turned: str = "$.",
+) -> tuple[Path, Path]:
+    """Write `out`/compressed and `out`/dense: each tensor of `specs` compressed by its spec, and restored.
+
+    Args:
+        pieces: X.q.weight -> the rows of X.weight that it is.
+        turned: pattern of the tensors that hold inputs as rows.
+    """
     compressed, dense = out / "compressed", out / "dense"
     for directory in (compressed, dense):
         shutil.copytree(source, directory)
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
+    restored = {name: tensor.T if re.search(turned, name) else tensor for name, tensor in tensors.items()}
+    stored: dict[str, torch.Tensor] = dict(tensors)
     entries: dict[str, Any] = {}
-    stored, restored = dict(tensors), dict(tensors)
+    joined: dict[str, list[Rows]] = {}
     for name, spec in specs.items():
-        made = encode(tensors[name], [spec], name=name)
-        entries[name], restored[name] = made.entry, made.restored
-        del stored[name]
+        whole = f"{name.rsplit('.', 2)[0]}.weight" if name in pieces else name
+        about: dict[str, Any] = {"transposed": True} if re.search(turned, whole) else {}
+        weight = restored[whole]
+        if name in pieces:
+            rows = pieces[name]
+            joined.setdefault(whole, []).append(rows)
+            about |= {"tensor": whole, "rows": [rows.first, rows.length, rows.stride, rows.count]}
+            weight = rows.take(weight)
+        made = encode(weight, [spec], name=name)
+        entries[name] = made.entry | about
+        if name in pieces:
+            restored[whole] = restored[whole].clone()
+            pieces[name].put(restored[whole], made.restored)
+        else:
+            restored[name] = made.restored
+            del stored[name]
         stem = name.removesuffix(".weight")
         stored |= {f"{stem}.{part}": tensor for part, tensor in made.tensors.items()}
-    quantization = {"quant_method": "swsc", "format_version": 2, "tensors": entries}
+    for whole, own in joined.items():
+        stored[whole] = restored[whole][rest_of(len(restored[whole]), own)]
+    restored = {name: tensor.T if re.search(turned, name) else tensor for name, tensor in restored.items()}
+    quantization = {"quant_method": "swsc", "format_version": 3, "tensors": entries}
     (compressed / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    save_file(stored, compressed / "model.safetensors", {"format": "pt"})
-    save_file(
-        {name: tensor.contiguous() for name, tensor in restored.items()}, dense / "model.safetensors", {"format": "pt"}
-    )
+    for directory, content in ((compressed, stored), (dense, restored)):
+        whole_tensors = {name: tensor.contiguous() for name, tensor in content.items()}
+        save_file(whole_tensors, directory / "model.safetensors", {"format": "pt"})
     return compressed, dense
 
 
@@ -44,10 +75,11 @@ def by_transformers(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # nor does vLLM stop there
     said, likely = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        out = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        out = model.generate(ids, max_new_tokens=tokens, do_sample=False)
         said.append(out[0, len(prompt) :].tolist())
         with torch.no_grad():
             logs = model(ids).logits[0, :-1].log_softmax(-1)

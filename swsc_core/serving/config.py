@@ -1,0 +1,113 @@
+"""What the quantization interfaces of vLLM and SGLang want of a format: here, a config, which says what each layer's method is."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from swsc_core.codec import part_shapes
+from swsc_core.format import entries_of, pieces_of
+from swsc_core.pieces import Rows
+from swsc_core.serving.loading import Source
+
+HEADS = ("lm_head", "embed_out", "output")  # last names of heads, which share the shape of the embedding
+
+
+class ServedConfig:
+    """`quantization_config` of config.json: which layers are compressed. An engine's config class is made of it and of its base.
+
+    The class attributes are the engine's own classes.
+    """
+
+    linear: ClassVar[type]
+    embedding: ClassVar[type]
+    head: ClassVar[type]
+    linear_method: ClassVar[type]
+    embedding_method: ClassVar[type]
+    dense_linear_method: ClassVar[type]
+    dense_head_method: ClassVar[type]
+    packed_modules_mapping: dict[str, list[str]]
+
+    def __init__(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.pieces = pieces_of(entries)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ServedConfig":
+        """Of `quantization_config`; ValueError for a newer format, or entries that do not fit their matrices."""
+        entries = entries_of(config)
+        if not isinstance(entries, Mapping):
+            raise ValueError("quantization_config does not say what is compressed; compress again")
+        for name, entry in entries.items():
+            try:
+                part_shapes(entry)
+                if entry.get("tensor"):
+                    Rows(*entry["rows"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{name}: its entry in quantization_config is damaged ({error}); compress again"
+                ) from error
+        return cls(entries)
+
+    def get_name(self) -> str:
+        return "swsc"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def rename(self, mapper: Any) -> None:
+        """Names of the checkpoint become those of the engine's modules, by its own mapper."""
+        self.pieces = mapper.apply_dict(self.pieces)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """The method of a layer by its name; None where the engine's own serves.
+
+        Raises:
+            ValueError: something compressed that cannot be served compressed.
+        """
+        if isinstance(layer, self.linear):
+            sources = self._sources(prefix)
+            compressed = any(source.pieces for source in sources)
+            return self.linear_method(sources) if compressed else self.dense_linear_method()
+        if isinstance(layer, self.embedding):
+            return self._embedding_method(layer, prefix)
+        if inside := self.inside(prefix):
+            raise ValueError(f"{inside[0]}: a {type(layer).__name__} is not served compressed; `swsc restore` first")
+        return None
+
+    def source(self, name: str) -> Source:
+        """The tensor of the checkpoint whose name, without ".weight", is `name`."""
+        return Source(name, self.pieces.get(f"{name}.weight", {}))
+
+    def inside(self, prefix: str) -> list[str]:
+        """Names of the compressed tensors of a layer that is not linear and no embedding."""
+        return [name for name in self.pieces if prefix and name.startswith(f"{prefix}.")]
+
+    def _sources(self, prefix: str) -> list[Source]:
+        parent, _, last = prefix.rpartition(".")
+        names = self.packed_modules_mapping.get(last, [last])
+        return [self.source(f"{parent}.{name}" if parent else name) for name in names]
+
+    def _embedding_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, self.head):
+            (source,) = self._sources(prefix)
+            return self.embedding_method([source]) if source.pieces else self.dense_head_method()
+        shape = [layer.org_vocab_size, layer.embedding_dim]
+        found = [prefix] if f"{prefix}.weight" in self.pieces else self._embeddings(shape)
+        if len(found) > 1:
+            raise ValueError(f"{' and '.join(found)} may each be the embedding; `swsc restore` first")
+        return self.embedding_method([self.source(found[0])]) if found else None
+
+    def _embeddings(self, shape: list[Any]) -> list[str]:
+        """Names of what may be the embedding, where an engine does not say the name: nothing else but a head has its shape."""
+        whole = {name.removesuffix(".weight"): pieces[""] for name, pieces in self.pieces.items() if "" in pieces}
+        return [name for name, e in whole.items() if e["shape"] == shape and name.rpartition(".")[2] not in HEADS]

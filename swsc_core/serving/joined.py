@@ -1,0 +1,77 @@
+"""A rank's slices of a matrix that joins several, some of them compressed: of each piece, and of the rows that are in none.
+
+The rank wants certain rows of the whole. Those of them that lie in one piece are consecutive rows of it wherever an engine
+splits by heads, so a piece is sliced as any matrix is; what the slices give is then put into the order that the rank wants.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swsc_core.pieces import Rows, misfit, rest_of
+from swsc_core.serving.places import LinearPlace, Range
+from swsc_core.slicing import Stored
+
+Cuts = tuple[list[Stored | Tensor], Tensor | None]  # slices, and which of their rows each output is if not in order
+
+
+def cut_joined(
+    name: str, sizes: tuple[int, ...], entries: Mapping[str, Mapping[str, Any]], rest: Tensor, place: LinearPlace,
+    cut: Callable[[str, Range, Range], Stored],
+) -> Cuts:  # fmt: skip
+    """The rank's slices of the matrix that joins the pieces of `entries` and `rest` [rows in none of them, n].
+
+    Args:
+        cut: gives rows and columns of a piece by its name.
+
+    Raises:
+        ValueError: pieces that do not make up a matrix; rows of a rank that are scattered over a piece.
+    """
+    pieces = {piece: Rows(*entry["rows"]) for piece, entry in entries.items()}
+    shape = _shape(name, entries, pieces, rest)
+    order, places = place.order(name, sizes, shape, pieces), place.slices(name, sizes, shape)
+    wanted, columns = torch.cat([order[slice(*rows)] for rows, _ in places]), places[0][1]
+    cuts: list[Stored | Tensor] = []
+    found, before = torch.empty_like(wanted), 0
+    for piece, rows in pieces.items():
+        here, own = _own(wanted, rows.index(), shape[0])
+        if len(own):
+            first, last = _consecutive(f"{name}.{piece}", own)
+            cuts.append(cut(piece, (first, last), columns))
+            found[here] = before + own - first
+            before += len(own)
+    here, own = _own(wanted, rest_of(shape[0], list(pieces.values())), shape[0])
+    if len(own):
+        cuts.append(rest[own.to(rest.device), slice(*columns)].clone())
+        found[here] = torch.arange(before, before + len(own))
+    return cuts, None if torch.equal(found, torch.arange(len(found))) else found.to(rest.device)
+
+
+def _shape(
+    name: str, entries: Mapping[str, Mapping[str, Any]], pieces: Mapping[str, Rows], rest: Tensor
+) -> tuple[int, int]:
+    if rest.ndim != 2 or not rest.is_floating_point():
+        raise ValueError(f"{name}: {list(rest.shape)} are no rows of a joined matrix; `swsc verify DIR` names the file")
+    for piece, rows in pieces.items():
+        if entries[piece]["shape"] != [rows.total, rest.shape[1]]:
+            raise ValueError(f"{name}.{piece}: {entries[piece]['shape']}, but it takes {rows.total}×{rest.shape[1]}")
+    if wrong := misfit(len(rest), list(pieces.values())):
+        raise ValueError(f"{name}: {wrong}; compress again")
+    return len(rest) + sum(rows.total for rows in pieces.values()), rest.shape[1]
+
+
+def _own(wanted: Tensor, rows: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Which of the wanted rows are among `rows`, bool, and which of these each of them is."""
+    number = torch.full((m,), -1)
+    number[rows] = torch.arange(len(rows))
+    found = number[wanted]
+    return found >= 0, found[found >= 0]
+
+
+def _consecutive(name: str, own: Tensor) -> tuple[int, int]:
+    first, last = int(own.min()), int(own.max()) + 1
+    if last - first != len(own):
+        raise ValueError(f"{name}: a rank would take {len(own)} rows scattered over {first} to {last}; use fewer ranks")
+    return first, last

@@ -1,0 +1,81 @@
+"""Where the slices of a rank lie in a matrix of the checkpoint, and in which order its rows are wanted.
+
+An engine's linear layer knows the rows of its own slices alone, q, k and v by themselves. The checkpoint has them in matrices
+of their own, one after the other in one matrix, or in one matrix head by head, which the engine puts in order while it loads.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swsc_core.pieces import Rows
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LinearPlace:
+    """Of a linear layer that has `width` inputs on each of so many ranks."""
+
+    width: int
+    rank: int
+    ranks: int
+
+    def different(self, name: str, sizes: Sequence[int], shape: tuple[int, int]) -> list[int]:
+        """How many different slices of each of `sizes` rows the matrix has: fewer than ranks where heads are repeated.
+
+        Raises:
+            ValueError: rows or columns that do not divide so.
+        """
+        (m, n), mine, others = shape, sum(sizes), sum(sizes[1:])
+        if m == mine or len(sizes) == 1:
+            several = [m // mine] * len(sizes)
+        else:
+            several = [self.ranks] + [(m - self.ranks * sizes[0]) // others] * (len(sizes) - 1)
+        rows = sum(size * count for size, count in zip(sizes, several, strict=True))
+        if rows != m or min(several) < 1 or n % self.width:
+            wanted = f"slices of {'+'.join(map(str, sizes))} rows and {self.width} columns"
+            raise ValueError(f"{name}: a matrix of {m}×{n} does not divide into {wanted}; use fewer ranks")
+        return several
+
+    def slices(self, name: str, sizes: Sequence[int], shape: tuple[int, int]) -> list[tuple[Range, Range]]:
+        """Rows and columns of the rank's slice of each of `sizes` rows; ValueError as from `different`."""
+        several = self.different(name, sizes, shape)
+        column = self.rank * (shape[1] // self.width) // self.ranks * self.width
+        found, start = [], 0
+        for size, count in zip(sizes, several, strict=True):
+            first = start + self.rank * count // self.ranks * size
+            found.append(((first, first + size), (column, column + self.width)))
+            start += count * size
+        return found
+
+    def order(self, name: str, sizes: Sequence[int], shape: tuple[int, int], pieces: Mapping[str, Rows]) -> Tensor:
+        """The stored row, int64 [m], of each row that the layer is to have: q, k and v one after the other, if it splits so.
+
+        Raises:
+            ValueError: heads that are joined otherwise than engines expect them, q, k and v of a group side by side.
+        """
+        found = {(rows.count, rows.stride) for rows in pieces.values()}
+        (count, stride), *more = found
+        if len(sizes) == 1 or found == {(1, stride)} or all(rows.count == 1 for rows in pieces.values()):
+            return torch.arange(shape[0])
+        several = self.different(name, sizes, shape)
+        lengths = [size * each // count for size, each in zip(sizes, several, strict=True)]
+        laid = [Rows(sum(lengths[:place]), length, stride, count) for place, length in enumerate(lengths)]
+        if more or sum(lengths) != stride or stride * count != shape[0] or not set(pieces.values()) <= set(laid):
+            raise ValueError(f"{name}: its heads are not joined as q, k and v by group; `swsc restore` first")
+        return torch.cat([rows.index() for rows in laid])
+
+
+@dataclass(frozen=True)
+class EmbeddingPlace:
+    """Of an embedding or a head, of which the rank has rows `first` to `last`."""
+
+    first: int
+    last: int
+
+    def slices(self, name: str, sizes: Sequence[int], shape: tuple[int, int]) -> list[tuple[Range, Range]]:
+        """Rows and columns of the rank's slice."""
+        return [((self.first, self.last), (0, shape[1]))]
