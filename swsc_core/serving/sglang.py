@@ -43,6 +43,11 @@ class SwscConfig(ServedConfig, QuantizationConfig):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ServedConfig:
         made = super().from_config(config)
+        for name, pieces in made.pieces.items():
+            if any(entry.get("tensor") or entry.get("transposed") for entry in pieces.values()):
+                raise ValueError(
+                    f"{name}: joined and transposed matrices are not served compressed; `swsc restore` first"
+                )
         made.packed_modules_mapping = {**PACKED, **config.get("packed_modules_mapping", {})}
         return made
 

@@ -141,6 +141,14 @@ def test_heads_that_two_groups_split_are_refused(door: ModuleType) -> None:
         config.get_quant_method(layer, "a.qkv_proj").create_weights(layer, 48, [32, 32, 32], 48, 96, torch.float32)
 
 
+@pytest.mark.parametrize("about", [{"tensor": "a.qkv_proj.weight", "rows": [0, 32, 32, 1]}, {"transposed": True}])
+def test_joined_and_transposed_matrices_are_refused_by_name(door: ModuleType, about: dict[str, Any]) -> None:
+    """Its loaders only warn of what no parameter takes, and how they would name these was not seen."""
+    entry = encode(torch.randn(32, 48), [SwscSpec(10, 3)]).entry | about
+    with pytest.raises(ValueError, match=r"a\.qkv_proj.*\.weight: joined and transposed .* `swsc restore` first"):
+        door.SwscConfig.from_config({"format_version": 3, "tensors": {"a.qkv_proj.q.weight": entry}})
+
+
 def test_names_go_through_the_mapper_of_a_model(door: ModuleType) -> None:
     encoded = encode(torch.randn(32, 48), [SwscSpec(10, 3)])
     config = door.SwscConfig.from_config({"format_version": 2, "tensors": {"old.o_proj.weight": encoded.entry}})

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from swsc_core import encode
+from swsc_core import SwscSpec, encode
+from swsc_core.metric import Metric
 from swsc_core.pieces import Rows, rest_of
 from swsc_core.spec import Spec
 
@@ -47,7 +48,7 @@ def compress(
             joined.setdefault(whole, []).append(rows)
             about |= {"tensor": whole, "rows": [rows.first, rows.length, rows.stride, rows.count]}
             weight = rows.take(weight)
-        made = encode(weight, [spec], name=name)
+        made = encode(weight, [spec], name=name, metric=_metric(spec, weight.shape[1]))
         entries[name] = made.entry | about
         if name in pieces:
             restored[whole] = restored[whole].clone()
@@ -66,6 +67,14 @@ def compress(
         whole_tensors = {name: tensor.contiguous() for name, tensor in content.items()}
         save_file(whole_tensors, directory / "model.safetensors", {"format": "pt"})
     return compressed, dense
+
+
+def _metric(spec: Spec, inputs: int) -> Metric | None:
+    """Of inputs some of which are larger than others, for a spec that asks for calibration."""
+    if not isinstance(spec, SwscSpec) or spec.metric == "weights":
+        return None
+    seen = torch.randn(512, inputs, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, inputs)
+    return Metric(seen.T @ seen / len(seen), tokens=len(seen))
 
 
 def by_transformers(

@@ -26,6 +26,13 @@ PROJECTORS = {
 OUTPUT, INPUT, RTN = SwscSpec(20, 4), SwscSpec(20, 4, "input"), RtnSpec(4, "group", 16)
 SEGMENTS = SwscSpec(32, 4, segment_size=8, codebooks=2, scaled=True)  # the presets' kind
 CODED = SwscSpec(32, 4, segment_size=4, scaled=True, centroid_bits=8, factor_bits=8)
+
+
+def allotted(clusters: int, size: int) -> SwscSpec:
+    """What `--preset best` gives a matrix: by measure, another length and number of segments for each, calibrated."""
+    return SwscSpec(clusters, 0, segment_size=size, scaled=True, centroid_bits=8, metric="activations")
+
+
 WHOLE: dict[str, Spec | None] = {"model.embed_tokens.weight": SEGMENTS, "lm_head.weight": INPUT}
 
 
@@ -46,6 +53,12 @@ MODELS: dict[str, tuple[dict[str, Spec | None], bool]] = {
         | {"model.embed_tokens.weight": OUTPUT},
         True,
     ),
+    "allotted by measure, as --preset best does": (
+        layer(0, q=allotted(16, 2), k=allotted(64, 4), v=allotted(128, 8), rest=allotted(32, 4))
+        | layer(1, q=allotted(128, 4), k=allotted(16, 2), gate=allotted(64, 4), up=allotted(32, 8), o=allotted(64, 2))
+        | layer(2, q=allotted(64, 4), k=allotted(64, 4)),
+        True,
+    ),
 }  # fmt: skip
 
 
@@ -60,7 +73,7 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(3, 250) for _ in range(length)] for length in (5, 17, 40)]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=MODELS, ids=str)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return made(tmp_path_factory.mktemp("vllm"), request.param)
 
