@@ -36,7 +36,8 @@ def by_transformers(args: argparse.Namespace, prompts: list[list[int]]) -> list[
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(args.against, dtype=getattr(torch, args.dtype))
-    asked = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False}
+    model.generation_config.eos_token_id = None  # vLLM is told to go on, too
+    asked = {"max_new_tokens": args.tokens, "do_sample": False}
     return [model.generate(torch.tensor([ids]), **asked)[0, len(ids) :].tolist() for ids in prompts]
 
 

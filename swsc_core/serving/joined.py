@@ -46,7 +46,7 @@ def cut_joined(
     if len(own):
         cuts.append(rest[own.to(rest.device), slice(*columns)].clone())
         found[here] = torch.arange(before, before + len(own))
-    return cuts, None if torch.equal(found, torch.arange(len(found))) else found.to(rest.device)
+    return cuts, None if torch.equal(found, torch.arange(len(found))) else found
 
 
 def _shape(

@@ -125,7 +125,11 @@ class Loading:
             orders.append(before + (torch.arange(rows) if order is None else order))
             before += rows
         in_order = all(order is None for _, order in self._cuts.values())
-        return slices, None if in_order else torch.cat([order.to(orders[0].device) for order in orders])
+        return slices, None if in_order else torch.cat(orders).to(_device(slices[0]))
+
+
+def _device(cut: Stored | Tensor) -> torch.device:
+    return cut.device if isinstance(cut, Tensor) else next(iter(cut[0].values())).device
 
 
 def _slice(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any], rows: Range, columns: Range) -> Stored:

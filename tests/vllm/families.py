@@ -53,6 +53,10 @@ MODELS: dict[str, tuple[Callable[[], Any], Joined]] = {
     ),
     "gpt2": (_gpt2, {"c_attn": (1, (128, 128, 128), tuple(_QKV))}),
     "gpt2 of the hub": (_gpt2, {"c_attn": (1, (128, 128, 128), tuple(_QKV))}),  # names without "transformer."
+    "bloom": (
+        lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=256, hidden_size=128, n_layer=2, n_head=4)),
+        {"query_key_value": (4, (32, 32, 32), tuple(_QKV))},
+    ),
     "mixtral": (lambda: t.MixtralForCausalLM(t.MixtralConfig(**_GROUPED, num_local_experts=4)), {}),
     "qwen3_moe": (
         lambda: t.Qwen3MoeForCausalLM(

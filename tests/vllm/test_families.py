@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.vllm.test_vllm import prompts
 
@@ -13,7 +14,7 @@ from tests.vllm.families import MODELS, made
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[name for name in MODELS if name != "bloom"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return made(tmp_path_factory.mktemp("family"), request.param)
 
@@ -26,3 +27,29 @@ def test_tokens_are_those_of_transformers(model: tuple[Path, Path], ranks: int) 
     assert said == wanted
     for ours, theirs in zip(found, likely, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+def test_experts_that_are_dense_in_memory_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    by_vllm(made(tmp_path, "mixtral")[0], prompts(), 1, 1)
+    said = "".join(capfd.readouterr())
+    assert said.count("swsc: model.layers.*.block_sparse_moe.experts are restored while they load") == 1
+
+
+def test_an_expert_that_is_not_whole_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    compressed, _ = made(tmp_path, "qwen3_moe")
+    tensors = load_file(compressed / "model.safetensors")
+    del tensors["model.layers.0.mlp.experts.1.up_proj.labels"]
+    save_file(tensors, compressed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError):
+        by_vllm(compressed, prompts(), 1, 1)
+    said = "".join(capfd.readouterr())
+    assert "ValueError: not in the checkpoint: model.layers.0.mlp.experts.1.up_proj.labels; `swsc verify DIR`" in said
+
+
+def test_what_vllm_reorders_before_it_is_handed_over_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RuntimeError):
+        by_vllm(made(tmp_path, "bloom")[0], prompts(), 1, 1)
+    said = "".join(capfd.readouterr())
+    assert "transformer.h.0.self_attention.query_key_value: vLLM's BLOOM reorders the rows" in said
