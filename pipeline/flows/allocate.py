@@ -14,8 +14,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from pipeline.config import MatrixSettings
 from pipeline.flows.compress import PoolMaker, run_alone
+from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes
 from pipeline.model.moments import Moments

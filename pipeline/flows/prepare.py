@@ -4,13 +4,14 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.config import CalibrationSettings, LoadSettings, MatrixSettings
+from pipeline.config import CalibrationSettings, LoadSettings
 from pipeline.errors import ConfigError
 from pipeline.flows.allocate import allocate_plan
 from pipeline.flows.calibrate import Calibration
 from pipeline.flows.compress import Calibrated, PoolMaker
 from pipeline.flows.tune import TuneText
 from pipeline.flows.write import written_windows
+from pipeline.matrix_config import MatrixSettings
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.windows import CalibrationText, calibration_windows, read_text
 from pipeline.model.checkpoint import Checkpoint

@@ -5,11 +5,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.config import CalibrationSettings, CompressSettings, MatrixSettings, Variant
+from pipeline.config import CalibrationSettings, CompressSettings, Variant
 from pipeline.flows.compress import Calibrated, PoolMaker, TunedModel, compress_model, describe
 from pipeline.flows.preflight import ALGORITHM, STAGED
 from pipeline.flows.sweep_runs import Made
 from pipeline.flows.tune import TuneText, Tuning
+from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.plan import Plan
 from pipeline.model.standing import REPORT

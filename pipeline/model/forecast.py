@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline.config import CalibrationSettings, MatrixSettings
+from pipeline.config import CalibrationSettings
+from pipeline.matrix_config import MatrixSettings
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.plan import Decision, Plan

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.config import MatrixSettings
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import layer_of
 from pipeline.model.leftovers import HEAD, embedding_of_tied

@@ -7,8 +7,8 @@ expression that selects nothing is a mistake.
 import re
 from dataclasses import dataclass
 
-from pipeline.config import MatrixSettings
 from pipeline.errors import ConfigError
+from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import Family, require_roles
 from pipeline.model.matrices import is_matrix, matrices_of

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from pipeline.config import MatrixSettings
 from pipeline.errors import ConfigError
+from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.tensors import DTYPES, TensorInfo
 from swsc_core.bits import ChannelAxis, Geometry

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import MatrixSettings
 from pipeline.errors import CheckpointError, SwscError
+from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import INDEX, open_checkpoint
 from pipeline.model.parts import read_tensor
 from pipeline.model.plan import make_plan

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.cli import main
-from pipeline.config import MatrixSettings
 from pipeline.errors import SwscError
+from pipeline.matrix_config import MatrixSettings
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import INDEX, SINGLE, open_checkpoint
 from pipeline.model.plan import make_plan

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from pipeline.config import MatrixSettings
 from pipeline.errors import StoreError
+from pipeline.matrix_config import MatrixSettings
 from pipeline.model import files
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
