@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,26 @@ def test_parts_want_no_gradient_unasked(whole: Path) -> None:
     model = opened(whole)
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert wanted == {name for name, _ in model.named_parameters() if "norm" in name}
+
+
+_TWO_RANKS = """
+import sys, swsc_core.hf
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_tensor_parallel_loading_is_refused_by_name(whole: Path, tmp_path: Path) -> None:
+    """It would cut centroids as if they were rows, and say that labels are damaged."""
+    (tmp_path / "load.py").write_text(_TWO_RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "load.py"), str(whole)], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.count("not split by transformers' tp_plan; serve them with vLLM") == 2, done.stderr
 
 
 @pytest.mark.parametrize("which", ["whole", "untied"])
