@@ -123,9 +123,7 @@ class SwscQuantizer(HfQuantizer):
         return with_restoring(weight_conversions, self._restored, entries, self._stored, self._names, self._dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
-        if (
-            model.tp_size or 1
-        ) > 1 and not self.quantization_config.dequantize:  # it cuts centroids as if they were rows
+        if (model.tp_size or 1) > 1:  # it has cut centroids as if they were rows
             raise ValueError(
                 "compressed layers are not split by transformers' tp_plan; serve them with vLLM, or `swsc restore` first"
             )
