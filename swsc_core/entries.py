@@ -9,6 +9,7 @@ from typing import Any
 
 _DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _WIDTHS = (None, 4, 6, 8)  # bits of centroids and factors
+_MOST_BLOCKS = 1 << 16  # of a piece: heads, or groups of them
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
@@ -32,6 +33,7 @@ _EVERY: _Kinds = {
     "transposed": (False, _FLAG, "true or false"),
     "tensor": (False, lambda value: isinstance(value, str) and bool(value), "the name of a tensor"),
     "rows": (False, _wholes(4, 0), "four numbers"),
+    "stacked": (False, _whole(1), "a positive number"),
 }
 _OF: dict[str, _Kinds] = {
     "swsc": {
@@ -80,6 +82,9 @@ def _wrong(entry: Any) -> str | None:
         return "group_size is missing"
     if ("tensor" in entry) != ("rows" in entry):
         return "tensor and rows say together what a piece is of"
-    if "rows" in entry and entry["rows"][1] * entry["rows"][3] != entry["shape"][0]:
+    if "rows" not in entry:
+        return "a stack of matrices has pieces" if "stacked" in entry else None
+    _, length, _, count = entry["rows"]
+    if length * count != entry["shape"][0] or count > _MOST_BLOCKS:
         return f"rows {entry['rows']} are not the {entry['shape'][0]} of its shape"
     return None

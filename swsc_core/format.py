@@ -10,6 +10,8 @@ docs/format.md has all of it.
 from collections.abc import Mapping
 from typing import Any
 
+from swsc_core.entries import require_entries
+
 QUANT_METHOD = "swsc"
 FORMAT_VERSION = 4
 
@@ -20,16 +22,17 @@ def quantization_config(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, A
 
 
 def entries_of(quantization: Mapping[str, Any]) -> Any:
-    """The entries that `quantization` holds, as the present version would say them.
+    """The entries that `quantization` holds, as the present version would say them: tensor name -> entry.
 
     Raises:
-        ValueError: a version that this release does not know.
+        ValueError: a version that this release does not know; an entry with a value that is missing or of another kind.
     """
     version, entries = quantization.get("format_version"), quantization.get("tensors")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"format version {version}, this release reads 1 to {FORMAT_VERSION}; update swsc")
     if version == 1 and isinstance(entries, dict):
-        return {name: _from_first(entry) for name, entry in entries.items()}
+        entries = {name: _from_first(entry) for name, entry in entries.items()}
+    require_entries(entries)
     return entries
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
-from pipeline.model.entries import what_is_wrong
 from pipeline.model.parts import read_tensor
 from pipeline.model.quantized import require_unquantized
 from pipeline.model.tensors import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
@@ -154,10 +153,6 @@ def open_model(location: str) -> Model:
         entries = entries_of(quantization)
     except ValueError as error:
         raise CheckpointError(f"{location}: {error}") from None
-    if wrong := what_is_wrong(entries):
-        raise CheckpointError(
-            f"{location}: quantization_config does not say what is compressed ({wrong}); compress again"
-        )
     model = Model(checkpoint, entries)
     missing = [
         where for name in model.entries for where in model.parts(name).values() if where not in checkpoint.tensors

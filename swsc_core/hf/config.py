@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from swsc_core.entries import require_entries
 from swsc_core.format import QUANT_METHOD, entries_of, quantization_config
 
 Form = Literal["segments", "paper"]
@@ -46,7 +45,6 @@ class SwscConfig(QuantizationConfigMixin):
         self._require_arguments()
         said = stored.keys() & {"tensors", "format_version"}  # by a checkpoint, of itself
         self.tensors: Mapping[str, Mapping[str, Any]] = entries_of(stored) if said else {}
-        require_entries(self.tensors)
         if odd := sorted(set(stored) - set(_OWN)):
             raise ValueError(f"SwscConfig: {', '.join(odd)} not known; this release knows bits, include, form, seed")
 

@@ -11,6 +11,7 @@ PACKAGES = ("swsc_core", "pipeline", "jobs")
 WINGS = (
     "errors",
     "validation",
+    "matrix_config",
     "config",
     "task_config",
     "model",
@@ -45,9 +46,9 @@ DOORS = {
     "pyarrow": {"pipeline/report/files.py", "pipeline/model/files.py"},
     "pydantic": {
         "pipeline/config.py",
+        "pipeline/matrix_config.py",
         "pipeline/task_config.py",
         "pipeline/validation.py",
-        "pipeline/model/entries.py",
     },
     "rich": {"pipeline/run/progress.py", "pipeline/report/tables.py"},
     "vllm": {"swsc_core/serving/vllm.py", "swsc_core/serving/vllm_experts.py"},

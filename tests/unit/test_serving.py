@@ -255,7 +255,7 @@ class TestWhatDoesNotFitIsRefusedByName:
         [
             ({"format_version": 99, "tensors": {}}, "format version 99, this release reads 1 to 4; update swsc"),
             ({"tensors": {}}, "format version None"),
-            ({"format_version": 2}, "does not say what is compressed"),
+            ({"format_version": 2}, "no table of entries"),
             ({"format_version": 2, "tensors": {"a.weight": {"method": "swsc"}}}, r"a\.weight: its entry .* damaged"),
             ({"format_version": 2, "tensors": {"a.weight": 3}}, r"a\.weight: its entry .* damaged"),
         ],
