@@ -46,7 +46,8 @@ def manifest_of(store: Store) -> dict[str, Any]:
     """What the output says of itself; CheckpointError if it says nothing."""
     if not store.exists(MANIFEST):
         raise CheckpointError(
-            f"{store.root}: no {MANIFEST}: not a finished output; run the command that makes it again"
+            f"{store.root}: no {MANIFEST}: not a finished output (run the command that makes it again), or saved by another tool,"
+            " which leaves no hashes to hold it against"
         )
     try:
         manifest: dict[str, Any] = store.read_json(MANIFEST)

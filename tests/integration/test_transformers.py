@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import swsc_core.hf
 from jobs.cli import main
 from swsc_core import SwscEmbedding, SwscLinear
+from swsc_core.format import FORMAT_VERSION
 from tests.tiny import make_tiny_model
 
 EVERYTHING = ["--include", "proj|embed_tokens"]
@@ -400,7 +401,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a newer version": (
         lambda p: config_of(p, lambda c: c["quantization_config"].update(format_version=99)),
-        "format version 99, this release reads 1 to 3; update swsc",
+        f"format version 99, this release reads 1 to {FORMAT_VERSION}; update swsc",
     ),
     "an entry of another rank": (entry_of("rank", 7), "left is F32"),
     "an entry that cannot be": (entry_of("segment_size", 5), "segment_size 5 does not divide"),
