@@ -4,8 +4,6 @@ Before weights are read, headers are held against the config and layers are repl
 its own is restored on the way in (restoring.py). After that the model is as small as its files.
 """
 
-import re
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +11,12 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
-from swsc_core.codec import matrix_of
 from swsc_core.format import FORMAT_VERSION, pieces_of
+from swsc_core.hf.checking import require_all, require_labels, require_place, require_shapes, require_unwrapped
 from swsc_core.hf.compressing import compress_loaded
 from swsc_core.hf.config import SwscConfig
 from swsc_core.hf.experts import implementations, join, lay_apart, require_eager
-from swsc_core.hf.headers import Header, read_headers, require_parts, require_rest
+from swsc_core.hf.headers import read_headers, require_parts, require_rest
 from swsc_core.hf.names import Names, saved_name, without
 from swsc_core.hf.placing import make_dense, place
 from swsc_core.hf.restoring import with_restoring
@@ -65,14 +63,14 @@ class SwscQuantizer(HfQuantizer):
         for tensor, pieces in pieces_of(entries).items():
             target, pattern = self._names.target(tensor)
             if not self._names.has(target):
-                _require_ignored(model, tensor, where)
+                require_place(model, tensor, where)
             elif config.dequantize or pattern or not place(model, target, pieces, self._dtype):
                 self._restored.append(tensor)
             elif checkpoint_files and "" not in pieces:
                 require_rest(headers, tensor, model.get_submodule(target.removesuffix(".weight")), where)
         if checkpoint_files:
-            self._require_all(model, where)
-            self._require_shapes(model, headers, where)
+            require_all(model, Names(model, self._apart), headers, where)
+            require_shapes(model, self._names, headers, self._restored, where)
         self._kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def _lay_apart(self, model: Any) -> None:
@@ -80,38 +78,6 @@ class SwscQuantizer(HfQuantizer):
         if self._apart:
             self._names, self._implementations = Names(model, self._apart), implementations(model.config)
             require_eager(model, self._asked)
-
-    def _require_all(self, model: Any, where: str) -> None:
-        """Raise ValueError if a parameter is in no file: transformers would warn and go on with whatever lies in memory.
-
-        A class that is not the checkpoint's own brings a head of its own, which is to be trained: what it shares has to be there.
-        """
-        own = type(model).__name__ in (model.config.architectures or []) or not hasattr(model, model.base_model_prefix)
-        names, tied = Names(model, self._apart), model.all_tied_weights_keys
-        ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
-        filled = names.filled(self._stored)
-        for name in model.state_dict():
-            found = name in filled or tied.get(name) in filled or any(k in filled for k, v in tied.items() if v == name)
-            wanted = own or name.startswith(f"{model.base_model_prefix}.")
-            if wanted and not found and not any(pattern.search(name) for pattern in ignored):
-                raise ValueError(f"{where}: nothing is stored for {name}; compress or download it again")
-
-    def _require_shapes(self, model: Any, headers: Mapping[str, Header], where: str) -> None:
-        """Raise ValueError if a tensor has another shape than its parameter, which transformers 5.19 takes as it is.
-
-        Heads of a class of one's own are left to transformers, which may be asked to make them anew.
-        """
-        state, head = model.state_dict(), model.get_output_embeddings()
-        inside = [f"{model.base_model_prefix}."] if hasattr(model, model.base_model_prefix) else [""]
-        inside += [f"{path}." for path, layer in model.named_modules() if layer is head]
-        for stored, (dtype, shape) in headers.items():
-            target, pattern = self._names.target(stored)
-            own = not pattern and target in state and stored not in self._restored and target.startswith(tuple(inside))
-            if own and tuple(state[target].shape) != shape:
-                raise ValueError(
-                    f"{where}: {stored} is {dtype} {list(shape)}, this model wants {list(state[target].shape)};"
-                    " take the config.json that belongs to it"
-                )
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """transformers' own conversions, with a step before them for what is restored while it is loaded."""
@@ -135,7 +101,7 @@ class SwscQuantizer(HfQuantizer):
                 model._weight_conversions = [c for c in self._own_conversions if c.was_used()] or None
         for path, layer in model.named_modules():
             if isinstance(layer, CompressedWeight):
-                _require_labels(path, layer)
+                require_labels(path, layer)
             if isinstance(layer, CompressedWeight | SwscJoined):
                 _freeze(layer)
         if any(
@@ -169,7 +135,7 @@ class SwscQuantizer(HfQuantizer):
         """Called before a model is saved: its config says what is compressed by then, under the names that are written."""
         layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, CompressedWeight)}
         if not getattr(model, "_hf_peft_config_loaded", False):
-            _require_unwrapped(layers)
+            require_unwrapped(layers)
         tied = model.all_tied_weights_keys
         self.quantization_config.tensors = {
             saved_name(model, f"{path}.weight"): self._saved_entry(model, path, layer)
@@ -201,35 +167,11 @@ class SwscQuantizer(HfQuantizer):
         return True
 
 
-def _require_labels(path: str, layer: CompressedWeight) -> None:
-    if layer.entry["method"] == "swsc" and layer.weight.device.type != "meta":
-        try:
-            matrix_of(layer.parts, layer.entry).require_labels()
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; run `swsc verify`, then compress or download it again") from None
-
-
-def _require_ignored(model: Any, tensor: str, where: str) -> None:
-    """Raise ValueError for a tensor without a place in the model, unless it is a head of another class, or known to be passed over."""
-    ignored = model._keys_to_ignore_on_load_unexpected or []
-    own = type(model).__name__ in (model.config.architectures or [])
-    if own and not any(re.search(pattern, tensor) for pattern in ignored):
-        raise ValueError(f"{where}: {tensor} has no place in this model; take the config.json that belongs to it")
-
-
 def _freeze(layer: nn.Module) -> None:
     """transformers lets every floating point parameter want a gradient; parts do when they are asked to. Biases are as ever."""
     for name, parameter in layer.named_parameters(recurse=False):
         if name != "bias":
             parameter.requires_grad_(False)
-
-
-def _require_unwrapped(paths: Iterable[str]) -> None:
-    """Raise ValueError for layers within those of an adapter that was deleted: under such names nothing opens them again."""
-    if wrapped := next((path for path in paths if path.endswith(".base_layer")), None):
-        raise ValueError(
-            f"{wrapped}: this layer still lies within that of an adapter; open the model again before saving it"
-        )
 
 
 def _refuse_to_resize(*_: Any, **__: Any) -> None:

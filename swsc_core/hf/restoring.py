@@ -119,6 +119,10 @@ def with_restoring(
 
     Args:
         stored: names of all tensors of the checkpoint: experts that are not compressed are merged with those that are.
+
+    Of two experts, say, of which one is compressed, `sources` comes to be
+    {"experts.gate_up_proj": {"experts.*.gate_proj.weight": ["experts.0.gate_proj.weight", "experts.1.gate_proj.weight"], …}}:
+    parameter -> pattern of the merge -> what it finds, in the order in which it is merged.
     """
     joined = {name: pieces for name, pieces in pieces_of(entries).items() if "" not in pieces}
     targets = {name: names.target(name) for name in restored if name not in joined}
