@@ -296,9 +296,8 @@ def test_a_stack_that_does_not_fit_the_config_is_refused_in_one_line(
     ("change", "wanted"),
     [
         ({"stacked": 3}, "they differ in columns, dtype or direction, or in the number of matrices"),
-        ({"stacked": 0}, "greater than 0"),
-        ({"stacked": None}, "they differ in columns, dtype or direction, or in the number of matrices"),
-        ({"tensor": None, "rows": None}, "a stack of matrices has pieces"),
+        ({"stacked": 0}, "stacked is 0, wanted a positive number"),
+        ({"tensor": None}, "wanted the name of a tensor"),
         ({"rows": [10, 2, 2, 48]}, "pieces overlap"),
     ],
 )

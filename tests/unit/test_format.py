@@ -92,6 +92,8 @@ class TestDamagedEntries:
             ({"tensor": "b.weight", "rows": [0.0, 4, 4, 1]}, "wanted four numbers"),
             ({"tensor": ["b.weight"], "rows": [0, 4, 4, 1]}, "wanted the name of a tensor"),
             ({"transposed": "yes"}, "wanted true or false"),
+            ({"stacked": 2}, "a stack of matrices has pieces"),
+            ({"stacked": 0, "tensor": "b.weight", "rows": [0, 4, 4, 1]}, "wanted a positive number"),
         ],
     )
     def test_so_are_pieces_that_cannot_be(self, piece: dict[str, object], said: str) -> None:
