@@ -1,9 +1,10 @@
 """AutoRound: rounding and ranges learned by signed gradient descent, block after block.
 
 Symmetric, the default of the tool's W2A16 and W3A16; at 2 bits with `enable_alg_ext`, which its documentation recommends
-there, and which `--extension` asks for at other widths. 200 iterations are its default, 1000 its best recipe. float32
-throughout: bfloat16 is emulated on most CPUs. Counted: codes at their width and one scale a group in 16 bits; the zero
-point is the same everywhere and not counted. The last group of a row may be shorter.
+there, and which `--extension` asks for at other widths. 200 iterations are its default, 1000 its best recipe. bfloat16
+autocast, its default, where the processor has AMX; float32 elsewhere, since most CPUs emulate bfloat16. Counted: codes at
+their width and one scale a group in 16 bits; the zero point is the same everywhere and not counted. The last
+group of a row may be shorter.
 """
 
 import argparse
@@ -28,11 +29,12 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in shapes
     ]
+    amp = bool(torch.cpu.get_capabilities().get("amx_bf16"))
     rounding = AutoRound(
         model, AutoTokenizer.from_pretrained(request.model), scheme=f"W{request.bits}A16",
         group_size=request.group_size, iters=request.iters, enable_alg_ext=extension,
         dataset=[torch.from_numpy(ids)[None] for ids in windows], nsamples=len(windows), seqlen=windows.shape[1],
-        layer_config={name: {"bits": 16} for name in left_alone}, device_map="cpu", amp=False,
+        layer_config={name: {"bits": 16} for name in left_alone}, device_map="cpu", amp=amp,
         enable_torch_compile=False, low_cpu_mem_usage=False, seed=42,
     )  # fmt: skip
     model, _ = rounding.quantize()
@@ -41,7 +43,7 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
         weights[name], stored[name] = restored(model.get_submodule(name.removesuffix(".weight")), request.bits)
     group = "channel" if request.group_size == CHANNEL else request.group_size
     settings = {"bits": request.bits, "group": group, "symmetric": True, "iters": request.iters,
-                "enable_alg_ext": extension, "calibration": list(windows.shape)}  # fmt: skip
+                "enable_alg_ext": extension, "amp": amp, "calibration": list(windows.shape)}  # fmt: skip
     return Outcome("AutoRound", version("auto-round"), settings, weights, stored)
 
 
