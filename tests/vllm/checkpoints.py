@@ -1,6 +1,7 @@
 """Compressed checkpoints with a spec a tensor, and their restored twins: more kinds in one model than one run would make."""
 
 import json
+import random
 import re
 import shutil
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -77,6 +79,11 @@ def _metric(spec: Spec, inputs: int) -> Metric | None:
     return Metric(seen.T @ seen / len(seen), tokens=len(seen))
 
 
+def prompts() -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(3, 250) for _ in range(length)] for length in (5, 17, 40)]
+
+
 def by_transformers(
     directory: Path, prompts: list[list[int]], tokens: int
 ) -> tuple[list[list[int]], list[list[float]]]:
@@ -117,3 +124,12 @@ def by_vllm(
         for one, prompt in zip(done, prompts, strict=True)
     ]
     return said, likely
+
+
+def require_equal_tokens(compressed: Path, dense: Path, ranks: int) -> None:
+    """Assert that vLLM says of `compressed` what transformers says of `dense`: greedy tokens, and how likely the prompts are."""
+    wanted, likely = by_transformers(dense, prompts(), 16)
+    said, found = by_vllm(compressed, prompts(), 16, ranks)
+    assert said == wanted
+    for ours, theirs in zip(found, likely, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-3)

@@ -5,10 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.vllm.test_vllm import prompts
-
 pytest.importorskip("vllm", reason="vLLM is not installed (docs/serving.md)")
-from tests.vllm.checkpoints import by_transformers, by_vllm
+from tests.vllm.checkpoints import by_vllm, prompts, require_equal_tokens
 from tests.vllm.families import MODELS, made
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -21,12 +19,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tokens_are_those_of_transformers(model: tuple[Path, Path], ranks: int) -> None:
-    compressed, dense = model
-    wanted, likely = by_transformers(dense, prompts(), 16)
-    said, found = by_vllm(compressed, prompts(), 16, ranks)
-    assert said == wanted
-    for ours, theirs in zip(found, likely, strict=True):
-        assert ours == pytest.approx(theirs, abs=2e-3)
+    require_equal_tokens(*model, ranks)
 
 
 def test_experts_that_are_dense_in_memory_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

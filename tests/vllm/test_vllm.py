@@ -1,7 +1,6 @@
 """vLLM says what transformers says of the restored dense model, token by token, on one process and on two."""
 
 import json
-import random
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from swsc_core import RtnSpec, SwscSpec
 from swsc_core.spec import Spec
 from tests.tiny import make_tiny_model
-from tests.vllm.checkpoints import by_transformers, by_vllm, compress
+from tests.vllm.checkpoints import by_vllm, compress, prompts, require_equal_tokens
 
 pytest.importorskip("vllm", reason="vLLM is not installed (docs/serving.md)")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -68,11 +67,6 @@ def made(path: Path, name: str) -> tuple[Path, Path]:
     return compress(path / "model", path, {tensor: spec for tensor, spec in specs.items() if spec})
 
 
-def prompts() -> list[list[int]]:
-    draw = random.Random(0)
-    return [[draw.randrange(3, 250) for _ in range(length)] for length in (5, 17, 40)]
-
-
 @pytest.fixture(scope="module", params=MODELS, ids=str)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return made(tmp_path_factory.mktemp("vllm"), request.param)
@@ -80,12 +74,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tokens_are_those_of_transformers(model: tuple[Path, Path], ranks: int) -> None:
-    compressed, dense = model
-    wanted, likely = by_transformers(dense, prompts(), 16)
-    said, found = by_vllm(compressed, prompts(), 16, ranks)
-    assert said == wanted
-    for ours, theirs in zip(found, likely, strict=True):
-        assert ours == pytest.approx(theirs, abs=2e-3)
+    require_equal_tokens(*model, ranks)
 
 
 class TestWhatCannotBeServed:
