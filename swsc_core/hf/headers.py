@@ -53,7 +53,7 @@ def require_parts(headers: Mapping[str, Header], entries: Mapping[str, Mapping[s
     for name, entry in entries.items():
         try:
             wanted = part_shapes(entry)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{where}: the entry of {name} is no description of it ({error}); compress again"
             ) from None
