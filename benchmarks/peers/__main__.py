@@ -52,7 +52,7 @@ def prepare(given: argparse.Namespace) -> Bench:
     )
     common = {
         "model": checkpoint.fingerprint, "include": given.include, "calibration": digest, "seqlen": given.seqlen,
-        "windows": given.windows, "text": hashlib.sha256(read_text(given.text).encode()).hexdigest(),
+        "windows": given.windows, "dtype": given.dtype, "text": hashlib.sha256(read_text(given.text).encode()).hexdigest(),
     }  # fmt: skip
     model, out = str(Path(given.model).absolute()), given.out.absolute()
     environments = (given.environments or out / "environments").absolute()
@@ -64,7 +64,7 @@ def protocol(given: argparse.Namespace) -> tuple[str, ...]:
     text = str(Path(given.text).absolute()) if Path(given.text).is_file() else given.text
     windows = ("--windows", str(given.windows)) if given.windows else ()
     where = ("--address", "local", "--workers", str(given.workers)) if given.workers else ("--local",)
-    return ("--text", text, "--seqlen", str(given.seqlen), *windows, *where)
+    return ("--text", text, "--seqlen", str(given.seqlen), "--dtype", given.dtype, *windows, *where)
 
 
 def measure(bench: Bench, row: Row | None, name: str) -> dict[str, Any]:

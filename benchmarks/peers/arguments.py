@@ -29,6 +29,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--calibration-seqlen", type=int, default=512)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--windows", type=int, help="first N windows only (default: all)")
+    parser.add_argument("--dtype", default="float32", help="arithmetic of the evaluation, as of `swsc evaluate`")
     parser.add_argument("--out", type=Path, required=True, help="rows, results.json and, unless told, environments")
     parser.add_argument("--environments", type=Path, help="where the tools are installed (default: OUT/environments)")
     parser.add_argument("--peers", type=peers, default=list(DEFAULT), help=f"some of {', '.join(PEERS)}")

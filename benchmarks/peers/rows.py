@@ -10,7 +10,7 @@ from benchmarks.peers.script import CHANNEL, WHOLE_TENSOR
 
 HEADER = ("tensors", "tool", "settings", "nominal bits", "true bits", "perplexity", "CPU seconds", "peak memory, GB")
 
-MEASURED = ("model", "text", "seqlen", "windows")  # what a perplexity depends on
+MEASURED = ("model", "text", "seqlen", "windows", "dtype")  # what a perplexity depends on
 
 
 @dataclass(frozen=True)

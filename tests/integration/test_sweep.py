@@ -233,6 +233,14 @@ def test_a_calibrated_variant_is_the_model_that_compress_would_write(
     assert rows["ours"]["bits_per_weight"] <= 3
 
 
+def test_flags_stand_in_place_of_the_files_evaluations(models: list[Path], text: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text, VARIANTS[:1])))
+    given = ["--windows", "2", "--seqlen", "32", "--dtype", "bfloat16"]
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local", *given]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {(row["windows"], row["seqlen"], row["dtype"]) for row in rows} == {(2, 32, "bfloat16")}
+
+
 def test_a_second_sweep_into_one_directory_is_refused(
     models: list[Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
