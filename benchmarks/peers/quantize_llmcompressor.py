@@ -25,11 +25,14 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.peers.script import CHANNEL, SCALE_BYTES, Outcome, Refusal, Shapes, arguments, run
 
 if not torch.accelerator.is_available():
     IntermediatesCache.pin_memory = lambda *_: None  # 0.14 pins memory for an accelerator that need not be there
+ALL_ATTENTION_FUNCTIONS.register("eager", sdpa_attention_forward)  # 0.14 wants "eager": equal, but slower
 METHODS: dict[str, dict[str, Any]] = {"gptq": {"actorder": "static"}, "awq": {"duo_scaling": "both", "n_grid": 20}}
 
 
