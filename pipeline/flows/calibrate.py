@@ -29,7 +29,7 @@ from pipeline.run.progress import Progress, say
 
 _SHARD_TOKENS = 8192  # tokens of one task
 _GATHERINGS = 3  # of a layer whose sums were lost with a node
-_VERSION = 4  # goes up with every change of what is gathered
+_VERSION = 5  # goes up with every change of what is gathered
 
 
 def calibration_key(source: Checkpoint, settings: CalibrationSettings) -> ModelKey:

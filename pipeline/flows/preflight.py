@@ -11,6 +11,7 @@ from pipeline.model.output import Output, abandon, begin
 from pipeline.model.plan import Plan
 from pipeline.model.standing import require_replaceable
 from pipeline.model.store import Store, require_room
+from swsc_core.format import FORMAT_VERSION
 
 ALGORITHM = 9  # goes up with every change that changes bytes: files of two versions are never mixed
 STAGED = "untuned"  # how the name of a model in the cache begins that is yet to be tuned
@@ -18,7 +19,7 @@ STAGED = "untuned"  # how the name of a model in the cache begins that is yet to
 
 def identity_of(source: Checkpoint, settings: CompressSettings, threads: int) -> dict[str, Any]:
     """What makes two compressions the same, as far as it is known before the calibration."""
-    about = {"source": source.fingerprint, "threads": threads, "algorithm": ALGORITHM}
+    about = {"source": source.fingerprint, "threads": threads, "algorithm": ALGORITHM, "format_version": FORMAT_VERSION}
     return {**settings.model_dump(mode="json"), **about}
 
 

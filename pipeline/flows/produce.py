@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import CalibrationSettings, CompressSettings, Variant
 from pipeline.flows.compress import Calibrated, PoolMaker, TunedModel, compress_model, describe
-from pipeline.flows.preflight import ALGORITHM, STAGED
+from pipeline.flows.preflight import STAGED, identity_of
 from pipeline.flows.sweep_runs import Made
 from pipeline.flows.tune import TuneText, Tuning
 from pipeline.matrix_config import MatrixSettings
@@ -60,6 +60,6 @@ def produce_variant(
 
 def _place(kind: str, source: Checkpoint, settings: CompressSettings, calibrated: Calibrated, threads: int) -> str:
     """A directory in the cache for one model, made in one way."""
-    identity = [settings.model_dump(mode="json"), source.fingerprint, calibrated.fingerprint, threads, ALGORITHM]
+    identity = identity_of(source, settings, threads) | {"calibration": calibrated.fingerprint}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return f"{calibrated.cache}/{kind}-{digest}"

@@ -24,6 +24,7 @@ from pipeline.model.standing import ADAPTER
 from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Done, Task
+from swsc_core.format import FORMAT_VERSION
 
 
 def restore_model(
@@ -45,7 +46,8 @@ def restore_model(
     store, source = Store.at(output), model.checkpoint
     require_apart(source, store)
     carried = carried_by_adapter(model, location, trusted) if adapter else {}
-    identity = {"restored_from": source.fingerprint, "algorithm": ALGORITHM} | ({"adapter": True} if adapter else {})
+    identity = {"restored_from": source.fingerprint, "algorithm": ALGORITHM, "format_version": FORMAT_VERSION}
+    identity |= {"adapter": True} if adapter else {}
     sizes = [model.nbytes(name) for name in model.names]
     report = _report(model, carried)
     low_rank = adapter_bytes(model, carried)

@@ -34,7 +34,7 @@ _FAR = 0.5  # nats a token; a closer one takes shorter steps, or they would add 
 _WARM_UP = 0.1  # share of the steps in which the rate rises
 _KEPT_EVERY = 8  # steps after which the state is written
 _STARTS = 3  # of a tuning whose state was lost with a node
-_VERSION = 3  # goes up with every change of the result
+_VERSION = 4  # goes up with every change of the result
 _RESULT = "result.json"
 
 

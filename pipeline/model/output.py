@@ -83,7 +83,6 @@ def begin(
         OutputError: the directory holds something else, or was begun with other settings or another source, or another run
             is writing there.
     """
-    identity = {**identity, "format_version": FORMAT_VERSION}
     finished_before = store.exists(MANIFEST)
     if finished_before and is_finished(store, identity, overwrite):
         return Output(store, identity, {}, None)

@@ -13,6 +13,7 @@ from jobs.cli import main
 from pipeline.config import CalibrationSettings
 from pipeline.errors import TextError
 from pipeline.flows import calibrate as flow
+from pipeline.flows import preflight
 from pipeline.measure.calibration import Calibrator
 from pipeline.measure.perplexity import ModelKey
 from pipeline.measure.windows import calibration_windows
@@ -197,6 +198,17 @@ def test_a_second_run_finds_moments_and_curves_again(
     assert contents(tmp_path / "same").keys() == contents(best).keys()
     weights = {name: data for name, data in contents(best).items() if name.endswith(".safetensors")}
     assert weights.items() <= contents(tmp_path / "same").items()
+
+
+def test_a_cache_outlives_a_new_version_of_the_output_format(
+    tiny_model: Path, calibration: Path, best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(preflight, "FORMAT_VERSION", 99)
+    flags = ["--preset", "best", "--projectors", ROLES, "--cache-dir", str(best.parent / ".swsc-cache")]
+    compress(tiny_model, tmp_path / "later", calibration, *flags, "--bits", "3")
+    assert "calibrate" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "later" / "swsc_manifest.json").read_text())["identity"]["format_version"] == 99
 
 
 def test_a_model_is_not_measured_on_what_it_was_calibrated_on(
