@@ -14,12 +14,14 @@ from swsc_core.spec import SwscSpec
 from swsc_core.swsc import compress
 
 _ROWS = 256  # rows that a share is measured on, at the least
+_SLAB_ROWS = 512  # that are held in float64 at a time
 _SEGMENTS_PER_CENTROID = 32  # fewer would flatter: a codebook fits what it was learnt from
 
 
 def reach(weight: Tensor, metric: Metric) -> float:
     """Σ D_i α_i² · Σ d_j of a weight [m, n], in the units of `metric.energy`."""
-    rows = weight.double().square().mean(dim=1)
+    slabs = weight.split(_SLAB_ROWS)  # in float64 the whole would be four copies of it
+    rows = torch.cat([slab.float().double().square().mean(dim=1) for slab in slabs])
     if metric.row_weights is not None:
         rows = rows * metric.row_weights
     columns = metric.column_weights
@@ -29,10 +31,12 @@ def reach(weight: Tensor, metric: Metric) -> float:
 def share_left(weight: Tensor, spec: SwscSpec, metric: Metric, seed: int, name: str) -> float:
     """Energy that `spec` leaves of the reach, measured on evenly spaced rows (all, where it has a rank); 1 for a zero weight."""
     m, n = weight.shape
-    wanted = max(_ROWS, -(-_SEGMENTS_PER_CENTROID * spec.n_clusters * spec.layout((m, n)).size // n))
+    layout = spec.layout((m, n))
+    wanted = max(_ROWS, -(-_SEGMENTS_PER_CENTROID * spec.n_clusters * layout.size // n))
+    wanted = -(-wanted // layout.row_step) * layout.row_step  # segments down the columns take whole ones
     if spec.rank == 0 and wanted < m:
         rows = torch.linspace(0, m - 1, wanted, device=weight.device).long()
         weight, metric = weight[rows], metric.of_rows(rows)
     stats = compress(weight, spec, metric=metric, seed=seed, name=name)[1]
-    whole = reach(weight.float(), metric)
+    whole = reach(weight, metric)
     return stats.energy / whole if whole > 0 else 1.0  # of nothing, nothing is kept

@@ -178,7 +178,7 @@ class Worker:
     def reach(self, source: Store, info: TensorInfo, moments: Moments) -> float:
         """What a matrix would lose, in nats a token, if each weight kept nothing but its row's scale."""
         metric, unit = moments.metric(info.name, self.device)
-        return unit * reach(self._read_alone(source, info).float(), metric)
+        return unit * reach(self._read_alone(source, info), metric)
 
     def shares(
         self, source: Store, info: TensorInfo, moments: Moments, specs: Sequence[dict[str, Any]], seed: int

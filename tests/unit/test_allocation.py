@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swsc_core import Metric, SwscSpec, compress
+from swsc_core import Metric, SwscSpec, compress, curve
 from swsc_core.allocation import Choice, allocate, lower_hull
 from swsc_core.curve import reach, share_left
 from swsc_core.menu import candidates
@@ -80,3 +80,19 @@ def test_the_loss_foretold_from_some_rows_is_near_what_a_compression_measures() 
         spec = SwscSpec(clusters, 0, segment_size=size, scaled=True, metric="activations", feedback=True)
         foretold = share_left(weight[:256], spec, metric.of_rows(torch.arange(256)), 0, "w") * reach(weight, metric)
         assert foretold == pytest.approx(compress(weight, spec, metric=metric)[1].energy, rel=0.2)
+
+
+@pytest.mark.parametrize("columns", [90, 96, 100])
+def test_every_spec_of_the_menu_has_a_share_of_a_tall_and_narrow_matrix(columns: int) -> None:
+    """Segments that run down the columns want a number of rows that they divide."""
+    weight, metric = torch.randn(1000, columns), Metric(torch.eye(columns))
+    specs = [spec for spec in candidates((1000, columns), 16) if spec.rank == 0]
+    assert any(spec.channel_axis == "input" for spec in specs)
+    assert all(0 < share_left(weight, spec, metric, 0, "w") < 1 for spec in specs)
+
+
+def test_reach_is_the_same_sum_however_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, metric = torch.randn(40, 8).bfloat16(), Metric(torch.eye(8), torch.rand(40))
+    whole = reach(weight, metric)
+    monkeypatch.setattr(curve, "_SLAB_ROWS", 7)
+    assert reach(weight, metric) == whole == reach(weight.float(), metric)
