@@ -31,6 +31,13 @@ def test_a_copied_passage_is_found_in_a_script_without_spaces() -> None:
         require_apart(traces(sentences(0) + sentences(2)), sentences(1) + "\n" + sentences(2), "t.txt")
 
 
+def test_a_copied_passage_is_found_whatever_is_set_between_its_words() -> None:
+    """WikiText's own way of writing, typographic quotes, a dash, letters of full width, an accent as a character of its own."""
+    plain = [f"the {word}-old {word}, “{word}” (a café)." for word in words(7, 60)]
+    wikitext = [f'the {word} @-@ old {word} , " {word} " ( a cafe\u0301 ) .' for word in words(7, 60)]
+    assert traces(" ".join(plain)) == traces(" ".join(wikitext).replace("old", "ｏｌｄ")) != frozenset()
+
+
 def test_texts_of_the_same_words_in_another_order_are_apart() -> None:
     require_apart(traces(" ".join(words(5, 4000))), " ".join(words(6, 4000)), "t.txt")
 
