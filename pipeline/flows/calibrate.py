@@ -101,8 +101,7 @@ class Calibration:
         """Layers with matrices that have no moments yet, in ranges of bounded bytes; a layer is never cut."""
         ranges: list[_Range] = []
         room = 0
-        finished = self._out.finished.keys() | self._written
-        missing = [name for name in self._infos if moment_file(name) not in finished]
+        missing = [name for name in self._infos if name not in self._written and not self._is_found(name)]
         for layer, names in layers_of(missing).items():
             nbytes = self._sum_bytes(names)
             if not ranges or nbytes > room:
@@ -111,6 +110,19 @@ class Calibration:
             ranges[-1].layers[layer] = names
             room -= nbytes
         return ranges
+
+    def _is_found(self, name: str) -> bool:
+        """Whether an earlier run wrote the moments of a matrix, and those of the one that has its `plain`.
+
+        A run that was cut short may have left the one without the other, and this run may not want the other.
+        """
+        owner = self._owner(name)
+        return owner is not None and self._owner(owner) == owner
+
+    def _owner(self, name: str) -> str | None:
+        _, rows = self._out.finished.get(moment_file(name), (None, [{"owner": None}]))
+        owner: str | None = rows[0]["owner"]
+        return owner
 
     def _sum_bytes(self, names: Sequence[str]) -> int:
         return moment_bytes(self._infos[name] for name in names)

@@ -122,6 +122,35 @@ def test_moments_do_not_depend_on_shards_ranges_or_the_matrices_asked_for(
     assert len(list((tmp_path / "grown").iterdir())) == 1
 
 
+def test_moments_whose_owner_was_never_written_are_gathered_again(
+    tiny_model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Q, which has the inputs' moment for K and V, too, is lost; the next run wants V alone."""
+    flags = ["--preset", "fast", "--bits", "3", "--cache-dir", str(tmp_path / "cache"), "--projectors"]
+    whole = worker.Worker.moments_of
+
+    def without_queries(self: worker.Worker, name: str, layer: Any) -> Any:
+        if "q_proj" in name:
+            raise RuntimeError("the power went")
+        return whole(self, name, layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.Worker, "moments_of", without_queries)
+        argv = [
+            "compress",
+            str(tiny_model),
+            str(tmp_path / "cut"),
+            "--local",
+            "--calibration",
+            str(calibration),
+            *SHORT,
+        ]
+        assert main([*argv, *flags, "q,k,v"]) == 1
+    compress(tiny_model, tmp_path / "out", calibration, *flags, "v")
+    compress(tiny_model, tmp_path / "fresh", calibration, *flags[:4], "--projectors", "v")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 def test_a_budget_alone_is_enough_and_is_kept(tiny_model: Path, best: Path) -> None:
     report = json.loads((best / "swsc_report.json").read_text())
     rows = [row for row in report["tensors"] if row["action"] == "compressed"]
