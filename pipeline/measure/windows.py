@@ -134,7 +134,7 @@ def _wikitext2() -> str:
 
 
 def _rows(name: str, *source: str, **where: str) -> str:
-    """The column "text" of a data set, rows joined by blank lines."""
+    """The column "text" of a data set, rows joined by blank lines; those that hold nothing are passed over."""
     from datasets import load_dataset
 
     try:
@@ -144,4 +144,7 @@ def _rows(name: str, *source: str, **where: str) -> str:
         raise TextError(f"text {name}: could not be loaded ({reason}); name a text file instead") from None
     if "text" not in rows.column_names:
         raise TextError(f"text {name}: no column 'text' among {', '.join(rows.column_names)}; name another data set")
-    return "\n\n".join(rows["text"])
+    texts = [row for row in rows["text"] if row is not None]
+    if odd := next((type(row).__name__ for row in texts if not isinstance(row, str)), None):
+        raise TextError(f"text {name}: its column 'text' holds values of type {odd}, not text; name another data set")
+    return "\n\n".join(texts)

@@ -263,7 +263,7 @@ def test_a_parquet_file_is_read_row_by_row(tiny_model: Path, tmp_path: Path) -> 
     import pyarrow.parquet as pq
 
     rows = [" ".join(WORDS[start : start + 50]) for start in range(0, 200, 50)]
-    pq.write_table(pa.table({"text": rows}), tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"text": [*rows[:2], None, *rows[2:]]}), tmp_path / "rows.parquet")
     settings = CalibrationSettings(
         calibration=str(tmp_path / "rows.parquet"), calibration_windows=2, calibration_seqlen=50
     )
@@ -271,6 +271,9 @@ def test_a_parquet_file_is_read_row_by_row(tiny_model: Path, tmp_path: Path) -> 
     assert ids.tolist() == [list(range(3, 53)), list(range(103, 153))]
     pq.write_table(pa.table({"body": rows}), tmp_path / "rows.parquet")
     with pytest.raises(TextError, match="no column 'text' among body"):
+        calibration_windows(str(tiny_model), settings)
+    pq.write_table(pa.table({"text": [[1, 2], []]}), tmp_path / "rows.parquet")
+    with pytest.raises(TextError, match="its column 'text' holds values of type list, not text"):
         calibration_windows(str(tiny_model), settings)
 
 
