@@ -125,12 +125,30 @@ class MatrixSettings(Settings):
             wrong.append("clusters and rank are both zero, which stores nothing: raise one of them")
         if not explicit and (odd := sorted(_BESIDE_NUMBERS & given)):
             wrong.append(f"{', '.join(odd)} want clusters and rank: a paper budget counts whole channels in 16 bits")
-        if self.segment_size is not None and self.channel_axis == "auto":
-            wrong.append("channel_axis auto compares whole channels: choose output or input beside segment_size")
+        wrong += self._of_numbers() if explicit else []
         if self.feedback and self.metric == "weights":
             wrong.append("feedback works in metric activations only: add metric activations, or drop it")
+        elif self.feedback and self.segment_size is None:
+            wrong.append("feedback goes from one block of columns to the next: add segment_size, or drop it")
         if idle := sorted({"bits_over", "allocation"} & given):
             wrong.append(f"{', '.join(idle)} mean nothing to preset paper: choose another preset, or drop them")
+        return wrong
+
+    def _of_numbers(self) -> list[str]:
+        """What has no meaning beside these clusters and this rank."""
+        wrong = []
+        known = type(self).model_fields
+        changed = {name for name in {*_BESIDE_NUMBERS, "n_init"} if getattr(self, name) != known[name].default}
+        if not self.clusters and (idle := sorted(changed - {"factor_bits"})):
+            wrong.append(f"{', '.join(idle)} mean nothing without clusters: add clusters, or drop them")
+        if not self.rank and "factor_bits" in changed:
+            wrong.append("factor_bits mean nothing without rank: add rank, or drop them")
+        if self.channel_axis == "auto" and (odd := sorted(_BESIDE_NUMBERS & changed)):
+            wrong.append(
+                f"channel_axis auto compares whole channels in 16 bits: choose output or input beside {', '.join(odd)}"
+            )
+        if "n_init" in changed and changed & {"segment_size", "codebooks"}:
+            wrong.append("n_init counts for one codebook of whole channels: drop it beside segment_size or codebooks")
         return wrong
 
     def _allocated(self) -> list[str]:

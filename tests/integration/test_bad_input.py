@@ -136,7 +136,21 @@ def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun( 
         (["--calibration", "some.txt"], ["calibration mean nothing to metric weights", "preset best"]),
         (["--bits-over", "model"], ["bits_over mean nothing to preset paper"]),
         (["--feedback"], ["feedback works in metric activations only"]),
+        (
+            ["--feedback", "--metric", "activations", "--clusters", "8"],
+            ["feedback goes from one block", "add segment_size"],
+        ),
         (["--segment-size", "4"], ["segment_size want clusters and rank"]),
+        (["--rank", "4", "--scaled", "--n-init", "2"], ["n_init, scaled mean nothing without clusters"]),
+        (["--clusters", "8", "--factor-bits", "4"], ["factor_bits mean nothing without rank"]),
+        (
+            ["--channel-axis", "auto", "--clusters", "8", "--rank", "2", "--factor-bits", "4"],
+            ["auto compares whole channels in 16 bits", "beside factor_bits"],
+        ),
+        (
+            ["--n-init", "4", "--clusters", "8", "--segment-size", "4"],
+            ["n_init counts for one codebook of whole channels"],
+        ),
         (["--segment-size", "7", "--clusters", "8"], ["segment_size 7 does not divide its output channels of 64"]),
         (["--codebooks", "5", "--segment-size", "4", "--clusters", "8"], ["codebooks 5 do not divide its 32 rows"]),
         (["--projectors", "q,zebra"], ["zebra", "known are q, k, v", "--include"]),

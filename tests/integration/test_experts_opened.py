@@ -17,9 +17,10 @@ from swsc_core import SwscLinear
 from tests.families import MODELS, FamilyModel, experts_of, tensors_of
 
 EXPERTS = ("--projectors", "experts")
+_WIDTHS = ("--centroid-bits", "8", "--factor-bits", "8")
 FORMS = {
     "segments": ("--clusters", "16", "--segment-size", "4", "--scaled"),
-    "few bits": ("--centroid-bits", "8", "--factor-bits", "8", "--segment-size", "4", "--clusters", "16"),
+    "few bits": (*_WIDTHS, "--segment-size", "4", "--clusters", "16", "--rank", "2"),
     "round to nearest": ("--method", "rtn", "--bits", "4", "--granularity", "channel"),
 }
 MIXED = {
