@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CompressSettings
-from pipeline.errors import ClusterError, WeightsError
+from pipeline.errors import ClusterError, UserError, WeightsError
 from pipeline.flows.card import card_of_compression
 from pipeline.flows.preflight import begin_with_room, identity_of, require_apart
 from pipeline.measure.tuner import Tuned
@@ -120,7 +120,7 @@ def _carry_out(
             peaks[str(done.worker)] = max(done.value["peak_rss"], peaks.get(str(done.worker), 0))
 
     moments = calibrated.moments if calibrated else None
-    ready = tune() if tune else None
+    ready = _tuned(tune, out) if tune else None
     tasks = [
         task for task in _tasks(source, plan, out.ticket, settings, moments, ready) if task.key not in out.finished
     ]
@@ -137,6 +137,15 @@ def _carry_out(
     card = card_of_compression(source, plan, rows, settings, calibrated.words if calibrated else "")
     finish(out, source, ordered, _config(source, rows, settings.format), report, card)
     return report
+
+
+def _tuned(tune: Callable[[], TunedModel], out: Output) -> TunedModel:
+    """What tuning makes; the begun output is taken back for a mistake that only shows there."""
+    try:
+        return tune()
+    except UserError:
+        abandon(out)
+        raise
 
 
 def run_tasks(

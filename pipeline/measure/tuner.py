@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import NonFiniteError
+from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.perplexity import ModelKey, load_model
 from pipeline.measure.slots import find_matrix_slot
 from pipeline.measure.tune_state import TuneState, Values, from_payload
@@ -72,10 +72,11 @@ class Tuner:
             return sum(self._compare(window, backward=False) for window in windows)
 
     def gradients(self, windows: np.ndarray) -> tuple[float, Values]:
-        """The same, and its gradient by the stored values.
+        """The same, and its gradient by the stored values: zeros for a matrix that no token came to, as an expert's may be.
 
         Raises:
             NonFiniteError: a divergence that is NaN or Inf.
+            CheckpointError: text reaches none of the matrices.
         """
         sums: Values = {}
         sharing: dict[torch.nn.Parameter, list[str]] = {}
@@ -91,7 +92,7 @@ class Tuner:
             for handle in handles:
                 handle.remove()
             self._student.requires_grad_(False)
-        return total, sums
+        return total, {name: sums[name] if name in sums else _zeros(own) for name, own in self._values.items()}
 
     def _compare(self, window: np.ndarray, *, backward: bool) -> float:
         ids = torch.from_numpy(np.array(window))[None].to(self._device)
@@ -109,8 +110,16 @@ class Tuner:
         if not np.isfinite(total):
             raise NonFiniteError(f"{self.key.compressed}: its predictions are NaN or Inf; tune in a wider dtype")
         if slope is not None:
+            self._require_gradient(found)
             found.backward(slope)
         return total
+
+    def _require_gradient(self, logits: Tensor) -> None:
+        if not logits.requires_grad:
+            raise CheckpointError(
+                f"{self.key.original}: text reaches none of the {len(self._slots)} compressed matrices, so they cannot be"
+                " tuned; drop --tune, or select others"
+            )
 
     def _hook(self, names: list[str], sums: Values) -> Any:
         def project(parameter: Tensor) -> None:
@@ -153,6 +162,10 @@ def tunables(location: str, device: str) -> dict[str, Tunable]:
         tensors = {part: tensor.to(device) for part, tensor in model.read_parts(name).items()}
         found[name] = Tunable(matrix_of(tensors, entry))
     return found
+
+
+def _zeros(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {part: torch.zeros_like(value) for part, value in values.items()}
 
 
 def _loaded(key: TuneKey, location: str, device: str) -> Any:

@@ -15,6 +15,7 @@ from pipeline.flows import tune as flow
 from pipeline.measure.tuner import TuneKey, Tuner
 from pipeline.model.artifact import open_model
 from pipeline.run import pool, worker
+from tests.families import FamilyModel
 from tests.tiny import contents, make_text
 
 FLAGS = ["--local", "--calibration-windows", "32", "--calibration-seqlen", "32", "--clusters", "16", "--rank", "2"]
@@ -102,6 +103,36 @@ def test_the_gradient_is_that_of_a_small_move(tiny_model: Path, tuned: Path) -> 
         return tuner.divergence(windows)
 
     assert (at(1) - at(-1)) / 2 == pytest.approx(float((gradient * move).sum()), rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def seeing(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose vision tower no text runs through."""
+    model = FamilyModel("llava", tmp_path_factory.mktemp("llava"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (model.dense / file).write_bytes((tiny_model / file).read_bytes())
+    return model.dense
+
+
+def test_matrices_that_no_text_reaches_are_tuned_among_others_with_a_gradient_of_zero(
+    seeing: Path, calibration: Path, tmp_path: Path
+) -> None:
+    report = compress(seeing, tmp_path / "out", calibration, "--include", "vision.*q_proj", "--tune", "1")
+    assert report["tuning"]["applied"]
+    tuner = Tuner(TuneKey(str(seeing), str(staging(tmp_path / "out")), "float32"), "cpu")
+    gradients = tuner.gradients(np.arange(24)[None])[1]
+    still = {name for name, own in gradients.items() if not any(value.any() for value in own.values())}
+    assert still == {"vision_tower.encoder.layers.0.self_attn.q_proj.weight"}
+    assert gradients.keys() == tuner.start().values.keys()
+
+
+def test_a_tuning_that_text_cannot_reach_is_refused_and_leaves_nothing(
+    seeing: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["compress", str(seeing), str(tmp_path / "out"), "--calibration", str(calibration), *FLAGS[:-2]]
+    assert main([*argv, "--include", "vision.*q_proj", "--tune", "1"]) == 2
+    assert "text reaches none of the 1 compressed matrices, so they cannot be tuned" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tuning_that_was_cut_short_goes_on_to_the_same_bytes(
