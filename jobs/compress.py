@@ -58,6 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     threads, cache = cluster.threads_per_worker, cache_of(calibration, arguments.output)
     require_output(source, plan, arguments.output, settings, threads, cache, output.overwrite)
     if evaluation:
+        from jobs.evaluate import within_positions
+
+        evaluation = within_positions(evaluation, source.config)
         make_windows(arguments.model, evaluation)  # a text that does not do is told of before hours of work
     from pipeline.run.cluster import make_pool  # late: importing Ray takes a second, and a mistake should show before
 

@@ -8,7 +8,7 @@ from jobs.flags import add_settings, settings_of, writable
 from pipeline.config import ClusterSettings, EvaluateSettings, MeasureSettings
 from pipeline.errors import ConfigError
 from pipeline.flows.card import add_evaluation, read_result, require_card
-from pipeline.model.artifact import Model, open_model
+from pipeline.model.artifact import open_model
 from pipeline.model.families import positions_of
 from pipeline.task_config import TaskSettings
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = dict(zip(asked, wanted, strict=True))
     model = open_model(arguments.model)  # a damaged model is told of before Ray is started
     if "text" in settings:
-        settings["text"] = _within_positions(settings["text"], model)
+        settings["text"] = within_positions(settings["text"], model.config)
     target = writable(arguments.json) if arguments.json else None  # and so is a place that cannot be written
     before = _before(arguments)
     from pipeline.flows.evaluate import evaluate_model
@@ -92,9 +92,9 @@ def _asked(given: dict[str, Any]) -> dict[str, type[MeasureSettings]]:
     return asked
 
 
-def _within_positions(settings: EvaluateSettings, model: Model) -> EvaluateSettings:
+def within_positions(settings: EvaluateSettings, config: dict[str, Any]) -> EvaluateSettings:
     """Windows of the default length are cut to what the model was made for; of one that was asked for it is said."""
-    positions = positions_of(model.config)
+    positions = positions_of(config)
     if not positions or settings.seqlen <= positions:
         return settings
     if "seqlen" in settings.model_fields_set:

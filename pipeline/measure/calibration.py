@@ -18,7 +18,7 @@ import torch
 
 from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.hooks import Hooks, Sums
-from pipeline.measure.perplexity import ModelKey, load_model
+from pipeline.measure.perplexity import ModelKey, forward, load_model
 from pipeline.model.artifact import open_model, part_name
 from pipeline.model.parts import Payload, to_part
 
@@ -71,7 +71,7 @@ class Calibrator:
         tokens = [torch.randint(vocabulary, (count, 1), generator=generator)]
         past = None
         for _ in range(length - 1):
-            out = self._model(input_ids=tokens[-1].to(self._device), past_key_values=past, use_cache=True)
+            out = forward(self._model, tokens[-1].to(self._device), past_key_values=past, use_cache=True)
             past = out.past_key_values
             chances = out.logits[:, -1].float().softmax(dim=-1).cpu()
             tokens.append(torch.multinomial(chances, 1, generator=generator))
@@ -79,7 +79,7 @@ class Calibrator:
 
     def _backward(self, window: np.ndarray, generator: torch.Generator) -> None:
         ids = torch.from_numpy(np.array(window))[None].to(self._device)
-        logits = self._model(input_ids=ids, use_cache=False).logits[0]
+        logits = forward(self._model, ids).logits[0]
         with torch.no_grad():  # on the CPU: a draw must not depend on the kind of device
             chances = logits.float().softmax(dim=-1).cpu()
             drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(self._device)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import CheckpointError, NonFiniteError, SwscError
+from pipeline.errors import CheckpointError, NonFiniteError, SwscError, TextError
 from pipeline.measure.slots import Slot, find_matrix_slot
 from pipeline.model.artifact import Model, open_model
+from pipeline.model.families import positions_of
 from pipeline.model.mirror import require_no_code, small_files
 from pipeline.model.parts import Payload, to_tensor
 from pipeline.model.tensors import DTYPES
@@ -100,8 +101,24 @@ def window_losses(model: Any, windows: np.ndarray, batch_size: int = 1) -> list[
     return [loss for batch in ids.split(batch_size) for loss in _batch_losses(model, batch)]
 
 
+def forward(model: Any, ids: Tensor, **how: Any) -> Any:
+    """What a causal LM of transformers makes of token ids, int64 [batch, length]; nothing is kept for a next call unless told.
+
+    Raises:
+        TextError: more tokens than the model has positions for, or others than it knows.
+    """
+    try:
+        return model(input_ids=ids, **{"use_cache": False, **how})
+    except IndexError as error:  # of a table of embeddings, on a CPU
+        positions, known = positions_of(model.config.to_dict()), model.get_input_embeddings().weight.shape[0]
+        raise TextError(
+            f"the model was made for {positions} positions and {known} tokens, its input has others ({error}): make windows"
+            " shorter, or give the model its own tokenizer"
+        ) from None
+
+
 def _batch_losses(model: Any, batch: Tensor) -> list[float]:
-    logits = model(input_ids=batch, use_cache=False).logits
+    logits = forward(model, batch).logits
     return [_window_loss(rows[:-1], ids[1:]) for rows, ids in zip(logits, batch, strict=True)]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, NonFiniteError
-from pipeline.measure.perplexity import ModelKey, load_model
+from pipeline.measure.perplexity import ModelKey, forward, load_model
 from pipeline.measure.slots import find_matrix_slot
 from pipeline.measure.tune_state import TuneState, Values, from_payload
 from pipeline.model.artifact import open_model
@@ -97,8 +97,8 @@ class Tuner:
     def _compare(self, window: np.ndarray, *, backward: bool) -> float:
         ids = torch.from_numpy(np.array(window))[None].to(self._device)
         with torch.inference_mode():
-            wanted = self._teacher(input_ids=ids, use_cache=False).logits[0]
-        found = self._student(input_ids=ids, use_cache=False).logits[0]
+            wanted = forward(self._teacher, ids).logits[0]
+        found = forward(self._student, ids).logits[0]
         slope = torch.empty_like(found) if backward else None
         total = 0.0
         for start in range(0, len(wanted), _ROWS):

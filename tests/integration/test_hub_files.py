@@ -65,6 +65,28 @@ def test_a_tensor_that_is_renamed_on_loading_is_found_by_its_values(
     assert json.loads((tmp_path / "r.json").read_text())["seqlen"] == 64  # the default of 2048, cut to n_positions
 
 
+def test_windows_longer_than_a_table_of_positions_are_told_of_by_its_size(
+    gpt2: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["compress", str(gpt2), str(tmp_path / "out"), "--local", "--bits", "4", "--calibration-windows", "2"]
+    said = "the model was made for 64 positions and 256 tokens, its input has others"
+    for flags in (["--preset", "data-free"], ["--preset", "fast", "--calibration", str(texts[0])]):
+        assert main([*argv, *flags, "--calibration-seqlen", "80"]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["evaluate", str(gpt2), "--text", str(texts[1]), "--seqlen", "80", "--local"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_compression_is_measured_on_windows_of_the_models_positions(
+    gpt2: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["compress", str(gpt2), str(tmp_path / "out"), "--local", "--clusters", "4", "--rank", "1"]
+    assert main([*argv, "--text", str(texts[1]), "--windows", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "note: windows of 64 tokens, the positions that the model was made for" in said
+    assert "2 windows of 64 tokens" in said
+
+
 def test_masks_are_neither_counted_nor_written(gpt2: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     argv = ["compress", str(gpt2), str(out), *SHORT, "--bits", "6", "--bits-over", "model", "--include", r"c_|wte"]
