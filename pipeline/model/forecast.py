@@ -1,6 +1,7 @@
 """What work will cost: bytes, bits, peak memory of a worker, seconds of one core."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +9,7 @@ from pipeline.config import CalibrationSettings
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.families import layer_of
 from pipeline.model.plan import Decision, Plan
 from pipeline.model.speed import Speed
 from pipeline.model.tensors import TensorInfo
@@ -77,8 +79,10 @@ def cached_bytes(plan: Plan, settings: MatrixSettings) -> int:
 
 
 def moment_bytes(infos: Iterable[TensorInfo]) -> int:
-    """Bytes of the sums of some matrices: a weighted second moment each, and a plain one for every two, in float32."""
-    return sum(6 * info.shape[1] ** 2 for info in infos)
+    """Bytes of the sums of some matrices: a weighted second moment each, and a plain one for every two of the same layer and
+    width, in float32. One that is alone, as `down` is, has its own."""
+    alike = Counter((layer_of(info.name), info.shape[1]) for info in infos)
+    return sum(4 * width**2 * (count + -(-count // 2)) for (_, width), count in alike.items())
 
 
 def _wall_seconds(plan: Plan, form: str, speed: Speed, workers: int) -> float:

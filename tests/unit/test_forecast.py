@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.model.artifact import Model
-from pipeline.model.forecast import calibration_bytes, core_seconds, evaluation_bytes, forecast
+from pipeline.model.forecast import calibration_bytes, core_seconds, evaluation_bytes, forecast, moment_bytes
 from pipeline.model.speed import Speed
 from tests.unit.test_plan import checkpoint_of, plan_of
 
@@ -67,6 +67,15 @@ def test_moments_take_memory_beside_the_matrices() -> None:
         forecast(metric, "swsc", SPEED, 2)["worker_peak_bytes"] - forecast(plain, "swsc", SPEED, 2)["worker_peak_bytes"]
     )
     assert extra == 2 * 4 * 2048**2  # the moment and its root
+
+
+def test_a_matrix_whose_input_no_other_one_has_holds_two_moments() -> None:
+    widths = {"q_proj": 64, "k_proj": 64, "down_proj": 96}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"model.layers.{n}.x.{name}.weight": (32, w) for name, w in widths.items() for n in (0, 1)
+    }
+    infos = checkpoint_of(shapes).tensors.values()
+    assert moment_bytes(infos) == 2 * 4 * (3 * 64**2 + 2 * 96**2)  # by layers; Q and K share the moment of their input
 
 
 def test_segments_are_worked_through_in_less_memory_than_whole_channels() -> None:
