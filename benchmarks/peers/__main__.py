@@ -46,9 +46,8 @@ def prepare(given: argparse.Namespace) -> Bench:
     """Look at all that was given before anything costly begins."""
     checkpoint = open_checkpoint(given.model)
     selected(given.model, given.include)
-    given.out.mkdir(parents=True, exist_ok=True)
     file, digest = calibration_tokens(
-        given.model, given.calibration, given.calibration_windows, given.calibration_seqlen, given.out
+        given.model, given.calibration, given.calibration_windows, given.calibration_seqlen, given.text, given.out
     )
     common = {
         "model": checkpoint.fingerprint, "include": given.include, "calibration": digest, "seqlen": given.seqlen,

@@ -24,7 +24,9 @@ def parse(description: str | None) -> argparse.Namespace:
     )
     parser.add_argument("model", help="directory of a dense safetensors checkpoint")
     parser.add_argument("--text", required=True, help="perplexity is measured on it, as by `swsc evaluate`")
-    parser.add_argument("--calibration", required=True, help="text file; never the one that is measured on")
+    parser.add_argument(
+        "--calibration", required=True, help="text as `swsc compress` takes it; none that is measured on"
+    )
     parser.add_argument("--calibration-windows", type=int, default=128)
     parser.add_argument("--calibration-seqlen", type=int, default=512)
     parser.add_argument("--seqlen", type=int, default=2048)

@@ -1,37 +1,30 @@
-"""Calibration tokens, made once so that every tool sees the same: windows at even distances over a text, no overlap."""
+"""Calibration tokens, made once so that every tool sees the same: those on which `swsc compress` calibrates."""
 
 import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import TextError
-from pipeline.measure.windows import read_text
+from pipeline.config import CalibrationSettings
+from pipeline.measure.overlap import require_apart
+from pipeline.measure.windows import calibration_windows, read_text
+from pipeline.validation import validated
 
 
-def cut(ids: np.ndarray, windows: int, seqlen: int, text: str) -> np.ndarray:
-    """int64 [windows, seqlen]; window i begins at token i · floor(len / windows).
+def calibration_tokens(
+    model: str, calibration: str, windows: int, seqlen: int, measured_on: str, folder: Path
+) -> tuple[Path, str]:
+    """The file that holds the windows of `calibration`, int64 [windows, seqlen], and the sha256 of their tokens.
 
     Raises:
-        TextError: the text is too short for windows that do not overlap.
+        ConfigError: windows out of range.
+        TextError: the text is too short, or shares passages with the text `measured_on`.
     """
-    stride = len(ids) // windows
-    if stride < seqlen:
-        raise TextError(
-            f"text {text}: {len(ids)} tokens are too few for {windows} windows of {seqlen}; give a longer one"
-        )
-    return np.stack([ids[start : start + seqlen] for start in range(0, windows * stride, stride)])
-
-
-def calibration_tokens(model: str, text: str, windows: int, seqlen: int, folder: Path) -> tuple[Path, str]:
-    """The file that holds the windows of `text`, tokenised as `model` does it, and the sha256 of their tokens."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut below
-    ids = np.asarray(AutoTokenizer.from_pretrained(model)(read_text(text))["input_ids"], dtype=np.int64)
-    tokens = cut(ids, windows, seqlen, text)
-    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    given = {"calibration": calibration, "calibration_windows": windows, "calibration_seqlen": seqlen}
+    text = calibration_windows(model, validated(CalibrationSettings, given))
+    require_apart(text.traces, read_text(measured_on), measured_on)
+    digest = hashlib.sha256(text.ids.tobytes()).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"calibration-{windows}x{seqlen}-{digest[:8]}.npy"
-    np.save(file, tokens)
+    np.save(file, text.ids)
     return file, digest

@@ -1,5 +1,6 @@
 """Claims about the benchmark of rival tools: what it counts, what it runs, what it knows again, what it prints."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -11,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import environments
+from benchmarks.peers.__main__ import main as benchmark
 from benchmarks.peers.arguments import LINEAR_OF_LAYERS, groups, parse
 from benchmarks.peers.bench import Bench, RowFailure
 from benchmarks.peers.bench import run as run_process
-from benchmarks.peers.calibration import cut
+from benchmarks.peers.calibration import calibration_tokens
 from benchmarks.peers.quantize_rtn import quantize
 from benchmarks.peers.rows import DEFAULT, HEADER, PEERS, Row, cells, key, rows_of
 from benchmarks.peers.script import CHANNEL, WHOLE_TENSOR, Outcome, Refusal, arguments, description, run, selected
-from pipeline.errors import TextError
+from pipeline.config import CalibrationSettings
+from pipeline.measure.windows import calibration_windows
+from tests.tiny import make_text, make_tiny_model
 
 COMMON = {"model": "m", "text": "t", "seqlen": 8, "windows": 1, "include": "q_proj", "calibration": "c"}
 PEER = {
@@ -194,10 +198,29 @@ def test_a_row_without_figures_says_why() -> None:
     assert line == ("Q", "awq-2bit-g128", "576 is no multiple of 128", "", "", "", "", "")
 
 
-def test_calibration_windows_lie_at_even_distances() -> None:
-    assert cut(np.arange(23), 3, 4, "x").tolist() == [[0, 1, 2, 3], [7, 8, 9, 10], [14, 15, 16, 17]]
-    with pytest.raises(TextError, match="23 tokens are too few for 4 windows of 6"):
-        cut(np.arange(23), 4, 6, "x")
+def test_tools_are_calibrated_on_the_tokens_that_ours_is(tmp_path: Path) -> None:
+    model, text, other = (
+        make_tiny_model(tmp_path / "m"),
+        make_text(tmp_path / "c.txt"),
+        make_text(tmp_path / "t.txt", seed=1),
+    )
+    file, digest = calibration_tokens(str(model), str(text), 3, 40, str(other), tmp_path / "out")
+    settings = CalibrationSettings(calibration=str(text), calibration_windows=3, calibration_seqlen=40)
+    ids = np.load(file)
+    assert ids.tolist() == calibration_windows(str(model), settings).ids.tolist()
+    assert digest == hashlib.sha256(ids.tobytes()).hexdigest()
+
+
+def test_a_benchmark_on_its_own_calibration_text_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text = make_tiny_model(tmp_path / "m"), str(make_text(tmp_path / "c.txt"))
+    argv = ["peers", str(model), "--text", text, "--calibration", text, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [*argv, "--calibration-windows", "3", "--calibration-seqlen", "40"])
+    capsys.readouterr()
+    assert benchmark() == 2
+    assert "c.txt: shares passages with the calibration text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_of_the_command_line_are_one_line(
