@@ -14,7 +14,7 @@ from pipeline.measure.windows import Windows, make_windows, read_text
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import evaluation_bytes
-from pipeline.model.output import CALIBRATION
+from pipeline.model.output import known_traces
 from pipeline.run.pool import Done, Task
 
 _BATCHES = 4  # of one task: enough to hide its cost, few enough to share the work out evenly
@@ -54,9 +54,8 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
 
 def require_unseen(model: Model, read: Callable[[], str], name: str) -> None:
     """Raise TextError if the model was calibrated on passages of the text `name` that it is to be measured on."""
-    store = model.checkpoint.store
-    if store.exists(CALIBRATION):
-        require_apart(frozenset(store.read_json(CALIBRATION)["traces"]), read(), name)
+    if found := known_traces(model.checkpoint.store):
+        require_apart(found, read(), name)
 
 
 def worker_bytes(model: Model, settings: EvaluateSettings) -> int:

@@ -16,6 +16,7 @@ from pipeline.measure.overlap import require_apart
 from pipeline.measure.windows import CalibrationText, calibration_windows, read_text
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.moments import Moments
+from pipeline.model.output import known_traces
 from pipeline.model.plan import Plan
 from pipeline.model.store import Store
 
@@ -49,8 +50,9 @@ def prepare(
         text = CalibrationText(written_windows(source, calibration, cache, settings.seed, make_pool), frozenset())
     else:
         text = calibration_windows(source.store.root, calibration)
+    about = _about(source, calibration, text)
     for name in unseen:
-        require_apart(text.traces, read_text(name), name)
+        require_apart(frozenset(about["traces"]), read_text(name), name)
     if settings.epochs:
         TuneText(text.ids, settings.epochs, settings.seed)  # too few windows are told of before hours of work
     moments = None
@@ -59,7 +61,7 @@ def prepare(
         moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed).run(make_pool)
         if settings.preset != "paper":
             plan = allocate_plan(source, plan, settings, moments, make_pool)
-    return plan, Calibrated(moments, _fingerprint(plan, text, moments), _about(calibration, text), text.ids, cache)
+    return plan, Calibrated(moments, _fingerprint(plan, text, moments), about, text.ids, cache)
 
 
 def cache_of(calibration: CalibrationSettings, beside: str) -> str:
@@ -74,5 +76,6 @@ def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None) -> 
     return hashlib.sha256(f"{gathered} {ids} {text.ids.shape} {specs}".encode()).hexdigest()
 
 
-def _about(calibration: CalibrationSettings, text: CalibrationText) -> dict[str, Any]:
-    return {"text": calibration.calibration, "traces": sorted(text.traces)}
+def _about(source: Checkpoint, calibration: CalibrationSettings, text: CalibrationText) -> dict[str, Any]:
+    """What swsc_calibration.json says: this text's name, and traces of it and of what the source was calibrated on before."""
+    return {"text": calibration.calibration, "traces": sorted(text.traces | known_traces(source.store))}

@@ -99,6 +99,11 @@ def begin(
         raise
 
 
+def known_traces(store: Store) -> frozenset[str]:
+    """Traces of the texts that the model in `store` was calibrated on; none, if it was on none."""
+    return frozenset(store.read_json(CALIBRATION)["traces"]) if store.exists(CALIBRATION) else frozenset()
+
+
 def abandon(output: Output) -> None:
     """Take back what this run wrote, after a user's mistake that only showed while it ran (NaN in a weight)."""
     if output.finished:
@@ -117,6 +122,8 @@ def finish(
 
     The source's own card gives way to `card`, and is kept under another name, unless the source keeps one so already.
 
+    What a source was calibrated on goes on to what is made of it, unless `records` say it already.
+
     The manifest lists every file but itself and the report, which holds times and therefore differs between runs.
     """
     output.ticket.require()
@@ -124,6 +131,8 @@ def finish(
     copied = {name: name for name in source.extras if name != CARD}  # name here -> name in the source
     if CARD in source.extras:
         copied.setdefault(SOURCE_CARD, CARD)
+    if source.store.exists(CALIBRATION) and CALIBRATION not in {record.name for record in records}:
+        copied[CALIBRATION] = CALIBRATION
     beside = [INDEX, "config.json", CALIBRATION, CARD, *copied]
     for name in set(read_list(store, FINISHING)) & set(store.names()) - set(beside):
         store.remove(name)  # of a run that was cut off here, when the source had other files

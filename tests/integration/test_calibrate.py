@@ -252,6 +252,23 @@ def test_a_model_is_not_measured_on_what_it_was_calibrated_on(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_model_was_calibrated_on_is_known_of_all_that_is_made_of_it(
+    tiny_model: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Restored, compressed again without a text, and on another text."""
+    other = make_text(tmp_path / "other.txt", 1500, seed=78)
+    fast = ["--preset", "fast", "--bits", "4"]
+    compress(tiny_model, tmp_path / "first", calibration, *fast)
+    assert main(["restore", str(tmp_path / "first"), str(tmp_path / "dense"), "--local"]) == 0
+    dense = str(tmp_path / "dense")
+    assert main(["compress", dense, str(tmp_path / "plain"), "--clusters", "4", "--rank", "1", "--local"]) == 0
+    compress(tmp_path / "dense", tmp_path / "again", other, *fast)
+    for made, text in (("dense", calibration), ("plain", calibration), ("again", calibration), ("again", other)):
+        capsys.readouterr()
+        assert main(["evaluate", str(tmp_path / made), "--text", str(text), "--seqlen", "32", "--local"]) == 2
+        assert "shares passages with the calibration text" in capsys.readouterr().err
+
+
 def test_a_text_that_is_too_short_says_what_it_holds(tiny_model: Path, calibration: Path) -> None:
     settings = CalibrationSettings(calibration=str(calibration), calibration_windows=100, calibration_seqlen=512)
     with pytest.raises(TextError, match=r"1500 tokens, wanted 100 windows of 512; give a longer text, or lower"):
