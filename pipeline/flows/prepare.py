@@ -61,7 +61,7 @@ def prepare(
         moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed).run(make_pool)
         if settings.preset != "paper":
             plan = allocate_plan(source, plan, settings, moments, make_pool)
-    return plan, Calibrated(moments, _fingerprint(plan, text, moments), about, text.ids, cache)
+    return plan, Calibrated(moments, _fingerprint(plan, text, moments, calibration), about, text.ids, cache)
 
 
 def cache_of(calibration: CalibrationSettings, beside: str) -> str:
@@ -69,9 +69,10 @@ def cache_of(calibration: CalibrationSettings, beside: str) -> str:
     return calibration.cache_dir or Store.at(beside).parent.below(".swsc-cache").root
 
 
-def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None) -> str:
+def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None, calibration: CalibrationSettings) -> str:
     specs = repr([(decision.info.name, decision.specs) for decision in plan.compressed])
-    gathered = f"{moments.store.name} {moments.gradient_share}" if moments else ""
+    # the name of moments says their arithmetic, too; without any it is that of the tuning
+    gathered = f"{moments.store.name} {moments.gradient_share}" if moments else calibration.calibration_dtype
     ids = hashlib.sha256(text.ids.tobytes()).hexdigest()
     return hashlib.sha256(f"{gathered} {ids} {text.ids.shape} {specs}".encode()).hexdigest()
 

@@ -183,6 +183,24 @@ def test_a_finished_tuning_is_found_again(
     compress(tiny_model, tuned, calibration, "--tune", "2", "--cache-dir", cache)
 
 
+def test_a_tuning_in_another_arithmetic_is_another_output(
+    tiny_model: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compress(tiny_model, tmp_path / "out", calibration, "--tune", "1")
+    argv = [
+        "compress",
+        str(tiny_model),
+        str(tmp_path / "out"),
+        "--calibration",
+        str(calibration),
+        *FLAGS,
+        "--tune",
+        "1",
+    ]
+    assert main([*argv, "--calibration-dtype", "bfloat16"]) == 2
+    assert "calibration" in capsys.readouterr().err
+
+
 def test_a_sweep_measures_what_compress_makes(
     tiny_model: Path, calibration: Path, text: Path, tuned: Path, tmp_path: Path
 ) -> None:
