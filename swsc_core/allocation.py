@@ -7,6 +7,7 @@ from steep to flat visits these solutions in order; what the last edge leaves of
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from heapq import heapify, heappop, heappush
 
 from swsc_core.spec import Spec
@@ -44,6 +45,21 @@ def allocate(curves: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
             if step + 1 < len(hull):
                 heappush(steps, (-_gain(hull[step], hull[step + 1]), index, step + 1))
     return _fill(curves, chosen, left)
+
+
+def equal_shares(counts: Sequence[int], least: Sequence[int], budget: int) -> list[int]:
+    """Bytes of each matrix, of `counts` weights, at equal bits a weight; all together at most `budget`.
+
+    One whose smallest choice, of `least` bytes, takes more has that, and the others share what it leaves.
+    """
+    dear: set[int] = set()
+    while True:
+        rest = [index for index in range(len(counts)) if index not in dear]
+        share = Fraction(budget - sum(least[index] for index in dear), max(1, sum(counts[index] for index in rest)))
+        dearer = {index for index in rest if least[index] > share * counts[index]}
+        if not dearer:
+            return [least[index] if index in dear else int(share * count) for index, count in enumerate(counts)]
+        dear |= dearer
 
 
 def lower_hull(curve: Sequence[Choice]) -> list[Choice]:

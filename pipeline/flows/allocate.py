@@ -23,7 +23,7 @@ from pipeline.model.plan import Decision, Plan, with_specs
 from pipeline.model.specs import budget_bytes, value_bits
 from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Task
-from swsc_core.allocation import Choice, allocate
+from swsc_core.allocation import Choice, allocate, equal_shares
 from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
 
@@ -45,10 +45,9 @@ def _divide(source: Checkpoint, plan: Plan, choices: list[list[Choice]], setting
     budget = budget_bytes(source, [decision.info for decision in plan.compressed], settings)
     if settings.allocation == "measured":
         return [choice.spec for choice in allocate(choices, budget)]
-    share = budget / sum(counts)
-    least = [min(own, key=lambda choice: choice.nbytes) for own in choices]
-    alike = [max(int(share * count), small.nbytes) for count, small in zip(counts, least, strict=True)]
-    return [allocate([own], nbytes)[0].spec for own, nbytes in zip(choices, alike, strict=True)]
+    least = [min(choice.nbytes for choice in own) for own in choices]
+    shares = equal_shares(counts, least, budget)
+    return [allocate([own], nbytes)[0].spec for own, nbytes in zip(choices, shares, strict=True)]
 
 
 def _choices(decision: Decision, settings: MatrixSettings, curves: dict[str, Any]) -> list[Choice]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swsc_core import Metric, SwscSpec, compress, curve
-from swsc_core.allocation import Choice, allocate, lower_hull
+from swsc_core.allocation import Choice, allocate, equal_shares, lower_hull
 from swsc_core.curve import reach, share_left
 from swsc_core.menu import candidates
 
@@ -58,6 +58,17 @@ def test_a_hull_falls_ever_more_slowly(curve: list[Choice]) -> None:
 def test_bits_go_where_they_matter() -> None:
     curves = [curve_of([(10, loss), (20, loss / 4), (30, loss / 16)]) for loss in (1.0, 100.0)]
     assert [choice.nbytes for choice in allocate(curves, 40)] == [10, 30]
+
+
+def test_equal_shares_keep_the_budget_where_one_matrix_cannot_be_as_small_as_the_others() -> None:
+    assert equal_shares([100, 900], [10, 100], 250) == [25, 225]
+    assert equal_shares([100, 900], [40, 100], 250) == [40, 210]
+    assert equal_shares([100, 900, 300], [40, 100, 66], 265) == [
+        40,
+        159,
+        66,
+    ]  # the third is dear once the first has its share
+    assert equal_shares([3, 7], [3, 7], 10) == [3, 7]
 
 
 @pytest.mark.parametrize("shape", [(576, 576), (192, 576), (4096, 11008), (96, 64)])
