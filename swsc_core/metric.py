@@ -105,10 +105,10 @@ class Metric:
 def _damped(moment: Tensor, tokens: int | None, name: str) -> Tensor:
     mean = float(moment.diagonal().double().mean())
     if not 0 < mean < float("inf") or not_finite(moment):
-        raise WeightError(
-            f"{name}: its second moment has a mean diagonal of {mean}; no calibration text reached it, or it overflowed:"
-            " give more text, or exclude this tensor"
+        what = (
+            "is zero, so all of its inputs were zeros" if mean == 0 else f"has a mean diagonal of {mean}, it overflowed"
         )
+        raise WeightError(f"{name}: its second moment {what}: give more text, or exclude this tensor")
     damped = moment.float().div_(mean)
     damped.diagonal().add_(_DAMPING + (_NOISE * len(moment) / tokens if tokens else 0.0))
     return damped

@@ -193,8 +193,11 @@ def test_a_missing_or_empty_moment_is_told_of() -> None:
         ValueError, match="w: metric activations needs the second moment of its inputs; calibrate first"
     ):
         compress(torch.ones(4, 4), SEGMENTED, name="w")
-    for moment in (torch.zeros(4, 4), torch.full((4, 4), torch.nan)):
-        with pytest.raises(WeightError, match=r"w: its second moment .* give more text, or exclude this tensor"):
+    for moment, why in (
+        (torch.zeros(4, 4), "is zero, so all"),
+        (torch.full((4, 4), torch.nan), "has a .* nan, it overflowed"),
+    ):
+        with pytest.raises(WeightError, match=rf"w: its second moment {why}.* give more text, or exclude this tensor"):
             Metric(moment, name="w")
 
 
