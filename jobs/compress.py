@@ -4,6 +4,8 @@ import argparse
 from functools import partial
 from typing import Any
 
+from jobs.evaluate import summarise as summarise_evaluation
+from jobs.evaluate import within_positions
 from jobs.flags import MODEL, add_config, add_settings, settings_of
 from pipeline.config import (
     CalibrationSettings,
@@ -58,8 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
     threads, cache = cluster.threads_per_worker, cache_of(calibration, arguments.output)
     require_output(source, plan, arguments.output, settings, threads, cache, output.overwrite)
     if evaluation:
-        from jobs.evaluate import within_positions
-
         evaluation = within_positions(evaluation, source.config)
         make_windows(arguments.model, evaluation)  # a text that does not do is told of before hours of work
     from pipeline.run.cluster import make_pool  # late: importing Ray takes a second, and a mistake should show before
@@ -72,7 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     summarise(arguments.output, report)
     if evaluation:
-        from jobs.evaluate import summarise as summarise_evaluation
         from pipeline.flows.evaluate import evaluate_model
 
         summarise_evaluation(evaluate_model(arguments.output, evaluation, pools))

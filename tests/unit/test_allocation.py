@@ -63,11 +63,8 @@ def test_bits_go_where_they_matter() -> None:
 def test_equal_shares_keep_the_budget_where_one_matrix_cannot_be_as_small_as_the_others() -> None:
     assert equal_shares([100, 900], [10, 100], 250) == [25, 225]
     assert equal_shares([100, 900], [40, 100], 250) == [40, 210]
-    assert equal_shares([100, 900, 300], [40, 100, 66], 265) == [
-        40,
-        159,
-        66,
-    ]  # the third is dear once the first has its share
+    dear_once_the_first_has_its_share = 66
+    assert equal_shares([100, 900, 300], [40, 100, dear_once_the_first_has_its_share], 265) == [40, 159, 66]
     assert equal_shares([3, 7], [3, 7], 10) == [3, 7]
 
 

@@ -25,14 +25,8 @@ from pipeline.measure.windows import calibration_windows
 from tests.tiny import make_text, make_tiny_model
 
 COMMON = {
-    "model": "m",
-    "text": "t",
-    "seqlen": 8,
-    "windows": 1,
-    "dtype": "float32",
-    "include": "q_proj",
-    "calibration": "c",
-}
+    "model": "m", "text": "t", "seqlen": 8, "windows": 1, "dtype": "float32", "include": "q_proj", "calibration": "c",
+}  # fmt: skip
 PEER = {
     "tool": "RTN", "version": "ours", "settings": {"bits": 2, "group": 64, "calibration": [4, 128]},
     "bits_per_weight": 2.28125, "cpu_seconds": 1.4, "peak_rss": 350_000_000,
