@@ -19,10 +19,11 @@ from benchmarks.peers.bench import Bench, RowFailure, read
 from benchmarks.peers.calibration import calibration_tokens
 from benchmarks.peers.environments import EnvironmentFailure
 from benchmarks.peers.rows import HEADER, Row, cells, rows_of
-from benchmarks.peers.script import Refusal, selected
+from benchmarks.peers.script import Refusal, Shapes, selected
 from pipeline.errors import SwscError
 from pipeline.measure.windows import read_text
 from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.families import Family
 
 
 def main() -> int:
@@ -45,7 +46,7 @@ def main() -> int:
 def prepare(given: argparse.Namespace) -> Bench:
     """Look at all that was given before anything costly begins."""
     checkpoint = open_checkpoint(given.model)
-    selected(given.model, given.include)
+    require_rows_of_outputs(Family(checkpoint.config), selected(given.model, given.include))
     file, digest = calibration_tokens(
         given.model, given.calibration, given.calibration_windows, given.calibration_seqlen, given.text, given.out
     )
@@ -56,6 +57,15 @@ def prepare(given: argparse.Namespace) -> Bench:
     model, out = str(Path(given.model).absolute()), given.out.absolute()
     environments = (given.environments or out / "environments").absolute()
     return Bench(model, given.include, file.absolute(), common, protocol(given), out, environments, given.keep)
+
+
+def require_rows_of_outputs(family: Family, shapes: Shapes) -> None:
+    """Refuse matrices [inputs, outputs]: the tools group weights along rows, which has to be along inputs."""
+    if turned := [name for name in shapes if family.is_transposed(name)]:
+        raise Refusal(
+            f"{turned[0]} lies as [inputs, outputs] and the tools would group its weights along the outputs:"
+            f" choose another model than one of family {family.name}, or leave it out of --include"
+        )
 
 
 def protocol(given: argparse.Namespace) -> tuple[str, ...]:

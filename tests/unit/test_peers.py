@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.peers import environments
 from benchmarks.peers.__main__ import main as benchmark
@@ -223,6 +224,18 @@ def test_a_benchmark_on_its_own_calibration_text_is_refused_and_leaves_nothing(
     assert benchmark() == 2
     assert "c.txt: shares passages with the calibration text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_matrices_that_lie_transposed_are_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tmp_path / "gpt2", tmp_path / "out"
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=256)).save_pretrained(model)
+    monkeypatch.setattr("sys.argv", ["peers", str(model), "--text", "t", "--calibration", "c", "--out", str(out)])
+    capsys.readouterr()
+    assert benchmark() == 2
+    assert "attn.c_attn.weight lies as [inputs, outputs]" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_mistakes_of_the_command_line_are_one_line(
