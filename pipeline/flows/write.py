@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.config import CalibrationSettings
 from pipeline.flows.calibrate import calibration_key
 from pipeline.flows.compress import PoolMaker, run_alone
+from pipeline.measure.windows import load_tokenizer, opening_of
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import calibration_bytes
 from pipeline.model.store import Store
@@ -24,9 +25,14 @@ _VERSION = 1  # goes up with every change of what is written
 def written_windows(
     source: Checkpoint, settings: CalibrationSettings, cache: str, seed: int, make_pool: PoolMaker
 ) -> np.ndarray:
-    """Windows of the model's own text, int64 [windows, seqlen]; read again if they were written before."""
+    """Windows of the model's own text, int64 [windows, seqlen]; read again if they were written before.
+
+    Raises:
+        TextError: the model has no tokenizer to say how its texts begin.
+    """
     count, length = settings.calibration_windows, settings.calibration_seqlen
-    identity = [source.fingerprint, count, length, seed, settings.calibration_dtype, _VERSION]
+    opening = opening_of(load_tokenizer(source.store.root, settings.trust_remote_code))
+    identity = [source.fingerprint, count, length, seed, settings.calibration_dtype, opening.tolist(), _VERSION]
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     store, name = Store.at(cache), f"written-{digest}.json"
     if store.exists(name):
@@ -38,7 +44,9 @@ def written_windows(
 
     key = calibration_key(source, settings)
     tasks = [
-        Task(first, "write_text", (key, min(_BATCH, count - first), length, first, seed), label=f"text {first}")
+        Task(
+            first, "write_text", (key, min(_BATCH, count - first), length, first, seed, opening), label=f"text {first}"
+        )
         for first in range(0, count, _BATCH)
     ]
     run_alone(tasks, calibration_bytes(source, length, 0), note, make_pool, "write text", "parts")

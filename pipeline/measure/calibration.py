@@ -61,16 +61,17 @@ class Calibrator:
         return sums
 
     @torch.inference_mode()
-    def write(self, count: int, length: int, first: int, seed: int) -> np.ndarray:
-        """Windows that the model writes itself, int64 [count, length]: a random token, and what it draws after it.
+    def write(self, count: int, length: int, first: int, seed: int, opening: np.ndarray) -> np.ndarray:
+        """Windows that the model writes itself, int64 [count, length]: `opening`, or a random token, and what it draws after it.
 
         Window i depends on `seed` and `first + i`, and on the windows of the same call through the last bit of their batch.
         """
         generator = torch.Generator().manual_seed((seed << 32) + first)
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        tokens = [torch.randint(vocabulary, (count, 1), generator=generator)]
+        random = torch.randint(vocabulary, (count, 1), generator=generator)
+        tokens = [torch.from_numpy(opening).repeat(count, 1) if len(opening) else random]
         past = None
-        for _ in range(length - 1):
+        for _ in range(length - tokens[0].shape[1]):
             out = forward(self._model, tokens[-1].to(self._device), past_key_values=past, use_cache=True)
             past = out.past_key_values
             chances = out.logits[:, -1].float().softmax(dim=-1).cpu()

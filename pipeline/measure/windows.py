@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import CalibrationSettings, EvaluateSettings, LoadSettings
+from pipeline.config import CalibrationSettings, EvaluateSettings
 from pipeline.errors import TextError
 from pipeline.measure.overlap import traces
 from pipeline.model.mirror import require_no_code, small_files
@@ -38,7 +38,8 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
         TextError: no such text, one shorter than a window, or fewer windows than asked for.
     """
     text = read_text(settings.text)
-    ids, bos_token = _tokenise(model, text, settings)
+    tokenizer = load_tokenizer(model, settings.trust_remote_code)
+    ids, bos_token = _ids(tokenizer, text), tokenizer.bos_token_id
     length, wanted = settings.seqlen, settings.windows
     available = len(ids) // length
     if available < (wanted or 1):
@@ -66,7 +67,10 @@ class CalibrationText:
 
 
 def calibration_windows(model: str, settings: CalibrationSettings) -> CalibrationText:
-    """Cut windows out of the calibration text, as far apart from each other as it allows.
+    """Cut windows out of the calibration text, as far apart from each other as it allows, each opened as a text is.
+
+    A model that was made to see a BOS first is lost for a while without one, and its gradients there are those of no text
+    that it will ever be given (docs/method.md, section 2).
 
     Raises:
         TextError: no text given, no such text, or one shorter than all windows together.
@@ -74,7 +78,8 @@ def calibration_windows(model: str, settings: CalibrationSettings) -> Calibratio
     if settings.calibration is None:
         raise TextError("calibration: no text given; name one by --calibration, or choose preset paper")
     text = read_calibration(settings.calibration)
-    ids, _ = _tokenise(model, text, settings)
+    tokenizer = load_tokenizer(model, settings.trust_remote_code)
+    ids, opening = _ids(tokenizer, text, add_special_tokens=False), opening_of(tokenizer)
     length, count = settings.calibration_seqlen, settings.calibration_windows
     if len(ids) < length * count:
         raise TextError(
@@ -82,16 +87,23 @@ def calibration_windows(model: str, settings: CalibrationSettings) -> Calibratio
             " text, or lower --calibration-windows or --calibration-seqlen"
         )
     starts = [index * (len(ids) // count) for index in range(count)]
-    return CalibrationText(np.stack([ids[start : start + length] for start in starts]), traces(text))
+    windows = [np.concatenate([opening, ids[start : start + length - len(opening)]]) for start in starts]
+    return CalibrationText(np.stack(windows), traces(text))
 
 
-def _tokenise(model: str, text: str, settings: LoadSettings) -> tuple[np.ndarray, int | None]:
-    """Token ids of the whole text, int64, and the tokenizer's BOS token, if it has one."""
+def opening_of(tokenizer: Any) -> np.ndarray:
+    """Token ids, int64, that the tokenizer puts before every text: its BOS, as a rule, or nothing."""
+    whole, bare = _ids(tokenizer, "a").tolist(), _ids(tokenizer, "a", add_special_tokens=False).tolist()
+    before = next((place for place in range(len(whole)) if whole[place : place + len(bare)] == bare), 0)
+    return np.asarray(whole[:before], dtype=np.int64)
+
+
+def _ids(tokenizer: Any, text: str, **how: Any) -> np.ndarray:
+    """Token ids of the whole text, int64."""
     from transformers.utils import logging
 
-    tokenizer = load_tokenizer(model, settings.trust_remote_code)
     logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut into windows
-    return np.asarray(tokenizer(text)["input_ids"], dtype=np.int64), tokenizer.bos_token_id
+    return np.asarray(tokenizer(text, **how)["input_ids"], dtype=np.int64)
 
 
 def load_tokenizer(model: str, trusted: bool) -> Any:

@@ -148,9 +148,11 @@ class Worker:
         sums = self._loaded(key).gather([name for names in layers for name in names], windows, first, seed)
         return ({"peak_rss": peak_rss()}, *(sums_payload({name: sums[name] for name in names}) for names in layers))
 
-    def write_text(self, key: ModelKey, count: int, length: int, first: int, seed: int) -> np.ndarray:
-        """Windows that the model `key` writes itself, int64 [count, length]."""
-        return self._loaded(key).write(count, length, first, seed)
+    def write_text(
+        self, key: ModelKey, count: int, length: int, first: int, seed: int, opening: np.ndarray
+    ) -> np.ndarray:
+        """Windows that the model `key` writes itself after `opening`, int64 [count, length]."""
+        return self._loaded(key).write(count, length, first, seed, opening)
 
     def _loaded(self, key: ModelKey) -> Calibrator:
         if self._calibrator is None or self._calibrator.key != key:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
 from pipeline.config import CalibrationSettings
@@ -311,10 +312,40 @@ def test_without_a_text_the_model_writes_one_and_keeps_it(
     assert "calibration means nothing to preset data-free" in capsys.readouterr().err
 
 
+@pytest.fixture
+def opened(tmp_path: Path) -> Path:
+    """A tiny model whose tokenizer puts <s> (0) before a text and </s> (1) after it."""
+    model = make_tiny_model(tmp_path / "opened")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    template = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def test_windows_begin_as_texts_of_the_model_do(opened: Path, tiny_model: Path, calibration: Path) -> None:
+    """Each of them, not the first alone; nothing of what comes after a text is in them."""
+    settings = CalibrationSettings(calibration=str(calibration), calibration_windows=6, calibration_seqlen=32)
+    plain, ids = (calibration_windows(str(model), settings).ids for model in (tiny_model, opened))
+    assert ids.shape == plain.shape == (6, 32)
+    assert (ids[:, 0] == 0).all()
+    assert (ids[:, 1:] == plain[:, :-1]).all()
+
+
+def test_a_model_begins_its_own_text_as_its_texts_do(opened: Path, tmp_path: Path) -> None:
+    flags = ["--local", *SHORT, "--preset", "data-free", "--bits", "3", "--cache-dir", str(tmp_path / "cache")]
+    assert main(["compress", str(opened), str(tmp_path / "out"), *flags]) == 0
+    (written,) = (tmp_path / "cache").glob("written-*.json")
+    ids = np.array(json.loads(written.read_text()))
+    assert ids.shape == (6, 32)
+    assert (ids[:, 0] == 0).all()
+    assert len(np.unique(ids[:, 1:], axis=0)) == 6
+
+
 def test_written_text_does_not_depend_on_how_it_is_cached(tiny_model: Path) -> None:
     """Each token is drawn from the prediction over all before it, as one forward pass over the whole gives it."""
     calibrator = Calibrator(ModelKey(str(tiny_model), "float32", 1), "cpu")
-    ids = torch.from_numpy(calibrator.write(3, 12, 0, seed=1))
+    ids = torch.from_numpy(calibrator.write(3, 12, 0, seed=1, opening=np.array([], dtype=np.int64)))
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     chances = model(input_ids=ids).logits.softmax(-1)
     draw = torch.Generator().manual_seed(1 << 32)
