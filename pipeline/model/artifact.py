@@ -1,6 +1,7 @@
 """A model as it lies in a directory, dense or compressed: opened from its headers, read tensor by tensor."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -154,9 +155,7 @@ def open_model(location: str) -> Model:
     except ValueError as error:
         raise CheckpointError(f"{location}: {error}") from None
     model = Model(checkpoint, entries)
-    missing = [
-        where for name in model.entries for where in model.parts(name).values() if where not in checkpoint.tensors
-    ]
+    missing = [where for name in model.entries for where in _stored(model, name) if where not in checkpoint.tensors]
     if missing:
         raise CheckpointError(f"{location}: {missing[0]} is missing ({len(missing)} in all); compress again")
     for name, pieces in model.pieces.items():
@@ -166,6 +165,14 @@ def open_model(location: str) -> Model:
                 f"{location}: the pieces of {name} do not make up the whole ({wrong}); compress again"
             )
     return model
+
+
+def _stored(model: Model, name: str) -> Iterable[str]:
+    """Tensors that a compressed tensor is stored as; CheckpointError if its entry does not fit it."""
+    try:
+        return model.parts(name).values()
+    except ValueError as error:
+        raise CheckpointError(f"{model.checkpoint.store.root}: {name}: {error}; compress again") from None
 
 
 def _misfit(rest: TensorInfo | None, pieces: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.cli import main
-from pipeline.errors import SwscError
+from pipeline.errors import CheckpointError, SwscError
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import INDEX, SINGLE, open_checkpoint
@@ -231,6 +231,16 @@ def test_compressed_models_that_say_odd_things(compressed: Path, data: st.DataOb
     finally:
         tracemalloc.stop()
         (compressed / "config.json").write_text(whole)
+
+
+def test_an_entry_that_does_not_fit_its_matrix_is_refused_by_name(compressed: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(compressed, tmp_path / "out")
+    config = json.loads((output / "config.json").read_text())
+    name, entry = next(iter(config["quantization_config"]["tensors"].items()))
+    entry["codebooks"] = 7
+    (output / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"{name}: .* codebooks 7 do not divide its \d+ rows .*; compress again"):
+        open_model(str(output))
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"files": {"config.json": {"size": "x", "sha256": "y"}}}', "{}"])
