@@ -18,8 +18,9 @@ import torch
 
 from benchmarks.common import print_markdown, structured_weight
 from jobs.cli import main as swsc
-from pipeline.model.checkpoint import SINGLE, file_header
+from pipeline.model.checkpoint import file_header
 from pipeline.model.store import Store
+from pipeline.model.weight_files import SINGLE
 
 LIMIT = 1.5
 

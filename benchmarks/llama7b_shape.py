@@ -81,8 +81,8 @@ def make(directory: str, layers: int) -> int:
     """Write the checkpoint, a shard at a time."""
     import torch
 
-    from pipeline.model.checkpoint import INDEX
     from pipeline.model.store import Store
+    from pipeline.model.weight_files import INDEX
 
     started, store = time.perf_counter(), Store.at(directory)
     block = (0.02 * torch.randn(4 << 20, generator=torch.Generator().manual_seed(0))).bfloat16()

@@ -17,7 +17,7 @@ from pipeline.config import (
 )
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import describe
-from pipeline.flows.preflight import require_output
+from pipeline.flows.preflight import note_left_out, require_output
 from pipeline.flows.prepare import cache_of, prepare
 from pipeline.flows.produce import produce
 from pipeline.flows.push import push_output
@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         require_pushable(arguments.push)
     evaluation = _evaluation_of(arguments, calibration.trust_remote_code) if arguments.text else None
     source = open_checkpoint(arguments.model)
+    note_left_out(source)
     plan = make_plan(source, settings)
     require_coverage(plan, output.require_coverage)
     threads, cache = cluster.threads_per_worker, cache_of(calibration, arguments.output)

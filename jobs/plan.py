@@ -9,6 +9,7 @@ from typing import Any
 from jobs.flags import MODEL, add_config, add_settings, settings_of, writable
 from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, OutputSettings
 from pipeline.errors import OutputError
+from pipeline.flows.preflight import note_left_out
 from pipeline.model.forecast import cached_bytes, forecast, stage_bytes
 from pipeline.model.gguf_headers import open_headers
 from pipeline.model.matrices import lies_as
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings
     )
     source = open_headers(arguments.model)
+    note_left_out(source)
     plan = make_plan(source, settings)
     stages = stage_bytes(source, plan, settings, calibration)
     foretold = forecast(plan, settings.format, measure_speed(source), _workers(cluster, plan, stages))
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [_row(decision) for decision in plan.decisions]
     if arguments.json:
         target = writable(arguments.json)
-        target.parent.write_json(target.name, {"tensors": rows, **foretold})
+        target.parent.write_json(target.name, {"tensors": rows, "left_out": dict(source.passed_over), **foretold})
     print_table(
         [row for row in rows if row["action"] == "compressed"], ["name", "shape", "paper_bits", "bits_per_weight"]
     )

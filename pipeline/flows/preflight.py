@@ -11,10 +11,22 @@ from pipeline.model.output import Output, abandon, begin
 from pipeline.model.plan import Plan
 from pipeline.model.standing import require_replaceable
 from pipeline.model.store import Store, require_room
+from pipeline.run.progress import say
 from swsc_core.format import FORMAT_VERSION
 
 ALGORITHM = 9  # goes up with every change that changes bytes: files of two versions are never mixed
+_SHOWN = 4  # names of files in a note
 STAGED = "untuned"  # how the name of a model in the cache begins that is yet to be tuned
+
+
+def note_left_out(source: Checkpoint) -> None:
+    """Say which files beside the model's are not read: adapters, and weights that `from_pretrained` passes over, too."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in source.passed_over:
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        say(f"note: {source.store.root}: left out: {shown}: {reason}")
 
 
 def identity_of(source: Checkpoint, settings: CompressSettings, threads: int) -> dict[str, Any]:

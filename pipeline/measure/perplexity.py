@@ -6,13 +6,14 @@ float64 over window indices: the result is the same to the last bit for any numb
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, NonFiniteError, SwscError, TextError
@@ -20,7 +21,7 @@ from pipeline.measure.slots import Slot, find_matrix_slot
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import positions_of
 from pipeline.model.mirror import require_no_code, small_files
-from pipeline.model.parts import Payload, to_tensor
+from pipeline.model.parts import Payload, read_tensor, to_tensor
 from pipeline.model.tensors import DTYPES
 from swsc_core import decode
 
@@ -138,8 +139,7 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
     logging.disable_progress_bar()
     dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
     with _told_of(key):
-        in_place = source.checkpoint.store.is_local and not source.entries and not source.checkpoint.scales
-        model, info = _load_dense(key, dtype) if in_place else _load_from_store(source, key, dtype)
+        model, info = _load(source, key, dtype)
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
         raise CheckpointError(
@@ -170,15 +170,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _load_dense(key: ModelKey, dtype: str) -> Any:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(key.location, trust_remote_code=key.trusted)
-    return _auto_class(config).from_pretrained(
-        key.location, dtype=dtype, output_loading_info=True, trust_remote_code=key.trusted
-    )
-
-
 def _auto_class(config: Any) -> Any:
     """What loads a model that predicts tokens: of some multimodal families only the class that sees pictures, too."""
     from transformers import (
@@ -201,17 +192,36 @@ def _own_dtype(source: Model, config: Any) -> str:
     return DTYPES[source.dtype(source.names[0])][0]
 
 
-def _load_from_store(source: Model, key: ModelKey, dtype: str) -> Any:
-    """A model whose weights transformers cannot read as we do: compressed ones, fp8, or those of an object store."""
+def _load(source: Model, key: ModelKey, dtype: str) -> Any:
+    """The weights of `source`, those and no others: given a directory, transformers would choose files and apply adapters itself."""
     empty, config = _without_weights(source, key)  # from_pretrained of the Auto class insists on files
-    weights = {name: source.read(name) for name in source.names}
     if dtype == "auto":
         dtype = _own_dtype(source, config)
-    model, info = type(empty).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
+    with _weights(source) as weights:
+        model, info = type(empty).from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
     model.generation_config = empty.generation_config
     return model, info
+
+
+@contextmanager
+def _weights(source: Model) -> Iterator[dict[str, Any]]:
+    """Name -> weight, or what maps it into memory when it is indexed: dense files on a disk are not copied."""
+    checkpoint, files = source.checkpoint, {}
+    in_place = checkpoint.store.is_local and not source.entries
+    with ExitStack() as opened:
+        weights: dict[str, Any] = {info.name: read_tensor(checkpoint.store, info) for info in checkpoint.buffers}
+        for name in source.names:
+            info = checkpoint.tensors.get(name)
+            if not in_place or info is None or info.view is not None:
+                weights[name] = source.read(name)
+                continue
+            if info.file not in files:
+                path = f"{checkpoint.store.root}/{info.file}"
+                files[info.file] = opened.enter_context(safe_open(path, framework="pt"))
+            weights[name] = files[info.file].get_slice(name)
+        yield weights
 
 
 def _without_weights(source: Model, key: ModelKey) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from pipeline.errors import CheckpointError, UserError
+from pipeline.errors import CheckpointError
 from pipeline.model.files import TEMPORARY
 from pipeline.model.fingerprint import fingerprint_of
 from pipeline.model.gguf import read_note
@@ -23,15 +23,11 @@ from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
 from pipeline.model.quantized import read_as_bfloat16
 from pipeline.model.store import Store
 from pipeline.model.tensors import DTYPES, TensorInfo
+from pipeline.model.weight_files import JSON_LIMIT, PICKLES, PassedOver, is_adapter, weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 MANIFEST = "swsc_manifest.json"  # of an output: written last
 RUN = ".swsc/run.json"  # of an output under way: what was asked for
-# Bytes that are read of a header, and of an index or config: more than any real one has, and parsed five times as much. The
-# latter two of an output name every part of every matrix, of which a mixture of experts has tens of thousands.
-_HEADER_LIMIT, _JSON_LIMIT = 16_000_000, 1 << 27
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HEADER_LIMIT = 16_000_000  # bytes that are read of a header: more than any real one has
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class Checkpoint:
         buffers: tensors of the files that are no weights: masks and the like, which every model makes anew.
         scales: of fp8 weights, which stand in `tensors` as what they are with them: bfloat16.
         dequantized: the GGUF file that it was made of, or that what it was compressed from was made of.
+        passed_over: files beside the model's that hold weights, or belong to an adapter, and are not read.
     """
 
     store: Store
@@ -55,6 +52,7 @@ class Checkpoint:
     buffers: tuple[TensorInfo, ...] = ()
     scales: tuple[TensorInfo, ...] = ()
     dequantized: Dequantized | None = None
+    passed_over: tuple[PassedOver, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -83,7 +81,8 @@ def open_checkpoint(location: str) -> Checkpoint:
         raise CheckpointError(f"{location}: no such directory, or an empty one; give the directory of a checkpoint")
     if store.exists(RUN) and not store.exists(MANIFEST):
         raise CheckpointError(f"{location}: an unfinished output; run the command that began it again")
-    files, weight_map = _shards(store, names)
+    config = _config(store) if "config.json" in names else {}
+    files, weight_map, passed_over = weight_files(store, names, config.get("transformers_weights"))
     for name in (*files, *(name for name in names if _is_extra(name)), "config.json"):
         _require_inside(store, name)
     tensors: dict[str, TensorInfo] = {}
@@ -98,48 +97,15 @@ def open_checkpoint(location: str) -> Checkpoint:
                 )
             tensors[info.name] = info
     _check_index(location, weight_map, tensors)
-    config = _config(store)
+    if "config.json" not in names:
+        raise CheckpointError(f"{store.root}: config.json is missing; download it too")
     extras = tuple(name for name in names if _is_extra(name))
     buffers = tuple(info for info in tensors.values() if is_buffer(info))
     twice = {HEAD} if is_stored_twice(store, tensors, config) else set()
     own = {name: info for name, info in tensors.items() if not is_buffer(info) and name not in twice}
     own, config, scales = read_as_bfloat16(location, own, config)
-    return Checkpoint(store, own, config, extras, digest.hexdigest(), buffers, scales, read_note(store))
-
-
-def _shards(store: Store, names: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Shard files in order, and the index's map of tensors to files (empty without an index)."""
-    if INDEX in names:
-        try:
-            weight_map = store.read_json(INDEX, _JSON_LIMIT)["weight_map"]
-            files = sorted(set(weight_map.values()))
-            if not all(isinstance(file, str) for file in files):
-                raise TypeError("a file name is not a string")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{store.root}/{INDEX}: not an index ({error}); download it again") from None
-        for file in files:
-            try:
-                present = store.exists(file)
-            except UserError as error:
-                raise CheckpointError(str(error)) from None
-            if not present:
-                raise CheckpointError(
-                    f"{store.root}: shard {file} is missing, but the index names it; download it again"
-                )
-        return files, weight_map
-    found = [name for name in names if name.endswith(".safetensors")]
-    if found == [SINGLE] or len(found) == 1:
-        return found, {}
-    if found:
-        raise CheckpointError(f"{store.root}: {len(found)} safetensors files but no {INDEX}; download the index")
-    if any(name.endswith(_PICKLES) for name in names):
-        raise CheckpointError(
-            f"{store.root}: a pickle checkpoint, which can run code when it is opened, is refused; convert it with"
-            " `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)` on a machine that trusts it"
-        )
-    if gguf := next((name for name in names if name.endswith(".gguf")), None):
-        raise CheckpointError(f"{store.root}: GGUF files only; give one of them by its name: {store.root}/{gguf}")
-    raise CheckpointError(f"{store.root}: no *.safetensors file; give the directory of a safetensors checkpoint")
+    note = read_note(store)
+    return Checkpoint(store, own, config, extras, digest.hexdigest(), buffers, scales, note, passed_over)
 
 
 def _require_inside(store: Store, name: str) -> None:
@@ -204,10 +170,8 @@ def _info(name: str, entry: dict[str, Any], file: str, data_start: int) -> Tenso
 
 
 def _config(store: Store) -> dict[str, Any]:
-    if not store.exists("config.json"):
-        raise CheckpointError(f"{store.root}: config.json is missing; download it too")
     try:
-        config = store.read_json("config.json", _JSON_LIMIT)
+        config = store.read_json("config.json", JSON_LIMIT)
     except ValueError as error:
         raise CheckpointError(f"{store.root}/config.json: not JSON ({error}); download it again") from None
     if not isinstance(config, dict):
@@ -219,11 +183,11 @@ def _config(store: Store) -> dict[str, Any]:
 
 
 def _is_extra(name: str) -> bool:
-    weights = name.endswith((".safetensors", *_PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")) or name.endswith(
+    weights = name.endswith((".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")) or name.endswith(
         "index.json"
     )
     unfinished = name.endswith(TEMPORARY)
-    return not (weights or unfinished or name.startswith(("swsc_", ".")) or name == "config.json")
+    return not (weights or unfinished or is_adapter(name) or name.startswith(("swsc_", ".")) or name == "config.json")
 
 
 def file_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:

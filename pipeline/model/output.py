@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from pipeline.model.card import CARD, SOURCE_CARD
-from pipeline.model.checkpoint import INDEX, MANIFEST, Checkpoint, read_header
+from pipeline.model.checkpoint import MANIFEST, Checkpoint, read_header
 from pipeline.model.lease import LEASE, Lease, Ticket, acquire
 from pipeline.model.standing import (
     ADAPTER,
@@ -26,6 +26,7 @@ from pipeline.model.standing import (
     what_is_finished,
 )  # fmt: skip
 from pipeline.model.store import FileRecord, Store
+from pipeline.model.weight_files import INDEX
 from swsc_core.format import FORMAT_VERSION
 
 CALIBRATION = "swsc_calibration.json"  # traces of the text that was calibrated on (measure/overlap.py)

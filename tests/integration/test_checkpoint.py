@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CheckpointError, SwscError
 from pipeline.matrix_config import MatrixSettings
-from pipeline.model.checkpoint import INDEX, open_checkpoint
+from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.parts import read_tensor
 from pipeline.model.plan import make_plan
+from pipeline.model.weight_files import INDEX
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ class TestDamage:
 
     def test_several_files_without_an_index(self, broken: Path) -> None:
         (broken / INDEX).unlink()
-        self.refused(broken, "no model.safetensors.index.json")
+        self.refused(broken, "safetensors files", INDEX)
 
     @pytest.mark.parametrize("config", [None, "{", "[]"])
     def test_config_that_is_missing_or_damaged(self, broken: Path, config: str | None) -> None:

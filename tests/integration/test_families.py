@@ -13,9 +13,10 @@ from transformers import GPTNeoXForCausalLM
 from jobs.cli import main
 from pipeline.config import CompressSettings
 from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import INDEX, open_checkpoint
+from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.matrices import tensor_of
 from pipeline.model.plan import make_plan
+from pipeline.model.weight_files import INDEX
 from swsc_core import decode
 from tests.families import STACKED, FamilyModel, tensors_of
 from tests.tiny import make_text

@@ -19,12 +19,14 @@ from jobs.cli import main
 from pipeline.errors import CheckpointError, SwscError
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import INDEX, SINGLE, open_checkpoint
+from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
+from pipeline.model.weight_files import INDEX, SINGLE
 from tests.tiny import make_tiny_model
 
 MOST_BYTES = 100_000_000  # that opening one may allocate
 MOST_SECONDS = 2.0  # of a core, that opening one may take: a clock on the wall would time the machine
+SHARD = "model-00001-of-00001.safetensors"
 PATIENT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 ODD = st.one_of(
     st.sampled_from([-1, 0, 1, 7, 2**31, 2**60, 2**63, 2**200, 1.5, float("inf"), None, True, "", "../..", "\0", "/etc/passwd"]),
@@ -157,17 +159,26 @@ def test_a_file_of_holes_that_says_it_is_all_header(place: Path) -> None:
     assert not opened(place)
 
 
+def sharded(whole: Path, folder: Path) -> Path:
+    """A copy whose file is a shard: an index beside `model.safetensors` is never read."""
+    shutil.copytree(whole, folder)
+    (folder / SINGLE).rename(folder / SHARD)
+    names = [name for name in split((folder / SHARD).read_bytes())[0] if name != "__metadata__"]
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, SHARD)}))
+    return folder
+
+
 @pytest.mark.parametrize("name", [INDEX, "config.json"])
 @pytest.mark.parametrize("nested", ["[" * 200_000, '{"a":' * 200_000])
 def test_json_files_that_are_nested_without_end(whole: Path, tmp_path: Path, name: str, nested: str) -> None:
-    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    folder = sharded(whole, tmp_path / "model")
     (folder / name).write_text(nested)
     assert not opened(folder)
 
 
 @pytest.mark.parametrize("name", [INDEX, "config.json"])
 def test_json_files_of_holes(whole: Path, tmp_path: Path, name: str) -> None:
-    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    folder = sharded(whole, tmp_path / "model")
     with open(folder / name, "ab") as file:
         file.truncate(2**41)
     assert not opened(folder)
@@ -175,19 +186,17 @@ def test_json_files_of_holes(whole: Path, tmp_path: Path, name: str) -> None:
 
 @PATIENT
 @given(data=st.data())
-def test_indexes_that_say_odd_things(whole: Path, place: Path, data: st.DataObject) -> None:
-    (place / SINGLE).write_bytes((whole / SINGLE).read_bytes())
-    weight_map: Any = dict.fromkeys(
-        [name for name in split((whole / SINGLE).read_bytes())[0] if name != "__metadata__"], SINGLE
-    )
+def test_indexes_that_say_odd_things(
+    whole: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    place = sharded(whole, tmp_path_factory.mktemp("odd") / "model")
+    weight_map: Any = json.loads((place / INDEX).read_text())["weight_map"]
+    assert opened(place)
     for _ in range(data.draw(st.integers(1, 3))):
         weight_map[data.draw(st.sampled_from([*weight_map, "new"]))] = data.draw(ODD)
     whole_index = {"weight_map": data.draw(st.one_of(st.just(weight_map), ODD)), "metadata": data.draw(ODD)}
     (place / INDEX).write_text(json.dumps(data.draw(st.one_of(st.just(whole_index), ODD))))
-    try:
-        assert not opened(place) or all(file == SINGLE for file in weight_map.values())
-    finally:
-        (place / INDEX).unlink()
+    assert not opened(place) or all(file == SHARD for file in weight_map.values())
 
 
 @PATIENT
@@ -266,7 +275,7 @@ def test_a_secret_in_an_address_is_refused_and_not_said_again(capsys: pytest.Cap
 
 @pytest.mark.parametrize("target", ["/etc/passwd", "../outside.safetensors"])
 def test_an_index_that_leads_out_of_the_directory(whole: Path, tmp_path: Path, target: str) -> None:
-    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    folder = sharded(whole, tmp_path / "model")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"w": target}}))
     with pytest.raises(SwscError, match=r"outside the directory|is missing"):
         open_checkpoint(str(folder))
