@@ -44,12 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [_row(decision) for decision in plan.decisions]
     if arguments.json:
         target = writable(arguments.json)
-        target.parent.write_json(target.name, {"tensors": rows, "left_out": dict(source.passed_over), **foretold})
+        target.parent.write_json(target.name, {"tensors": rows, "left_out": dict(source.left_out), **foretold})
     print_table(
         [row for row in rows if row["action"] == "compressed"], ["name", "shape", "paper_bits", "bits_per_weight"]
     )
     for (action, reason), count in sorted(Counter((row["action"], row["reason"]) for row in rows).items()):
         print(f"{action} ({reason}): {count} tensors")
+    for name, reason in source.left_out:
+        print(f"left out: file {name} ({reason})")
     for key, value in foretold.items():
         print(f"{key}: {value:,.3f}" if isinstance(value, float) else f"{key}: {value:,}")
     require_coverage(plan, output.require_coverage)

@@ -29,12 +29,12 @@ def hub(folder: Path) -> Iterator[str]:
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
             if path.startswith(f"/api/models/{REPO}/tree/"):
-                self._send(json.dumps([_entry(file) for file in folder.iterdir()]).encode())
+                self._send(json.dumps([_entry(folder, file) for file in _files(folder)]).encode())
             elif path.startswith(f"/api/models/{REPO}"):
-                names = [{"rfilename": file.name} for file in folder.iterdir()]
+                names = [{"rfilename": str(file.relative_to(folder))} for file in _files(folder)]
                 self._send(json.dumps({"id": REPO, "sha": COMMIT, "siblings": names}).encode())
-            elif path.startswith(f"/{REPO}/resolve/") and (folder / Path(path).name).exists():
-                self._send((folder / Path(path).name).read_bytes())
+            elif path.startswith(f"/{REPO}/resolve/") and (folder / _named(path)).exists():
+                self._send((folder / _named(path)).read_bytes())
             else:
                 self.send_error(404)
 
@@ -65,9 +65,18 @@ def _served(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
         server.server_close()
 
 
-def _entry(file: Path) -> dict[str, object]:
+def _named(path: str) -> str:
+    """Name of a file in /REPO/resolve/REVISION/NAME."""
+    return path.removeprefix(f"/{REPO}/resolve/").partition("/")[2]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _entry(folder: Path, file: Path) -> dict[str, object]:
     digest = hashlib.sha1(file.read_bytes()).hexdigest()
-    return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": digest}
+    return {"type": "file", "path": str(file.relative_to(folder)), "size": file.stat().st_size, "oid": digest}
 
 
 @dataclass

@@ -85,10 +85,10 @@ def as_client(server: ObjectStore) -> Iterator[None]:
 
 
 def upload(folder: Path, address: str) -> str:
-    """Put the files of a folder at an address, which is returned."""
+    """Put the files of a folder, and of those in it, at an address, which is returned."""
     store = Store.at(address)
-    for path in folder.iterdir():
-        store.write(path.name, [path.read_bytes()])
+    for path in filter(Path.is_file, folder.rglob("*")):
+        store.write(str(path.relative_to(folder)), [path.read_bytes()])
     return address
 
 

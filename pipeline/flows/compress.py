@@ -126,6 +126,7 @@ def _carry_out(
     ]
     run_tasks(tasks, compression_bytes(plan), note, make_pool, out, "compress", 0 if ready else device_bytes(plan))
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
+    report["left_out"] = dict(source.left_out)
     if source.dequantized:
         report["dequantized_from"] = vars(source.dequantized)
     report["files_of_an_earlier_run"] = len(out.finished)

@@ -83,7 +83,8 @@ def _report(model: Model, carried: Mapping[str, str]) -> dict[str, Any]:
     for name in model.names:
         done = _done(model, name, carried)
         rows.append({"name": name, "action": done[0], "reason": done[1], "shape": list(model.shape(name))})
-    return {"format": "dense", "tensors": rows, "versions": versions(), "argv": sys.argv}
+    left_out = dict(model.checkpoint.left_out)
+    return {"format": "dense", "tensors": rows, "left_out": left_out, "versions": versions(), "argv": sys.argv}
 
 
 def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Task]:

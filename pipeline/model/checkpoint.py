@@ -7,14 +7,13 @@ stores that the library does not know, and because a hostile header must be refu
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from pipeline.errors import CheckpointError
-from pipeline.model.files import TEMPORARY
+from pipeline.model.extras import extras_of, require_inside
 from pipeline.model.fingerprint import fingerprint_of
 from pipeline.model.gguf import read_note
 from pipeline.model.gguf_file import Dequantized
@@ -23,7 +22,7 @@ from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
 from pipeline.model.quantized import read_as_bfloat16
 from pipeline.model.store import Store
 from pipeline.model.tensors import DTYPES, TensorInfo
-from pipeline.model.weight_files import JSON_LIMIT, PICKLES, PassedOver, is_adapter, weight_files
+from pipeline.model.weight_files import JSON_LIMIT, PassedOver, weight_files
 
 MANIFEST = "swsc_manifest.json"  # of an output: written last
 RUN = ".swsc/run.json"  # of an output under way: what was asked for
@@ -36,7 +35,7 @@ class Checkpoint:
 
     Attributes:
         tensors: by name, in the order of shards and of offsets within them.
-        extras: other files of the directory that belong to the model (tokenizer, generation config, …).
+        extras: other files of the directory and of folders in it that belong to the model (tokenizer, chat templates, code, …).
         headers_sha256: over the headers of all files.
         buffers: tensors of the files that are no weights: masks and the like, which every model makes anew.
         scales: of fp8 weights, which stand in `tensors` as what they are with them: bfloat16.
@@ -53,6 +52,7 @@ class Checkpoint:
     scales: tuple[TensorInfo, ...] = ()
     dequantized: Dequantized | None = None
     passed_over: tuple[PassedOver, ...] = ()
+    left_out: tuple[PassedOver, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -83,8 +83,9 @@ def open_checkpoint(location: str) -> Checkpoint:
         raise CheckpointError(f"{location}: an unfinished output; run the command that began it again")
     config = _config(store) if "config.json" in names else {}
     files, weight_map, passed_over = weight_files(store, names, config.get("transformers_weights"))
-    for name in (*files, *(name for name in names if _is_extra(name)), "config.json"):
-        _require_inside(store, name)
+    for name in (*files, "config.json"):
+        require_inside(store, name)
+    extras = extras_of(store, {*files, *dict(passed_over)})
     tensors: dict[str, TensorInfo] = {}
     digest = hashlib.sha256()
     for file in files:
@@ -99,25 +100,15 @@ def open_checkpoint(location: str) -> Checkpoint:
     _check_index(location, weight_map, tensors)
     if "config.json" not in names:
         raise CheckpointError(f"{store.root}: config.json is missing; download it too")
-    extras = tuple(name for name in names if _is_extra(name))
     buffers = tuple(info for info in tensors.values() if is_buffer(info))
     twice = {HEAD} if is_stored_twice(store, tensors, config) else set()
     own = {name: info for name, info in tensors.items() if not is_buffer(info) and name not in twice}
     own, config, scales = read_as_bfloat16(location, own, config)
     note = read_note(store)
-    return Checkpoint(store, own, config, extras, digest.hexdigest(), buffers, scales, note, passed_over)
-
-
-def _require_inside(store: Store, name: str) -> None:
-    """Raise CheckpointError for a link out of the directory: what it leads to would be read, and copied, as if it were the model's."""
-    if not store.is_local or not os.path.islink(f"{store.root}/{name}"):
-        return
-    root, target = os.path.realpath(store.root), os.path.realpath(f"{store.root}/{name}")
-    blobs = os.path.realpath(f"{root}/../../blobs")  # where a cache of the Hub keeps what its snapshots link to
-    if not any(target.startswith(f"{place}/") for place in (root, blobs)):
-        raise CheckpointError(
-            f"{store.root}: {name} is a link to {target}, outside the directory; put the file itself there"
-        )
+    left_out = (*passed_over, *extras.left_out)
+    return Checkpoint(
+        store, own, config, extras.copied, digest.hexdigest(), buffers, scales, note, passed_over, left_out
+    )
 
 
 def _check_index(location: str, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
@@ -180,14 +171,6 @@ def _config(store: Store) -> dict[str, Any]:
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{store.root}/config.json: {key} is no object; download it again")
     return config
-
-
-def _is_extra(name: str) -> bool:
-    weights = name.endswith((".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")) or name.endswith(
-        "index.json"
-    )
-    unfinished = name.endswith(TEMPORARY)
-    return not (weights or unfinished or is_adapter(name) or name.startswith(("swsc_", ".")) or name == "config.json")
 
 
 def file_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:

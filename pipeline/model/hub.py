@@ -1,8 +1,8 @@
 """The Hub: models by their id, and outputs that are pushed to it.
 
-What is read is downloaded into the Hub's own cache, one revision as a whole. On a cluster all nodes must see that cache: HF_HOME on a
-filesystem that they share, or the model in an object store. Who pushes is known by the Hub's own login alone: a token is neither
-taken by a flag nor printed.
+What is read is downloaded into the Hub's own cache, one revision as a whole: code that the model brings, too, which is run only
+where that is asked for. On a cluster all nodes must see that cache: HF_HOME on a filesystem that they share, or the model in an
+object store. Who pushes is known by the Hub's own login alone: a token is neither taken by a flag nor printed.
 """
 
 import glob
@@ -13,22 +13,13 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from pipeline.errors import CheckpointError, ConfigError, StoreError
+from pipeline.model.extras import UNWANTED, WANTED
 from pipeline.model.gguf import is_gguf, kept_checkpoint
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 _SNAPSHOT = re.compile(
     r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/[^/]+$"
 )  # where the cache has a model
-_WANTED = (
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "*.md",
-)  # nothing that could be run
 
 
 def local_copy(location: str) -> str:
@@ -62,7 +53,7 @@ def _downloaded(repo: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return str(snapshot_download(repo, revision=revision, allow_patterns=list(_WANTED)))
+        return str(snapshot_download(repo, revision=revision, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED]))
     except Exception as error:  # no common root for "offline", "not found", "refused" and what a network may do
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

@@ -24,7 +24,9 @@ def _copied(root: str) -> str:
     folder = tempfile.TemporaryDirectory(prefix="swsc-")
     _kept.append(folder)
     for name in ("config.json", *checkpoint.extras):
-        Path(folder.name, name).write_bytes(checkpoint.store.read(name))
+        target = Path(folder.name, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(checkpoint.store.read(name))
     return folder.name
 
 

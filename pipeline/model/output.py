@@ -135,8 +135,8 @@ def finish(
     if source.store.exists(CALIBRATION) and CALIBRATION not in {record.name for record in records}:
         copied[CALIBRATION] = CALIBRATION
     beside = [INDEX, "config.json", CALIBRATION, CARD, *copied]
-    for name in set(read_list(store, FINISHING)) & set(store.names()) - set(beside):
-        store.remove(name)  # of a run that was cut off here, when the source had other files
+    for name in set(read_list(store, FINISHING)) - set(beside):
+        store.remove_file(name)  # of a run that was cut off here, when the source had other files
     store.write_json(FINISHING, beside)
     for record in [record for record in records if OURS.match(record.name)]:
         for info in read_header(store, record.name)[1]:

@@ -91,9 +91,18 @@ def _files_of(store: Store) -> list[str]:
     """Files of a finished output, or of one that was about to be, as far as what lists them can be read."""
     names = [REPORT, *read_list(store, FINISHING)]
     try:
-        return [*names, *_read_own(store, MANIFEST, "files")["files"]]
+        files = _read_own(store, MANIFEST, "files")["files"]
     except (OutputError, OSError):
         return names
+    return [*names, *(name for name, about in files.items() if "/" not in name or _is_as_listed(store, name, about))]
+
+
+def _is_as_listed(store: Store, name: str, about: Any) -> bool:
+    """Whether a file in a folder, which somebody else may have made, is the very one that a manifest lists."""
+    try:
+        return not differences(store, name, about)
+    except (UserError, KeyError, TypeError):
+        return False
 
 
 def _clear_replaced(store: Store) -> None:
@@ -101,9 +110,8 @@ def _clear_replaced(store: Store) -> None:
     if not store.exists(_REPLACED):
         return
     replaced = read_list(store, _REPLACED)
-    for name in store.names():
-        if name in replaced or OURS.match(name):
-            store.remove(name)
+    for name in {*replaced, *filter(OURS.match, store.names())}:
+        store.remove_file(name)
     store.remove(ADAPTER)
     store.remove(DONE)
     store.remove(FINISHING)

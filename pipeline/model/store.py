@@ -183,6 +183,22 @@ class Store:
         """Remove a file or a folder with all that is in it, if it is there."""
         self._files.remove(self._path(name))
 
+    def remove_file(self, name: str) -> None:
+        """Remove a file, if it is there, and the folders of its name that are empty then; nothing that a linked folder leads to."""
+        try:
+            path = PurePosixPath(_inside(self.root, name))
+        except UserError:
+            return
+        folder = str(path.parent)
+        if self.is_local and os.path.realpath(
+            f"{self.root}/{folder}"
+        ) != f"{os.path.realpath(self.root)}/{folder}".removesuffix("/."):
+            return
+        if self.exists(name):
+            self.remove(name)
+        for parent in list(path.parents)[:-1]:
+            self.below(str(parent)).remove_empty()
+
     def remove_empty(self) -> None:
         """Remove the directory if there is nothing in it."""
         self._files.remove_empty(self._folder)

@@ -1,6 +1,7 @@
 """Models and outputs in both kinds of object store: the bytes are those of a disk, whatever their clients do differently."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from jobs.cli import main
 from pipeline.model import files
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.mirror import small_files
 from pipeline.model.store import Store
 from tests import google_store, object_store
 from tests.tiny import contents
@@ -48,6 +51,21 @@ def test_model_and_output_may_lie_anywhere_and_the_bytes_are_the_same(
         assert main(["verify", output, "--local"]) == 0
         assert not Store.at(output).exists(".swsc/run.json")
         assert not Store.at(output).below(".swsc/done").names()
+
+
+def test_files_of_folders_are_copied_from_and_to_a_store(tiny_model: Path, bucket: str, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    for name in ("additional_chat_templates/tool_use.jinja", "original/params.json", "code/inner/own.py"):
+        (model / name).parent.mkdir(parents=True)
+        (model / name).write_text("pass")
+    source = object_store.upload(model, f"{bucket}/folders")
+    checkpoint = open_checkpoint(source)
+    assert {"additional_chat_templates/tool_use.jinja", "code/inner/own.py"} <= set(checkpoint.extras)
+    assert [one.name for one in checkpoint.left_out] == ["original/"]
+    assert Path(small_files(source), "additional_chat_templates/tool_use.jinja").read_text() == "pass"
+    assert main(["compress", source, f"{bucket}/with-folders", "--local", "--bits", "4"]) == 0
+    assert Store.at(f"{bucket}/with-folders").read("code/inner/own.py") == b"pass"
+    assert main(["verify", f"{bucket}/with-folders", "--local"]) == 0
 
 
 def test_a_run_in_an_object_store_goes_on_where_it_was_cut_off(

@@ -29,22 +29,29 @@ def test_a_model_of_the_hub_is_compressed_as_the_same_on_a_disk_and_found_again_
     served = Path(shutil.copytree(tiny_model, tmp_path / "served"))
     (served / "pytorch_model.bin").write_bytes(b"a pickle")
     (served / "modeling_tiny.py").write_text("raise SystemExit('code of somebody else')")
+    (served / "original").mkdir()
+    (served / "original" / "params.json").write_text("{}")
+    (served / "additional_chat_templates").mkdir()
+    (served / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     flags = ["--local", "--bits", "4"]
     with hub(served) as endpoint:
         done = swsc(tmp_path / "home", endpoint, "compress", REPO, str(tmp_path / "out"), *flags)
     assert done.returncode == 0, done.stderr
-    assert main(["compress", str(tiny_model), str(tmp_path / "straight"), *flags]) == 0
+    assert main(["compress", str(served), str(tmp_path / "straight"), *flags]) == 0
     of_hub, of_disk = contents(tmp_path / "out"), contents(tmp_path / "straight")
     card = of_hub.pop("README.md").decode()
     assert f"base_model: {REPO}\n" in card  # the one thing that a disk does not know
     assert "base_model" not in of_disk.pop("README.md").decode()
     of_hub.pop(MANIFEST), of_disk.pop(MANIFEST)  # it has the hash of the card
     assert of_hub == of_disk
+    template = "additional_chat_templates/tool_use.jinja"
+    assert (tmp_path / "out" / template).read_text() == "{{ tools }}"
     again = swsc(tmp_path / "home", "", "plan", f"{REPO}@main")
     assert again.returncode == 0, again.stderr
     fetched = {path.name for path in (tmp_path / "home").rglob("*")}
     assert "config.json" in fetched
-    assert not fetched & {"pytorch_model.bin", "modeling_tiny.py"}
+    assert not fetched & {"pytorch_model.bin", "params.json"}
+    assert "modeling_tiny.py" in of_hub, "code goes with its model, and was not run"
 
 
 def test_what_is_neither_a_directory_nor_to_be_had_is_one_line_with_the_remedy(

@@ -1,0 +1,78 @@
+"""Files of a model that lie in folders: in every output, its manifest, its copies in an object store and on the Hub."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from jobs.cli import main
+from tests.tiny import make_tiny_model
+
+TEMPLATES = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+QK = ["--projectors", "q,k", "--clusters", "8", "--rank", "2", "--local"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with two chat templates, code in a folder, and an ONNX export beside it."""
+    path = make_tiny_model(tmp_path_factory.mktemp("extras") / "model", layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = TEMPLATES
+    tokenizer.save_pretrained(path)
+    for name in ("code/inner/modeling.py", "onnx/model.onnx", "optimizer.pt"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("pass\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def output(model: Path) -> Path:
+    out = model.parent / "out"
+    assert main(["compress", str(model), str(out), *QK]) == 0
+    return out
+
+
+def manifest_of(output: Path) -> dict[str, object]:
+    return dict(json.loads((output / "swsc_manifest.json").read_text())["files"])
+
+
+def test_templates_and_code_of_folders_are_in_the_output_and_in_its_manifest(model: Path, output: Path) -> None:
+    assert AutoTokenizer.from_pretrained(output).chat_template == TEMPLATES
+    nested = {"additional_chat_templates/tool_use.jinja", "code/inner/modeling.py"}
+    assert nested <= manifest_of(output).keys()
+    assert all((output / name).read_bytes() == (model / name).read_bytes() for name in nested)
+    assert main(["verify", str(output), "--local"]) == 0
+
+
+def test_what_is_left_out_is_named_with_its_reason(model: Path, output: Path, tmp_path: Path) -> None:
+    assert main(["plan", str(model), "--json", str(tmp_path / "plan.json"), *QK]) == 0
+    for file in (tmp_path / "plan.json", output / "swsc_report.json"):
+        found = json.loads(file.read_text())["left_out"]
+        assert found.keys() == {"onnx/", "optimizer.pt"}
+        assert all(found.values())
+    assert not (output / "onnx").exists()
+
+
+def test_restoring_carries_them_on(output: Path, tmp_path: Path) -> None:
+    assert main(["restore", str(output), str(tmp_path / "dense"), "--local"]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense").chat_template == TEMPLATES
+
+
+def test_a_changed_file_of_a_folder_is_damage(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(output, tmp_path / "copy"))
+    (copy / "additional_chat_templates/tool_use.jinja").write_text("{{ tolos }}")
+    assert main(["verify", str(copy), "--local"]) == 1
+    assert "additional_chat_templates/tool_use.jinja: content differs" in capsys.readouterr().err
+
+
+def test_folders_of_an_output_go_when_it_is_replaced(model: Path, output: Path, tmp_path: Path) -> None:
+    copy, plain = Path(shutil.copytree(output, tmp_path / "copy")), Path(shutil.copytree(model, tmp_path / "plain"))
+    (copy / "code" / "mine.txt").write_text("of the user")
+    for folder in ("additional_chat_templates", "code"):
+        shutil.rmtree(plain / folder)
+    assert main(["compress", str(plain), str(copy), *QK, "--overwrite"]) == 0
+    assert not (copy / "additional_chat_templates").exists()
+    assert [str(file.relative_to(copy)) for file in (copy / "code").rglob("*")] == ["code/mine.txt"]
+    assert main(["verify", str(copy), "--local"]) == 0
