@@ -22,7 +22,7 @@ from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import positions_of
 from pipeline.model.mirror import require_no_code, small_files
 from pipeline.model.parts import Payload, read_tensor, to_tensor
-from pipeline.model.tensors import DTYPES
+from pipeline.model.tensors import DTYPES, FLOATS
 from swsc_core import decode
 
 _ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k values are 256 MiB
@@ -189,7 +189,7 @@ def _own_dtype(source: Model, config: Any) -> str:
     for about in (config, config.get_text_config()):
         if getattr(about, "dtype", None):
             return str(about.dtype).removeprefix("torch.")
-    return DTYPES[source.dtype(source.names[0])][0]
+    return DTYPES[next((dtype for dtype in map(source.dtype, source.names) if dtype in FLOATS), "F32")][0]
 
 
 def _load(source: Model, key: ModelKey, dtype: str) -> Any:

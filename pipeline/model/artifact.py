@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.parts import read_tensor
-from pipeline.model.quantized import require_unquantized
-from pipeline.model.tensors import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo
+from pipeline.model.quantized_names import require_unquantized
+from pipeline.model.tensors import BITS, TORCH_TO_SAFETENSORS, TensorInfo
 from swsc_core.format import entries_of, part_name
 from swsc_core.pieces import Rows, join, laid, misfit
 
@@ -84,7 +84,7 @@ class Model:
 
     def nbytes(self, name: str) -> int:
         """Bytes of the dense tensor `name`."""
-        return self.count(name) * DTYPES[self.dtype(name)][1]
+        return self.count(name) * BITS[self.dtype(name)] // 8
 
     @staticmethod
     def _laid(entry: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:

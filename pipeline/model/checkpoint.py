@@ -21,7 +21,7 @@ from pipeline.model.hub import local_copy
 from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
 from pipeline.model.quantized import read_as_bfloat16
 from pipeline.model.store import Store
-from pipeline.model.tensors import DTYPES, TensorInfo
+from pipeline.model.tensors import BITS, TensorInfo
 from pipeline.model.weight_files import JSON_LIMIT, PassedOver, weight_files
 
 MANIFEST = "swsc_manifest.json"  # of an output: written last
@@ -130,6 +130,10 @@ def read_header(store: Store, file: str) -> tuple[bytes, list[TensorInfo]]:
         entries = json.loads(raw, object_pairs_hook=_no_duplicates)
         entries.pop("__metadata__", None)
         infos = [_info(name, entry, file, 8 + length) for name, entry in entries.items()]
+    except _UnknownDtype as error:
+        raise CheckpointError(
+            f"{where}: {error}; take a newer release of swsc, or save the tensor in a known dtype"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: corrupt header ({error}); download it again") from None
     infos.sort(key=lambda info: (info.start, info.nbytes))
@@ -143,6 +147,10 @@ def read_header(store: Store, file: str) -> tuple[bytes, list[TensorInfo]]:
     return raw, infos
 
 
+class _UnknownDtype(Exception):
+    """A dtype of a later format: nothing is wrong with the file."""
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -151,11 +159,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _info(name: str, entry: dict[str, Any], file: str, data_start: int) -> TensorInfo:
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{name}: unknown dtype {entry['dtype']!r}")
+    bits = BITS.get(entry["dtype"])
+    if bits is None and isinstance(entry["dtype"], str):
+        raise _UnknownDtype(
+            f"{name} has the dtype {entry['dtype']!r}, which the safetensors format had not when this release was made"
+        )
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
     whole = all(isinstance(value, int) and value >= 0 for value in (*shape, start, stop))
-    if not whole or stop - start != math.prod(shape) * DTYPES[entry["dtype"]][1]:
+    if not whole or bits is None or 8 * (stop - start) != math.prod(shape) * bits:
         raise ValueError(f"{name}: shape {list(shape)} does not fit bytes {start} to {stop}")
     return TensorInfo(name, entry["dtype"], shape, file, data_start + start, stop - start)
 

@@ -17,7 +17,7 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import Family, Role
 from pipeline.model.geometry import Geometry
 from pipeline.model.stacks import is_stack
-from pipeline.model.tensors import DTYPES, FLOATS, TensorInfo, View
+from pipeline.model.tensors import BITS, FLOATS, TensorInfo, View
 from swsc_core.format import piece_name
 from swsc_core.pieces import Rows, misfit
 
@@ -164,7 +164,7 @@ def _piece(whole: TensorInfo, name: str, rows: Rows) -> TensorInfo:
     shape = (rows.total, whole.shape[1])
     made = whole.view and (whole.view.transposed or whole.view.expert is not None)
     view = replace(whole.view, rows=rows) if whole.view and made else View(whole, rows=rows)
-    nbytes = shape[0] * shape[1] * DTYPES[whole.dtype][1]
+    nbytes = shape[0] * shape[1] * BITS[whole.dtype] // 8
     return replace(whole, name=piece_name(whole.name, name), shape=shape, nbytes=nbytes, view=view)
 
 

@@ -16,7 +16,7 @@ from pipeline.model.checkpoint import file_header, read_header
 from pipeline.model.files import Bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.store import FileRecord, Store
-from pipeline.model.tensors import DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, View
+from pipeline.model.tensors import BITS, DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, View
 
 if TYPE_CHECKING:  # committing a file needs no torch, and a committing process is up sooner without it
     from torch import Tensor
@@ -63,6 +63,11 @@ def to_tensor(part: Part) -> "Tensor":
 def read_tensor(store: Store, info: TensorInfo) -> "Tensor":
     """Read one tensor by its byte range, or make it of what lies there."""
     if info.view is None:
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{store.root}: {info.name} is {info.dtype}, which torch has not: it is copied, never read; drop it, or save it in"
+                " another dtype"
+            )
         return _tensor(store.read(info.file, info.start, info.nbytes), info.dtype, info.shape)
     tensor = read_tensor(store, info.view.read)
     if info.view.scales:
@@ -99,7 +104,7 @@ def commit(ticket: Ticket, file: str, payload: Payload) -> FileRecord:
 
 def copy_tensors(source: Store, infos: Sequence[TensorInfo], ticket: Ticket, file: str) -> FileRecord:
     """Stream tensors from a source checkpoint into one new file; memory holds one of them at most, if it is no copy."""
-    ordered = sorted(infos, key=lambda info: (-DTYPES[info.dtype][1], info.file, info.start))
+    ordered = sorted(infos, key=lambda info: (-BITS[info.dtype], info.file, info.start))
     header = file_header((info.name, info.dtype, info.shape, info.nbytes) for info in ordered)
     return _write(ticket, file, header, ((info.name, _pieces(source, info)) for info in ordered), ())
 

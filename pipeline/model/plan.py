@@ -15,7 +15,8 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import layer_of
 from pipeline.model.leftovers import HEAD, embedding_of_tied
 from pipeline.model.matrices import Joined, is_matrix, joined_of, tensor_of
-from pipeline.model.quantized import REASON, require_unquantized
+from pipeline.model.quantized import REASON
+from pipeline.model.quantized_names import require_unquantized
 from pipeline.model.selection import Selected, select
 from pipeline.model.specs import budget_bytes, require_affordable, resolve, value_bits
 from pipeline.model.tensors import TensorInfo

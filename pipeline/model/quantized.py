@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import CheckpointError
+from pipeline.model.quantized_names import refusal
 from pipeline.model.tensors import DTYPES, TensorInfo, View
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -51,25 +52,6 @@ def read_as_bfloat16(
     return left, own, (*scales.values(), *idle.values())
 
 
-def require_unquantized(where: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a checkpoint that is quantized in a way that is not read here."""
-    about: Mapping[str, Any] = config.get("quantization_config") or {}
-    method = about.get("quant_method")
-    if about and not method and about.get("load_in_4bit", about.get("load_in_8bit")) is not None:
-        method = "bitsandbytes"  # of old
-    packed = next((name for name in tensors if name.endswith((".qweight", ".weight_packed"))), None)
-    if not about and packed is None:
-        return
-    what = f"{method!r}" if method else f"a method that config.json does not name ({packed or 'no quant_method'})"
-    form = f" in the form {about['format']!r}" if isinstance(about.get("format"), str) else ""
-    if method == "swsc":
-        raise CheckpointError(f"{where}: already quantized by 'swsc'; restore it first (swsc restore)")
-    raise CheckpointError(
-        f"{where}: already quantized by {what}{form}; give the unquantized model, or make one where that method is installed:"
-        " `m = AutoModelForCausalLM.from_pretrained(dir); m.dequantize(); m.save_pretrained(new_dir)`"
-    )
-
-
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -86,6 +68,8 @@ def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 def _seen(where: str, info: TensorInfo, scales: TensorInfo, about: Mapping[str, Any]) -> TensorInfo:
     block = _block(info.shape, scales.shape, about)
+    if scales.dtype in ("F8_E8M0", "U8"):  # powers of two, one for 32 values
+        raise CheckpointError(f"{where}: {refusal('mxfp8', f'the scales of {info.name} are {scales.dtype}')}")
     if block is None or scales.dtype not in ("F32", "F16", "BF16"):
         raise CheckpointError(
             f"{where}: {scales.name} ({scales.dtype} {list(scales.shape)}) does not say how {info.name}"

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from jobs.cli import main
 from pipeline.errors import CheckpointError, SwscError
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.parts import read_tensor
 from pipeline.model.plan import make_plan
 from pipeline.model.weight_files import INDEX
+from tests.tiny import make_tiny_model
 
 
 @pytest.fixture
@@ -212,7 +214,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         {"a": {**ENTRY, "shape": [3]}},
         {"a": {**ENTRY, "shape": [-2], "data_offsets": [0, -8]}},
         {"a": {**ENTRY, "shape": [2**62, 2**62]}},
-        {"a": {**ENTRY, "dtype": "F13"}},
+        {"a": {**ENTRY, "dtype": 13}},
         {"a": {**ENTRY, "shape": [2.0]}},
         {"a": 5},
         {"a": {}},
@@ -245,3 +247,46 @@ def test_a_mutated_file_is_read_or_refused_and_never_crashes(
         return
     for info in checkpoint.tensors.values():
         assert read_tensor(checkpoint.store, info).shape == info.shape
+
+
+WIDTHS = {
+    "F64": 64, "C64": 64, "U64": 64, "I64": 64, "U32": 32, "U16": 16, "BOOL": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+
+def test_every_dtype_of_the_format_is_copied_by_its_width_to_the_byte(tmp_path: Path) -> None:
+    """A tensor of 4×6 values of each, some of which torch has no dtype for."""
+    model, own = make_tiny_model(tmp_path / "model", layers=1, shards=False), {}
+    raw = (model / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    for number, (dtype, bits) in enumerate(WIDTHS.items()):
+        own[dtype] = bytes([number + 1]) * (24 * bits // 8)
+        header[f"extra.{dtype}"] = {
+            "dtype": dtype,
+            "shape": [4, 6],
+            "data_offsets": [len(data), len(data) + len(own[dtype])],
+        }
+        data += own[dtype]
+    text = json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    source = open_checkpoint(str(model))
+    plan = make_plan(source, MatrixSettings(bits=4))
+    copied = {decision.info.name for decision in plan.decisions if decision.action == "copied"}
+    assert {f"extra.{dtype}" for dtype in WIDTHS} <= copied
+    assert main(["compress", str(model), str(tmp_path / "out"), "--local", "--bits", "4"]) == 0
+    written = open_checkpoint(str(tmp_path / "out"))
+    for dtype, content in own.items():
+        info = written.tensors[f"extra.{dtype}"]
+        assert (info.dtype, info.shape) == (dtype, (4, 6))
+        assert bytes(written.store.read(info.file, info.start, info.nbytes)) == content
+
+
+def test_a_dtype_of_a_later_format_is_not_called_corrupt(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", layers=1, shards=False)
+    raw = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(raw.replace(b'"dtype":"BF16"', b'"dtype":"BF17"', 1))
+    with pytest.raises(CheckpointError, match="BF17") as found:
+        open_checkpoint(str(model))
+    assert "corrupt" not in str(found.value)
