@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
+from pipeline.model.etag import PartDigest
 from pipeline.model.files import Bytes, Files
 
 MODES = ("fail", "late", "full", "short", "slow")
@@ -66,6 +67,9 @@ class FaultyFiles:
         yield whole[: len(whole) // 2]
         if mode == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def content_proved(self, path: str, digest: PartDigest) -> bool:
+        return self._inner.content_proved(path, digest)
 
     def create(self, path: str, data: bytes) -> bool:
         mode = self._struck()

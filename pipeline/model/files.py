@@ -1,28 +1,22 @@
-"""Where bytes lie: a local disk, or an object store through pyarrow. store.py is what the rest of the house talks to.
+"""Where bytes lie: a local disk, or an object store (object_files.py). store.py is what the rest of the house talks to.
 
 Both keep one promise: under its name a file is whole, or not there. A disk keeps it by a temporary name, fsync and rename; an
-object store by itself, because an object appears when its upload is completed. Endpoint, region and credentials of a store come
-from the environment or from its own configuration files, as its clients read them, and are never written anywhere.
+object store by itself, because an object appears when its upload is completed.
 """
 
 import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import timedelta
-from functools import lru_cache, partial
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Protocol
 from uuid import uuid4
 
-from pipeline.errors import StoreError
+from pipeline.model.etag import PartDigest
 
 TEMPORARY = ".partial"
-_ATTEMPTS = 6  # of one request to an object store, with growing pauses and jitter between them
-_CONNECT_SECONDS, _REQUEST_SECONDS = 10.0, 60.0
-_RETRY_TIME = timedelta(seconds=60)  # of a request to Google's store, whose client counts time in place of attempts
 
 Bytes = bytes | bytearray | memoryview
 
@@ -44,6 +38,9 @@ class Files(Protocol):
 
     def write(self, path: str, pieces: Iterable[Bytes]) -> None:
         """Write a file; when this returns it is durable, and until then it is not there."""
+
+    def content_proved(self, path: str, digest: PartDigest) -> bool:
+        """Whether a file's content is surely what `digest` has seen, without reading it."""
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a small file unless there is one. An object store cannot tell: there it is written in any case."""
@@ -79,7 +76,7 @@ class LocalFiles:
     def read(self, path: str, start: int, length: int) -> bytearray:
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            return _filled(length, file.readinto)
+            return filled(length, file.readinto)
 
     def write(self, path: str, pieces: Iterable[Bytes]) -> None:
         target = Path(path)
@@ -96,6 +93,9 @@ class LocalFiles:
                 os.unlink(temporary)
             raise
         _sync_directory(target.parent)
+
+    def content_proved(self, path: str, digest: PartDigest) -> bool:
+        return True  # a disk that writes other bytes than it is given says so when they are read
 
     def create(self, path: str, data: bytes) -> bool:
         _make_directory(Path(path).parent)
@@ -138,7 +138,7 @@ class LocalFiles:
         return shutil.disk_usage(existing).free
 
 
-def _filled(length: int, read_into: Callable[[memoryview], int | None]) -> bytearray:
+def filled(length: int, read_into: Callable[[memoryview], int | None]) -> bytearray:
     """Up to `length` bytes, by as many calls as it takes."""
     data = bytearray(max(0, length))
     filled, view = 0, memoryview(data)
@@ -171,102 +171,14 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-class ObjectFiles:
-    """An object store; folders are no more than beginnings of names."""
-
-    def __init__(self, scheme: str) -> None:
-        self._scheme = scheme
-        self._system = _connected(scheme)
-        # Google's client fails for want of an object that stands for the folder; S3's would put one there instead.
-        self._delete_folder = self._system.delete_dir_contents if scheme == "gs" else self._system.delete_dir
-
-    def size(self, path: str) -> int | None:
-        info = self._try(path, self._system.get_file_info, path)
-        return int(info.size) if info.is_file else None
-
-    def is_folder(self, path: str) -> bool:
-        return bool(self.children(path))
-
-    def children(self, path: str) -> dict[str, bool]:
-        from pyarrow.fs import FileSelector
-
-        # Google's client names no folders, and asks for all that is below in any case: they are seen by what is in them.
-        deep = self._scheme == "gs"
-        selector = FileSelector(path, allow_not_found=True, recursive=deep)
-        found = {}
-        for info in self._try(path, self._system.get_file_info, selector):
-            name, _, below = info.path.removeprefix(f"{path}/").partition("/")
-            found[name] = info.is_file and not below
-        return found
-
-    def read(self, path: str, start: int, length: int) -> bytearray:
-        with self._try(path, self._system.open_input_file, path) as file:
-            file.seek(start)
-            return _filled(min(length, file.size() - start), partial(self._try, path, file.readinto))
-
-    def write(self, path: str, pieces: Iterable[Bytes]) -> None:
-        out = self._try(path, self._system.open_output_stream, path)
-        try:
-            for piece in pieces:
-                self._try(path, out.write, memoryview(piece).cast("B"))
-        except BaseException:
-            with suppress(OSError):
-                out.close()  # which completes what was sent, as would the end of `out`
-            with suppress(StoreError):
-                self.remove(path)
-            raise
-        self._try(path, out.close)  # if this fails nothing has appeared, and what was there before is there still
-
-    def create(self, path: str, data: bytes) -> bool:
-        self.write(path, [data])
-        return True
-
-    def locked(self, path: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def remove(self, path: str) -> None:
-        if self.size(path) is not None:
-            self._try(path, self._system.delete_file, path)
-        elif self.children(path):
-            self._try(path, self._delete_folder, path)
-
-    def remove_empty(self, path: str) -> None:
-        pass  # there are no folders
-
-    def free_bytes(self, path: str) -> int | None:
-        return None
-
-    def _try(self, path: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Call the client; what it raises becomes one line that names the object."""
-        try:
-            return call(*arguments)
-        except (OSError, ValueError) as error:  # ArrowInvalid is one of the latter
-            raise StoreError(
-                f"{self._scheme}://{path}: {' '.join(str(error).split())}; check the address, and endpoint, region and"
-                " credentials in the environment"
-            ) from None
-
-
-def _connected(scheme: str) -> Any:
-    import pyarrow.fs as arrow
-
-    if scheme == "gs":
-        emulator = urlsplit(os.environ.get("STORAGE_EMULATOR_HOST", ""))  # as Google's own clients have it
-        instead = {"anonymous": True, "scheme": emulator.scheme, "endpoint_override": emulator.netloc}
-        return arrow.GcsFileSystem(retry_time_limit=_RETRY_TIME, **(instead if emulator.netloc else {}))
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ("us-east-1" if endpoint else None)
-    return arrow.S3FileSystem(
-        endpoint_override=endpoint, region=region,
-        retry_strategy=arrow.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
-        connect_timeout=_CONNECT_SECONDS, request_timeout=_REQUEST_SECONDS,
-    )  # fmt: skip
-
-
 SCHEMES = ("s3", "gs")
 
 
 @lru_cache
 def files_at(scheme: str) -> Files:
     """The files of a scheme, "" for the local disk; a process connects once."""
-    return ObjectFiles(scheme) if scheme else LocalFiles()
+    if not scheme:
+        return LocalFiles()
+    from pipeline.model.object_files import ObjectFiles
+
+    return ObjectFiles(scheme)

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.errors import OutputError, StoreError, UserError
+from pipeline.model.etag import PartDigest
 from pipeline.model.files import SCHEMES, Bytes, Files, files_at
 
 _MOST_JSON = 1 << 28  # bytes: a report of 100,000 tensors has a quarter of that
@@ -131,14 +132,16 @@ class Store:
         """Write a file of the given pieces; under `name` it is whole and durable, or not there.
 
         Raises:
-            StoreError: what lies there afterwards is not as long as what was written.
+            StoreError: what lies there afterwards is not what was written.
         """
-        digest, size = hashlib.sha256(), 0
+        digest, parts, size = hashlib.sha256(), PartDigest(), 0
 
         def seen() -> Iterator[Bytes]:
             nonlocal size
             for piece in pieces:
                 digest.update(piece)
+                if not self.is_local:
+                    parts.update(piece)
                 size += memoryview(piece).nbytes
                 yield piece
 
@@ -146,6 +149,11 @@ class Store:
         if (there := self._files.size(self._path(name))) != size:
             self.remove(name)
             raise StoreError(f"{self.root}/{name}: {there} bytes lie there after {size} were written; look at the disk")
+        if not self._files.content_proved(self._path(name), parts) and self.sha256(name) != digest.hexdigest():
+            self.remove(name)
+            raise StoreError(
+                f"{self.root}/{name}: other bytes lie there than were written; what lies between corrupts what it carries"
+            )
         return FileRecord(name, size, digest.hexdigest())
 
     def put(self, name: str, data: bytes) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from pipeline.model import files
+from pipeline.model import object_files
 from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.files import files_at
 from pipeline.model.mirror import small_files
 from pipeline.model.store import Store
 from tests import google_store, object_store
@@ -71,7 +72,7 @@ def test_files_of_folders_are_copied_from_and_to_a_store(tiny_model: Path, bucke
 def test_a_run_in_an_object_store_goes_on_where_it_was_cut_off(
     bucket: str, remote_model: str, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, written = files.ObjectFiles.write, []
+    real, written = object_files.ObjectFiles.write, []
 
     def write(self: Any, path: str, pieces: Any) -> None:
         if path.endswith(".safetensors"):
@@ -80,7 +81,7 @@ def test_a_run_in_an_object_store_goes_on_where_it_was_cut_off(
             written.append(path)
         real(self, path, pieces)
 
-    monkeypatch.setattr(files.ObjectFiles, "write", write)
+    monkeypatch.setattr(object_files.ObjectFiles, "write", write)
     command = ["compress", remote_model, f"{bucket}/cut", "--local", "--bits", "4"]
     assert main(command) == 130
     assert not Store.at(f"{bucket}/cut").exists("config.json")
@@ -129,13 +130,13 @@ def test_a_store_that_does_not_answer_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(os.environ, "STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    monkeypatch.setattr(files, "_RETRY_TIME", files._RETRY_TIME / 60)
-    files.files_at.cache_clear()
+    monkeypatch.setattr(object_files, "_RETRY_TIME", object_files._RETRY_TIME / 60)
+    files_at.cache_clear()
     try:
         assert main(["plan", "gs://models/tiny"]) == 1
     finally:
         monkeypatch.undo()
-        files.files_at.cache_clear()
+        files_at.cache_clear()
     error = capsys.readouterr().err
     assert error.startswith("error: gs://models/tiny")
     assert error.count("\n") == 1

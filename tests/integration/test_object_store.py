@@ -10,8 +10,9 @@ import pytest
 from jobs.cli import main
 from pipeline.errors import StoreError
 from pipeline.matrix_config import MatrixSettings
-from pipeline.model import files
+from pipeline.model import object_files
 from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.files import files_at
 from pipeline.model.plan import make_plan
 from pipeline.model.store import Store
 from tests.object_store import BUCKET, ObjectStore, as_client, object_store, stored, upload
@@ -48,14 +49,14 @@ def test_an_object_whose_server_dies_during_the_upload_is_not_there(server: Obje
 def test_no_more_is_read_than_the_tensors_that_are_needed(remote_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model's headers and fingerprint are large beside its weights, and are counted apart."""
     ranges: list[int] = []
-    real = files.ObjectFiles.read
+    real = object_files.ObjectFiles.read
 
     def read(self: Any, path: str, start: int, length: int) -> bytearray:
         data = real(self, path, start, length)
         ranges.append(len(data))
         return data
 
-    monkeypatch.setattr(files.ObjectFiles, "read", read)
+    monkeypatch.setattr(object_files.ObjectFiles, "read", read)
     source = open_checkpoint(remote_model)
     headers, ranges[:] = sum(ranges), []
     plan = make_plan(source, MatrixSettings(bits=4))
@@ -114,12 +115,12 @@ def test_a_wrong_secret_is_one_line_that_does_not_tell_it(
     remote_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
-    files.files_at.cache_clear()
+    files_at.cache_clear()
     try:
         assert main(["plan", remote_model]) == 1
     finally:
         monkeypatch.undo()
-        files.files_at.cache_clear()
+        files_at.cache_clear()
     error = capsys.readouterr().err
     assert error.startswith(f"error: {BUCKET}/tiny")
     assert error.count("\n") == 1

@@ -8,7 +8,7 @@ import pyarrow.fs as arrow
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.model import files
+from pipeline.model import object_files
 from pipeline.model.store import Store
 
 
@@ -80,8 +80,8 @@ class _Late:
 def test_an_object_whose_replacement_fails_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bucket").mkdir()
     client = _Client(tmp_path)
-    monkeypatch.setattr(files, "_connected", lambda scheme: client)
-    objects = files.ObjectFiles("s3")
+    monkeypatch.setattr(object_files, "_connected", lambda scheme: client)
+    objects = object_files.ObjectFiles("s3")
     objects.write("bucket/lease", [b"first"])
     client.failures.append("the store does not answer")
     with pytest.raises(StoreError, match="s3://bucket/lease: the store does not answer"):

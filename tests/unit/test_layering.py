@@ -44,7 +44,7 @@ DOORS = {
     "lm_eval": {"pipeline/measure/tasks.py"},
     "peft": {"swsc_core/hf/lora.py"},
     "datasets": {"pipeline/measure/windows.py"},
-    "pyarrow": {"pipeline/report/files.py", "pipeline/model/files.py"},
+    "pyarrow": {"pipeline/report/files.py", "pipeline/model/object_files.py"},
     "pydantic": {
         "pipeline/config.py",
         "pipeline/matrix_config.py",
