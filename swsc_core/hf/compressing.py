@@ -9,6 +9,7 @@ from torch import nn
 from swsc_core.bits import Geometry
 from swsc_core.budget import solve_budget
 from swsc_core.hf.config import SwscConfig
+from swsc_core.hf.dense_layers import DenseLayers
 from swsc_core.hf.placing import put_layer
 from swsc_core.linear import SwscLinear
 from swsc_core.menu import candidates
@@ -19,14 +20,17 @@ def compress_loaded(model: Any, config: SwscConfig) -> None:
     """Replace the linear layers of `model` that `config.include` finds by compressed ones.
 
     Raises:
-        ValueError: there are none, one is tied to another layer or not in memory, or the bits buy nothing.
+        ValueError: there are none, one is tied to another layer, not in memory or has to stay dense, or the bits buy nothing.
     """
     chosen = [p for p, m in model.named_modules() if type(m) is nn.Linear and re.search(config.include, p)]
     if not chosen:
         raise ValueError(f"SwscConfig: include {config.include!r} finds no linear layer of {type(model).__name__}")
+    dense = DenseLayers(model)
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     for path in chosen:
         _require_own_weight(path, model.get_submodule(path), tied)
+        if reason := dense.reason(path, floats=True):
+            raise ValueError(f"SwscConfig: {path} has to stay dense ({reason}); leave it out of include")
     for path in chosen:
         linear = model.get_submodule(path)
         put_layer(model, path, SwscLinear.from_linear(linear, _spec(linear, config), seed=config.seed))

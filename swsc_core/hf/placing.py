@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from swsc_core.hf.dense_layers import DenseLayers
 from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
 from swsc_core.pieces import laid
 
@@ -15,23 +16,30 @@ _LINEAR = {"FalconLinear"}
 Pieces = Mapping[str, Mapping[str, Any]]  # name of a piece ("q", "k", …) -> entry; "" alone: the whole
 
 
-def place(model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype) -> bool:
-    """Replace the layer whose weight is `parameter` by a compressed one on the meta device, and the head that is tied to it.
+def place(model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype, dense: DenseLayers) -> bool:
+    """Replace the layer whose weight is `parameter` by a compressed one on the meta device, and those that are tied to it.
+
+    Args:
+        dense: which layers of the model have to be dense.
 
     Returns:
-        Whether there is a layer that is known to use its weight as a matrix and for nothing else.
+        Whether there is a layer that is known to use its weight as a matrix and for nothing else; if not, nothing was changed.
 
     Raises:
         ValueError: the layer's matrix has another shape than the entries say.
     """
-    if not _place(model, parameter, pieces, dtype):
+    tied = dict(model.all_tied_weights_keys)
+    held = tied.get(parameter, parameter)
+    pairs = [(target, source) for target, source in tied.items() if source == held]
+    names = dict.fromkeys([parameter, held, *(target for target, _ in pairs)])
+    made = [_made(model, name, pieces, dtype, dense, frozenset(names)) for name in names]
+    layers = [layer for layer in made if layer is not None]
+    if len(layers) < len(names):
         return False
-    for target, source in dict(model.all_tied_weights_keys).items():
-        if parameter in (target, source):
-            other = source if parameter == target else target
-            if not _place(model, other, pieces, dtype):
-                raise ValueError(f"{parameter} is tied to {other}, which cannot be compressed; restore the model")
-            _tie_parts(model, target.removesuffix(".weight"), source.removesuffix(".weight"))
+    for name, layer in zip(names, layers, strict=True):
+        put_layer(model, name.removesuffix(".weight"), layer)
+    for target, source in pairs:
+        _tie_parts(model, target.removesuffix(".weight"), source.removesuffix(".weight"))
     return True
 
 
@@ -46,18 +54,24 @@ def _tie_parts(model: Any, target: str, source: str) -> None:
     model._tied_weights_keys = (model._tied_weights_keys or {}) | tied
 
 
-def _place(model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype) -> bool:
+def _made(
+    model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype, dense: DenseLayers, tied: frozenset[str]
+) -> nn.Module | None:
+    """The compressed layer for that of `parameter`; None for what is no such layer, or has to be dense."""
     path, _, leaf = parameter.rpartition(".")
     layer = model.get_submodule(path) if leaf == "weight" else None
     if layer is None or not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
-        return False
+        return None
     try:
         made = _compressed(layer, pieces, dtype)
     except ValueError as error:
         raise ValueError(f"{parameter} is {list(layer.weight.shape)} in this model: {error}") from None
-    if made is not None:
-        put_layer(model, path, made)
-    return made is not None
+    return None if made is None or dense.reason(path, _stores_floats(made), tied) else made
+
+
+def _stores_floats(made: nn.Module) -> bool:
+    weight = made.get_parameter("weight") if "weight" in dict(made.named_parameters(recurse=False)) else None
+    return weight is None or weight.is_floating_point()
 
 
 def _compressed(layer: Any, pieces: Pieces, dtype: torch.dtype) -> nn.Module | None:

@@ -15,6 +15,7 @@ from swsc_core.format import FORMAT_VERSION, pieces_of
 from swsc_core.hf.checking import require_all, require_labels, require_place, require_shapes, require_unwrapped
 from swsc_core.hf.compressing import compress_loaded
 from swsc_core.hf.config import SwscConfig
+from swsc_core.hf.dense_layers import DenseLayers
 from swsc_core.hf.experts import implementations, join, lay_apart, require_eager
 from swsc_core.hf.headers import read_headers, require_parts, require_rest
 from swsc_core.hf.names import Names, saved_name, without
@@ -60,11 +61,12 @@ class SwscQuantizer(HfQuantizer):
             self._stored = list(headers)
         if not config.dequantize:
             self._lay_apart(model)
+        dense = DenseLayers(model)
         for tensor, pieces in pieces_of(entries).items():
             target, pattern = self._names.target(tensor)
             if not self._names.has(target):
                 require_place(model, tensor, where)
-            elif config.dequantize or pattern or not place(model, target, pieces, self._dtype):
+            elif config.dequantize or pattern or not place(model, target, pieces, self._dtype, dense):
                 self._restored.append(tensor)
             elif checkpoint_files and "" not in pieces:
                 require_rest(headers, tensor, model.get_submodule(target.removesuffix(".weight")), where)
