@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from pipeline import bounded_yaml
 from pipeline.errors import ConfigError
+
+_MOST = 1 << 20  # bytes of a configuration file
 
 
 def _comma_list(value: object) -> object:
@@ -74,11 +76,13 @@ def _finding(kind: type[Settings], item: Any) -> str:
 def read_config(path: Path) -> dict[str, Any]:
     """Keys and values of a YAML file; those of the top level may be spelled as flags."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > _MOST:
+            raise ConfigError(f"config file {path}: {size:,} bytes, at most {_MOST:,} are read; give another")
+        loaded = bounded_yaml.load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror}; check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ConfigError(f"config file {path}: not YAML: {' '.join(str(error).split())}; correct it") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"config file {path}: wanted a mapping of settings, got {type(loaded).__name__}")
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import yaml
+
 from pipeline import VERSION
+from pipeline.bounded_yaml import compose
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.hub import hub_id_of, is_hub_id
 from swsc_core.format import FORMAT_VERSION
@@ -95,23 +98,42 @@ def read_source_card(source: Checkpoint) -> SourceCard:
 
 
 def _front_matter(source: Checkpoint) -> SourceCard:
-    from huggingface_hub import ModelCard
-
     if CARD not in source.extras:
         return SourceCard()
     if (size := source.store.size(CARD)) > _MOST:
         return SourceCard(problem=f"{size:,} bytes, at most {_MOST:,} are read")
     try:
         text = bytes(source.store.read(CARD)).decode("utf-8-sig")
-        if not text.lstrip().startswith("---"):
-            return SourceCard(problem="no front matter")
-        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-        if not data:
-            return SourceCard(problem="no front matter")
-    except Exception as error:  # no common root for what a foreign front matter brings up, at the end of hours of work
+        data = front_matter_of(text)
+    except ValueError as error:
         return SourceCard(problem=(str(error).splitlines() or [type(error).__name__])[0])
-    found = {key: _words(data.get(key)) for key in (*_CARRIED, "base_model", "base_model_relation")}
+    found = {key: _words(_plain(data.get(key))) for key in (*_CARRIED, "base_model", "base_model_relation")}
     return SourceCard({key: value for key, value in found.items() if value})
+
+
+def front_matter_of(card: str) -> dict[str, yaml.Node]:
+    """Key -> value of a card's front matter, as nodes of which nothing is made yet; ValueError if it has none that can be read."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    block = REGEX_YAML_BLOCK.search(card)
+    node = compose(block.group(2)) if block else None
+    if node is None or not node.value:
+        raise ValueError("no front matter")
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError("repo card metadata block should be a dict")
+    return {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+
+
+def _plain(node: yaml.Node | None) -> object:
+    """A word, a list of such, False for what YAML takes for it; None for anything else."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(one) if isinstance(one, yaml.ScalarNode) else None for one in node.value]
+    if not isinstance(node, yaml.ScalarNode):
+        return None
+    kind = node.tag.rpartition(":")[2]
+    if kind == "bool" and node.value.lower() in ("no", "false", "off"):
+        return False
+    return node.value if kind == "str" else None
 
 
 def _words(value: object) -> str | list[str] | None:

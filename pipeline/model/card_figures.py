@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.model.card import front_matter_of
+
 PROTOCOL = ("text_sha256", "seqlen", "windows", "bos", "dtype")  # what two perplexities must share to be compared
 _HEADING = "## Evaluation\n\n"  # the last of a card
 _DIGITS = 4  # of a perplexity
@@ -21,6 +23,7 @@ def with_evaluation(card: str, result: Mapping[str, Any], uncompressed: float | 
     """
     from huggingface_hub import EvalResult, ModelCard
 
+    front_matter_of(card)  # within bounds: the library has none
     read = ModelCard(card)
     data: Any = read.data
     rows = list(data.eval_results or [])

@@ -188,6 +188,11 @@ class TestBaseModel:
         assert front_matter(tmp_path / "out")["base_model"] == "org/tiny-1.5"
 
 
+BOMB = "\n".join(
+    ["", " - &a0 [x,x,x,x,x,x,x,x,x]", *(f" - &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10))]
+)  # 600 bytes that stand for 9**10 words
+
+
 @pytest.mark.parametrize(
     ("card", "said"),
     [
@@ -196,7 +201,10 @@ class TestBaseModel:
         ("---\n- mit\n---\n", "should be a dict"),
         ("---\nlicense: mit\n", "no front matter"),
         ("---\n" + "x" * (1 << 20), "bytes, at most"),
-        ("---\nmodel_name: x\neval_results: [3]\n---\n", "no attribute"),
+        (f"---\nlicense: {'[' * 10_000}\n---\n", "nested more than 50 deep"),
+        (f"---\nlicense: {BOMB}\n---\n", "stands for more than 200,000 values"),
+        ("---\nlicense: &a [*a]\n---\n", "contains itself"),
+        (f"---\nlicense: {'1:' * 100_000}1\n---\n", "a number of more than 100 digits"),
     ],
 )
 def test_a_card_that_cannot_be_read_is_said_and_stops_nothing(

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("swsc_core", "pipeline", "jobs")
 WINGS = (
     "errors",
+    "bounded_yaml",
     "validation",
     "matrix_config",
     "config",
