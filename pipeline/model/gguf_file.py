@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError, SwscError
+from pipeline.model.gguf_bounds import require_bounded
 
 NOT_WHOLE = (
     "not a whole model, or of a kind that transformers cannot read from GGUF; of a model in several files make one"
@@ -39,11 +40,13 @@ class Dequantized:
 
 
 def require_gguf(file: Path) -> None:
+    """Raise CheckpointError if it is no GGUF file, or one whose header does not fit it."""
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; give a GGUF file")
     with file.open("rb") as opened:
         if opened.read(len(_MAGIC)) != _MAGIC:
             raise CheckpointError(f"{file}: not a GGUF file; download it again, or give another")
+    told(file, lambda: require_bounded(file))
 
 
 def header_of(file: Path) -> tuple[Dequantized, int]:
