@@ -46,6 +46,8 @@ class DenseLayers:
             self._paths[id(module)].append(path)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._owners[id(parameter)].append(name)
+        # transformers pads or cuts the bias of what it ties to the rows of its weight, whatever is stored under that name
+        self._tied = {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", ())}
         self._embeddings = {
             "<get_input_embeddings>": id(model.get_input_embeddings()),
             "<get_output_embeddings>": id(model.get_output_embeddings()),
@@ -63,6 +65,8 @@ class DenseLayers:
             return f"{path} has hooks"
         if {name for name, _ in layer.named_parameters()} - {"weight", "bias"}:
             return f"{path} has further parameters"
+        if path in self._tied and getattr(layer, "bias", None) is not None:
+            return f"{path} is tied and has a bias"
         names = {name for parameter in layer.parameters(recurse=False) for name in self._owners[id(parameter)]}
         if others := sorted(names - tied - {f"{path}.weight", f"{path}.bias"}):
             return f"{path} shares its parameters with {others[0]}"

@@ -45,6 +45,12 @@ FAMILIES: dict[str, tuple[Any, str]] = {
         lambda: t.RwkvForCausalLM(t.RwkvConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2)),
         r"attention\.output|feed_forward\.value",
     ),
+    "a tied head with a bias": (
+        lambda: t.CTRLLMHeadModel(
+            t.CTRLConfig(vocab_size=128, n_positions=64, n_embd=32, dff=48, n_layer=2, n_head=4, initializer_range=0.2)
+        ),
+        r"lm_head|transformer\.w$",
+    ),
     "longcat_flash": (lambda: t.LongcatFlashForCausalLM(t.LongcatFlashConfig(**_LONGCAT)), r"router\.classifier"),
     "gemma3n": (
         lambda: t.Gemma3nForCausalLM(
@@ -64,10 +70,13 @@ def test_logits_are_those_of_the_restored_model(name: str, flags: list[str], tmp
     make, dense = FAMILIES[name]
     torch.manual_seed(0)
     model = make()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "model")
     what = [
         "--include",
-        r"layers|blocks|lm_head|head\.",
+        r"layers|blocks|lm_head|head\.|transformer\.",
         "--exclude",
         r"embed_tokens|experts",
         "--local",
