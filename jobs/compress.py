@@ -14,6 +14,7 @@ from pipeline.config import (
     EvaluateSettings,
     OutputSettings,
     PushSettings,
+    SourceSettings,
 )
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import describe
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("output", metavar="OUTPUT", help="directory to write, new or begun by the same command")
     add_config(parser)
-    add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings)
+    add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings, SourceSettings)
     parser.add_argument("--text", help="then evaluate on this text file, or wikitext2")
     parser.add_argument("--push", metavar="REPO_ID", help="at the end, push the output to the Hub, as `swsc push` does")
     parser.add_argument("--private", action="store_true", help="with --push: as in `swsc push`")
@@ -43,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings, calibration, cluster, output = settings_of(
-        arguments, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings
+    settings, calibration, cluster, output, trust = settings_of(
+        arguments, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings, SourceSettings
     )
     cut = sorted({"seqlen", "windows"} & vars(arguments).keys())
     if cut and not arguments.text:
@@ -66,6 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.run.cluster import make_pool  # late: importing Ray takes a second, and a mistake should show before
 
     pools = partial(make_pool, cluster, later=max(stage_bytes(source, plan, settings, calibration).values()))
+    if trust.verify_source:
+        from pipeline.flows.verify_source import verified
+
+        source = verified(source, trust.verify_source, pools)
+        plan = make_plan(source, settings)
     unseen = [arguments.text] if arguments.text else []
     plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, unseen)
     report = produce(

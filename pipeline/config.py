@@ -59,6 +59,17 @@ class OutputSettings(Settings):
     )
 
 
+class SourceSettings(Settings):
+    """How sure one wants to be that a model is the one that was published."""
+
+    verify_source: str | None = Field(
+        None,
+        min_length=1,
+        description="first hold the model's weight files against known sha256: hub (as the Hub publishes them), or a file as"
+        " `sha256sum` writes it",
+    )
+
+
 class PushSettings(Settings):
     """Where on the Hub an output goes."""
 

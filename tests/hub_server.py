@@ -76,7 +76,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _entry(folder: Path, file: Path) -> dict[str, object]:
     digest = hashlib.sha1(file.read_bytes()).hexdigest()
-    return {"type": "file", "path": str(file.relative_to(folder)), "size": file.stat().st_size, "oid": digest}
+    entry: dict[str, object] = {"type": "file", "path": str(file.relative_to(folder)), "oid": digest}
+    size = entry["size"] = file.stat().st_size
+    if file.suffix == ".safetensors":
+        entry["lfs"] = {"oid": hashlib.sha256(file.read_bytes()).hexdigest(), "size": size, "pointerSize": 130}
+    return entry
 
 
 @dataclass

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.flows.card import card_of_compression
 from pipeline.flows.preflight import begin_with_room, identity_of, require_apart
 from pipeline.measure.tuner import Tuned
 from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.digests import known_ranges
 from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.matrices import lies_as
@@ -108,6 +109,7 @@ def _carry_out(
     out: Output, source: Checkpoint, plan: Plan, settings: CompressSettings, make_pool: PoolMaker,
     calibrated: Calibrated | None, tune: Callable[[], TunedModel] | None, started: float,
 ) -> dict[str, Any]:  # fmt: skip
+    out = _without_other_sources(out, source)
     records = {file: record for file, (record, _) in out.finished.items()}
     rows = {row["name"]: row for _, found in out.finished.values() for row in found}
     peaks: dict[str, int] = {}
@@ -138,6 +140,20 @@ def _carry_out(
     card = card_of_compression(source, plan, rows, settings, calibrated.words if calibrated else "")
     finish(out, source, ordered, _config(source, rows, settings.format), report, card)
     return report
+
+
+def _without_other_sources(out: Output, source: Checkpoint) -> Output:
+    """An output without the finished files that were made of other bytes than the source is known to have."""
+    known = known_ranges(source.tensors)
+
+    def is_of(record: FileRecord, rows: list[dict[str, Any]]) -> bool:
+        if not rows:  # copied as they are
+            own = {name: source.tensors[name].sha256 for name in record.tensors if name in source.tensors}
+            return all(digests[:1] in ((), (record.tensors[name],)) for name, digests in own.items())
+        seen = {where: digest for row in rows for where, digest in row.get("source_sha256", {}).items()}
+        return all(known.get(where, digest) == digest for where, digest in seen.items())
+
+    return replace(out, finished={file: own for file, own in out.finished.items() if is_of(*own)})
 
 
 def _tuned(tune: Callable[[], TunedModel], out: Output) -> TunedModel:

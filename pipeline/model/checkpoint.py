@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.errors import CheckpointError
+from pipeline.model.digests import recorded, with_digests
 from pipeline.model.extras import extras_of, require_inside
 from pipeline.model.fingerprint import fingerprint_of
 from pipeline.model.gguf import read_note
@@ -98,6 +99,8 @@ def open_checkpoint(location: str) -> Checkpoint:
                 )
             tensors[info.name] = info
     _check_index(location, weight_map, tensors)
+    if MANIFEST in names:
+        tensors = with_digests(tensors, _recorded(store))
     if "config.json" not in names:
         raise CheckpointError(f"{store.root}: config.json is missing; download it too")
     buffers = tuple(info for info in tensors.values() if is_buffer(info))
@@ -109,6 +112,16 @@ def open_checkpoint(location: str) -> Checkpoint:
     return Checkpoint(
         store, own, config, extras.copied, digest.hexdigest(), buffers, scales, note, passed_over, left_out
     )
+
+
+def _recorded(store: Store) -> dict[str, tuple[str, ...]]:
+    """Digests that an output keeps of its tensors."""
+    try:
+        return recorded(store.read_json(MANIFEST))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{store.root}: {MANIFEST} is damaged ({error}); make the output again by --overwrite"
+        ) from None
 
 
 def _check_index(location: str, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:

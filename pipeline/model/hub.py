@@ -62,6 +62,28 @@ def _downloaded(repo: str, revision: str | None) -> str:
         ) from None
 
 
+def published_hashes(root: str) -> dict[str, str]:
+    """File -> sha256, as the Hub publishes it for the revision that lies in the directory `root` of its cache.
+
+    Raises:
+        ConfigError: `root` is no such directory. StoreError: the Hub does not tell.
+    """
+    repo = hub_id_of(root)
+    if repo is None:
+        raise ConfigError(f"{root}: not a model of the Hub; give a file of sha256 to verify it, or its id ORG/NAME")
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        entries = list(HfApi().list_repo_tree(repo, recursive=True, revision=os.path.basename(root)))
+    except Exception as error:  # no common root, as above
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StoreError(
+            f"{repo}: the Hub does not tell its hashes ({reason}); run it where there is a network, or give a file of sha256"
+        ) from None
+    return {entry.path: entry.lfs.sha256 for entry in entries if isinstance(entry, RepoFile) and entry.lfs}
+
+
 def require_pushable(repo: str) -> None:
     """Raise ConfigError if nothing can be pushed to `repo`: no ORG/NAME, offline mode, or nobody logged in."""
     from huggingface_hub import get_token

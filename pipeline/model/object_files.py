@@ -23,11 +23,7 @@ _ATTEMPTS = 6  # of one request, with growing pauses and jitter between them
 _CONNECT_SECONDS, _REQUEST_SECONDS = 10.0, 60.0
 _RETRY_TIME = timedelta(seconds=60)  # of a request to Google's store, whose client counts time in place of attempts
 READ_ONCE = "SWSC_READ_ONCE"  # set: what comes over plain http is not read a second time
-_PAUSES = (
-    4.0,
-    1.0,
-)  # seconds before a request is made anew that has failed in spite of these attempts, the last one first
-_REFUSED_SECONDS, _REFUSED_PAUSE = 60.0, 1.0  # for which credentials that were good before may be renewed
+_PAUSE = 1.0  # seconds before a request is made anew that has failed in spite of these attempts
 # What clients call a request whose credentials are wrong, expired, or of a clock that goes wrong.
 _REFUSALS = (
     "ACCESS_DENIED", "AccessDenied", "HTTP status 403", "Forbidden", "ExpiredToken", "EXPIRED_TOKEN", "InvalidToken",
@@ -36,8 +32,23 @@ _REFUSALS = (
 )  # fmt: skip
 
 
+# And one that may go well if it is made again: network, a store that is overloaded, and an answer that is none.
+_FAILURES = (
+    "curlCode", "NETWORK_CONNECTION", "HTTP status 5", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE",
+    "REQUEST_TIMEOUT", "XML_ERROR", "UNAVAILABLE", "DEADLINE_EXCEEDED",
+)  # fmt: skip
+
+
+class Unavailable(StoreError):
+    """The store does not answer, or not now."""
+
+
 class CredentialsRefused(StoreError):
     """The store answers, and does not accept who asks."""
+
+
+# Seconds without a success after which a failure is final.
+PATIENCE: dict[type[StoreError], float] = {Unavailable: 30.0, CredentialsRefused: 60.0}
 
 
 class ObjectFiles:
@@ -48,6 +59,7 @@ class ObjectFiles:
         self._system = _connected(scheme)
         self._confirming = _is_plain(scheme) and not os.environ.get(READ_ONCE)
         self._accepted: set[tuple[str, str]] = set()  # what was done before, and to which bucket
+        self._failing_since: float | None = None
         # Google's client fails for want of an object that stands for the folder; S3's would put one there instead.
         self._delete_folder = "delete_dir_contents" if scheme == "gs" else "delete_dir"
 
@@ -143,20 +155,21 @@ class ObjectFiles:
             return _etag(file).strip('"') in digest.etags
 
     def _patiently(self, path: str, call: Callable[[], Any], kind: str = "read") -> Any:
-        """`_try`, again if the store has allowed the like before: it may be up again, and credentials be renewed."""
+        """`_try`, again for a while if the store has allowed the like before: it may come up again, and credentials be renewed."""
         like = kind, path.partition("/")[0]
-        until, pauses = time.monotonic() + _REFUSED_SECONDS, list(_PAUSES)
         while True:
             try:
                 result = self._try(path, call)
-            except StoreError as error:
-                refused = isinstance(error, CredentialsRefused)
-                if like not in self._accepted or (time.monotonic() >= until if refused else not pauses):
+            except (Unavailable, CredentialsRefused) as error:
+                self._failing_since = self._failing_since or time.monotonic()
+                seconds = time.monotonic() - self._failing_since
+                if like not in self._accepted or seconds >= PATIENCE[type(error)]:
                     raise
-                time.sleep(_REFUSED_PAUSE if refused else pauses.pop())
-                if refused:
+                time.sleep(_PAUSE)
+                if isinstance(error, CredentialsRefused):
                     self._system = _connected(self._scheme)  # a client holds the credentials that it was made with
             else:
+                self._failing_since = None
                 self._accepted.add(like)
                 return result
 
@@ -165,15 +178,14 @@ class ObjectFiles:
         try:
             return call(*arguments)
         except (OSError, ValueError) as error:  # ArrowInvalid is one of the latter
-            reason = " ".join(str(error).split())
-            if any(word in reason for word in _REFUSALS):
-                raise CredentialsRefused(
-                    f"{self._scheme}://{path}: {reason}: the store refuses these credentials; renew them, or give others by the"
-                    " environment, and run the same command again"
-                ) from None
-            raise StoreError(
-                f"{self._scheme}://{path}: {reason}; check the address, and endpoint, region and credentials in the environment"
-            ) from None
+            reason = f"{self._scheme}://{path}: {' '.join(str(error).split())}"
+        if any(word in reason for word in _REFUSALS):
+            raise CredentialsRefused(
+                f"{reason}: the store refuses these credentials; renew them, or give others by the environment, and run the same"
+                " command again"
+            )
+        kind = Unavailable if any(word in reason for word in _FAILURES) else StoreError
+        raise kind(f"{reason}; check the address, and endpoint, region and credentials in the environment")
 
 
 _HTTPS = "what lies between corrupts what it carries: use an https endpoint, or repair it"

@@ -5,6 +5,7 @@ dtype that numpy would have to know (bfloat16, fp8).
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import file_header, read_header
+from pipeline.model.digests import Seen, checked
 from pipeline.model.files import Bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.store import FileRecord, Store
@@ -60,20 +62,22 @@ def to_tensor(part: Part) -> "Tensor":
     return _tensor(bytearray(part.data), part.dtype, part.shape)
 
 
-def read_tensor(store: Store, info: TensorInfo) -> "Tensor":
-    """Read one tensor by its byte range, or make it of what lies there."""
+def read_tensor(store: Store, info: TensorInfo, digests: Seen | None = None) -> "Tensor":
+    """Read one tensor by its byte range, or make it of what lies there; `digests` get those of what was read.
+
+    Raises:
+        StoreError: other bytes than those that are known to lie there.
+    """
     if info.view is None:
-        if info.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{store.root}: {info.name} is {info.dtype}, which torch has not: it is copied, never read; drop it, or save it in"
-                " another dtype"
-            )
-        return _tensor(store.read(info.file, info.start, info.nbytes), info.dtype, info.shape)
-    tensor = read_tensor(store, info.view.read)
+        data = store.read(info.file, info.start, info.nbytes)
+        if info.sha256 or digests is not None:
+            deque(checked(store, info, [data], digests), maxlen=0)
+        return _tensor(data, info.dtype, info.shape)
+    tensor = read_tensor(store, info.view.read, digests)
     if info.view.scales:
         from swsc_core.fp8 import scaled
 
-        scales = read_tensor(store, info.view.scales)
+        scales = read_tensor(store, info.view.scales, digests)
         tensor = scaled(tensor, scales.expand(-(-len(tensor) // info.view.block[0]), -1), info.view.block)
     return seen(tensor, info.view)
 
@@ -112,7 +116,8 @@ def copy_tensors(source: Store, infos: Sequence[TensorInfo], ticket: Ticket, fil
 def _pieces(source: Store, info: TensorInfo) -> Iterator[Bytes]:
     """The bytes of a tensor, as they lie in the file or, of a view, made of what lies there."""
     if info.view is None:
-        yield from source.stream(info.file, info.start, info.nbytes)
+        pieces = source.stream(info.file, info.start, info.nbytes)
+        yield from checked(source, info, pieces) if info.sha256 else pieces
     else:
         yield to_part(info.name, read_tensor(source, info)).data.data
 

@@ -23,7 +23,10 @@ FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes at `start` of `file`; or, if it is a `view`, what it looks like."""
+    """Where a tensor lies: `nbytes` bytes at `start` of `file`; or, if it is a `view`, what it looks like.
+
+    `sha256`: of its bytes, and of each matrix of a stack, as far as they are known; then it is held against them when it is read.
+    """
 
     name: str
     dtype: str
@@ -32,6 +35,7 @@ class TensorInfo:
     start: int
     nbytes: int
     view: "View | None" = None
+    sha256: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -70,4 +74,5 @@ class View:
             return self.tensor
         nbytes = self.tensor.nbytes // self.tensor.shape[0]
         start = self.tensor.start + self.expert * nbytes
-        return replace(self.tensor, shape=self.tensor.shape[1:], start=start, nbytes=nbytes)
+        own = self.tensor.sha256[1 + self.expert : 2 + self.expert]
+        return replace(self.tensor, shape=self.tensor.shape[1:], start=start, nbytes=nbytes, sha256=own)

@@ -22,6 +22,7 @@ from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import read_header
+from pipeline.model.digests import FileDigests, Seen, digests_of, ranges_of, require_same
 from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
 from pipeline.model.parts import Part, Payload, copy_tensors, differences, read_tensor, seen, to_part, to_tensor
@@ -49,6 +50,7 @@ class Worker:
         self._tuner: Tuner | None = None
         self._answerer: Any = None  # its module needs lm-eval, which need not be there
         self._wholes: dict[tuple[Store, View], torch.Tensor] = {}
+        self._digests: Seen = {}  # of what was read for the matrices at hand
 
     def compress(
         self, source: Store, task: LayerTask, form: str, seed: int, storage_dtype: str | None, moments: Moments | None
@@ -96,11 +98,12 @@ class Worker:
 
     def _read(self, source: Store, info: TensorInfo) -> torch.Tensor:
         if info.view is None or info.view.rows is None:
-            return read_tensor(source, info).to(self.device)
+            return read_tensor(source, info, self._digests).to(self.device)
         return info.view.rows.take(self._whole(source, replace(info.view, rows=None))).to(self.device)
 
     def _read_alone(self, source: Store, info: TensorInfo) -> torch.Tensor:
         """The same, when no other matrix of its layer is asked for next."""
+        self._digests.clear()
         weight = self._read(source, info)
         self._wholes.clear()
         return weight
@@ -112,13 +115,14 @@ class Worker:
         """
         if (source, view) not in self._wholes:
             self._wholes = {key: whole for key, whole in self._wholes.items() if key[1].expert is None}
-            self._wholes[source, view] = seen(read_tensor(source, view.read), view)
+            self._wholes[source, view] = seen(read_tensor(source, view.read, self._digests), view)
         return self._wholes[source, view]
 
     def _finished(self, made: LayerParts, source: Store, task: LayerTask) -> tuple[Part, ...]:
         for joined in task.joined:
             made.add_rest(joined, partial(self._whole, source))
         self._wholes.clear()
+        self._digests.clear()
         return made.parts
 
     def _encode(
@@ -136,6 +140,7 @@ class Worker:
         except WeightError as error:
             raise WeightsError(f"{source.root}/{info.file}: {error}") from None
         row = row_of(info, specs, encoded, read_seconds, time.perf_counter() - started)
+        row["source_sha256"] = {where: self._digests[where] for where in ranges_of(info)}
         return encoded, row | ({"calibration_tokens": moments.tokens(info.name)} if moments else {})
 
     def calibrate(
@@ -230,6 +235,7 @@ class Worker:
         infos = [info for info, _ in task.items]
         ready = tuned.encoded((info.name, self._read(source, info)) for info in infos)
         for info, encoded in zip(infos, ready, strict=True):
+            require_same(info.name, rows[info.name].get("source_sha256", {}), self._digests)
             made.add(info, encoded)
             changed.append({**rows[info.name], **errors_of(info, encoded), "entry": encoded.entry})
         return {"rows": changed, "peak_rss": peak_rss()}, Payload(self._finished(made, source, task), tuple(changed))
@@ -258,6 +264,10 @@ class Worker:
     def check_file(self, store: Store, file: str, about: Mapping[str, Any]) -> list[str]:
         """What is wrong with a file of an output, by its manifest's words."""
         return differences(store, file, about)
+
+    def hash_file(self, store: Store, file: str, infos: Sequence[TensorInfo]) -> FileDigests:
+        """sha256 of a file, and of each of its tensors."""
+        return digests_of(store, file, infos)
 
     def copy(self, source: Store, task: CopyTask, ticket: Ticket) -> FileRecord:
         """Stream tensors that stay as they are into their file."""

@@ -54,6 +54,22 @@ def test_a_model_of_the_hub_is_compressed_as_the_same_on_a_disk_and_found_again_
     assert "modeling_tiny.py" in of_hub, "code goes with its model, and was not run"
 
 
+def test_a_downloaded_model_is_held_against_what_the_hub_publishes(tiny_model: Path, tmp_path: Path) -> None:
+    argv, home = ["--local", "--bits", "4", "--verify-source", "hub"], tmp_path / "home"
+    with hub(tiny_model) as endpoint:
+        good = swsc(home, endpoint, "compress", REPO, str(tmp_path / "good"), *argv)
+        assert good.returncode == 0, good.stderr
+        shard = next(path for path in home.rglob("model-00002-of-*.safetensors")).resolve()
+        data = bytearray(shard.read_bytes())
+        data[-3] ^= 1
+        shard.chmod(0o644)
+        shard.write_bytes(data)
+        bad = swsc(home, endpoint, "compress", REPO, str(tmp_path / "bad"), *argv)
+    assert bad.returncode == 2
+    assert "model-00002-of" in bad.stderr
+    assert not (tmp_path / "bad").exists()
+
+
 def test_what_is_neither_a_directory_nor_to_be_had_is_one_line_with_the_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from jobs.cli import main
 from pipeline.errors import StoreError
 from pipeline.model import confirmed, object_files
 from pipeline.model.checkpoint import MANIFEST
+from pipeline.model.object_files import PATIENCE, CredentialsRefused
 from pipeline.model.store import Store
 from tests.fault_proxy import FaultProxy
 from tests.object_store import BUCKET, as_client, object_store, stored, upload
@@ -40,9 +41,8 @@ def models(proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.fixture(autouse=True)
 def _mended(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(confirmed, "_PAUSES", (0.0,) * 7)
-    monkeypatch.setattr(object_files, "_PAUSES", (0.1, 0.1, 0.1))
-    monkeypatch.setattr(object_files, "_REFUSED_PAUSE", 0.05)
-    monkeypatch.setattr(object_files, "_REFUSED_SECONDS", 5.0)
+    monkeypatch.setattr(object_files, "_PAUSE", 0.05)
+    monkeypatch.setitem(PATIENCE, CredentialsRefused, 5.0)
     yield
     proxy.strike("")
 
@@ -77,7 +77,7 @@ def test_a_fault_that_stays_is_one_line_and_no_output(
     mode: str, proxy: FaultProxy, models: tuple[str, dict[str, bytes]], capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(object_files, "_REFUSED_SECONDS", 0.2)
+    monkeypatch.setitem(PATIENCE, CredentialsRefused, 0.2)
     source, right = models
     output = f"{BUCKET}/staying-{mode.replace(' ', '-')}"
     proxy.strike(mode, after=60)

@@ -1,0 +1,64 @@
+"""The weight files of a source against hashes that are known: from a file, or from the Hub that published them.
+
+Each file is read once from end to end. The digests of its tensors that are taken on the way go with the tensors, so that what a
+worker reads later is held against them, too.
+"""
+
+from dataclasses import replace
+from itertools import chain
+
+from pipeline.errors import ConfigError
+from pipeline.flows.compress import PoolMaker, run_alone
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.digests import FileDigests, read_sums, require_equal, require_known, with_digests
+from pipeline.model.forecast import WORKER_BASE
+from pipeline.model.hub import published_hashes
+from pipeline.model.store import Store
+from pipeline.model.tensors import TensorInfo
+from pipeline.run.pool import Done, Task
+
+HUB = "hub"
+
+
+def verified(source: Checkpoint, hashes: str, make_pool: PoolMaker) -> Checkpoint:
+    """The same checkpoint, of which every tensor is held against what was verified whenever it is read.
+
+    Args:
+        hashes: "hub", or a file as `sha256sum` writes it.
+
+    Raises:
+        ConfigError: no hash of one of the weight files. CheckpointError: a file that is another one than the hash was taken of.
+    """
+    if source.dequantized:
+        raise ConfigError("verify_source reads safetensors files; check a GGUF file by `sha256sum`")
+    root = source.store.root
+    known = published_hashes(root) if hashes == HUB else read_sums(_text_of(hashes), hashes)
+    files: dict[str, dict[str, TensorInfo]] = {}
+    for info in chain.from_iterable(info.stored for info in (*source.tensors.values(), *source.buffers)):
+        files.setdefault(info.file, {})[info.name] = info
+    require_known(known, files, hashes)
+    found: dict[str, tuple[str, ...]] = {}
+
+    def note(done: Done) -> None:
+        digests: FileDigests = done.value
+        require_equal(root, done.task.key, digests.sha256, known[done.task.key])
+        found.update(digests.tensors)
+
+    tasks = [
+        Task(file, "hash_file", (source.store, file, list(own.values())), label=file, weight=source.store.size(file))
+        for file, own in sorted(files.items())
+    ]
+    run_alone(tasks, WORKER_BASE, note, make_pool, "verify source", "files")
+    return replace(source, tensors=with_digests(source.tensors, found))
+
+
+def _text_of(name: str) -> str:
+    place = Store.at(name)
+    try:
+        return place.parent.read(place.name).decode()
+    except OSError as error:
+        raise ConfigError(
+            f"verify_source {name}: {error.strerror}; give {HUB}, or a file as sha256sum writes it"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"verify_source {name}: not a text; give a file as sha256sum writes it") from None
