@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from jobs.flags import Parser
-from pipeline.errors import SwscError
+from pipeline.errors import FULL, SwscError
 from pipeline.run import interrupt
 
 # verb -> (module with `add_arguments` and `run`, what it does)
@@ -32,17 +31,29 @@ _GOES_ON = ("compress", "restore")  # verbs whose finished work an interruption 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    """Run a verb; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 interrupted.
+
+    Signals are listened to before anything is imported that takes long; without `argv` to the end of the process.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    with interrupt.listening(to_the_end=argv is None):
+        try:
+            code = _run(given)
+            interrupt.check()
+            return code
+        except KeyboardInterrupt:
+            interrupt.forget()
+            print(f"interrupted{_kept(given)}", file=sys.stderr)
+            return interrupt.EXIT_CODE
+
+
+def _run(argv: list[str]) -> int:
+    arguments = _parse(argv)
     try:
         return int(import_module(VERBS[arguments.verb][0]).run(arguments))
     except SwscError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        interrupt.forget()
-        print(f"interrupted{_kept(arguments.verb)}", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -51,13 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno in _OF_THE_USER:
             print(f"error: {where}: {error.strerror}; check path and rights", file=sys.stderr)
             return 2
-        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the disk"
-        print(f"error: {where}: {error.strerror or error}; {remedy}{_kept(arguments.verb)}", file=sys.stderr)
+        remedy = "make room" if error.errno in FULL else "look at the disk"
+        print(f"error: {where}: {error.strerror or error}; {remedy}{_kept(argv)}", file=sys.stderr)
         return 1
 
 
-def _kept(verb: str) -> str:
-    return ": what is finished is kept; run the same command again to go on" if verb in _GOES_ON else ""
+def _kept(argv: list[str]) -> str:
+    goes_on = argv[0] in _GOES_ON if argv else False
+    return ": what is finished is kept; run the same command again to go on" if goes_on else ""
 
 
 def _is_text(word: str) -> bool:
@@ -67,6 +79,8 @@ def _is_text(word: str) -> bool:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """The arguments; only the module of the verb that is asked for is imported, because torch takes seconds."""
+    from jobs.flags import Parser  # late: a signal that comes while it is imported is handled
+
     parser = Parser(prog="swsc", description="Compress sharded language models on a Ray cluster.")
     for word in argv:
         if not _is_text(word):

@@ -4,6 +4,10 @@ Each carries one finished sentence for the user, and nothing else, so that it su
 `exit_code` is what the process ends with: 2 for a user's mistake (nothing was written), 1 for a run that failed.
 """
 
+import errno
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # of a disk that takes nothing more
+
 
 class SwscError(Exception):
     """Root of the tree; the run failed and what is finished is kept."""
@@ -55,6 +59,17 @@ class DamageError(RunError):
 
 class StoreError(RunError):
     """A disk or an object store that does not answer, or refuses."""
+
+
+class DiskFull(RunError):
+    """A disk that is full, over quota or read-only: no other task would fare better, and the run ends at once."""
+
+    @classmethod
+    def of(cls, error: OSError) -> "DiskFull":
+        """From an error of the system whose `errno` is in FULL."""
+        remedy = "mount it writable" if error.errno == errno.EROFS else "make room"
+        where = f"{error.filename}: " if error.filename else ""
+        return cls(f"{where}{error.strerror}; {remedy}, run the same command again: what is finished is kept")
 
 
 class NonFiniteError(RunError):

@@ -88,9 +88,11 @@ class LocalFiles:
                     _write_all(file.fileno(), memoryview(piece).cast("B"))
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 os.unlink(temporary)
+            if isinstance(error, OSError):
+                error.filename = error.filename or path  # a write itself does not say where
             raise
         _sync_directory(target.parent)
 

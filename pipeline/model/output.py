@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from pipeline.errors import FULL, DiskFull
 from pipeline.model.card import CARD, SOURCE_CARD
 from pipeline.model.checkpoint import MANIFEST, Checkpoint, read_header
 from pipeline.model.lease import LEASE, Lease, Ticket, acquire
@@ -52,9 +53,11 @@ class Output:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.lease:
             self.lease.release()
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise DiskFull.of(error) from None
 
     @property
     def complete(self) -> bool:

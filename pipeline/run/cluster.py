@@ -17,11 +17,15 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray._private import ray_constants
+from ray._private import utils as ray_utils
+from ray.exceptions import RayError
 
 from pipeline.config import ClusterSettings
 from pipeline.errors import ClusterError
 from pipeline.run import interrupt
+from pipeline.run.discovery import found_here, require_joinable
 from pipeline.run.pool import LocalPool, Pool
+from pipeline.run.progress import say
 from pipeline.run.ray_pool import RayPool, require_gpu
 from pipeline.run.worker import Worker
 
@@ -149,27 +153,71 @@ def _most(nodes: list[dict[str, float]], resource: str) -> float:
 
 
 def _connect(address: str | None) -> bool:
-    """Connect to the cluster named, to the one of this job or this machine, or start one; True if started here."""
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    """Connect to the cluster named, to one of this machine, or start one; True if started here."""
+    interrupt.check()
+    interrupt.listen()
     if ray.is_initialized():
         return False
-    started_here = False
-    where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-    _require_listener(where)
+    where = address or os.environ.get("RAY_ADDRESS") or None
     try:
-        if address != "local" and (address or "RAY_ADDRESS" in os.environ):
-            ray.init(address=address, **quiet)
-        elif address == "local" or not _found_local_cluster(quiet):
-            started_here = True
-            with _loopback_only():
-                ray.init(address="local", include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        joined = _joinable(where)
+        if joined:
+            _init(joined)
+        else:
+            with interrupt.held(), _loopback_only():
+                _init("local", include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split())
         raise ClusterError(
-            f"no Ray cluster at {where}: {reason}; check --address, RAY_ADDRESS and RAY_AUTH_MODE, or start one by --address local"
+            f"no Ray cluster at {where or 'this machine'}: {reason}; check --address, RAY_ADDRESS and RAY_AUTH_MODE, or start"
+            " one by --address local"
         ) from None
-    interrupt.listen()  # after Ray, which installs a handler of its own
-    return started_here
+    return not joined
+
+
+def _joinable(where: str | None) -> str | None:
+    """Address of the cluster to be joined; None to start one.
+
+    Raises:
+        ClusterError: one that was asked for and cannot be joined.
+    """
+    if where == "local":
+        return None
+    if where is None:
+        return found_here(say)
+    if where == "auto":
+        if found := found_here(say):
+            return found
+        raise ClusterError("no Ray cluster on this machine: start one by `ray start --head`, or leave --address out")
+    if where.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{where} is a dashboard's address, for `ray job submit`: give the head's own, host:port, or leave --address out"
+        )
+    _require_listener(where)
+    if "://" not in where:
+        require_joinable(where)
+    return where
+
+
+def _init(address: str, **more: Any) -> None:
+    """`ray.init`, and handlers of signals as they were before: Ray puts its own in their place."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        with _no_handler_of_rays():
+            ray.init(address=address, **quiet, **more)
+    finally:
+        interrupt.check()
+
+
+@contextlib.contextmanager
+def _no_handler_of_rays() -> Iterator[None]:
+    """Ray's own handler of SIGTERM ends the process wherever it is, with the number of the signal as its exit code."""
+    real = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = real
 
 
 @contextlib.contextmanager
@@ -201,11 +249,3 @@ def _require_listener(address: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ClusterError(f"no Ray cluster at {address}: {reason}; check --address and RAY_ADDRESS") from None
-
-
-def _found_local_cluster(quiet: dict[str, Any]) -> bool:
-    try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
-        return False
-    return True

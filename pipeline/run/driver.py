@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from typing import Protocol
 
-from pipeline.errors import NodeLost, RunError, StoreError, UserError, WorkerLost
+from pipeline.errors import DiskFull, NodeLost, RunError, StoreError, UserError, WorkerLost
 from pipeline.model.lease import LeaseLost
 from pipeline.run import interrupt
 from pipeline.run.pool import Done, Pool, Task
@@ -39,8 +39,9 @@ class TaskList:
         return self._tasks.pop() if self._tasks else None
 
     def done(self, done: Done) -> None:
-        if isinstance(done.error, (UserError, LeaseLost)):
-            raise done.error  # what the user gave is at fault, or another run is at it: the other tasks would be for nothing
+        if isinstance(done.error, (UserError, LeaseLost, DiskFull)):
+            # What the user gave is at fault, another run is at it, or no disk takes it: other tasks would be for nothing.
+            raise done.error
         if done.error:
             self._failed.append(done)
         else:

@@ -7,7 +7,7 @@ which task goes where, and what happens after a failure, is the driver's decisio
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipeline.errors import RunError, SwscError, UserError
+from pipeline.errors import FULL, DiskFull, RunError, SwscError, UserError
 from pipeline.model.lease import Ticket
 from pipeline.model.parts import commit
 from pipeline.run.worker import Worker
@@ -107,5 +107,7 @@ def as_swsc_error(error: BaseException, task: Task) -> SwscError:
         return error
     if isinstance(error, SwscError):
         return type(error)(f"{task.label}: {error}")
+    if isinstance(error, OSError) and error.errno in FULL:
+        return DiskFull.of(error)
     reason = " ".join(str(error).split())
     return RunError(f"{task.label}: {type(error).__name__}: {reason}")

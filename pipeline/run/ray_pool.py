@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfDiskError, RayError, RayTaskError
 
-from pipeline.errors import ClusterError, NodeLost, PayloadLost, RunError, SwscError, WorkerLost
+from pipeline.errors import ClusterError, DiskFull, NodeLost, PayloadLost, RunError, SwscError, WorkerLost
 from pipeline.model.parts import commit
+from pipeline.run import interrupt
 from pipeline.run.pool import Done, Task, as_swsc_error
 from pipeline.run.worker import Worker
 
@@ -216,7 +217,11 @@ class RayPool:
             del self._working[flight.worker]
         found: SwscError = WorkerLost(f"{flight.task.label}: {reason}")
         node_is_gone = ref is flight.report and _is_gone(self._nodes[flight.worker])
-        if own is not None:
+        if isinstance(error, OutOfDiskError) or isinstance(own, OutOfDiskError):
+            found = DiskFull(
+                f"{flight.task.label}: the disk of a node is full to which Ray moves objects; make room there"
+            )
+        elif own is not None:
             found = as_swsc_error(own, flight.task)
         elif ref is flight.report and isinstance(error, ObjectLostError):
             found = PayloadLost(f"{flight.task.label}: what it was to be given went away with a node")
@@ -248,7 +253,8 @@ class RayPool:
         except RayError:
             pass  # Ray itself is gone; what made it so is on its way to the user
         if self._started_here:
-            ray.shutdown()
+            with interrupt.held():
+                ray.shutdown()
 
 
 def require_gpu(needed: int, nbytes: int) -> None:

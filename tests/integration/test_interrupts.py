@@ -1,0 +1,167 @@
+"""Ctrl-C and SIGTERM at every moment of a run: exit code 130, nothing finished is lost, nothing half done is taken for whole."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli import main
+from pipeline.model import lease, store
+from pipeline.model.files import LocalFiles
+from pipeline.run import interrupt
+from tests.faults import FaultyFiles
+from tests.tiny import contents, make_tiny_model
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["--local", "--projectors", "q,k", "--clusters", "4", "--rank", "1", "--n-init", "1"]
+
+
+class Dropping:
+    """Python drops what is raised in a finalizer."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+class InterruptedFiles(FaultyFiles):
+    """A signal comes before operation number `at`: "raised" where Python raises it, "dropped" where it does not."""
+
+    def _struck(self) -> str:
+        self.count += 1
+        if self.count == self._at and self._mode == "raised":
+            signal.raise_signal(signal.SIGTERM)
+        elif self.count == self._at:
+            Dropping()
+        return ""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("one") / "model", layers=1)
+
+
+def compress(model: Path, output: Path) -> int:
+    return main(["compress", str(model), str(output), *FLAGS])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("mode", ["raised", "dropped"])
+def test_a_signal_at_any_operation_ends_the_run_and_the_same_command_completes_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(lease, "_BEAT", 60.0)  # no operations of another thread among those that are counted
+    assert compress(model, tmp_path / "straight") == 0
+    expected, number, codes = contents(tmp_path / "straight"), 1, set()
+    while True:
+        files = InterruptedFiles(LocalFiles(), mode, number)
+        monkeypatch.setattr(store, "files_at", lambda scheme, files=files: files)
+        place = tmp_path / str(number)
+        code = compress(model, place)
+        monkeypatch.setattr(store, "files_at", lambda scheme: LocalFiles())
+        if files.count < number:
+            break
+        codes.add(code)
+        assert compress(model, place) == 0
+        assert contents(place) == expected
+        number += 5
+    assert codes == {interrupt.EXIT_CODE}
+    assert number > 30
+
+
+def test_handlers_are_as_before_when_a_run_in_another_program_ends(model: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert compress(model, tmp_path / "out") == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_what_is_held_is_whole_before_a_signal_arrives() -> None:
+    steps = []
+    with interrupt.listening():
+        with pytest.raises(KeyboardInterrupt), interrupt.held():
+            signal.raise_signal(signal.SIGINT)
+            with interrupt.held():
+                steps.append("inner")
+            steps.append("outer")
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+    assert steps == ["inner", "outer"]
+
+
+def test_two_signals_at_once_are_one() -> None:
+    """`timeout` sends to the process and to its group."""
+    with interrupt.listening():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # while the first one is being cleaned up after
+
+
+@contextmanager
+def process(*argv: object, code: str = "") -> Iterator["subprocess.Popen[str]"]:
+    """A command that listens to signals already."""
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "jobs", *map(str, argv)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as running:
+        try:
+            while not _listens(running.pid):
+                assert running.poll() is None, running.communicate()
+                time.sleep(0.005)
+            yield running
+        finally:
+            running.kill()
+
+
+def _listens(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught & 1 << (signal.SIGTERM - 1))
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks for handlers in /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3, 0.7, 1.5])
+def test_a_command_that_is_still_being_imported_or_planned_ends(
+    model: Path, tmp_path: Path, delay: float, number: int
+) -> None:
+    flags = ["--local", "--bits", "4", "--n-init", "4000"]  # it has far more to do than it is given time
+    with process("compress", model, tmp_path / "out", *flags) as running:
+        time.sleep(delay)
+        running.send_signal(number)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == interrupt.EXIT_CODE, out + err
+    assert "Traceback" not in err
+    assert "run the same command again" in err
+
+
+@needs_proc
+def test_a_second_signal_ends_a_process_that_calculates_without_looking_at_signals() -> None:
+    code = (
+        "import time, torch, sys\n"
+        "from pipeline.run import interrupt\n"
+        "torch.set_num_threads(1)\n"
+        "weight = torch.randn(3000, 3000, dtype=torch.float64)\n"
+        "with interrupt.listening():\n"
+        "    print('now', flush=True)\n"
+        "    torch.linalg.svd(weight)\n"
+    )
+    with process(code=code) as running:
+        assert running.stdout
+        running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        time.sleep(interrupt._SAME + 0.1)
+        assert running.poll() is None, "the first one waits for the calculation"
+        running.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        assert running.wait(20) == interrupt.EXIT_CODE
+        assert time.monotonic() - started < 5
