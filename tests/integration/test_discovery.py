@@ -161,11 +161,11 @@ def test_what_is_no_head_is_said_to_be_none(answer: bytes) -> None:
 def test_a_head_that_says_nonsense_is_none(monkeypatch: pytest.MonkeyPatch, about: bytes) -> None:
     reply = gcs_service_pb2.InternalKVGetReply(value=about)
     monkeypatch.setattr(FakeHead, "InternalKVGet", lambda self, request, context: reply)
-    with head() as address, pytest.raises(ClusterError, match="no Ray cluster|not the head"):
+    with head() as address, pytest.raises(ClusterError, match="no Ray cluster"):
         discovery.ask(address)
 
 
 @pytest.mark.parametrize("address", ["auto", "http://127.0.0.1:8265", "127.0.0.1:9", "ray://127.0.0.1:9"])
 def test_an_address_that_cannot_be_is_refused_at_once(address: str) -> None:
-    with pytest.raises(ClusterError, match="no Ray cluster|dashboard"):
+    with pytest.raises(ClusterError, match=r"no Ray cluster|dashboard"):
         cluster._joinable(address)

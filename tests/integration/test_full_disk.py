@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -122,9 +123,9 @@ def test_a_real_disk_that_fills_up(
     def write(self: LocalFiles, path: str, pieces: Iterable[Bytes]) -> None:
         real(self, path, pieces)
         if ".swsc/done/" in path and not (small_disk / "fill").exists():
-            with pytest.raises(OSError, match="No space"), (small_disk / "fill").open("wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
+            with suppress(OSError), (small_disk / "fill").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
 
     monkeypatch.setattr(LocalFiles, "write", write)
     assert main(["compress", str(tiny_model), str(small_disk / "out"), *COMPRESS]) == 1

@@ -84,12 +84,17 @@ def test_handlers_are_as_before_when_a_run_in_another_program_ends(model: Path, 
 
 def test_what_is_held_is_whole_before_a_signal_arrives() -> None:
     steps = []
-    with interrupt.listening():
-        with pytest.raises(KeyboardInterrupt), interrupt.held():
+
+    def work() -> None:
+        with interrupt.held():
             signal.raise_signal(signal.SIGINT)
             with interrupt.held():
                 steps.append("inner")
             steps.append("outer")
+
+    with interrupt.listening():
+        with pytest.raises(KeyboardInterrupt):
+            work()
         with pytest.raises(KeyboardInterrupt):
             interrupt.check()
     assert steps == ["inner", "outer"]

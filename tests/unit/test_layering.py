@@ -29,7 +29,7 @@ PLUG_IN_DOORS = {
 }
 # foreign library -> the files through whose door it comes in
 DOORS = {
-    "ray": {"pipeline/run/cluster.py", "pipeline/run/ray_pool.py"},
+    "ray": {"pipeline/run/cluster.py", "pipeline/run/discovery.py", "pipeline/run/ray_pool.py"},
     # read and written by byte range (pipeline/model/checkpoint.py says why), but for models that are mapped into memory whole
     "safetensors": {"pipeline/measure/perplexity.py"},
     "transformers": {
