@@ -16,6 +16,7 @@ from pipeline.config import (
     PushSettings,
     SourceSettings,
 )
+from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import describe
 from pipeline.flows.preflight import note_left_out, require_output
@@ -59,12 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
     note_left_out(source)
     plan = make_plan(source, settings)
     require_coverage(plan, output.require_coverage)
-    threads, cache = cluster.threads_per_worker, cache_of(calibration, arguments.output)
-    require_output(source, plan, arguments.output, settings, threads, cache, output.overwrite)
+    bare, cache = Arithmetic(cluster.threads_per_worker, None), cache_of(calibration, arguments.output)
+    require_output(source, plan, arguments.output, settings, bare, cache, output.overwrite)
     if evaluation:
         evaluation = within_positions(evaluation, source.config)
         make_windows(arguments.model, evaluation)  # a text that does not do is told of before hours of work
-    from pipeline.run.cluster import make_pool  # late: importing Ray takes a second, and a mistake should show before
+    # late: importing Ray takes a second, and a mistake should show before
+    from pipeline.run.arithmetic import arithmetic_of
+    from pipeline.run.cluster import make_pool
 
     pools = partial(make_pool, cluster, later=max(stage_bytes(source, plan, settings, calibration).values()))
     if trust.verify_source:
@@ -73,9 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
         source = verified(source, trust.verify_source, pools)
         plan = make_plan(source, settings)
     unseen = [arguments.text] if arguments.text else []
-    plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, unseen)
+    arithmetic = arithmetic_of(cluster)
+    plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, arithmetic, unseen)
     report = produce(
-        source, plan, arguments.output, settings, calibration, calibrated, threads, pools, output.overwrite
+        source, plan, arguments.output, settings, calibration, calibrated, arithmetic, pools, output.overwrite
     )
     summarise(arguments.output, report)
     if evaluation:
@@ -83,7 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         summarise_evaluation(evaluate_model(arguments.output, evaluation, pools))
     if arguments.push:
-        address = push_output(arguments.output, arguments.push, PushSettings(private=arguments.private), pools)
+        address = push_output(
+            arguments.output, arguments.push, PushSettings(private=arguments.private), partial(pools, on_cpu=True)
+        )
         print(f"{arguments.output}: pushed, {address}")
     return 0
 

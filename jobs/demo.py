@@ -49,12 +49,13 @@ def _compress(model: Path, output: Path, cluster: ClusterSettings) -> None:
     from pipeline.flows.compress import compress_model
     from pipeline.model.checkpoint import open_checkpoint
     from pipeline.model.plan import make_plan
+    from pipeline.run.arithmetic import arithmetic_of
     from pipeline.run.cluster import make_pool
 
     settings, source = CompressSettings(), open_checkpoint(str(model))
     plan = make_plan(source, settings)
     pools = partial(make_pool, cluster)
-    summarise(str(output), compress_model(source, plan, str(output), settings, cluster.threads_per_worker, pools))
+    summarise(str(output), compress_model(source, plan, str(output), settings, arithmetic_of(cluster), pools))
 
 
 def _sweep(model: Path, text: Path) -> SweepSettings:

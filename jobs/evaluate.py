@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     if "tasks" in settings:
         require_harness(settings["tasks"])
     if arguments.verify:
-        verify_output(arguments.model, pools)
+        verify_output(arguments.model, partial(pools, on_cpu=True))
     result: dict[str, Any] = {}
     if "text" in settings:
         result = evaluate_model(arguments.model, settings["text"], pools)

@@ -19,6 +19,6 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.run.cluster import make_pool
 
     print(
-        f"{arguments.model}: pushed, {push_output(arguments.model, arguments.repo, settings, partial(make_pool, cluster))}"
+        f"{arguments.model}: pushed, {push_output(arguments.model, arguments.repo, settings, partial(make_pool, cluster, on_cpu=True))}"
     )
     return 0

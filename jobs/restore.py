@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from pipeline.run.cluster import make_pool
 
-    pools = partial(make_pool, cluster_of(arguments))
+    pools = partial(make_pool, cluster_of(arguments), on_cpu=True)
     if arguments.verify:
         verify_output(arguments.model, pools)
     report = restore_model(

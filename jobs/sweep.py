@@ -56,10 +56,11 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
 
 def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, store: Store) -> SweepResult:
     """Run the sweep and write its results, whatever stops it."""
+    from pipeline.run.arithmetic import arithmetic_of
     from pipeline.run.cluster import make_pool
 
-    sweep.calibrate(partial(make_pool, cluster), f"{store.root}/results.json", cluster.threads_per_worker)
-    pool = make_pool(cluster, sweep.total_tasks, sweep.worker_bytes)
+    sweep.calibrate(partial(make_pool, cluster), f"{store.root}/results.json", arithmetic_of(cluster))
+    pool = make_pool(cluster, sweep.total_tasks, sweep.worker_bytes, sweep.device_bytes)
     try:
         sweep.run(pool)
     finally:

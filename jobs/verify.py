@@ -16,6 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from pipeline.run.cluster import make_pool
 
-    found = verify_output(arguments.model, partial(make_pool, cluster_of(arguments)))
+    found = verify_output(arguments.model, partial(make_pool, cluster_of(arguments), on_cpu=True))
     print(f"{arguments.model}: {found['files']} files, {found['bytes']:,} bytes, all as they were written")
     return 0

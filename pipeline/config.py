@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.matrix_config import MatrixSettings
 from pipeline.validation import CommaList, Settings
@@ -104,7 +104,12 @@ class ClusterSettings(Settings):
         None, description="Ray cluster; local: one in-process (default: one that runs on this machine, else local)"
     )
     workers: int | None = Field(None, ge=1, description="number of workers (default: what CPUs, GPUs and memory hold)")
-    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 where there are GPUs, else 0")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="at most 1; 0: calculate on CPUs (default: 1 where there are GPUs, else 0)"
+    )
+    gpu_type: str | None = Field(
+        None, min_length=1, description="model of GPU where a cluster has several, as Ray calls it (A100)"
+    )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs, and so threads, of a worker; decides the last bit")
     task_deadline: float | None = Field(
         None,
@@ -116,6 +121,13 @@ class ClusterSettings(Settings):
         description="the cluster grows on demand (Ray's autoscaler): ask for more workers than fit it now, and wait",
     )
     local: bool = Field(False, description="no Ray: a plain loop with the same bytes")
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _one_at_most(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1:
+            raise ValueError("a worker calculates on one GPU at most: choose 1 or less; more workers use more GPUs")
+        return gpus
 
     @property
     def threads_per_worker(self) -> int:

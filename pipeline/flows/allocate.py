@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.forecast import compression_bytes
+from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.moments import Moments
 from pipeline.model.plan import Decision, Plan, with_specs
 from pipeline.model.specs import budget_bytes, value_bits
@@ -83,7 +83,7 @@ def _curves(
     if moments.store.exists(file):
         kept: dict[str, Any] = moments.store.read_json(file)
         return kept
-    run = partial(_results, memory=compression_bytes(plan), make_pool=make_pool)
+    run = partial(_results, plan=plan, make_pool=make_pool)
     reaches = run([Task(i.name, "reach", (source.store, i, moments), f"reach of {i.name}") for i in infos], "reach")
     found = run(_share_tasks(source, infos, settings, moments, reaches), "curves")
     shares: dict[str, list[Any]] = {}
@@ -94,10 +94,11 @@ def _curves(
     return curves
 
 
-def _results(tasks: list[Task], what: str, memory: int, make_pool: PoolMaker) -> dict[Any, Any]:
+def _results(tasks: list[Task], what: str, plan: Plan, make_pool: PoolMaker) -> dict[Any, Any]:
     """What each task returned, by its key."""
     found: dict[Any, Any] = {}
-    run_alone(tasks, memory, lambda done: found.update({done.task.key: done.value}), make_pool, what, "tasks")
+    note = lambda done: found.update({done.task.key: done.value})  # noqa: E731
+    run_alone(tasks, compression_bytes(plan), note, make_pool, what, "tasks", device_bytes(plan))
     return found
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CalibrationSettings
+from pipeline.device import Arithmetic
 from pipeline.errors import PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.preflight import require_room
 from pipeline.measure.perplexity import ModelKey
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.forecast import calibration_bytes, moment_bytes
+from pipeline.model.forecast import calibration_bytes, calibration_device_bytes, moment_bytes
 from pipeline.model.moments import Moments, layers_of, moment_file
 from pipeline.model.output import begin
 from pipeline.model.store import Store
@@ -29,6 +30,7 @@ from pipeline.run.progress import Progress, say
 
 _SHARD_TOKENS = 8192  # tokens of one task
 _GATHERINGS = 3  # of a layer whose sums were lost with a node
+_CPU = Arithmetic(1)
 _VERSION = 5  # goes up with every change of what is gathered
 
 
@@ -71,7 +73,7 @@ class Calibration:
 
     def __init__(
         self, source: Checkpoint, infos: Sequence[TensorInfo], ids: np.ndarray, settings: CalibrationSettings, cache: str,
-        seed: int,
+        seed: int, arithmetic: Arithmetic = _CPU,
     ) -> None:  # fmt: skip
         """Begin, or go on with, a calibration.
 
@@ -80,8 +82,10 @@ class Calibration:
             ids: int64 [windows, seqlen], the tokens.
             cache: directory that all nodes see.
             seed: of the run.
+            arithmetic: of the workers; moments of one kind of GPU are not those of another.
         """
         self._source, self._ids, self._settings, self._seed = source, ids, settings, seed
+        self._arithmetic = arithmetic
         self._infos = {info.name: info for info in infos}
         identity = self._identity()
         digest = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
@@ -94,8 +98,9 @@ class Calibration:
 
     def _identity(self) -> dict[str, Any]:
         ids = hashlib.sha256(self._ids.tobytes()).hexdigest()
-        about = {"source": self._source.fingerprint, "ids": ids, "windows": list(self._ids.shape)}
-        return about | {"version": _VERSION, "seed": self._seed, "dtype": self._settings.calibration_dtype}
+        about: dict[str, Any] = {"source": self._source.fingerprint, "ids": ids, "windows": list(self._ids.shape)}
+        about |= {"version": _VERSION, "seed": self._seed, "dtype": self._settings.calibration_dtype}
+        return about | self._arithmetic.gpu
 
     def _cut(self) -> list[_Range]:
         """Layers with matrices that have no moments yet, in ranges of bounded bytes; a layer is never cut."""
@@ -144,7 +149,9 @@ class Calibration:
         require_room(self.store, sum(self._sum_bytes(part.names) for part in self._ranges))
         widest = max(self._sum_bytes(part.names) for part in self._ranges)
         tasks = len(self._ranges) * len(self._starts)
-        pool = make_pool(tasks, calibration_bytes(self._source, self._ids.shape[1], widest))
+        length, dtype = self._ids.shape[1], self._settings.calibration_dtype
+        on_gpu = calibration_device_bytes(self._source, length, widest, dtype)
+        pool = make_pool(tasks, calibration_bytes(self._source, length, widest), on_gpu)
         try:
             with Progress("calibrate", self._total_tasks, 0, "tasks") as progress:
                 for _ in range(_GATHERINGS):

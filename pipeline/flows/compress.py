@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CompressSettings
+from pipeline.device import Arithmetic
 from pipeline.errors import ClusterError, UserError, WeightsError
 from pipeline.flows.card import card_of_compression
 from pipeline.flows.preflight import begin_with_room, identity_of, require_apart
@@ -76,13 +77,13 @@ class TunedModel:
 
 
 def compress_model(
-    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, threads: int, make_pool: PoolMaker,
+    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, arithmetic: Arithmetic, make_pool: PoolMaker,
     calibrated: Calibrated | None = None, tune: Callable[[], TunedModel] | None = None,
     overwrite: bool = False, wait: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out `plan` into the directory `output`; returns the report that stands in swsc_report.json.
 
-    `threads` of a worker are part of what makes two runs the same: LAPACK's last bit depends on them.
+    `arithmetic` is part of what makes two runs the same: the last bit depends on it.
 
     `calibrated` is needed where the plan's specs measure errors by activations. `tune`, called when it turns out that there
     is anything to do, gives the matrices ready made, but for their values.
@@ -98,27 +99,31 @@ def compress_model(
     started = time.perf_counter()
     store = Store.at(output)
     require_apart(source, store)
-    identity = identity_of(source, settings, threads) | {"calibration": calibrated.fingerprint if calibrated else None}
+    identity = identity_of(source, settings, arithmetic) | {
+        "calibration": calibrated.fingerprint if calibrated else None
+    }
     with begin_with_room(store, identity, plan.stored_bytes_as(settings.format), overwrite, wait) as out:
         if out.complete:
             return {**store.read_json("swsc_report.json"), "resumed": "complete"}
-        return _carry_out(out, source, plan, settings, make_pool, calibrated, tune, started)
+        return _carry_out(out, source, plan, settings, make_pool, calibrated, tune, started, arithmetic)
 
 
 def _carry_out(
     out: Output, source: Checkpoint, plan: Plan, settings: CompressSettings, make_pool: PoolMaker,
-    calibrated: Calibrated | None, tune: Callable[[], TunedModel] | None, started: float,
+    calibrated: Calibrated | None, tune: Callable[[], TunedModel] | None, started: float, arithmetic: Arithmetic,
 ) -> dict[str, Any]:  # fmt: skip
     out = _without_other_sources(out, source)
     records = {file: record for file, (record, _) in out.finished.items()}
     rows = {row["name"]: row for _, found in out.finished.values() for row in found}
     peaks: dict[str, int] = {}
+    kernels: set[str] = set()
 
     def note(done: Done) -> None:
         record: FileRecord = done.record or done.value
         records[record.name] = record
         if done.task.method in ("compress", "apply_tuning"):
             rows.update({row["name"]: row for row in done.value["rows"]})
+            kernels.add(done.value["kernels"])
             peaks[str(done.worker)] = max(done.value["peak_rss"], peaks.get(str(done.worker), 0))
 
     moments = calibrated.moments if calibrated else None
@@ -129,6 +134,7 @@ def _carry_out(
     run_tasks(tasks, compression_bytes(plan), note, make_pool, out, "compress", 0 if ready else device_bytes(plan))
     report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["left_out"] = dict(source.left_out)
+    report["arithmetic"] = {**arithmetic.about, "kernels": sorted(kernels)}
     if source.dequantized:
         report["dequantized_from"] = vars(source.dequantized)
     report["files_of_an_earlier_run"] = len(out.finished)

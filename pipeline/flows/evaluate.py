@@ -13,7 +13,7 @@ from pipeline.measure.perplexity import ModelKey, perplexity
 from pipeline.measure.windows import Windows, make_windows, read_text
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.forecast import evaluation_bytes
+from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
 from pipeline.model.output import known_traces
 from pipeline.run.pool import Done, Task
 
@@ -46,7 +46,7 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
         losses[done.task.key] = done.value["losses"]
         dtypes.add(done.value["dtype"])
 
-    run_alone(tasks, worker_bytes(model, settings), note, make_pool, "evaluate", "parts")
+    run_alone(tasks, worker_bytes(model, settings), note, make_pool, "evaluate", "parts", on_gpu_bytes(model, settings))
     ordered = [loss for start in sorted(losses) for loss in losses[start]]
     seconds = time.perf_counter() - started
     return result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}
@@ -61,6 +61,11 @@ def require_unseen(model: Model, read: Callable[[], str], name: str) -> None:
 def worker_bytes(model: Model, settings: EvaluateSettings) -> int:
     """Peak memory of a worker that measures `model`."""
     return evaluation_bytes(model, settings.dtype, settings.batch_size * settings.seqlen)
+
+
+def on_gpu_bytes(model: Model, settings: EvaluateSettings) -> int:
+    """What of it lies on a GPU, if the worker has one."""
+    return evaluation_device_bytes(model, settings.dtype, settings.batch_size * settings.seqlen)
 
 
 def model_key(checkpoint: Checkpoint, settings: MeasureSettings) -> ModelKey:

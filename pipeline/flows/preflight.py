@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.config import CompressSettings
+from pipeline.device import Arithmetic
 from pipeline.errors import OutputError
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.lease import require_idle
@@ -29,19 +30,20 @@ def note_left_out(source: Checkpoint) -> None:
         say(f"note: {source.store.root}: left out: {shown}: {reason}")
 
 
-def identity_of(source: Checkpoint, settings: CompressSettings, threads: int) -> dict[str, Any]:
+def identity_of(source: Checkpoint, settings: CompressSettings, arithmetic: Arithmetic) -> dict[str, Any]:
     """What makes two compressions the same, as far as it is known before the calibration."""
-    about = {"source": source.fingerprint, "threads": threads, "algorithm": ALGORITHM, "format_version": FORMAT_VERSION}
-    return {**settings.model_dump(mode="json"), **about}
+    about = {"source": source.fingerprint, "algorithm": ALGORITHM, "format_version": FORMAT_VERSION}
+    return {**settings.model_dump(mode="json"), **arithmetic.about, **about}
 
 
 def require_output(
-    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, threads: int, cache: str, overwrite: bool
-) -> None:
+    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, arithmetic: Arithmetic, cache: str,
+    overwrite: bool,
+) -> None:  # fmt: skip
     """Raise OutputError for an output that `compress_model` would refuse in the end: hours of calibration may lie between."""
     store = Store.at(output)
     require_apart(source, store)
-    require_replaceable(store, identity_of(source, settings, threads), overwrite)
+    require_replaceable(store, identity_of(source, settings, arithmetic), overwrite)
     require_idle(store)
     staged = plan.stored_bytes_as("swsc") - _staged_bytes(Store.at(cache)) if settings.epochs else 0
     there = sum(store.size(name) for name in store.names())

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config import CalibrationSettings, LoadSettings
+from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError
 from pipeline.flows.allocate import allocate_plan
 from pipeline.flows.calibrate import Calibration
@@ -23,7 +24,7 @@ from pipeline.model.store import Store
 
 def prepare(
     source: Checkpoint, plan: Plan, settings: MatrixSettings, calibration: CalibrationSettings, beside: str,
-    make_pool: PoolMaker, unseen: Sequence[str] = (),
+    make_pool: PoolMaker, arithmetic: Arithmetic, unseen: Sequence[str] = (),
 ) -> tuple[Plan, Calibrated | None]:  # fmt: skip
     """The plan with its final specs, and the calibration that it rests on; both are found again if they were made before.
 
@@ -47,7 +48,9 @@ def prepare(
     if settings.preset == "data-free":
         if calibration.calibration:
             raise ConfigError("calibration means nothing to preset data-free: drop it, or choose preset best")
-        text = CalibrationText(written_windows(source, calibration, cache, settings.seed, make_pool), frozenset())
+        text = CalibrationText(
+            written_windows(source, calibration, cache, settings.seed, make_pool, arithmetic), frozenset()
+        )
     else:
         text = calibration_windows(source.store.root, calibration)
     about = _about(source, calibration, text)
@@ -58,7 +61,7 @@ def prepare(
     moments = None
     if settings.with_moments:
         infos = [decision.info for decision in plan.compressed]
-        moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed).run(make_pool)
+        moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed, arithmetic).run(make_pool)
         if settings.preset != "paper":
             plan = allocate_plan(source, plan, settings, moments, make_pool)
     return plan, Calibrated(moments, _fingerprint(plan, text, moments, calibration), about, text.ids, cache)

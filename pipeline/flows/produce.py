@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.config import CalibrationSettings, CompressSettings, Variant
+from pipeline.device import Arithmetic
 from pipeline.flows.compress import Calibrated, PoolMaker, TunedModel, compress_model, describe
 from pipeline.flows.preflight import STAGED, identity_of
 from pipeline.flows.sweep_runs import Made
@@ -20,7 +21,7 @@ from pipeline.run.progress import say
 
 def produce(
     source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, calibration: CalibrationSettings,
-    calibrated: Calibrated | None, threads: int, make_pool: PoolMaker, overwrite: bool = False,
+    calibrated: Calibrated | None, arithmetic: Arithmetic, make_pool: PoolMaker, overwrite: bool = False,
     wait: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out `plan` into `output`, and return the report.
@@ -31,35 +32,37 @@ def produce(
         As `compress_model`; ConfigError: fewer calibration windows than tuning needs.
     """
     if not settings.epochs or calibrated is None:
-        return compress_model(source, plan, output, settings, threads, make_pool, calibrated, None, overwrite, wait)
+        return compress_model(source, plan, output, settings, arithmetic, make_pool, calibrated, None, overwrite, wait)
     text = TuneText(calibrated.ids, settings.epochs, settings.seed)
     untuned = settings.model_copy(update={"tune": 0, "format": "swsc"})
-    staging = _place(STAGED, source, untuned, calibrated, threads)
+    staging = _place(STAGED, source, untuned, calibrated, arithmetic)
 
     def tune() -> TunedModel:
-        compress_model(source, plan, staging, untuned, threads, make_pool, calibrated, wait=say)
-        tuning = Tuning(source, staging, text, calibration, calibrated.cache)
+        compress_model(source, plan, staging, untuned, arithmetic, make_pool, calibrated, wait=say)
+        tuning = Tuning(source, staging, text, calibration, calibrated.cache, arithmetic)
         tuned, about = tuning.run(make_pool)
         rows = {row["name"]: row for row in describe(Store.at(staging).read_json(REPORT))}
         return TunedModel(tuned, rows, about)
 
-    return compress_model(source, plan, output, settings, threads, make_pool, calibrated, tune, overwrite, wait)
+    return compress_model(source, plan, output, settings, arithmetic, make_pool, calibrated, tune, overwrite, wait)
 
 
 def produce_variant(
-    source: Checkpoint, plan: Plan, variant: Variant, calibration: CalibrationSettings, calibrated: Calibrated, threads: int,
+    source: Checkpoint, plan: Plan, variant: Variant, calibration: CalibrationSettings, calibrated: Calibrated, arithmetic: Arithmetic,
     make_pool: PoolMaker,
 ) -> Made:  # fmt: skip
     """A tuned row of a sweep, as a directory in the cache."""
     given = {key: getattr(variant, key) for key in variant.model_fields_set & MatrixSettings.model_fields.keys()}
     settings = CompressSettings(**given)
-    output = _place("variant", source, settings, calibrated, threads)
-    report = produce(source, plan, output, settings, calibration, calibrated, threads, make_pool, wait=say)
+    output = _place("variant", source, settings, calibrated, arithmetic)
+    report = produce(source, plan, output, settings, calibration, calibrated, arithmetic, make_pool, wait=say)
     return Made(open_checkpoint(output), {row["name"]: row for row in describe(report)})
 
 
-def _place(kind: str, source: Checkpoint, settings: CompressSettings, calibrated: Calibrated, threads: int) -> str:
+def _place(
+    kind: str, source: Checkpoint, settings: CompressSettings, calibrated: Calibrated, arithmetic: Arithmetic
+) -> str:
     """A directory in the cache for one model, made in one way."""
-    identity = identity_of(source, settings, threads) | {"calibration": calibrated.fingerprint}
+    identity = identity_of(source, settings, arithmetic) | {"calibration": calibrated.fingerprint}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return f"{calibrated.cache}/{kind}-{digest}"

@@ -12,9 +12,10 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from pipeline.config import EvaluateSettings, SweepSettings
+from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError, PayloadLost
 from pipeline.flows.compress import PoolMaker
-from pipeline.flows.evaluate import deal, model_key, worker_bytes
+from pipeline.flows.evaluate import deal, model_key, on_gpu_bytes, worker_bytes
 from pipeline.flows.preflight import note_left_out
 from pipeline.flows.prepare import prepare
 from pipeline.flows.produce import produce_variant
@@ -23,7 +24,7 @@ from pipeline.flows.sweep_runs import Run, Unit, make_runs
 from pipeline.measure.windows import Windows, make_windows
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
-from pipeline.model.forecast import WORKER_BASE, compression_bytes
+from pipeline.model.forecast import WORKER_BASE, compression_bytes, device_bytes
 from pipeline.model.matrices import find_matrix
 from pipeline.model.tensors import TensorInfo
 from pipeline.run.driver import execute
@@ -77,7 +78,7 @@ class Sweep:
         self._rows: dict[Unit, dict[str, Any]] = {}
         self._loaded: dict[int, Run] = {}  # worker -> the run that it measured last
 
-    def calibrate(self, make_pool: PoolMaker, beside: str, threads: int) -> None:
+    def calibrate(self, make_pool: PoolMaker, beside: str, arithmetic: Arithmetic) -> None:
         """Give variants that measure errors by activations their moments and final specs; make those that are tuned.
 
         Raises:
@@ -89,9 +90,9 @@ class Sweep:
                 continue
             source = self._checkpoints[run.model]
             settings = self._settings.for_preset(run.variant.preset)
-            run.plan, made = prepare(source, run.plan, run.variant, settings, beside, make_pool, texts)
+            run.plan, made = prepare(source, run.plan, run.variant, settings, beside, make_pool, arithmetic, texts)
             if made and run.variant.epochs:
-                run.made = produce_variant(source, run.plan, run.variant, settings, made, threads, make_pool)
+                run.made = produce_variant(source, run.plan, run.variant, settings, made, arithmetic, make_pool)
             run.moments = made.moments if made else None
             run.begin()
         self._compressions = self._make_compressions()[::-1]
@@ -123,6 +124,14 @@ class Sweep:
         models = [Model(checkpoint, {}) for checkpoint in self._checkpoints]
         measuring = [worker_bytes(model, text) for model in models for text in self._settings.evaluations]
         return compressing + max(measuring, default=WORKER_BASE) - WORKER_BASE
+
+    @property
+    def device_bytes(self) -> int:
+        """What of it lies on a GPU, if the worker has one."""
+        compressing = max(device_bytes(run.plan) for run in self._runs if run.plan)
+        models = [Model(checkpoint, {}) for checkpoint in self._checkpoints]
+        measuring = [on_gpu_bytes(model, text) for model in models for text in self._settings.evaluations]
+        return compressing + max(measuring, default=0)
 
     def _measurements(self, run: Run) -> list[tuple[Windows, EvaluateSettings]]:
         return list(zip(self._windows[run.model], self._settings.evaluations, strict=True))

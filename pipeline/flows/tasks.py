@@ -12,7 +12,7 @@ from pipeline.flows.evaluate import model_key, require_unseen
 from pipeline.measure.harness import harness
 from pipeline.measure.perplexity import ModelKey
 from pipeline.model.artifact import Model, open_model
-from pipeline.model.forecast import evaluation_bytes
+from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
@@ -61,7 +61,7 @@ class PooledAnswers:
         self.dtype = ""
         self._model, self._key, self._settings, self._make_pool = model, key, settings, make_pool
         self._pool: Pool | None = None
-        self._made_for = (0, 0)
+        self._made_for: tuple[int, ...] = (0, 0, 0)  # tasks, bytes, bytes on a GPU
 
     def __enter__(self) -> Self:
         return self
@@ -96,18 +96,19 @@ class PooledAnswers:
             self.dtype = done.value["dtype"]
 
         source = TaskList(tasks, note)
-        pool = self._pool_for(len(tasks), evaluation_bytes(self._model, self._key.dtype, self._key.batch_size * tokens))
+        asked = self._model, self._key.dtype, self._key.batch_size * tokens
+        pool = self._pool_for(len(tasks), evaluation_bytes(*asked), evaluation_device_bytes(*asked))
         with Progress(kind, len(tasks), 0, "parts") as progress:
             execute(pool, source, progress)
         source.raise_failures()
         return [answers for start in sorted(found) for answers in found[start]]
 
-    def _pool_for(self, tasks: int, memory: int) -> Pool:
+    def _pool_for(self, *needs: int) -> Pool:
         """The pool that is there, with its loaded models, or a larger one where it was made for less."""
-        if self._pool is None or tasks > self._made_for[0] or memory > self._made_for[1]:
+        if self._pool is None or any(need > made for need, made in zip(needs, self._made_for, strict=True)):
             if self._pool:
                 self._pool.close()
                 self._pool = None
-            self._made_for = max(tasks, self._made_for[0]), max(memory, self._made_for[1])
-            self._pool = self._make_pool(*self._made_for, 0)
+            self._made_for = tuple(map(max, needs, self._made_for))
+            self._pool = self._make_pool(*self._made_for)
         return self._pool

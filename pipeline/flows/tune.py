@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CalibrationSettings
+from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError, PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.measure.tuner import Tuned, TuneKey
 from pipeline.model.checkpoint import MANIFEST, Checkpoint
-from pipeline.model.forecast import tuning_bytes
+from pipeline.model.forecast import tuning_bytes, tuning_device_bytes
 from pipeline.model.output import Output, begin
 from pipeline.model.parts import DONE
 from pipeline.model.store import Store
@@ -67,8 +68,9 @@ class Tuning:
     """One tuning of one compressed model; what it finds is kept in `cache` for every later run of the same."""
 
     def __init__(
-        self, source: Checkpoint, compressed: str, text: TuneText, settings: CalibrationSettings, cache: str
-    ) -> None:
+        self, source: Checkpoint, compressed: str, text: TuneText, settings: CalibrationSettings, cache: str,
+        arithmetic: Arithmetic,
+    ) -> None:  # fmt: skip
         self._source, self._text = source, text
         dtype = settings.calibration_dtype
         self._key = TuneKey(source.store.root, compressed, dtype, settings.trust_remote_code)
@@ -76,6 +78,7 @@ class Tuning:
         self.identity = {
             "source": source.fingerprint, "compressed": _digest_of(compressed), "epochs": text.epochs, "seed": text.seed,
             "ids": hashlib.sha256(text.ids.tobytes()).hexdigest(), "dtype": dtype, "version": _VERSION,
+            **arithmetic.gpu,
         }  # fmt: skip
         digest = hashlib.sha256(repr(sorted(self.identity.items())).encode()).hexdigest()[:16]
         self._store = Store.at(f"{cache}/tuned-{digest}")
@@ -112,7 +115,9 @@ class Tuning:
         return self._go_on(self._kept, make_pool)
 
     def _go_on(self, done: int, make_pool: PoolMaker) -> None:
-        pool = make_pool(len(self._batches[0]), tuning_bytes(self._source, self._text.ids.shape[1]))
+        length = self._text.ids.shape[1]
+        on_gpu = tuning_device_bytes(self._source, length, self._key.dtype)
+        pool = make_pool(len(self._batches[0]), tuning_bytes(self._source, length), on_gpu)
         try:
             with Progress("tune", self._tasks_after(done), 0, "tasks") as progress:
                 execute(pool, StagedTasks(self._stages(done)), progress)

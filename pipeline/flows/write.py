@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CalibrationSettings
+from pipeline.device import Arithmetic
 from pipeline.flows.calibrate import calibration_key
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.windows import load_tokenizer, opening_of
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.forecast import calibration_bytes
+from pipeline.model.forecast import calibration_bytes, calibration_device_bytes
 from pipeline.model.store import Store
 from pipeline.run.pool import Done, Task
 
@@ -23,7 +24,12 @@ _VERSION = 1  # goes up with every change of what is written
 
 
 def written_windows(
-    source: Checkpoint, settings: CalibrationSettings, cache: str, seed: int, make_pool: PoolMaker
+    source: Checkpoint,
+    settings: CalibrationSettings,
+    cache: str,
+    seed: int,
+    make_pool: PoolMaker,
+    arithmetic: Arithmetic,
 ) -> np.ndarray:
     """Windows of the model's own text, int64 [windows, seqlen]; read again if they were written before.
 
@@ -33,6 +39,7 @@ def written_windows(
     count, length = settings.calibration_windows, settings.calibration_seqlen
     opening = opening_of(load_tokenizer(source.store.root, settings.trust_remote_code))
     identity = [source.fingerprint, count, length, seed, settings.calibration_dtype, opening.tolist(), _VERSION]
+    identity += [arithmetic.gpu] if arithmetic.gpu else []
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     store, name = Store.at(cache), f"written-{digest}.json"
     if store.exists(name):
@@ -49,7 +56,15 @@ def written_windows(
         )
         for first in range(0, count, _BATCH)
     ]
-    run_alone(tasks, calibration_bytes(source, length, 0), note, make_pool, "write text", "parts")
+    run_alone(
+        tasks,
+        calibration_bytes(source, length, 0),
+        note,
+        make_pool,
+        "write text",
+        "parts",
+        calibration_device_bytes(source, length, 0, settings.calibration_dtype),
+    )
     ids = np.concatenate([written[first] for first in sorted(written)])
     store.write_json(name, ids.tolist())
     return ids

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
+from pipeline.device import deterministic
 from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.hooks import Hooks, Sums
 from pipeline.measure.perplexity import ModelKey, forward, load_model
@@ -49,7 +50,7 @@ class Calibrator:
         names = list(names)
         for name in names:
             hooks.add(name)
-        with hooks:
+        with hooks, deterministic(self._device):
             for index, window in enumerate(windows, first):
                 self._backward(window, torch.Generator().manual_seed((seed << 32) + index))
                 _require_finite(sums, index)

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pipeline.device import spoils_the_process
 from pipeline.errors import CheckpointError, NonFiniteError, SwscError, TextError
 from pipeline.measure.slots import Slot, find_matrix_slot
 from pipeline.model.artifact import Model, open_model
@@ -162,6 +163,8 @@ def _told_of(key: ModelKey) -> Iterator[None]:
     except SwscError:
         raise  # of ours, and said already: a store that does not answer is asked again
     except Exception as error:  # code that a model brings may raise anything
+        if spoils_the_process(error):
+            raise  # a GPU that is full or broken says nothing about the checkpoint
         require_no_code(key.location, error)
         raise CheckpointError(f"{key.location}: transformers cannot load it: {_first_line(error)}") from None
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.device import deterministic
 from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.perplexity import ModelKey, forward, load_model
 from pipeline.measure.slots import find_matrix_slot
@@ -68,7 +69,7 @@ class Tuner:
 
     def divergence(self, windows: np.ndarray) -> float:
         """Sum over all tokens of KL(p ‖ q), for windows int64 [count, length]."""
-        with torch.inference_mode():
+        with torch.inference_mode(), deterministic(self._device):
             return sum(self._compare(window, backward=False) for window in windows)
 
     def gradients(self, windows: np.ndarray) -> tuple[float, Values]:
@@ -87,7 +88,8 @@ class Tuner:
             for parameter, names in sharing.items()
         ]
         try:
-            total = sum(self._compare(window, backward=True) for window in windows)
+            with deterministic(self._device):
+                total = sum(self._compare(window, backward=True) for window in windows)
         finally:
             for handle in handles:
                 handle.remove()

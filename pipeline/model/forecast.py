@@ -146,6 +146,32 @@ def calibration_bytes(source: Checkpoint, seqlen: int, moments: int) -> int:
     return WORKER_BASE + 6 * source.weights + moments + 4 * (activations + 5 * seqlen * text.get("vocab_size", 0))
 
 
+def evaluation_device_bytes(model: Model, dtype: str, tokens: int) -> int:
+    """The part of `evaluation_bytes` that lies on a GPU: weights in the dtype that is calculated in, and logits."""
+    value_bytes = _value_bytes(model.checkpoint, dtype)
+    text = {**model.config, **(model.config.get("text_config") or {})}
+    return model.weights * value_bytes + tokens * int(text.get("vocab_size", 0)) * (value_bytes + 4)
+
+
+def calibration_device_bytes(source: Checkpoint, seqlen: int, moments: int, dtype: str) -> int:
+    """The part of `calibration_bytes` that lies on a GPU, where weights have the dtype that is calculated in."""
+    others = calibration_bytes(source, seqlen, moments) - WORKER_BASE - 6 * source.weights
+    return others + source.weights * _value_bytes(source, dtype)
+
+
+def tuning_device_bytes(source: Checkpoint, seqlen: int, dtype: str) -> int:
+    """The part of `tuning_bytes` that lies on a GPU: two models, the stored parts of one of them, and one whole gradient."""
+    largest = max(info.count for info in source.tensors.values())
+    return calibration_device_bytes(source, seqlen, source.weights * _value_bytes(source, dtype), dtype) + 8 * largest
+
+
+def _value_bytes(source: Checkpoint, dtype: str) -> int:
+    """Bytes of a value on a GPU, where "auto" is the checkpoint's own dtype, by most of its bytes."""
+    if dtype != "auto":
+        return 4 if dtype == "float32" else 2
+    return max(2, -(-sum(info.nbytes for info in source.tensors.values()) // source.weights)) if source.weights else 2
+
+
 def tuning_bytes(source: Checkpoint, seqlen: int) -> int:
     """Peak memory of a worker that tunes on windows of `seqlen` tokens: as to calibrate, with a second model."""
     return calibration_bytes(source, seqlen, 4 * source.weights)

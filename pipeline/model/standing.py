@@ -22,6 +22,7 @@ ADAPTER = "swsc_adapter"  # folder of what stock PEFT reads beside a dense model
 _REPLACED = ".swsc/replaced.json"  # names of files of an output that this one replaces
 FINISHING = ".swsc/finishing.json"  # names of the files beside tensors that a run was about to write
 OURS = re.compile(r"(model-\d+-of-\d+\.safetensors|.*\.partial)$")  # names of tensor files and of unfinished files
+_ARITHMETIC = ("device", "torch")  # keys of an identity that an unfinished output must not change on the way
 _HASHING = 8  # files at a time
 
 Finished = dict[str, tuple[FileRecord, list[dict[str, Any]]]]  # by name of the file: its record, and rows of the report
@@ -37,12 +38,14 @@ def require_replaceable(store: Store, identity: Mapping[str, Any], overwrite: bo
     if overwrite:
         return
     if store.exists(MANIFEST):
-        _same(store, _read_own(store, MANIFEST, "identity")["identity"], identity, identity)
+        _same_settings(store, _read_own(store, MANIFEST, "identity")["identity"], identity, identity)
     elif store.exists(RUN):
         _same(store, _read_own(store, RUN), identity, identity)
 
 
 def digest_of(identity: Mapping[str, Any]) -> str:
+    """Hash of the settings of a run. Runs that differ in the arithmetic alone are told apart before it is asked for."""
+    identity = _settings_of(identity)
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -52,7 +55,7 @@ def is_finished(store: Store, identity: dict[str, Any], overwrite: bool) -> bool
         return False
     try:
         manifest = _read_own(store, MANIFEST, "identity", "files")
-        _same(store, manifest["identity"], identity)
+        _same_settings(store, manifest["identity"], identity)
         _require_whole(store, manifest["files"])
     except UserError:  # another output, a damaged one, or one whose manifest names what is outside
         if overwrite:
@@ -133,7 +136,31 @@ def read_list(store: Store, name: str) -> list[str]:
     return [str(one) for one in value] if isinstance(value, list) else []
 
 
+def _settings_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if key not in _ARITHMETIC}
+
+
 def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str] | None = None) -> None:
+    """Raise OutputError unless settings and arithmetic are the same; of what an earlier version began, the latter is not known."""
+    _same_settings(store, before, now, keys)
+    changed = [
+        f"{key} {before[key]} -> {now[key]}"
+        for key in _ARITHMETIC
+        if key in before and key in now and before[key] != now[key]
+    ]
+    if changed:
+        raise OutputError(
+            f"{store.root}: was begun with other arithmetic ({'; '.join(changed)}), and would hold bytes of two kinds: go on as it was"
+            " begun (--gpus-per-worker 0 calculates on CPUs), choose another directory, or replace it by --overwrite"
+        )
+
+
+def _same_settings(
+    store: Store, before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str] | None = None
+) -> None:
+    """Raise OutputError unless the settings are the same. What is finished may have been calculated anywhere."""
+    before, now = _settings_of(before), _settings_of(now)
+    keys = None if keys is None else _settings_of(dict.fromkeys(keys))
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*before, *now} if keys is None else keys)

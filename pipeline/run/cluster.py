@@ -21,15 +21,20 @@ from ray._private import utils as ray_utils
 from ray.exceptions import RayError
 
 from pipeline.config import ClusterSettings
+from pipeline.device import require_gpu
 from pipeline.errors import ClusterError
 from pipeline.run import interrupt
+from pipeline.run.actor import GPU_ENVIRONMENT
 from pipeline.run.discovery import found_here, require_joinable
 from pipeline.run.pool import LocalPool, Pool
 from pipeline.run.progress import say
-from pipeline.run.ray_pool import RayPool, require_gpu
+from pipeline.run.ray_pool import RayPool
 from pipeline.run.worker import Worker
 
 _CONNECT_SECONDS = 10.0
+_TYPE = "accelerator_type:"  # how Ray's names of resources begin that stand for models of GPUs
+# What CUDA takes beside what is calculated with: its context and workspaces on the GPU, its libraries in the host's memory.
+_CUDA_DEVICE, _CUDA_HOST = 1_000_000_000, 2_500_000_000
 
 
 @dataclass(frozen=True)
@@ -39,23 +44,33 @@ class Need:
     cpus: float
     gpus: float
     memory: int = 0  # bytes; 0: not asked for
+    gpu_type: str | None = None  # as Ray calls it
 
     def fitting(self, node: dict[str, float]) -> int:
         """Workers that fit one node: none ever spans two."""
-        wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
+        wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory, **self._type}
         return min(int(node.get(name, 0) / amount) for name, amount in wanted.items() if amount)
 
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """As Ray's actors want to be told."""
         memory = {"memory": self.memory} if self.memory else {}
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus, **memory}
+        environment = {"runtime_env": {"env_vars": GPU_ENVIRONMENT}} if self.gpus else {}
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, **memory, "resources": self._type, **environment}
+
+    @property
+    def _type(self) -> dict[str, float]:
+        """A node with a GPU of the type has one of this resource, of which any share will do."""
+        return {f"{_TYPE}{self.gpu_type}": 0.001} if self.gpu_type and self.gpus else {}
 
     def __str__(self) -> str:
         memory = f" and {self.memory / 1e9:.1f} GB of memory" if self.memory else ""
-        return f"{self.cpus:g} CPUs, {self.gpus:g} GPUs{memory}"
+        kind = f" of type {self.gpu_type}" if self.gpu_type else ""
+        return f"{self.cpus:g} CPUs, {self.gpus:g} GPUs{kind}{memory}"
 
 
-def make_pool(settings: ClusterSettings, tasks: int, memory: int, device: int = 0, later: int = 0) -> Pool:
+def make_pool(
+    settings: ClusterSettings, tasks: int, memory: int, device: int = 0, later: int = 0, on_cpu: bool = False
+) -> Pool:
     """A pool for `tasks` tasks: local, or actors on the cluster that `settings` names.
 
     As many workers are made as fit; a number of workers that the user gave stands whatever the forecast says.
@@ -64,16 +79,20 @@ def make_pool(settings: ClusterSettings, tasks: int, memory: int, device: int = 
         memory: bytes that a worker is foretold to need.
         device: those of them that lie on its GPU, if it has one; 0: not foretold.
         later: `memory` of pools to come, that must fit as well.
+        on_cpu: the tasks touch no device: their workers take no GPU.
 
     Raises:
         ClusterError: no cluster at the address, or one that can never hold a worker; a GPU that is too small.
     """
+    if on_cpu:
+        settings = settings.model_copy(update={"gpus_per_worker": 0.0})
+    device += _CUDA_DEVICE if device else 0
     if settings.local:
         import torch
 
-        on_gpu = torch.cuda.is_available() and settings.gpus_per_worker != 0
-        require_gpu(device, torch.cuda.get_device_properties(0).total_memory if on_gpu else 0)
-        return LocalPool(Worker(settings.threads_per_worker, "cuda" if on_gpu else "cpu"))
+        where = _local_device(settings)
+        require_gpu(device, torch.cuda.get_device_properties(0).total_memory if where == "cuda" else 0)
+        return LocalPool(Worker(settings.threads_per_worker, where))
     started_here = _connect(settings.address)
     _need(settings, _nodes(), max(memory, later))
     need = _need(settings, _nodes(), memory)
@@ -86,6 +105,25 @@ def make_pool(settings: ClusterSettings, tasks: int, memory: int, device: int = 
         waiting_for=partial(_waiting_for, need),
         device=device,
     )
+
+
+def _local_device(settings: ClusterSettings) -> str:
+    """torch's name of the device of a worker on this machine."""
+    import torch
+
+    return "cuda" if settings.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
+
+
+def _require_one_type(need: Need, nodes: list[dict[str, float]]) -> None:
+    """Raise ClusterError if workers may get GPUs of several models: their bytes would differ."""
+    types = sorted(
+        {name.removeprefix(_TYPE) for node in nodes if need.fitting(node) for name in node if name.startswith(_TYPE)}
+    )
+    if len(types) > 1 and need.gpu_type is None:
+        raise ClusterError(
+            f"the cluster has GPUs of several models ({', '.join(types)}), whose bytes differ: choose one by --gpu-type, or"
+            " calculate on CPUs by --gpus-per-worker 0"
+        )
 
 
 def workers_for(settings: ClusterSettings, tasks: int, memory: int, later: int = 0) -> int:
@@ -102,7 +140,9 @@ def workers_for(settings: ClusterSettings, tasks: int, memory: int, later: int =
 def _need(settings: ClusterSettings, nodes: list[dict[str, float]], memory: int) -> Need:
     """What a worker asks for. Raises ClusterError if the cluster cannot hold as many as were asked for, and will not grow."""
     gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(_most(nodes, "GPU") > 0)
-    bare = Need(settings.cpus_per_worker, gpus)
+    bare = Need(settings.cpus_per_worker, gpus, gpu_type=settings.gpu_type)
+    if gpus:
+        _require_one_type(bare, nodes)
     room = sum(map(bare.fitting, nodes))
     if settings.elastic:
         if not room and settings.gpus_per_worker is None:
@@ -114,6 +154,7 @@ def _need(settings: ClusterSettings, nodes: list[dict[str, float]], memory: int)
             f"{settings.workers or 1} workers of {bare} do not fit the cluster, which has {_sum(nodes)};"
             " lower --workers, --cpus-per-worker or --gpus-per-worker, or say --elastic if an autoscaler is to add nodes"
         )
+    memory += _CUDA_HOST if gpus else 0
     need = bare if settings.workers else replace(bare, memory=memory)
     if not settings.elastic and not any(map(need.fitting, nodes)):
         raise ClusterError(

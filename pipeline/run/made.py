@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.model.matrices import Joined, lies_as, rows_of, tensor_of
 from pipeline.model.parts import Part, to_part
 from pipeline.model.tensors import DTYPES, TensorInfo, View
+from pipeline.run.heap import peak_rss
 from swsc_core import Encoded
 from swsc_core.codec import dtype_name
 from swsc_core.format import part_name
@@ -91,3 +92,8 @@ def errors_of(info: TensorInfo, encoded: Encoded) -> dict[str, float]:
         "mean_squared_error": encoded.squared_error / info.count,
         "mean_square": encoded.squared_norm / info.count,
     }
+
+
+def measured(rows: list[dict[str, Any]], kernels: str) -> dict[str, Any]:
+    """What a worker says of a finished layer; `kernels`: vector instructions of its CPU, or its GPU."""
+    return {"rows": rows, "peak_rss": peak_rss(), "kernels": kernels}

@@ -7,6 +7,7 @@ which task goes where, and what happens after a failure, is the driver's decisio
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pipeline.device import ROOM, is_out_of_memory, spoils_the_process
 from pipeline.errors import FULL, DiskFull, RunError, SwscError, UserError
 from pipeline.model.lease import Ticket
 from pipeline.model.parts import commit
@@ -91,7 +92,10 @@ class LocalPool:
             value, payloads = (result[0], tuple(result[1:])) if task.outputs else (result, ())
             record = commit(*task.commit_to, payloads[0]) if task.commit_to else None
         except Exception as error:
-            return Done(task, error=as_swsc_error(error, task))
+            found = as_swsc_error(error, task)
+            if spoils_the_process(error) and not is_out_of_memory(error):
+                raise RunError(f"{found}: this process can do no more on its GPU; run the same command again") from None
+            return Done(task, error=found)
         return Done(task, value, payloads, record)
 
     def waiting_for(self) -> str:
@@ -109,5 +113,11 @@ def as_swsc_error(error: BaseException, task: Task) -> SwscError:
         return type(error)(f"{task.label}: {error}")
     if isinstance(error, OSError) and error.errno in FULL:
         return DiskFull.of(error)
+    if is_out_of_memory(error):
+        return RunError(f"{task.label}: the memory of the GPU does not do ({_first_line(error)}); {ROOM}")
     reason = " ".join(str(error).split())
     return RunError(f"{task.label}: {type(error).__name__}: {reason}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

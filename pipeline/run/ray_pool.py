@@ -5,6 +5,7 @@ or cannot use its GPU any more is replaced here, and the driver decides about it
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, OutOfDiskError, RayError, RayTaskError
 
-from pipeline.errors import ClusterError, DiskFull, NodeLost, PayloadLost, RunError, SwscError, WorkerLost
+from pipeline import device as gpu
+from pipeline.errors import DiskFull, NodeLost, PayloadLost, RunError, SwscError, WorkerLost
 from pipeline.model.parts import commit
 from pipeline.run import interrupt
+from pipeline.run.actor import ActorWorker
 from pipeline.run.pool import Done, Task, as_swsc_error
-from pipeline.run.worker import Worker
 
 _WAIT_SECONDS = 1.0
 _COMMITS_PER_WORKER = 2  # payloads waiting to be written; bounds what lies in the object store
@@ -25,25 +27,9 @@ _DEATHS, _DEATHS_PER_WORKER = 30, 5  # in a row, without a task that ended well:
 _LOOK_SECONDS = 10.0  # between two looks at what has joined the cluster
 # A task hangs if it takes _TIMES as long as the longest of its kind so far, and no less than _LEAST_SECONDS:
 _TIMES, _LEAST_SECONDS = 20.0, 600.0
+_OUT_OF_MEMORY = 2  # tries of a task that finds the memory of a GPU too small: another process may have the room
+_OUT_OF_MEMORY_IN_A_ROW = 3 * _OUT_OF_MEMORY  # of any tasks, without one that ended well: the run is not for these GPUs
 _COMMITS, _FIRST_COMMIT_SECONDS = "commit", 180.0  # the kind that commits are, and how long one may be foreseen to take
-
-
-class ActorWorker(Worker):
-    """A worker that finds its own device."""
-
-    def __init__(self, threads: int) -> None:
-        import torch
-
-        super().__init__(threads, "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
-
-    def place(self) -> tuple[str, int]:
-        """Ray's name of the node that it is on, and bytes of its GPU, or of its share of one; 0: it has none."""
-        import torch
-
-        gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
-        on_gpu = self.device == "cuda" and gpus > 0
-        nbytes = int(min(1.0, gpus) * torch.cuda.get_device_properties(0).total_memory) if on_gpu else 0
-        return ray.get_runtime_context().get_node_id(), nbytes
 
 
 _ACTOR = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")(ActorWorker)
@@ -69,12 +55,13 @@ class RayPool:
     def __init__(
         self,
         room: Callable[[], int],
-        options: dict[str, float],
+        options: dict[str, Any],
         threads: int,
         started_here: bool,
         deadline: float | None,
         waiting_for: Callable[[], str],
         device: int = 0,
+        kind: str | None = None,
     ) -> None:
         """Begin all workers.
 
@@ -86,6 +73,7 @@ class RayPool:
             deadline: seconds of a task, if the user set any.
             waiting_for: what a worker needs and what there is of it, in words.
             device: bytes that a worker is foretold to need of its GPU, if it has one.
+            kind: of device that every worker must have; None: that of the first one.
         """
         self.size = room()
         self._room, self._looked = room, time.monotonic()
@@ -93,6 +81,10 @@ class RayPool:
         self._waiting_for = waiting_for
         self._longest: dict[str, float] = {}  # seconds of a finished task, by method
         self._options = options
+        self._kind = kind  # of the device of every worker
+        self.capabilities: set[str] = set()  # of the CPUs of the workers
+        self._out_of_memory: Counter[Any] = Counter()  # tries of a task, by its key
+        self._out_of_memory_in_a_row = 0
         self._threads = threads
         self._started_here = started_here
         self._coming: dict[Any, int] = {}  # what tells that a worker is up -> the worker
@@ -157,7 +149,7 @@ class RayPool:
             result = ray.get(ref)
         except RayError as error:
             return self._failed(flight, ref, error)
-        self._deaths = 0
+        self._deaths = self._out_of_memory_in_a_row = 0
         self._note_time(flight, _COMMITS if ref is flight.record else flight.task.method)
         if ref is flight.record:
             self._committing.remove(flight)
@@ -197,9 +189,13 @@ class RayPool:
     def _arrived(self, ref: Any) -> None:
         worker = self._coming.pop(ref)
         try:
-            self._nodes[worker], nbytes = ray.get(ref)
-            require_gpu(self._device, nbytes)
+            self._nodes[worker], device = ray.get(ref)
+            gpu.require_gpu(self._device, device.nbytes)
+            self._kind = gpu.require_kind(self._kind, device.kind)
+            self.capabilities.add(device.capability)
         except RayTaskError as error:
+            if isinstance(error.cause, SwscError):
+                raise error.cause from None
             raise RunError(f"a worker cannot start: {' '.join(str(error.cause).split())}") from None
         except RayError as error:
             self._replace(worker, f"start ({type(error).__name__})")
@@ -207,8 +203,10 @@ class RayPool:
     def _failed(self, flight: _Flight, ref: Any, error: RayError) -> Done:
         """An error of the task's own, or of Ray: then the process, its node or an object is gone, and it may run again."""
         own = error.cause if isinstance(error, RayTaskError) and not isinstance(error, ObjectLostError) else None
-        if own is not None and _spoils_the_process(own):
-            reason, own = f"{type(own).__name__}: {str(own).splitlines()[0]}", None
+        if own is not None and gpu.is_out_of_memory(own):
+            return self._too_small(flight, own)
+        if own is not None and gpu.spoils_the_process(own):
+            reason, own = f"{type(own).__name__}: {(str(own).splitlines() or [''])[0]}", None
         else:
             reason = type(error).__name__
         if ref is flight.record:
@@ -230,6 +228,23 @@ class RayPool:
             self._replace(flight.worker)
         elif ref is flight.report:
             self._replace(flight.worker, flight.task.label)
+        return Done(flight.task, error=found, worker=flight.worker)
+
+    def _too_small(self, flight: _Flight, error: BaseException) -> Done:
+        """A GPU's memory did not do. The same once more, in a fresh process; then it is the task's own failure.
+
+        Raises:
+            RunError: it did not do for one task after the other.
+        """
+        del self._working[flight.worker]
+        self._replace(flight.worker)
+        self._out_of_memory[flight.task.key] += 1
+        self._out_of_memory_in_a_row += 1
+        found = as_swsc_error(error, flight.task)
+        if self._out_of_memory_in_a_row >= _OUT_OF_MEMORY_IN_A_ROW:
+            raise RunError(f"one task after the other, the last one {found}")
+        if self._out_of_memory[flight.task.key] < _OUT_OF_MEMORY:
+            found = WorkerLost(str(found).removesuffix(f"; {gpu.ROOM}"))
         return Done(flight.task, error=found, worker=flight.worker)
 
     def _replace(self, worker: int, at: str = "") -> None:
@@ -257,15 +272,6 @@ class RayPool:
                 ray.shutdown()
 
 
-def require_gpu(needed: int, nbytes: int) -> None:
-    """Raise ClusterError if a GPU of `nbytes` bytes (0: none) is too small for what is foretold."""
-    if 0 < nbytes < needed:
-        raise ClusterError(
-            f"a task is foretold to need {needed / 1e9:.1f} GB of a GPU, a worker has {nbytes / 1e9:.1f} GB of one; use larger"
-            " GPUs or a larger --gpus-per-worker, or --gpus-per-worker 0 to calculate on CPUs"
-        )
-
-
 def _is_gone(node: str) -> bool:
     """Whether a node is known to be dead."""
     try:
@@ -278,10 +284,3 @@ def _given_up(flight: _Flight, why: str) -> Done:
     seconds = time.monotonic() - flight.started
     lost = WorkerLost(f"{flight.task.label}: {why}, given up after {seconds:.0f} s")
     return Done(flight.task, error=lost, worker=flight.worker)
-
-
-def _spoils_the_process(error: BaseException) -> bool:
-    """Whether a process can do nothing on its GPU after this: another one may, and it is no fault of the task."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.device import fix_arithmetic, name_of, spoils_the_process
 from pipeline.errors import WeightsError
 from pipeline.measure.adapter import adapter_tensors
 from pipeline.measure.calibration import Calibrator, sums_payload
@@ -30,7 +31,7 @@ from pipeline.model.plan import CopyTask, LayerTask
 from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensors import TensorInfo, View
 from pipeline.run.heap import peak_rss, return_freed_blocks
-from pipeline.run.made import LayerParts, errors_of, row_of
+from pipeline.run.made import LayerParts, errors_of, measured, row_of
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
 from swsc_core.curve import reach, share_left
@@ -42,8 +43,10 @@ class Worker:
     """Compresses layers, copies tensors and measures windows on one device."""
 
     def __init__(self, threads: int, device: str) -> None:
-        """`threads` are fixed because LAPACK's results depend on their number in the last bit."""
+        """`threads` are fixed: LAPACK's last bit depends on their number. Raises ClusterError: a GPU that rounds to TF32."""
         torch.set_num_threads(threads)
+        fix_arithmetic(device)
+        self.kernels = torch.backends.cpu.get_cpu_capability() if device == "cpu" else name_of(device)
         self.device = device
         self._evaluator: Evaluator | None = None
         self._calibrator: Calibrator | None = None
@@ -70,7 +73,7 @@ class Worker:
             encoded, row = self._encode(weight, source, info, specs, seed, storage_dtype, read_seconds, moments)
             made.add(info, encoded)
             rows.append(row)
-        return {"rows": rows, "peak_rss": peak_rss()}, Payload(self._finished(made, source, task), tuple(rows))
+        return measured(rows, self.kernels), Payload(self._finished(made, source, task), tuple(rows))
 
     def compress_units(
         self, source: Store, info: TensorInfo, units: Sequence[tuple[tuple[Spec, ...], int, str | None, Moments | None]]
@@ -89,10 +92,12 @@ class Worker:
         self, weight: torch.Tensor, source: Store, info: TensorInfo, read_seconds: float,
         specs: tuple[Spec, ...], seed: int, storage_dtype: str | None, moments: Moments | None,
     ) -> Payload:  # fmt: skip
-        """One way of `compress_units`; a failure becomes a row with an `error`, so that the other ways go on."""
+        """One way of `compress_units`; a failure becomes a row with an `error`, so that the other ways go on; but for one of the GPU."""
         try:
             encoded, row = self._encode(weight, source, info, specs, seed, storage_dtype, read_seconds, moments)
         except Exception as error:
+            if spoils_the_process(error):
+                raise
             return Payload((), ({"name": info.name, "error": f"{info.name}: {error}"},))
         return Payload(tuple(to_part(part, tensor) for part, tensor in encoded.tensors.items()), (row,))
 
@@ -238,7 +243,7 @@ class Worker:
             require_same(info.name, rows[info.name].get("source_sha256", {}), self._digests)
             made.add(info, encoded)
             changed.append({**rows[info.name], **errors_of(info, encoded), "entry": encoded.entry})
-        return {"rows": changed, "peak_rss": peak_rss()}, Payload(self._finished(made, source, task), tuple(changed))
+        return measured(changed, self.kernels), Payload(self._finished(made, source, task), tuple(changed))
 
     def _tuner_of(self, key: TuneKey) -> Tuner:
         if self._tuner is None or self._tuner.key != key:

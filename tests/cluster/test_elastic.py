@@ -68,7 +68,7 @@ def test_a_run_waits_for_its_first_gpu_and_takes_those_that_come(
 
 
 def test_a_run_that_waits_says_for_what(growing: Cluster, tiny_model: Path, tmp_path: Path) -> None:
-    flags = ["--elastic", "--gpus-per-worker", "5", "--address", growing.address]
+    flags = ["--elastic", "--gpus-per-worker", "1", "--cpus-per-worker", "5", "--address", growing.address]
     command = [sys.executable, "-m", "jobs", "compress", str(tiny_model), str(tmp_path / "out"), *flags]
     run = subprocess.Popen(command, cwd=ROOT, env=growing.environment, stderr=subprocess.PIPE, text=True)
     assert run.stderr is not None
@@ -77,6 +77,6 @@ def test_a_run_that_waits_says_for_what(growing: Cluster, tiny_model: Path, tmp_
     finally:
         run.terminate()
         run.communicate(timeout=60)
-    assert "waiting for one: each needs 1 CPUs, 5 GPUs" in line
+    assert "waiting for one: each needs 5 CPUs, 1 GPUs" in line
     assert "the cluster has" in line
     assert run.returncode == 130

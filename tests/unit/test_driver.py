@@ -4,11 +4,10 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-from pipeline.errors import CheckpointError, ClusterError, NodeLost, RunError, StoreError, SwscError, WorkerLost
+from pipeline.errors import CheckpointError, NodeLost, RunError, StoreError, SwscError, WorkerLost
 from pipeline.model.lease import LeaseLost
-from pipeline.run import interrupt, ray_pool
+from pipeline.run import interrupt
 from pipeline.run.driver import StagedTasks, Stages, TaskList, execute
 from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress
@@ -73,27 +72,6 @@ def test_a_task_whose_store_does_not_answer_runs_again() -> None:
     pool, finished = run("abc", {"b": [StoreError("s3://b/model: 503"), StoreError("s3://b/model: 503")]})
     assert sorted(finished) == list("abc")
     assert pool.started.count("b") == 3
-
-
-@pytest.mark.parametrize(
-    ("error", "spoils"),
-    [
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (torch.AcceleratorError("CUDA error: device-side assert triggered", 1), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("CUDA error"), False),
-    ],
-)
-def test_an_error_of_the_gpu_wants_a_fresh_process(error: Exception, spoils: bool) -> None:
-    assert ray_pool._spoils_the_process(error) == spoils
-
-
-def test_a_gpu_that_is_too_small_is_told_of_and_no_gpu_is_no_matter() -> None:
-    ray_pool.require_gpu(8_000_000_000, 8_000_000_000)
-    ray_pool.require_gpu(8_000_000_000, 0)
-    with pytest.raises(ClusterError, match=r"8\.0 GB of a GPU, a worker has 6\.0 GB of one; use larger GPUs"):
-        ray_pool.require_gpu(8_000_000_000, 6_000_000_000)
 
 
 def test_a_task_that_kills_every_worker_is_given_up_and_named_and_the_others_finish() -> None:

@@ -11,6 +11,7 @@ PACKAGES = ("swsc_core", "pipeline", "jobs")
 WINGS = (
     "errors",
     "bounded_yaml",
+    "device",
     "validation",
     "matrix_config",
     "config",
@@ -29,7 +30,7 @@ PLUG_IN_DOORS = {
 }
 # foreign library -> the files through whose door it comes in
 DOORS = {
-    "ray": {"pipeline/run/cluster.py", "pipeline/run/discovery.py", "pipeline/run/ray_pool.py"},
+    "ray": {f"pipeline/run/{name}.py" for name in ("actor", "arithmetic", "cluster", "discovery", "ray_pool")},
     # read and written by byte range (pipeline/model/checkpoint.py says why), but for models that are mapped into memory whole
     "safetensors": {"pipeline/measure/perplexity.py"},
     "transformers": {

@@ -1,0 +1,28 @@
+"""A worker as an actor of Ray, on the device that Ray gave it."""
+
+import ray
+
+from pipeline.device import Device, take_device
+from pipeline.errors import ClusterError
+from pipeline.run.worker import Worker
+
+# Slabs of many sizes would leave holes in a GPU's memory; and cuBLAS is not to round factors, whatever a node's environment says.
+GPU_ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NVIDIA_TF32_OVERRIDE": "0"}
+
+
+class ActorWorker(Worker):
+    """A worker that finds its own device."""
+
+    def __init__(self, threads: int) -> None:
+        self._refusal: ClusterError | None = None
+        try:
+            device, self._about = take_device(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
+            super().__init__(threads, device)
+        except ClusterError as error:
+            self._refusal = error  # what a constructor raises, Ray takes for a death like any other
+
+    def place(self) -> tuple[str, Device]:
+        """Ray's name of the node that it is on, and its device. Raises ClusterError: one that is not fit for use."""
+        if self._refusal:
+            raise self._refusal
+        return ray.get_runtime_context().get_node_id(), self._about
