@@ -9,7 +9,7 @@ demo: .venv/demo-installed
 
 # Two processes for what has no Ray; clusters one after the other, each wants the machine for itself.
 test: .venv/test-installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration tests/cuda_stand_in
 	$(BIN)/python -m pytest tests/cluster tests/gpu tests/vllm
 
 check: .venv/test-installed

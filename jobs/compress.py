@@ -23,7 +23,7 @@ from pipeline.flows.preflight import note_left_out, require_output
 from pipeline.flows.prepare import cache_of, prepare
 from pipeline.flows.produce import produce
 from pipeline.flows.push import push_output
-from pipeline.measure.windows import make_windows
+from pipeline.measure.windows import make_windows, require_within
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import stage_bytes
 from pipeline.model.hub import require_pushable
@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
     require_output(source, plan, arguments.output, settings, bare, cache, output.overwrite)
     if evaluation:
         evaluation = within_positions(evaluation, source.config)
-        make_windows(arguments.model, evaluation)  # a text that does not do is told of before hours of work
+        require_within(
+            make_windows(arguments.model, evaluation).ids, source
+        )  # a text that does not do is told of before hours of work
     # late: importing Ray takes a second, and a mistake should show before
     from pipeline.run.arithmetic import arithmetic_of
     from pipeline.run.cluster import make_pool

@@ -49,7 +49,9 @@ def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) ->
     for start in range(0, len(points), block):
         part = points[start : start + block]
         weight = part.new_ones(len(part), 1) if weights is None else weights[start : start + block]
-        labels.append(_first_least(ours @ torch.cat([weight, weight * part], dim=1).T))
+        costs = ours @ torch.cat([weight, weight * part], dim=1).T
+        # a GPU finds the first of the least by itself; numbers of rows in a product would have to survive its rounding
+        labels.append(costs.argmin(dim=0) if points.is_cuda else _first_least(costs))
     return labels[0] if len(labels) == 1 else torch.cat(labels)
 
 

@@ -14,6 +14,10 @@ from swsc_core.bits import ChannelAxis
 
 _LEAST_SLAB, _SLAB, _SLABS = 1 << 19, 1 << 21, 16  # weights of a slab, and the number of them from which it grows
 
+GPU_SLAB = (
+    1 << 28
+)  # of one on a GPU, where time goes by the number of blocks: never by free memory, on which sums would then depend
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -172,7 +172,8 @@ class SwscJoined(nn.Module):
         self.in_features = int(next(iter(pieces.values()))["shape"][1])
         kind = dtype or torch.get_default_dtype()
         _hold(self, "weight", torch.empty(rest, self.in_features, dtype=kind, device=device))
-        self._order = order_of(self.out_features, list(self.rows.values()))
+        # no buffer: models are made without memory, and what no file holds would stay so
+        self._order = torch.tensor(order_of(self.out_features, list(self.rows.values())), device="cpu")
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=kind, device=device)) if bias else None
 
     @property
@@ -189,11 +190,18 @@ class SwscJoined(nn.Module):
         with torch.no_grad():
             return join(self._rest, list(self.rows.values()), (layer.dense_weight() for layer in self.pieces.values()))
 
+    def _order_on(self, device: torch.device) -> Tensor:
+        """Where each row is found among those of the pieces, int64 [m]; copied once, not in every pass."""
+        if self._order.device != device:
+            with torch.inference_mode(False):  # a later pass may be one with gradients
+                self._order = self._order.to(device)
+        return self._order
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m]."""
         found = [layer(x) for layer in self.pieces.values()]
         y = torch.cat([*found, nn.functional.linear(x, self._rest.to(x.dtype)).to(found[0].dtype)], dim=-1)
-        y = y.index_select(-1, torch.tensor(self._order, device=x.device))
+        y = y.index_select(-1, self._order_on(x.device))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

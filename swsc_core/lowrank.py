@@ -55,16 +55,40 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0, tolerance: float 
     if rank == 0:
         return LowRank(matrix.new_empty(m, 0), matrix.new_empty(0, n), "none", 0)
     if is_exact(min(m, n), rank):
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        u, s, vh = _svd(matrix)
         return _split(u, s, vh, rank, "exact", 0)
     basis, image, n_iter = _dominant_subspace(matrix, rank, seed, tolerance)
-    u, s, vh = torch.linalg.svd(image, full_matrices=False)
+    u, s, vh = _svd(image)
     return _split(basis @ u, s, vh, rank, "randomised", n_iter)
 
 
 def is_exact(side: int, rank: int) -> bool:
     """Whether matrices of this smaller side go through LAPACK or cuSOLVER for this rank."""
     return side <= _EXACT_SIDE or rank > side // 4
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [m, k], singular values [k] in falling order and Vᵀ [k, n], k = min(m, n).
+
+    On a GPU from the eigenvectors of A Aᵀ in float64: cuSOLVER's SVD is one of Jacobi's kind, slow from some 500 columns on.
+    Squares lose half of the digits, and half of those of float64 are more than float32 has.
+    """
+    if not matrix.is_cuda:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u, s, vh
+    return by_eigenvectors(matrix)
+
+
+def by_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_svd` on a GPU, on any device. Directions of no weight are zeros on one side: nothing is lost of the product."""
+    if matrix.shape[0] > matrix.shape[1]:
+        u, s, vh = by_eigenvectors(matrix.T)
+        return vh.T, s, u.T
+    wide = matrix.double()
+    squares, directions = torch.linalg.eigh(wide @ wide.T)
+    s, u = squares.flip(0).clamp_(min=0).sqrt(), directions.flip(1)
+    inverse = torch.where(s > s[0] * torch.finfo(torch.float32).eps, 1 / s, 0)
+    return u.to(matrix.dtype), s.to(matrix.dtype), (inverse[:, None] * (u.T @ wide)).to(matrix.dtype)
 
 
 def _split(u: Tensor, s: Tensor, vh: Tensor, rank: int, solver: Literal["exact", "randomised"], n_iter: int) -> LowRank:

@@ -93,6 +93,8 @@ def take_rows(table: Tensor, rows: Tensor) -> Tensor:
     A short row is moved as one number: ten times as fast as `table[rows]` on a CPU.
     """
     word = _WORDS.get(table.shape[1] * table.element_size())
+    if table.requires_grad and table.is_cuda:  # the gradient of `index_select` is a sum in random order there
+        return torch.nn.functional.embedding(rows, table)
     if word is None or table.requires_grad:
         return table.index_select(0, rows)
     table = table.clone(memory_format=torch.contiguous_format)  # small, and a slice may begin between two words

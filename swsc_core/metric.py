@@ -39,6 +39,7 @@ class Metric:
         Raises:
             WeightError: values that are not finite, or a moment that is zero: no input ever reached the matrix.
         """
+        self.name = name
         self.moment = None if moment is None else _damped(moment, tokens, name)
         self.row_weights = None if row_weights is None else _normalised(row_weights, name)
 
@@ -94,7 +95,17 @@ class Metric:
         columns are worked through from the last to the first.
         """
         assert self.moment is not None
-        return torch.linalg.cholesky(self.moment)
+        return self.factor(self.moment)
+
+    def factor(self, moment: Tensor) -> Tensor:
+        """Cholesky's factor of the moment, or of blocks on its diagonal, [.., n, n]; WeightError if it is not positive definite."""
+        factor, info = torch.linalg.cholesky_ex(moment)
+        if bool((info != 0).any()):
+            raise WeightError(
+                f"{self.name}: its second moment is not positive definite in float32, its inputs are too much alike: give more"
+                " text, or exclude this tensor"
+            )
+        return factor
 
     @property
     def column_weights(self) -> Tensor | None:

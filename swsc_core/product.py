@@ -10,7 +10,7 @@ Every sum is a matrix product, so that results do not depend on the order in whi
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, one_hot
+from torch.nn.functional import embedding, linear, one_hot
 from torch.utils.checkpoint import checkpoint
 
 from swsc_core.matrix import SwscMatrix, take_rows
@@ -40,7 +40,10 @@ def _shared(x: Tensor, matrix: SwscMatrix) -> Tensor:
         return _by_slabs(x, matrix, centroids)
     labels = matrix.indices().reshape(-1)
     if layout.channel_axis == "output":
-        return linear(x, centroids).index_select(-1, labels)
+        y = linear(x, centroids)
+        if y.is_cuda and y.requires_grad:  # the gradient of `index_select` is a sum in random order there
+            return embedding(labels, y.reshape(-1, y.shape[-1]).T).T.reshape(*y.shape[:-1], -1)
+        return y.index_select(-1, labels)
     return linear(x @ one_hot(labels.long(), matrix.n_clusters).to(x.dtype), centroids.T)
 
 

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from swsc_core.codebook import nearest, sample_size, weighted_kmeans
-from swsc_core.layout import slab_values
+from swsc_core.layout import GPU_SLAB, slab_values
 from swsc_core.metric import Metric
 from swsc_core.points import sum_by_label
 from swsc_core.spec import SwscSpec
 from swsc_core.values import Values, store_scales, store_values
 
-_GPU_SLABS = 16  # times as large on a GPU, which would wait for the calls otherwise
 _LAZY_COLUMNS = 128  # columns after which the rest of a slab is updated
 CONJUGATE_STEPS = 4  # a later round goes on where this one stopped: twelve gave the same energies (docs/experiments.md)
 
@@ -84,7 +83,11 @@ class Sharing:
         if moment is None:
             roots = None
         else:
-            roots = _diagonal_blocks(self.metric.root, width) if feedback else _roots(moment, width)
+            roots = (
+                _diagonal_blocks(self.metric.root, width)
+                if feedback
+                else self.metric.factor(_diagonal_blocks(moment, width))
+            )
         for rows in self._slabs():
             if feedback and roots is not None:
                 self._feed_slab(rows, centroids, roots)
@@ -112,7 +115,7 @@ class Sharing:
     def reassign(self) -> int:
         """Assign every segment again while all others stand; returns how many changed. The energy does not grow."""
         before, centroids, moment = self.labels.clone(), self.centroids.expand(), self.metric.moment
-        roots = None if moment is None else _roots(moment, self.layout.width)
+        roots = None if moment is None else self.metric.factor(_diagonal_blocks(moment, self.layout.width))
         for rows in self._slabs():
             if moment is None or roots is None:  # blocks do not see each other
                 self._assign_slab(rows, self.target[rows], centroids, None)
@@ -271,7 +274,7 @@ class Sharing:
     def _slabs(self) -> Iterator[slice]:
         """Blocks of rows of one codebook each, of bounded size."""
         step = self.layout.row_step
-        values = slab_values(self.target.numel()) * (_GPU_SLABS if self.target.is_cuda else 1)
+        values = GPU_SLAB if self.target.is_cuda else slab_values(self.target.numel())
         height = max(1, values // self.layout.n // step) * step
         for book in self._book_rows():
             yield from (slice(start, min(book.stop, start + height)) for start in range(book.start, book.stop, height))
@@ -287,12 +290,10 @@ class Sharing:
 
 def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
     """The width×width blocks on the diagonal of an n×n matrix, [n / width, width, width]."""
-    return torch.stack([matrix[i : i + width, i : i + width] for i in range(0, len(matrix), width)])
-
-
-def _roots(moment: Tensor, width: int) -> Tensor:
-    """A square root of each width×width block on the diagonal, lower triangular, [n / width, width, width]."""
-    return torch.linalg.cholesky(_diagonal_blocks(moment, width))
+    blocks = (
+        matrix.unfold(0, width, width).unfold(1, width, width).diagonal(dim1=0, dim2=1)
+    )  # a view [width, width, n / width]
+    return blocks.movedim(-1, 0).contiguous()
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

@@ -10,7 +10,7 @@ from pipeline.config import EvaluateSettings, MeasureSettings
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.perplexity import ModelKey, perplexity
-from pipeline.measure.windows import Windows, make_windows, read_text
+from pipeline.measure.windows import Windows, make_windows, read_text, require_within
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
@@ -33,6 +33,7 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
     started = time.perf_counter()
     model = open_model(location)
     windows = make_windows(location, settings)
+    require_within(windows.ids, model.checkpoint)
     require_unseen(model, lambda: read_text(settings.text), settings.text)
     key = model_key(model.checkpoint, settings)
     losses: dict[int, list[float]] = {}

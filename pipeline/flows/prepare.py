@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import CalibrationSettings, LoadSettings
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError
@@ -14,7 +16,7 @@ from pipeline.flows.tune import TuneText
 from pipeline.flows.write import written_windows
 from pipeline.matrix_config import MatrixSettings
 from pipeline.measure.overlap import require_apart
-from pipeline.measure.windows import CalibrationText, calibration_windows, read_text
+from pipeline.measure.windows import CalibrationText, calibration_windows, read_text, require_within
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.moments import Moments
 from pipeline.model.output import known_traces
@@ -48,11 +50,13 @@ def prepare(
     if settings.preset == "data-free":
         if calibration.calibration:
             raise ConfigError("calibration means nothing to preset data-free: drop it, or choose preset best")
+        require_within(np.zeros((1, calibration.calibration_seqlen), dtype=np.int64), source)
         text = CalibrationText(
             written_windows(source, calibration, cache, settings.seed, make_pool, arithmetic), frozenset()
         )
     else:
         text = calibration_windows(source.store.root, calibration)
+    require_within(text.ids, source)
     about = _about(source, calibration, text)
     for name in unseen:
         require_apart(frozenset(about["traces"]), read_text(name), name)

@@ -21,7 +21,7 @@ from pipeline.flows.prepare import prepare
 from pipeline.flows.produce import produce_variant
 from pipeline.flows.sweep_rows import run_rows, tensor_rows
 from pipeline.flows.sweep_runs import Run, Unit, make_runs
-from pipeline.measure.windows import Windows, make_windows
+from pipeline.measure.windows import Windows, make_windows, require_within
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.forecast import WORKER_BASE, compression_bytes, device_bytes
@@ -72,6 +72,9 @@ class Sweep:
         self._windows = [
             [make_windows(location, text) for text in settings.evaluations] for location in settings.models
         ]
+        for checkpoint, windows in zip(self._checkpoints, self._windows, strict=True):
+            for own in windows:
+                require_within(own.ids, checkpoint)
         self._runs = make_runs(settings, self._checkpoints)
         self._compressions = self._make_compressions()[::-1]
         self._payloads: dict[Unit, Any] = {}

@@ -6,11 +6,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.evaluate import model_key, require_unseen
 from pipeline.measure.harness import harness
 from pipeline.measure.perplexity import ModelKey
+from pipeline.measure.windows import require_within
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
 from pipeline.run.driver import TaskList, execute
@@ -78,6 +81,9 @@ class PooledAnswers:
 
     def __call__(self, kind: str, batches: list[list[Any]], tokens: int, together: bool) -> list[list[Any]]:
         """As pipeline.measure.tasks.Answers says."""
+        if kind == harness().SCORES:
+            most = max((max(part, default=0) for batch in batches for _, *parts in batch for part in parts), default=0)
+            require_within(np.array([[most]]), self._model.checkpoint)
         seed = self._settings.seed[2] if together else None  # that of torch: lm-eval sets it before anything is drawn
         size = len(batches) if together else -(-len(batches) // _PARTS)
         tasks = [

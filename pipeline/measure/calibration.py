@@ -53,6 +53,7 @@ class Calibrator:
         with hooks, deterministic(self._device):
             for index, window in enumerate(windows, first):
                 self._backward(window, torch.Generator().manual_seed((seed << 32) + index))
+                hooks.forget()
                 _require_finite(sums, index)
         if unreached := [name for name in names if name not in sums]:
             where = self._source.checkpoint.store.root

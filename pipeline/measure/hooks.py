@@ -134,8 +134,13 @@ class Hooks(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         if self._experts:
             super().__exit__(*error)
+        self.forget()
         for handle in self._handles:
             handle.remove()
+
+    def forget(self) -> None:
+        """Let the last inputs go, and what hangs on them, once a window is done."""
+        self._owners.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -14,6 +14,8 @@ import numpy as np
 from pipeline.config import CalibrationSettings, EvaluateSettings
 from pipeline.errors import TextError
 from pipeline.measure.overlap import traces
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.families import has_position_table, positions_of
 from pipeline.model.mirror import require_no_code, small_files
 from pipeline.model.store import Store
 
@@ -56,6 +58,22 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
         text_tokens=len(ids),
         bos="once, at the start of the text" if starts_with_bos else "none",
     )
+
+
+def require_within(ids: np.ndarray, source: Checkpoint) -> None:
+    """Raise TextError for windows, int64 [windows, length], of tokens or positions that `source` has no row for.
+
+    On a CPU a table of embeddings would say so, on a GPU it would take the worker with it.
+    """
+    text = {**source.config, **(source.config.get("text_config") or {})}
+    known, table = text.get("vocab_size"), has_position_table(source.config, source.tensors)
+    positions = positions_of(source.config) if table else None
+    most, length = int(ids.max(initial=0)), ids.shape[1]
+    if (isinstance(known, int) and most >= known) or (positions and length > positions):
+        raise TextError(
+            f"the model was made for {positions_of(source.config)} positions and {known} tokens, its input has others ({length}"
+            f" positions, token {most}): make windows shorter, or give the model its own tokenizer"
+        )
 
 
 @dataclass(frozen=True)

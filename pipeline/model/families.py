@@ -5,7 +5,7 @@ it has no roles: what to compress of it is said by `--include REGEX`, never gues
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,8 @@ MULTIMODAL: dict[str, tuple[str, str]] = {
 
 # what families call the number of positions that a model was made for, and that of its layers
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|pos_embed\w*|positions?_embeddings?)\.weight$")
+_POSITION_BUFFERS = {"gptj", "codegen"}  # families that make theirs from the config
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -153,6 +155,11 @@ def require_roles(roles: tuple[str, ...]) -> None:
         raise ConfigError(
             f"projectors: {', '.join(unknown)} not known; known are {', '.join(ROLES)}; select others by --include REGEX"
         )
+
+
+def has_position_table(config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a model of these tensors looks positions up in a table, beyond the end of which there are none."""
+    return config.get("model_type") in _POSITION_BUFFERS or any(map(_POSITION_TABLE.search, names))
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:

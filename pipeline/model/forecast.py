@@ -16,7 +16,7 @@ from pipeline.model.tensors import TensorInfo
 from swsc_core.bits import Geometry
 from swsc_core.codebook import sample_size
 from swsc_core.kmeans import effort
-from swsc_core.layout import slab_values
+from swsc_core.layout import GPU_SLAB, slab_values
 from swsc_core.lowrank import is_exact
 from swsc_core.points import gram_pays
 from swsc_core.sharing import CONJUGATE_STEPS
@@ -25,6 +25,7 @@ from swsc_core.spec import Spec, SwscSpec
 WORKER_BASE = 450 << 20  # bytes of a worker that holds no weights: Python, torch, transformers, Ray
 # Float32 copies of a matrix that are alive at the peak of its compression (benchmarks/memory.py, benchmarks/llama7b_shape.py):
 _WHOLE, _SEGMENTED = 8, 4  # shared by whole channels, with their Gram matrix; by segments, worked through in slabs
+_SLAB_COPIES = 5  # of a slab on a GPU, where it may be the whole matrix
 _MOMENTS = 2  # its second moment and the root of that
 # What K-Means and SVD take, fitted to runs of benchmarks/llama7b_shape.py and of the demo (docs/experiments.md):
 _STARTED, _REFINED = 20, 100  # Lloyd iterations of a start, and of the refinement of one
@@ -107,7 +108,13 @@ def compression_bytes(plan: Plan) -> int:
 
 def device_bytes(plan: Plan) -> int:
     """The part of it that lies on a GPU, if the worker has one."""
-    return compression_bytes(plan) - WORKER_BASE
+    slabs = [
+        _SLAB_COPIES * min(decision.info.count, GPU_SLAB)
+        for decision in plan.compressed
+        for spec in decision.specs
+        if isinstance(spec, SwscSpec) and spec.segment_size is not None
+    ]
+    return compression_bytes(plan) - WORKER_BASE + 4 * max(slabs, default=0)
 
 
 def _peak_values(decision: Decision, spec: Spec) -> int:

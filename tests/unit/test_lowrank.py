@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import swsc_core.lowrank as module
 from swsc_core import kmeans, truncated_svd
+from swsc_core.lowrank import by_eigenvectors
 
 
 def matrix_of(seed: int, m: int, n: int) -> torch.Tensor:
@@ -90,3 +91,17 @@ def test_same_seed_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None
 def test_rank_out_of_range_says_the_range(rank: int) -> None:
     with pytest.raises(ValueError, match=f"rank {rank} is out of range; choose 0 to 5"):
         truncated_svd(torch.zeros(5, 7), rank)
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (40, 40)])
+@pytest.mark.parametrize("rank", [0, 3, 30])
+def test_eigenvectors_give_the_svd_that_a_gpu_is_slow_at(shape: tuple[int, int], rank: int) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
+    u, s, vh = by_eigenvectors(matrix)
+    assert u.shape == (shape[0], min(shape))
+    assert vh.shape == (min(shape), shape[1])
+    torch.testing.assert_close(s, torch.linalg.svdvals(matrix), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close((u * s) @ vh, matrix, rtol=1e-5, atol=1e-4)
+    assert not torch.isnan(u).any()
+    assert not torch.isnan(vh).any()

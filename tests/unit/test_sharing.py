@@ -226,3 +226,10 @@ def test_few_tokens_are_trusted_less() -> None:
         for tokens in (None, 32)
     )
     assert careful < 0.8 * trusting
+
+
+def test_a_moment_that_has_no_root_names_its_tensor() -> None:
+    moment = torch.eye(8)
+    moment[0, 0] = -5.0  # its mean is positive, it is not
+    with pytest.raises(WeightError, match="q_proj: its second moment is not positive definite"):
+        _ = Metric(moment, name="q_proj").root
