@@ -21,7 +21,8 @@ from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError
 from pipeline.model import standing
 from pipeline.model.store import Store
 from pipeline.run import ray_pool
-from pipeline.run.cluster import Need, _require_one_type, arithmetic_of
+from pipeline.run.arithmetic import arithmetic_of
+from pipeline.run.cluster import Need, _require_one_type
 from pipeline.run.pool import LocalPool, Task, as_swsc_error
 from pipeline.run.worker import Worker
 
