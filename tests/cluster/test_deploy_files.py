@@ -19,8 +19,12 @@ import yaml
 from ray.autoscaler._private.local.config import LOCAL_CLUSTER_NODE_TYPE
 from ray.autoscaler._private.util import prepare_config, validate_config, with_envs
 
+from pipeline import VERSION
+
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ["cluster.yaml", "deploy/kuberay-rayjob.yaml", "deploy/Dockerfile", "deploy/README.md"]
+SHIPPED = [
+    "cluster.yaml", "deploy/kuberay-rayjob.yaml", "deploy/networkpolicy.yaml", "deploy/Dockerfile", "deploy/README.md",
+]  # fmt: skip
 PROVIDERS = ["aws", "gcp", "local"]
 MOUNT = "/mnt/swsc"
 
@@ -131,22 +135,57 @@ def test_autoscaler_v2_is_off_on_premise_only(provider, v2, tmp_path):
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_gpu_workers_are_up_before_a_job_comes(provider):
+def test_gpu_nodes_come_when_a_run_asks_and_idle_out(provider):
     config = cluster(provider)
     workers = config["available_node_types"][LOCAL_CLUSTER_NODE_TYPE if provider == "local" else "gpu"]
-    assert 1 <= workers["min_workers"] <= workers["max_workers"] <= config["max_workers"]
+    assert 1 <= workers["max_workers"] <= config["max_workers"]
+    assert workers["min_workers"] == (workers["max_workers"] if provider == "local" else 0)
+    assert 0 < config["idle_timeout_minutes"] <= 15
+    for command in shown_commands("cluster.yaml"):
+        assert {"--elastic", "--gpus-per-worker", "--workers"} <= set(command)
     assert "--gpus all" in config["docker"]["worker_run_options"]
     if provider == "gcp":  # the one provider where Ray would not detect it
         assert workers["resources"]["GPU"] >= 1
 
 
+def test_workers_have_rights_to_an_object_store_and_the_head_keeps_those_that_ray_gives_it():
+    aws, gcp = (cluster(provider)["available_node_types"] for provider in ("aws", "gcp"))
+    assert aws["gpu"]["node_config"]["IamInstanceProfile"]["Name"]
+    assert "IamInstanceProfile" not in aws["head"]["node_config"]
+    (account,) = gcp["gpu"]["node_config"]["serviceAccounts"]
+    assert account["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"]
+    assert "serviceAccounts" not in gcp["head"]["node_config"]
+
+
+def test_disks_are_encrypted_and_the_head_is_bought_on_demand():
+    for node in cluster("aws")["available_node_types"].values():  # GCP encrypts every disk
+        assert all(disk["Ebs"]["Encrypted"] is True for disk in node["node_config"]["BlockDeviceMappings"])
+    assert "InstanceMarketOptions" not in cluster("aws")["available_node_types"]["head"]["node_config"]
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_nodes_install_the_pinned_dependencies_of_the_synced_checkout(provider):
+def test_the_network_filesystem_waits_for_its_server(provider):
+    (command,) = (c for c in cluster(provider)["initialization_commands"] if "mount -t nfs" in c)
+    (options,) = re.findall(r"mount -t nfs -o (\S+) ", command)
+    assert {"nfsvers=4.1", "noresvport", "hard"} <= set(options.split(","))
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_a_node_installs_dependencies_only_where_its_image_has_none(provider, kind, tmp_path):
     config = cluster(provider)
     (target,) = (remote for remote, local in config["file_mounts"].items() if local == ".")
-    for kind in ("head", "worker"):
-        install = next(c for c in config[f"{kind}_setup_commands"] if target in c)
-        assert "pip install -c constraints.txt ." in install
+    (command,) = (c for c in config[f"{kind}_setup_commands"] if "constraints.txt" in c)
+    command = command.replace(target, str(tmp_path / "checkout")).replace("/tmp/src", str(tmp_path / "src"))
+    (tmp_path / "checkout").mkdir()
+    for there, wanted in ((True, ""), (False, "install -c constraints.txt .\n")):
+        (tmp_path / "python").write_text(f"#!/bin/sh\nexit {int(not there)}\n")
+        (tmp_path / "pip").write_text('#!/bin/sh\necho "$@"\n')
+        for name in ("python", "pip"):
+            (tmp_path / name).chmod(0o755)
+        shell = {"PATH": f"{tmp_path}:{os.defpath}"}
+        done = subprocess.run(["bash", "-c", command], env=shell, check=True, capture_output=True, text=True)
+        assert done.stdout == wanted
 
 
 @pytest.mark.parametrize("unshipped", [".git", ".venv", "outputs", ".safetensors"])
@@ -164,10 +203,19 @@ def test_containers_see_the_filesystem_that_their_host_must_mount(provider):
 # ---- versions: one Ray, one image, one Python
 
 
-def test_cluster_yaml_and_the_dockerfile_use_one_image_with_the_pinned_ray():
-    image = cluster("aws")["docker"]["image"]
-    assert image.startswith(f"rayproject/ray:{ray_pin()}-py")
-    assert found(r"^FROM (\S+)$", "deploy/Dockerfile") == [image]
+def test_the_image_is_built_on_the_pinned_ray_and_tagged_by_our_version(rayjob):
+    (base,) = found(r"^FROM (\S+)$", "deploy/Dockerfile")
+    assert base.startswith(f"rayproject/ray:{ray_pin()}-py")
+    built = {
+        tag for name in ("deploy/Dockerfile", "deploy/README.md") for tag in found(r"-t REGISTRY/swsc:(\S+)", name)
+    }
+    used = {image.partition("swsc:")[2] for image in (cluster("aws")["docker"]["image"], *images_of(rayjob))}
+    assert built == used == {VERSION}
+
+
+def test_the_image_runs_as_a_user_that_is_a_number_and_not_root():
+    (user,) = found(r"^USER (\S+)$", "deploy/Dockerfile")
+    assert int(user) > 0
 
 
 def test_the_constraints_leave_the_gpu_workers_a_torch_with_cuda():
@@ -197,20 +245,45 @@ def each(items: dict) -> dict:
 
 COUNT = {"type": "integer", "minimum": 1}
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+SECURE_POD = closed(
+    "runAsNonRoot runAsUser runAsGroup fsGroup seccompProfile",
+    "fsGroupChangePolicy",
+    runAsNonRoot={"const": True},
+    runAsUser=COUNT,
+    seccompProfile={"const": {"type": "RuntimeDefault"}},
+)
+SECURE_CONTAINER = closed(
+    "allowPrivilegeEscalation capabilities",
+    allowPrivilegeEscalation={"const": False},
+    capabilities={"const": {"drop": ["ALL"]}},
+)
+SUBMITTER = closed(
+    "restartPolicy automountServiceAccountToken securityContext containers",
+    restartPolicy={"const": "Never"},
+    securityContext=SECURE_POD,
+    containers=each(
+        closed("name image imagePullPolicy resources securityContext", "env", securityContext=SECURE_CONTAINER)
+    ),
+)
 POD = closed(
-    "containers volumes",
-    "securityContext tolerations nodeSelector affinity serviceAccountName imagePullSecrets",
+    "containers volumes securityContext automountServiceAccountToken",
+    "tolerations nodeSelector affinity serviceAccountName imagePullSecrets",
+    securityContext=SECURE_POD,
+    automountServiceAccountToken={"const": False},
     containers=each(
         closed(
-            "name image resources volumeMounts",
-            "ports env envFrom imagePullPolicy securityContext",
+            "name image imagePullPolicy resources volumeMounts securityContext envFrom",
+            "ports env",
+            securityContext=SECURE_CONTAINER,
+            envFrom=each(closed("secretRef", secretRef=closed("name", "optional"))),
             resources=closed("limits requests"),
             volumeMounts=each(closed("name mountPath", "subPath readOnly")),
         )
     ),
     volumes=each(closed("name", "emptyDir persistentVolumeClaim secret configMap")),
 )
-GROUP = {"rayStartParams": STRINGS, "template": closed("spec", "metadata", spec=POD)}
+LABELLED = closed("labels", labels=STRINGS)
+GROUP = {"rayStartParams": STRINGS, "template": closed("spec metadata", metadata=LABELLED, spec=POD)}
 RAY_CLUSTER = closed(
     "rayVersion authOptions headGroupSpec workerGroupSpecs",
     "enableInTreeAutoscaling autoscalerOptions gcsFaultToleranceOptions headServiceAnnotations",
@@ -230,8 +303,10 @@ RAYJOB = closed(
     kind={"const": "RayJob"},
     metadata=closed("name", "namespace labels annotations"),
     spec=closed(
-        "entrypoint submissionMode backoffLimit shutdownAfterJobFinishes ttlSecondsAfterFinished rayClusterSpec",
-        "activeDeadlineSeconds runtimeEnvYAML metadata suspend submitterConfig submitterPodTemplate",
+        "entrypoint submissionMode backoffLimit shutdownAfterJobFinishes ttlSecondsAfterFinished rayClusterSpec"
+        " submitterPodTemplate",
+        "activeDeadlineSeconds runtimeEnvYAML metadata suspend submitterConfig",
+        submitterPodTemplate=closed("metadata spec", metadata=LABELLED, spec=SUBMITTER),
         submissionMode={"const": "K8sJobMode"},
         backoffLimit=COUNT,
         shutdownAfterJobFinishes={"const": True},
@@ -275,9 +350,51 @@ def test_every_ray_container_has_shared_memory_and_the_models(rayjob):
             assert at[MOUNT]["persistentVolumeClaim"]["claimName"]
 
 
-def test_every_pod_of_the_rayjob_runs_one_image(rayjob):
-    images = {c["image"] for group in groups(rayjob) for c in group["template"]["spec"]["containers"]}
-    assert len(images) == 1
+def templates(rayjob: dict) -> list[dict]:
+    return [rayjob["spec"]["submitterPodTemplate"], *(group["template"] for group in groups(rayjob))]
+
+
+def images_of(rayjob: dict) -> set[str]:
+    return {c["image"] for template in templates(rayjob) for c in template["spec"]["containers"]}
+
+
+def test_every_pod_of_the_rayjob_runs_one_image_and_asks_what_its_tag_means_now(rayjob):
+    assert len(images_of(rayjob)) == 1
+    assert {c["imagePullPolicy"] for t in templates(rayjob) for c in t["spec"]["containers"]} == {"Always"}
+
+
+def gib(quantity: str) -> int:
+    return int(quantity.removesuffix("Gi"))
+
+
+def test_shared_memory_holds_rays_store_and_stays_below_the_memory_of_the_pod(rayjob):
+    for group in groups(rayjob):
+        (shm,) = (v["emptyDir"] for v in group["template"]["spec"]["volumes"] if v["name"] == "shm")
+        (limits,) = limits_of(group)
+        assert 0.3 * gib(limits["memory"]) < gib(shm["sizeLimit"]) < gib(limits["memory"]) / 2
+
+
+def test_the_head_stays_off_nodes_that_may_be_taken_away_and_workers_need_not(rayjob):
+    head, *workers = groups(rayjob)
+    affinity = head["template"]["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = affinity["nodeSelectorTerms"]
+    assert {one["operator"] for one in term["matchExpressions"]} == {"NotIn"}
+    assert len(term["matchExpressions"]) >= 4
+    assert all("affinity" not in group["template"]["spec"] for group in workers)
+
+
+def test_the_pods_are_reached_by_each_other_and_by_the_operator_only(rayjob):
+    (policy,) = yaml.safe_load_all((ROOT / "deploy/networkpolicy.yaml").read_text())
+    assert policy["kind"] == "NetworkPolicy"
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    labels = policy["spec"]["podSelector"]["matchLabels"]
+    for template in templates(rayjob):
+        assert labels.items() <= template["metadata"]["labels"].items()
+    among, operator = policy["spec"]["ingress"]
+    assert among == {"from": [{"podSelector": {"matchLabels": labels}}]}
+    (dashboard,) = operator["ports"]
+    ports = [p for c in groups(rayjob)[0]["template"]["spec"]["containers"] for p in c["ports"]]
+    assert dashboard["port"] in [p["containerPort"] for p in ports if p["name"] == "dashboard"]
 
 
 def test_workers_of_the_rayjob_have_gpus_and_its_head_offers_nothing(rayjob):
@@ -290,9 +407,11 @@ def test_workers_of_the_rayjob_have_gpus_and_its_head_offers_nothing(rayjob):
 # ---- the commands that all of them show
 
 
-def shown_commands() -> list[list[str]]:
+def shown_commands(*names: str) -> list[list[str]]:
     """Every `python -m jobs …` of the shipped files, as arguments."""
-    return [shlex.split(line) for name in SHIPPED for line in found(r"python -m jobs ([^`\n]+)", name)]
+    texts = [re.sub(r" \\\n#? *", " ", (ROOT / name).read_text()) for name in names or SHIPPED]
+    lines = [line for text in texts for line in re.findall(r"python -m jobs ([^`\n]+)", text)]
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def test_each_way_of_running_shows_a_command():
