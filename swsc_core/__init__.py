@@ -4,6 +4,7 @@ Pure PyTorch: one matrix in, one compressed matrix out. No Ray, no files, no log
 no choice of device: everything runs where the given tensor lies.
 """
 
+from swsc_core.alignment import align, aligned
 from swsc_core.codec import Encoded, decode, encode
 from swsc_core.experts import SwscExperts
 from swsc_core.kmeans import KMeansResult, kmeans
@@ -29,6 +30,8 @@ __all__ = [
     "SwscLinear",
     "SwscMatrix",
     "SwscSpec",
+    "align",
+    "aligned",
     "compress",
     "decode",
     "dequantize",

@@ -16,7 +16,7 @@ import transformers as t
 from safetensors.torch import load_file
 
 from jobs.cli import main
-from swsc_core import SwscExperts
+from swsc_core import SwscExperts, align
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -182,10 +182,11 @@ class FamilyModel:
         return path
 
     def load(self, directory: Path, **how: Any) -> Any:
-        """The model of a directory, in eval mode, by the class that its config names."""
+        """The model of a directory, in eval mode and aligned memory, by the class that its config names."""
         kind = getattr(t, json.loads((self.dense / "config.json").read_text())["architectures"][0])
         model, info = kind.from_pretrained(directory, output_loading_info=True, **how)
         assert not info["missing_keys"]
+        align(model)  # equal bits are promised in aligned memory (test_kernels.py has what holds elsewhere)
         return model.eval()
 
     def logits(self, model: Any) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A tiny Llama with its own tokenizer, and a text for it: made here, in seconds, from seeds."""
 
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -47,3 +48,15 @@ def make_text(path: Path, words: int = 2000, seed: int = 0) -> Path:
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file of a finished output but the report, which holds times."""
     return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.is_file() and p.name != "swsc_report.json"}
+
+
+def moved(model: Path, target: Path, offset: int) -> Path:
+    """A copy of a model whose tensor data begin at `offset` (a multiple of 8) past a multiple of 64 bytes of each safetensors file."""
+    shutil.copytree(model, target)
+    for file in target.glob("*.safetensors"):
+        content = file.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = content[8:end].rstrip(b" ")
+        header += b" " * ((offset - 8 - len(header)) % 64)
+        file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    return target

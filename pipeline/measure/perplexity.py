@@ -24,7 +24,7 @@ from pipeline.model.families import positions_of
 from pipeline.model.mirror import require_no_code, small_files
 from pipeline.model.parts import Payload, read_tensor, to_tensor
 from pipeline.model.tensors import DTYPES, FLOATS
-from swsc_core import decode
+from swsc_core import align, decode
 
 _ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k values are 256 MiB
 
@@ -134,7 +134,7 @@ def _window_loss(logits: Tensor, targets: Tensor) -> float:
 
 
 def load_model(source: Model, key: ModelKey, device: str) -> Any:
-    """A transformers causal LM with dense weights, in eval mode; CheckpointError if it cannot be loaded whole."""
+    """A transformers causal LM with dense weights in aligned memory, in eval mode; CheckpointError if it cannot be loaded whole."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -146,7 +146,9 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
         raise CheckpointError(
             f"{key.location}: {len(absent)} weights are missing, {absent[0]} first; download it again"
         )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    align(model)  # equal weights give equal losses, wherever the header of a file leaves them
+    return model
 
 
 def skeleton(source: Model, key: ModelKey) -> Any:

@@ -58,12 +58,14 @@ def to_part(name: str, tensor: "Tensor") -> Part:
 
 
 def to_tensor(part: Part) -> "Tensor":
-    """A CPU tensor that owns its memory (bytes from the object store are read-only)."""
-    return _tensor(bytearray(part.data), part.dtype, part.shape)
+    """A CPU tensor that owns its memory, which is aligned (bytes from the object store are read-only, and lie anywhere)."""
+    import torch
+
+    return _tensor(torch.tensor(part.data), part.dtype, part.shape)
 
 
 def read_tensor(store: Store, info: TensorInfo, digests: Seen | None = None) -> "Tensor":
-    """Read one tensor by its byte range, or make it of what lies there; `digests` get those of what was read.
+    """Read one tensor by its byte range into aligned memory, or make it of what lies there; `digests` get those of what was read.
 
     Raises:
         StoreError: other bytes than those that are known to lie there.
@@ -72,7 +74,7 @@ def read_tensor(store: Store, info: TensorInfo, digests: Seen | None = None) -> 
         data = store.read(info.file, info.start, info.nbytes)
         if info.sha256 or digests is not None:
             deque(checked(store, info, [data], digests), maxlen=0)
-        return _tensor(data, info.dtype, info.shape)
+        return _tensor(_placed(data), info.dtype, info.shape)
     tensor = read_tensor(store, info.view.read, digests)
     if info.view.scales:
         from swsc_core.fp8 import scaled
@@ -88,11 +90,19 @@ def seen(tensor: "Tensor", view: View) -> "Tensor":
     return view.rows.take(turned) if view.rows else turned
 
 
-def _tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> "Tensor":
+def _placed(data: bytearray) -> "Tensor":
+    """Bytes in aligned memory, uint8 [nbytes]."""
     import torch
 
-    kind = getattr(torch, DTYPES[dtype][0])
-    return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
+    from swsc_core import aligned
+
+    return aligned(torch.frombuffer(data, dtype=torch.uint8)) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _tensor(data: "Tensor", dtype: str, shape: tuple[int, ...]) -> "Tensor":
+    import torch
+
+    return data.view(getattr(torch, DTYPES[dtype][0])).reshape(shape)
 
 
 def commit(ticket: Ticket, file: str, payload: Payload) -> FileRecord:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import swsc_core.hf.lora
 from jobs.cli import main
-from swsc_core import SwscLinear
+from swsc_core import SwscLinear, align
 from tests.tiny import make_tiny_model
 
 SEGMENTS = ["--include", "proj", "--clusters", "16", "--segment-size", "4", "--scaled"]
@@ -50,7 +50,9 @@ def place(request: pytest.FixtureRequest, places: dict[str, Path]) -> Path:
 
 
 def opened(directory: Path, **more: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(directory, **more)
+    model = AutoModelForCausalLM.from_pretrained(directory, **more)
+    align(model)  # equal bits are promised in aligned memory
+    return model
 
 
 def config(**more: Any) -> LoraConfig:

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import swsc_core.hf
 from jobs.cli import main
-from swsc_core import SwscEmbedding, SwscLinear
+from swsc_core import SwscEmbedding, SwscLinear, align
 from swsc_core.format import FORMAT_VERSION
 from tests.tiny import make_tiny_model
 
@@ -57,7 +57,9 @@ def made(path: Path, *flags: str) -> tuple[Path, Path]:
 
 
 def opened(directory: Path, **more: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(directory, **more)
+    model = AutoModelForCausalLM.from_pretrained(directory, **more)
+    align(model)  # equal bits are promised in aligned memory
+    return model
 
 
 def ids() -> torch.Tensor:
@@ -135,6 +137,7 @@ def test_a_pipeline_opens_it_by_its_directory(whole: Path) -> None:
 
 def test_a_class_with_another_head_brings_that_and_shares_the_rest(whole: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(whole, num_labels=3, pad_token_id=0)
+    align(model)
     with torch.no_grad():
         assert model(ids()).logits.shape == (2, 3)
         shared = model.model(ids()).last_hidden_state
@@ -205,6 +208,7 @@ def test_a_class_without_a_head_passes_over_one_that_is_compressed(untied: Path)
     whole = opened(untied)
     for kind in (AutoModel, AutoModelForSequenceClassification):
         model = kind.from_pretrained(untied)
+        align(model)
         with torch.no_grad():
             found = getattr(model, "model", model)(ids()).last_hidden_state
             assert torch.equal(found, whole.model(ids()).last_hidden_state)
