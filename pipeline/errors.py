@@ -61,6 +61,10 @@ class StoreError(RunError):
     """A disk or an object store that does not answer, or refuses."""
 
 
+class StoreGone(StoreError):
+    """An object store that has given no good answer for a while: no other task would fare better, and the run ends at once."""
+
+
 class DiskFull(RunError):
     """A disk that is full, over quota or read-only: no other task would fare better, and the run ends at once."""
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import StoreError
+from pipeline.errors import StoreError, StoreGone
 from pipeline.model.confirmed import Unequal, confirm
 from pipeline.model.etag import PartDigest, proves
 from pipeline.model.files import Bytes, filled
@@ -47,7 +47,7 @@ class CredentialsRefused(StoreError):
     """The store answers, and does not accept who asks."""
 
 
-# Seconds without a success after which a failure is final.
+# Seconds without a success after which a failure ends the run.
 PATIENCE: dict[type[StoreError], float] = {Unavailable: 30.0, CredentialsRefused: 60.0}
 
 
@@ -163,8 +163,12 @@ class ObjectFiles:
             except (Unavailable, CredentialsRefused) as error:
                 self._failing_since = self._failing_since or time.monotonic()
                 seconds = time.monotonic() - self._failing_since
-                if like not in self._accepted or seconds >= PATIENCE[type(error)]:
+                if like not in self._accepted:
                     raise
+                if seconds >= PATIENCE[type(error)]:
+                    raise StoreGone(
+                        f"{error} (no good answer for {seconds:.0f} s; what is finished is kept: run it again when the store is back)"
+                    ) from None
                 time.sleep(_PAUSE)
                 if isinstance(error, CredentialsRefused):
                     self._system = _connected(self._scheme)  # a client holds the credentials that it was made with

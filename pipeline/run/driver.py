@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from typing import Protocol
 
-from pipeline.errors import DiskFull, NodeLost, RunError, StoreError, UserError, WorkerLost
+from pipeline.errors import DiskFull, NodeLost, RunError, StoreError, StoreGone, UserError, WorkerLost
 from pipeline.model.lease import LeaseLost
 from pipeline.run import interrupt
 from pipeline.run.pool import Done, Pool, Task
@@ -39,8 +39,8 @@ class TaskList:
         return self._tasks.pop() if self._tasks else None
 
     def done(self, done: Done) -> None:
-        if isinstance(done.error, (UserError, LeaseLost, DiskFull)):
-            # What the user gave is at fault, another run is at it, or no disk takes it: other tasks would be for nothing.
+        if isinstance(done.error, (UserError, LeaseLost, DiskFull, StoreGone)):
+            # What the user gave is at fault, another run is at it, or no disk or store takes it: other tasks would be for nothing.
             raise done.error
         if done.error:
             self._failed.append(done)
@@ -119,7 +119,8 @@ def execute(pool: Pool, source: Source, progress: Progress) -> None:
             continue
         running -= 1
         attempts[done.task.key] += _OF_A_NODE if isinstance(done.error, NodeLost) else 1
-        if isinstance(done.error, (WorkerLost, StoreError)) and attempts[done.task.key] < _ATTEMPTS:
+        lost = isinstance(done.error, (WorkerLost, StoreError)) and not isinstance(done.error, StoreGone)
+        if lost and attempts[done.task.key] < _ATTEMPTS:
             progress.say(f"{done.error}; starting it again")
             (again if attempts[done.task.key] <= 1 else last).append(done.task)
             continue

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.errors import CheckpointError, NodeLost, RunError, StoreError, SwscError, WorkerLost
+from pipeline.errors import CheckpointError, NodeLost, RunError, StoreError, StoreGone, SwscError, WorkerLost
 from pipeline.model.lease import LeaseLost
 from pipeline.run import interrupt
 from pipeline.run.driver import StagedTasks, Stages, TaskList, execute
@@ -72,6 +72,14 @@ def test_a_task_whose_store_does_not_answer_runs_again() -> None:
     pool, finished = run("abc", {"b": [StoreError("s3://b/model: 503"), StoreError("s3://b/model: 503")]})
     assert sorted(finished) == list("abc")
     assert pool.started.count("b") == 3
+
+
+def test_a_store_that_is_gone_ends_the_run_and_no_other_task_is_tried() -> None:
+    pool = ScriptedPool({"a": [StoreGone("s3://b: no good answer for 30 s")]})
+    with pytest.raises(StoreGone), Progress("test", 9, 0) as progress:
+        execute(pool, TaskList([Task(name, "work", ()) for name in "abcdefghi"], lambda done: None), progress)
+    assert pool.started.count("a") == 1
+    assert len(pool.started) <= 3
 
 
 def test_a_task_that_kills_every_worker_is_given_up_and_named_and_the_others_finish() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.fs as arrow
 import pytest
 
-from pipeline.errors import StoreError
+from pipeline.errors import StoreError, StoreGone
 from pipeline.model import object_files
 from pipeline.model.store import Store
 
@@ -89,3 +89,48 @@ def test_an_object_whose_replacement_fails_is_still_there(tmp_path: Path, monkey
     assert objects.read("bucket/lease", 0, 5) == b"first"
     objects.write("bucket/lease", [b"third"])
     assert objects.read("bucket/lease", 0, 5) == b"third"
+
+
+class _Down:
+    """A client whose store answers once, and never again."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    def get_file_info(self, path: str) -> Any:
+        self.requests += 1
+        if self.requests > 1:
+            raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7")
+        return arrow.FileInfo(path, arrow.FileType.File, size=7)
+
+
+class _Clock:
+    """Time that passes while somebody sleeps."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("patience", [0.0, 2.0])
+def test_a_store_that_is_gone_is_waited_for_once_and_not_by_every_request(
+    patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = _Down()
+    monkeypatch.setattr(object_files, "_connected", lambda scheme: client)
+    monkeypatch.setattr(object_files, "time", _Clock())
+    monkeypatch.setitem(object_files.PATIENCE, object_files.Unavailable, patience)
+    objects = object_files.ObjectFiles("s3")
+    assert objects.size("bucket/a") == 7
+    for most in (4, 1):
+        before = client.requests
+        with pytest.raises(StoreGone, match="s3://bucket/a: AWS Error NETWORK_CONNECTION"):
+            objects.size("bucket/a")
+        assert client.requests - before <= most
+    with pytest.raises(StoreError) as first_contact:
+        objects.size("other/a")
+    assert not isinstance(first_contact.value, StoreGone)
