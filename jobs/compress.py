@@ -19,11 +19,12 @@ from pipeline.config import (
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import describe
-from pipeline.flows.preflight import note_left_out, require_output
+from pipeline.flows.preflight import examine, require_output
 from pipeline.flows.prepare import cache_of, prepare
 from pipeline.flows.produce import produce
 from pipeline.flows.push import push_output
 from pipeline.measure.windows import make_windows, require_within
+from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import stage_bytes
 from pipeline.model.hub import require_pushable
@@ -57,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         require_pushable(arguments.push)
     evaluation = _evaluation_of(arguments, calibration.trust_remote_code) if arguments.text else None
     source = open_checkpoint(arguments.model)
-    note_left_out(source)
     plan = make_plan(source, settings)
+    examine(Model(source, {}), calibration.trust_remote_code, measured=settings.calibrated or bool(evaluation))
     require_coverage(plan, output.require_coverage)
     bare, cache = Arithmetic(cluster.threads_per_worker, None), cache_of(calibration, arguments.output)
     require_output(source, plan, arguments.output, settings, bare, cache, output.overwrite)

@@ -8,7 +8,7 @@ from jobs.flags import add_settings, settings_of, writable
 from pipeline.config import ClusterSettings, EvaluateSettings, MeasureSettings
 from pipeline.errors import ConfigError
 from pipeline.flows.card import add_evaluation, read_result, require_card
-from pipeline.flows.preflight import note_left_out
+from pipeline.flows.preflight import examine
 from pipeline.model.artifact import open_model
 from pipeline.model.families import positions_of
 from pipeline.task_config import TaskSettings
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     *wanted, cluster = settings_of(arguments, *asked.values(), ClusterSettings)
     settings = dict(zip(asked, wanted, strict=True))
     model = open_model(arguments.model)  # a damaged model is told of before Ray is started
-    note_left_out(model.checkpoint)
+    examine(model, any(one.trust_remote_code for one in settings.values()), measured=True)
     if "text" in settings:
         settings["text"] = within_positions(settings["text"], model.config)
     target = writable(arguments.json) if arguments.json else None  # and so is a place that cannot be written

@@ -9,7 +9,8 @@ from typing import Any
 from jobs.flags import MODEL, add_config, add_settings, settings_of, writable
 from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, OutputSettings
 from pipeline.errors import OutputError
-from pipeline.flows.preflight import note_left_out
+from pipeline.flows.preflight import examine
+from pipeline.model.artifact import Model
 from pipeline.model.forecast import cached_bytes, forecast, stage_bytes
 from pipeline.model.gguf_headers import open_headers
 from pipeline.model.matrices import lies_as
@@ -32,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings
     )
     source = open_headers(arguments.model)
-    note_left_out(source)
     plan = make_plan(source, settings)
+    examine(Model(source, {}), calibration.trust_remote_code)
     stages = stage_bytes(source, plan, settings, calibration)
     foretold = forecast(plan, settings.format, measure_speed(source), _workers(cluster, plan, stages))
     foretold |= {f"{stage}_peak_bytes": nbytes for stage, nbytes in stages.items() if stage != "compress"}

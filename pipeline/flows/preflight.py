@@ -6,6 +6,8 @@ from typing import Any
 from pipeline.config import CompressSettings
 from pipeline.device import Arithmetic
 from pipeline.errors import OutputError
+from pipeline.model.agreement import require_agreement
+from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.lease import require_idle
 from pipeline.model.output import Output, abandon, begin
@@ -28,6 +30,25 @@ def note_left_out(source: Checkpoint) -> None:
     for reason, names in by_reason.items():
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         say(f"note: {source.store.root}: left out: {shown}: {reason}")
+
+
+def examine(model: Model, trusted: bool = False, measured: bool = False) -> None:
+    """Before any work: say what lies beside the model, and raise CheckpointError if its files are not what config.json describes.
+
+    Args:
+        trusted: code that the model brings may be run.
+        measured: the model must predict tokens.
+    """
+    note_left_out(model.checkpoint)
+    if model.checkpoint.dequantized and not model.checkpoint.files:
+        return  # transformers made the headers of the config
+    for one, other in model.checkpoint.untied:
+        say(
+            f"note: {model.checkpoint.store.root}: {one} and {other} hold other values, so they stay two weights, as in transformers,"
+            " although config.json ties them"
+        )
+    if reason := require_agreement(model, trusted, measured):
+        say(f"note: {model.checkpoint.store.root}: its weights are not compared with config.json ({reason})")
 
 
 def identity_of(source: Checkpoint, settings: CompressSettings, arithmetic: Arithmetic) -> dict[str, Any]:

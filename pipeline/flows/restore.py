@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.flows.card import card_of_restoring
 from pipeline.flows.compress import PoolMaker, run_tasks, versions
-from pipeline.flows.preflight import ALGORITHM, begin_with_room, require_apart
+from pipeline.flows.preflight import ALGORITHM, begin_with_room, examine, require_apart
 from pipeline.measure.adapter import adapter_bytes, adapter_config, carried_by_adapter
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import layer_of
@@ -45,6 +45,7 @@ def restore_model(
         raise ConfigError(f"{location}: not a swsc model, nothing to restore; use it as it is")
     store, source = Store.at(output), model.checkpoint
     require_apart(source, store)
+    examine(model, trusted)
     carried = carried_by_adapter(model, location, trusted) if adapter else {}
     identity = {"restored_from": source.fingerprint, "algorithm": ALGORITHM, "format_version": FORMAT_VERSION}
     identity |= {"adapter": True} if adapter else {}

@@ -16,7 +16,7 @@ from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError, PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.evaluate import deal, model_key, on_gpu_bytes, worker_bytes
-from pipeline.flows.preflight import note_left_out
+from pipeline.flows.preflight import examine
 from pipeline.flows.prepare import prepare
 from pipeline.flows.produce import produce_variant
 from pipeline.flows.sweep_rows import run_rows, tensor_rows
@@ -68,7 +68,7 @@ class Sweep:
             raise ConfigError("models: none given; name them in the file or by --model")
         self._checkpoints = [open_checkpoint(location) for location in settings.models]
         for checkpoint in self._checkpoints:
-            note_left_out(checkpoint)
+            examine(Model(checkpoint, {}), settings.trust_remote_code, measured=True)
         self._windows = [
             [make_windows(location, text) for text in settings.evaluations] for location in settings.models
         ]

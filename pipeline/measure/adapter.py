@@ -33,7 +33,7 @@ def carried_by_adapter(model: Model, location: str, trusted: bool) -> dict[str, 
     ]
     if not ranked:
         raise ConfigError(f"{location}: no matrix has a low-rank part that an adapter could carry; drop --adapter")
-    empty = skeleton(model, ModelKey(location, "auto", 1, trusted))
+    empty = skeleton(ModelKey(location, "auto", 1, trusted))
     names = Names(empty)
     found = {name: _linear(empty, *names.target(name), model.entries[name]["shape"]) for name in ranked}
     carried = {name: path for name, path in found.items() if path}

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.device import spoils_the_process
-from pipeline.errors import CheckpointError, NonFiniteError, SwscError, TextError
+from pipeline.errors import CheckpointError, NonFiniteError, TextError
 from pipeline.measure.slots import Slot, find_matrix_slot
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import positions_of
-from pipeline.model.mirror import require_no_code, small_files
 from pipeline.model.parts import Payload, read_tensor, to_tensor
+from pipeline.model.skeleton import skeleton_at, told
 from pipeline.model.tensors import DTYPES, FLOATS
 from swsc_core import align, decode
 
@@ -139,54 +137,23 @@ def load_model(source: Model, key: ModelKey, device: str) -> Any:
 
     logging.disable_progress_bar()
     dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
-    with _told_of(key):
+    with told(key.location):
         model, info = _load(source, key, dtype)
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
         raise CheckpointError(
-            f"{key.location}: {len(absent)} weights are missing, {absent[0]} first; download it again"
+            f"{key.location}: the files lack {len(absent)} weights of the {type(model).__name__} that config.json describes,"
+            f" {absent[0]} first; give all files of the model, or repair config.json"
         )
     model = model.to(device).eval()
     align(model)  # equal weights give equal losses, wherever the header of a file leaves them
     return model
 
 
-def skeleton(source: Model, key: ModelKey) -> Any:
+def skeleton(key: ModelKey) -> Any:
     """The same model on torch's meta device: its class, config and shapes, and not a byte of weights."""
-    with _told_of(key):
-        return _without_weights(source, key)[0]
-
-
-@contextmanager
-def _told_of(key: ModelKey) -> Iterator[None]:
-    """What transformers says, as a CheckpointError."""
-    try:
-        yield
-    except SwscError:
-        raise  # of ours, and said already: a store that does not answer is asked again
-    except Exception as error:  # code that a model brings may raise anything
-        if spoils_the_process(error):
-            raise  # a GPU that is full or broken says nothing about the checkpoint
-        require_no_code(key.location, error)
-        raise CheckpointError(f"{key.location}: transformers cannot load it: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _auto_class(config: Any) -> Any:
-    """What loads a model that predicts tokens: of some multimodal families only the class that sees pictures, too."""
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
-
-    kind = type(config)
-    only_seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if only_seeing else AutoModelForCausalLM
+    with told(key.location):
+        return skeleton_at(key.location, key.trusted).model
 
 
 def _own_dtype(source: Model, config: Any) -> str:
@@ -199,7 +166,7 @@ def _own_dtype(source: Model, config: Any) -> str:
 
 def _load(source: Model, key: ModelKey, dtype: str) -> Any:
     """The weights of `source`, those and no others: given a directory, transformers would choose files and apply adapters itself."""
-    empty, config = _without_weights(source, key)  # from_pretrained of the Auto class insists on files
+    empty, config = skeleton_at(key.location, key.trusted)  # from_pretrained of the Auto class insists on files
     if dtype == "auto":
         dtype = _own_dtype(source, config)
     with _weights(source) as weights:
@@ -227,18 +194,3 @@ def _weights(source: Model) -> Iterator[dict[str, Any]]:
                 files[info.file] = opened.enter_context(safe_open(path, framework="pt"))
             weights[name] = files[info.file].get_slice(name)
         yield weights
-
-
-def _without_weights(source: Model, key: ModelKey) -> tuple[Any, Any]:
-    """The model on the meta device, and its config as it was read, or the part of it that is the text model's if it is one."""
-    from transformers import AutoConfig, GenerationConfig
-
-    folder = small_files(key.location)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=key.trusted)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = _auto_class(config).from_config(config, trust_remote_code=key.trusted)
-    if Path(folder, "generation_config.json").exists():  # how the model generates is read from a directory alone
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, config if isinstance(config, type(model.config)) else config.get_text_config()

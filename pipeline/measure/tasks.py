@@ -58,7 +58,7 @@ class Asker(HFLM):
     """What lm-eval takes for the model."""
 
     def __init__(self, source: Model, key: ModelKey, answers: Answers) -> None:
-        empty = skeleton(source, key)
+        empty = skeleton(key)
         empty.config._name_or_path = key.location  # what stands in lm-eval's results
         with _unwarned():
             super().__init__(empty, **_manner(key))

@@ -19,7 +19,7 @@ from pipeline.model.fingerprint import fingerprint_of
 from pipeline.model.gguf import read_note
 from pipeline.model.gguf_file import Dequantized
 from pipeline.model.hub import local_copy
-from pipeline.model.leftovers import HEAD, is_buffer, is_stored_twice
+from pipeline.model.leftovers import Tie, find_copies, is_buffer, untied
 from pipeline.model.quantized import read_as_bfloat16
 from pipeline.model.store import Store
 from pipeline.model.tensors import BITS, TensorInfo
@@ -42,6 +42,8 @@ class Checkpoint:
         scales: of fp8 weights, which stand in `tensors` as what they are with them: bfloat16.
         dequantized: the GGUF file that it was made of, or that what it was compressed from was made of.
         passed_over: files beside the model's that hold weights, or belong to an adapter, and are not read.
+        copies: tied tensors that are stored twice, of which `tensors` holds one.
+        untied: tensors that the class ties and that hold values of their own: as in transformers they stay two.
     """
 
     store: Store
@@ -54,11 +56,18 @@ class Checkpoint:
     dequantized: Dequantized | None = None
     passed_over: tuple[PassedOver, ...] = ()
     left_out: tuple[PassedOver, ...] = ()
+    copies: tuple[Tie, ...] = ()
+    untied: tuple[Tie, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
         """Tells this checkpoint from another one (fingerprint.py); read when it is asked for, which workers never do."""
         return fingerprint_of(self)
+
+    @property
+    def files(self) -> set[str]:
+        """Files that its tensors are read from; none if they lie nowhere yet (gguf_headers.py)."""
+        return {info.file for info in self.tensors.values() if info.start}
 
     @property
     def nbytes(self) -> int:
@@ -104,13 +113,16 @@ def open_checkpoint(location: str) -> Checkpoint:
     if "config.json" not in names:
         raise CheckpointError(f"{store.root}: config.json is missing; download it too")
     buffers = tuple(info for info in tensors.values() if is_buffer(info))
-    twice = {HEAD} if is_stored_twice(store, tensors, config) else set()
+    copies = find_copies(store, tensors, config)
+    twice = {tie.name for tie in copies.equal}
     own = {name: info for name, info in tensors.items() if not is_buffer(info) and name not in twice}
+    if copies.different:
+        config = untied(config)
     own, config, scales = read_as_bfloat16(location, own, config)
     note = read_note(store)
     left_out = (*passed_over, *extras.left_out)
     return Checkpoint(
-        store, own, config, extras.copied, digest.hexdigest(), buffers, scales, note, passed_over, left_out
+        store, own, config, extras.copied, digest.hexdigest(), buffers, scales, note, passed_over, left_out, *copies
     )
 
 

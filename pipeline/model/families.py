@@ -111,7 +111,7 @@ class Family:
         self._roles = [line for roles, name in FAMILIES.get(own, {}).items() for line in _lines(roles, name)]
         self._transposed = _pattern(_TRANSPOSED[own]) if own in _TRANSPOSED else None
         self._text = re.compile(self._inside)
-        self._layers = _number_of({**config, **text}, _LAYERS)
+        self.layers = _number_of({**config, **text}, _LAYERS)
 
     @property
     def roles(self) -> list[str]:
@@ -132,7 +132,7 @@ class Family:
     def is_beyond(self, name: str) -> bool:
         """Whether a tensor belongs to a layer after the model's last: heads that predict several tokens, which nothing loads."""
         found = _LAYER.search(name)
-        return self._layers is not None and found is not None and int(found[1]) >= self._layers
+        return self.layers is not None and found is not None and int(found[1]) >= self.layers
 
 
 def _pattern(names: str, ending: str = r"\.weight") -> re.Pattern[str]:

@@ -1,37 +1,85 @@
-"""Tensors of a checkpoint that are no weights of their own: a tied head that is stored twice, buffers that a model makes anew.
+"""Redundant tensors of a checkpoint: heads that are the embedding, whether they are stored or not, and buffers that a model makes anew.
 
-They would be counted as weights, and a head that is copied beside a compressed embedding would no longer be tied to it.
+They would be counted as weights, and a head that is copied beside a compressed embedding would no longer be tied to it. Whether
+and under which names they are tied is what transformers' class of the model says; only without one config.json's own words count.
 """
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.errors import CheckpointError
 from pipeline.model.store import Store
 
 if TYPE_CHECKING:
     from pipeline.model.tensors import TensorInfo
 
-HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-_PIECES, _PIECE_BYTES = 64, 1 << 16  # of both tensors, that are compared
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+_SAID = "tie_word_embeddings"
+_PIECES, _PIECE_BYTES = 64, 1 << 16  # of both tensors, that are compared at first
 _BUFFER = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+_IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
-def embedding_of_tied(tensors: Mapping[str, "TensorInfo"], config: Mapping[str, Any]) -> "TensorInfo | None":
-    """The embedding that is the output head, too; None if config says nothing of it."""
-    text: Mapping[str, Any] = config.get("text_config") or config
-    embedding = next((info for name, info in tensors.items() if name.endswith(_EMBEDDING)), None)
-    return embedding if text.get("tie_word_embeddings", config.get("tie_word_embeddings")) else None
+class Tie(NamedTuple):
+    """Two names of one tensor, as checkpoints have them: the head's, mostly, and the embedding's."""
+
+    name: str
+    shares: str
 
 
-def is_stored_twice(store: Store, tensors: Mapping[str, "TensorInfo"], config: Mapping[str, Any]) -> bool:
-    """Whether the head is a copy of the embedding that it is tied to, by pieces at even distances."""
-    head, embedding = tensors.get(HEAD), embedding_of_tied(tensors, config)
-    if head is None or embedding is None or (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+class Copies(NamedTuple):
+    """Stored tensors that are tied to another one which is stored, too: equal ones, and those that hold other values."""
+
+    equal: tuple[Tie, ...]
+    different: tuple[Tie, ...]
+
+
+def ties_of(names: Iterable[str], config: Mapping[str, Any], where: str) -> list[Tie]:
+    """The ties of the model that a config.json describes, whichever of their names are among the stored `names`."""
+    from pipeline.model.skeleton import Unknown, stored_ties
+
+    names = list(names)
+    try:
+        return [Tie(*pair) for pair in stored_ties(names, config, where)]
+    except (Unknown, CheckpointError):  # code of its own, or a config that agreement.py refuses
+        text: Mapping[str, Any] = config.get("text_config") or config
+        embedding = next((name for name in names if name.endswith(_EMBEDDING)), None)
+        tied = text.get(_SAID, config.get(_SAID))
+        return [Tie(_HEAD, embedding)] if tied and embedding else []
+
+
+def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: Mapping[str, Any]) -> Copies:
+    """Tied tensors that are stored twice. No code of transformers is loaded unless two tensors of one shape call for it."""
+    if (config.get(_SAID) is False and not config.get("text_config")) or not _may_hold_copies(tensors):
+        return Copies((), ())
+    ties = [tie for tie in ties_of(tensors, config, store.root) if tie.name in tensors and tie.shares in tensors]
+    equal = [tie for tie in ties if _are_equal(store, tensors[tie.name], tensors[tie.shares])]
+    return Copies(tuple(equal), tuple(tie for tie in ties if tie not in equal))
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that says what transformers does with a head that is stored with values of its own: it is not tied."""
+    text = config.get("text_config")
+    return {**config, _SAID: False, **({"text_config": {**text, _SAID: False}} if text else {})}
+
+
+def _may_hold_copies(tensors: Mapping[str, "TensorInfo"]) -> bool:
+    """Whether two matrices outside of layers have one shape and dtype."""
+    outside = [info for name, info in tensors.items() if len(info.shape) == 2 and not _IN_A_LAYER.search(name)]
+    return len({(info.shape, info.dtype) for info in outside}) < len(outside)
+
+
+def _are_equal(store: Store, one: "TensorInfo", other: "TensorInfo") -> bool:
+    """By pieces at even distances, then, if these are equal, as a whole."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    last = max(0, head.nbytes - _PIECE_BYTES)
+    last = max(0, one.nbytes - _PIECE_BYTES)
     starts = sorted({last * number // (_PIECES - 1) for number in range(_PIECES)})
-    return all(_piece(store, head, start) == _piece(store, embedding, start) for start in starts)
+    if not all(_piece(store, one, start) == _piece(store, other, start) for start in starts):
+        return False
+    pieces = (store.stream(info.file, info.start, info.nbytes) for info in (one, other))
+    return all(mine == theirs for mine, theirs in zip(*pieces, strict=True))
 
 
 def _piece(store: Store, info: "TensorInfo", start: int) -> bytearray:

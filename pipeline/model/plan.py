@@ -13,7 +13,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import layer_of
-from pipeline.model.leftovers import HEAD, embedding_of_tied
+from pipeline.model.leftovers import ties_of
 from pipeline.model.matrices import Joined, is_matrix, joined_of, tensor_of
 from pipeline.model.quantized import REASON
 from pipeline.model.quantized_names import require_unquantized
@@ -180,10 +180,11 @@ def _split(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> Iterable[De
 
 def _tied(checkpoint: Checkpoint) -> Iterable[Decision]:
     """The output head that is the embedding, whether the files leave it out or hold it twice."""
-    embedding = embedding_of_tied(checkpoint.tensors, checkpoint.config)
-    if embedding and HEAD not in checkpoint.tensors:
-        head = replace(embedding, name=HEAD)
-        yield Decision(head, "tied", f"shares {embedding.name}", 0)
+    stored = checkpoint.tensors
+    for tie in ties_of(stored, checkpoint.config, checkpoint.store.root):
+        if tie.shares in stored and tie.name not in stored:
+            how = "a stored copy, shares" if tie in checkpoint.copies else "shares"
+            yield Decision(replace(stored[tie.shares], name=tie.name), "tied", f"{how} {tie.shares}", 0)
 
 
 def _with_tasks(decisions: list[Decision]) -> Plan:

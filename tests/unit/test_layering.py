@@ -38,6 +38,7 @@ DOORS = {
         "pipeline/measure/windows.py",
         "pipeline/model/gguf_file.py",
         "pipeline/model/gguf_headers.py",
+        "pipeline/model/skeleton.py",
         *PLUG_IN_DOORS,
     },
     "gguf": {"pipeline/model/gguf_file.py"},

@@ -1,0 +1,174 @@
+"""Files and config.json of different models are refused before any work, by a line that says which is at fault."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaForSequenceClassification, LlamaModel
+
+from jobs.cli import main
+from pipeline.errors import CheckpointError
+from pipeline.model.agreement import require_agreement
+from pipeline.model.artifact import open_model
+from pipeline.model.weight_files import SINGLE
+from tests.tiny import make_tiny_model
+
+Weights = dict[str, torch.Tensor]
+_COARSE = ["--clusters", "4", "--rank", "2", "--n-init", "1", "--preset", "paper", "--local"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers in one file, its head not tied."""
+    return make_tiny_model(tmp_path_factory.mktemp("whole") / "model", layers=2, shards=False, tied=False)
+
+
+@pytest.fixture
+def model(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def configure(model: Path, **changes: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def rewrite(model: Path, change: Callable[[Weights], Weights]) -> None:
+    weights = change(load_file(model / SINGLE))
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, model / SINGLE)
+
+
+def renamed(pattern: str, by: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {re.sub(pattern, by, name): tensor for name, tensor in weights.items()}
+
+
+def without(pattern: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {name: tensor for name, tensor in weights.items() if not re.search(pattern, name)}
+
+
+def refusal(model: Path, measured: bool = True) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        require_agreement(open_model(str(model)), measured=measured)
+    assert "\n" not in str(caught.value)
+    assert "download" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"num_hidden_layers": 1}, ["1 layers", "model.layers.1.", "config.json"]),
+        ({"num_hidden_layers": 4}, ["4 layers", "layer 1", "model.layers.2."]),
+        ({"num_hidden_layers": 10**9}, ["1000000000 layers", "21 tensors"]),
+        ({"vocab_size": 300}, ["[256, 64]", "[300, 64]", "config.json"]),
+        ({"intermediate_size": 64}, ["[64, 96]", "[64, 64]"]),
+        ({"attention_bias": True}, ["lack 8 weights", "k_proj.bias first", "LlamaForCausalLM", "repair config.json"]),
+        ({"num_attention_heads": 3}, ["config.json", "not a multiple", "attention heads (3)"]),
+        (
+            {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+            ["k_proj.bias first", "Qwen2ForCausalLM", "repair config.json"],
+        ),
+    ],
+)
+def test_a_config_of_another_model(model: Path, changes: dict[str, Any], facts: list[str]) -> None:
+    configure(model, **changes)
+    said = refusal(model)
+    assert all(fact in said for fact in facts), said
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        (renamed("^", "module."), ["'module.'", "Distributed"]),
+        (renamed("^", "_orig_mod."), ["'_orig_mod.'", "torch.compile"]),
+        (renamed("^", "module._orig_mod."), ["'module._orig_mod.'"]),
+        (renamed("^", "base_model.model."), ["'base_model.model.'", "merge"]),
+        (renamed("^", "llm."), ["'llm.'"]),
+        (renamed(r"layers\.(\d)", r"layers.\1._orig_mod"), ["'_orig_mod.'"]),
+        (renamed(r"(q|v)_proj\.", r"\1_proj.base_layer."), ["'base_layer.'", "merge"]),
+        (without("lm_head"), ["lm_head.weight", "tie_word_embeddings"]),
+        (without(r"layers\.1\.mlp"), ["lack 3 weights", "model.layers.1.mlp.down_proj.weight first", "give all files"]),
+        (lambda weights: weights | {"v_head.weight": torch.ones(1, 64)}, ["unknown", "v_head.weight"]),
+        (lambda weights: weights | {"model.layers.2.norm.weight": torch.ones(64)}, ["2 layers", "model.layers.2."]),
+    ],
+)
+def test_files_of_another_model(model: Path, change: Callable[[Weights], Weights], facts: list[str]) -> None:
+    rewrite(model, change)
+    said = refusal(model)
+    assert all(fact in said for fact in facts), said
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [["plan", "M"], ["compress", "M", "O", *_COARSE], ["evaluate", "M", "--text", "T", "--seqlen", "32", "--local"]],
+    ids=lambda verb: str(verb[0]),
+)
+def test_every_verb_refuses_before_work(
+    verb: list[str], model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(model, num_hidden_layers=1)
+    place = {"M": str(model), "O": str(tmp_path / "output"), "T": str(text)}
+    assert main([place.get(word, word) for word in verb]) == 2
+    assert "1 layers" in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_sweep_refuses_before_work(model: Path, text: Path, tmp_path: Path) -> None:
+    configure(model, num_hidden_layers=1)
+    (tmp_path / "sweep.yaml").write_text(
+        json.dumps(
+            {
+                "models": [str(model)],
+                "variants": [{"name": "one", "clusters": 4, "rank": 2, "preset": "paper"}],
+                "evaluations": [{"text": str(text), "seqlen": 32}],
+            }
+        )
+    )
+    assert main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 2
+
+
+@pytest.mark.parametrize("verb", ["restore", "evaluate"])
+def test_a_compressed_model_is_compared_too(verb: str, model: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    assert main(["compress", str(model), str(output), *_COARSE]) == 0
+    require_agreement(open_model(str(output)), measured=True)
+    configure(output, num_hidden_layers=1)
+    rest = [str(tmp_path / "dense")] if verb == "restore" else ["--text", str(text), "--seqlen", "32"]
+    assert main([verb, str(output), *rest, "--local"]) == 2
+    assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_a_model_without_a_head_may_be_compressed_and_not_measured(kind: Any, whole: Path, tmp_path: Path) -> None:
+    kind.from_pretrained(whole).save_pretrained(tmp_path / "model")
+    assert require_agreement(open_model(str(tmp_path / "model"))) == ""
+    assert "lm_head.weight" in refusal(tmp_path / "model")
+
+
+def test_heads_that_predict_further_tokens_are_known(tmp_path: Path) -> None:
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_nextn_predict_layers=1,
+    )  # fmt: skip
+    DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: weights | {"model.layers.2.eh_proj.weight": torch.ones(4, 8)})
+    assert require_agreement(open_model(str(tmp_path)), measured=True) == ""
+    rewrite(tmp_path, without(r"layers\.1\.mlp\.experts\.3\."))
+    assert "experts" in refusal(tmp_path)
+
+
+def test_a_model_that_transformers_does_not_know_is_said_not_to_be_compared(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(model, model_type="unheard_of", architectures=["UnheardOf"])
+    assert "unheard_of" in require_agreement(open_model(str(model)))
+    assert main(["plan", str(model), "--include", "q_proj"]) == 0
+    assert "not compared" in capsys.readouterr().err
+    assert "unheard_of" in refusal(model)
