@@ -47,8 +47,8 @@ def examine(model: Model, trusted: bool = False, measured: bool = False) -> None
             f"note: {model.checkpoint.store.root}: {one} and {other} hold other values, so they stay two weights, as in transformers,"
             " although config.json ties them"
         )
-    if reason := require_agreement(model, trusted, measured):
-        say(f"note: {model.checkpoint.store.root}: its weights are not compared with config.json ({reason})")
+    for note in require_agreement(model, trusted, measured):
+        say(f"note: {model.checkpoint.store.root}: {note}")
 
 
 def identity_of(source: Checkpoint, settings: CompressSettings, arithmetic: Arithmetic) -> dict[str, Any]:

@@ -47,8 +47,8 @@ class Verdict:
     mismatched: list[tuple[str, list[int], list[int]]]
 
 
-def require_agreement(model: Model, trusted: bool = False, measured: bool = False) -> str:
-    """Compare a model's files with its config; returns "" or why that cannot be done: its code is its own, or not there.
+def require_agreement(model: Model, trusted: bool = False, measured: bool = False) -> list[str]:
+    """Compare a model's files with its config; returns what a person should know: that it cannot be done, or of idle tensors.
 
     Args:
         trusted: code that the model brings may be run.
@@ -65,14 +65,23 @@ def require_agreement(model: Model, trusted: bool = False, measured: bool = Fals
         else:
             skeletons = skeletons_of(config, where, len(model.checkpoint.tensors))
     except Unknown as error:
-        return _unknown(where, config, str(error), measured)
+        return [f"its weights are not compared with config.json ({_unknown(where, config, str(error), measured)})"]
     first, *others = [_verdict(where, model, one) for one in skeletons]
-    unknown = [name for name in first.unknown if not any(name in one.model.state_dict() for one in skeletons[1:])]
-    _require(where, model, Verdict(first.kind, first.missing, unknown, first.mismatched), skeletons[0])
+    known = {name for one in skeletons[1:] for name in one.model.state_dict()}
+    unknown = [name for name in first.unknown if name not in known]
+    weights = [name for name in unknown if _is_weight(name, skeletons[0].model)]
+    _require(where, model, Verdict(first.kind, first.missing, weights, first.mismatched), skeletons[0])
     for other, one in zip(others, skeletons[1:], strict=True):
         if measured:
             _require(where, model, Verdict(other.kind, other.missing, [], other.mismatched), one)
-    return ""
+    return (
+        [f"{len(unknown)} tensors that {first.kind} has no use for are copied ({_shown(unknown)})"] if unknown else []
+    )
+
+
+def _is_weight(name: str, model: Any) -> bool:
+    """Whether a tensor that the model does not have is called as its weights are: others are buffers, or of some tool."""
+    return name.rpartition(".")[2] in {"weight", "bias", *(own.rpartition(".")[2] for own in model.state_dict())}
 
 
 def _unknown(where: str, config: Mapping[str, Any], reason: str, measured: bool) -> str:

@@ -147,7 +147,7 @@ def test_a_compressed_model_is_compared_too(verb: str, model: Path, text: Path, 
 @pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
 def test_a_model_without_a_head_may_be_compressed_and_not_measured(kind: Any, whole: Path, tmp_path: Path) -> None:
     kind.from_pretrained(whole).save_pretrained(tmp_path / "model")
-    assert require_agreement(open_model(str(tmp_path / "model"))) == ""
+    assert require_agreement(open_model(str(tmp_path / "model"))) == []
     assert "lm_head.weight" in refusal(tmp_path / "model")
 
 
@@ -159,16 +159,25 @@ def test_heads_that_predict_further_tokens_are_known(tmp_path: Path) -> None:
     )  # fmt: skip
     DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
     rewrite(tmp_path, lambda weights: weights | {"model.layers.2.eh_proj.weight": torch.ones(4, 8)})
-    assert require_agreement(open_model(str(tmp_path)), measured=True) == ""
+    assert require_agreement(open_model(str(tmp_path)), measured=True) == []
     rewrite(tmp_path, without(r"layers\.1\.mlp\.experts\.3\."))
     assert "experts" in refusal(tmp_path)
+
+
+def test_tensors_that_are_no_weights_are_copied_and_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(model, lambda weights: weights | {"model.layers.0.self_attn.steps": torch.ones(3, dtype=torch.int64)})
+    assert main(["compress", str(model), str(tmp_path / "output"), *_COARSE]) == 0
+    assert "model.layers.0.self_attn.steps" in capsys.readouterr().err
+    assert "model.layers.0.self_attn.steps" in open_model(str(tmp_path / "output")).names
 
 
 def test_a_model_that_transformers_does_not_know_is_said_not_to_be_compared(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure(model, model_type="unheard_of", architectures=["UnheardOf"])
-    assert "unheard_of" in require_agreement(open_model(str(model)))
+    assert "unheard_of" in require_agreement(open_model(str(model)))[0]
     assert main(["plan", str(model), "--include", "q_proj"]) == 0
     assert "not compared" in capsys.readouterr().err
     assert "unheard_of" in refusal(model)
