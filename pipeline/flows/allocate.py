@@ -20,6 +20,7 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.moments import Moments
 from pipeline.model.plan import Decision, Plan, with_specs
+from pipeline.model.records import Curves, of_cache, read_record
 from pipeline.model.specs import budget_bytes, value_bits
 from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Task
@@ -81,8 +82,7 @@ def _curves(
     identity |= {"widths": sorted({value_bits(info.dtype, settings) for info in infos})}
     file = f"curves-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}.json"
     if moments.store.exists(file):
-        kept: dict[str, Any] = moments.store.read_json(file)
-        return kept
+        return of_cache(moments.store, file, lambda: _read(moments, file, infos))
     run = partial(_results, plan=plan, make_pool=make_pool)
     reaches = run([Task(i.name, "reach", (source.store, i, moments), f"reach of {i.name}") for i in infos], "reach")
     found = run(_share_tasks(source, infos, settings, moments, reaches), "curves")
@@ -92,6 +92,16 @@ def _curves(
     curves = {"identity": identity, "reach": reaches, "shares": shares}
     moments.store.write_json(file, curves)
     return curves
+
+
+def _read(moments: Moments, file: str, infos: Sequence[TensorInfo]) -> dict[str, Any]:
+    """Curves as they were written, of all these matrices."""
+    kept = read_record(moments.store, file, Curves)
+    for info in infos:
+        float(kept["reach"][info.name])
+        for values, share in kept["shares"][kind_of(info)]:
+            SwscSpec(**values), float(share)
+    return kept
 
 
 def _results(tasks: list[Task], what: str, plan: Plan, make_pool: PoolMaker) -> dict[Any, Any]:

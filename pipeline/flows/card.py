@@ -1,6 +1,5 @@
 """The card of a compression, of a restoring, and what a measurement adds to it."""
 
-import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from pipeline.model.card import CARD, About, Compressed, make_card, read_source_
 from pipeline.model.card_figures import PROTOCOL, with_evaluation
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.plan import Plan
+from pipeline.model.records import Evaluation, read_record
 from pipeline.model.store import Store
 from pipeline.run.progress import say
 
@@ -100,12 +100,8 @@ def read_result(location: str) -> dict[str, Any]:
     """What `swsc evaluate --json` has written there; ConfigError if it is none."""
     file = Store.at(location)
     try:
-        result = file.parent.read_json(file.name)
-        perplexity = float(result["perplexity"])
-        if not math.isfinite(perplexity):
-            raise ValueError(f"perplexity {perplexity}")
-        return {**result, "perplexity": perplexity}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return read_record(file.parent, file.name, Evaluation)
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{location}: not a result of `swsc evaluate --json` ({error}); make one of the uncompressed model"
         ) from None

@@ -19,10 +19,12 @@ from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError, PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.measure.tuner import Tuned, TuneKey
+from pipeline.model import records
 from pipeline.model.checkpoint import MANIFEST, Checkpoint
 from pipeline.model.forecast import tuning_bytes, tuning_device_bytes
 from pipeline.model.output import Output, begin
 from pipeline.model.parts import DONE
+from pipeline.model.records import of_cache, read_record
 from pipeline.model.store import Store
 from pipeline.run.driver import StagedTasks, Stages, execute
 from pipeline.run.pool import Done, Task
@@ -96,7 +98,7 @@ class Tuning:
             with begin(self._store, self.identity, wait=say) as out:
                 if not self._store.exists(_RESULT):  # the run that we waited for has made it
                     self._move(out, make_pool)
-        about = self._store.read_json(_RESULT)
+        about = of_cache(self._store, _RESULT, lambda: read_record(self._store, _RESULT, records.Tuning))
         return Tuned(
             self._key.compressed, self._store, _state_file(about["steps"]) if about["applied"] else None
         ), about
@@ -193,7 +195,8 @@ class Tuning:
 
 def _digest_of(location: str) -> str:
     """Hash of what a finished output's manifest says of its files."""
-    files = Store.at(location).read_json(MANIFEST)["files"]
+    store = Store.at(location)
+    files = of_cache(store, MANIFEST, lambda: read_record(store, MANIFEST, records.Manifest))["files"]
     return hashlib.sha256(repr(sorted((name, about["sha256"]) for name, about in files.items())).encode()).hexdigest()
 
 

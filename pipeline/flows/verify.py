@@ -7,6 +7,7 @@ from pipeline.errors import CheckpointError, DamageError
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.forecast import WORKER_BASE
+from pipeline.model.records import Manifest, Report, read_record
 from pipeline.model.standing import REPORT
 from pipeline.model.store import Store
 from pipeline.run.pool import Done, Task
@@ -50,21 +51,18 @@ def manifest_of(store: Store) -> dict[str, Any]:
             " which leaves no hashes to hold it against"
         )
     try:
-        manifest: dict[str, Any] = store.read_json(MANIFEST)
-        for about in manifest["files"].values():
-            int(about["size"]), str(about["sha256"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return read_record(store, MANIFEST, Manifest)
+    except ValueError as error:
         raise DamageError(
             f"{store.root}: {MANIFEST} is damaged ({error}); make the output again by --overwrite"
         ) from None
-    return manifest
 
 
 def _strange(store: Store, files: dict[str, Any]) -> Iterator[str]:
     """What no hash tells of: a report that cannot be read, tensor files that the manifest does not know."""
     try:
-        store.read_json(REPORT)["tensors"]
-    except (OSError, ValueError, KeyError, TypeError):
+        read_record(store, REPORT, Report)
+    except (OSError, ValueError):
         yield f"{REPORT} is missing or no report"
     for name in store.names():
         if name.endswith(".safetensors") and name not in files:

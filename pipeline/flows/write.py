@@ -16,6 +16,7 @@ from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.windows import load_tokenizer, opening_of
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes
+from pipeline.model.records import of_cache
 from pipeline.model.store import Store
 from pipeline.run.pool import Done, Task
 
@@ -43,7 +44,7 @@ def written_windows(
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     store, name = Store.at(cache), f"written-{digest}.json"
     if store.exists(name):
-        return np.array(store.read_json(name), dtype=np.int64)
+        return of_cache(store, name, lambda: _windows(store.read_json(name), count, length))
     written: dict[Any, np.ndarray] = {}
 
     def note(done: Done) -> None:
@@ -68,3 +69,11 @@ def written_windows(
     ids = np.concatenate([written[first] for first in sorted(written)])
     store.write_json(name, ids.tolist())
     return ids
+
+
+def _windows(ids: Any, count: int, length: int) -> np.ndarray:
+    """Token ids as they were written, int64 [count, length]; ValueError if they are none."""
+    found = np.array(ids)
+    if found.shape != (count, length) or found.dtype != np.int64 or found.min(initial=0) < 0:
+        raise ValueError(f"wanted token ids [{count}, {length}], got {found.dtype} {list(found.shape)}")
+    return found

@@ -12,6 +12,7 @@ from pipeline.errors import DamageError, OutputError
 from pipeline.model.checkpoint import MANIFEST, RUN
 from pipeline.model.lease import acquire
 from pipeline.model.parts import differences
+from pipeline.model.records import Manifest, checked, read_record
 from pipeline.model.store import Store
 
 _NOTED = ".swsc/amending.json"  # name of a file -> its new text
@@ -57,8 +58,13 @@ def _complete(store: Store) -> None:
     """Write what is noted; nothing if a run has begun since, which will replace it all."""
     if store.exists(RUN) or not store.exists(_NOTED):
         return
-    noted = store.read_json(_NOTED)
-    manifest = noted.pop(MANIFEST)
+    try:
+        noted = dict(store.read_json(_NOTED))
+        manifest = checked(Manifest, noted.pop(MANIFEST))
+        if not all(isinstance(text, str) for text in noted.values()):
+            raise ValueError("a file that is no text")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamageError(f"{store.root}: {_NOTED} is damaged ({error}); remove it, then run again") from None
     for name, text in noted.items():
         store.write(name, [text.encode()])
     store.write_json(MANIFEST, manifest)
@@ -68,12 +74,12 @@ def _complete(store: Store) -> None:
 def _checked(store: Store, name: str) -> dict[str, Any]:
     """The manifest, after a look at the file."""
     try:
-        manifest: dict[str, Any] = store.read_json(MANIFEST)
+        manifest = read_record(store, MANIFEST, Manifest)
         about = manifest["files"].get(name)
         found = differences(store, name, about) if about else []
     except FileNotFoundError:
         raise OutputError(f"{store.root}: not a finished output of this tool: nothing is written into it") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise DamageError(
             f"{store.root}: {MANIFEST} is damaged ({error}); make the output again by --overwrite"
         ) from None

@@ -18,6 +18,7 @@ from pipeline.errors import CheckpointError, OutputError
 from pipeline.model.files import TEMPORARY
 from pipeline.model.gguf_file import Dequantized, header_of, load, one_line, quiet_transformers, require_gguf
 from pipeline.model.lease import acquire
+from pipeline.model.records import Note, read_record
 from pipeline.model.store import Store, require_room
 
 NOTE = "dequantized.json"  # in a checkpoint: the file that it was made of, and what that held
@@ -70,12 +71,11 @@ def read_note(store: Store) -> Dequantized | None:
     if not store.exists(NOTE):
         return None
     try:
-        note = store.read_json(NOTE, 1 << 20)
-        types = {str(kind): int(count) for kind, count in note["types"].items()}
-        file, baseline, licence = (one_line(note[key]) for key in ("file", "baseline", "licence"))
-        return Dequantized(file, baseline, licence, types)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        note = read_record(store, NOTE, Note, 1 << 20)
+    except ValueError as error:
         raise CheckpointError(f"{store.root}/{NOTE}: not as `swsc convert` writes it ({error}); remove it") from None
+    file, baseline, licence = (one_line(note[key]) for key in ("file", "baseline", "licence"))
+    return Dequantized(file, baseline, licence, note["types"])
 
 
 def warn(location: str, about: Dequantized) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from pipeline.errors import OutputError, RunError, StoreError
+from pipeline.model.records import Holder, checked
 from pipeline.model.store import Store
 
 LEASE = ".swsc/lease.json"
@@ -196,10 +197,9 @@ def _read(store: Store) -> bytes | None:
 def _understood(raw: bytes | None) -> dict[str, Any] | None:
     """What a lease says; None if there is none, or none that can be understood."""
     try:
-        about = json.loads(raw or b"")
+        return checked(Holder, json.loads(raw or b""))
     except (ValueError, RecursionError):
         return None
-    return about if isinstance(about, dict) and "owner" in about else None
 
 
 def _who(about: dict[str, Any]) -> str:

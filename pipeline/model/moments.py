@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.model.checkpoint import RUN, read_header
 from pipeline.model.families import layer_of
 from pipeline.model.parts import DONE, read_tensor
+from pipeline.model.records import CalibrationRun, Done, of_cache, read_record
 from pipeline.model.store import Store
 from swsc_core import Metric
 from swsc_core.format import part_name
@@ -61,11 +62,12 @@ class Moments:
 
     def _text_tokens(self) -> int:
         """Number of tokens of the text; an expert sees some of them."""
-        windows, length = self.store.read_json(RUN)["windows"]
+        windows, length = of_cache(self.store, RUN, lambda: read_record(self.store, RUN, CalibrationRun))["windows"]
         return int(windows * length)
 
     def _row(self, name: str) -> dict[str, Any]:
-        row: dict[str, Any] = self.store.read_json(f"{DONE}/{moment_file(name)}.json")["rows"][0]
+        file = f"{DONE}/{moment_file(name)}.json"
+        row: dict[str, Any] = of_cache(self.store, file, lambda: read_record(self.store, file, Done)["rows"][0])
         return row
 
     def _read(self, name: str, part: str) -> Tensor:

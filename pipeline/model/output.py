@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from pipeline.errors import FULL, DiskFull
+from pipeline.errors import FULL, CheckpointError, DiskFull
 from pipeline.model.card import CARD, SOURCE_CARD
 from pipeline.model.checkpoint import MANIFEST, Checkpoint, read_header
 from pipeline.model.lease import LEASE, Lease, Ticket, acquire
+from pipeline.model.records import Calibration, read_record
 from pipeline.model.standing import (
     ADAPTER,
     FINISHING,
@@ -104,8 +105,18 @@ def begin(
 
 
 def known_traces(store: Store) -> frozenset[str]:
-    """Traces of the texts that the model in `store` was calibrated on; none, if it was on none."""
-    return frozenset(store.read_json(CALIBRATION)["traces"]) if store.exists(CALIBRATION) else frozenset()
+    """Traces of the texts that the model in `store` was calibrated on; none, if it was on none.
+
+    Raises:
+        CheckpointError: what says so is damaged.
+    """
+    try:
+        return frozenset(read_record(store, CALIBRATION, Calibration)["traces"] if store.exists(CALIBRATION) else ())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{store.root}: {CALIBRATION} is damaged ({error}): what the model was calibrated on is not known; download it"
+            " again, or compress again"
+        ) from None
 
 
 def abandon(output: Output) -> None:

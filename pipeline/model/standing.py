@@ -15,6 +15,7 @@ from pipeline.errors import OutputError, UserError
 from pipeline.model.checkpoint import MANIFEST, RUN
 from pipeline.model.lease import is_free
 from pipeline.model.parts import DONE, differences
+from pipeline.model.records import CompressionReport, Done, Manifest, Record, Report, read_record
 from pipeline.model.store import FileRecord, Store
 
 REPORT = "swsc_report.json"
@@ -23,6 +24,7 @@ _REPLACED = ".swsc/replaced.json"  # names of files of an output that this one r
 FINISHING = ".swsc/finishing.json"  # names of the files beside tensors that a run was about to write
 OURS = re.compile(r"(model-\d+-of-\d+\.safetensors|.*\.partial)$")  # names of tensor files and of unfinished files
 _ARITHMETIC = ("device", "torch")  # keys of an identity that an unfinished output must not change on the way
+_SHOWN = 200  # characters of a value in an error
 _HASHING = 8  # files at a time
 
 Finished = dict[str, tuple[FileRecord, list[dict[str, Any]]]]  # by name of the file: its record, and rows of the report
@@ -54,9 +56,9 @@ def is_finished(store: Store, identity: dict[str, Any], overwrite: bool) -> bool
     if not store.exists(MANIFEST):
         return False
     try:
-        manifest = _read_own(store, MANIFEST, "identity", "files")
+        manifest = _read_own(store, MANIFEST, kind=Manifest)
         _same_settings(store, manifest["identity"], identity)
-        _require_whole(store, manifest["files"])
+        _require_whole(store, manifest["files"], Report if "restored_from" in identity else CompressionReport)
     except UserError:  # another output, a damaged one, or one whose manifest names what is outside
         if overwrite:
             return False
@@ -121,19 +123,24 @@ def _clear_replaced(store: Store) -> None:
     store.remove(_REPLACED)
 
 
-def _read_own(store: Store, name: str, *keys: str) -> dict[str, Any]:
-    """A file of ours; OutputError if it is damaged."""
+def _read_own(store: Store, name: str, *keys: str, kind: type[Record] = Record) -> dict[str, Any]:
+    """A file of ours, of which `keys` hold objects; OutputError if it is damaged."""
     try:
-        value = store.read_json(name)
+        value = read_record(store, name, kind)
         return {**value, **{key: dict(value[key]) for key in keys}}
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{store.root}: {name} is damaged ({error}); make the output again by --overwrite") from None
 
 
 def read_list(store: Store, name: str) -> list[str]:
-    """A list of names that we wrote; empty if it is not there."""
-    value = store.read_json(name) if store.exists(name) else []
-    return [str(one) for one in value] if isinstance(value, list) else []
+    """A list of names that we wrote; empty if it is not there, OutputError if it is no such list."""
+    try:
+        value = store.read_json(name) if store.exists(name) else []
+        if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            raise ValueError("no list of names")
+    except ValueError as error:
+        raise OutputError(f"{store.root}: {name} is damaged ({error}); remove it, then run again") from None
+    return value
 
 
 def _settings_of(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any], keys:
     """Raise OutputError unless settings and arithmetic are the same; of what an earlier version began, the latter is not known."""
     _same_settings(store, before, now, keys)
     changed = [
-        f"{key} {before[key]} -> {now[key]}"
+        f"{key} {_shown(before[key])} -> {_shown(now[key])}"
         for key in _ARITHMETIC
         if key in before and key in now and before[key] != now[key]
     ]
@@ -162,7 +169,7 @@ def _same_settings(
     before, now = _settings_of(before), _settings_of(now)
     keys = None if keys is None else _settings_of(dict.fromkeys(keys))
     changed = [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        f"{key[:_SHOWN]} {_shown(before.get(key))} -> {_shown(now.get(key))}"
         for key in sorted({*before, *now} if keys is None else keys)
         if before.get(key) != now.get(key)
     ]
@@ -173,16 +180,19 @@ def _same_settings(
         )
 
 
-def _require_whole(store: Store, files: Mapping[str, Any]) -> None:
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _require_whole(store: Store, files: Mapping[str, Any], report: type[Record]) -> None:
     """Raise OutputError that names a file which is not as it was written."""
     try:
         with ThreadPoolExecutor(_HASHING) as pool:
             found = [line for lines in pool.map(lambda one: differences(store, *one), files.items()) for line in lines]
-        _read_own(store, REPORT)
+        _read_own(store, REPORT, kind=report)
     except FileNotFoundError:
         found = [f"{REPORT} is missing"]
-    except (KeyError, TypeError) as error:
-        found = [f"{MANIFEST} is damaged ({error})"]
     if found:
         raise OutputError(f"{store.root}: {found[0]}; make the output again by --overwrite")
 
@@ -193,10 +203,10 @@ def _finished(store: Store, run: str) -> Finished:
     for entry in store.below(DONE).names():
         file = entry.removesuffix(".json")
         try:
-            done = store.read_json(f"{DONE}/{entry}")
+            done = read_record(store, f"{DONE}/{entry}", Done)
             record = FileRecord(file, done["size"], done["sha256"], done.get("tensors", {}))
             sound = done["run"] == run and not differences(store, file, record.about)
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             sound = False
         if sound:
             finished[file] = (record, done["rows"])

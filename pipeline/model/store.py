@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pipeline.errors import OutputError, StoreError, UserError
 from pipeline.model.etag import PartDigest
 from pipeline.model.files import SCHEMES, Bytes, Files, files_at
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MOST_JSON = 1 << 28  # bytes: a report of 100,000 tensors has a quarter of that
 CHUNK = 8 << 20  # bytes of one read or write of a stream: large against latency, small against memory
 
@@ -176,10 +178,14 @@ class Store:
         """The value of a JSON file; ValueError if it is none, or has more than `most` bytes."""
         if (size := self.size(name)) > most:
             raise ValueError(f"{size:,} bytes, at most {most:,} are read")
+        text = bytes(self.read(name)).decode()
         try:
-            return json.loads(bytes(self.read(name)).decode())
+            value = json.loads(text)
         except RecursionError:
             raise ValueError("nested too deeply") from None
+        if _SURROGATE.search(text):  # as an escape: halves of a letter, which nothing could write again, or a whole one
+            _require_text(value)
+        return value
 
     def sha256(self, name: str) -> str:
         digest = hashlib.sha256()
@@ -223,6 +229,14 @@ def require_room(store: Store, nbytes: int) -> None:
         raise OutputError(
             f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
         )
+
+
+def _require_text(value: Any) -> None:
+    """Raise ValueError for a string that holds half a letter."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds letters that are none (lone surrogates)") from None
 
 
 def _inside(root: str, name: str) -> str:

@@ -51,6 +51,7 @@ DOORS = {
     "pydantic": {
         "pipeline/config.py",
         "pipeline/matrix_config.py",
+        "pipeline/model/records.py",
         "pipeline/task_config.py",
         "pipeline/validation.py",
     },
