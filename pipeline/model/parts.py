@@ -102,7 +102,8 @@ def _placed(data: bytearray) -> "Tensor":
 def _tensor(data: "Tensor", dtype: str, shape: tuple[int, ...]) -> "Tensor":
     import torch
 
-    return data.view(getattr(torch, DTYPES[dtype][0])).reshape(shape)
+    kind = getattr(torch, DTYPES[dtype][0])
+    return data.view(kind).reshape(shape) if data.numel() else torch.empty(shape, dtype=kind)  # strides of none may be 0
 
 
 def commit(ticket: Ticket, file: str, payload: Payload) -> FileRecord:
