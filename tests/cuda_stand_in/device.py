@@ -9,7 +9,7 @@ host, sums without a fixed order. It checks which branches are taken and what is
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,19 @@ _MAKES = {
     "rand",
     "randn",
 }
+
+
+# what is asked of torch.cuda itself
+_FEIGNED: dict[str, Callable[..., Any]] = {
+    "_lazy_init": lambda: None,
+    "get_device_name": lambda device=None: NAME,
+    "get_device_capability": lambda device=None: (9, 0),
+}
+
+
+def _put(functions: dict[str, Callable[..., Any]]) -> None:
+    for name, function in functions.items():
+        setattr(torch.cuda, name, function)
 
 
 class MixError(RuntimeError):
@@ -125,11 +138,15 @@ class StandIn(TorchFunctionMode):
         self._dispatch = _Dispatch(self)
         self.inside = False  # a call with a tensor of the device: what C++ makes on the way is on it, too
         self._entered = 0
-        self._lazy_init = torch.cuda._lazy_init
+        self._own = {name: getattr(torch.cuda, name) for name in _FEIGNED}
+        self._swaps = torch.__future__.get_swap_module_params_on_conversion()
 
     def __enter__(self) -> "StandIn":
         if not self._entered:
-            torch.cuda._lazy_init = lambda: None
+            _put(_FEIGNED)
+            torch.__future__.set_swap_module_params_on_conversion(
+                True
+            )  # `.data =` would leave a parameter of no memory
             self._dispatch.__enter__()
         self._entered += 1
         super().__enter__()
@@ -140,7 +157,8 @@ class StandIn(TorchFunctionMode):
         self._entered -= 1
         if not self._entered:
             self._dispatch.__exit__(*error)
-            torch.cuda._lazy_init = self._lazy_init
+            _put(self._own)
+            torch.__future__.set_swap_module_params_on_conversion(self._swaps)
 
     @contextmanager
     def counted(self) -> Iterator[Counts]:
@@ -187,6 +205,8 @@ class StandIn(TorchFunctionMode):
             values = tree_map(
                 lambda x: rounded_to_tf32(x) if isinstance(x, Tensor) and x.dtype == torch.float32 else x, values
             )
+        if name == "histc" and not values[0].is_floating_point():  # of integers on CUDA alone
+            return CudaTensor(func(values[0].float(), *values[1:], **named).to(values[0].dtype))
         return _given(func, args, kwargs, func(*values, **named))
 
     def _refuse_mix(self, name: str, args: Any, flat: list[Any], ours: list[Any], others: list[Tensor]) -> None:
@@ -228,7 +248,10 @@ class _Dispatch(TorchDispatchMode):
         self._device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch.inference_mode(False):  # what is made here is an ordinary tensor, or views of such would be refused
+        if not torch.is_inference_mode_enabled():
+            return self._device.run(func, args, kwargs or {})
+        # what is made here is an ordinary tensor, or views of such would be refused
+        with torch.inference_mode(False), torch.no_grad():
             return self._device.run(func, args, kwargs or {})
 
 
