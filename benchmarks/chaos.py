@@ -28,8 +28,8 @@ import psutil
 from benchmarks.common import contents, print_markdown
 from pipeline.errors import SwscError
 from pipeline.model.checkpoint import MANIFEST
+from pipeline.model.owned import REPORT
 from pipeline.model.parts import DONE
-from pipeline.model.standing import REPORT
 from pipeline.model.store import Store
 from tests.object_store import BUCKET, ObjectStore, as_client, object_store
 from tests.ray_cluster import ROOT, Cluster, end, ray_cluster, raylet_of, workers_at

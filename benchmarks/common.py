@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.model.standing import REPORT
+from pipeline.model.owned import REPORT
 from pipeline.model.store import Store
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from pipeline.config import (
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import describe
-from pipeline.flows.preflight import examine, require_output
+from pipeline.flows.preflight import examine, require_cache, require_output, require_unmixed
 from pipeline.flows.prepare import cache_of, prepare
 from pipeline.flows.produce import produce
 from pipeline.flows.push import push_output
@@ -28,7 +28,9 @@ from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import stage_bytes
 from pipeline.model.hub import require_pushable
+from pipeline.model.places import Place, named, require_apart
 from pipeline.model.plan import make_plan, require_coverage
+from pipeline.model.store import Store
 from pipeline.report.tables import print_table
 from pipeline.validation import validated
 
@@ -57,7 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.push:
         require_pushable(arguments.push)
     evaluation = _evaluation_of(arguments, calibration.trust_remote_code) if arguments.text else None
+    _require_places(arguments, settings, calibration, trust)
     source = open_checkpoint(arguments.model)
+    require_unmixed(source, Store.at(arguments.output))
     plan = make_plan(source, settings)
     examine(Model(source, {}), calibration.trust_remote_code, measured=settings.calibrated or bool(evaluation))
     require_coverage(plan, output.require_coverage)
@@ -95,6 +99,25 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(f"{arguments.output}: pushed, {address}")
     return 0
+
+
+def _require_places(
+    arguments: argparse.Namespace, settings: CompressSettings, calibration: CalibrationSettings, trust: SourceSettings
+) -> None:  # fmt: skip
+    """Raise OutputError if what is written would change what is read, before anything is opened."""
+    read = named(
+        [
+            ("MODEL", arguments.model),
+            ("--text", arguments.text),
+            ("--calibration", calibration.calibration),
+            ("--config", arguments.config),
+            ("--verify-source", trust.verify_source),
+        ]
+    )
+    output = Place.at("OUTPUT", arguments.output)
+    require_apart(output, read)
+    if settings.calibrated or calibration.cache_dir:
+        require_cache(cache_of(calibration, arguments.output), [output, *read])
 
 
 def _evaluation_of(arguments: argparse.Namespace, trusted: bool) -> EvaluateSettings:

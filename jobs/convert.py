@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.errors import OutputError
 from pipeline.model.gguf import DTYPE, convert_gguf
+from pipeline.model.places import Place, named, require_apart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if "://" in arguments.output:
         raise OutputError(f"{arguments.output}: convert writes on this machine only; give a directory and copy it then")
+    require_apart(Place.at("OUTPUT", arguments.output), named([("FILE", arguments.file)]))
     made = convert_gguf(Path(arguments.file), arguments.output, arguments.dtype)
     what = ", ".join(f"{count} {kind}" for kind, count in sorted(made.types.items()))
     print(f"{arguments.output}: {sum(made.types.values())} tensors ({what}) as {arguments.dtype} safetensors")

@@ -38,11 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     asked = _asked(vars(arguments))
     *wanted, cluster = settings_of(arguments, *asked.values(), ClusterSettings)
     settings = dict(zip(asked, wanted, strict=True))
+    target = writable(arguments.json, _read(vars(arguments))) if arguments.json else None
     model = open_model(arguments.model)  # a damaged model is told of before Ray is started
     examine(model, any(one.trust_remote_code for one in settings.values()), measured=True)
     if "text" in settings:
         settings["text"] = within_positions(settings["text"], model.config)
-    target = writable(arguments.json) if arguments.json else None  # and so is a place that cannot be written
     before = _before(arguments)
     from pipeline.flows.evaluate import evaluate_model
     from pipeline.flows.tasks import evaluate_tasks, require_harness
@@ -67,6 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.card:
         add_evaluation(arguments.model, result, before)
     return 0
+
+
+def _read(given: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """What is read, by its name on the command line."""
+    flags = {"MODEL": "model", "--text": "text", "--uncompressed": "uncompressed", "--include-path": "include_path"}
+    return [(what, given.get(name)) for what, name in flags.items()]
 
 
 def _before(arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -3,11 +3,13 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pipeline.config import ClusterSettings
 from pipeline.errors import ConfigError, OutputError
+from pipeline.model.places import Place, named, require_apart
 from pipeline.model.store import Store
 from pipeline.validation import Settings, read_config, validated
 
@@ -65,14 +67,22 @@ def cluster_of(arguments: argparse.Namespace) -> ClusterSettings:
     return validated(ClusterSettings, {k: v for k, v in vars(arguments).items() if k in ClusterSettings.model_fields})
 
 
-def writable(path: str) -> Store:
-    """A file that is to be written, as a store of its directory and name; it is not made: a run that is refused leaves none.
+def writable(path: str, others: Iterable[tuple[str, str | None]] = ()) -> Store:
+    """A file that --json is to write, as a store of its directory and name; it is not made: a run that is refused leaves none.
+
+    Args:
+        others: what the verb reads, by its name on the command line: the file is none of it, and lies in none of it.
 
     Raises:
-        OutputError: a file on a disk that cannot be written.
+        OutputError: a file on a disk that cannot be written, or one that is read.
     """
     target = Store.at(path)
+    if target.is_local and os.path.islink(target.root):
+        target = Store(os.path.realpath(target.root))  # what is written is what the link leads to, as by any other tool
+    require_apart(Place("--json", target), named(others))
     if target.is_local:
+        if os.path.exists(target.root) and not os.path.isfile(target.root):
+            raise OutputError(f"{path}: is no plain file; give another")
         if not target.parent.is_there:
             raise OutputError(f"{path}: No such file or directory; give a file in a directory that is there")
         if target.is_there or not os.access(target.parent.root, os.W_OK):

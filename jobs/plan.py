@@ -32,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings, calibration, cluster, output = settings_of(
         arguments, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings
     )
+    read = [("MODEL", arguments.model), ("--calibration", calibration.calibration), ("--config", arguments.config)]
+    target = writable(arguments.json, read) if arguments.json else None
     source = open_headers(arguments.model)
     plan = make_plan(source, settings)
     examine(Model(source, {}), calibration.trust_remote_code)
@@ -43,8 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if free is not None:
         foretold["free_bytes"] = free
     rows = [_row(decision) for decision in plan.decisions]
-    if arguments.json:
-        target = writable(arguments.json)
+    if target:
         target.parent.write_json(target.name, {"tensors": rows, "left_out": dict(source.left_out), **foretold})
     print_table(
         [row for row in rows if row["action"] == "compressed"], ["name", "shape", "paper_bits", "bits_per_weight"]

@@ -8,7 +8,8 @@ from jobs.flags import add_settings, cluster_of
 from pipeline.config import ClusterSettings
 from pipeline.flows.restore import restore_model
 from pipeline.flows.verify import verify_output
-from pipeline.model.standing import ADAPTER
+from pipeline.model.owned import ADAPTER
+from pipeline.model.places import Place, named, require_apart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from pipeline.run.cluster import make_pool
 
+    require_apart(Place.at("DENSE", arguments.dense), named([("OUTPUT", arguments.model)]))
     pools = partial(make_pool, cluster_of(arguments), on_cpu=True)
     if arguments.verify:
         verify_output(arguments.model, pools)

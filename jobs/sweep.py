@@ -9,8 +9,10 @@ from jobs.evaluate import protocol
 from jobs.flags import add_settings, cluster_of
 from pipeline.config import ClusterSettings, LoadSettings, SweepSettings
 from pipeline.errors import ConfigError, OutputError, RunError
+from pipeline.flows.preflight import require_cache
 from pipeline.flows.sweep import Sweep, SweepResult
 from pipeline.model.lease import acquire
+from pipeline.model.places import Place, named, require_apart, require_directory
 from pipeline.model.store import Store
 from pipeline.report.files import write_results
 from pipeline.report.tables import print_table
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     settings, cluster = sweep_settings(arguments), cluster_of(arguments)
+    require_apart(Place.at("--out", arguments.out), named([("CONFIG", arguments.config)]))
     return carry_out(settings, cluster, arguments.out)
 
 
@@ -41,6 +44,7 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
     What was measured is written even when the sweep is interrupted or fails as a whole; results of an earlier sweep in
     the same directory stay until there is something to put in their place.
     """
+    _require_places(settings, out)
     sweep = Sweep(settings)
     store = begin(out)
     with acquire(store):
@@ -52,6 +56,15 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
         causes = "; ".join(sorted({f"{row['variant']}: {row['error']}" for row in result.failed}))
         raise RunError(f"{len(result.failed)} of {len(result.rows)} rows failed, the others are written: {causes}")
     return 0
+
+
+def _require_places(settings: SweepSettings, out: str) -> None:
+    """Raise OutputError if what is written would change what is read."""
+    models = named(("model", model) for model in settings.models)
+    texts = [("text", one.text) for one in settings.evaluations]
+    require_apart(Place.at("--out", out), [*models, *named([*texts, ("calibration", settings.calibration)])])
+    if settings.cache_dir:
+        require_cache(settings.cache_dir, models)
 
 
 def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, store: Store) -> SweepResult:
@@ -74,6 +87,7 @@ def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, s
 def begin(out: str) -> Store:
     """The store of the results; a directory that cannot be written, or is not ours, is told of before any work."""
     store = Store.at(out)
+    require_directory(store)
     if store.entries() and not store.exists(_MARK):
         raise OutputError(f"{out}: not empty and not the results of a sweep; choose an empty or new directory")
     store.write(_MARK, [])

@@ -90,7 +90,7 @@ class Calibration:
         identity = self._identity()
         digest = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
         self.store = Store.at(f"{cache}/moments-{digest}")
-        self._out = begin(self.store, identity, wait=say)
+        self._out = begin(self.store, identity, wait=say, names=map(moment_file, self._infos))
         self._starts = range(0, len(ids), max(1, _SHARD_TOKENS // ids.shape[1]))  # first window of each shard
         self._folds: dict[tuple[int, int], _Fold] = defaultdict(_Fold)  # (range, place of a layer in it)
         self._written: set[str] = set()  # matrices that this run has finished

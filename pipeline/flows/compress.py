@@ -16,7 +16,7 @@ from pipeline.config import CompressSettings
 from pipeline.device import Arithmetic
 from pipeline.errors import ClusterError, UserError, WeightsError
 from pipeline.flows.card import card_of_compression
-from pipeline.flows.preflight import begin_with_room, identity_of, require_apart
+from pipeline.flows.preflight import begin_with_room, identity_of, names_of, require_unmixed
 from pipeline.measure.tuner import Tuned
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.digests import known_ranges
@@ -98,11 +98,12 @@ def compress_model(
     """
     started = time.perf_counter()
     store = Store.at(output)
-    require_apart(source, store)
+    require_unmixed(source, store)
     identity = identity_of(source, settings, arithmetic) | {
         "calibration": calibrated.fingerprint if calibrated else None
     }
-    with begin_with_room(store, identity, plan.stored_bytes_as(settings.format), overwrite, wait) as out:
+    names, nbytes = names_of(source, plan), plan.stored_bytes_as(settings.format)
+    with begin_with_room(store, source, identity, names, nbytes, overwrite, wait) as out:
         if out.complete:
             return {**store.read_json("swsc_report.json"), "resumed": "complete"}
         return _carry_out(out, source, plan, settings, make_pool, calibrated, tune, started, arithmetic)

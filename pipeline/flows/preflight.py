@@ -1,6 +1,6 @@
 """What is looked at before anything is done: may the output be written, and is there room for it?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pipeline.config import CompressSettings
@@ -10,10 +10,12 @@ from pipeline.model.agreement import require_agreement
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.lease import require_idle
-from pipeline.model.output import Output, abandon, begin
+from pipeline.model.output import Output, abandon, begin, names_beside
+from pipeline.model.places import Place, require_apart, require_outside
 from pipeline.model.plan import Plan
 from pipeline.model.standing import require_replaceable
 from pipeline.model.store import Store, require_room
+from pipeline.model.writable_names import require_writable_names
 from pipeline.run.progress import say
 from swsc_core.format import FORMAT_VERSION
 
@@ -63,8 +65,10 @@ def require_output(
 ) -> None:  # fmt: skip
     """Raise OutputError for an output that `compress_model` would refuse in the end: hours of calibration may lie between."""
     store = Store.at(output)
-    require_apart(source, store)
-    require_replaceable(store, identity_of(source, settings, arithmetic), overwrite)
+    require_unmixed(source, store)
+    if settings.calibrated:
+        require_cache(cache, [Place("OUTPUT", store), Place("MODEL", source.store)])
+    require_replaceable(store, identity_of(source, settings, arithmetic), overwrite, names_of(source, plan))
     require_idle(store)
     staged = plan.stored_bytes_as("swsc") - _staged_bytes(Store.at(cache)) if settings.epochs else 0
     there = sum(store.size(name) for name in store.names())
@@ -77,21 +81,33 @@ def _staged_bytes(cache: Store) -> int:
     return sum(place.size(name) for place in places for name in place.names())
 
 
-def require_apart(source: Checkpoint, store: Store) -> None:
-    """Raise OutputError if an output directory is its own source."""
-    if store.root == source.store.root:
-        raise OutputError(f"{store.root}: output and model are the same directory; choose another output")
+def require_unmixed(source: Checkpoint, store: Store) -> None:
+    """Raise OutputError if an output directory is its own source, or one of them lies in the other.
+
+    CheckpointError: the source has names that could not be written there.
+    """
+    require_apart(Place("OUTPUT", store), [Place("MODEL", source.store)])
+    require_writable_names(source, store)
+
+
+def require_cache(cache: str, others: Iterable[Place]) -> None:
+    """Raise OutputError if the cache lies inside the output, or in what is read."""
+    require_outside(Place.at("--cache-dir", cache), others)
+
+
+def names_of(source: Checkpoint, plan: Plan) -> list[str]:
+    """Names of the files that a compression writes."""
+    return [*(task.file for task in plan.layers), *(task.file for task in plan.copies), *names_beside(source)]
 
 
 def begin_with_room(
-    store: Store,
-    identity: dict[str, Any],
-    nbytes: int,
-    overwrite: bool = False,
+    store: Store, source: Checkpoint, identity: dict[str, Any], names: Iterable[str], nbytes: int, overwrite: bool = False,
     wait: Callable[[str], None] | None = None,
-) -> Output:
+) -> Output:  # fmt: skip
     """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
-    out = begin(store, identity, overwrite, wait)
+    if store.is_local:  # before anything is replaced
+        require_room(store, nbytes - sum(store.size(name) for name in store.names()))
+    out = begin(store, identity, overwrite, wait, names, source.store)
     try:
         require_room(store, 0 if out.complete else nbytes - out.finished_bytes)
     except BaseException as error:

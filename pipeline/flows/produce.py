@@ -13,8 +13,8 @@ from pipeline.flows.sweep_runs import Made
 from pipeline.flows.tune import TuneText, Tuning
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from pipeline.model.owned import REPORT
 from pipeline.model.plan import Plan
-from pipeline.model.standing import REPORT
 from pipeline.model.store import Store
 from pipeline.run.progress import say
 

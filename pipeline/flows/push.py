@@ -7,7 +7,7 @@ from pipeline.flows.compress import PoolMaker
 from pipeline.flows.verify import manifest_of, verify_output
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.hub import push, require_pushable
-from pipeline.model.standing import REPORT
+from pipeline.model.owned import REPORT
 from pipeline.model.store import Store
 
 
@@ -25,5 +25,7 @@ def push_output(location: str, repo: str, settings: PushSettings, make_pool: Poo
         raise OutputError(f"{location}: pushed from a disk only; copy it into a local directory first")
     verify_output(location, make_pool)
     names = [*manifest_of(store)["files"], MANIFEST, REPORT]
+    if found := next((name for name in names if store.is_link(name)), None):
+        raise OutputError(f"{location}: {found} is a link; push a copy with the files themselves (cp -rL)")
     message = settings.message or f"Output of swsc {VERSION}"
     return push(store.root, names, repo, settings.private, settings.revision, message)

@@ -11,16 +11,16 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.flows.card import card_of_restoring
 from pipeline.flows.compress import PoolMaker, run_tasks, versions
-from pipeline.flows.preflight import ALGORITHM, begin_with_room, examine, require_apart
+from pipeline.flows.preflight import ALGORITHM, begin_with_room, examine, require_unmixed
 from pipeline.measure.adapter import adapter_bytes, adapter_config, carried_by_adapter
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import layer_of
 from pipeline.model.forecast import restoring_bytes
 from pipeline.model.gguf import is_gguf
 from pipeline.model.lease import Ticket
-from pipeline.model.output import finish
+from pipeline.model.output import finish, names_beside
+from pipeline.model.owned import ADAPTER, ADAPTER_FILES
 from pipeline.model.plan import CopyTask
-from pipeline.model.standing import ADAPTER
 from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Done, Task
@@ -44,7 +44,7 @@ def restore_model(
     if model is None or not model.entries:
         raise ConfigError(f"{location}: not a swsc model, nothing to restore; use it as it is")
     store, source = Store.at(output), model.checkpoint
-    require_apart(source, store)
+    require_unmixed(source, store)
     examine(model, trusted)
     carried = carried_by_adapter(model, location, trusted) if adapter else {}
     identity = {"restored_from": source.fingerprint, "algorithm": ALGORITHM, "format_version": FORMAT_VERSION}
@@ -52,7 +52,8 @@ def restore_model(
     sizes = [model.nbytes(name) for name in model.names]
     report = _report(model, carried)
     low_rank = adapter_bytes(model, carried)
-    with begin_with_room(store, identity, sum(sizes) + low_rank, overwrite) as out:
+    names = [*_files(model), *(ADAPTER_FILES if carried else ()), *names_beside(source)]
+    with begin_with_room(store, source, identity, names, sum(sizes) + low_rank, overwrite) as out:
         if out.complete:
             return report
         records = {file: record for file, (record, _) in out.finished.items()}
@@ -65,7 +66,7 @@ def restore_model(
         run_tasks(todo, restoring_bytes(model) + 2 * low_rank, note, make_pool, out, "restore")
         ordered = [records[name] for name in sorted(records)]
         if carried:
-            ordered.append(store.write_json(f"{ADAPTER}/adapter_config.json", adapter_config(model, carried)))
+            ordered.append(store.write_json(ADAPTER_FILES[1], adapter_config(model, carried)))
         finish(out, source, ordered, model.config, report, card_of_restoring(model))
     return report
 
@@ -88,6 +89,17 @@ def _report(model: Model, carried: Mapping[str, str]) -> dict[str, Any]:
     return {"format": "dense", "tensors": rows, "left_out": left_out, "versions": versions(), "argv": sys.argv}
 
 
+def _files(model: Model) -> list[str]:
+    """Names of the files of tensors, as many as `_tasks` has tasks for the dense model."""
+    layers = {layer_of(name) for name in model.names if model.is_compressed(name)}
+    copies = {model.checkpoint.tensors[name].file for name in model.names if not model.is_compressed(name)}
+    return _tensor_files(len(layers) + len(copies))
+
+
+def _tensor_files(total: int) -> list[str]:
+    return [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+
+
 def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Task]:
     """A task for each layer that holds compressed tensors, one for each source file that holds others, one for an adapter."""
     layers: dict[str, list[str]] = {}
@@ -98,8 +110,7 @@ def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Tas
         else:
             info = model.checkpoint.tensors[name]
             copies.setdefault(info.file, []).append(info)
-    total = len(layers) + len(copies)
-    files = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
+    files = iter(_tensor_files(len(layers) + len(copies)))
     tasks = []
     for layer, names in layers.items():
         file, nbytes = next(files), sum(model.nbytes(name) for name in names)
@@ -120,7 +131,7 @@ def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Tas
         arguments = (model.checkpoint.store, copy, ticket)
         tasks.append(Task(copy.file, "copy", arguments, label=f"copy to {copy.file}", weight=copy.nbytes))
     if carried:
-        file, nbytes = f"{ADAPTER}/adapter_model.safetensors", adapter_bytes(model, carried)
+        file, nbytes = ADAPTER_FILES[0], adapter_bytes(model, carried)
         whole = (model.checkpoint.store.root, dict(carried))
         tasks.append(
             Task(file, "low_rank", whole, label="low-rank part", outputs=1, commit_to=(ticket, file), weight=nbytes)

@@ -95,13 +95,16 @@ class Tuning:
             RunError: a task failed; states that were written are kept.
         """
         if not self._store.exists(_RESULT):
-            with begin(self._store, self.identity, wait=say) as out:
+            with begin(self._store, self.identity, wait=say, names=self._states()) as out:
                 if not self._store.exists(_RESULT):  # the run that we waited for has made it
                     self._move(out, make_pool)
         about = of_cache(self._store, _RESULT, lambda: read_record(self._store, _RESULT, records.Tuning))
         return Tuned(
             self._key.compressed, self._store, _state_file(about["steps"]) if about["applied"] else None
         ), about
+
+    def _states(self) -> list[str]:
+        return [_state_file(step) for step in range(len(self._batches) + 1) if self._is_kept(step)]
 
     def _move(self, out: Output, make_pool: PoolMaker) -> None:
         """Go on from the last state that was written; again, if the present one is lost with its node."""

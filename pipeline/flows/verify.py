@@ -7,8 +7,9 @@ from pipeline.errors import CheckpointError, DamageError
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.forecast import WORKER_BASE
+from pipeline.model.owned import REPORT
+from pipeline.model.parts import linked
 from pipeline.model.records import Manifest, Report, read_record
-from pipeline.model.standing import REPORT
 from pipeline.model.store import Store
 from pipeline.run.pool import Done, Task
 
@@ -22,7 +23,7 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
 
     Raises:
         CheckpointError: no finished output there.
-        DamageError: names what is missing, cut or changed, down to the tensor, and tensor files that were added.
+        DamageError: names what is missing, cut or changed, down to the tensor, and links and tensor files that were added.
     """
     store = Store.at(location)
     files = manifest_of(store)["files"]
@@ -45,6 +46,8 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
 
 def manifest_of(store: Store) -> dict[str, Any]:
     """What the output says of itself; CheckpointError if it says nothing."""
+    if found := linked(store, MANIFEST):
+        raise DamageError(f"{store.root}: damaged: {found}; make it again by --overwrite")
     if not store.exists(MANIFEST):
         raise CheckpointError(
             f"{store.root}: no {MANIFEST}: not a finished output (run the command that makes it again), or saved by another tool,"
@@ -59,9 +62,11 @@ def manifest_of(store: Store) -> dict[str, Any]:
 
 
 def _strange(store: Store, files: dict[str, Any]) -> Iterator[str]:
-    """What no hash tells of: a report that cannot be read, tensor files that the manifest does not know."""
+    """What no hash tells of: links, a report that cannot be read, tensor files that the manifest does not know."""
+    yield from filter(None, (linked(store, name) for name in store.entries() if name not in files))
     try:
-        read_record(store, REPORT, Report)
+        if not linked(store, REPORT):
+            read_record(store, REPORT, Report)
     except (OSError, ValueError):
         yield f"{REPORT} is missing or no report"
     for name in store.names():

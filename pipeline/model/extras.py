@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import CheckpointError
 from pipeline.model.files import TEMPORARY
+from pipeline.model.places import leads_out
 from pipeline.model.store import Store
 from pipeline.model.weight_files import INDEX, PICKLES, PassedOver, is_adapter
 
@@ -48,13 +49,11 @@ class Extras:
 
 def require_inside(store: Store, name: str) -> None:
     """Raise CheckpointError for a link out of the directory: what it leads to would be read, and copied, as if it were the model's."""
-    if not store.is_local or not os.path.islink(f"{store.root}/{name}"):
-        return
-    root, target = os.path.realpath(store.root), os.path.realpath(f"{store.root}/{name}")
-    blobs = os.path.realpath(f"{root}/../../blobs")  # where a cache of the Hub keeps what its snapshots link to
-    if not any(target.startswith(f"{place}/") for place in (root, blobs)):
+    if leads_out(store, name):
+        target = os.path.realpath(f"{store.root}/{name}")
         raise CheckpointError(
-            f"{store.root}: {name} is a link to {target}, outside the directory; put what it leads to there itself"
+            f"{store.root}: {name} is a link to {target}, outside the directory; put what it leads to there itself, or, of a"
+            " file, a hard link"
         )
 
 

@@ -6,6 +6,7 @@ object store by itself, because an object appears when its upload is completed.
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -17,6 +18,7 @@ from uuid import uuid4
 from pipeline.model.etag import PartDigest
 
 TEMPORARY = ".partial"
+_TEMPORARY_NAME = re.compile(r"(.+)\.[0-9a-f]{8}" + re.escape(TEMPORARY))
 
 Bytes = bytes | bytearray | memoryview
 
@@ -49,7 +51,7 @@ class Files(Protocol):
         """Keeps other processes out that lock the same folder, where the disk has locks. An object store has none."""
 
     def remove(self, path: str) -> None:
-        """Remove a file or a folder with all that is in it, if it is there."""
+        """Remove a file, a link itself, or a folder with all that is in it, if it is there."""
 
     def remove_empty(self, path: str) -> None:
         """Remove a folder in which there is nothing."""
@@ -124,7 +126,7 @@ class LocalFiles:
             os.close(descriptor)
 
     def remove(self, path: str) -> None:
-        if os.path.isdir(path):
+        if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         else:
             Path(path).unlink(missing_ok=True)
@@ -138,6 +140,12 @@ class LocalFiles:
         while not existing.exists():
             existing = existing.parent
         return shutil.disk_usage(existing).free
+
+
+def meant_by(temporary: str) -> str | None:
+    """Name of the file that was being written under the name `temporary`; None if that is no such name."""
+    match = _TEMPORARY_NAME.fullmatch(temporary)
+    return match[1] if match else None
 
 
 def filled(length: int, read_into: Callable[[memoryview], int | None]) -> bytearray:

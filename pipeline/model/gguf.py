@@ -17,7 +17,8 @@ from typing import Any
 from pipeline.errors import CheckpointError, OutputError
 from pipeline.model.files import TEMPORARY
 from pipeline.model.gguf_file import Dequantized, header_of, load, one_line, quiet_transformers, require_gguf
-from pipeline.model.lease import acquire
+from pipeline.model.lease import LEASE, acquire
+from pipeline.model.places import require_directory
 from pipeline.model.records import Note, read_record
 from pipeline.model.store import Store, require_room
 
@@ -42,8 +43,9 @@ def convert_gguf(file: Path, target: str, dtype: str = DTYPE) -> Dequantized:
         ConfigError: the package gguf is missing.
     """
     require_gguf(file)
-    store = Store.at(target)
-    if os.path.isfile(store.root) or store.entries():
+    require_directory(Store.at(target))
+    store = Store(os.path.realpath(Store.at(target).root))  # a link to an empty directory is not replaced by one
+    if store.entries():
         raise OutputError(f"{target}: is there already and not empty; give a new directory")
     return _made(file, store, dtype)
 
@@ -116,6 +118,10 @@ def _made(file: Path, store: Store, dtype: str) -> Dequantized:
     Whoever writes holds a lease; what one that was killed has left is made anew.
     """
     beside = Store(f"{store.root}{TEMPORARY}")
+    if os.path.islink(beside.root) or (beside.entries() and not beside.exists(LEASE)):
+        raise OutputError(
+            f"{beside.root}: is there, and not of an unfinished conversion; move it, or give another place"
+        )
     try:
         lease = acquire(beside, wait=_say)
     except OSError as error:

@@ -6,24 +6,21 @@ directory without a manifest is never taken for a finished one, and a run that w
 a run that has lost the directory, is told apart by its ticket, and its files by the run that their records name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from pipeline.errors import FULL, CheckpointError, DiskFull
+from pipeline.errors import FULL, CheckpointError, DiskFull, OutputError
 from pipeline.model.card import CARD, SOURCE_CARD
 from pipeline.model.checkpoint import MANIFEST, Checkpoint, read_header
 from pipeline.model.lease import LEASE, Lease, Ticket, acquire
+from pipeline.model.owned import FINISHING, REPORT, WRITTEN, clear, clear_unfinished, read_list
 from pipeline.model.records import Calibration, read_record
 from pipeline.model.standing import (
-    ADAPTER,
-    FINISHING,
-    OURS,
-    REPORT,
+    TENSORS,
     Finished,
     digest_of,
     is_finished,
-    read_list,
     require_replaceable,
     what_is_finished,
 )  # fmt: skip
@@ -76,31 +73,42 @@ class Output:
 
 
 def begin(
-    store: Store, identity: dict[str, Any], overwrite: bool = False, wait: Callable[[str], None] | None = None
-) -> Output:
+    store: Store, identity: dict[str, Any], overwrite: bool = False, wait: Callable[[str], None] | None = None,
+    names: Iterable[str] = (), source: Store | None = None,
+) -> Output:  # fmt: skip
     """Open an output directory for a run, or find out how far an earlier run of it came.
 
     Args:
         overwrite: an output of other settings, or a damaged one, is replaced.
         wait: told that another run is at work there, for which we then wait; None: that is refused.
+        names: of the files that the run writes; nothing else is ever replaced or removed.
+        source: what the output is made of.
 
     Raises:
         OutputError: the directory holds something else, or was begun with other settings or another source, or another run
-            is writing there.
+            is writing there, or it is the source by a path of which nobody knew.
     """
+    names = list(names)
     finished_before = store.exists(MANIFEST)
     if finished_before and is_finished(store, identity, overwrite):
         return Output(store, identity, {}, None)
-    require_replaceable(store, identity, overwrite)
+    require_replaceable(store, identity, overwrite, names)
     made = not store.is_there
     lease = acquire(store, wait)
     try:
+        if source and lease.is_seen_in(source):
+            raise OutputError(
+                f"{store.root}: what is written there appears in {source.root}: one place by two paths; choose another output"
+            )
         if not finished_before and is_finished(store, identity, overwrite):  # by the run that we waited for
             lease.release()
             return Output(store, identity, {}, None)
-        return Output(store, identity, what_is_finished(store, identity, overwrite), lease, made)
+        return Output(store, identity, what_is_finished(store, identity, overwrite, names), lease, made)
     except BaseException:
         lease.release()
+        store.below(".swsc").remove_empty()
+        if made:
+            store.remove_empty()
         raise
 
 
@@ -123,11 +131,25 @@ def abandon(output: Output) -> None:
     """Take back what this run wrote, after a user's mistake that only showed while it ran (NaN in a weight)."""
     if output.finished:
         return
-    for name in [ADAPTER, *(name for name in output.store.names() if OURS.match(name))]:
-        output.store.remove(name)
+    written = read_list(output.store, WRITTEN)
+    clear_unfinished(output.store, written)
+    clear(output.store, written)
     _leave(output)
     if output.made_directory:
         output.store.remove_empty()
+
+
+def _copied(source: Checkpoint) -> dict[str, str]:
+    """Files that are copied from the source: name in the output -> name in the source."""
+    copied = {name: name for name in source.extras if name != CARD}
+    if CARD in source.extras:
+        copied.setdefault(SOURCE_CARD, CARD)
+    return copied
+
+
+def names_beside(source: Checkpoint) -> list[str]:
+    """Names of the files that an output made of `source` may have beside its tensors."""
+    return [INDEX, "config.json", CALIBRATION, CARD, REPORT, MANIFEST, *_copied(source)]
 
 
 def finish(
@@ -143,16 +165,13 @@ def finish(
     """
     output.ticket.require()
     store, weight_map, total = output.store, {}, 0
-    copied = {name: name for name in source.extras if name != CARD}  # name here -> name in the source
-    if CARD in source.extras:
-        copied.setdefault(SOURCE_CARD, CARD)
+    copied = _copied(source)
     if source.store.exists(CALIBRATION) and CALIBRATION not in {record.name for record in records}:
         copied[CALIBRATION] = CALIBRATION
     beside = [INDEX, "config.json", CALIBRATION, CARD, *copied]
-    for name in set(read_list(store, FINISHING)) - set(beside):
-        store.remove_file(name)  # of a run that was cut off here, when the source had other files
+    clear(store, set(read_list(store, FINISHING)) - set(beside))  # of a run that was cut off when the source had others
     store.write_json(FINISHING, beside)
-    for record in [record for record in records if OURS.match(record.name)]:
+    for record in [record for record in records if TENSORS.match(record.name)]:
         for info in read_header(store, record.name)[1]:
             assert info.name not in weight_map, f"{info.name} stands twice"  # make_plan has refused it
             weight_map[info.name] = record.name
@@ -168,8 +187,9 @@ def finish(
     ]
     store.write_json(REPORT, report)
     files = {record.name: record.about for record in records}
-    for name in [name for name in store.names() if OURS.match(name) and name not in files]:
-        store.remove(name)  # of workers that were killed, or came late
+    written = read_list(store, WRITTEN)
+    clear_unfinished(store, written)  # of workers that were killed, or came late
+    clear(store, set(written) - files.keys() - {REPORT})
     output.ticket.require()
     store.write_json(MANIFEST, {"format_version": FORMAT_VERSION, "identity": output.identity, "files": files})
     _leave(output)

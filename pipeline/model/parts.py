@@ -17,6 +17,7 @@ from pipeline.model.checkpoint import file_header, read_header
 from pipeline.model.digests import Seen, checked
 from pipeline.model.files import Bytes
 from pipeline.model.lease import Ticket
+from pipeline.model.places import is_blob
 from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensors import BITS, DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, View
 
@@ -156,8 +157,15 @@ def _write(
     return record
 
 
+def linked(store: Store, file: str) -> str:
+    """What is wrong with a file of an output that is a link, or lies behind one: nothing is read there; "" for any other."""
+    return f"{file} is a link, not a file of the output" if store.is_link(file) and not is_blob(store, file) else ""
+
+
 def differences(store: Store, file: str, about: Mapping[str, Any]) -> list[str]:
     """What is wrong with a file of which `about` says size, sha256 and hashes of its tensors; nothing if it is whole."""
+    if found := linked(store, file):
+        return [found]
     if not store.exists(file):
         return [f"{file} is missing"]
     if (size := store.size(file)) != about["size"]:

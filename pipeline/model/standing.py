@@ -14,15 +14,24 @@ from typing import Any
 from pipeline.errors import OutputError, UserError
 from pipeline.model.checkpoint import MANIFEST, RUN
 from pipeline.model.lease import is_free
+from pipeline.model.owned import (
+    ADAPTER,
+    FINISHING,
+    REPORT,
+    WRITTEN,
+    clear,
+    clear_unfinished,
+    owned,
+    read_list,
+    require_no_others,
+)  # fmt: skip
 from pipeline.model.parts import DONE, differences
+from pipeline.model.places import require_directory
 from pipeline.model.records import CompressionReport, Done, Manifest, Record, Report, read_record
 from pipeline.model.store import FileRecord, Store
 
-REPORT = "swsc_report.json"
-ADAPTER = "swsc_adapter"  # folder of what stock PEFT reads beside a dense model (measure/adapter.py)
 _REPLACED = ".swsc/replaced.json"  # names of files of an output that this one replaces
-FINISHING = ".swsc/finishing.json"  # names of the files beside tensors that a run was about to write
-OURS = re.compile(r"(model-\d+-of-\d+\.safetensors|.*\.partial)$")  # names of tensor files and of unfinished files
+TENSORS = re.compile(r"model-\d+-of-\d+\.safetensors$")  # names of files of tensors
 _ARITHMETIC = ("device", "torch")  # keys of an identity that an unfinished output must not change on the way
 _SHOWN = 200  # characters of a value in an error
 _HASHING = 8  # files at a time
@@ -30,19 +39,30 @@ _HASHING = 8  # files at a time
 Finished = dict[str, tuple[FileRecord, list[dict[str, Any]]]]  # by name of the file: its record, and rows of the report
 
 
-def require_replaceable(store: Store, identity: Mapping[str, Any], overwrite: bool) -> None:
+def require_replaceable(
+    store: Store, identity: Mapping[str, Any], overwrite: bool, names: Iterable[str] = ()
+) -> None:  # fmt: skip
     """Raise OutputError if the directory is not ours, or is another output and must not be replaced.
 
-    `identity` may be a part of it: that is compared.
+    Args:
+        identity: may be a part of it: that is compared.
+        names: of the files that will be written; one that is there and is none of the output's is not replaced.
     """
+    require_directory(store)
+    _require_no_links(store)
     if not (store.exists(MANIFEST) or store.exists(RUN)) and store.entries().keys() - {".swsc"}:
         raise OutputError(f"{store.root}: not empty and not an output of this tool; choose an empty or new directory")
-    if overwrite:
-        return
-    if store.exists(MANIFEST):
+    if not overwrite and store.exists(MANIFEST):
         _same_settings(store, _read_own(store, MANIFEST, "identity")["identity"], identity, identity)
-    elif store.exists(RUN):
+    elif not overwrite and store.exists(RUN):
         _same(store, _read_own(store, RUN), identity, identity)
+    require_no_others(store, names)
+
+
+def _require_no_links(store: Store) -> None:
+    """Raise OutputError if a folder of our own is a link: it leads to where others' files are."""
+    if found := next((name for name in (".swsc", DONE, ADAPTER) if store.is_link(name)), None):
+        raise OutputError(f"{store.root}/{found}: a link, which no output of this tool has; take it away")
 
 
 def digest_of(identity: Mapping[str, Any]) -> str:
@@ -68,13 +88,19 @@ def is_finished(store: Store, identity: dict[str, Any], overwrite: bool) -> bool
     return True
 
 
-def what_is_finished(store: Store, identity: dict[str, Any], overwrite: bool) -> Finished:
-    """What is finished of a run of this identity; a new one is begun, in the place of another one if that is meant."""
+def what_is_finished(store: Store, identity: dict[str, Any], overwrite: bool, names: Iterable[str] = ()) -> Finished:
+    """What is finished of a run of this identity; a new one is begun, in the place of another one if that is meant.
+
+    `names`: of the files that it will write, which are its own from now on.
+    """
     if store.exists(RUN) and not store.exists(MANIFEST) and _is_same_run(store, identity, overwrite):
         _clear_replaced(store)
+        _note_written(store, [*read_list(store, WRITTEN), *names])
         return _finished(store, digest_of(identity))
-    if store.exists(RUN) or store.exists(MANIFEST):
-        store.write_json(_REPLACED, _files_of(store))  # first: it is cleared once the run is of the new identity
+    before = owned(store) if store.exists(RUN) or store.exists(MANIFEST) else set()
+    if before:
+        store.write_json(_REPLACED, sorted(before))  # first: it is cleared once the run is of the new identity
+    _note_written(store, [*before, *names])
     store.write_json(RUN, identity)
     store.remove(MANIFEST)
     _clear_replaced(store)
@@ -92,22 +118,11 @@ def _is_same_run(store: Store, identity: dict[str, Any], overwrite: bool) -> boo
     return True
 
 
-def _files_of(store: Store) -> list[str]:
-    """Files of a finished output, or of one that was about to be, as far as what lists them can be read."""
-    names = [REPORT, *read_list(store, FINISHING)]
-    try:
-        files = _read_own(store, MANIFEST, "files")["files"]
-    except (OutputError, OSError):
-        return names
-    return [*names, *(name for name, about in files.items() if "/" not in name or _is_as_listed(store, name, about))]
-
-
-def _is_as_listed(store: Store, name: str, about: Any) -> bool:
-    """Whether a file in a folder, which somebody else may have made, is the very one that a manifest lists."""
-    try:
-        return not differences(store, name, about)
-    except (UserError, KeyError, TypeError):
-        return False
+def _note_written(store: Store, names: Iterable[str]) -> None:
+    """Write down which files are the output's own, unless that is there already."""
+    wanted = sorted(set(names))
+    if wanted != read_list(store, WRITTEN):
+        store.write_json(WRITTEN, wanted)
 
 
 def _clear_replaced(store: Store) -> None:
@@ -115,9 +130,8 @@ def _clear_replaced(store: Store) -> None:
     if not store.exists(_REPLACED):
         return
     replaced = read_list(store, _REPLACED)
-    for name in {*replaced, *filter(OURS.match, store.names())}:
-        store.remove_file(name)
-    store.remove(ADAPTER)
+    clear_unfinished(store, replaced)
+    clear(store, replaced)
     store.remove(DONE)
     store.remove(FINISHING)
     store.remove(_REPLACED)
@@ -130,17 +144,6 @@ def _read_own(store: Store, name: str, *keys: str, kind: type[Record] = Record) 
         return {**value, **{key: dict(value[key]) for key in keys}}
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{store.root}: {name} is damaged ({error}); make the output again by --overwrite") from None
-
-
-def read_list(store: Store, name: str) -> list[str]:
-    """A list of names that we wrote; empty if it is not there, OutputError if it is no such list."""
-    try:
-        value = store.read_json(name) if store.exists(name) else []
-        if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
-            raise ValueError("no list of names")
-    except ValueError as error:
-        raise OutputError(f"{store.root}: {name} is damaged ({error}); remove it, then run again") from None
-    return value
 
 
 def _settings_of(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +201,7 @@ def _require_whole(store: Store, files: Mapping[str, Any], report: type[Record])
 
 
 def _finished(store: Store, run: str) -> Finished:
-    """Files of an interrupted `run` that are as their records say; anything else is removed."""
+    """Files of an interrupted `run` that are as their records say; what else it has written of tensors is removed."""
     finished = {}
     for entry in store.below(DONE).names():
         file = entry.removesuffix(".json")
@@ -210,7 +213,7 @@ def _finished(store: Store, run: str) -> Finished:
             sound = False
         if sound:
             finished[file] = (record, done["rows"])
-    for name in store.names():
-        if name not in finished and OURS.match(name):
-            store.remove(name)
+    written = read_list(store, WRITTEN)
+    clear_unfinished(store, written)
+    clear(store, {name for name in written if name.endswith(".safetensors")} - finished.keys())
     return finished

@@ -44,18 +44,22 @@ class Store:
 
     @classmethod
     def at(cls, location: str) -> "Store":
-        """The store at a local path, s3://… or gs://…; raises UserError for another address."""
+        """The store at a local path, s3://… or gs://…; raises UserError for another address, and for an empty one."""
+        if not location:
+            raise UserError("an empty path: it would be the current directory; give one, or . for that")
         scheme, separator, rest = location.partition("://")
         if not separator:
-            return cls(os.path.abspath(location))
+            return cls(_absolute(location))
         if scheme == "file":
-            return cls(os.path.abspath(rest))
-        bucket = rest.strip("/")
+            return cls(_absolute(re.sub(r"^localhost(?=/)", "", rest)))
+        bucket = "/".join(part for part in rest.split("/") if part)  # a//b, which a client refuses, is meant as a/b
         if "@" in bucket:
             raise UserError(f"{scheme}://…: credentials do not belong into an address; give them by the environment")
         if scheme not in SCHEMES or not bucket:
             known = ", ".join(f"{name}://BUCKET/…" for name in SCHEMES)
             raise UserError(f"{location}: not an address that is read or written; give a local path, {known}")
+        if {".", ".."} & set(bucket.split("/")):
+            raise UserError(f"{location}: . and .. mean nothing in an object store, or another place; leave them out")
         return cls(f"{scheme}://{bucket}")
 
     @property
@@ -87,6 +91,19 @@ class Store:
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{_inside(self.root, name)}"
+
+    def _own_path(self, name: str) -> str:
+        """`_path` of a file that is to be written or removed; OutputError if a link on the way leads somewhere else."""
+        folder = os.path.dirname(name)
+        if folder and self.is_link(folder):
+            raise OutputError(f"{self.root}/{folder}: a link; nothing is written or removed through it; take it away")
+        return self._path(name)
+
+    def is_link(self, name: str) -> bool:
+        """Whether a file or folder below the directory is a link, or is reached through one; the directory itself may be one."""
+        parts = PurePosixPath(_inside(self.root, name)).parts
+        ways = ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        return self.is_local and any(os.path.islink(f"{self._folder}/{way}") for way in ways)
 
     @property
     def is_there(self) -> bool:
@@ -147,7 +164,7 @@ class Store:
                 size += memoryview(piece).nbytes
                 yield piece
 
-        self._files.write(self._path(name), seen())
+        self._files.write(self._own_path(name), seen())
         if (there := self._files.size(self._path(name))) != size:
             self.remove(name)
             raise StoreError(f"{self.root}/{name}: {there} bytes lie there after {size} were written; look at the disk")
@@ -160,11 +177,11 @@ class Store:
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small file that others may write, too: what lies there afterwards may be theirs."""
-        self._files.write(self._path(name), [data])
+        self._files.write(self._own_path(name), [data])
 
     def create(self, name: str, data: bytes) -> bool:
         """`put`, unless there is such a file: then False. An object store cannot tell, and writes in any case."""
-        return self._files.create(self._path(name), data)
+        return self._files.create(self._own_path(name), data)
 
     def locked(self) -> AbstractContextManager[None]:
         """Keeps others of this disk out while a decision is made; a store that has no locks keeps nobody out."""
@@ -194,24 +211,8 @@ class Store:
         return digest.hexdigest()
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all that is in it, if it is there."""
-        self._files.remove(self._path(name))
-
-    def remove_file(self, name: str) -> None:
-        """Remove a file, if it is there, and the folders of its name that are empty then; nothing that a linked folder leads to."""
-        try:
-            path = PurePosixPath(_inside(self.root, name))
-        except UserError:
-            return
-        folder = str(path.parent)
-        if self.is_local and os.path.realpath(
-            f"{self.root}/{folder}"
-        ) != f"{os.path.realpath(self.root)}/{folder}".removesuffix("/."):
-            return
-        if self.exists(name):
-            self.remove(name)
-        for parent in list(path.parents)[:-1]:
-            self.below(str(parent)).remove_empty()
+        """Remove a file, a link, or a folder with all that is in it, if it is there; what links lead to stays."""
+        self._files.remove(self._own_path(name))
 
     def remove_empty(self) -> None:
         """Remove the directory if there is nothing in it."""
@@ -239,9 +240,23 @@ def _require_text(value: Any) -> None:
         raise ValueError("holds letters that are none (lone surrogates)") from None
 
 
+def is_inside(name: str) -> bool:
+    """Whether a name stays in the directory that it is looked for in, links aside."""
+    pure = PurePosixPath(name)
+    return bool(pure.parts) and not (pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name)
+
+
 def _inside(root: str, name: str) -> str:
     """`name`; raises UserError if it would leave the directory."""
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+    if not is_inside(name):
         raise UserError(f"{root}: file name {name!r} points outside the directory; repair the index")
     return name
+
+
+def _absolute(path: str) -> str:
+    """An absolute path; `..` leads where the system takes it to, above what a link leads to."""
+    parts = path.split("/")
+    if ".." not in parts:
+        return os.path.abspath(path)
+    after = len(parts) - parts[::-1].index("..")
+    return os.path.abspath(os.path.join(os.path.realpath("/".join(parts[:after])), *parts[after:]))

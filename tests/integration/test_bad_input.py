@@ -205,7 +205,7 @@ def test_output_directory_that_is_not_ours(tiny_model: Path, tmp_path: Path, ref
 
 
 def test_output_that_is_the_model_itself(model: Path, refused) -> None:  # type: ignore[no-untyped-def]
-    refused("compress", model, model, "--local", wanted=("same directory",))
+    refused("compress", model, model, "--local", wanted=("the same place",))
 
 
 def test_disk_too_small_is_foretold(tiny_model: Path, tmp_path: Path, refused, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

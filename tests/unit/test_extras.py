@@ -70,21 +70,3 @@ def test_a_link_out_of_the_directory_is_refused_wherever_it_is(tmp_path: Path, n
     os.symlink(outside / "secret.json" if name.endswith("json") else outside, link)
     with pytest.raises(CheckpointError, match="outside the directory"):
         extras_of(Store.at(str(tmp_path / "model")), WEIGHTS)
-
-
-def test_a_file_is_removed_with_the_folders_that_are_empty_then(tmp_path: Path) -> None:
-    store = fill(tmp_path / "out", ("a/b/c.json", "a/d.json"))
-    store.remove_file("a/b/c.json")
-    assert sorted(store.entries()) == ["a"]
-    assert store.below("a").entries() == {"d.json": True}
-    store.remove_file("a/d.json")
-    assert store.entries() == {}
-
-
-def test_nothing_is_removed_behind_a_linked_folder_or_outside(tmp_path: Path) -> None:
-    fill(tmp_path / "source", ("vocab.json",))
-    store = fill(tmp_path / "out", ("x.json",))
-    os.symlink(tmp_path / "source", tmp_path / "out" / "tokenizer")
-    for name in ("tokenizer/vocab.json", "../source/vocab.json", str(tmp_path / "source/vocab.json"), "tokenizer"):
-        store.remove_file(name)
-    assert (tmp_path / "source/vocab.json").exists()
