@@ -23,7 +23,8 @@ from pipeline.config import CalibrationSettings, EvaluateSettings
 from pipeline.errors import SwscError
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.perplexity import perplexity, window_losses
-from pipeline.measure.windows import calibration_windows, make_windows, read_text
+from pipeline.measure.texts import read_text
+from pipeline.measure.windows import calibration_windows, make_windows
 from swsc_core import SwscLinear
 
 

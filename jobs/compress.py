@@ -23,6 +23,7 @@ from pipeline.flows.preflight import examine, require_cache, require_output, req
 from pipeline.flows.prepare import cache_of, prepare
 from pipeline.flows.produce import produce
 from pipeline.flows.push import push_output
+from pipeline.measure.texts import has_columns
 from pipeline.measure.windows import make_windows, require_within
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import open_checkpoint
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="directory to write, new or begun by the same command")
     add_config(parser)
     add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings, SourceSettings)
-    parser.add_argument("--text", help="then evaluate on this text file, or wikitext2")
+    parser.add_argument("--text", help="then evaluate on this text, named as in `swsc evaluate`")
     parser.add_argument("--push", metavar="REPO_ID", help="at the end, push the output to the Hub, as `swsc push` does")
     parser.add_argument("--private", action="store_true", help="with --push: as in `swsc push`")
     for flag in ("--seqlen", "--windows"):
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         source = verified(source, trust.verify_source, pools)
         plan = make_plan(source, settings)
-    unseen = [arguments.text] if arguments.text else []
+    unseen = [evaluation] if evaluation else []
     arithmetic = arithmetic_of(cluster)
     plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, arithmetic, unseen)
     report = produce(
@@ -122,6 +123,8 @@ def _require_places(
 
 def _evaluation_of(arguments: argparse.Namespace, trusted: bool) -> EvaluateSettings:
     kept = {key: value for key, value in vars(arguments).items() if key in {"text", "seqlen", "windows"}}
+    if "text_column" in arguments and has_columns(arguments.text):  # the calibration text may be the one that has some
+        kept["text_column"] = arguments.text_column
     return validated(EvaluateSettings, kept | {"trust_remote_code": trusted})
 
 

@@ -121,5 +121,11 @@ def protocol(result: dict[str, Any]) -> str:
     """How a perplexity was measured; without it the figure means nothing."""
     return (
         f"  {result['windows']} windows of {result['seqlen']} tokens, no overlap, BOS {result['bos']}, {result['dtype']}\n"
-        f"  text {result['text']} (sha256 {result['text_sha256'][:16]}…, {result['text_tokens']} tokens)"
+        f"  text {result['text']}{_documents(result)} (sha256 {result['text_sha256'][:16]}…, {result['text_tokens']} tokens)"
     )
+
+
+def _documents(result: dict[str, Any]) -> str:
+    if result.get("text_documents") is None:
+        return ""
+    return f": column {result['text_column']!r} of {result['text_documents']:,} documents, joined by blank lines"

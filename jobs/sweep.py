@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="directory of the results")
     parser.add_argument("--model", action="append", default=[], help="a model, in place of the file's; may be repeated")
     parser.add_argument("--text", help="the text of every evaluation, in place of the file's")
-    for flag in ("--seqlen", "--windows", "--dtype"):
+    for flag in ("--text-column", "--seqlen", "--windows", "--dtype"):
         parser.add_argument(flag, help="of every evaluation, in place of the file's")
     parser.add_argument("--calibration", help="the calibration text, in place of the file's")
     add_settings(parser, LoadSettings, ClusterSettings)
@@ -115,9 +115,11 @@ def sweep_settings(arguments: argparse.Namespace) -> SweepSettings:
         values["models"] = arguments.model
     if arguments.calibration:
         values["calibration"] = arguments.calibration
+    if arguments.text_column and values.get("calibration"):
+        values["text_column"] = arguments.text_column
     if "trust_remote_code" in arguments:
         values["trust_remote_code"] = True
-    replaced = {key: getattr(arguments, key) for key in ("text", "seqlen", "windows", "dtype")}
+    replaced = {key: getattr(arguments, key) for key in ("text", "text_column", "seqlen", "windows", "dtype")}
     replaced = {key: value for key, value in replaced.items() if value is not None}
     if replaced:
         given = values.get("evaluations") or [{}]

@@ -7,6 +7,11 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.matrix_config import MatrixSettings
 from pipeline.validation import CommaList, Settings
 
+_TEXT = "text file, table (.jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst, .xz, .bz2) or Hub data set NAME[:CONFIG[:SPLIT]]"
+_COLUMN = Field(
+    None, min_length=1, description="column of a table that holds the text (default: text, or the only one of strings)"
+)
+
 
 class LoadSettings(Settings):
     """How a model is loaded, to be calibrated or measured."""
@@ -19,9 +24,8 @@ class LoadSettings(Settings):
 class CalibrationSettings(LoadSettings):
     """Text that second moments are gathered on."""
 
-    calibration: str | None = Field(
-        None, description="text file, Parquet file or Hub data set (NAME[:CONFIG[:SPLIT]]) to calibrate on"
-    )
+    calibration: str | None = Field(None, description=f"{_TEXT}, to calibrate on (split by default: train)")
+    text_column: str | None = _COLUMN
     calibration_windows: int = Field(128, ge=1, description="windows of the calibration text")
     calibration_seqlen: int = Field(512, ge=2, description="tokens of a calibration window")
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -92,7 +96,8 @@ class MeasureSettings(LoadSettings):
 class EvaluateSettings(MeasureSettings):
     """Perplexity by the standard protocol."""
 
-    text: str = Field(description="text file, or wikitext2 for the test split from the Hub")
+    text: str = Field(description=f"{_TEXT} (split by default: test), or wikitext2 for its test split")
+    text_column: str | None = _COLUMN
     seqlen: int = Field(2048, ge=2, description="tokens of a window")
     windows: int | None = Field(None, ge=1, description="first N windows only (default: all)")
 

@@ -21,7 +21,7 @@ from benchmarks.peers.environments import EnvironmentFailure
 from benchmarks.peers.rows import HEADER, Row, cells, rows_of
 from benchmarks.peers.script import Refusal, Shapes, selected
 from pipeline.errors import SwscError
-from pipeline.measure.windows import read_text
+from pipeline.measure.texts import read_text
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.families import Family
 

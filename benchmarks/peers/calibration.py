@@ -7,7 +7,8 @@ import numpy as np
 
 from pipeline.config import CalibrationSettings
 from pipeline.measure.overlap import require_apart
-from pipeline.measure.windows import calibration_windows, read_text
+from pipeline.measure.texts import read_text
+from pipeline.measure.windows import calibration_windows
 from pipeline.validation import validated
 
 

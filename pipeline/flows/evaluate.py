@@ -10,7 +10,8 @@ from pipeline.config import EvaluateSettings, MeasureSettings
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.perplexity import ModelKey, perplexity
-from pipeline.measure.windows import Windows, make_windows, read_text, require_within
+from pipeline.measure.texts import read_text
+from pipeline.measure.windows import Windows, make_windows, require_within
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
@@ -34,7 +35,7 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
     model = open_model(location)
     windows = make_windows(location, settings)
     require_within(windows.ids, model.checkpoint)
-    require_unseen(model, lambda: read_text(settings.text), settings.text)
+    require_unseen(model, lambda: read_text(settings.text, settings.text_column), settings.text)
     key = model_key(model.checkpoint, settings)
     losses: dict[int, list[float]] = {}
     dtypes: set[str] = set()
@@ -96,4 +97,5 @@ def result(
         "bos": windows.bos,
         "dtype": dtype,
         "batch_size": settings.batch_size,
+        **({} if windows.documents is None else {"text_documents": windows.documents, "text_column": windows.column}),
     }

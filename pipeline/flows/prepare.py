@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import CalibrationSettings, LoadSettings
+from pipeline.config import CalibrationSettings, EvaluateSettings, LoadSettings
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError
 from pipeline.flows.allocate import allocate_plan
@@ -16,17 +16,19 @@ from pipeline.flows.tune import TuneText
 from pipeline.flows.write import written_windows
 from pipeline.matrix_config import MatrixSettings
 from pipeline.measure.overlap import require_apart
-from pipeline.measure.windows import CalibrationText, calibration_windows, read_text, require_within
+from pipeline.measure.texts import read_text
+from pipeline.measure.windows import CalibrationText, calibration_windows, require_within
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.moments import Moments
 from pipeline.model.output import known_traces
 from pipeline.model.plan import Plan
 from pipeline.model.store import Store
+from pipeline.run.progress import say
 
 
 def prepare(
     source: Checkpoint, plan: Plan, settings: MatrixSettings, calibration: CalibrationSettings, beside: str,
-    make_pool: PoolMaker, arithmetic: Arithmetic, unseen: Sequence[str] = (),
+    make_pool: PoolMaker, arithmetic: Arithmetic, unseen: Sequence[EvaluateSettings] = (),
 ) -> tuple[Plan, Calibrated | None]:  # fmt: skip
     """The plan with its final specs, and the calibration that it rests on; both are found again if they were made before.
 
@@ -39,9 +41,8 @@ def prepare(
         TextError: a text that is missing or too short, or that shares passages with `unseen`.
     """
     if not settings.calibrated:
-        if idle := sorted(
-            calibration.model_fields_set & (CalibrationSettings.model_fields.keys() - LoadSettings.model_fields.keys())
-        ):
+        own = CalibrationSettings.model_fields.keys() - LoadSettings.model_fields.keys()
+        if idle := sorted(calibration.model_fields_set & (own - ({"text_column"} if unseen else set()))):
             raise ConfigError(
                 f"{', '.join(idle)} mean nothing to metric weights without tune: choose preset best or fast, or drop them"
             )
@@ -56,10 +57,12 @@ def prepare(
         )
     else:
         text = calibration_windows(source.store.root, calibration)
+        if text.origin:
+            say(f"note: calibration {calibration.calibration}: {text.origin}")
     require_within(text.ids, source)
     about = _about(source, calibration, text)
-    for name in unseen:
-        require_apart(frozenset(about["traces"]), read_text(name), name)
+    for measured in unseen:
+        require_apart(frozenset(about["traces"]), read_text(measured.text, measured.text_column), measured.text)
     if settings.epochs:
         TuneText(text.ids, settings.epochs, settings.seed)  # too few windows are told of before hours of work
     moments = None

@@ -87,13 +87,14 @@ class Sweep:
         Raises:
             TextError: the calibration text is too short, or shares passages with a text that is measured on.
         """
-        texts = [text.text for text in self._settings.evaluations]
         for run in self._runs:
             if run.plan is None or run.variant is None or not run.variant.calibrated:
                 continue
             source = self._checkpoints[run.model]
             settings = self._settings.for_preset(run.variant.preset)
-            run.plan, made = prepare(source, run.plan, run.variant, settings, beside, make_pool, arithmetic, texts)
+            run.plan, made = prepare(
+                source, run.plan, run.variant, settings, beside, make_pool, arithmetic, self._settings.evaluations
+            )
             if made and run.variant.epochs:
                 run.made = produce_variant(source, run.plan, run.variant, settings, made, arithmetic, make_pool)
             run.moments = made.moments if made else None

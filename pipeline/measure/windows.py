@@ -6,31 +6,34 @@ cut into floor(n / L) windows of L tokens without overlap; the tail is dropped.
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import CalibrationSettings, EvaluateSettings
-from pipeline.errors import TextError
+from pipeline.errors import CheckpointError, TextError
 from pipeline.measure.overlap import traces
+from pipeline.measure.texts import open_text
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import has_position_table, positions_of
 from pipeline.model.mirror import require_no_code, small_files
-from pipeline.model.store import Store
-
-WIKITEXT2 = "wikitext2"
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids int64 [windows, seqlen] of a text, and what must be said beside a perplexity measured on them."""
+    """Token ids int64 [windows, seqlen] of a text, and what must be said beside a perplexity measured on them.
+
+    Attributes:
+        documents, column: of the table that the text was made of; None for a plain file.
+    """
 
     ids: np.ndarray
     text: str
     text_sha256: str
     text_tokens: int
     bos: str
+    documents: int | None = None
+    column: str | None = None
 
 
 def make_windows(model: str, settings: EvaluateSettings) -> Windows:
@@ -39,9 +42,11 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
     Raises:
         TextError: no such text, one shorter than a window, or fewer windows than asked for.
     """
-    text = read_text(settings.text)
+    text = open_text(settings.text, settings.text_column)
+    if settings.text_column and text.documents is None:
+        raise TextError(f"text {settings.text}: a plain file has no columns; drop --text-column")
     tokenizer = load_tokenizer(model, settings.trust_remote_code)
-    ids, bos_token = _ids(tokenizer, text), tokenizer.bos_token_id
+    ids, bos_token = _ids(tokenizer, text.content), tokenizer.bos_token_id
     length, wanted = settings.seqlen, settings.windows
     available = len(ids) // length
     if available < (wanted or 1):
@@ -54,9 +59,11 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
     return Windows(
         ids=ids[: count * length].reshape(count, length),
         text=settings.text,
-        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        text_sha256=hashlib.sha256(text.content.encode()).hexdigest(),
         text_tokens=len(ids),
         bos="once, at the start of the text" if starts_with_bos else "none",
+        documents=text.documents,
+        column=text.column,
     )
 
 
@@ -78,10 +85,15 @@ def require_within(ids: np.ndarray, source: Checkpoint) -> None:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Token ids int64 [windows, seqlen], spread evenly over a text, and the text's traces (overlap.py)."""
+    """Token ids int64 [windows, seqlen], spread evenly over a text, and the text's traces (overlap.py).
+
+    Attributes:
+        origin: how the text was made of a table, in words; "" for a plain file.
+    """
 
     ids: np.ndarray
     traces: frozenset[str]
+    origin: str = ""
 
 
 def calibration_windows(model: str, settings: CalibrationSettings) -> CalibrationText:
@@ -95,9 +107,9 @@ def calibration_windows(model: str, settings: CalibrationSettings) -> Calibratio
     """
     if settings.calibration is None:
         raise TextError("calibration: no text given; name one by --calibration, or choose preset paper")
-    text = read_calibration(settings.calibration)
+    text = open_text(settings.calibration, settings.text_column, split="train")
     tokenizer = load_tokenizer(model, settings.trust_remote_code)
-    ids, opening = _ids(tokenizer, text, add_special_tokens=False), opening_of(tokenizer)
+    ids, opening = _ids(tokenizer, text.content, add_special_tokens=False), opening_of(tokenizer)
     length, count = settings.calibration_seqlen, settings.calibration_windows
     if len(ids) < length * count:
         raise TextError(
@@ -106,7 +118,7 @@ def calibration_windows(model: str, settings: CalibrationSettings) -> Calibratio
         )
     starts = [index * (len(ids) // count) for index in range(count)]
     windows = [np.concatenate([opening, ids[start : start + length - len(opening)]]) for start in starts]
-    return CalibrationText(np.stack(windows), traces(text))
+    return CalibrationText(np.stack(windows), traces(text.content), text.origin)
 
 
 def opening_of(tokenizer: Any) -> np.ndarray:
@@ -124,6 +136,26 @@ def _ids(tokenizer: Any, text: str, **how: Any) -> np.ndarray:
     return np.asarray(tokenizer(text, **how)["input_ids"], dtype=np.int64)
 
 
+def _require_config(model: str, trusted: bool) -> None:
+    """Raise CheckpointError if it is config.json that keeps transformers from loading a tokenizer: it reads that first."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(small_files(model), trust_remote_code=trusted)
+    except Exception as error:  # whatever transformers' checks and a model's own code raise
+        reason = " ".join(str(error).split())
+        dtype = reason.removeprefix("module 'torch' has no attribute ") if isinstance(error, AttributeError) else reason
+        what = (
+            f"dtype {dtype} is none of torch's" if dtype != reason else f"transformers cannot read it ({reason[:200]})"
+        )
+        remedy = (
+            "write that of the weights there, bfloat16 say"
+            if dtype != reason
+            else "take the config.json that belongs to the model"
+        )
+        raise CheckpointError(f"{model}: config.json: {what}; {remedy}") from None
+
+
 def load_tokenizer(model: str, trusted: bool) -> Any:
     """The tokenizer of `model`; TextError if it has none that can be loaded, `trusted`: its own code may be run."""
     from transformers import AutoTokenizer
@@ -132,49 +164,6 @@ def load_tokenizer(model: str, trusted: bool) -> Any:
         return AutoTokenizer.from_pretrained(small_files(model), trust_remote_code=trusted)
     except Exception as error:  # a damaged file makes the library raise whatever its parser meets
         require_no_code(model, error)
+        _require_config(model, trusted)
         reason = (str(error).splitlines() or [""])[0]
         raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None
-
-
-def read_calibration(name: str) -> str:
-    """A text file byte for byte, or the rows of a Parquet file or Hub data set joined by blank lines."""
-    if name.endswith(".parquet"):
-        return _rows(name, "parquet", data_files=name, split="train")
-    if "://" in name or Path(name).exists():
-        return read_text(name)
-    place, config, split = [*name.split(":"), "", ""][:3]
-    return _rows(name, place, *([config] if config else []), split=split or "train")
-
-
-def read_text(name: str) -> str:
-    """The text of a file, byte for byte, or WikiText-2's test rows from the Hub joined by blank lines."""
-    if name == WIKITEXT2:
-        return _wikitext2()
-    try:
-        store = Store.at(name)
-        return store.parent.read(store.name).decode("utf-8")
-    except OSError as error:
-        raise TextError(f"text {name}: {error.strerror}; give a text file, or {WIKITEXT2}") from None
-    except UnicodeDecodeError as error:
-        raise TextError(f"text {name}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
-
-
-def _wikitext2() -> str:
-    return _rows(WIKITEXT2, "Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-
-
-def _rows(name: str, *source: str, **where: str) -> str:
-    """The column "text" of a data set, rows joined by blank lines; those that hold nothing are passed over."""
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(*source, **where)
-    except Exception as error:  # the library has no common root for "offline", "not found" and "refused"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TextError(f"text {name}: could not be loaded ({reason}); name a text file instead") from None
-    if "text" not in rows.column_names:
-        raise TextError(f"text {name}: no column 'text' among {', '.join(rows.column_names)}; name another data set")
-    texts = [row for row in rows["text"] if row is not None]
-    if odd := next((type(row).__name__ for row in texts if not isinstance(row, str)), None):
-        raise TextError(f"text {name}: its column 'text' holds values of type {odd}, not text; name another data set")
-    return "\n\n".join(texts)

@@ -131,7 +131,7 @@ def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun( 
         ),
         (
             ["--preset", "best", "--bits", "3", "--calibration", "/no/such.parquet"],
-            ["text /no/such.parquet: could not be"],
+            ["text /no/such.parquet: No such file"],
         ),
         (["--calibration", "some.txt"], ["calibration mean nothing to metric weights", "preset best"]),
         (["--bits-over", "model"], ["bits_over mean nothing to preset paper"]),

@@ -287,8 +287,8 @@ def test_a_parquet_file_is_read_row_by_row(tiny_model: Path, tmp_path: Path) -> 
     )
     ids = calibration_windows(str(tiny_model), settings).ids
     assert ids.tolist() == [list(range(3, 53)), list(range(103, 153))]
-    pq.write_table(pa.table({"body": rows}), tmp_path / "rows.parquet")
-    with pytest.raises(TextError, match="no column 'text' among body"):
+    pq.write_table(pa.table({"body": rows, "title": rows}), tmp_path / "rows.parquet")
+    with pytest.raises(TextError, match="no column 'text' among body, title"):
         calibration_windows(str(tiny_model), settings)
     pq.write_table(pa.table({"text": [[1, 2], []]}), tmp_path / "rows.parquet")
     with pytest.raises(TextError, match="its column 'text' holds values of type list, not text"):

@@ -46,8 +46,13 @@ DOORS = {
     "huggingface_hub": {"pipeline/model/hub.py", "pipeline/model/card.py", "pipeline/model/card_figures.py"},
     "lm_eval": {"pipeline/measure/tasks.py"},
     "peft": {"swsc_core/hf/lora.py"},
-    "datasets": {"pipeline/measure/windows.py"},
-    "pyarrow": {"pipeline/report/files.py", "pipeline/model/object_files.py"},
+    "datasets": {"pipeline/measure/texts.py"},
+    "pyarrow": {
+        "pipeline/measure/tables.py",
+        "pipeline/measure/decompress.py",
+        "pipeline/report/files.py",
+        "pipeline/model/object_files.py",
+    },
     "pydantic": {
         "pipeline/config.py",
         "pipeline/matrix_config.py",

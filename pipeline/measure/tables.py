@@ -1,0 +1,135 @@
+"""Rows of JSON lines, JSON, CSV, TSV and Parquet files, as mappings of column to value."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+AMBIGUOUS = "?"  # content that may be meant as a table and may be not
+_LOOKED_AT = 16  # lines, where the name of a file says nothing
+Row = Mapping[str, Any]
+
+
+class Misread(ValueError):
+    """A file that is not what its name says."""
+
+
+def json_lines(data: bytearray) -> Iterator[Row]:
+    """One object, or one string, a line."""
+    for number, line in enumerate(_decoded(data).split("\n"), 1):
+        if line.strip():
+            yield _row(_parsed(line, f"line {number:,}"), f"line {number:,}")
+
+
+def json_document(data: bytearray) -> Iterator[Row]:
+    """A list of objects or strings, columns of lists, or one object; or these as the only value of an object; or JSON lines."""
+    try:
+        value = _parsed(_decoded(data), "as a whole")
+    except Misread:
+        if not _is_row(data.lstrip().partition(b"\n")[0]):
+            raise
+        yield from json_lines(data)  # often they are named so
+        return
+    while isinstance(value, dict) and len(value) == 1 and _holds_rows(next(iter(value.values()))):
+        value = next(iter(value.values()))
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        if len({len(column) for column in value.values()}) > 1:
+            raise Misread("its columns have unlike lengths; give JSON lines, one object a line")
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+        yield _row(row, f"entry {number:,}")
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def comma_separated(data: bytearray, delimiter: str = ",") -> Iterator[Row]:
+    """A line of column names, then one row after the other; quoted values may hold line breaks."""
+    csv.field_size_limit((1 << 31) - 1)
+    rows = csv.reader(io.StringIO(_decoded(data), newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = next(rows, [])
+        if len(set(names)) < len(names):
+            raise Misread(
+                f"its first line names a column twice ({', '.join(names)}); it has to hold the names of the columns"
+            )
+        for row in filter(None, rows):
+            if len(row) != len(names):
+                raise Misread(
+                    f"line {rows.line_num:,} has {len(row)} values, its first line names {len(names)} columns"
+                )
+            yield dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        raise Misread(f"no CSV ({error} at line {rows.line_num:,}); export it again") from None
+
+
+def tab_separated(data: bytearray) -> Iterator[Row]:
+    """The same with tabs."""
+    return comma_separated(data, "\t")
+
+
+def parquet(data: bytearray) -> Iterator[Row]:
+    """Rows, batch by batch."""
+    try:
+        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches():
+            yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise Misread(f"no Parquet ({str(error).splitlines()[0]}); export it again") from None
+
+
+READERS: dict[str, Callable[[bytearray], Iterator[Row]]] = {
+    ".jsonl": json_lines, ".ndjson": json_lines, ".json": json_document, ".csv": comma_separated, ".tsv": tab_separated,
+    ".parquet": parquet,
+}  # fmt: skip
+
+
+def table_like(data: bytearray) -> str:
+    """The suffix that `data` should have had: of a table, AMBIGUOUS, or "" for plain text."""
+    if data.startswith(b"PAR1"):
+        return ".parquet"
+    if data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
+        return ""
+    found = [_is_row(line) for line in data[: 1 << 24].split(b"\n", _LOOKED_AT)[:_LOOKED_AT] if line.strip()]
+    if all(found):
+        return ".jsonl"
+    try:
+        json.loads(bytes(data))
+    except (ValueError, RecursionError):
+        return AMBIGUOUS if found[0] else ""
+    return ".json"
+
+
+def _is_row(line: bytes | bytearray) -> bool:
+    try:
+        return isinstance(json.loads(bytes(line)), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _row(value: Any, where: str) -> Row:
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str):
+        return {"text": value}
+    raise Misread(f"{where} is {type(value).__name__}, wanted an object or a string")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Misread(f"no JSON {where} ({error}); name it .txt if it is to be read as it stands") from None
+    except RecursionError:
+        raise Misread(f"JSON nested too deeply {where}") from None
+
+
+def _decoded(data: bytearray) -> str:
+    try:
+        return bytes(data).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Misread(f"not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
