@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CalibrationSettings, EvaluateSettings
-from pipeline.errors import CheckpointError, TextError
+from pipeline.errors import TextError
 from pipeline.measure.overlap import traces
 from pipeline.measure.texts import open_text
 from pipeline.model.checkpoint import Checkpoint
@@ -136,26 +136,6 @@ def _ids(tokenizer: Any, text: str, **how: Any) -> np.ndarray:
     return np.asarray(tokenizer(text, **how)["input_ids"], dtype=np.int64)
 
 
-def _require_config(model: str, trusted: bool) -> None:
-    """Raise CheckpointError if it is config.json that keeps transformers from loading a tokenizer: it reads that first."""
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(small_files(model), trust_remote_code=trusted)
-    except Exception as error:  # whatever transformers' checks and a model's own code raise
-        reason = " ".join(str(error).split())
-        dtype = reason.removeprefix("module 'torch' has no attribute ") if isinstance(error, AttributeError) else reason
-        what = (
-            f"dtype {dtype} is none of torch's" if dtype != reason else f"transformers cannot read it ({reason[:200]})"
-        )
-        remedy = (
-            "write that of the weights there, bfloat16 say"
-            if dtype != reason
-            else "take the config.json that belongs to the model"
-        )
-        raise CheckpointError(f"{model}: config.json: {what}; {remedy}") from None
-
-
 def load_tokenizer(model: str, trusted: bool) -> Any:
     """The tokenizer of `model`; TextError if it has none that can be loaded, `trusted`: its own code may be run."""
     from transformers import AutoTokenizer
@@ -164,6 +144,5 @@ def load_tokenizer(model: str, trusted: bool) -> Any:
         return AutoTokenizer.from_pretrained(small_files(model), trust_remote_code=trusted)
     except Exception as error:  # a damaged file makes the library raise whatever its parser meets
         require_no_code(model, error)
-        _require_config(model, trusted)
         reason = (str(error).splitlines() or [""])[0]
         raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None

@@ -104,7 +104,9 @@ def _tensor(data: "Tensor", dtype: str, shape: tuple[int, ...]) -> "Tensor":
     import torch
 
     kind = getattr(torch, DTYPES[dtype][0])
-    return data.view(kind).reshape(shape) if data.numel() else torch.empty(shape, dtype=kind)  # strides of none may be 0
+    return (
+        data.view(kind).reshape(shape) if data.numel() else torch.empty(shape, dtype=kind)
+    )  # strides of none may be 0
 
 
 def commit(ticket: Ticket, file: str, payload: Payload) -> FileRecord:

@@ -84,8 +84,15 @@ def _skeletons_of(text: str, where: str) -> list[Skeleton]:
             raise Unknown(first_line(error)) from None
         except Exception as error:  # configs are checked by each class in its own way
             raise CheckpointError(
-                f"{where}/config.json: describes no {about['model_type']} model ({_one_line(error)}); repair it"
+                f"{where}/config.json: describes no {about['model_type']} model ({_one_line(error)}); {_remedy(error)}"
             ) from None
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about a config: transformers looks its dtype up among the names of torch, "auto" say."""
+    if isinstance(error, AttributeError) and "module 'torch'" in str(error):
+        return "write the dtype of the weights there, bfloat16 say"
+    return "repair it"
 
 
 def stored_ties(names: Iterable[str], config: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
