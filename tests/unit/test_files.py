@@ -134,3 +134,50 @@ def test_a_store_that_is_gone_is_waited_for_once_and_not_by_every_request(
     with pytest.raises(StoreError) as first_contact:
         objects.size("other/a")
     assert not isinstance(first_contact.value, StoreGone)
+
+
+class _Listed:
+    """A client whose listings are given."""
+
+    def __init__(self, listings: list[str]) -> None:
+        self.left = list(listings)
+
+    def get_file_info(self, selector: Any) -> list[Any]:
+        return [arrow.FileInfo(f"bucket/m/{name}", arrow.FileType.File, size=1) for name in self.left.pop(0).split()]
+
+
+@pytest.mark.parametrize(
+    ("listings", "wanted"),
+    [
+        (["a b", "a b"], "a b"),
+        (["a c", "a b", "a b"], "a b"),
+        (["a b", "a", "a b", "a b"], "a b"),
+        (["a 0", "a 0 1", "a 1 2", "a 2 3", "a 3 4", "a 4 5", "a 5 6"], "a"),  # others write and remove there
+    ],
+)
+def test_over_plain_http_a_folder_holds_what_two_listings_in_a_row_or_most_of_them_say(
+    listings: list[str], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    client = _Listed(listings)
+    monkeypatch.setattr(object_files, "_connected", lambda scheme: client)
+    assert sorted(object_files.ObjectFiles("s3").children("bucket/m")) == wanted.split()
+    assert not client.left
+
+
+def test_over_https_a_folder_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:9")
+    client = _Listed(["a", "b"])
+    monkeypatch.setattr(object_files, "_connected", lambda scheme: client)
+    assert list(object_files.ObjectFiles("s3").children("bucket/m")) == ["a"]
+
+
+def test_an_object_called_like_a_fault_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing:
+        def open_input_file(self, path: str) -> Any:
+            raise FileNotFoundError(f"Path does not exist '{path}'")
+
+    monkeypatch.setattr(object_files, "_connected", lambda scheme: Missing())
+    with pytest.raises(StoreError) as found:
+        object_files.ObjectFiles("s3").read("bucket/AccessDenied/SLOW_DOWN", 0, 1)
+    assert type(found.value) is StoreError
