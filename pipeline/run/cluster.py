@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 # Ray reads these when it is imported. A cluster that is started in this process listens on loopback only and needs no
@@ -20,6 +21,7 @@ from ray._private import ray_constants
 from ray._private import utils as ray_utils
 from ray.exceptions import RayError
 
+import pipeline
 from pipeline.config import ClusterSettings
 from pipeline.device import require_gpu
 from pipeline.errors import ClusterError
@@ -35,6 +37,7 @@ _CONNECT_SECONDS = 10.0
 _TYPE = "accelerator_type:"  # how Ray's names of resources begin that stand for models of GPUs
 # What CUDA takes beside what is calculated with: its context and workspaces on the GPU, its libraries in the host's memory.
 _CUDA_DEVICE, _CUDA_HOST = 1_000_000_000, 2_500_000_000
+_PACKAGES = ("pipeline", "swsc_core")  # that workers import
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,7 @@ def _connect(address: str | None) -> bool:
     """Connect to the cluster named, to one of this machine, or start one; True if started here."""
     interrupt.check()
     interrupt.listen()
+    _require_own_packages(Path.cwd())
     if ray.is_initialized():
         return False
     where = address or os.environ.get("RAY_ADDRESS") or None
@@ -214,6 +218,17 @@ def _connect(address: str | None) -> bool:
             " one by --address local"
         ) from None
     return not joined
+
+
+def _require_own_packages(folder: Path) -> None:
+    """Raise ClusterError if `folder`, the working directory, where workers look first, hides this tool's packages from them."""
+    home = Path(pipeline.__file__).resolve().parents[1]
+    names = [found for name in _PACKAGES for found in (folder / name / "__init__.py", folder / f"{name}.py")]
+    if folder.resolve() != home and (there := [name for name in names if name.exists()]):
+        raise ClusterError(
+            f"Ray's workers would take {there[0]} for this tool's own: rename it, or run the command from another directory"
+            " or with --local"
+        )
 
 
 def _joinable(where: str | None) -> str | None:
@@ -247,6 +262,7 @@ def _init(address: str, **more: Any) -> None:
         with _no_handler_of_rays():
             ray.init(address=address, **quiet, **more)
     finally:
+        interrupt.listen()  # its C++ part puts one there, too, that ends the process with a stack trace
         interrupt.check()
 
 

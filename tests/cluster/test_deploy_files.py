@@ -226,7 +226,7 @@ def test_the_constraints_leave_the_gpu_workers_a_torch_with_cuda():
 def test_the_dockerfile_copies_only_what_is_there_and_all_that_is_installed():
     lines = found(r"^COPY (?:--\S+ )*(.+) \S+$", "deploy/Dockerfile")
     copied = {name for line in lines for name in line.split()}
-    assert copied >= {"swsc_core", "pipeline", "jobs", "pyproject.toml", "constraints.txt"}
+    assert copied >= {"swsc_core", "pipeline", "jobs", "swsc_command.py", "pyproject.toml", "constraints.txt"}
     assert {name for name in copied if not (ROOT / name).exists()} == set()
 
 
