@@ -10,7 +10,8 @@ from pipeline.config import ClusterSettings
 from pipeline.device import Arithmetic, name_of, take_device
 from pipeline.errors import ClusterError
 from pipeline.run import interrupt
-from pipeline.run.cluster import Need, _connect, _joinable, _local_device, _need, _nodes, _waiting_for
+from pipeline.run.cluster import Need, _local_device, _need, _nodes, _waiting_for
+from pipeline.run.connection import connect, joinable
 from pipeline.run.progress import say
 
 _SECONDS_OF_PATIENCE = 20.0  # of waiting for a worker's device until that is told of
@@ -33,10 +34,10 @@ def _device_kind(settings: ClusterSettings) -> str:
     if settings.local:
         return name_of(_local_device(settings))
     if not ray.is_initialized():
-        where = _joinable(settings.address or os.environ.get("RAY_ADDRESS"))
+        where = joinable(settings.address or os.environ.get("RAY_ADDRESS"))
         if where is None:  # one will be started on this machine
             return name_of(_local_device(settings))
-        _connect(where)
+        connect(where)
     need = _need(settings, _nodes(), 0)
     return _probed_kind(need) if need.gpus else "cpu"
 

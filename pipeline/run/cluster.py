@@ -1,12 +1,8 @@
 """The door to Ray: which cluster, and how many workers of which size it has room for."""
 
-import contextlib
 import os
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 # Ray reads these when it is imported. A cluster that is started in this process listens on loopback only and needs no
@@ -17,27 +13,19 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-from ray._private import ray_constants
-from ray._private import utils as ray_utils
-from ray.exceptions import RayError
 
-import pipeline
 from pipeline.config import ClusterSettings
 from pipeline.device import require_gpu
 from pipeline.errors import ClusterError
-from pipeline.run import interrupt
 from pipeline.run.actor import GPU_ENVIRONMENT
-from pipeline.run.discovery import found_here, require_joinable
+from pipeline.run.connection import connect as _connect
 from pipeline.run.pool import LocalPool, Pool
-from pipeline.run.progress import say
 from pipeline.run.ray_pool import RayPool
 from pipeline.run.worker import Worker
 
-_CONNECT_SECONDS = 10.0
 _TYPE = "accelerator_type:"  # how Ray's names of resources begin that stand for models of GPUs
 # What CUDA takes beside what is calculated with: its context and workspaces on the GPU, its libraries in the host's memory.
 _CUDA_DEVICE, _CUDA_HOST = 1_000_000_000, 2_500_000_000
-_PACKAGES = ("pipeline", "swsc_core")  # that workers import
 
 
 @dataclass(frozen=True)
@@ -194,115 +182,3 @@ def _sum(nodes: list[dict[str, float]]) -> str:
 def _most(nodes: list[dict[str, float]], resource: str) -> float:
     """What the best node has of a resource."""
     return max((node.get(resource, 0) for node in nodes), default=0)
-
-
-def _connect(address: str | None) -> bool:
-    """Connect to the cluster named, to one of this machine, or start one; True if started here."""
-    interrupt.check()
-    interrupt.listen()
-    _require_own_packages(Path.cwd())
-    if ray.is_initialized():
-        return False
-    where = address or os.environ.get("RAY_ADDRESS") or None
-    try:
-        joined = _joinable(where)
-        if joined:
-            _init(joined)
-        else:
-            with interrupt.held(), _loopback_only():
-                _init("local", include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-        reason = " ".join(str(error).split())
-        raise ClusterError(
-            f"no Ray cluster at {where or 'this machine'}: {reason}; check --address, RAY_ADDRESS and RAY_AUTH_MODE, or start"
-            " one by --address local"
-        ) from None
-    return not joined
-
-
-def _require_own_packages(folder: Path) -> None:
-    """Raise ClusterError if `folder`, the working directory, where workers look first, hides this tool's packages from them."""
-    home = Path(pipeline.__file__).resolve().parents[1]
-    names = [found for name in _PACKAGES for found in (folder / name / "__init__.py", folder / f"{name}.py")]
-    if folder.resolve() != home and (there := [name for name in names if name.exists()]):
-        raise ClusterError(
-            f"Ray's workers would take {there[0]} for this tool's own: rename it, or run the command from another directory"
-            " or with --local"
-        )
-
-
-def _joinable(where: str | None) -> str | None:
-    """Address of the cluster to be joined; None to start one.
-
-    Raises:
-        ClusterError: one that was asked for and cannot be joined.
-    """
-    if where == "local":
-        return None
-    if where is None:
-        return found_here(say)
-    if where == "auto":
-        if found := found_here(say):
-            return found
-        raise ClusterError("no Ray cluster on this machine: start one by `ray start --head`, or leave --address out")
-    if where.startswith(("http://", "https://")):
-        raise ClusterError(
-            f"{where} is a dashboard's address, for `ray job submit`: give the head's own, host:port, or leave --address out"
-        )
-    _require_listener(where)
-    if "://" not in where:
-        require_joinable(where)
-    return where
-
-
-def _init(address: str, **more: Any) -> None:
-    """`ray.init`, and handlers of signals as they were before: Ray puts its own in their place."""
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        with _no_handler_of_rays():
-            ray.init(address=address, **quiet, **more)
-    finally:
-        interrupt.listen()  # its C++ part puts one there, too, that ends the process with a stack trace
-        interrupt.check()
-
-
-@contextlib.contextmanager
-def _no_handler_of_rays() -> Iterator[None]:
-    """Ray's own handler of SIGTERM ends the process wherever it is, with the number of the signal as its exit code."""
-    real = ray_utils.set_sigterm_handler
-    ray_utils.set_sigterm_handler = lambda handler: None
-    try:
-        yield
-    finally:
-        ray_utils.set_sigterm_handler = real
-
-
-@contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
-    """A cluster that is started now is out of reach for other machines: its ports ask for no token.
-
-    Ray replaces a loopback address by the machine's own wherever it may build clusters of several machines; that it may not
-    here is said to its processes by the environment, and to this one, which has read it already, by Ray's constant.
-    """
-    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before[0] is not None:
-            os.environ[name] = before[0]
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
-
-
-def _require_listener(address: str) -> None:
-    """Raise ClusterError if nobody listens at host:port: Ray itself would try for minutes and then end the process."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ClusterError(f"no Ray cluster at {address}: {reason}; check --address and RAY_ADDRESS") from None

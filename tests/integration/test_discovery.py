@@ -17,7 +17,7 @@ import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from pipeline.errors import ClusterError
-from pipeline.run import cluster, discovery
+from pipeline.run import connection, discovery
 
 OURS = {"ray_version": ray.__version__, "python_version": platform.python_version(), "ray_init_cluster": False}
 
@@ -168,4 +168,4 @@ def test_a_head_that_says_nonsense_is_none(monkeypatch: pytest.MonkeyPatch, abou
 @pytest.mark.parametrize("address", ["auto", "http://127.0.0.1:8265", "127.0.0.1:9", "ray://127.0.0.1:9"])
 def test_an_address_that_cannot_be_is_refused_at_once(address: str) -> None:
     with pytest.raises(ClusterError, match=r"no Ray cluster|dashboard"):
-        cluster._joinable(address)
+        connection.joinable(address)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ClusterError
-from pipeline.run import cluster
+from pipeline.run import connection
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "from swsc_command import main; raise SystemExit(main())"
@@ -37,7 +37,7 @@ def test_a_folder_that_is_no_package_hides_nothing(tmp_path: Path) -> None:
     (tmp_path / "jobs" / "monday.txt").touch()
     done = swsc(tmp_path, "--help")
     assert done.returncode == 0, done.stderr
-    cluster._require_own_packages(tmp_path)
+    connection.require_own_packages(tmp_path)
 
 
 @pytest.mark.parametrize("package", ["pipeline/__init__.py", "swsc_core.py"])
@@ -48,5 +48,5 @@ def test_what_would_hide_them_from_workers_only_is_refused_before_they_are_start
     (tmp_path / package).touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ClusterError, match="--local"):
-        cluster._connect("local")
-    cluster._require_own_packages(ROOT)
+        connection.connect("local")
+    connection.require_own_packages(ROOT)
