@@ -1,7 +1,8 @@
 """Perplexity: mean cross-entropy over the L−1 shifted tokens of each window, exp of the mean over windows.
 
 A window's loss depends on that window alone (and on the fixed shape of the batch that it is in), and the sum runs in
-float64 over window indices: the result is the same to the last bit for any number of workers.
+float64 over window indices: the result is the same to the last bit for any number of workers with processors of one kind, and for
+any layout of the model's files, since weights are moved to aligned memory.
 """
 
 import math

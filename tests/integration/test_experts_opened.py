@@ -168,8 +168,11 @@ def test_it_opens_in_any_dtype(family: FamilyModel, dtype: torch.dtype) -> None:
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {
         p.dtype for p in family.load(restored, dtype=dtype).parameters()
     }
-    error = (family.logits(model).float() - wanted).norm() / wanted.norm()
-    usual = (family.logits(family.load(restored, dtype=dtype)).float() - wanted).norm() / wanted.norm()
+    # of nine tokens in ten: in 16 bits, one that is nearly between two experts may go to the other, on either side
+    error, usual = (
+        ((family.logits(one).float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).quantile(0.9)
+        for one in (model, family.load(restored, dtype=dtype))
+    )
     assert error < 2 * usual + 1e-5
 
 
