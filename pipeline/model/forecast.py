@@ -102,23 +102,23 @@ def _stream_seconds(plan: Plan, form: str, speed: Speed) -> float:
 def compression_bytes(plan: Plan) -> int:
     """Peak memory of a worker that compresses the matrices of `plan`, one at a time."""
     return WORKER_BASE + 4 * max(
-        _peak_values(decision, spec) for decision in plan.compressed for spec in decision.specs
+        _peak_values(decision.info, spec) for decision in plan.compressed for spec in decision.specs
     )
 
 
 def device_bytes(plan: Plan) -> int:
-    """The part of it that lies on a GPU, if the worker has one."""
-    slabs = [
-        _SLAB_COPIES * min(decision.info.count, GPU_SLAB)
-        for decision in plan.compressed
-        for spec in decision.specs
-        if isinstance(spec, SwscSpec) and spec.segment_size is not None
-    ]
-    return compression_bytes(plan) - WORKER_BASE + 4 * max(slabs, default=0)
+    """Bytes of a GPU that it takes, if the worker has one."""
+    return max(matrix_device_bytes(decision.info, spec) for decision in plan.compressed for spec in decision.specs)
 
 
-def _peak_values(decision: Decision, spec: Spec) -> int:
-    count, inputs = decision.info.count, decision.info.shape[1]
+def matrix_device_bytes(info: TensorInfo, spec: Spec) -> int:
+    """The same for one matrix. There a slab may be all of it."""
+    cut = isinstance(spec, SwscSpec) and spec.segment_size is not None
+    return 4 * (_peak_values(info, spec) + (_SLAB_COPIES * min(info.count, GPU_SLAB) if cut else 0))
+
+
+def _peak_values(info: TensorInfo, spec: Spec) -> int:
+    count, inputs = info.count, info.shape[1]
     if not isinstance(spec, SwscSpec):
         return _WHOLE * count
     moments = _MOMENTS * inputs**2 if spec.metric == "activations" else 0

@@ -1,0 +1,118 @@
+"""Compression of one matrix: the same bytes twice, as near as on a CPU, kernels and waits a block of columns, seconds, memory."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import structured_weight
+from benchmarks.gpu.finding import Bench, Finding
+from pipeline.model.forecast import matrix_device_bytes
+from pipeline.model.tensors import TensorInfo
+from swsc_core import Encoded, Metric, SwscSpec, decode, encode
+from swsc_core.linear import SwscLinear
+from swsc_core.sharing import Sharing
+
+BEST: dict[str, Any] = {
+    "segment_size": 4, "scaled": True, "metric": "activations", "feedback": True, "rounds": 4, "centroid_bits": 8,
+}  # fmt: skip
+_PARITY = 0.01  # by how much a relative error may differ from that of a CPU
+
+
+def moment(n: int) -> Tensor:
+    x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(1))
+    return x.T @ x / len(x)
+
+
+def made(device: str, n: int, spec: SwscSpec) -> Encoded:
+    metric = Metric(moment(n).to(device), tokens=2 * n) if spec.metric == "activations" else None
+    return encode(structured_weight(n, n, 0, rank=16).to(device).bfloat16(), [spec], name="w", metric=metric)
+
+
+def specs(bench: Bench) -> dict[str, SwscSpec]:
+    k, rank = bench.size(256, 16), bench.size(32, 4)
+    return {
+        "best": SwscSpec(k, 0, **BEST),
+        "best, input": SwscSpec(k, 0, "input", **BEST),
+        "best, rank": SwscSpec(k, rank, **BEST, factor_bits=8),
+        "paper": SwscSpec(bench.size(96, 8), rank),
+    }
+
+
+def twice_and_parity(bench: Bench) -> Iterator[Finding]:
+    n = bench.size(1024, 64)
+    for name, spec in specs(bench).items():
+        one, other = (made(bench.device, n, spec) for _ in range(2))
+        equal = all(torch.equal(one.tensors[part], other.tensors[part]) for part in one.tensors)
+        yield Finding(f"encode twice, {name}", "equal" if equal else "unlike", ok=equal)
+        cpu = made("cpu", n, spec)
+        ratio = one.relative_error / cpu.relative_error
+        yield Finding(f"relative error over that of a CPU, {name}", ratio, "×", abs(ratio - 1) <= _PARITY)
+        yield from _layer(bench, name, one)
+
+
+def _layer(bench: Bench, name: str, encoded: Encoded) -> Iterator[Finding]:
+    layer = SwscLinear(encoded.entry, False, torch.float32, "meta")
+    parts = {part: t.float() if t.dtype == torch.bfloat16 else t for part, t in encoded.tensors.items()}
+    layer.load_state_dict(parts, assign=True)
+    x = torch.randn(8, encoded.entry["shape"][1]).to(bench.device)
+    wanted = x @ decode(encoded.tensors, encoded.entry).float().T
+    gap = float((layer(x) - wanted).abs().max() / wanted.abs().max())
+    yield Finding(f"layer against the restored weight, {name}", gap, "", gap < 0.02)
+    yield Finding(f"forward pass of a layer, {name}", 1e3 * bench.seconds(lambda: layer(x)), "ms")
+
+
+def blocks(bench: Bench) -> Iterator[Finding]:
+    """Kernels and waits of a block of columns; a wait is an error while CUDA is told to make it one."""
+    n = bench.size(2048, 64)
+    spec = specs(bench)["best"]
+    metric = Metric(moment(n).to(bench.device), tokens=2 * n)
+    sharing = Sharing(structured_weight(n, n, 0, rank=16).to(bench.device), metric, spec, torch.bfloat16)
+    sharing.start(torch.Generator().manual_seed(0))
+    count = n // sharing.layout.width * len(list(sharing._slabs()))
+    assign = lambda: sharing.assign(feedback=True)  # noqa: E731
+    assign()
+    if bench.on_gpu:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assign()
+            yield Finding("waits of the host in the loop over columns", 0, ok=True)
+        except RuntimeError as error:
+            yield Finding("waits of the host in the loop over columns", str(error).splitlines()[0], ok=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for name, step in (("assign", assign), ("reassign", sharing.reassign)):
+        yield Finding(f"{name}, a block of columns", 1e3 * bench.seconds(step, 1) / count, "ms")
+        yield from _kernels(bench, name, step, count)
+    yield Finding("refit", bench.seconds(sharing.refit, 1), "s")
+
+
+def _kernels(bench: Bench, name: str, step: Any, count: int) -> Iterator[Finding]:
+    if not bench.on_gpu:
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+        bench.wait()
+    kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(event.device_time_total for event in kernels) / 1e6
+    yield Finding(f"{name}, kernels a block", len(kernels) / count, "")
+    yield Finding(f"{name}, seconds that the GPU was busy", busy, "s")
+
+
+def whole_matrices(bench: Bench) -> Iterator[Finding]:
+    """Seconds and memory of a matrix; the estimate must hold what it takes."""
+    for name in ("best", "paper"):
+        yield from _whole_matrix(bench, name, bench.size(4096, 64))
+
+
+def _whole_matrix(bench: Bench, name: str, n: int) -> Iterator[Finding]:
+    spec = specs(bench)[name]
+    seconds: list[float] = []
+    peak = bench.peak(lambda: seconds.append(bench.seconds(lambda: made(bench.device, n, spec), 1)))
+    yield Finding(f"encode {n}×{n}, {name}", seconds[0], "s")
+    if bench.on_gpu:
+        share = peak / matrix_device_bytes(TensorInfo("w", "BF16", (n, n), "f", 0, 2 * n * n), spec)
+        yield Finding(f"memory of {n}×{n}, {name}, over the estimate", share, "×", share <= 1)

@@ -1,0 +1,53 @@
+"""What a worker does when its GPU does not do as wanted, and several on one; skipped without one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.device import is_out_of_memory, spoils_the_process
+from pipeline.errors import TextError
+from pipeline.measure.windows import require_within
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.matrices import find_matrix
+from pipeline.run.worker import Worker
+from swsc_core import RtnSpec
+from tests.tiny import contents, make_text, make_tiny_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+NAME = "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_a_sweep_hands_on_that_its_gpu_is_full(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_checkpoint(str(tiny_model))
+    monkeypatch.setattr("pipeline.run.worker.encode", lambda *_, **__: torch.empty(1 << 50, device="cuda"))
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        Worker(1, "cuda").compress_units(source.store, find_matrix(source, NAME), [((RtnSpec(3),), 0, None, None)])
+    assert spoils_the_process(error.value)
+    assert is_out_of_memory(error.value)
+
+
+def test_tokens_beyond_the_vocabulary_never_reach_the_gpu(tiny_model: Path) -> None:
+    with pytest.raises(TextError):
+        require_within(np.array([[256]]), open_checkpoint(str(tiny_model)))
+
+
+@pytest.mark.cluster
+def test_two_workers_on_one_gpu_give_the_bytes_of_one(tmp_path: Path) -> None:
+    model, text = make_tiny_model(tmp_path / "model"), make_text(tmp_path / "text.txt")
+    how = ["--bits", "4", "--preset", "best", "--calibration", str(text)]
+    how += ["--calibration-windows", "4", "--calibration-seqlen", "64"]
+    outs = []
+    for name, where in (
+        ("one", ["--local"]),
+        ("two", ["--address", "local", "--workers", "2", "--gpus-per-worker", "0.5"]),
+    ):
+        flags = [*how, *where, "--cache-dir", str(tmp_path / f"cache-{name}")]
+        command = [sys.executable, "-m", "jobs", "compress", str(model), str(tmp_path / name), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stderr
+        outs.append(contents(tmp_path / name))
+    assert outs[0] == outs[1]
