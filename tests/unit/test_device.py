@@ -189,14 +189,14 @@ class TestIdentity:
     def test_what_was_begun_on_another_device_is_not_gone_on_with(self, tmp_path: Path) -> None:
         store = self.begun(tmp_path, device="NVIDIA H200", torch="2.13.0")
         here = {**self.SETTINGS, "device": "cpu", "torch": "2.13.0"}
-        with pytest.raises(OutputError, match="device NVIDIA H200 -> cpu"):
+        with pytest.raises(OutputError, match="device 'NVIDIA H200' -> 'cpu'"):
             standing.require_replaceable(store, here, overwrite=False)
         standing.require_replaceable(store, here, overwrite=True)
         standing.require_replaceable(store, self.SETTINGS, overwrite=False)  # not known yet
 
     def test_what_another_torch_began_is_not_gone_on_with(self, tmp_path: Path) -> None:
         store = self.begun(tmp_path, device="cpu", torch="2.12.0")
-        with pytest.raises(OutputError, match=r"torch 2\.12\.0 -> 2\.13\.0"):
+        with pytest.raises(OutputError, match=r"torch '2\.12\.0' -> '2\.13\.0'"):
             standing.require_replaceable(store, {**self.SETTINGS, "device": "cpu", "torch": "2.13.0"}, False)
 
     def test_what_an_earlier_version_began_is_gone_on_with(self, tmp_path: Path) -> None:
