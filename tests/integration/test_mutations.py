@@ -1,0 +1,149 @@
+"""Whatever a small file says, a verb ends with 0, 1 or 2 and one line: no traceback, not 5 seconds, not 300 MB.
+
+pytest tests/integration/test_mutations.py --hypothesis-profile thorough       10,000 of each
+"""
+
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.cli import main
+from pipeline.model.lease import _machine
+from tests.mutations import changed_bytes, changed_json, changed_tree, patient
+from tests.tiny import make_text, make_tiny_model
+from tests.tiny_gguf import make_tiny_gguf
+
+MOST_SECONDS, MOST_BYTES = 5.0, 300 << 20
+QK = ["--projectors", "q,k", "--clusters", "8", "--rank", "2", "--local"]
+CONFIG = {"preset": "paper", "projectors": ["q", "k"], "clusters": 8, "rank": 2, "storage-dtype": "float16", "seed": 3}
+CARD = {
+    "license": "mit", "language": ["en", "de"], "pipeline_tag": "text-generation", "base_model": "org/name",
+    "model-index": [{"name": "x", "results": [{"task": {"type": "text-generation"}, "metrics": [{"value": 3.5}]}]}],
+}  # fmt: skip
+
+
+def ends(*argv: str) -> int:
+    """Exit code of a verb, which comes soon and takes little memory."""
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    code = main(argv)
+    assert code in (0, 1, 2)
+    assert time.process_time() - started < MOST_SECONDS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < MOST_BYTES
+    return code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text, and an output that was calibrated."""
+    folder = tmp_path_factory.mktemp("mutations")
+    make_tiny_model(folder / "model", layers=1)
+    make_text(folder / "text.txt", 400)
+    assert main(["compress", str(folder / "model"), str(folder / "out"), *QK]) == 0
+    return folder
+
+
+@contextmanager
+def replaced(file: Path, content: bytes) -> Iterator[None]:
+    """The file with another content, as long as the context lasts."""
+    before = file.read_bytes() if file.exists() else None
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        if before is not None:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(before)
+
+
+@patient()
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_files_of_a_model(folder: Path, data: st.DataObject, name: str) -> None:
+    file = folder / "model" / name
+    with replaced(file, data.draw(changed_json(file.read_bytes()))):
+        ends("plan", str(folder / "model"), *QK)
+
+
+@patient()
+@given(data=st.data())
+@pytest.mark.parametrize("verb", ["verify", "compress", "overwrite"])
+@pytest.mark.parametrize("name", ["swsc_manifest.json", "swsc_report.json"])
+def test_manifest_and_report_of_an_output(folder: Path, data: st.DataObject, name: str, verb: str) -> None:
+    out = folder / f"out-{verb}"
+    if not out.exists():
+        shutil.copytree(folder / "out", out)
+    compress = ["compress", str(folder / "model"), str(out), *QK]
+    argv = {"verify": ["verify", str(out), "--local"], "compress": compress, "overwrite": [*compress, "--overwrite"]}
+    with replaced(out / name, data.draw(changed_json((folder / "out" / name).read_bytes()))):
+        code = ends(*argv[verb])
+        if verb == "overwrite":
+            assert code == 0, "--overwrite mends whatever is damaged"
+            assert main(["verify", str(out), "--local"]) == 0
+
+
+@patient()
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["run.json", "lease.json", "finishing.json", "replaced.json", "done"])
+def test_state_of_a_run(folder: Path, data: st.DataObject, name: str) -> None:
+    """Of a run that was cut off when one file was finished."""
+    out = folder / "cut"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(_cut(folder), out)
+    file = next((out / ".swsc" / "done").iterdir()) if name == "done" else out / ".swsc" / name
+    whole = {"lease.json": f'{{"owner": "x", "machine": "{_machine()}", "pid": 999999, "beat": 1}}'}
+    content = file.read_bytes() if file.exists() else whole.get(name, '["a.json", "README.md"]').encode()
+    file.write_bytes(data.draw(changed_json(content)))
+    ends("compress", str(folder / "model"), str(out), *QK)
+
+
+def _cut(folder: Path) -> Path:
+    """An output as a run leaves it that is killed before its index is written."""
+    from unittest import mock
+
+    out = folder / "cut-off"
+    if not out.exists():
+        with mock.patch("pipeline.flows.compress.finish", side_effect=KeyboardInterrupt):
+            assert main(["compress", str(folder / "model"), str(out), *QK]) == 130
+    return out
+
+
+@patient()
+@given(data=st.data())
+def test_settings_in_a_file(folder: Path, data: st.DataObject) -> None:
+    content = yaml.dump(data.draw(changed_tree(CONFIG)), allow_unicode=True).encode(errors="surrogatepass")
+    with replaced(folder / "config.yaml", data.draw(st.one_of(st.just(content), changed_bytes(content)))):
+        ends("plan", str(folder / "model"), "--config", str(folder / "config.yaml"), "--local")
+
+
+@patient()
+@given(data=st.data())
+def test_the_card_of_a_model(folder: Path, data: st.DataObject) -> None:
+    from pipeline.model.card import read_source_card
+    from pipeline.model.checkpoint import open_checkpoint
+
+    content = yaml.dump(data.draw(changed_tree(CARD))).encode(errors="surrogatepass")
+    content = data.draw(st.one_of(st.just(content), changed_bytes(content)))
+    with replaced(folder / "model" / "README.md", b"---\n" + content + b"---\n# Tiny\n"):
+        started = time.process_time()
+        read_source_card(open_checkpoint(str(folder / "model")))
+        assert time.process_time() - started < MOST_SECONDS
+
+
+@patient()
+@given(data=st.data())
+def test_a_gguf_file(folder: Path, data: st.DataObject) -> None:
+    whole = folder / "whole.gguf"
+    if not whole.exists():
+        make_tiny_gguf(whole)
+    (folder / "changed.gguf").write_bytes(data.draw(changed_bytes(whole.read_bytes(), 4500)))
+    ends("plan", str(folder / "changed.gguf"), "--include", "q_proj", "--local")

@@ -1,0 +1,114 @@
+"""Small files changed as by hand or by harm: values of other types, huge numbers, deep nests, missing keys, half letters, cut bytes."""
+
+import copy
+import json
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+_FEW = 25  # examples of a test in an ordinary run
+
+
+def patient() -> settings:
+    """Few examples, unless the profile asks for thousands."""
+    asked = settings().max_examples
+    return settings(max_examples=_FEW if asked <= 100 else asked, suppress_health_check=list(_SLOW))
+
+
+def _nest(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def _slow() -> tuple[Any, ...]:
+    from hypothesis import HealthCheck
+
+    return HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large
+
+
+_SLOW = _slow()
+ODD = st.one_of(
+    st.sampled_from(
+        [
+            None, True, False, -1, 0, 1, 2, 7, 2**31, 2**53 + 1, 2**63, 10**12, 10**30, 10**400, -(10**400), 1.5, -0.0, 1e308, 5e-324,
+            float("nan"), float("inf"), "", "x", "..", "../..", "/etc/passwd", "a/b", "\0", "\ud800", "\ud83d\ude00", "100",
+            "x" * 5000, "(a+)+$", [], {}, [[]], [None], {"": None}, [1, "a", None], {"a": {"b": {}}},
+        ]
+    ),
+    st.text(max_size=8), st.integers(), st.lists(st.integers(-2, 2**62), max_size=4),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=3), st.integers(2, 300).map(_nest),
+)  # fmt: skip
+
+
+def _places(tree: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to everything in a tree but the tree itself."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    found = []
+    for key, value in items:
+        found += [(*above, key), *_places(value, (*above, key))]
+    return found
+
+
+def _change(draw: Any, tree: Any) -> Any:
+    """The tree with one thing changed."""
+    places = _places(tree)
+    if not places or draw(st.integers(0, 30)) == 0:
+        return copy.deepcopy(draw(ODD))
+    *above, key = draw(st.sampled_from(places))
+    holder = tree
+    for step in above:
+        holder = holder[step]
+    kind = draw(st.sampled_from(["replace", "replace", "replace", "drop", "rename", "add"]))
+    if kind == "drop":
+        del holder[key]
+    elif kind == "replace":
+        holder[key] = copy.deepcopy(draw(ODD))
+    elif isinstance(holder, list):
+        holder.insert(key, copy.deepcopy(draw(ODD)))
+    else:
+        holder[draw(st.text(max_size=6))] = holder.pop(key) if kind == "rename" else copy.deepcopy(draw(ODD))
+    return tree
+
+
+@st.composite
+def changed_tree(draw: Any, tree: Any) -> Any:
+    """A tree with one to three changes."""
+    tree = copy.deepcopy(tree)
+    for _ in range(draw(st.integers(1, 3))):
+        tree = _change(draw, tree)
+    return tree
+
+
+@st.composite
+def changed_bytes(draw: Any, data: bytes, most: int = 1 << 16) -> bytes:
+    """Bytes with some set, dropped, put in or cut off, in the first `most` of them."""
+    content = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, min(len(content), most)))
+        kind = draw(st.sampled_from(["set", "insert", "cut", "drop", "wide"]))
+        if kind == "set" and at < len(content):
+            content[at] = draw(st.integers(0, 255))
+        elif kind == "insert":
+            content[at:at] = draw(st.binary(max_size=9))
+        elif kind == "cut":
+            del content[at:]
+        elif kind == "wide":
+            content[at : at + 8] = draw(st.sampled_from([b"\xff" * 8, b"\0" * 7 + b"\x7f", b"\0" * 5 + b"\1\0\0"]))
+        else:
+            del content[at : at + draw(st.integers(1, 20))]
+    return bytes(content)
+
+
+@st.composite
+def changed_json(draw: Any, data: bytes) -> bytes:
+    """A JSON file whose tree, or now and then whose bytes, are changed; numbers may have more digits than Python parses."""
+    if draw(st.integers(0, 4)) == 0:
+        return draw(changed_bytes(data))  # type: ignore[no-any-return]
+    tree = draw(changed_tree(json.loads(data)))
+    text = json.dumps(tree, ensure_ascii=True)
+    if draw(st.integers(0, 20)) == 0:
+        text = draw(st.sampled_from(["[" * 100_000, '{"a":' * 100_000, "1" * 6000, "", "\ufeff" + text, text + text]))
+    return text.encode()
