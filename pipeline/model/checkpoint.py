@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.errors import CheckpointError
+from pipeline.model.config_bounds import require_buildable
 from pipeline.model.digests import recorded, with_digests
 from pipeline.model.extras import extras_of, require_inside
 from pipeline.model.fingerprint import fingerprint_of
@@ -206,6 +207,7 @@ def _config(store: Store) -> dict[str, Any]:
     for key in ("quantization_config", "text_config"):
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{store.root}/config.json: {key} is no object; download it again")
+    require_buildable(f"{store.root}/config.json", config)
     return config
 
 

@@ -10,6 +10,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.model.config_bounds import require_buildable
+
 _VERSIONS = (2, 3)
 _SCALARS = {
     0: "B",
@@ -28,7 +30,6 @@ _STRING, _ARRAY = 8, 9
 _LEAST_BITS = 1  # of a value of a tensor, over all types that there are
 _KEYS, _TENSORS, _ELEMENTS = 10_000, 1 << 20, 1 << 22  # vocabularies of 262,144 tokens have 1.3 million elements in all
 _DIMENSIONS, _LONGEST = 8, 1 << 16  # of a tensor; bytes of a name
-_EXPERTS = 1 << 16
 
 
 @dataclass
@@ -89,7 +90,7 @@ class _Reader:
 
 
 def require_bounded(file: Path) -> None:
-    """Raise ValueError for a header that cannot be that of the file, or of no model."""
+    """Raise ValueError for a header that cannot be that of the file, CheckpointError for numbers that no model is built by."""
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data, at=4)
         version = int(reader.number("I"))
@@ -102,7 +103,8 @@ def require_bounded(file: Path) -> None:
         found = {reader.name(): reader.value(int(reader.number("I"))) for _ in range(keys)}
         for _ in range(tensors):
             _require_tensor(reader)
-        _require_buildable(found, tensors)
+    _require_layers(found, tensors)
+    require_buildable(str(file), found)
 
 
 def _require_tensor(reader: _Reader) -> None:
@@ -115,9 +117,8 @@ def _require_tensor(reader: _Reader) -> None:
         raise ValueError(f"{name} has {values:,} values at {offset:,}, and the file {len(reader.data):,} bytes")
 
 
-def _require_buildable(found: dict[str, int | float | None], tensors: int) -> None:
-    """Raise ValueError if a model by these numbers would be built for ever."""
-    for ending, most, what in ((".block_count", tensors, "layers"), (".expert_count", _EXPERTS, "experts")):
-        for key, value in found.items():
-            if key.endswith(ending) and value is not None and value > most:
-                raise ValueError(f"{key} says {value:,} {what} of {tensors:,} tensors")
+def _require_layers(found: dict[str, int | float | None], tensors: int) -> None:
+    """Raise ValueError if there are more layers than tensors."""
+    for key, value in found.items():
+        if key.endswith(".block_count") and value is not None and value > tensors:
+            raise ValueError(f"{key} says {value:,} layers of {tensors:,} tensors")
