@@ -199,7 +199,7 @@ def _other_sizes(verdict: Verdict) -> str | None:
         return None
     name, found, wanted = verdict.mismatched[0]
     return (
-        f"{name} is {found} in the files, and {wanted} by config.json ({len(verdict.mismatched)} such weights);"
+        f"{name} is {found} in the files, and {wanted} by config.json ({len(verdict.mismatched)} of other sizes in all);"
         " repair config.json, which is not that of these files"
     )
 
