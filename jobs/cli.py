@@ -2,11 +2,11 @@
 
 import argparse
 import errno
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from jobs.streams import lasting
 from pipeline.errors import FULL, SwscError
 from pipeline.run import interrupt
 
@@ -36,7 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Signals are listened to before anything is imported that takes long; without `argv` to the end of the process.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    with interrupt.listening(to_the_end=argv is None):
+    with lasting() as lost:
+        code = _listening(given, to_the_end=argv is None)
+        if code == 0 and (error := lost()):
+            print(
+                f"error: standard output: {error.strerror}; what was printed is lost, all else is done", file=sys.stderr
+            )
+            return 1
+        return code
+
+
+def _listening(given: list[str], to_the_end: bool) -> int:
+    with interrupt.listening(to_the_end=to_the_end):
         try:
             code = _run(given)
             interrupt.check()
@@ -54,9 +65,6 @@ def _run(argv: list[str]) -> int:
     except SwscError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
         where = error.filename or "system"
         if error.errno in _OF_THE_USER:

@@ -11,6 +11,7 @@ from pipeline.flows.card import add_evaluation, read_result, require_card
 from pipeline.flows.preflight import examine
 from pipeline.model.artifact import open_model
 from pipeline.model.families import positions_of
+from pipeline.model.store import Store
 from pipeline.task_config import TaskSettings
 
 _ASKED_BY: dict[str, type[MeasureSettings]] = {
@@ -57,16 +58,22 @@ def run(arguments: argparse.Namespace) -> int:
     result: dict[str, Any] = {}
     if "text" in settings:
         result = evaluate_model(arguments.model, settings["text"], pools)
+        _keep(result, target)  # before anything is printed, or measured by something that may fail
         summarise(result)
     if "tasks" in settings:
         found = evaluate_tasks(arguments.model, settings["tasks"], pools)
-        print(f"{found['model']}: {', '.join(settings['tasks'].tasks)}, {found['seconds']:.1f} s\n\n{found['tables']}")
         result = {"model": found["model"], **result, "lm_eval": found["lm_eval"]}
-    if target:
-        target.parent.write_json(target.name, result)
+        _keep(result, target)
+        print(f"{found['model']}: {', '.join(settings['tasks'].tasks)}, {found['seconds']:.1f} s\n\n{found['tables']}")
     if arguments.card:
         add_evaluation(arguments.model, result, before)
     return 0
+
+
+def _keep(result: dict[str, Any], target: Store | None) -> None:
+    """Write the result to where --json asks for it."""
+    if target:
+        target.parent.write_json(target.name, result)
 
 
 def _read(given: dict[str, Any]) -> list[tuple[str, str | None]]:
