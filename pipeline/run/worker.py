@@ -5,7 +5,7 @@ model, because loading one costs more than measuring a few windows with it.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -15,31 +15,27 @@ import torch
 
 from pipeline.device import fix_arithmetic, name_of, spoils_the_process
 from pipeline.errors import WeightsError
-from pipeline.measure.adapter import adapter_tensors
 from pipeline.measure.calibration import Calibrator, sums_payload
 from pipeline.measure.harness import harness
 from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
-from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import read_header
-from pipeline.model.digests import FileDigests, Seen, digests_of, ranges_of, require_same
-from pipeline.model.lease import Ticket
+from pipeline.model.digests import Seen, ranges_of, require_same
 from pipeline.model.moments import Moments
-from pipeline.model.parts import Part, Payload, copy_tensors, differences, read_tensor, seen, to_part, to_tensor
-from pipeline.model.plan import CopyTask, LayerTask
-from pipeline.model.store import FileRecord, Store
+from pipeline.model.parts import Part, Payload, read_tensor, seen, to_part
+from pipeline.model.plan import LayerTask
+from pipeline.model.store import Store
 from pipeline.model.tensors import TensorInfo, View
 from pipeline.run.heap import peak_rss, return_freed_blocks
+from pipeline.run.host_tasks import HostTasks
 from pipeline.run.made import LayerParts, errors_of, measured, row_of
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
 from swsc_core.curve import reach, share_left
-from swsc_core.format import part_name
 from swsc_core.spec import Spec, SwscSpec
 
 
-class Worker:
+class Worker(HostTasks):
     """Compresses layers, copies tensors and measures windows on one device."""
 
     def __init__(self, threads: int, device: str) -> None:
@@ -170,23 +166,6 @@ class Worker:
             self._calibrator = Calibrator(key, self.device)
         return self._calibrator
 
-    def fold_moments(self, before: Payload, shard: Payload) -> tuple[dict[str, Any], Payload]:
-        """The sums over some shards of a layer, with those over one more added to them."""
-        total = [
-            to_part(old.name, to_tensor(old) + to_tensor(new))
-            for old, new in zip(before.parts, shard.parts, strict=True)
-        ]
-        rows = [
-            old | {"tokens": old["tokens"] + new["tokens"]} for old, new in zip(before.rows, shard.rows, strict=True)
-        ]
-        return {"peak_rss": peak_rss()}, Payload(tuple(total), tuple(rows))
-
-    def moments_of(self, name: str, layer: Payload) -> tuple[dict[str, Any], Payload]:
-        """The sums of one matrix out of those of its layer, and whose `plain` is its own."""
-        own = {part_name(name, part) for part in ("weighted", "rows", "plain")}
-        (row,) = (row for row in layer.rows if row["name"] == name)
-        return {"peak_rss": peak_rss()}, Payload(tuple(part for part in layer.parts if part.name in own), (row,))
-
     def reach(self, source: Store, info: TensorInfo, moments: Moments) -> float:
         """What a matrix would lose, in nats a token, if each weight kept nothing but its row's scale."""
         metric, unit = moments.metric(info.name, self.device)
@@ -224,14 +203,6 @@ class Worker:
         before = TuneState.of(state[0], self.device) if state else self._tuner_of(key).start()
         return {}, before.stepped(added(gradients, self.device), step, rate).payload()
 
-    def keep(self, payload: Payload) -> tuple[dict[str, float], Payload]:
-        """The payload again, for a task that writes it."""
-        return {}, payload
-
-    def read_payload(self, store: Store, file: str) -> tuple[dict[str, float], Payload]:
-        """What was written of a payload."""
-        return {}, Payload(tuple(to_part(info.name, read_tensor(store, info)) for info in read_header(store, file)[1]))
-
     def apply_tuning(
         self, source: Store, task: LayerTask, form: str, tuned: Tuned, rows: Mapping[str, dict[str, Any]]
     ) -> tuple[dict[str, Any], Payload]:
@@ -254,29 +225,6 @@ class Worker:
     def _forget_models(self) -> None:
         """One model at a time: the old one goes before the new one comes."""
         self._evaluator = self._calibrator = self._tuner = self._answerer = None
-
-    def restore(self, location: str, names: Sequence[str], bare: Iterable[str] = ()) -> tuple[dict[str, Any], Payload]:
-        """Dense weights of compressed tensors of the model at `location`; of `bare` ones without their low-rank part."""
-        model = open_model(location)
-        parts = tuple(to_part(name, model.read(name, name in bare)) for name in names)
-        return {"rows": [], "peak_rss": peak_rss()}, Payload(parts)
-
-    def low_rank(self, location: str, carried: Mapping[str, str]) -> tuple[dict[str, Any], Payload]:
-        """The low-rank parts of tensors of the model at `location`, tensor -> linear layer, as a LoRA adapter's."""
-        tensors = adapter_tensors(open_model(location), carried)
-        return {"rows": [], "peak_rss": peak_rss()}, Payload(tuple(to_part(*one) for one in tensors))
-
-    def check_file(self, store: Store, file: str, about: Mapping[str, Any]) -> list[str]:
-        """What is wrong with a file of an output, by its manifest's words."""
-        return differences(store, file, about)
-
-    def hash_file(self, store: Store, file: str, infos: Sequence[TensorInfo]) -> FileDigests:
-        """sha256 of a file, and of each of its tensors."""
-        return digests_of(store, file, infos)
-
-    def copy(self, source: Store, task: CopyTask, ticket: Ticket) -> FileRecord:
-        """Stream tensors that stay as they are into their file."""
-        return copy_tensors(source, task.infos, ticket, task.file)
 
     def measure(
         self, key: ModelKey, variant: str, names: Sequence[str], windows: np.ndarray, *payloads: Payload

@@ -31,8 +31,7 @@ PLUG_IN_DOORS = {
 # foreign library -> the files through whose door it comes in
 DOORS = {
     "ray": {
-        f"pipeline/run/{name}.py"
-        for name in ("actor", "arithmetic", "cluster", "connection", "discovery", "ray_pool")
+        f"pipeline/run/{name}.py" for name in ("actor", "arithmetic", "cluster", "connection", "discovery", "ray_pool")
     },
     # read and written by byte range (pipeline/model/checkpoint.py says why), but for models that are mapped into memory whole
     "safetensors": {"pipeline/measure/perplexity.py"},
