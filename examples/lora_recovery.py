@@ -25,6 +25,7 @@ from pipeline.measure.overlap import require_apart
 from pipeline.measure.perplexity import perplexity, window_losses
 from pipeline.measure.texts import read_text
 from pipeline.measure.windows import calibration_windows, make_windows
+from pipeline.model import places
 from swsc_core import SwscLinear
 
 
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Fine-tune, measure, save; returns the perplexities before and after, and the minutes of training."""
     given = _arguments(argv)
     logging.disable_progress_bar()
+    read = places.named([("COMPRESSED", given.model), ("--teacher", given.teacher)])
+    for what, folder in (("ADAPTER", given.adapter), ("--merged", given.merged or given.adapter)):
+        places.require_apart(places.Place.at(what, folder), read)
 
     # 1. Two texts. A figure on a text that was trained on would flatter: shared passages are refused.
     test = make_windows(given.model, EvaluateSettings(text=given.text, seqlen=given.seqlen, windows=given.windows))

@@ -1,5 +1,6 @@
 """What is looked at before anything is done: may the output be written, and is there room for it?"""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -86,7 +87,10 @@ def require_unmixed(source: Checkpoint, store: Store) -> None:
 
     CheckpointError: the source has names that could not be written there.
     """
-    require_apart(Place("OUTPUT", store), [Place("MODEL", source.store)])
+    files = {*source.extras, *(info.file for info in source.tensors.values())}
+    linked = {os.path.realpath(f"{source.store.root}/{name}") for name in files if source.store.is_link(name)}
+    blobs = [Place("files of MODEL", Store(folder)) for folder in sorted(set(map(os.path.dirname, linked)))]
+    require_apart(Place("OUTPUT", store), [Place("MODEL", source.store), *blobs])
     require_writable_names(source, store)
 
 

@@ -28,4 +28,4 @@ def push_output(location: str, repo: str, settings: PushSettings, make_pool: Poo
     if found := next((name for name in names if store.is_link(name)), None):
         raise OutputError(f"{location}: {found} is a link; push a copy with the files themselves (cp -rL)")
     message = settings.message or f"Output of swsc {VERSION}"
-    return push(store.root, names, repo, settings.private, settings.revision, message)
+    return push(store.root, names, repo, settings.private, settings.revision, message, MANIFEST)

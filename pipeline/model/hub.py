@@ -9,8 +9,9 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
+from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError, StoreError
 from pipeline.model.extras import UNWANTED, WANTED
@@ -100,13 +101,19 @@ def require_pushable(repo: str) -> None:
         raise ConfigError(f"{repo}: the Hub's token holds characters that no token has; run `hf auth login` again")
 
 
-def push(folder: str, names: Iterable[str], repo: str, private: bool, revision: str | None, message: str) -> str:
+def push(
+    folder: str, names: Iterable[str], repo: str, private: bool, revision: str | None, message: str, own: str
+) -> str:  # fmt: skip
     """Make `repo`, if it is not there, the files `names` of `folder`, and return the address of the commit.
 
-    Files that the Hub has already are not sent again. Tensor files there that are none of ours are removed; others stay.
+    Files that the Hub has already are not sent again. Tensor files there of an earlier output are removed; others stay.
+
+    Args:
+        own: name of the file by which an output of ours is known.
 
     Raises:
-        ConfigError: `private` was asked for, and the repository is there and public. StoreError: the Hub refuses, or is not reached.
+        ConfigError: `private` was asked for, and the repository is there and public; or it holds a model that is not ours.
+        StoreError: the Hub refuses, or is not reached.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
@@ -118,8 +125,8 @@ def push(folder: str, names: Iterable[str], repo: str, private: bool, revision: 
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.model_info(repo).private:
             raise ConfigError(f"{repo}: is there, and public; make it private on the Hub, or choose another id")
-        if revision:
-            api.create_branch(repo, branch=revision, exist_ok=True)
+        if not (revision and _is_new_branch(api, repo, revision)):
+            _require_replaceable(repo, api.list_repo_files(repo, revision=revision), own)
         done = api.upload_folder(
             repo_id=repo, folder_path=folder, revision=revision, commit_message=message,
             allow_patterns=[glob.escape(name) for name in names], delete_patterns=["*.safetensors"],
@@ -132,3 +139,25 @@ def push(folder: str, names: Iterable[str], repo: str, private: bool, revision: 
             f"{repo}: not pushed ({reason}); check the network and that the token may write there, then push again"
         ) from None
     return str(done.commit_url)
+
+
+def _is_new_branch(api: Any, repo: str, branch: str) -> bool:
+    """Make a branch, unless it is there; what it begins with stays where it was branched from."""
+    from huggingface_hub.utils import HfHubHTTPError
+
+    try:
+        api.create_branch(repo, branch=branch)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
+        return False
+    return True
+
+
+def _require_replaceable(repo: str, there: Collection[str], own: str) -> None:
+    """Raise ConfigError for a model that somebody else has put there: its weights would be removed."""
+    if own not in there and any(name.endswith(".safetensors") for name in there):
+        raise ConfigError(
+            f"{repo}: holds a model that is not an output of this tool and would be replaced; choose another id, or push it to a"
+            " new branch by --revision"
+        )

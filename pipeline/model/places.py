@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from pipeline.errors import OutputError
+from pipeline.model.files import SCHEMES
 from pipeline.model.store import Store
 
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -65,9 +66,14 @@ def require_directory(store: Store) -> None:
 
 
 def named(places: Iterable[tuple[str, str | None]]) -> list[Place]:
-    """Places of what the user named, by what it is called; without names that lead nowhere, as those of data sets do."""
+    """Places of what the user named, by what it is called; without what is no place of ours: data sets, pages of the web."""
     given = [(what, location) for what, location in places if location]
-    return [Place.at(what, location) for what, location in given if "://" in location or os.path.exists(location)]
+    return [Place.at(what, location) for what, location in given if _is_ours(location)]
+
+
+def _is_ours(location: str) -> bool:
+    scheme, separator, _ = location.partition("://")
+    return scheme in ("file", *SCHEMES) if separator else os.path.exists(location)
 
 
 def leads_out(store: Store, name: str) -> bool:

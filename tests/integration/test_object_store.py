@@ -10,7 +10,7 @@ import pytest
 from jobs.cli import main
 from pipeline.errors import StoreError
 from pipeline.matrix_config import MatrixSettings
-from pipeline.model import object_files
+from pipeline.model import object_files, places
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.files import files_at
 from pipeline.model.plan import make_plan
@@ -132,3 +132,33 @@ def test_a_wrong_secret_is_one_line_that_does_not_tell_it(
 def test_an_address_of_another_kind_says_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "ftp://host/model"]) == 2
     assert "give a local path, s3://BUCKET/…, gs://BUCKET/…" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["made", "made/", "/made", "made//", "made/new", "/made//new/", ""])
+def test_a_prefix_that_is_read_is_not_written_to(server: ObjectStore, remote_model: str, way: str) -> None:
+    made = f"{BUCKET}/made"
+    if not Store.at(made).is_there:
+        assert main(["compress", remote_model, made, "--local", "--bits", "4"]) == 0
+    before = stored(made)
+    assert main(["restore", made, f"{BUCKET}/{way}", "--local", "--overwrite"]) == 2
+    assert main(["compress", f"{made}/", f"{BUCKET}/{way}", "--local", "--overwrite"]) == 2
+    assert stored(made) == before
+    assert not Store.at(f"{made}/new").is_there
+
+
+def test_names_that_begin_alike_are_two_places(server: ObjectStore, remote_model: str) -> None:
+    assert main(["compress", remote_model, f"{remote_model}-4", "--local", "--bits", "4"]) == 0
+    assert main(["compress", remote_model, remote_model[:-1], "--local", "--bits", "4"]) == 0
+
+
+def test_a_bucket_under_another_name_is_known_by_what_appears_in_it(
+    server: ObjectStore, remote_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by an alias, which no comparison of addresses can know."""
+    made = f"{BUCKET}/aliased"
+    assert main(["compress", remote_model, made, "--local", "--bits", "4"]) == 0
+    before = stored(made)
+    monkeypatch.setattr(places, "holds", lambda outer, inner: False)
+    assert main(["restore", made, made, "--local", "--overwrite"]) == 2
+    assert stored(made) == before
+    assert not Store.at(f"{made}/.swsc").is_there

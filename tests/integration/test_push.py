@@ -11,7 +11,7 @@ import pytest
 
 from jobs.cli import main
 from pipeline import VERSION
-from tests.hub_server import PushedHub, pushed_hub
+from tests.hub_server import PushedHub, Repo, pushed_hub
 from tests.tiny import contents
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +93,34 @@ def test_a_second_push_sends_what_is_new_and_removes_tensor_files_of_the_first(
     assert {name for name in there if name.endswith(".safetensors")} == {n for n in new if n.endswith(".safetensors")}
     assert len(hub.sent) < sum(name.endswith(".safetensors") for name in new)
     assert hub.repos[REPO].messages[-1] == "Q alone"
+
+
+def test_a_model_of_somebody_else_is_not_replaced(output: Path, hub: PushedHub, tmp_path: Path) -> None:
+    """MODEL's own repository, say. On a new branch it takes the place of nothing."""
+    before = {"model.safetensors": b"weights", "README.md": b"a card"}
+    hub.repos[REPO] = Repo(branches={"main": dict(before), "old": dict(before)})
+    for branch in ("", "main", "old"):
+        done = swsc(
+            tmp_path, hub.address, "push", str(output), REPO, "--local", *(["--revision", branch] * bool(branch))
+        )
+        assert done.returncode == 2
+        assert "not an output of this tool" in error_of(done)
+    assert hub.repos[REPO].branches == {"main": before, "old": before}
+    assert hub.sent == []
+    assert swsc(tmp_path, hub.address, "push", str(output), REPO, "--local", "--revision", "swsc").returncode == 0
+    assert hub.repos[REPO].branches["swsc"] == files_of(output)
+    assert hub.repos[REPO].branches["main"] == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "swsc_report.json", "swsc_manifest.json"])
+def test_a_link_is_never_followed(output: Path, hub: PushedHub, tmp_path: Path, name: str) -> None:
+    """Not even one to the very bytes that were written."""
+    (output / name).rename(tmp_path / "elsewhere")
+    (output / name).symlink_to(tmp_path / "elsewhere")
+    done = swsc(tmp_path, hub.address, "push", str(output), REPO, "--local")
+    assert done.returncode == 1
+    assert f"{name} is a link" in error_of(done)
+    assert hub.repos == {}
 
 
 def test_a_branch_of_a_private_repository(output: Path, hub: PushedHub, tmp_path: Path) -> None:

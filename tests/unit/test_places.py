@@ -190,7 +190,7 @@ class TestRequireApart:
 
     def test_names_of_data_sets_are_no_places(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(model)
-        assert named([("--text", "wikitext2"), ("--config", None)]) == []
+        assert named([("--text", "wikitext2"), ("--calibration", "hf://datasets/a/b"), ("--config", None)]) == []
         require_apart(Place.at("OUTPUT", "."), named([("--text", "wikitext2")]))
         assert [place.what for place in named([("MODEL", "sub"), ("--text", "s3://b/t")])] == ["MODEL", "--text"]
 
