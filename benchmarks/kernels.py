@@ -1,4 +1,5 @@
-"""Claim: in aligned memory equal weights give equal logits under the kernels of any processor, elsewhere to 1e-6 of the largest.
+"""Claim: in aligned memory equal weights give equal logits under the kernels of any processor; elsewhere they agree to 5e-7 of the
+largest logit for windows and 2e-6 for single tokens.
 
 Tiny models of all families, their files shifted by 8, 24 and 40 bytes, under every row of tests/kernels.py, each in a process of
 its own; single tokens and a window. Experiment beside it: which bytes of an output, and which digits of a perplexity, depend on
@@ -32,6 +33,12 @@ FORMS = {
     "tuned": ["--preset", "best", *_CALIBRATED],
 }
 OFFSETS = (0, 8, 24, 40)
+PROMISED = {
+    "as the files have it, window": 5e-7,
+    "as the files have it, single tokens": 2e-6,
+    "aligned, window": 0.0,
+    "aligned, single tokens": 0.0,
+}
 
 
 def verb(*argv: object) -> None:
@@ -44,14 +51,19 @@ def verb(*argv: object) -> None:
             raise RuntimeError(said.getvalue())
 
 
-def outputs(folder: Path) -> dict[str, str]:
-    """sha256 of the weights of each form, and the perplexity of the model, as text."""
+def make_inputs(folder: Path) -> None:
+    """A model and two texts, once for all: random numbers depend on the kernels, too."""
     import torch
 
     from tests.tiny import make_text, make_tiny_model
 
-    model = make_tiny_model(folder / "model", dtype=torch.float32)
-    text, other = make_text(folder / "text.txt"), make_text(folder / "other.txt", seed=7)
+    make_tiny_model(folder / "model", dtype=torch.float32)
+    make_text(folder / "text.txt"), make_text(folder / "other.txt", seed=7)
+
+
+def outputs(inputs: Path, folder: Path) -> dict[str, str]:
+    """sha256 of the weights of each form, and the perplexity of the model, as text."""
+    model, text, other = inputs / "model", inputs / "text.txt", inputs / "other.txt"
     found = {}
     for form, flags in FORMS.items():
         given = [*flags, text] if "--calibration" in flags else flags
@@ -81,7 +93,7 @@ def differences(folder: Path) -> dict[str, float]:
             return torch.cat([model(input_ids=one).logits.flatten() for one in ids])
 
     ways = {"window": torch.arange(1, 25)[None, None], "single tokens": torch.arange(1, 25)[:, None, None]}
-    worst = {f"{memory}, {way}": 0.0 for memory in ("as the files have it", "aligned") for way in ways}
+    worst = dict.fromkeys(PROMISED, 0.0)
     for name, make in MODELS.items():
         torch.manual_seed(0)
         made = make()
@@ -96,10 +108,10 @@ def differences(folder: Path) -> dict[str, float]:
     return worst
 
 
-def measured(name: str) -> dict[str, Any]:
+def measured(name: str, inputs: str) -> dict[str, Any]:
     """What a process under the kernels `name` finds."""
     own = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-    command = [sys.executable, "-m", "benchmarks.kernels", "--child"]
+    command = [sys.executable, "-m", "benchmarks.kernels", "--child", inputs]
     env = own | dict(variables_of(name)) | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -107,17 +119,17 @@ def measured(name: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    if parser.parse_args().child:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(outputs(Path(folder)) | differences(Path(folder))))
-        return 0
-    rows = {name: measured(name) for name in KERNELS}
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if given.child:
+            print(json.dumps(outputs(given.child, Path(folder)) | differences(Path(folder))))
+            return 0
+        make_inputs(Path(folder))
+        rows = {name: measured(name, folder) for name in KERNELS}
     columns = list(rows["native"])
     print_markdown(["kernels", *columns], ([name, *map(row.get, columns)] for name, row in rows.items()))
-    exact = all(value == 0 for row in rows.values() for key, value in row.items() if key.startswith("aligned"))
-    near = all(value <= 1e-6 for row in rows.values() for key, value in row.items() if key.startswith("as the"))
-    return int(not (exact and near))
+    return int(any(row[key] > most for row in rows.values() for key, most in PROMISED.items()))
 
 
 if __name__ == "__main__":

@@ -64,14 +64,14 @@ def test_a_model_that_is_measured_lies_in_aligned_memory_and_says_the_same_where
         assert all(torch.equal(say(model), say(models[0])) for model in models)
 
 
-def test_opened_by_transformers_it_lies_where_the_file_has_it_and_is_within_a_millionth_or_equal_once_aligned(
+def test_opened_by_transformers_it_lies_where_the_file_has_it_and_agrees_nearly_and_once_aligned_to_the_bit(
     places: list[Path],
 ) -> None:
     models = [AutoModelForCausalLM.from_pretrained(place) for place in places]
     assert not all(is_aligned(tensor) for tensor in models[1].parameters())
-    for say in (one_by_one, windowed):
+    for say, most in ((one_by_one, 2e-6), (windowed, 5e-7)):
         wanted = say(models[0])
-        assert all((say(model) - wanted).abs().max() <= 1e-6 * wanted.abs().max() for model in models)
+        assert all((say(model) - wanted).abs().max() <= most * wanted.abs().max() for model in models)
     assert align(models[1]) > 0 == align(models[1])
     for model in models:
         align(model)
