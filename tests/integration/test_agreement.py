@@ -65,7 +65,7 @@ def refusal(model: Path, measured: bool = True) -> str:
     [
         ({"num_hidden_layers": 1}, ["1 layers", "model.layers.1.", "config.json"]),
         ({"num_hidden_layers": 4}, ["4 layers", "layer 1", "model.layers.2."]),
-        ({"num_hidden_layers": 10**9}, ["1000000000 layers", "21 tensors"]),
+        ({"num_hidden_layers": 5000}, ["5000 layers", "21 tensors"]),
         ({"vocab_size": 300}, ["[256, 64]", "[300, 64]", "config.json"]),
         ({"intermediate_size": 64}, ["[64, 96]", "[64, 64]"]),
         ({"attention_bias": True}, ["lack 8 weights", "k_proj.bias first", "LlamaForCausalLM", "repair config.json"]),
