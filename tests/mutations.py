@@ -7,13 +7,13 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 
-_FEW = 25  # examples of a test in an ordinary run
+_FEW = 15  # examples of a test in an ordinary run
 
 
-def patient() -> settings:
+def patient(few: int = _FEW) -> settings:
     """Few examples, unless the profile asks for thousands."""
     asked = settings().max_examples
-    return settings(max_examples=_FEW if asked <= 100 else asked, suppress_health_check=list(_SLOW))
+    return settings(max_examples=few if asked <= 100 else asked, suppress_health_check=list(_SLOW))
 
 
 def _nest(depth: int) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CalibrationSettings, EvaluateSettings
-from pipeline.errors import TextError
+from pipeline.errors import SwscError, TextError
 from pipeline.measure.overlap import traces
 from pipeline.measure.texts import open_text
 from pipeline.model.checkpoint import Checkpoint
@@ -129,11 +129,29 @@ def opening_of(tokenizer: Any) -> np.ndarray:
 
 
 def _ids(tokenizer: Any, text: str, **how: Any) -> np.ndarray:
-    """Token ids of the whole text, int64."""
+    """Token ids of the whole text, int64; TextError if the tokenizer cannot cut it."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut into windows
-    return np.asarray(tokenizer(text, **how)["input_ids"], dtype=np.int64)
+    try:
+        ids = np.asarray(tokenizer(text, **how)["input_ids"], dtype=np.int64)
+        if ids.ndim != 1 or (ids.size and ids.min() < 0):
+            raise ValueError(f"token ids of shape {list(ids.shape)}, or below 0")
+    except BaseException as error:  # what a model's own files bring about, a panic of the Rust library among it
+        if not _is_of_a_tokenizer(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise TextError(
+            f"{getattr(tokenizer, 'name_or_path', 'model')}: its tokenizer cannot cut a text ({type(error).__name__}: {reason});"
+            " repair tokenizer.json and tokenizer_config.json"
+        ) from None
+    return ids
+
+
+def _is_of_a_tokenizer(error: BaseException) -> bool:
+    """Whether an error is one that a damaged or hostile tokenizer brings about; no interruption, no lack of memory."""
+    panic = type(error).__name__ == "PanicException"  # of the Rust library, which is no Exception
+    return panic or (isinstance(error, Exception) and not isinstance(error, MemoryError | SwscError))
 
 
 def load_tokenizer(model: str, trusted: bool) -> Any:
@@ -142,7 +160,9 @@ def load_tokenizer(model: str, trusted: bool) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(small_files(model), trust_remote_code=trusted)
-    except Exception as error:  # a damaged file makes the library raise whatever its parser meets
+    except BaseException as error:  # a damaged file makes the library raise whatever its parser meets
+        if not _is_of_a_tokenizer(error):
+            raise
         require_no_code(model, error)
         reason = (str(error).splitlines() or [""])[0]
         raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None

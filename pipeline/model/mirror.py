@@ -30,7 +30,7 @@ def _copied(root: str) -> str:
     return folder.name
 
 
-def require_no_code(location: str, error: Exception) -> None:
+def require_no_code(location: str, error: BaseException) -> None:
     """Raise CheckpointError if what transformers said is that it would have to run code that the model brings."""
     if "trust_remote_code" in str(error):
         raise CheckpointError(

@@ -279,3 +279,23 @@ def test_an_index_that_leads_out_of_the_directory(whole: Path, tmp_path: Path, t
     (folder / INDEX).write_text(json.dumps({"weight_map": {"w": target}}))
     with pytest.raises(SwscError, match=r"outside the directory|is missing"):
         open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "((w|w)*)*!"])
+def test_a_pattern_of_a_tokenizer_that_never_ends_is_one_line(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], pattern: str
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "text.txt").write_text("a" * 60 + "w" * 60 + ".")
+    started = time.process_time()
+    assert main(["evaluate", str(folder), "--text", str(tmp_path / "text.txt"), "--seqlen", "8", "--local"]) == 2
+    assert time.process_time() - started < 5
+    assert "error: " in capfd.readouterr().err

@@ -3,6 +3,8 @@
 pytest tests/integration/test_mutations.py --hypothesis-profile thorough       10,000 of each
 """
 
+import contextlib
+import math
 import resource
 import shutil
 import time
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.cli import main
+from pipeline.errors import ConfigError
 from pipeline.model.lease import _machine
 from tests.mutations import changed_bytes, changed_json, changed_tree, patient
 from tests.tiny import make_text, make_tiny_model
@@ -147,3 +150,53 @@ def test_a_gguf_file(folder: Path, data: st.DataObject) -> None:
         make_tiny_gguf(whole)
     (folder / "changed.gguf").write_bytes(data.draw(changed_bytes(whole.read_bytes(), 4500)))
     ends("plan", str(folder / "changed.gguf"), "--include", "q_proj", "--local")
+
+
+@patient(12)
+@given(data=st.data())
+@pytest.mark.parametrize(
+    "name",
+    ["swsc_calibration.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "config.json"],
+)
+def test_files_that_an_evaluation_reads(folder: Path, data: st.DataObject, name: str) -> None:
+    file = folder / "out" / name
+    content = file.read_bytes() if file.exists() else b'{"text": "a.txt", "traces": ["0011223344556677"]}'
+    with replaced(file, data.draw(changed_json(content))):
+        ends(
+            "evaluate",
+            str(folder / "out"),
+            "--text",
+            str(folder / "text.txt"),
+            "--seqlen",
+            "32",
+            "--windows",
+            "2",
+            "--local",
+        )
+
+
+@patient(12)
+@given(data=st.data())
+@pytest.mark.parametrize("name", [".swsc/amending.json", "swsc_manifest.json"])
+def test_files_that_a_card_is_written_by(folder: Path, data: st.DataObject, name: str) -> None:
+    out = folder / "carded"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(folder / "out", out)
+    manifest = (out / "swsc_manifest.json").read_text()
+    content = (
+        manifest if name == "swsc_manifest.json" else f'{{"README.md": "# New", "swsc_manifest.json": {manifest}}}'
+    )
+    (out / ".swsc").mkdir()
+    (out / name).write_bytes(data.draw(changed_json(content.encode())))
+    flags = ["--text", str(folder / "text.txt"), "--seqlen", "32", "--windows", "2", "--local", "--card"]
+    ends("evaluate", str(out), *flags)
+
+
+@patient()
+@given(data=st.data())
+def test_a_result_that_stands_beside_another(folder: Path, data: st.DataObject) -> None:
+    from pipeline.flows.card import read_result
+
+    whole = b'{"perplexity": 12.5, "text_sha256": "00", "seqlen": 32, "windows": 2, "bos": "none", "dtype": "float32"}'
+    with replaced(folder / "result.json", data.draw(changed_json(whole))), contextlib.suppress(ConfigError):
+        assert math.isfinite(read_result(str(folder / "result.json"))["perplexity"])
