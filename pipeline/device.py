@@ -3,12 +3,12 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from pipeline.errors import ClusterError, SwscError
+from pipeline.errors import ClusterError, RunError, SwscError
 
 # Words of errors after which a process can do nothing more on its GPU: the context is broken, or a library of it.
 _BROKEN = re.compile(
@@ -82,6 +82,9 @@ def deterministic(device: str) -> Iterator[None]:
     """Gradients that are the same each time: on a GPU the fused kernels of attention add theirs up in no fixed order.
 
     Nothing on a CPU, where they have one.
+
+    Raises:
+        RunError: something that has no order on a GPU.
     """
     if device == "cpu":
         yield
@@ -94,7 +97,45 @@ def deterministic(device: str) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(lambda: torch.use_deterministic_algorithms(before[0], warn_only=before[1]))
         torch.use_deterministic_algorithms(True)
-        yield
+        stack.enter_context(ordered_scans(device))
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_torch(error) or "deterministic" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise RunError(
+                f"on a GPU its gradients would differ from run to run ({reason}): use --gpus-per-worker 0"
+            ) from None
+
+
+def ordered_scans(device: str) -> AbstractContextManager[Any]:
+    """While entered, cumulative sums of floating point values on a GPU are products with a triangle of ones: those have an order.
+
+    Some models count positions in such sums (OPT).
+    """
+    if device == "cpu":
+        return nullcontext()
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Scans(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.cumsum, torch.Tensor.cumsum) and args[0].is_cuda and args[0].is_floating_point():
+                return cumulative_sum(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    return Scans()
+
+
+def cumulative_sum(values: Any, dim: int, *, dtype: Any = None) -> Any:
+    """As torch.cumsum of finite floating point values, with a gradient."""
+    import torch
+
+    wide = torch.float64 if torch.float64 in (dtype, values.dtype) else torch.float32
+    rows = values.movedim(dim, -1).to(wide)
+    ones = torch.ones(rows.shape[-1], rows.shape[-1], dtype=wide, device=values.device)
+    return (rows @ ones.triu()).to(dtype or values.dtype).movedim(-1, dim)
 
 
 @dataclass(frozen=True)

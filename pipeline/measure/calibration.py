@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
-from pipeline.device import deterministic
+from pipeline.device import deterministic, ordered_scans
 from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.hooks import Hooks, Sums
 from pipeline.measure.perplexity import ModelKey, forward, load_model
@@ -74,7 +74,8 @@ class Calibrator:
         tokens = [torch.from_numpy(opening).repeat(count, 1) if len(opening) else random]
         past = None
         for _ in range(length - tokens[0].shape[1]):
-            out = forward(self._model, tokens[-1].to(self._device), past_key_values=past, use_cache=True)
+            with ordered_scans(self._device):
+                out = forward(self._model, tokens[-1].to(self._device), past_key_values=past, use_cache=True)
             past = out.past_key_values
             chances = out.logits[:, -1].float().softmax(dim=-1).cpu()
             tokens.append(torch.multinomial(chances, 1, generator=generator))

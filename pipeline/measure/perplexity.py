@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pipeline.device import ordered_scans
 from pipeline.errors import CheckpointError, NonFiniteError, TextError
 from pipeline.measure.slots import Slot, find_matrix_slot
 from pipeline.model.artifact import Model, open_model
@@ -99,7 +100,8 @@ class Evaluator:
 def window_losses(model: Any, windows: np.ndarray, batch_size: int = 1) -> list[float]:
     """Mean loss of each window, int64 [windows, seqlen], under a causal LM of transformers."""
     ids = torch.from_numpy(np.array(windows)).to(model.device)
-    return [loss for batch in ids.split(batch_size) for loss in _batch_losses(model, batch)]
+    with ordered_scans(model.device.type):
+        return [loss for batch in ids.split(batch_size) for loss in _batch_losses(model, batch)]
 
 
 def forward(model: Any, ids: Tensor, **how: Any) -> Any:

@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from jobs.cli import main
 from pipeline.errors import ClusterError
@@ -37,7 +46,13 @@ FAMILIES: dict[str, Any] = {
         MixtralConfig(**_SMALL, num_key_value_heads=1, intermediate_size=48, num_local_experts=2, num_experts_per_tok=1)
     ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=32, n_head=2, n_layer=1, n_positions=64)),
-}
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=256, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=64, word_embed_proj_dim=32,
+        )
+    ),
+}  # fmt: skip
 MATRICES = {
     "llama": [
         "model.layers.0.self_attn.q_proj.weight",
@@ -50,6 +65,7 @@ MATRICES = {
         "model.layers.0.block_sparse_moe.experts.1.w2.weight",
     ],
     "gpt2": ["transformer.h.0.attn.c_attn.q.weight", "transformer.h.0.mlp.c_fc.weight"],
+    "opt": ["model.decoder.layers.0.self_attn.q_proj.weight"],  # it counts positions in floating point values
 }
 
 

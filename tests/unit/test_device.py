@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pipeline.config import ClusterSettings
 from pipeline.device import (
     Arithmetic,
+    cumulative_sum,
     deterministic,
     fix_arithmetic,
     is_out_of_memory,
@@ -138,6 +139,25 @@ def test_gradients_on_a_gpu_come_from_kernels_of_one_order_and_all_is_as_before_
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_cumulative_sum_in_order_is_that_of_torch(dim: int, dtype: torch.dtype) -> None:
+    values = torch.randint(-4, 5, (6, 9)).to(dtype).requires_grad_()
+    ours, theirs = cumulative_sum(values, dim), values.cumsum(dim)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, theirs)
+    weight = torch.randint(-4, 5, (6, 9)).to(dtype)
+    one, other = (torch.autograd.grad((sums * weight).sum(), values)[0] for sums in (ours, theirs))
+    assert torch.equal(one, other)
+
+
+def test_what_has_no_order_on_a_gpu_is_told_of_with_a_remedy() -> None:
+    with pytest.raises(RunError, match=r"histc.*--gpus-per-worker 0"), deterministic("cuda"):
+        raise RuntimeError("histc_cuda does not have a deterministic implementation, but you set ...\nmore")
+    with pytest.raises(RuntimeError, match="shapes"), deterministic("cuda"):
+        raise RuntimeError("shapes cannot be multiplied")
 
 
 def test_tf32_that_torch_cannot_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
