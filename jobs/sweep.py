@@ -4,6 +4,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jobs.evaluate import protocol
 from jobs.flags import add_settings, cluster_of
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag in ("--text-column", "--seqlen", "--windows", "--dtype"):
         parser.add_argument(flag, help="of every evaluation, in place of the file's")
     parser.add_argument("--calibration", help="the calibration text, in place of the file's")
+    parser.add_argument("--keep-tuned", action="store_true", help=SweepSettings.model_fields["keep_tuned"].description)
     add_settings(parser, LoadSettings, ClusterSettings)
 
 
@@ -80,8 +82,18 @@ def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, s
         result = sweep.result()
         if result.measured or sys.exc_info()[0] is None:
             about = {"settings": settings.model_dump(mode="json"), "seconds": result.seconds, "argv": sys.argv}
-            write_results(store, result.rows, result.tensors, about)
+            _write(store, settings, result, about)
+    sweep.forget_measured()
     return result
+
+
+def _write(store: Store, settings: SweepSettings, result: SweepResult, about: dict[str, Any]) -> None:
+    """Write the results; what no disk takes is printed at least, for hours may lie in it."""
+    try:
+        write_results(store, result.rows, result.tensors, about)
+    except OSError:
+        print_results(settings, result)
+        raise
 
 
 def begin(out: str) -> Store:
@@ -96,7 +108,7 @@ def begin(out: str) -> Store:
 
 def print_results(settings: SweepSettings, result: SweepResult) -> None:
     """A table a model, and one row a matrix if that was asked for."""
-    keys = ["variant", "paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error"]
+    keys = ["variant", "paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error", "tuning"]
     texts = ["text", "seqlen"] if len(settings.evaluations) > 1 else []
     for model in settings.models:
         rows = [row for row in result.rows if row["model"] == model]
@@ -117,6 +129,8 @@ def sweep_settings(arguments: argparse.Namespace) -> SweepSettings:
         values["calibration"] = arguments.calibration
     if arguments.text_column and values.get("calibration"):
         values["text_column"] = arguments.text_column
+    if arguments.keep_tuned:
+        values["keep_tuned"] = True
     if "trust_remote_code" in arguments:
         values["trust_remote_code"] = True
     replaced = {key: getattr(arguments, key) for key in ("text", "text_column", "seqlen", "windows", "dtype")}

@@ -156,6 +156,9 @@ class SweepSettings(CalibrationSettings):
     uncompressed: bool = Field(True, description="also measure each model as it is")
     reference: dict[str, float | None] = Field({}, description="published perplexity of the uncompressed model")
     matrices: bool = Field(False, description="also print one row a matrix")
+    keep_tuned: bool = Field(
+        False, description="keep tuned models in the cache once they are measured, for a later sweep to find again"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -12,11 +12,13 @@ from pipeline.flows.preflight import STAGED, identity_of
 from pipeline.flows.sweep_runs import Made
 from pipeline.flows.tune import TuneText, Tuning
 from pipeline.matrix_config import MatrixSettings
-from pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from pipeline.model.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from pipeline.model.owned import REPORT
 from pipeline.model.plan import Plan
 from pipeline.model.store import Store
 from pipeline.run.progress import say
+
+VARIANT = "variant"  # how the name of a tuned model in the cache begins that a sweep measures
 
 
 def produce(
@@ -34,8 +36,8 @@ def produce(
     if not settings.epochs or calibrated is None:
         return compress_model(source, plan, output, settings, arithmetic, make_pool, calibrated, None, overwrite, wait)
     text = TuneText(calibrated.ids, settings.epochs, settings.seed)
-    untuned = settings.model_copy(update={"tune": 0, "format": "swsc"})
-    staging = _place(STAGED, source, untuned, calibrated, arithmetic)
+    untuned = _untuned(settings)
+    staging = _staging(source, settings, calibrated, arithmetic)
 
     def tune() -> TunedModel:
         compress_model(source, plan, staging, untuned, arithmetic, make_pool, calibrated, wait=say)
@@ -52,11 +54,39 @@ def produce_variant(
     make_pool: PoolMaker,
 ) -> Made:  # fmt: skip
     """A tuned row of a sweep, as a directory in the cache."""
-    given = {key: getattr(variant, key) for key in variant.model_fields_set & MatrixSettings.model_fields.keys()}
-    settings = CompressSettings(**given)
-    output = _place("variant", source, settings, calibrated, arithmetic)
+    settings = _settings_of(variant)
+    output = _place(VARIANT, source, settings, calibrated, arithmetic)
     report = produce(source, plan, output, settings, calibration, calibrated, arithmetic, make_pool, wait=say)
-    return Made(open_checkpoint(output), {row["name"]: row for row in describe(report)})
+    return Made(open_checkpoint(output), {row["name"]: row for row in describe(report)}, report["tuning"])
+
+
+def forget_stages(
+    source: Checkpoint, variant: Variant, calibration: CalibrationSettings, calibrated: Calibrated, arithmetic: Arithmetic,
+    shared: bool,
+) -> None:  # fmt: skip
+    """Remove what a finished tuned row was made of: the state of its tuning and, unless it is `shared`, the compressed model."""
+    settings = _settings_of(variant)
+    staging = _staging(source, settings, calibrated, arithmetic)
+    if not Store.at(staging).exists(MANIFEST):
+        return
+    text = TuneText(calibrated.ids, settings.epochs, settings.seed)
+    Tuning(source, staging, text, calibration, calibrated.cache, arithmetic).forget()
+    if not shared:
+        Store.at(calibrated.cache).remove(Store.at(staging).name)
+
+
+def _settings_of(variant: Variant) -> CompressSettings:
+    given = {key: getattr(variant, key) for key in variant.model_fields_set & MatrixSettings.model_fields.keys()}
+    return CompressSettings(**given)
+
+
+def _untuned(settings: CompressSettings) -> CompressSettings:
+    return settings.model_copy(update={"tune": 0, "format": "swsc"})
+
+
+def _staging(source: Checkpoint, settings: CompressSettings, calibrated: Calibrated, arithmetic: Arithmetic) -> str:
+    """Directory of the model that is yet to be tuned."""
+    return _place(STAGED, source, _untuned(settings), calibrated, arithmetic)
 
 
 def _place(

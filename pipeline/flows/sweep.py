@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
-from pipeline.config import EvaluateSettings, SweepSettings
+from pipeline.config import EvaluateSettings, SweepSettings, Variant
 from pipeline.device import Arithmetic
-from pipeline.errors import ConfigError, PayloadLost
-from pipeline.flows.compress import PoolMaker
+from pipeline.errors import ConfigError, DiskFull, PayloadLost
+from pipeline.flows.compress import Calibrated, PoolMaker
 from pipeline.flows.evaluate import deal, model_key, on_gpu_bytes, worker_bytes
 from pipeline.flows.preflight import examine
 from pipeline.flows.prepare import prepare
-from pipeline.flows.produce import produce_variant
+from pipeline.flows.produce import forget_stages, produce_variant
+from pipeline.flows.sweep_cache import forget_measured, require_cache_room, shares_its_stages
 from pipeline.flows.sweep_rows import run_rows, tensor_rows
 from pipeline.flows.sweep_runs import Run, Unit, make_runs
 from pipeline.measure.windows import Windows, make_windows, require_within
@@ -26,10 +27,11 @@ from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.forecast import WORKER_BASE, compression_bytes, device_bytes
 from pipeline.model.matrices import find_matrix
+from pipeline.model.plan import Plan
 from pipeline.model.tensors import TensorInfo
 from pipeline.run.driver import execute
 from pipeline.run.pool import Done, Pool, Task
-from pipeline.run.progress import Progress
+from pipeline.run.progress import Progress, about
 
 _BEGUN_AGAIN = 2  # most times that a run's lost units are made again
 
@@ -87,19 +89,38 @@ class Sweep:
         Raises:
             TextError: the calibration text is too short, or shares passages with a text that is measured on.
         """
-        for run in self._runs:
+        require_cache_room(self._runs, self._settings, beside)
+        for number, run in enumerate(self._runs):
             if run.plan is None or run.variant is None or not run.variant.calibrated:
                 continue
-            source = self._checkpoints[run.model]
-            settings = self._settings.for_preset(run.variant.preset)
-            run.plan, made = prepare(
-                source, run.plan, run.variant, settings, beside, make_pool, arithmetic, self._settings.evaluations
-            )
-            if made and run.variant.epochs:
-                run.made = produce_variant(source, run.plan, run.variant, settings, made, arithmetic, make_pool)
+            with about(f"{self._settings.models[run.model]}, {run.name}"):
+                made = self._prepare(run, run.variant, run.plan, make_pool, beside, arithmetic)
+                if made and run.made:
+                    settings, shared = (
+                        self._settings.for_preset(run.variant.preset),
+                        shares_its_stages(run, self._runs[number + 1 :]),
+                    )
+                    forget_stages(self._checkpoints[run.model], run.variant, settings, made, arithmetic, shared)
             run.moments = made.moments if made else None
             run.begin()
         self._compressions = self._make_compressions()[::-1]
+
+    def _prepare(
+        self, run: Run, variant: Variant, plan: Plan, make_pool: PoolMaker, beside: str, arithmetic: Arithmetic
+    ) -> Calibrated | None:
+        """Final specs of a run, and the model itself where its matrices are tuned together."""
+        source, settings = self._checkpoints[run.model], self._settings.for_preset(variant.preset)
+        run.plan, made = prepare(
+            source, plan, variant, settings, beside, make_pool, arithmetic, self._settings.evaluations
+        )
+        if made and variant.epochs:
+            run.made = produce_variant(source, run.plan, variant, settings, made, arithmetic, make_pool)
+        return made
+
+    def forget_measured(self) -> None:
+        """Remove tuned models from the cache once their rows are written, unless they are to be kept."""
+        if not self._settings.keep_tuned:
+            forget_measured(self._runs)
 
     def run(self, pool: Pool) -> None:
         """Do all of it and let the workers go. Whatever stops it, `result` has what was measured until then."""
@@ -199,7 +220,13 @@ class Sweep:
         return self._compressions.pop() if self._compressions else None
 
     def done(self, done: Done) -> None:
-        """Take the result of a task in."""
+        """Take the result of a task in.
+
+        Raises:
+            DiskFull: a node's disk takes nothing more: no other run would fare better.
+        """
+        if isinstance(done.error, DiskFull):
+            raise done.error
         if done.task.method == "compress_units":
             self._compressed(done)
         else:

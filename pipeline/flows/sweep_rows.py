@@ -26,6 +26,7 @@ def run_rows(
     """A row for each evaluation of a run; one row without a perplexity if the sweep has no evaluations."""
     model = settings.models[run.model]
     about: Row = {"model": model, "variant": run.name, "method": run.variant.method if run.variant else None}
+    about["tuning"] = ("applied" if run.made.tuning["applied"] else "not applied") if run.made else None
     about |= _bits(run, tensors) if run.variant else _own_bits(checkpoint)
     published = run.variant.reference if run.variant else settings.reference
     about["reference"] = published.get(known_model(checkpoint.config) or "")

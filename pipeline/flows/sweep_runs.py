@@ -21,10 +21,11 @@ Unit = tuple[int, str, Way]  # model, tensor, way
 
 @dataclass(frozen=True)
 class Made:
-    """A variant as a finished directory, and the rows of its report by tensor."""
+    """A variant as a finished directory in the cache, the rows of its report by tensor, and what the report says of its tuning."""
 
     checkpoint: Checkpoint
     rows: dict[str, dict[str, Any]]
+    tuning: dict[str, Any]
 
 
 @dataclass

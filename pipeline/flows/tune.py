@@ -106,6 +106,10 @@ class Tuning:
     def _states(self) -> list[str]:
         return [_state_file(step) for step in range(len(self._batches) + 1) if self._is_kept(step)]
 
+    def forget(self) -> None:
+        """Remove what was found: whoever needs it again has to tune again."""
+        self._store.parent.remove(self._store.name)
+
     def _move(self, out: Output, make_pool: PoolMaker) -> None:
         """Go on from the last state that was written; again, if the present one is lost with its node."""
         self._ticket = out.ticket

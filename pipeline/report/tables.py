@@ -26,6 +26,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "whole_model_bits_per_weight": ("whole-model bits", ".3f"),
     "relative_error": ("relative error", ".4f"),
     "mean_squared_error": ("mean squared error", ".3e"),
+    "tuning": ("tuning", ""),
     "perplexity": ("perplexity", ".3f"),
     "reference": ("paper (Llama-2-7B)", ".3f"),
     "error": ("error", ""),

@@ -2,6 +2,9 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Self
 
@@ -13,11 +16,24 @@ from rich.progress import Progress as Bar
 _SECONDS_BETWEEN_LINES = 5.0
 
 
+_subject: ContextVar[str] = ContextVar("subject", default="")
+
+
+@contextmanager
+def about(subject: str) -> Iterator[None]:
+    """Every line that is said in the context begins with what it is about."""
+    token = _subject.set(f"{subject}: ")
+    try:
+        yield
+    finally:
+        _subject.reset(token)
+
+
 class Progress:
     """Counts tasks and the bytes that they stand for; a context manager."""
 
     def __init__(self, what: str, tasks: int, nbytes: int, unit: str = "tasks") -> None:
-        self._what, self._tasks, self._bytes, self._unit = what, tasks, nbytes, unit
+        self._what, self._tasks, self._bytes, self._unit = f"{_subject.get()}{what}", tasks, nbytes, unit
         self._done, self._done_bytes = 0, 0
         self._started = self._spoke = time.monotonic()
         self._console = Console(stderr=True)
@@ -76,4 +92,4 @@ class Progress:
 
 def say(line: str) -> None:
     """Something that a person wants to know now, outside of any progress."""
-    print(line, file=sys.stderr, flush=True)
+    print(f"{_subject.get()}{line}", file=sys.stderr, flush=True)

@@ -1,0 +1,139 @@
+"""What tuned rows of a sweep leave behind, what they ask of a disk, and what is said of them."""
+
+import errno
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.cli import main
+from pipeline.flows.tune import Tuning
+from pipeline.measure.tuner import Tuned
+from pipeline.model.files import Bytes, LocalFiles
+from pipeline.run.pool import LocalPool, Task
+from tests.tiny import make_text, make_tiny_model
+
+TUNED = {"preset": "best", "bits": 3, "projectors": "q"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("one") / "model", layers=1)
+
+
+@pytest.fixture
+def command(model: Path, text: Path, tmp_path: Path) -> list[str]:
+    """A sweep of two rows that are tuned from the same compressed model, and one that is not tuned."""
+    settings = {
+        "models": [str(model)],
+        "calibration": str(make_text(tmp_path / "calibration.txt", 3000, seed=5)),
+        "calibration_windows": 9,
+        "calibration_seqlen": 32,
+        "cache_dir": str(tmp_path / "cache"),
+        "evaluations": [{"text": str(text), "seqlen": 64, "windows": 2}],
+        "variants": [
+            {"name": "once", **TUNED, "tune": 1},
+            {"name": "twice", **TUNED, "tune": 2},
+            {"name": "plain", **TUNED, "tune": 0},
+        ],
+    }
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(settings))
+    return ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]
+
+
+def cached(tmp_path: Path) -> list[str]:
+    """Kinds of what lies in the cache."""
+    return sorted(place.name.partition("-")[0] for place in (tmp_path / "cache").iterdir())
+
+
+def rows(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    return {row["variant"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+
+
+def test_models_of_tuned_rows_go_when_they_are_measured_and_stay_on_request(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Path
+) -> None:
+    assert main([*command, "--keep-tuned"]) == 0
+    assert cached(tmp_path) == ["moments", "variant", "variant"]
+    kept, said = rows(tmp_path), capsys.readouterr()
+    assert {row["tuning"] for name, row in kept.items() if name in ("once", "twice")} <= {"applied", "not applied"}
+    assert kept["plain"]["tuning"] is None
+    for name in ("once", "twice"):
+        assert f"{model}, {name}: tune: " in said.err
+        assert f"{model}, {name}: compress: " in said.err
+    assert f"{model}, once: calibrate: " in said.err
+    assert main(command) == 0
+    assert cached(tmp_path) == ["moments"]
+    assert {name: row["perplexity"] for name, row in rows(tmp_path).items()} == {
+        name: row["perplexity"] for name, row in kept.items()
+    }
+
+
+def test_an_interrupted_sweep_goes_on_from_its_tuned_models(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, methods = LocalPool.start, []
+
+    def start(self: LocalPool, worker: int, task: Task) -> None:
+        if task.method == "measure":
+            raise KeyboardInterrupt
+        real(self, worker, task)
+
+    monkeypatch.setattr(LocalPool, "start", start)
+    assert main(command) == 130
+    assert cached(tmp_path) == ["moments", "variant", "variant"]
+    monkeypatch.setattr(
+        LocalPool, "start", lambda self, worker, task: (methods.append(task.method), real(self, worker, task))
+    )
+    assert main(command) == 0
+    assert "tune_step" not in methods
+    assert cached(tmp_path) == ["moments"]
+
+
+def test_a_tuning_that_was_not_applied_is_shown(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Tuning.run
+
+    def run(self: Tuning, make_pool: Any) -> tuple[Tuned, dict[str, Any]]:
+        tuned, about = real(self, make_pool)
+        return Tuned(tuned.compressed, tuned.store, None), {**about, "applied": False}
+
+    monkeypatch.setattr(Tuning, "run", run)
+    assert main(command) == 0
+    assert rows(tmp_path)["once"]["tuning"] == "not applied"
+    assert "not applied" in capsys.readouterr().out
+
+
+def test_room_is_asked_for_all_tuned_rows_together_before_any_work(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Path
+) -> None:
+    one = sum(file.stat().st_size for file in model.glob("*.safetensors"))  # a compressed one is not much smaller
+    monkeypatch.setattr(LocalFiles, "free_bytes", lambda self, path: int(1.5 * one))
+    started: list[Task] = []
+    monkeypatch.setattr(LocalPool, "start", lambda self, worker, task: started.append(task))
+    assert main(command) == 2
+    assert "bytes are needed" in capsys.readouterr().err
+    assert not started
+
+
+def test_results_that_no_disk_takes_are_printed_at_least(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = LocalFiles.write
+
+    def write(self: LocalFiles, path: str, pieces: Iterable[Bytes]) -> None:
+        if path.endswith("results.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        real(self, path, pieces)
+
+    monkeypatch.setattr(LocalFiles, "write", write)
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert "perplexity" in said.out
+    assert "twice" in said.out
+    assert "make room" in said.err
