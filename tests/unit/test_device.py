@@ -20,6 +20,7 @@ from pipeline.device import (
 )
 from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError
 from pipeline.model import standing
+from pipeline.model.skeleton import told
 from pipeline.model.store import Store
 from pipeline.run import ray_pool
 from pipeline.run.arithmetic import arithmetic_of
@@ -263,3 +264,11 @@ def test_out_of_memory_is_tried_twice_and_never_goes_on_and_on(monkeypatch: pyte
     with pytest.raises(RunError, match="one task after the other"):
         fails("c")
     assert len(replaced) == 6
+
+
+@pytest.mark.parametrize("error", [FULL[0], BROKEN[0]], ids=str)
+def test_a_gpu_that_fails_while_a_model_is_loaded_says_nothing_about_the_checkpoint(error: Exception) -> None:
+    with pytest.raises(RuntimeError), told("model"):
+        raise error
+    with pytest.raises(CheckpointError), told("model"):
+        raise RuntimeError("size mismatch for lm_head")
