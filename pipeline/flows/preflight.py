@@ -20,7 +20,7 @@ from pipeline.model.writable_names import require_writable_names
 from pipeline.run.progress import say
 from swsc_core.format import FORMAT_VERSION
 
-ALGORITHM = 9  # goes up with every change that changes bytes: files of two versions are never mixed
+ALGORITHM = 10  # goes up with every change that changes bytes: files of two versions are never mixed
 _SHOWN = 4  # names of files in a note
 STAGED = "untuned"  # how the name of a model in the cache begins that is yet to be tuned
 

@@ -163,15 +163,15 @@ def test_a_config_that_was_loaded_before_opens_it_again(mixtral: FamilyModel) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_opens_in_any_dtype(family: FamilyModel, dtype: torch.dtype) -> None:
     restored = family.restored(family.compressed)
-    wanted = family.logits(family.load(restored))
-    model = family.load(family.compressed, dtype=dtype)
+    whole = {"num_experts_per_tok": 4}  # all of them: in 16 bits a token may otherwise be routed to another expert
+    wanted = family.logits(family.load(restored, **whole))
+    model = family.load(family.compressed, dtype=dtype, **whole)
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {
         p.dtype for p in family.load(restored, dtype=dtype).parameters()
     }
-    # of nine tokens in ten: in 16 bits, one that is nearly between two experts may go to the other, on either side
     error, usual = (
-        ((family.logits(one).float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).quantile(0.9)
-        for one in (model, family.load(restored, dtype=dtype))
+        (family.logits(one).float() - wanted).norm() / wanted.norm()
+        for one in (model, family.load(restored, dtype=dtype, **whole))
     )
     assert error < 2 * usual + 1e-5
 
