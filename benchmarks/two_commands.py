@@ -62,12 +62,13 @@ def at_work(wait_for_ray: bool, *argv: object) -> Iterator["subprocess.Popen[str
     process = command(*argv)
     try:
         while wait_for_ray and not _has_ray(process.pid):
-            assert process.poll() is None, process.communicate()[0]
+            if process.poll() is not None:
+                raise RuntimeError(f"the first command has ended: {process.stdout.read() if process.stdout else ''}")
             time.sleep(0.1)
         yield process
     finally:
         process.terminate()
-        process.communicate()
+        process.wait()
 
 
 def _has_ray(pid: int) -> bool:
@@ -89,6 +90,7 @@ def measure(folder: Path, rounds: int, words: int) -> tuple[Run, list[tuple[str,
         with at_work(not together, *first) as other:
             run = timed_run(*second)
             found.append(("together" if together else "after", run, other.poll() is None))
+        print(f"round {number + 1}: {run}, alone {alone}", file=sys.stderr, flush=True)
     return alone, found
 
 
