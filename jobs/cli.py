@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from jobs.streams import lasting
-from pipeline.errors import FULL, SwscError
+from pipeline.errors import FULL, DiskFull, SwscError
 from pipeline.run import interrupt
 
 # verb -> (module with `add_arguments` and `run`, what it does)
@@ -25,7 +25,7 @@ VERBS = {
 
 
 _OF_THE_USER = {
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 }  # fmt: skip
 _GOES_ON = ("compress", "restore")  # verbs whose finished work an interruption leaves for the next call
 
@@ -67,11 +67,13 @@ def _run(argv: list[str]) -> int:
         return error.exit_code
     except OSError as error:
         where = error.filename or "system"
+        if error.errno in FULL:
+            print(f"error: {DiskFull.of(error)}", file=sys.stderr)
+            return DiskFull.exit_code
         if error.errno in _OF_THE_USER:
             print(f"error: {where}: {error.strerror}; check path and rights", file=sys.stderr)
             return 2
-        remedy = "make room" if error.errno in FULL else "look at the disk"
-        print(f"error: {where}: {error.strerror or error}; {remedy}{_kept(argv)}", file=sys.stderr)
+        print(f"error: {where}: {error.strerror or error}; look at the disk{_kept(argv)}", file=sys.stderr)
         return 1
 
 

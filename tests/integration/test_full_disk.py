@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ TUNE += ["--calibration-seqlen", "32", "--projectors", "q"]
 
 
 class Filling(LocalFiles):
-    """A disk on which nothing can be written any more after the first file whose path has `after` in it."""
+    """A disk on which nothing can be written any more after the first file whose path matches the pattern `after`."""
 
     def __init__(self, after: str, number: int) -> None:
         self._after, self._number, self.full, self.refused = after, number, False, 0
@@ -32,7 +33,7 @@ class Filling(LocalFiles):
             self.refused += 1
             pieces = self._half(pieces)
         super().write(path, pieces)
-        self.full = self.full or self._after in path
+        self.full = self.full or fnmatch(path, self._after)
 
     def _half(self, pieces: Iterable[Bytes]) -> Iterator[bytes]:
         yield b"".join(bytes(piece) for piece in pieces)[:1]
@@ -57,7 +58,7 @@ def test_the_first_file_that_finds_no_room_is_the_last(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     compressions: list[str], number: int,
 ) -> None:  # fmt: skip
-    disk = Filling(".swsc/done/", number)
+    disk = Filling("*/.swsc/done/*", number)
     monkeypatch.setattr(store, "files_at", lambda scheme: disk)
     assert main(["compress", str(tiny_model), str(tmp_path / "out"), *COMPRESS]) == 1
     assert len(compressions) == 2, "one that is finished, one that found no room"
@@ -72,10 +73,10 @@ def test_the_first_file_that_finds_no_room_is_the_last(
 @pytest.mark.parametrize(
     ("after", "last"),
     [
-        ("/moments-", "moments_of"),  # the calibration's first matrix
-        ("/untuned-", "compress"),  # the model that is to be tuned
-        ("/tuned-", "keep"),  # the tuning's state
-        ("out/config.json", ""),  # what the driver itself writes at the end
+        ("*/moments-*/.swsc/run.json", "moments_of"),  # the calibration's first matrix
+        ("*/untuned-*/.swsc/run.json", "compress"),  # the model that is to be tuned
+        ("*/tuned-*/.swsc/run.json", "keep"),  # the tuning's state
+        ("*/out/config.json", ""),  # what the driver itself writes at the end
     ],
 )
 def test_so_does_a_cache_and_what_the_driver_writes(
