@@ -52,13 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings, calibration, cluster, output, trust = settings_of(
         arguments, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings, SourceSettings
     )
-    cut = sorted({"seqlen", "windows"} & vars(arguments).keys())
-    if cut and not arguments.text:
-        raise ConfigError(f"{', '.join(cut)} mean nothing without --text: add it, or drop them")
-    if arguments.private and not arguments.push:
-        raise ConfigError("private means nothing without --push: add it, or drop it")
-    if arguments.push:
-        require_pushable(arguments.push)
+    _require_flags(arguments)
     evaluation = _evaluation_of(arguments, calibration.trust_remote_code) if arguments.text else None
     _require_places(arguments, settings, calibration, trust)
     source = open_checkpoint(arguments.model)
@@ -70,9 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     require_output(source, plan, arguments.output, settings, bare, cache, output.overwrite)
     if evaluation:
         evaluation = within_positions(evaluation, source.config)
-        require_within(
-            make_windows(arguments.model, evaluation).ids, source
-        )  # a text that does not do is told of before hours of work
+        # before hours of work
+        require_within(make_windows(arguments.model, evaluation).ids, source)
     # late: importing Ray takes a second, and a mistake should show before
     from pipeline.run.arithmetic import arithmetic_of
     from pipeline.run.cluster import make_pool
@@ -100,6 +93,17 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(f"{arguments.output}: pushed, {address}")
     return 0
+
+
+def _require_flags(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for flags that would be ignored, or a repository that nothing can be pushed to."""
+    cut = sorted({"seqlen", "windows"} & vars(arguments).keys())
+    if cut and not arguments.text:
+        raise ConfigError(f"{', '.join(cut)} mean nothing without --text: add it, or drop them")
+    if arguments.private and not arguments.push:
+        raise ConfigError("private means nothing without --push: add it, or drop it")
+    if arguments.push:
+        require_pushable(arguments.push)
 
 
 def _require_places(

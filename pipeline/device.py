@@ -208,10 +208,10 @@ def take_device(gpus: float) -> tuple[str, Device]:
 
 
 def require_gpu(needed: int, nbytes: int) -> None:
-    """Raise ClusterError if a GPU of `nbytes` bytes (0: none) is too small for what is foretold."""
+    """Raise ClusterError if a GPU of `nbytes` bytes (0: none) is too small for the estimate."""
     if 0 < nbytes < needed:
         raise ClusterError(
-            f"a task is foretold to need {needed / 1e9:.1f} GB of a GPU, a worker has {nbytes / 1e9:.1f} GB of one; use larger"
+            f"a task is estimated to need {needed / 1e9:.1f} GB of a GPU, a worker has {nbytes / 1e9:.1f} GB of one; use larger"
             " GPUs or a larger --gpus-per-worker, or --gpus-per-worker 0 to calculate on CPUs"
         )
 

@@ -35,7 +35,7 @@ _REFUSALS = (
 )  # fmt: skip
 
 
-# And one that may go well if it is made again: network, a store that is overloaded, and an answer that is none.
+# And one that may succeed when it is repeated: network, a store that is overloaded, and an answer that is none.
 _FAILURES = (
     "curlCode", "NETWORK_CONNECTION", "HTTP status 5", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE",
     "REQUEST_TIMEOUT", "XML_ERROR", "UNAVAILABLE", "DEADLINE_EXCEEDED",

@@ -168,7 +168,7 @@ def checked(kind: type[Record], value: Any) -> dict[str, Any]:
 
 
 def of_cache(store: Store, name: str, read: Callable[[], T]) -> T:
-    """What `read` makes of a file in a cache, which is made again if it is removed; OutputError if it is damaged."""
+    """What `read` makes of a file in a cache, which is recomputed if it is removed; OutputError if it is damaged."""
     try:
         return read()
     except (ValueError, KeyError, TypeError, IndexError) as error:

@@ -14,7 +14,7 @@ from pipeline.run.cluster import Need, _local_device, _need, _nodes, _waiting_fo
 from pipeline.run.connection import connect, joinable
 from pipeline.run.progress import say
 
-_SECONDS_OF_PATIENCE = 20.0  # of waiting for a worker's device until that is told of
+_SECONDS_OF_PATIENCE = 20.0  # of waiting for a worker's device until a line says so
 
 
 def arithmetic_of(settings: ClusterSettings) -> Arithmetic:

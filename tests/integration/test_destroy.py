@@ -372,7 +372,7 @@ class TestOverwrite:
 
 
 class TestNames:
-    """What cannot be written in the end is told of in the beginning."""
+    """What cannot be written at the end is refused at the beginning."""
 
     @pytest.mark.parametrize(
         "name", [b"\xff\xfe.txt", b"a\nb.txt", b"bell\x07.json", b"back\\slash.txt", b"n" * 250, b"sub/\xff.json"]
