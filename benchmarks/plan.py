@@ -33,7 +33,9 @@ def llama_70b() -> tuple[dict[str, object], Shapes]:
         shapes |= {f"{stem}.mlp.down_proj.weight": (hidden, mlp)}
         shapes |= {f"{stem}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
-    return {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": 80, "vocab_size": vocabulary}, shapes
+    config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": 80}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": vocabulary}
+    return {"architectures": ["LlamaForCausalLM"], **config, **heads}, shapes
 
 
 def deepseek_671b() -> tuple[dict[str, object], Shapes]:
@@ -45,6 +47,9 @@ def deepseek_671b() -> tuple[dict[str, object], Shapes]:
     for layer in range(61):
         stem = f"model.layers.{layer}"
         shapes |= {f"{stem}.self_attn.{name}.weight": shape for name, shape in latent.items()}
+        shapes |= {f"{stem}.self_attn.q_a_layernorm.weight": (1536,), f"{stem}.self_attn.kv_a_layernorm.weight": (512,)}
+        if layer > 2:
+            shapes |= {f"{stem}.mlp.gate.weight": (256, hidden), f"{stem}.mlp.gate.e_score_correction_bias": (256,)}
         experts = [f"experts.{number}." for number in range(256)] + ["shared_experts."] if layer > 2 else [""]
         wide = expert if layer > 2 else 18432
         for name in experts:
@@ -52,12 +57,10 @@ def deepseek_671b() -> tuple[dict[str, object], Shapes]:
             shapes |= {f"{stem}.mlp.{name}down_proj.weight": (hidden, wide)}
         shapes |= {f"{stem}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
-    return {
-        "model_type": "deepseek_v3",
-        "hidden_size": hidden,
-        "num_hidden_layers": 61,
-        "vocab_size": vocabulary,
-    }, shapes
+    config = {"model_type": "deepseek_v3", "hidden_size": hidden, "intermediate_size": 18432, "num_hidden_layers": 61}
+    heads = {"num_attention_heads": 128, "num_key_value_heads": 128, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    experts = {"n_routed_experts": 256, "first_k_dense_replace": 3, "moe_intermediate_size": expert}
+    return {"architectures": ["DeepseekV3ForCausalLM"], **config, **heads, **experts, "vocab_size": vocabulary}, shapes
 
 
 def nbytes(shape: tuple[int, ...]) -> int:

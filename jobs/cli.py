@@ -52,7 +52,9 @@ def _listening(given: list[str], to_the_end: bool) -> int:
             code = _run(given)
             interrupt.check()
             return code
-        except KeyboardInterrupt:
+        except BaseException as error:
+            if not (isinstance(error, KeyboardInterrupt) or interrupt.is_noted()):
+                raise
             interrupt.forget()
             print(f"interrupted{_kept(given)}", file=sys.stderr)
             return interrupt.EXIT_CODE

@@ -25,6 +25,7 @@ from pipeline.model.lease import Ticket
 from pipeline.model.matrices import lies_as
 from pipeline.model.moments import Moments
 from pipeline.model.output import CALIBRATION, Output, abandon, finish
+from pipeline.model.parts import DONE
 from pipeline.model.plan import Plan
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.driver import TaskList, execute
@@ -178,12 +179,13 @@ def run_tasks(
 ) -> None:  # fmt: skip
     """Run tasks on a pool of their own, of workers that need `memory` bytes each, `device` of them on a GPU if they have one.
 
-    A weight that cannot be compressed, which shows on the way only, and a cluster that cannot do it take the begun output back.
+    A weight that cannot be compressed, which shows on the way only, takes the begun output back; so does a cluster that cannot do it.
     """
     try:
         run_alone(tasks, memory, note, make_pool, what, "files", device)
-    except (WeightsError, ClusterError):
-        abandon(out)
+    except (WeightsError, ClusterError) as error:
+        if isinstance(error, WeightsError) or not out.store.below(DONE).names():  # a node that joins late may not fit
+            abandon(out)
         raise
 
 

@@ -45,7 +45,8 @@ def listening(to_the_end: bool = False) -> Iterator[None]:
         yield
     finally:
         if to_the_end:
-            _first = _heard = _ENDING
+            _first = _ENDING
+            os.write(mouth, b"\0")  # behind the signals that came before: the thread may not have read them yet
         else:
             forget()
             for number, handler in before.items():
@@ -64,8 +65,13 @@ def listen() -> None:
 
 def check() -> None:
     """Raise KeyboardInterrupt if one was noted: it may have been dropped on its way."""
-    if _first is not None:
+    if is_noted():
         raise KeyboardInterrupt
+
+
+def is_noted() -> bool:
+    """Whether a signal has come. Libraries in C or Rust raise errors of their own for a KeyboardInterrupt in what they call."""
+    return _first is not None
 
 
 @contextmanager
@@ -106,6 +112,8 @@ def _hear(ear: int) -> None:
     """A thread's loop, until the other end of the pipe is closed: it hears a signal also while the main thread calculates."""
     global _heard
     while number := os.read(ear, 1):
+        if number == b"\0":
+            _heard = _ENDING
         if number[0] not in _SIGNALS:
             continue
         now = time.monotonic()

@@ -108,6 +108,23 @@ def test_two_signals_at_once_are_one() -> None:
         signal.raise_signal(signal.SIGTERM)  # while the first one is being cleaned up after
 
 
+@pytest.mark.parametrize("instead", [SystemError, BaseException, SystemExit])
+def test_what_a_library_raises_in_place_of_an_interrupt_is_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], instead: type
+) -> None:
+    """pydantic's and PyO3's code in Rust does, in imports and validators."""
+
+    def parse(argv: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise instead("failed to import") from None
+
+    monkeypatch.setattr("jobs.cli._parse", parse)
+    assert compress(model, tmp_path / "out") == interrupt.EXIT_CODE
+    assert "run the same command again" in capsys.readouterr().err
+
+
 @contextmanager
 def process(*argv: object, code: str = "") -> Iterator["subprocess.Popen[str]"]:
     """A command that listens to signals already."""
@@ -170,3 +187,23 @@ def test_a_second_signal_ends_a_process_that_calculates_without_looking_at_signa
         started = time.monotonic()
         assert running.wait(20) == interrupt.EXIT_CODE
         assert time.monotonic() - started < 5
+
+
+def test_one_signal_is_one_although_the_thread_that_hears_it_runs_after_everything_is_over() -> None:
+    code = (
+        "import signal, sys, time\n"
+        "from pipeline.run import interrupt\n"
+        "sys.setswitchinterval(5)\n"
+        "with interrupt.listening(to_the_end=True):\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "    except KeyboardInterrupt:\n"
+        "        interrupt.forget()\n"
+        "time.sleep(0.2)\n"
+        "print('orderly')\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+    )
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "orderly\n", done.stderr
+    assert done.returncode == interrupt.EXIT_CODE  # of the second one
