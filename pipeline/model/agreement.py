@@ -16,7 +16,17 @@ from pipeline.errors import CheckpointError
 from pipeline.model.artifact import Model
 from pipeline.model.families import Family
 from pipeline.model.leftovers import is_buffer
-from pipeline.model.skeleton import Skeleton, Unknown, first_line, quiet, skeleton_at, skeletons_of, told
+from pipeline.model.skeleton import (
+    Skeleton,
+    Unknown,
+    class_is_named,
+    first_line,
+    names_in_relatives,
+    quiet,
+    skeleton_at,
+    skeletons_of,
+    told,
+)
 
 # segments that wrappers leave in the names of a model's parameters -> who does, and how the model inside is saved
 _WRAPPERS = {
@@ -64,19 +74,44 @@ def require_agreement(model: Model, trusted: bool = False, measured: bool = Fals
                 skeletons = [skeleton_at(where, trusted)]
         else:
             skeletons = skeletons_of(config, where, len(model.checkpoint.tensors))
+        stands_in = "auto_map" in config and type(skeletons[0].model).__module__.startswith("transformers.")
+        return _compared(model, skeletons, measured, stands_in and not (trusted and measured))
     except Unknown as error:
-        return [f"its weights are not compared with config.json ({_unknown(where, config, str(error), measured)})"]
-    first, *others = [_verdict(where, model, one) for one in skeletons]
+        why = str(error) if trusted else _unknown(where, config, str(error), measured)
+        return [f"its weights are not compared with config.json ({why})"]
+
+
+def _compared(model: Model, skeletons: list[Skeleton], measured: bool, stands_in: bool) -> list[str]:
+    """As `require_agreement`.
+
+    Args:
+        stands_in: a class of transformers for one that the model brings, whose weights the files may be: Unknown if they do not fit.
+    """
+    first, *others = [_verdict(model.checkpoint.store.root, model, one) for one in skeletons]
     known = {name for one in skeletons[1:] for name in one.model.state_dict()}
     unknown = [name for name in first.unknown if name not in known]
     weights = [name for name in unknown if _is_weight(name, skeletons[0].model)]
-    _require(where, model, Verdict(first.kind, first.missing, weights, first.mismatched), skeletons[0])
+    if weights:
+        weights = sorted({*weights} - names_in_relatives(skeletons[0].config))
+    wanted = Verdict(first.kind, first.missing, weights, first.mismatched)
+    if not measured and not class_is_named(model.checkpoint.config):
+        wanted = _of_body(wanted, skeletons[0].model)
+    _require(model, wanted, skeletons[0], stands_in)
     for other, one in zip(others, skeletons[1:], strict=True):
         if measured:
-            _require(where, model, Verdict(other.kind, other.missing, [], other.mismatched), one)
+            _require(model, Verdict(other.kind, other.missing, [], other.mismatched), one, stands_in)
     return (
         [f"{len(unknown)} tensors that {first.kind} has no use for are copied ({_shown(unknown)})"] if unknown else []
     )
+
+
+def _of_body(verdict: Verdict, model: Any) -> Verdict:
+    """What is left of a verdict where nobody says which head the files hold: with a whole body any head will do, and none."""
+    inside = f"{model.base_model_prefix}."
+    missing = [name for name in verdict.missing if name.startswith(inside)]
+    whole = not missing and not verdict.mismatched  # if not, the names of what is unknown tell why
+    unknown = [name for name in verdict.unknown if name.startswith(inside) or not whole]
+    return Verdict(verdict.kind, missing, unknown, verdict.mismatched)
 
 
 def _is_weight(name: str, model: Any) -> bool:
@@ -137,12 +172,18 @@ def _layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _require(where: str, model: Model, verdict: Verdict, skeleton: Skeleton) -> None:
-    """Raise CheckpointError that says what of config.json and files is at fault, and what helps."""
+def _require(model: Model, verdict: Verdict, skeleton: Skeleton, stands_in: bool) -> None:
+    """Raise CheckpointError that says what of config.json and files is at fault, and what helps.
+
+    Unknown: nothing explains the difference but that the class `stands_in` for the model's own.
+    """
     if not (verdict.missing or verdict.unknown or verdict.mismatched):
         return
     reasons = (_wrapped(verdict), _other_layers(model, verdict), _other_sizes(verdict), _no_head(verdict, skeleton))
-    raise CheckpointError(f"{where}: {next(filter(None, (*reasons, _other_weights(model, verdict))))}")
+    found = next(filter(None, reasons), None)
+    if found is None and stands_in and not _are_incomplete(model, verdict):
+        raise Unknown(f"they are not those of transformers' own {verdict.kind}")
+    raise CheckpointError(f"{model.checkpoint.store.root}: {found or _other_weights(model, verdict)}")
 
 
 def _wrapped(verdict: Verdict) -> str | None:
@@ -221,10 +262,15 @@ def _other_weights(model: Model, verdict: Verdict) -> str:
         parts.append(f"lack {len(verdict.missing)} weights ({_shown(verdict.missing)})")
     if verdict.unknown:
         parts.append(f"hold {len(verdict.unknown)} unknown weights ({_shown(verdict.unknown)})")
-    stored = {_kind(name) for name in model.names}
-    incomplete = not verdict.unknown and any(_kind(name) in stored for name in verdict.missing)
+    incomplete = _are_incomplete(model, verdict)
     remedy = "give all files of the model" if incomplete else "repair config.json, which is not that of these files"
     return f"the files {' and '.join(parts)} of the {verdict.kind} that config.json describes; {remedy}"
+
+
+def _are_incomplete(model: Model, verdict: Verdict) -> bool:
+    """Whether the files hold such weights as are missing, of other layers."""
+    stored = {_kind(name) for name in model.names}
+    return not verdict.unknown and any(_kind(name) in stored for name in verdict.missing)
 
 
 def _kind(name: str) -> str:

@@ -50,12 +50,15 @@ def ties_of(names: Iterable[str], config: Mapping[str, Any], where: str) -> list
 
 
 def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: Mapping[str, Any]) -> Copies:
-    """Tied tensors that are stored twice. No code of transformers is loaded unless two tensors of one shape call for it."""
+    """Tied tensors that are stored twice. No code of transformers is loaded unless two tensors of one shape call for it.
+
+    Where one pair holds unlike values config.json's ties go (`untied`), and with them those of the equal ones.
+    """
     if (config.get(_SAID) is False and not config.get("text_config")) or not _may_hold_copies(tensors):
         return Copies((), ())
     ties = [tie for tie in ties_of(tensors, config, store.root) if tie.name in tensors and tie.shares in tensors]
-    equal = [tie for tie in ties if _are_equal(store, tensors[tie.name], tensors[tie.shares])]
-    return Copies(tuple(equal), tuple(tie for tie in ties if tie not in equal))
+    different = [tie for tie in ties if not _are_equal(store, tensors[tie.name], tensors[tie.shares])]
+    return Copies(() if different else tuple(ties), tuple(different))
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:

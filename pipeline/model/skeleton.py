@@ -122,10 +122,7 @@ def stored_ties(names: Iterable[str], config: Mapping[str, Any], where: str) -> 
 
 def _classes(about: Mapping[str, Any], config: Any) -> list[Any]:
     """The class that config.json names, if transformers has it, then the one that predicts tokens, if that is another."""
-    import transformers
-
-    named = [getattr(transformers, name, None) for name in about.get("architectures") or [] if isinstance(name, str)]
-    named = [kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
+    named = _named(about)
     mapping = _auto_class(config)._model_mapping
     if type(config) not in mapping:
         if not named:
@@ -135,8 +132,38 @@ def _classes(about: Mapping[str, Any], config: Any) -> list[Any]:
     return [*named[:1], *([measured] if measured not in named[:1] else [])]
 
 
+def names_in_relatives(config: Any) -> set[str]:
+    """Names of the weights that a family has before a head is chosen, or had while it was trained first: poolers of BERT, say."""
+    from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING
+
+    found: set[str] = set()
+    for mapping in (MODEL_MAPPING, MODEL_FOR_PRETRAINING_MAPPING):
+        kinds: Any = mapping.get(type(config), ())
+        for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+            try:
+                names = _empty(kind, config).model.state_dict()
+            except Exception:  # one that cannot be built, for want of a package say, knows no more names
+                continue
+            found |= {*names, *(f"{kind.base_model_prefix}.{name}" for name in names)}
+    return found
+
+
+def class_is_named(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says which class of transformers the files are of; if not, they may hold another head, or none."""
+    return bool(_named(config))
+
+
+def _named(about: Mapping[str, Any]) -> list[Any]:
+    import transformers
+
+    named = [getattr(transformers, name, None) for name in about.get("architectures") or [] if isinstance(name, str)]
+    return [kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
+
+
 def _empty(kind: Any, config: Any) -> Skeleton:
-    own = config if isinstance(config, kind.config_class) else config.get_text_config()
+    """The config is that of the class but where the class is that of the text model, as in transformers' Auto classes."""
+    text = None if isinstance(config, kind.config_class) else config.get_text_config()
+    own = text if isinstance(text, kind.config_class) else config
     with torch.device("meta"):
         return Skeleton(kind._from_config(own), own)
 

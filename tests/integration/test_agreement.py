@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertLMHeadModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm46VForConditionalGeneration,
+    GlmgaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 
 from jobs.cli import main
 from pipeline.errors import CheckpointError
@@ -149,6 +160,68 @@ def test_a_model_without_a_head_may_be_compressed_and_not_measured(kind: Any, wh
     kind.from_pretrained(whole).save_pretrained(tmp_path / "model")
     assert require_agreement(open_model(str(tmp_path / "model"))) == []
     assert "lm_head.weight" in refusal(tmp_path / "model")
+
+
+def test_what_a_family_was_trained_with_at_first_is_no_stray_weight(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    BertForPreTraining(config).save_pretrained(tmp_path)  # with a pooler and a head beside what is named
+    configure(tmp_path, architectures=[BertForMaskedLM.__name__])
+    assert "4 tensors" in require_agreement(open_model(str(tmp_path)))[0]
+    rewrite(tmp_path, lambda weights: weights | {"score.weight": torch.ones(2, 16)})
+    with pytest.raises(CheckpointError, match=r"score\.weight"):
+        require_agreement(open_model(str(tmp_path)))
+
+
+def test_of_several_ties_one_may_be_given_up(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, is_decoder=True
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    rewrite(
+        tmp_path,
+        lambda weights: (
+            weights
+            | {
+                "cls.predictions.decoder.weight": weights["bert.embeddings.word_embeddings.weight"] + 1,
+                "cls.predictions.decoder.bias": weights["cls.predictions.bias"],
+            }
+        ),
+    )
+    model = open_model(str(tmp_path))
+    assert require_agreement(model, measured=True) == []
+    assert {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"} <= {*model.names}
+
+
+@pytest.mark.parametrize("named", [None, [], ["LlamaForRewardModel"]])
+def test_a_head_that_nobody_names_is_no_fault_of_the_files(
+    named: list[str] | None, whole: Path, tmp_path: Path
+) -> None:
+    LlamaModel.from_pretrained(whole).save_pretrained(tmp_path)
+    rewrite(tmp_path, renamed("^", "model."))
+    rewrite(tmp_path, lambda weights: weights | {"score.weight": torch.ones(1, 64)})
+    configure(tmp_path, architectures=named)
+    assert "score.weight" in require_agreement(open_model(str(tmp_path)))[0]
+    assert "lm_head.weight" in refusal(tmp_path)
+    rewrite(tmp_path, without(r"layers\.1\.mlp"))
+    assert "mlp" in refusal(tmp_path, measured=False)
+
+
+def test_files_of_code_that_a_model_brings_are_not_held_against_another_class(model: Path) -> None:
+    configure(model, auto_map={"AutoModel": "modeling_own.OwnModel"})
+    rewrite(model, renamed("self_attn", "mixer"))
+    for trusted in (False, True):
+        assert "not compared" in require_agreement(open_model(str(model)), trusted)[0]
+    assert "--trust-remote-code" in refusal(model)
+
+
+def test_a_config_of_a_kind_of_its_own_goes_to_the_class_that_transformers_chooses(tmp_path: Path) -> None:
+    shape = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "out_hidden_size": 32, "depth": 1, "num_heads": 2, "patch_size": 8,
+    }  # fmt: skip
+    config = GlmgaConfig(text_config=shape, vision_config=shape)  # another one than Glm46VForConditionalGeneration's
+    Glm46VForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert require_agreement(open_model(str(tmp_path)), measured=True) == []
 
 
 def test_heads_that_predict_further_tokens_are_known(tmp_path: Path) -> None:
