@@ -77,12 +77,12 @@ def writable(path: str, others: Iterable[tuple[str, str | None]] = ()) -> Store:
         OutputError: a file on a disk that cannot be written, or one that is read.
     """
     target = Store.at(path)
+    if target.is_local and os.path.exists(target.root) and not os.path.isfile(target.root):
+        raise OutputError(f"{path}: is no plain file; give another")
     if target.is_local and os.path.islink(target.root):
         target = Store(os.path.realpath(target.root))  # what is written is what the link leads to, as by any other tool
     require_apart(Place("--json", target), named(others))
     if target.is_local:
-        if os.path.exists(target.root) and not os.path.isfile(target.root):
-            raise OutputError(f"{path}: is no plain file; give another")
         if not target.parent.is_there:
             raise OutputError(f"{path}: No such file or directory; give a file in a directory that is there")
         if target.is_there or not os.access(target.parent.root, os.W_OK):

@@ -10,7 +10,7 @@ from itertools import chain
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.digests import FileDigests, read_sums, require_equal, require_known, with_digests
+from pipeline.model.digests import FileDigests, by_file, read_sums, require_equal, require_known, with_digests
 from pipeline.model.forecast import WORKER_BASE
 from pipeline.model.hub import published_hashes
 from pipeline.model.store import Store
@@ -32,10 +32,10 @@ def verified(source: Checkpoint, hashes: str, make_pool: PoolMaker) -> Checkpoin
     if source.dequantized:
         raise ConfigError("verify_source reads safetensors files; check a GGUF file by `sha256sum`")
     root = source.store.root
-    known = published_hashes(root) if hashes == HUB else read_sums(_text_of(hashes), hashes)
     files: dict[str, dict[str, TensorInfo]] = {}
     for info in chain.from_iterable(info.stored for info in (*source.tensors.values(), *source.buffers)):
         files.setdefault(info.file, {})[info.name] = info
+    known = published_hashes(root) if hashes == HUB else by_file(read_sums(_text_of(hashes), hashes), files)
     require_known(known, files, hashes)
     found: dict[str, tuple[str, ...]] = {}
 

@@ -16,9 +16,11 @@ _BOUNDS = (
     (re.compile(r"heads?(_count)?$"), 1 << 20),
     (re.compile(r"(dims?|sizes?|rank|width|channels|groups|embd|inner|length|count)$"), 1 << 24),
 )
+# How long a text may be is no size of anything that is built, nor is what a training has noted of itself.
 _FREE = re.compile(
-    r"(^general\.|max_|context|positions|window|chunk)"
-)  # how long a text may be is no size of anything that is built
+    r"(^general\.|max_|context|positions|window|chunk|seq_?len|sequence|total_|train|dataset|corpus|tokens?_count|param|batch"
+    r"|buffer|shuffle)"
+)
 _DEEP = 20  # objects inside each other
 
 

@@ -146,6 +146,19 @@ def read_sums(text: str, where: str) -> dict[str, str]:
     return found
 
 
+def by_file(sums: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:
+    """Sums by the names of `files`, which lie in one directory: as they are, or those of a path to it.
+
+    `sha256sum models/m/*.safetensors` names them all by one such path.
+    """
+    files = set(files)
+    if files & sums.keys():
+        return dict(sums)
+    above = {path.removesuffix(file) for file in files for path in sums if path.endswith(f"/{file}")}
+    whole = [folder for folder in above if all(folder + file in sums for file in files)]
+    return {file: sums[whole[0] + file] for file in files} if len(whole) == 1 else dict(sums)
+
+
 def require_known(known: Mapping[str, str], files: Iterable[str], where: str) -> None:
     """Raise ConfigError if there is a file without a hash."""
     if missing := sorted(set(files) - known.keys()):

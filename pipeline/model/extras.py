@@ -75,17 +75,20 @@ def extras_of(store: Store, weights: Collection[str]) -> Extras:
         if not reason:
             require_inside(store, name)
         if not is_file and not reason:
-            found = _below(store, name, weights)
+            found = _below(store, name, weights, {os.path.realpath(store.root)} if store.is_local else set())
         copied += found.copied
         left += [PassedOver(name if is_file else f"{name}/", reason)] if reason else found.left_out
     return Extras(tuple(sorted(copied)), tuple(sorted(left, key=lambda one: one.name)))
 
 
-def _below(store: Store, folder: str, weights: Collection[str]) -> Extras:
-    """The files in a folder and in those below it; a folder of too many files, or one with weights, is left out whole."""
+def _below(store: Store, folder: str, weights: Collection[str], seen: set[str]) -> Extras:
+    """The files in a folder and in those below it; a folder of too many files, or one with weights, is left out whole.
+
+    `seen`: real paths of folders that are not looked into: those that lead back to the model itself.
+    """
     copied: list[str] = []
     left: list[PassedOver] = []
-    for number, (name, reason) in enumerate(_walk(store, folder, set())):
+    for number, (name, reason) in enumerate(_walk(store, folder, seen)):
         if number == _FILES:
             return Extras((), (PassedOver(f"{folder}/", f"more than {_FILES:,} files, no part of a model"),))
         if name in weights:

@@ -78,15 +78,18 @@ def _is_ours(location: str) -> bool:
 
 def leads_out(store: Store, name: str) -> bool:
     """Whether a link, the file's own or one of a folder, leads out of the directory, and to no blob of its cache of the Hub."""
-    inside = os.path.realpath(f"{store.root}/{name}").startswith(f"{os.path.realpath(store.root)}/")
+    inside = _below(os.path.realpath(store.root), os.path.realpath(f"{store.root}/{name}"))
     return store.is_link(name) and not (inside or is_blob(store, name))
 
 
 def is_blob(store: Store, name: str) -> bool:
-    """Whether a link in a cache of the Hub leads, as it should, from a snapshot or a folder of it to a blob of the same model."""
+    """Whether a link in a cache of the Hub leads, as it should, from a snapshot or a folder of it to a blob of the same model.
+
+    The folder of blobs may be a link itself: a cache whose bytes were moved to a larger disk.
+    """
     above, target = _upwards(os.path.realpath(store.root)), os.path.realpath(f"{store.root}/{name}")
     caches = [os.path.dirname(one) for one in above if os.path.basename(one) == "snapshots"]
-    return store.is_link(name) and any(_below(f"{cache}/blobs", target) for cache in caches)
+    return store.is_link(name) and any(target.startswith(f"{os.path.realpath(f'{cache}/blobs')}/") for cache in caches)
 
 
 def holds(outer: Store, inner: Store) -> bool:

@@ -436,6 +436,15 @@ class TestJson:
             assert self.plan(place, str(place / there)) == 2
         assert (place / "pipe").is_fifo()
 
+    def test_an_open_pipe_is_refused_before_any_work(self, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+        """/dev/stdout of a shell's pipe is a link to what is no name of any file."""
+        ends = os.pipe()
+        try:
+            assert self.plan(place, f"/proc/self/fd/{ends[1]}") == 2
+        finally:
+            list(map(os.close, ends))
+        assert "no plain file" in error_of(capsys)
+
     def test_the_result_that_is_compared_with_is_not_replaced(self, place: Place) -> None:
         (place / "base.json").write_text('{"perplexity": 3.0}')
         link = _link(place / "again.json", place / "base.json")

@@ -12,7 +12,7 @@ import pytest
 from jobs.cli import main
 from pipeline.flows import compress as flow
 from pipeline.model.checkpoint import MANIFEST, open_checkpoint
-from pipeline.model.digests import digests_of, known_ranges, read_sums, require_same, with_digests
+from pipeline.model.digests import by_file, digests_of, known_ranges, read_sums, require_same, with_digests
 from pipeline.model.files import LocalFiles
 from pipeline.model.store import Store
 from tests.tiny import contents, make_text
@@ -204,3 +204,23 @@ def test_sums_are_read_as_sha256sum_writes_them() -> None:
         "a b.safetensors": digest.lower(),
         "c": digest.lower(),
     }
+
+
+def test_sums_may_name_files_by_a_path_to_them() -> None:
+    sums = {"/data/m/a": "1", "/data/m/b/c": "2", "x/a": "3", "y/b/c": "4", "xa": "5"}
+    assert by_file(sums, ["a", "b/c"]) == {"a": "1", "b/c": "2"}
+    for others in (
+        {"a": "1", "x/b/c": "2"},
+        {"x/a": "1", "y/b/c": "2"},
+        {f"{at}/{n}": at for at in "xy" for n in ("a", "b/c")},
+    ):
+        assert by_file(others, ["a", "b/c"]) == others  # not of one directory
+
+
+def test_sums_taken_outside_of_the_model_do(tiny_model: Path, right: Path, tmp_path: Path) -> None:
+    files = sorted(tiny_model.glob("*.safetensors"))
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file}\n" for file in files]
+    (tmp_path / "SHA256SUMS").write_text("".join(lines))
+    known = ["--verify-source", str(tmp_path / "SHA256SUMS")]
+    assert main(["compress", str(tiny_model), str(tmp_path / "out"), *FLAGS, *known]) == 0
+    assert contents(tmp_path / "out") == contents(right)

@@ -61,6 +61,13 @@ def test_a_folder_that_is_linked_to_itself_is_looked_into_once(tmp_path: Path) -
     assert extras_of(store, WEIGHTS).copied == ("tokenizer/vocab.json",)
 
 
+def test_a_link_to_the_model_itself_is_not_looked_into(tmp_path: Path) -> None:
+    store = fill(tmp_path, ("vocab.json", "tokenizer/vocab.json"))
+    os.symlink(".", tmp_path / "latest")
+    os.symlink("..", tmp_path / "tokenizer" / "up")
+    assert extras_of(store, WEIGHTS) == Extras(("tokenizer/vocab.json", "vocab.json"), ())
+
+
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer/inner", "tokenizer/vocab.json"])
 def test_a_link_out_of_the_directory_is_refused_wherever_it_is(tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"

@@ -222,6 +222,21 @@ class TestLinks:
             assert is_blob(store, name)
             assert not leads_out(store, name)
 
+    def test_a_folder_of_blobs_may_be_a_link_to_a_larger_disk(self, tmp_path: Path) -> None:
+        snapshot, disk = tmp_path / "models--o--n" / "snapshots" / "abc", tmp_path / "disk"
+        snapshot.mkdir(parents=True)
+        disk.mkdir()
+        (disk / "h1").write_text("")
+        os.symlink(disk, tmp_path / "models--o--n" / "blobs")
+        (snapshot / "f").symlink_to("../../blobs/h1")
+        assert not leads_out(at(snapshot), "f")
+
+    def test_a_link_to_the_directory_itself_does_not_lead_out(self, model: Path) -> None:
+        os.symlink(".", model / "latest")
+        os.symlink("..", model / "sub" / "up")
+        assert not leads_out(at(model), "latest")
+        assert not leads_out(at(model), "sub/up")
+
     def test_blobs_of_another_model_may_not(self, tmp_path: Path) -> None:
         snapshot, blobs = tmp_path / "models--o--n" / "snapshots" / "abc", tmp_path / "models--o--m" / "blobs"
         snapshot.mkdir(parents=True)
