@@ -16,6 +16,9 @@ T = TypeVar("T")
 _SHOWN = 60  # characters of a value that is wrong
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
+Figure = Annotated[
+    float, Field(allow_inf_nan=True)
+]  # a result, which may be none: what a half-precision model overflowed to
 
 
 class Record(BaseModel):
@@ -49,7 +52,7 @@ class ReportRow(Record):
     shape: list[Count]
     bits_per_weight: float | None = None
     paper_bits: float | None = None
-    relative_error: float | None = None
+    relative_error: Figure | None = None
 
 
 class Report(Record):
@@ -63,8 +66,8 @@ class Tuning(Record):
     """What a tuning came to: its result in the cache, and a part of a report."""
 
     steps: Count
-    divergence_before: float
-    divergence_after: float
+    divergence_before: Figure
+    divergence_after: Figure
     applied: bool
 
 
@@ -93,7 +96,7 @@ class DoneRow(Record):
     entry: dict[str, Any] | None = None
     stored_bytes: Count = 0
     read_seconds: float = 0.0
-    stats: dict[str, float | None] = {}
+    stats: dict[str, Figure | None] = {}
     tokens: Count = 0
     owner: str | None = None
 

@@ -1,0 +1,24 @@
+"""Types of the small JSON files of an output: what a run may honestly write is never called damaged."""
+
+import math
+
+import pytest
+
+from pipeline.model.records import DoneRow, ReportRow, Tuning, checked
+
+NOT_FINITE = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("figure", NOT_FINITE)
+def test_a_result_that_is_no_number_is_a_result(figure: float) -> None:
+    """A tuning in float16 that overflowed is not applied; a matrix of 1e21 has an infinite energy in float32."""
+    tuning = {"steps": 3, "divergence_before": 0.1, "divergence_after": figure, "applied": False, "tokens": 64}
+    assert checked(Tuning, tuning) == tuning
+    checked(DoneRow, {"name": "w", "stats": {"energy": figure}})
+    checked(ReportRow, {"name": "w", "action": "compressed", "reason": "", "shape": [2, 3], "relative_error": figure})
+
+
+@pytest.mark.parametrize("value", ["0.1", True, [0.1]])
+def test_what_is_no_number_at_all_is_not(value: object) -> None:
+    with pytest.raises(ValueError, match="divergence_after"):
+        checked(Tuning, {"steps": 3, "divergence_before": 0.1, "divergence_after": value, "applied": False})
