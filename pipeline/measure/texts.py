@@ -93,6 +93,8 @@ def _of_file(name: str, column: str | None) -> Text:
         )
     elif suffix not in _PLAIN | READERS.keys() and (kind := compression_of(data)):
         data = decompressed(data, kind, _MOST)
+    if data[257:262] == b"ustar":  # names and owners of files, which are valid UTF-8, stand between the texts
+        raise TextError(f"text {name}: an archive of files (tar); unpack it, and give one of them")
     if suffix not in _PLAIN | READERS.keys():
         suffix = table_like(data)
     if suffix == AMBIGUOUS:

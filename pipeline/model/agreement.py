@@ -70,8 +70,7 @@ def require_agreement(model: Model, trusted: bool = False, measured: bool = Fals
     where, config = model.checkpoint.store.root, model.checkpoint.config
     try:
         if trusted and "auto_map" in config:
-            with told(where):
-                skeletons = [skeleton_at(where, trusted)]
+            skeletons = [_own(where, measured)]
         else:
             skeletons = skeletons_of(config, where, len(model.checkpoint.tensors))
         stands_in = "auto_map" in config and type(skeletons[0].model).__module__.startswith("transformers.")
@@ -79,6 +78,17 @@ def require_agreement(model: Model, trusted: bool = False, measured: bool = Fals
     except Unknown as error:
         why = str(error) if trusted else _unknown(where, config, str(error), measured)
         return [f"its weights are not compared with config.json ({why})"]
+
+
+def _own(where: str, measured: bool) -> Skeleton:
+    """The model by the code that it brings; Unknown if that has none that predicts tokens, which needs not be so unless measured."""
+    try:
+        with told(where):
+            return skeleton_at(where, trusted=True)
+    except CheckpointError as error:
+        if measured:
+            raise
+        raise Unknown(str(error)) from None
 
 
 def _compared(model: Model, skeletons: list[Skeleton], measured: bool, stands_in: bool) -> list[str]:

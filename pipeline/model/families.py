@@ -79,6 +79,7 @@ MULTIMODAL: dict[str, tuple[str, str]] = {
 # what families call the number of positions that a model was made for, and that of its layers
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|pos_embed\w*|positions?_embeddings?)\.weight$")
+_NOT_TEXT = re.compile(r"vis(ion|ual)|image|audio|speech")  # towers beside the language part, in names of their tensors
 _POSITION_BUFFERS = {"gptj", "codegen"}  # families that make theirs from the config
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -159,7 +160,8 @@ def require_roles(roles: tuple[str, ...]) -> None:
 
 def has_position_table(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether a model of these tensors looks positions up in a table, beyond the end of which there are none."""
-    return config.get("model_type") in _POSITION_BUFFERS or any(map(_POSITION_TABLE.search, names))
+    tables = filter(_POSITION_TABLE.search, names)
+    return config.get("model_type") in _POSITION_BUFFERS or not all(map(_NOT_TEXT.search, tables))
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:

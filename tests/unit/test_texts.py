@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,6 +156,16 @@ def test_a_missing_file_is_no_data_set(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TextError, match=r"No such file or directory; give a text file, wikitext2, or a data set"):
         open_text(name)
+
+
+@pytest.mark.parametrize("name", ["text.tar", "text.tar.gz", "text"])
+def test_an_archive_is_no_text(name: str, tmp_path: Path) -> None:
+    member = tmp_path / "member.txt"
+    member.write_text("some words")
+    with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as archive:
+        archive.add(member)
+    with pytest.raises(TextError, match="archive"):
+        read_text(str(tmp_path / name))
 
 
 def test_a_folder_is_no_text(tmp_path: Path) -> None:

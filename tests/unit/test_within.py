@@ -46,6 +46,14 @@ def test_tables_of_positions_are_known_by_name(name: str) -> None:
     assert has_position_table({}, [name])
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "vision_tower.vision_model.embeddings.position_embedding.weight",
+        "model.visual.pos_embed.weight",
+    ],
+)
 def test_others_are_not(name: str) -> None:
     assert not has_position_table({}, [name])
