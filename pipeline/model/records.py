@@ -101,9 +101,12 @@ class DoneRow(Record):
     owner: str | None = None
 
     @model_validator(mode="after")
-    def _entry_is_one(self) -> "DoneRow":
+    def _is_one_of_either_kind(self) -> "DoneRow":
         from swsc_core.format import entries_of, quantization_config
 
+        kinds = {"tokens", "owner"}, {"entry", "stats", "stored_bytes", "read_seconds"}
+        if not any(kind <= self.model_fields_set for kind in kinds):
+            raise ValueError("a row that says nothing of a matrix")
         if self.entry is not None:
             entries_of(quantization_config({self.name: self.entry}))
         return self

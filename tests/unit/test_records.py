@@ -14,7 +14,8 @@ def test_a_result_that_is_no_number_is_a_result(figure: float) -> None:
     """A tuning in float16 that overflowed is not applied; a matrix of 1e21 has an infinite energy in float32."""
     tuning = {"steps": 3, "divergence_before": 0.1, "divergence_after": figure, "applied": False, "tokens": 64}
     assert checked(Tuning, tuning) == tuning
-    checked(DoneRow, {"name": "w", "stats": {"energy": figure}})
+    made = {"entry": None, "stored_bytes": 1, "read_seconds": 0.5, "stats": {"energy": figure}}
+    checked(DoneRow, {"name": "w", **made})
     checked(ReportRow, {"name": "w", "action": "compressed", "reason": "", "shape": [2, 3], "relative_error": figure})
 
 
@@ -22,3 +23,12 @@ def test_a_result_that_is_no_number_is_a_result(figure: float) -> None:
 def test_what_is_no_number_at_all_is_not(value: object) -> None:
     with pytest.raises(ValueError, match="divergence_after"):
         checked(Tuning, {"steps": 3, "divergence_before": 0.1, "divergence_after": value, "applied": False})
+
+
+@pytest.mark.parametrize("lacking", ["stats", "stored_bytes", "read_seconds", "entry"])
+def test_a_row_of_a_matrix_says_all_that_a_report_is_made_of(lacking: str) -> None:
+    row = {"name": "w", "entry": None, "stored_bytes": 1, "read_seconds": 0.5, "stats": {}}
+    assert checked(DoneRow, row) == row
+    with pytest.raises(ValueError, match="says nothing of a matrix"):
+        checked(DoneRow, {key: value for key, value in row.items() if key != lacking})
+    checked(DoneRow, {"name": "w", "tokens": 3, "owner": "w"})
