@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from pipeline.run.discovery import found_here, require_joinable
 from pipeline.run.progress import say
 
 _CONNECT_SECONDS = 10.0
+_ADDRESS = re.compile(
+    r"(ray://)?(\[[\da-fA-F:.%]+\]|[^\s:/\[\]][^\s/\[\]]*):\d{1,5}(/\S*)?"
+)  # of a head, or of Ray Client's server
 _PACKAGES = ("pipeline", "swsc_core")  # that workers import
 
 
@@ -58,11 +62,12 @@ def require_own_packages(folder: Path) -> None:
 
 
 def joinable(where: str | None) -> str | None:
-    """Address of the cluster to be joined; None to start one.
+    """Address of the cluster to be joined; None to start one. An empty address, as of a variable that is set to nothing, is none.
 
     Raises:
-        ClusterError: one that was asked for and cannot be joined.
+        ClusterError: one that was asked for and cannot be joined, or what is no address.
     """
+    where = where or None
     if where == "local":
         return None
     if where is None:
@@ -74,6 +79,10 @@ def joinable(where: str | None) -> str | None:
     if where.startswith(("http://", "https://")):
         raise ClusterError(
             f"{where} is a dashboard's address, for `ray job submit`: give the head's own, host:port, or leave --address out"
+        )
+    if not _ADDRESS.fullmatch(where):
+        raise ClusterError(
+            f"no Ray cluster at {where!r}: wanted host:port, auto or local; check --address and RAY_ADDRESS"
         )
     _require_listener(where)
     if "://" not in where:
@@ -128,7 +137,7 @@ def _require_listener(address: str) -> None:
     if not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise ClusterError(f"no Ray cluster at {address}: {reason}; check --address and RAY_ADDRESS") from None

@@ -150,8 +150,8 @@ class RayPool:
         except RayError as error:
             return self._failed(flight, ref, error)
         self._deaths = self._out_of_memory_in_a_row = 0
-        self._note_time(flight, _COMMITS if ref is flight.record else flight.task.method)
-        if ref is flight.record:
+        self._note_time(flight, _COMMITS if ref == flight.record else flight.task.method)
+        if ref == flight.record:
             self._committing.remove(flight)
             return Done(flight.task, flight.value, (), result, worker=flight.worker)
         del self._working[flight.worker]
@@ -209,24 +209,24 @@ class RayPool:
             reason, own = f"{type(own).__name__}: {(str(own).splitlines() or [''])[0]}", None
         else:
             reason = type(error).__name__
-        if ref is flight.record:
+        if ref == flight.record:
             self._committing.remove(flight)
         else:
             del self._working[flight.worker]
         found: SwscError = WorkerLost(f"{flight.task.label}: {reason}")
-        node_is_gone = ref is flight.report and _is_gone(self._nodes[flight.worker])
+        node_is_gone = ref == flight.report and _is_gone(self._nodes[flight.worker])
         if isinstance(error, OutOfDiskError) or isinstance(own, OutOfDiskError):
             found = DiskFull(
                 f"{flight.task.label}: the disk of a node is full to which Ray moves objects; make room there"
             )
         elif own is not None:
             found = as_swsc_error(own, flight.task)
-        elif ref is flight.report and isinstance(error, ObjectLostError):
+        elif ref == flight.report and isinstance(error, ObjectLostError):
             found = PayloadLost(f"{flight.task.label}: what it was to be given went away with a node")
         elif node_is_gone:
             found = NodeLost(f"{flight.task.label}: its node went away")
             self._replace(flight.worker)
-        elif ref is flight.report:
+        elif ref == flight.report:
             self._replace(flight.worker, flight.task.label)
         return Done(flight.task, error=found, worker=flight.worker)
 

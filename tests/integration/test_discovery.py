@@ -165,7 +165,18 @@ def test_a_head_that_says_nonsense_is_none(monkeypatch: pytest.MonkeyPatch, abou
         discovery.ask(address)
 
 
-@pytest.mark.parametrize("address", ["auto", "http://127.0.0.1:8265", "127.0.0.1:9", "ray://127.0.0.1:9"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "auto", "http://127.0.0.1:8265", "127.0.0.1:9", "ray://127.0.0.1:9", "[::1]:9", "127.0.0.1", "host", ":6379", "auto ", "ray://host",
+        "127.0.0.1:99999",
+    ],
+)  # fmt: skip
 def test_an_address_that_cannot_be_is_refused_at_once(address: str) -> None:
     with pytest.raises(ClusterError, match=r"no Ray cluster|dashboard"):
         connection.joinable(address)
+
+
+def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "found_here", lambda tell: None)
+    assert connection.joinable("") is None
