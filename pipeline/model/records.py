@@ -104,8 +104,9 @@ class DoneRow(Record):
     def _is_one_of_either_kind(self) -> "DoneRow":
         from swsc_core.format import entries_of, quantization_config
 
-        kinds = {"tokens", "owner"}, {"entry", "stats", "stored_bytes", "read_seconds"}
-        if not any(kind <= self.model_fields_set for kind in kinds):
+        said = self.model_fields_set
+        of_a_matrix = self.entry is not None and {"stats", "stored_bytes", "read_seconds"} <= said
+        if not (of_a_matrix or ({"tokens", "owner"} <= said and "entry" not in said)):
             raise ValueError("a row that says nothing of a matrix")
         if self.entry is not None:
             entries_of(quantization_config({self.name: self.entry}))

@@ -6,6 +6,19 @@ import pytest
 
 from pipeline.model.records import DoneRow, ReportRow, Tuning, checked
 
+ENTRY = {
+    "centroid_bits": None,
+    "channel_axis": "output",
+    "codebooks": 1,
+    "dtype": "bfloat16",
+    "factor_bits": None,
+    "method": "swsc",
+    "n_clusters": 8,
+    "rank": 2,
+    "scaled": False,
+    "segment_size": 64,
+    "shape": [32, 64],
+}
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 
@@ -14,7 +27,7 @@ def test_a_result_that_is_no_number_is_a_result(figure: float) -> None:
     """A tuning in float16 that overflowed is not applied; a matrix of 1e21 has an infinite energy in float32."""
     tuning = {"steps": 3, "divergence_before": 0.1, "divergence_after": figure, "applied": False, "tokens": 64}
     assert checked(Tuning, tuning) == tuning
-    made = {"entry": None, "stored_bytes": 1, "read_seconds": 0.5, "stats": {"energy": figure}}
+    made = {"entry": ENTRY, "stored_bytes": 1, "read_seconds": 0.5, "stats": {"energy": figure}}
     checked(DoneRow, {"name": "w", **made})
     checked(ReportRow, {"name": "w", "action": "compressed", "reason": "", "shape": [2, 3], "relative_error": figure})
 
@@ -27,8 +40,10 @@ def test_what_is_no_number_at_all_is_not(value: object) -> None:
 
 @pytest.mark.parametrize("lacking", ["stats", "stored_bytes", "read_seconds", "entry"])
 def test_a_row_of_a_matrix_says_all_that_a_report_is_made_of(lacking: str) -> None:
-    row = {"name": "w", "entry": None, "stored_bytes": 1, "read_seconds": 0.5, "stats": {}}
+    row = {"name": "w", "entry": ENTRY, "stored_bytes": 1, "read_seconds": 0.5, "stats": {}}
     assert checked(DoneRow, row) == row
     with pytest.raises(ValueError, match="says nothing of a matrix"):
         checked(DoneRow, {key: value for key, value in row.items() if key != lacking})
+    with pytest.raises(ValueError, match="says nothing of a matrix"):
+        checked(DoneRow, row | {"entry": None})
     checked(DoneRow, {"name": "w", "tokens": 3, "owner": "w"})
