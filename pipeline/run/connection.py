@@ -30,7 +30,7 @@ def connect(address: str | None) -> bool:
     """Connect to the cluster named, to one of this machine, or start one; True if started here."""
     interrupt.check()
     interrupt.listen()
-    require_own_packages(Path.cwd())
+    require_own_packages(_working_directory())
     if ray.is_initialized():
         return False
     where = address or os.environ.get("RAY_ADDRESS") or None
@@ -48,6 +48,14 @@ def connect(address: str | None) -> bool:
             " one by --address local"
         ) from None
     return not joined
+
+
+def _working_directory() -> Path:
+    """Where the command runs; ClusterError if it was removed meanwhile, as Ray may do with that of a job."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise ClusterError("the working directory was removed; run the command, or submit the job, again") from None
 
 
 def require_own_packages(folder: Path) -> None:

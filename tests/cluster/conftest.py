@@ -1,4 +1,4 @@
-"""One cluster of two nodes for the whole test run."""
+"""A cluster of two nodes for the tests of one file: commands of the others would join it."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 from tests.ray_cluster import Cluster, ray_cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Head with two CPUs, second node with one."""
     with ray_cluster() as running, running.another_node("127.0.0.2"):

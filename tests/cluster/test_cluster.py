@@ -198,11 +198,12 @@ def test_a_worker_that_no_node_has_the_memory_for_is_refused_with_the_forecast(
     cluster: Cluster, text: Path, tmp_path: Path
 ) -> None:
     model = make_tiny_model(tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 10**10}))  # logits of terabytes
-    done = cluster.swsc("evaluate", model, "--text", text, "--seqlen", 64)
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    done = cluster.swsc("evaluate", model, "--text", text, "--seqlen", 64, "--batch-size", 10**8)
     assert done.returncode == 2
-    assert "error: a worker is foretold to need 5120.5 GB of memory, the largest node offers Ray" in done.stderr
+    needed = re.search(r"need ([\d.]+) GB of memory", done.stderr)
+    assert needed, done.stderr
+    assert float(needed[1]) == pytest.approx(10**8 * 64 * vocabulary * (4 + 4) / 1e9, rel=1e-3)  # logits, and their copy
 
 
 def test_no_more_workers_are_made_than_the_memory_of_each_node_holds(cluster: Cluster) -> None:

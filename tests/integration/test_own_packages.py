@@ -50,3 +50,13 @@ def test_what_would_hide_them_from_workers_only_is_refused_before_they_are_start
     with pytest.raises(ClusterError, match="--local"):
         connection.connect("local")
     connection.require_own_packages(ROOT)
+
+
+def test_a_working_directory_that_was_removed_is_an_error_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ClusterError):
+        connection.connect("local")
