@@ -156,7 +156,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def test_a_command_that_is_still_being_imported_or_planned_ends(
     model: Path, tmp_path: Path, delay: float, number: int
 ) -> None:
-    flags = ["--local", "--bits", "4", "--n-init", "4000"]  # it has far more to do than it is given time
+    flags = ["--local", "--bits", "4", "--n-init", "1000", "--projectors", "q,k,v,o,gate,up,down"]  # for longer than any delay
     with process("compress", model, tmp_path / "out", *flags) as running:
         time.sleep(delay)
         running.send_signal(number)
