@@ -156,7 +156,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def test_a_command_that_is_still_being_imported_or_planned_ends(
     model: Path, tmp_path: Path, delay: float, number: int
 ) -> None:
-    flags = ["--local", "--bits", "4", "--n-init", "1000", "--projectors", "q,k,v,o,gate,up,down"]  # for longer than any delay
+    # work for longer than any delay
+    flags = ["--local", "--bits", "4", "--n-init", "1000", "--projectors", "q,k,v,o,gate,up,down"]
     with process("compress", model, tmp_path / "out", *flags) as running:
         time.sleep(delay)
         running.send_signal(number)
