@@ -23,6 +23,7 @@ from pipeline.model.store import Store
 
 LEASE = ".swsc/lease.json"
 _BEAT = 5.0  # seconds after which a run renews its lease
+_LOOKS = 20  # at a lease that is not whole
 _SILENT = 30.0  # seconds without a sign of life after which it is taken for gone
 _SETTLED = 2.0  # seconds after which two that signed at the same moment in an object store know who was the later one
 _held: set[str] = set()  # tickets of this process
@@ -184,7 +185,8 @@ def _read(store: Store) -> bytes | None:
 
     It may be replaced between the look at its length and the look at its bytes: what is not whole is looked at again.
     """
-    for last in (False, False, True):
+    for look in range(_LOOKS):
+        last = look == _LOOKS - 1
         try:
             raw = bytes(store.read(LEASE))
         except FileNotFoundError:

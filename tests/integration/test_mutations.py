@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from jobs.cli import main
 from pipeline.errors import ConfigError
-from pipeline.model.lease import _machine
+from pipeline.model import lease
 from tests.mutations import changed_bytes, changed_json, changed_tree, patient
 from tests.tiny import make_text, make_tiny_model
 from tests.tiny_gguf import make_tiny_gguf
@@ -51,6 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_text(folder / "text.txt", 400)
     assert main(["compress", str(folder / "model"), str(folder / "out"), *QK]) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease that names another machine is waited for; how long is not the matter here."""
+    monkeypatch.setattr(lease, "_SILENT", 0.0)
 
 
 @contextmanager
@@ -103,7 +109,7 @@ def test_state_of_a_run(folder: Path, data: st.DataObject, name: str) -> None:
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(_cut(folder), out)
     file = next((out / ".swsc" / "done").iterdir()) if name == "done" else out / ".swsc" / name
-    whole = {"lease.json": f'{{"owner": "x", "machine": "{_machine()}", "pid": 999999, "beat": 1}}'}
+    whole = {"lease.json": f'{{"owner": "x", "machine": "{lease._machine()}", "pid": 999999, "beat": 1}}'}
     content = file.read_bytes() if file.exists() else whole.get(name, '["a.json", "README.md"]').encode()
     file.write_bytes(data.draw(changed_json(content)))
     ends("compress", str(folder / "model"), str(out), *QK)
