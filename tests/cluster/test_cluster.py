@@ -203,7 +203,9 @@ def test_a_worker_that_no_node_has_the_memory_for_is_refused_with_the_forecast(
     assert done.returncode == 2
     needed = re.search(r"need ([\d.]+) GB of memory", done.stderr)
     assert needed, done.stderr
-    assert float(needed[1]) == pytest.approx(10**8 * 64 * vocabulary * (4 + 4) / 1e9, rel=1e-3)  # logits, and their copy
+    assert float(needed[1]) == pytest.approx(
+        10**8 * 64 * vocabulary * (4 + 4) / 1e9, rel=1e-3
+    )  # logits, and their copy
 
 
 def test_no_more_workers_are_made_than_the_memory_of_each_node_holds(cluster: Cluster) -> None:

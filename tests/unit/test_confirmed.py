@@ -16,9 +16,10 @@ def _object(size: int) -> bytes:
 
 
 def _flipped(data: bytes, place: int) -> bytearray:
+    """One bit is another: of unlike places not the same one, however short the data."""
     spoiled = bytearray(data)
     if data:
-        spoiled[place % len(data)] ^= 1
+        spoiled[place % len(data)] ^= 1 << place % 8
     return spoiled
 
 
