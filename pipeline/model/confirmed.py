@@ -2,7 +2,8 @@
 
 A range of an object that travels over plain http has none: TCP's 16 bits let one bad packet in some ten thousands through, and a
 proxy computes them anew over what it spoiled. The second reading asks for other ranges than the first, so that whatever spoils
-the same place of every answer spoils other bytes of the object.
+the same place of every answer spoils other bytes of the object. An object too short to be cut elsewhere is the limit: two readings
+of it that are spoiled in the same bit are taken for right.
 """
 
 import time

@@ -127,13 +127,17 @@ def _is_weights(name: str) -> bool:
     return name.lower().endswith((".safetensors", *PICKLES, *_FOREIGN))
 
 
+def _reason_of_prefix(name: str) -> str:
+    if name.startswith("."):
+        return "hidden: a tool's own"
+    return "of an earlier output: written anew" if name.startswith("swsc_") else ""
+
+
 def _reason(name: str) -> str:
     """Why a file is known to be no part of the model beside its weights; "" if it is not."""
     lower = name.lower()
-    if name.startswith("."):
-        return "hidden: a tool's own"
-    if name.startswith("swsc_"):
-        return "of an earlier output: written anew"
+    if reason := _reason_of_prefix(name):
+        return reason
     if lower.endswith(TEMPORARY):
         return "unfinished"
     if is_adapter(name):
@@ -150,10 +154,8 @@ def _reason(name: str) -> str:
 
 def _reason_of_folder(name: str) -> str:
     lower = name.lower()
-    if name.startswith("."):
-        return "hidden: a tool's own"
-    if name.startswith("swsc_"):
-        return "of an earlier output: written anew"
+    if reason := _reason_of_prefix(name):
+        return reason
     if _STEP.match(lower):
         return "state of a training"
     return _FOLDERS.get(lower, "")

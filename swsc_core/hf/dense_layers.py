@@ -138,7 +138,7 @@ def _holds(test: ast.expr, module: nn.Module) -> bool | None:
 
 
 def _number(node: ast.expr, module: nn.Module) -> int | float | None:
-    """A number in the source, or one that hangs on the module (`self.a`) or its config (`self.config.a`)."""
+    """A number in the source, or an attribute of the module (`self.a`) or its config (`self.config.a`)."""
     value: Any = node.value if isinstance(node, ast.Constant) else None
     names = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else []
     if names and names[0] == "self":

@@ -1,4 +1,4 @@
-"""Tokens and positions that a model has no row for are told of before any work."""
+"""Tokens and positions that a model has no row for are refused before any work."""
 
 from typing import Any
 
