@@ -32,9 +32,14 @@ class Cluster:
     folder: str
 
     def join(self, ip: str, cpus: int = 1) -> "subprocess.Popen[bytes]":
-        """Start a node more; `end` it."""
+        """Start a node more, with a folder of its own as on a machine of its own; `end` it.
+
+        Nodes that shared one would unpack a job's package over each other: Ray removes what is there first, and with it the
+        directory in which the job runs.
+        """
+        folder = tempfile.mkdtemp(prefix="n", dir=self.folder)
         address = ["start", f"--address={self.address}", f"--node-ip-address={ip}", f"--num-cpus={cpus}"]
-        node = subprocess.Popen([*RAY, *address, _agent(), *_common(self.folder)], **_quiet(self.environment))
+        node = subprocess.Popen([*RAY, *address, _agent(), *_common(folder)], **_quiet(self.environment))
         try:
             _wait_for_raylet(node)
             self._wait_to_be_counted(ip)
