@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from jobs.flags import add_settings, settings_of, writable
-from pipeline.config import ClusterSettings, EvaluateSettings, MeasureSettings
+from pipeline.config import ClusterSettings, EvaluateSettings, MeasureSettings, SourceSettings
 from pipeline.errors import ConfigError
 from pipeline.flows.card import add_evaluation, read_result, require_card
 from pipeline.flows.preflight import examine
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="directory of a dense, compressed or restored model, a GGUF file or a Hub id"
     )
-    add_settings(parser, *_ASKED_BY.values(), ClusterSettings)
+    add_settings(parser, *_ASKED_BY.values(), ClusterSettings, SourceSettings)
     parser.add_argument("--verify", action="store_true", help="first hash an output's files, as `swsc verify` does")
     parser.add_argument("--json", metavar="FILE", help="also write the result there")
     parser.add_argument("--card", action="store_true", help="also write it into the model card of a local output")
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     asked = _asked(vars(arguments))
-    *wanted, cluster = settings_of(arguments, *asked.values(), ClusterSettings)
+    *wanted, cluster, trust = settings_of(arguments, *asked.values(), ClusterSettings, SourceSettings)
     settings = dict(zip(asked, wanted, strict=True))
     target = writable(arguments.json, _read(vars(arguments))) if arguments.json else None
     model = open_model(arguments.model)  # a damaged model is told of before Ray is started
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.flows.evaluate import evaluate_model
     from pipeline.flows.tasks import evaluate_tasks, require_harness
     from pipeline.flows.verify import verify_output
+    from pipeline.flows.verify_source import verified_digests
     from pipeline.run.cluster import make_pool
 
     pools = partial(make_pool, cluster)
@@ -55,13 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
         require_harness(settings["tasks"])
     if arguments.verify:
         verify_output(arguments.model, partial(pools, on_cpu=True))
+    known = verified_digests(model.checkpoint, trust.verify_source, pools) if trust.verify_source else None
     result: dict[str, Any] = {}
     if "text" in settings:
-        result = evaluate_model(arguments.model, settings["text"], pools)
+        result = evaluate_model(arguments.model, settings["text"], pools, known)
         _keep(result, target)  # before anything is printed, or measured by something that may fail
         summarise(result)
     if "tasks" in settings:
-        found = evaluate_tasks(arguments.model, settings["tasks"], pools)
+        found = evaluate_tasks(arguments.model, settings["tasks"], pools, known)
         result = {"model": found["model"], **result, "lm_eval": found["lm_eval"]}
         _keep(result, target)
         print(f"{found['model']}: {', '.join(settings['tasks'].tasks)}, {found['seconds']:.1f} s\n\n{found['tables']}")
@@ -79,6 +81,7 @@ def _keep(result: dict[str, Any], target: Store | None) -> None:
 def _read(given: dict[str, Any]) -> list[tuple[str, str | None]]:
     """What is read, by its name on the command line."""
     flags = {"MODEL": "model", "--text": "text", "--uncompressed": "uncompressed", "--include-path": "include_path"}
+    flags["--verify-source"] = "verify_source"
     return [(what, given.get(name)) for what, name in flags.items()]
 
 

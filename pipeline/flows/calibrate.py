@@ -22,6 +22,7 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes, moment_bytes
 from pipeline.model.moments import Moments, layers_of, moment_file
 from pipeline.model.output import begin
+from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
 from pipeline.model.tensors import TensorInfo
 from pipeline.run.driver import TaskList, execute
@@ -36,7 +37,8 @@ _VERSION = 5  # goes up with every change of what is gathered
 
 def calibration_key(source: Checkpoint, settings: CalibrationSettings) -> ModelKey:
     """How workers name the model that they calibrate."""
-    return ModelKey(source.store.root, settings.calibration_dtype, 1, settings.trust_remote_code)
+    known = digests_of_source(source)
+    return ModelKey(source.store.root, settings.calibration_dtype, 1, settings.trust_remote_code, known)
 
 
 @dataclass(frozen=True)

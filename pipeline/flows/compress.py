@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -17,9 +17,9 @@ from pipeline.device import Arithmetic
 from pipeline.errors import ClusterError, UserError, WeightsError
 from pipeline.flows.card import card_of_compression
 from pipeline.flows.preflight import begin_with_room, identity_of, names_of, require_unmixed
+from pipeline.flows.resumed import VERIFIED, Ingredients
 from pipeline.measure.tuner import Tuned
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.digests import known_ranges
 from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.matrices import lies_as
@@ -27,6 +27,7 @@ from pipeline.model.moments import Moments
 from pipeline.model.output import CALIBRATION, Output, abandon, finish
 from pipeline.model.parts import DONE
 from pipeline.model.plan import Plan
+from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
@@ -106,6 +107,7 @@ def compress_model(
     names, nbytes = names_of(source, plan), plan.stored_bytes_as(settings.format)
     with begin_with_room(store, source, identity, names, nbytes, overwrite, wait) as out:
         if out.complete:
+            Ingredients(source, calibrated.moments if calibrated else None).require_made_of(store)
             return {**store.read_json("swsc_report.json"), "resumed": "complete"}
         return _carry_out(out, source, plan, settings, make_pool, calibrated, tune, started, arithmetic)
 
@@ -114,7 +116,9 @@ def _carry_out(
     out: Output, source: Checkpoint, plan: Plan, settings: CompressSettings, make_pool: PoolMaker,
     calibrated: Calibrated | None, tune: Callable[[], TunedModel] | None, started: float, arithmetic: Arithmetic,
 ) -> dict[str, Any]:  # fmt: skip
-    out = _without_other_sources(out, source)
+    moments = calibrated.moments if calibrated else None
+    ready = _tuned(tune, out) if tune else None
+    out = Ingredients(source, moments, ready.tuned if ready else None).kept(out)
     records = {file: record for file, (record, _) in out.finished.items()}
     rows = {row["name"]: row for _, found in out.finished.values() for row in found}
     peaks: dict[str, int] = {}
@@ -128,8 +132,6 @@ def _carry_out(
             kernels.add(done.value["kernels"])
             peaks[str(done.worker)] = max(done.value["peak_rss"], peaks.get(str(done.worker), 0))
 
-    moments = calibrated.moments if calibrated else None
-    ready = _tuned(tune, out) if tune else None
     tasks = [
         task for task in _tasks(source, plan, out.ticket, settings, moments, ready) if task.key not in out.finished
     ]
@@ -140,6 +142,8 @@ def _carry_out(
     if source.dequantized:
         report["dequantized_from"] = vars(source.dequantized)
     report["files_of_an_earlier_run"] = len(out.finished)
+    if known := digests_of_source(source):
+        report[VERIFIED] = known.name
     if ready:
         report["tuning"] = ready.about
     ordered = [records[name] for name in sorted(records)]
@@ -148,20 +152,6 @@ def _carry_out(
     card = card_of_compression(source, plan, rows, settings, calibrated.words if calibrated else "")
     finish(out, source, ordered, _config(source, rows, settings.format), report, card)
     return report
-
-
-def _without_other_sources(out: Output, source: Checkpoint) -> Output:
-    """An output without the finished files that were made of other bytes than the source is known to have."""
-    known = known_ranges(source.tensors)
-
-    def is_of(record: FileRecord, rows: list[dict[str, Any]]) -> bool:
-        if not rows:  # copied as they are
-            own = {name: source.tensors[name].sha256 for name in record.tensors if name in source.tensors}
-            return all(digests[:1] in ((), (record.tensors[name],)) for name, digests in own.items())
-        seen = {where: digest for row in rows for where, digest in row.get("source_sha256", {}).items()}
-        return all(known.get(where, digest) == digest for where, digest in seen.items())
-
-    return replace(out, finished={file: own for file, own in out.finished.items() if is_of(*own)})
 
 
 def _tuned(tune: Callable[[], TunedModel], out: Output) -> TunedModel:

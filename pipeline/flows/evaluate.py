@@ -16,13 +16,18 @@ from pipeline.model.artifact import Model, open_model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
 from pipeline.model.output import known_traces
+from pipeline.model.source_digests import SourceDigests, digests_of_source
 from pipeline.run.pool import Done, Task
 
 _BATCHES = 4  # of one task: enough to hide its cost, few enough to share the work out evenly
 
 
-def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMaker) -> dict[str, Any]:
+def evaluate_model(
+    location: str, settings: EvaluateSettings, make_pool: PoolMaker, known: SourceDigests | None = None
+) -> dict[str, Any]:
     """Perplexity of the dense or compressed model at `location`, by the standard protocol (measure/windows.py).
+
+    `known`: digests of a model that was verified, which all that is read of it is held against.
 
     Returns the values that `swsc evaluate --json` writes: perplexity, loss of each window, and the protocol.
 
@@ -32,7 +37,7 @@ def evaluate_model(location: str, settings: EvaluateSettings, make_pool: PoolMak
         RunError: a task failed.
     """
     started = time.perf_counter()
-    model = open_model(location)
+    model = open_model(location, known)
     windows = make_windows(location, settings)
     require_within(windows.ids, model.checkpoint)
     require_unseen(model, lambda: read_text(settings.text, settings.text_column), settings.text)
@@ -72,7 +77,8 @@ def on_gpu_bytes(model: Model, settings: EvaluateSettings) -> int:
 
 def model_key(checkpoint: Checkpoint, settings: MeasureSettings) -> ModelKey:
     """How workers name the loaded model."""
-    return ModelKey(checkpoint.store.root, settings.dtype, settings.batch_size, settings.trust_remote_code)
+    known = digests_of_source(checkpoint)
+    return ModelKey(checkpoint.store.root, settings.dtype, settings.batch_size, settings.trust_remote_code, known)
 
 
 def deal(ids: np.ndarray, settings: EvaluateSettings) -> list[tuple[int, np.ndarray]]:

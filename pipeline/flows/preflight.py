@@ -23,6 +23,7 @@ from swsc_core.format import FORMAT_VERSION
 ALGORITHM = 10  # goes up with every change that changes bytes: files of two versions are never mixed
 _SHOWN = 4  # names of files in a note
 STAGED = "untuned"  # how the name of a model in the cache begins that is yet to be tuned
+OF_SOURCE = "source-"  # how folders of a cache begin that hold what was made of a verified source
 
 
 def note_left_out(source: Checkpoint) -> None:
@@ -78,7 +79,8 @@ def require_output(
 
 def _staged_bytes(cache: Store) -> int:
     """Bytes of models that earlier runs have made to be tuned: ours may be among them."""
-    places = [cache.below(name) for name in cache.entries() if name.startswith(STAGED)]
+    caches = [cache, *(cache.below(name) for name in cache.entries() if name.startswith(OF_SOURCE))]
+    places = [own.below(name) for own in caches for name in own.entries() if name.startswith(STAGED)]
     return sum(place.size(name) for place in places for name in place.names())
 
 

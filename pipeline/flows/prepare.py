@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.flows.allocate import allocate_plan
 from pipeline.flows.calibrate import Calibration
 from pipeline.flows.compress import Calibrated, PoolMaker
+from pipeline.flows.preflight import OF_SOURCE
 from pipeline.flows.tune import TuneText
 from pipeline.flows.write import written_windows
 from pipeline.matrix_config import MatrixSettings
@@ -22,6 +23,7 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.moments import Moments
 from pipeline.model.output import known_traces
 from pipeline.model.plan import Plan
+from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
 from pipeline.run.progress import say
 
@@ -47,7 +49,7 @@ def prepare(
                 f"{', '.join(idle)} mean nothing to metric weights without tune: choose preset best or fast, or drop them"
             )
         return plan, None
-    cache = cache_of(calibration, beside)
+    cache = cache_of_source(cache_of(calibration, beside), source)
     if settings.preset == "data-free":
         if calibration.calibration:
             raise ConfigError("calibration means nothing to preset data-free: drop it, or choose preset best")
@@ -77,6 +79,12 @@ def prepare(
 def cache_of(calibration: CalibrationSettings, beside: str) -> str:
     """Where moments and models that are yet to be tuned are kept."""
     return calibration.cache_dir or Store.at(beside).parent.below(".swsc-cache").root
+
+
+def cache_of_source(cache: str, source: Checkpoint) -> str:
+    """The part of a cache that is of a verified source: what was made of bytes that nobody knew is not in it."""
+    known = digests_of_source(source)
+    return Store.at(cache).below(f"{OF_SOURCE}{known.name}").root if known else cache
 
 
 def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None, calibration: CalibrationSettings) -> str:

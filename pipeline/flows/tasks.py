@@ -16,6 +16,7 @@ from pipeline.measure.perplexity import ModelKey
 from pipeline.measure.windows import require_within
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
+from pipeline.model.source_digests import SourceDigests
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
@@ -33,7 +34,9 @@ def require_harness(settings: TaskSettings) -> None:
         )
 
 
-def evaluate_tasks(location: str, settings: TaskSettings, make_pool: PoolMaker) -> dict[str, Any]:
+def evaluate_tasks(
+    location: str, settings: TaskSettings, make_pool: PoolMaker, known: SourceDigests | None = None
+) -> dict[str, Any]:
     """What lm-eval finds of the dense or compressed model at `location`.
 
     Returns {"model", "lm_eval": lm-eval's own results, "tables": as it prints them, "seconds"}.
@@ -45,7 +48,7 @@ def evaluate_tasks(location: str, settings: TaskSettings, make_pool: PoolMaker) 
     started = time.perf_counter()
     require_harness(settings)
     lm_eval = harness()
-    model = open_model(location)
+    model = open_model(location, known)
     key = model_key(model.checkpoint, settings)
     with PooledAnswers(model, key, settings, make_pool) as answers:
         results = lm_eval.run_tasks(settings, lm_eval.Asker(model, key, answers))

@@ -25,6 +25,7 @@ from pipeline.model.forecast import tuning_bytes, tuning_device_bytes
 from pipeline.model.output import Output, begin
 from pipeline.model.parts import DONE
 from pipeline.model.records import of_cache, read_record
+from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
 from pipeline.run.driver import StagedTasks, Stages, execute
 from pipeline.run.pool import Done, Task
@@ -75,7 +76,7 @@ class Tuning:
     ) -> None:  # fmt: skip
         self._source, self._text = source, text
         dtype = settings.calibration_dtype
-        self._key = TuneKey(source.store.root, compressed, dtype, settings.trust_remote_code)
+        self._key = TuneKey(source.store.root, compressed, dtype, settings.trust_remote_code, digests_of_source(source))
         self._batches = text.batches()
         self.identity = {
             "source": source.fingerprint, "compressed": _digest_of(compressed), "epochs": text.epochs, "seed": text.seed,

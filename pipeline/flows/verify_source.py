@@ -4,15 +4,15 @@ Each file is read once from end to end. The digests of its tensors that are take
 worker reads later is held against them, too.
 """
 
-from dataclasses import replace
 from itertools import chain
 
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.digests import FileDigests, by_file, read_sums, require_equal, require_known, with_digests
+from pipeline.model.digests import FileDigests, by_file, read_sums, require_equal, require_known
 from pipeline.model.forecast import WORKER_BASE
 from pipeline.model.hub import published_hashes
+from pipeline.model.source_digests import SourceDigests, digests_of_source, verified_as
 from pipeline.model.store import Store
 from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Done, Task
@@ -49,7 +49,12 @@ def verified(source: Checkpoint, hashes: str, make_pool: PoolMaker) -> Checkpoin
         for file, own in sorted(files.items())
     ]
     run_alone(tasks, WORKER_BASE, note, make_pool, "verify source", "files")
-    return replace(source, tensors=with_digests(source.tensors, found))
+    return verified_as(source, found)
+
+
+def verified_digests(source: Checkpoint, hashes: str, make_pool: PoolMaker) -> SourceDigests | None:
+    """Digests of the source for those who open it themselves; raises as `verified`."""
+    return digests_of_source(verified(source, hashes, make_pool))
 
 
 def _text_of(name: str) -> str:

@@ -29,7 +29,7 @@ class Calibrator:
 
     def __init__(self, key: ModelKey, device: str) -> None:
         self.key = key
-        self._source = open_model(key.location)
+        self._source = open_model(key.location, key.known)
         self._model = load_model(self._source, key, device)
         self._model.requires_grad_(False)
         self._device = device

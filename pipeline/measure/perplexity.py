@@ -23,7 +23,9 @@ from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import positions_of
 from pipeline.model.parts import Payload, read_tensor, to_tensor
 from pipeline.model.skeleton import skeleton_at, told
-from pipeline.model.tensors import DTYPES, FLOATS
+from pipeline.model.source_digests import SourceDigests
+from pipeline.model.store import Store
+from pipeline.model.tensors import DTYPES, FLOATS, TensorInfo
 from swsc_core import align, decode
 
 _ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k values are 256 MiB
@@ -36,12 +38,14 @@ class ModelKey:
     Attributes:
         dtype: "auto", or torch's name.
         trusted: code that the model brings may be run.
+        known: digests of a model that was verified, which all that is read of it is held against.
     """
 
     location: str
     dtype: str
     batch_size: int
     trusted: bool = False
+    known: SourceDigests | None = None
 
 
 def perplexity(losses: Sequence[float], what: str) -> float:
@@ -59,7 +63,7 @@ class Evaluator:
 
     def __init__(self, key: ModelKey, device: str) -> None:
         self.key = key
-        self._source = open_model(key.location)
+        self._source = open_model(key.location, key.known)
         self._model = load_model(self._source, key, device)
         self._device = device
         self._swapped: set[str] = set()
@@ -180,6 +184,22 @@ def _load(source: Model, key: ModelKey, dtype: str) -> Any:
     return model, info
 
 
+class _Checked:
+    """A tensor that is read, and held against its digest, once it is indexed; as a slice of safetensors, which knows no digests."""
+
+    def __init__(self, store: Store, info: TensorInfo) -> None:
+        self._store, self._info = store, info
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return read_tensor(self._store, self._info)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self._info.shape)
+
+    def get_dtype(self) -> str:
+        return self._info.dtype
+
+
 @contextmanager
 def _weights(source: Model) -> Iterator[dict[str, Any]]:
     """Name -> weight, or what maps it into memory when it is indexed: dense files on a disk are not copied."""
@@ -191,6 +211,9 @@ def _weights(source: Model) -> Iterator[dict[str, Any]]:
             info = checkpoint.tensors.get(name)
             if not in_place or info is None or info.view is not None:
                 weights[name] = source.read(name)
+                continue
+            if info.sha256:
+                weights[name] = _Checked(checkpoint.store, info)
                 continue
             if info.file not in files:
                 path = f"{checkpoint.store.root}/{info.file}"

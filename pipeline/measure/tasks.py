@@ -141,7 +141,7 @@ class Answerer:
 
     def __init__(self, key: ModelKey, device: str) -> None:
         self.key = key
-        model = load_model(open_model(key.location), key, device)
+        model = load_model(open_model(key.location, key.known), key, device)
         with _unwarned():
             self._lm = HFLM(model, **_manner(key))
 

@@ -20,7 +20,8 @@ from pipeline.measure.slots import find_matrix_slot
 from pipeline.measure.tune_state import TuneState, Values, from_payload
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import read_header
-from pipeline.model.parts import Payload, read_tensor
+from pipeline.model.parts import Payload, finished_sha256, read_tensor
+from pipeline.model.source_digests import SourceDigests
 from pipeline.model.store import Store
 from swsc_core.codec import Encoded, encoded_as, matrix_of
 from swsc_core.tuning import Tunable, values_of
@@ -30,12 +31,16 @@ _ROWS = 512  # positions whose predictions are compared at a time
 
 @dataclass(frozen=True)
 class TuneKey:
-    """An original and a compressed form of it, by location, the arithmetic of both, and whether their code may be run."""
+    """An original and a compressed form of it, by location, the arithmetic of both, and whether their code may be run.
+
+    `known`: digests of the original, if it was verified.
+    """
 
     original: str
     compressed: str
     dtype: str
     trusted: bool = False
+    known: SourceDigests | None = None
 
 
 class Tuner:
@@ -44,7 +49,7 @@ class Tuner:
     def __init__(self, key: TuneKey, device: str) -> None:
         self.key = key
         self._device = device
-        self._teacher = _loaded(key, key.original, device)
+        self._teacher = _loaded(key, key.original, device, key.known)
         self._student = _loaded(key, key.compressed, device)
         self._tunables = tunables(key.compressed, device)
         model = open_model(key.compressed)
@@ -144,6 +149,11 @@ class Tuned:
     store: Store
     file: str | None
 
+    @property
+    def sha256(self) -> str:
+        """Of that file; "" if there is none."""
+        return finished_sha256(self.store, self.file) if self.file else ""
+
     def encoded(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Encoded]:
         """Matrices with tuned values, one at a time; `weights` are names and originals, to compare with."""
         model, kept = open_model(self.compressed), read_header(self.store, self.file)[1] if self.file else []
@@ -170,5 +180,7 @@ def _zeros(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {part: torch.zeros_like(value) for part, value in values.items()}
 
 
-def _loaded(key: TuneKey, location: str, device: str) -> Any:
-    return load_model(open_model(location), ModelKey(location, key.dtype, 1, key.trusted), device).requires_grad_(False)
+def _loaded(key: TuneKey, location: str, device: str, known: SourceDigests | None = None) -> Any:
+    return load_model(
+        open_model(location, known), ModelKey(location, key.dtype, 1, key.trusted), device
+    ).requires_grad_(False)

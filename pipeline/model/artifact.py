@@ -10,6 +10,7 @@ from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.parts import read_tensor
 from pipeline.model.quantized_names import require_unquantized
+from pipeline.model.source_digests import SourceDigests, held_against
 from pipeline.model.tensors import BITS, TORCH_TO_SAFETENSORS, TensorInfo
 from swsc_core.format import entries_of, part_name
 from swsc_core.pieces import Rows, join, laid, misfit
@@ -139,13 +140,19 @@ class Model:
         return {part: read_tensor(store, tensors[where]) for part, where in self.parts(name).items()}
 
 
-def open_model(location: str) -> Model:
+def open_model(location: str, known: SourceDigests | None = None) -> Model:
     """Open a dense or compressed model from its headers.
+
+    Args:
+        known: of a model that was verified: other bytes than those are never read.
 
     Raises:
         CheckpointError: as `open_checkpoint`; an unfinished or incomplete output; a format or method not known here.
+        StoreError: what describes the model is read as other bytes than when it was verified.
     """
     checkpoint = open_checkpoint(location)
+    if known:
+        checkpoint = held_against(checkpoint, known)
     quantization = checkpoint.config.get("quantization_config") or {}
     if quantization.get("quant_method") != "swsc":
         require_unquantized(location, checkpoint.tensors, checkpoint.config)

@@ -45,6 +45,7 @@ class Checkpoint:
         passed_over: files beside the model's that hold weights, or belong to an adapter, and are not read.
         copies: tied tensors that are stored twice, of which `tensors` holds one.
         untied: tensors that the class ties and that hold values of their own: as in transformers they stay two.
+        verified: its files were held against known hashes, and its tensors have their digests.
     """
 
     store: Store
@@ -59,6 +60,7 @@ class Checkpoint:
     left_out: tuple[PassedOver, ...] = ()
     copies: tuple[Tie, ...] = ()
     untied: tuple[Tie, ...] = ()
+    verified: bool = False
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,5 +1,6 @@
 """Local copies of a model's small files, for libraries that open directories only: its config and its tokenizer."""
 
+import hashlib
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,20 @@ def small_files(location: str) -> str:
     """A local directory with everything of the model at `location` but its weights; itself, if it is local."""
     store = Store.at(local_copy(location))
     return store.root if store.is_local else _copied(store.root)
+
+
+def small_files_sha256(location: str) -> str:
+    """sha256 over these files, their names included."""
+    folder, digest = Path(small_files(location)), hashlib.sha256()
+    for name in ("config.json", *open_checkpoint(location).extras):
+        content = (folder / name).read_bytes()
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def forget_small_files() -> None:
+    """Have them copied again when they are asked for next."""
+    _copied.cache_clear()
 
 
 @lru_cache

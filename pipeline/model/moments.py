@@ -5,6 +5,7 @@ input has it, X.plain, float32 [n, n]; measure/calibration.py says what they are
 (output.py) and never finished: another run may add more matrices.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pipeline.model.checkpoint import RUN, read_header
 from pipeline.model.families import layer_of
-from pipeline.model.parts import DONE, read_tensor
+from pipeline.model.parts import DONE, finished_sha256, read_tensor
 from pipeline.model.records import CalibrationRun, Done, of_cache, read_record
 from pipeline.model.store import Store
 from swsc_core import Metric
@@ -59,6 +60,11 @@ class Moments:
     def tokens(self, name: str) -> int:
         """Number of tokens of the text that reached a matrix."""
         return int(self._row(name)["tokens"])
+
+    def sha256(self, name: str) -> str:
+        """Stands for what `metric` is made of: the file of a matrix, and the one that has its `plain`."""
+        files = dict.fromkeys((moment_file(name), moment_file(self._row(name)["owner"] or name)))
+        return hashlib.sha256(" ".join(finished_sha256(self.store, file) for file in files).encode()).hexdigest()
 
     def _text_tokens(self) -> int:
         """Number of tokens of the text; an expert sees some of them."""

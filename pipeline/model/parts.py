@@ -18,6 +18,7 @@ from pipeline.model.digests import Seen, checked
 from pipeline.model.files import Bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.places import is_blob
+from pipeline.model.records import Done, of_cache, read_record
 from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensors import BITS, DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, View
 
@@ -157,6 +158,13 @@ def _write(
     ticket.require()
     ticket.store.write_json(f"{DONE}/{file}.json", {**record.about, "rows": list(rows), "run": ticket.run})
     return record
+
+
+def finished_sha256(store: Store, file: str) -> str:
+    """sha256 of a file in a cache, as its record says; OutputError if that is damaged."""
+    record = f"{DONE}/{file}.json"
+    found: str = of_cache(store, record, lambda: read_record(store, record, Done)["sha256"])
+    return found
 
 
 def linked(store: Store, file: str) -> str:

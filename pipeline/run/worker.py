@@ -142,7 +142,9 @@ class Worker(HostTasks):
             raise WeightsError(f"{source.root}/{info.file}: {error}") from None
         row = row_of(info, specs, encoded, read_seconds, time.perf_counter() - started)
         row["source_sha256"] = {where: self._digests[where] for where in ranges_of(info)}
-        return encoded, row | ({"calibration_tokens": moments.tokens(info.name)} if moments else {})
+        if moments:
+            row |= {"calibration_tokens": moments.tokens(info.name), "moments_sha256": moments.sha256(info.name)}
+        return encoded, row
 
     def calibrate(
         self, key: ModelKey, layers: Sequence[Sequence[str]], windows: np.ndarray, first: int, seed: int
@@ -213,7 +215,8 @@ class Worker(HostTasks):
         for info, encoded in zip(infos, ready, strict=True):
             require_same(info.name, rows[info.name].get("source_sha256", {}), self._digests)
             made.add(info, encoded)
-            changed.append({**rows[info.name], **errors_of(info, encoded), "entry": encoded.entry})
+            own = {"entry": encoded.entry, "tuned_sha256": tuned.sha256}
+            changed.append({**rows[info.name], **errors_of(info, encoded), **own})
         return measured(changed, self.kernels), Payload(self._finished(made, source, task), tuple(changed))
 
     def _tuner_of(self, key: TuneKey) -> Tuner:

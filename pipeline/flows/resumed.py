@@ -1,0 +1,72 @@
+"""What an earlier run has finished, held against what this run reads: source, second moments and tuning."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.errors import OutputError
+from pipeline.measure.tuner import Tuned
+from pipeline.model.checkpoint import MANIFEST, Checkpoint
+from pipeline.model.digests import Seen, known_ranges, recorded
+from pipeline.model.moments import Moments
+from pipeline.model.output import Output
+from pipeline.model.owned import REPORT
+from pipeline.model.source_digests import digests_of_source
+from pipeline.model.store import FileRecord, Store
+
+VERIFIED = "verified_source"  # in a report: name of the digests that all readings of the run were held against
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What an output is made of in this run."""
+
+    source: Checkpoint
+    moments: Moments | None
+    tuned: Tuned | None = None
+
+    def kept(self, out: Output) -> Output:
+        """An output without the finished files that were made of something else."""
+        known = known_ranges(self.source.tensors)
+
+        def is_of(record: FileRecord, rows: list[dict[str, Any]]) -> bool:
+            return self._copied(record.tensors) if not rows else all(self._is_of(row, known) for row in rows)
+
+        return replace(out, finished={file: own for file, own in out.finished.items() if is_of(*own)})
+
+    def _copied(self, tensors: Mapping[str, str]) -> bool:
+        """Whether tensors that stayed as they are have the digests that are known of them."""
+        own = {name: self.source.tensors[name].sha256 for name in tensors if name in self.source.tensors}
+        return all(digests[:1] in ((), (tensors[name],)) for name, digests in own.items())
+
+    def _is_of(self, row: Mapping[str, Any], known: Seen) -> bool:
+        """Whether a compressed matrix was made of these."""
+        return (
+            all(known.get(where, digest) == digest for where, digest in row.get("source_sha256", {}).items())
+            and self._same(row, "moments_sha256", self.moments.sha256(row["name"]) if self.moments else None)
+            and self._same(row, "tuned_sha256", self.tuned.sha256 if self.tuned else None)
+        )
+
+    def _same(self, row: Mapping[str, Any], key: str, now: str | None) -> bool:
+        """Whether a row says what is so now; one of an earlier release says nothing, which is not enough for a verified source."""
+        return now is None or row.get(key) == now or (key not in row and not self.source.verified)
+
+    def require_made_of(self, store: Store) -> None:
+        """Raise OutputError if a complete output was made of other bytes than a verified source has, or may have been."""
+        if (known := digests_of_source(self.source)) is None:
+            return
+        report, manifest = store.read_json(REPORT), store.read_json(MANIFEST)
+        if report.get(VERIFIED) == known.name:
+            return
+        ranges = known_ranges(self.source.tensors)
+        rows = [row for row in report["tensors"] if row["action"] == "compressed"]
+        # a part of what is stored of a matrix may have its name; of a fused tensor the rest is stored
+        made = {row[key] for row in rows for key in ("name", "tensor") if row.get(key)}
+        copied = {name: digest for name, (digest,) in recorded(manifest).items() if name not in made}
+        calibrated = any("moments_sha256" in row or "calibration_tokens" in row for row in rows) or "tuning" in report
+        if calibrated or not (self._copied(copied) and all(self._is_of(row, ranges) for row in rows)):
+            raise OutputError(
+                f"{store.root}: complete, but made without --verify-source, and"
+                f" {'of a calibration that read the source unverified' if calibrated else 'of other bytes'}; remove it, or choose"
+                " another output"
+            )
