@@ -112,3 +112,18 @@ def changed_json(draw: Any, data: bytes) -> bytes:
     if draw(st.integers(0, 20)) == 0:
         text = draw(st.sampled_from(["[" * 100_000, '{"a":' * 100_000, "1" * 6000, "", "\ufeff" + text, text + text]))
     return text.encode()
+
+
+@st.composite
+def changed_header(draw: Any, data: bytes) -> bytes:
+    """A safetensors file whose header says something else, mostly with its length as it should be."""
+    length = int.from_bytes(data[:8], "little")
+    header = draw(changed_json(data[8 : 8 + length]))
+    said = draw(
+        st.one_of(
+            st.just(len(header)),
+            st.just(len(header)),
+            st.sampled_from([0, 1, len(header) - 1, len(data), 2**40, 2**64 - 1]),
+        )
+    )
+    return int(said).to_bytes(8, "little") + header + data[8 + length :]

@@ -1,0 +1,110 @@
+"""What a calibration, a tuning or a conversion keeps for later runs, and a sweep's settings, changed: one line, soon, in little memory."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.cli import main
+from tests.bounded import ends
+from tests.mutations import changed_bytes, changed_header, changed_json, changed_tree, patient
+from tests.tiny import make_text, make_tiny_model
+from tests.tiny_gguf import make_tiny_gguf
+
+DATA_FREE = [
+    "--local", "--preset", "data-free", "--bits", "3", "--tune", "1", "--projectors", "q", "--calibration-windows", "4",
+    "--calibration-seqlen", "32",
+]  # fmt: skip
+KEPT = [
+    "written-*.json", "moments-*/curves-*.json", "moments-*/.swsc/run.json", "moments-*/.swsc/files.json", "moments-*/.swsc/done/*",
+    "moments-*/*.safetensors", "tuned-*/result.json", "tuned-*/.swsc/run.json", "tuned-*/.swsc/files.json", "tuned-*/.swsc/done/*",
+    "tuned-*/*.safetensors", "untuned-*/swsc_manifest.json", "untuned-*/swsc_report.json", "untuned-*/swsc_calibration.json",
+    "untuned-*/config.json", "untuned-*/model.safetensors.index.json", "untuned-*/tokenizer.json", "untuned-*/model-00002-*.safetensors",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and the cache of a tuned compression of it on text that it wrote."""
+    folder = tmp_path_factory.mktemp("caches")
+    make_tiny_model(folder / "model", layers=1)
+    make_text(folder / "text.txt", 400)
+    assert main(["compress", *_arguments(folder, "cache")]) == 0
+    return folder
+
+
+def _arguments(folder: Path, cache: str) -> list[str]:
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    return [str(folder / "model"), str(folder / "out"), *DATA_FREE, "--cache-dir", str(folder / cache)]
+
+
+def _changed_copy(folder: Path, data: st.DataObject, kept: str, inner: bool) -> None:
+    """The cache once more, with one of its files changed; `inner`: with a tuning that goes on from its state."""
+    shutil.rmtree(folder / "changed", ignore_errors=True)
+    shutil.copytree(folder / "cache", folder / "changed")
+    (file,) = (folder / "changed").glob(kept)
+    whole = file.read_bytes()
+    file.write_bytes(data.draw(changed_header(whole) if file.suffix == ".safetensors" else changed_json(whole)))
+    for result in (folder / "changed").glob("tuned-*/result.json") if inner else ():
+        result.unlink()
+
+
+@patient(20)
+@given(data=st.data(), kept=st.sampled_from(KEPT), inner=st.booleans())
+def test_a_file_of_a_cache(folder: Path, data: st.DataObject, kept: str, inner: bool) -> None:
+    _changed_copy(folder, data, kept, inner and "result" not in kept)
+    ends("compress", *_arguments(folder, "changed"))
+
+
+@patient(10)
+@given(
+    data=st.data(), name=st.sampled_from(["dequantized.json", "config.json", "model.safetensors"]), beside=st.booleans()
+)
+def test_what_a_gguf_file_was_made_into(folder: Path, data: st.DataObject, name: str, beside: bool) -> None:
+    """The checkpoint, and its note of what it was made of: where the user wrote it, or beside the file, where a plan finds it."""
+    file = folder / "a" / "whole.gguf"
+    if not file.exists():
+        file.parent.mkdir()
+        assert main(["convert", str(make_tiny_gguf(file)), str(folder / "made")]) == 0
+        assert (
+            main(["compress", str(file), str(folder / "of-gguf"), "--local", "--projectors", "q", "--bits", "4"]) == 0
+        )
+    (kept,) = (folder / "a" / ".swsc-cache").glob("gguf-*")
+    changed = (kept if beside else folder / "made") / name
+    whole = changed.read_bytes()
+    try:
+        changed.write_bytes(data.draw(changed_header(whole) if name == "model.safetensors" else changed_json(whole)))
+        ends("plan", str(file if beside else folder / "made"), "--local", "--projectors", "q")
+    finally:
+        changed.write_bytes(whole)
+
+
+@patient(15)
+@given(data=st.data())
+def test_headers_of_a_model(folder: Path, data: st.DataObject) -> None:
+    """The JSON in front of the tensors of a safetensors file."""
+    shutil.rmtree(folder / "headers", ignore_errors=True)
+    shutil.copytree(folder / "model", folder / "headers")
+    file = sorted((folder / "headers").glob("*.safetensors"))[data.draw(st.integers(0, 1))]
+    file.write_bytes(data.draw(changed_header(file.read_bytes())))
+    ends("plan", str(folder / "headers"), "--local", "--projectors", "q")
+
+
+@patient(10)
+@given(data=st.data())
+def test_settings_of_a_sweep(folder: Path, data: st.DataObject) -> None:
+    settings = {
+        "models": [str(folder / "model")], "variants": [{"name": "q", "projectors": "q", "bits": 4}, {"name": "k", "projectors": "k"}],
+        "evaluations": [{"text": str(folder / "text.txt"), "seqlen": 32, "windows": 2}], "uncompressed": False,
+        "reference": {str(folder / "model"): 3.5},
+    }  # fmt: skip
+    content = yaml.dump(data.draw(changed_tree(json.loads(json.dumps(settings))))).encode(errors="surrogatepass")
+    (folder / "sweep.yaml").write_bytes(
+        data.draw(st.one_of(st.just(content), st.just(content), changed_bytes(content)))
+    )
+    shutil.rmtree(folder / "swept", ignore_errors=True)
+    ends("sweep", str(folder / "sweep.yaml"), "--out", str(folder / "swept"), "--local")
