@@ -123,7 +123,7 @@ def changed_header(draw: Any, data: bytes) -> bytes:
         st.one_of(
             st.just(len(header)),
             st.just(len(header)),
-            st.sampled_from([0, 1, len(header) - 1, len(data), 2**40, 2**64 - 1]),
+            st.sampled_from([0, 1, max(0, len(header) - 1), len(data), 2**40, 2**64 - 1]),
         )
     )
     return int(said).to_bytes(8, "little") + header + data[8 + length :]

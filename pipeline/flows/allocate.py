@@ -8,6 +8,7 @@ matrices: another budget costs nothing.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -29,6 +30,7 @@ from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
 
 _VERSION = 5  # goes up with every change of the menu or of what is measured
+_SHOWN = 200  # characters of a spec that is refused
 
 
 def allocate_plan(
@@ -82,7 +84,7 @@ def _curves(
     identity |= {"widths": sorted({value_bits(info.dtype, settings) for info in infos})}
     file = f"curves-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}.json"
     if moments.store.exists(file):
-        return of_cache(moments.store, file, lambda: _read(moments, file, infos))
+        return of_cache(moments.store, file, lambda: _read(moments, file, infos, settings))
     run = partial(_results, plan=plan, make_pool=make_pool)
     reaches = run([Task(i.name, "reach", (source.store, i, moments), f"reach of {i.name}") for i in infos], "reach")
     found = run(_share_tasks(source, infos, settings, moments, reaches), "curves")
@@ -94,14 +96,35 @@ def _curves(
     return curves
 
 
-def _read(moments: Moments, file: str, infos: Sequence[TensorInfo]) -> dict[str, Any]:
-    """Curves as they were written, of all these matrices."""
+def _read(moments: Moments, file: str, infos: Sequence[TensorInfo], settings: MatrixSettings) -> dict[str, Any]:
+    """Curves as they were written, of all these matrices: of specs on the menu, and of losses that are numbers."""
     kept = read_record(moments.store, file, Curves)
-    for info in infos:
-        float(kept["reach"][info.name])
-        for values, share in kept["shares"][kind_of(info)]:
-            SwscSpec(**values), float(share)
-    return kept
+    offered = {_offered(info, settings) for info in infos}
+    menu = {_text(spec) for shape, bits in offered for spec in candidates(shape, bits)}
+    reach = {info.name: _loss(kept["reach"][info.name]) for info in infos}
+    shares = {kind: [(values, _loss(share)) for values, share in kept["shares"][kind]] for kind in map(kind_of, infos)}
+    for values, _ in (choice for own in shares.values() for choice in own):
+        if json.dumps(values, sort_keys=True) not in menu:
+            raise ValueError(f"shares: no spec that is chosen among: {str(values)[:_SHOWN]}")
+    if not all(shares.values()):
+        raise ValueError("shares: a kind of matrix without a spec")
+    return {"reach": reach, "shares": shares}
+
+
+def _offered(info: TensorInfo, settings: MatrixSettings) -> tuple[tuple[int, int], int]:
+    """What the menu of a matrix depends on: its shape, and bits of a stored value."""
+    return (info.shape[0], info.shape[1]), value_bits(info.dtype, settings)
+
+
+def _text(spec: SwscSpec) -> str:
+    return json.dumps(asdict(spec), sort_keys=True)
+
+
+def _loss(value: object) -> float:
+    """A loss as it was written; ValueError or OverflowError if it cannot be one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value} is no loss")
+    return float(value)
 
 
 def _results(tasks: list[Task], what: str, plan: Plan, make_pool: PoolMaker) -> dict[Any, Any]:
@@ -125,7 +148,7 @@ def _share_tasks(
     tasks = []
     for kind, members in kinds.items():
         middle = _typical(members, moments, reaches)
-        specs = list(candidates((middle.shape[0], middle.shape[1]), value_bits(middle.dtype, settings)))
+        specs = list(candidates(*_offered(middle, settings)))
         for place, some in enumerate(_dealt(specs)):
             arguments = (source.store, middle, moments, [asdict(spec) for spec in some], settings.seed)
             tasks.append(Task((kind, place), "shares", arguments, label=f"curve of {middle.name}"))

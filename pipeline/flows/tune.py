@@ -16,14 +16,14 @@ import numpy as np
 
 from pipeline.config import CalibrationSettings
 from pipeline.device import Arithmetic
-from pipeline.errors import ConfigError, PayloadLost
+from pipeline.errors import ConfigError, OutputError, PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.measure.tuner import Tuned, TuneKey
 from pipeline.model import records
 from pipeline.model.checkpoint import MANIFEST, Checkpoint
 from pipeline.model.forecast import tuning_bytes, tuning_device_bytes
 from pipeline.model.output import Output, begin
-from pipeline.model.parts import DONE
+from pipeline.model.parts import DONE, differences
 from pipeline.model.records import of_cache, read_record
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
@@ -101,8 +101,17 @@ class Tuning:
                     self._move(out, make_pool)
         about = of_cache(self._store, _RESULT, lambda: read_record(self._store, _RESULT, records.Tuning))
         return Tuned(
-            self._key.compressed, self._store, _state_file(about["steps"]) if about["applied"] else None
+            self._key.compressed, self._store, self._whole(about["steps"]) if about["applied"] else None
         ), about
+
+    def _whole(self, steps: int) -> str:
+        """File of the state after `steps` steps; OutputError if its bytes are not those that were written."""
+        file = _state_file(steps)
+        record = f"{DONE}/{file}.json"
+        known = of_cache(self._store, record, lambda: read_record(self._store, record, records.Done))
+        if found := differences(self._store, file, known):
+            raise OutputError(f"{self._store.root}: {found[0]}; remove this folder, and run the same command again")
+        return file
 
     def _states(self) -> list[str]:
         return [_state_file(step) for step in range(len(self._batches) + 1) if self._is_kept(step)]

@@ -178,7 +178,7 @@ def of_cache(store: Store, name: str, read: Callable[[], T]) -> T:
     """What `read` makes of a file in a cache, which is recomputed if it is removed; OutputError if it is damaged."""
     try:
         return read()
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise OutputError(
             f"{store.root}/{name} is damaged ({error}); remove it, and run the same command again"
         ) from None

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.cli import main
+from pipeline.model import speed
 from tests.bounded import ends
 from tests.mutations import changed_bytes, changed_header, changed_json, changed_tree, patient
 from tests.tiny import make_text, make_tiny_model
@@ -33,8 +34,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("caches")
     make_tiny_model(folder / "model", layers=1)
     make_text(folder / "text.txt", 400)
-    assert main(["compress", *_arguments(folder, "cache")]) == 0
+    for _ in range(2):  # what was written is read again
+        assert main(["compress", *_arguments(folder, "cache")]) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast the machine is, is not the matter here."""
+    monkeypatch.setattr(speed, "_SIDE", 16)
+    monkeypatch.setattr(speed, "_REPEATS", 1)
 
 
 def _arguments(folder: Path, cache: str) -> list[str]:
@@ -44,9 +53,7 @@ def _arguments(folder: Path, cache: str) -> list[str]:
 
 def _changed_copy(folder: Path, data: st.DataObject, kept: str, inner: bool) -> None:
     """The cache once more, with one of its files changed; `inner`: with a tuning that goes on from its state."""
-    shutil.rmtree(folder / "changed", ignore_errors=True)
-    shutil.copytree(folder / "cache", folder / "changed")
-    (file,) = (folder / "changed").glob(kept)
+    file = _copied(folder, kept)
     whole = file.read_bytes()
     file.write_bytes(data.draw(changed_header(whole) if file.suffix == ".safetensors" else changed_json(whole)))
     for result in (folder / "changed").glob("tuned-*/result.json") if inner else ():
@@ -58,6 +65,57 @@ def _changed_copy(folder: Path, data: st.DataObject, kept: str, inner: bool) -> 
 def test_a_file_of_a_cache(folder: Path, data: st.DataObject, kept: str, inner: bool) -> None:
     _changed_copy(folder, data, kept, inner and "result" not in kept)
     ends("compress", *_arguments(folder, "changed"))
+
+
+def _copied(folder: Path, kept: str) -> Path:
+    """A file of the cache in a copy of it."""
+    shutil.rmtree(folder / "changed", ignore_errors=True)
+    shutil.copytree(folder / "cache", folder / "changed")
+    (file,) = (folder / "changed").glob(kept)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("n_clusters", 16.0), ("n_clusters", None), ("n_clusters", -1), ("segment_size", "8"), ("rank", "x"), ("scaled", 1), ("method", "y"),
+     ("share", 10**400), ("share", True), ("share", "1.5"), ("reach", 10**400), ("reach", float("nan")), ("spec", None), ("specs", [])],
+)  # fmt: skip
+def test_curves_of_no_spec_on_the_menu(
+    folder: Path, capsys: pytest.CaptureFixture[str], key: str, value: object
+) -> None:
+    file = _copied(folder, "moments-*/curves-*.json")
+    curves = json.loads(file.read_text())
+    ((matrix, _),) = curves["reach"].items()
+    ((kind, specs),) = curves["shares"].items()
+    if key == "reach":
+        curves["reach"][matrix] = value
+    elif key == "specs":
+        curves["shares"][kind] = value
+    elif key in ("spec", "share"):
+        specs[0][key == "share"] = value
+    else:
+        specs[0][0][key] = value
+    file.write_text(json.dumps(curves))
+    assert ends("compress", *_arguments(folder, "changed")) == 2
+    assert f"{file.name} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said", ["shape", "bytes"])
+def test_a_state_of_a_finished_tuning_that_was_changed(
+    folder: Path, capsys: pytest.CaptureFixture[str], said: str
+) -> None:
+    """Its header says another shape, or a byte of it is another."""
+    file = _copied(folder, "tuned-*/*.safetensors")
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    about = json.loads(content[8 : 8 + length])
+    if said == "shape":
+        about[max(about)]["shape"].append(1)
+    header = json.dumps(about).encode()
+    content = len(header).to_bytes(8, "little") + header + content[8 + length :]
+    file.write_bytes(content if said == "shape" else content[:-1] + bytes([content[-1] ^ 1]))
+    assert ends("compress", *_arguments(folder, "changed")) == 2
+    assert f"{file.parent.name}: {file.name}" in capsys.readouterr().err
 
 
 @patient(10)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from jobs.cli import main
 from pipeline.errors import ConfigError
-from pipeline.model import lease
+from pipeline.model import lease, speed
 from tests.bounded import MOST_BYTES, bounded, ends
 from tests.gguf_tree import changed_gguf, parsed
 from tests.mutations import changed_bytes, changed_json, changed_tree, patient
@@ -46,8 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lease that names another machine is waited for; how long is not the matter here."""
+    """A lease that names another machine is waited for, and the machine's speed is measured; how long is not the matter here."""
     monkeypatch.setattr(lease, "_SILENT", 0.0)
+    monkeypatch.setattr(speed, "_SIDE", 16)
+    monkeypatch.setattr(speed, "_REPEATS", 1)
 
 
 @contextmanager
