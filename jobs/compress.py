@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.evaluate import summarise as summarise_evaluation
 from jobs.evaluate import within_positions
-from jobs.flags import MODEL, add_config, add_settings, settings_of
+from jobs.flags import settings_of
 from pipeline.config import (
     CalibrationSettings,
     ClusterSettings,
@@ -34,18 +34,6 @@ from pipeline.model.plan import make_plan, require_coverage
 from pipeline.model.store import Store
 from pipeline.report.tables import print_table
 from pipeline.validation import validated
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("output", metavar="OUTPUT", help="directory to write, new or begun by the same command")
-    add_config(parser)
-    add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings, SourceSettings)
-    parser.add_argument("--text", help="then evaluate on this text, named as in `swsc evaluate`")
-    parser.add_argument("--push", metavar="REPO_ID", help="at the end, push the output to the Hub, as `swsc push` does")
-    parser.add_argument("--private", action="store_true", help="with --push: as in `swsc push`")
-    for flag in ("--seqlen", "--windows"):
-        parser.add_argument(flag, default=argparse.SUPPRESS, help="with --text: as in `swsc evaluate`")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,19 +4,8 @@ import argparse
 from pathlib import Path
 
 from pipeline.errors import OutputError
-from pipeline.model.gguf import DTYPE, convert_gguf
+from pipeline.model.gguf import convert_gguf
 from pipeline.model.places import Place, named, require_apart
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="GGUF file")
-    parser.add_argument("output", metavar="OUTPUT", help="new directory, on this machine")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        default=DTYPE,
-        help="of the weights (default: %(default)s)",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:

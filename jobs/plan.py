@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from typing import Any
 
-from jobs.flags import MODEL, add_config, add_settings, settings_of, writable
+from jobs.flags import settings_of, writable
 from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, OutputSettings
 from pipeline.errors import OutputError
 from pipeline.flows.preflight import examine
@@ -18,14 +18,6 @@ from pipeline.model.plan import Decision, Plan, make_plan, require_coverage
 from pipeline.model.speed import measure_speed
 from pipeline.model.store import Store
 from pipeline.report.tables import print_table
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
-    add_config(parser)
-    add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings)
-    parser.add_argument("--output", metavar="DIR", help="also say whether the disk of DIR has room")
-    parser.add_argument("--json", metavar="FILE", help="also write the plan there")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,28 +4,11 @@ import argparse
 from functools import partial
 from typing import Any
 
-from jobs.flags import add_settings, cluster_of
-from pipeline.config import ClusterSettings
+from jobs.flags import cluster_of
 from pipeline.flows.restore import restore_model
 from pipeline.flows.verify import verify_output
 from pipeline.model.owned import ADAPTER
 from pipeline.model.places import Place, named, require_apart
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="OUTPUT", help="directory of a compressed model")
-    parser.add_argument("dense", metavar="DENSE", help="directory to write")
-    add_settings(parser, ClusterSettings)
-    parser.add_argument(
-        "--adapter",
-        action="store_true",
-        help=f"leave the low-rank part to a LoRA adapter, which stock PEFT opens at DENSE/{ADAPTER}",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that the model brings, where --adapter needs it"
-    )
-    parser.add_argument("--verify", action="store_true", help="first hash OUTPUT's files, as `swsc verify` does")
-    parser.add_argument("--overwrite", action="store_true", help="replace another output, or a damaged one")
 
 
 def run(arguments: argparse.Namespace) -> int:

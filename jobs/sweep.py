@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluate import protocol
-from jobs.flags import add_settings, cluster_of
-from pipeline.config import ClusterSettings, LoadSettings, SweepSettings
+from jobs.flags import cluster_of
+from pipeline.config import ClusterSettings, SweepSettings
 from pipeline.errors import ConfigError, OutputError, RunError
 from pipeline.flows.preflight import require_cache
 from pipeline.flows.sweep import Sweep, SweepResult
@@ -20,18 +20,6 @@ from pipeline.report.tables import print_table
 from pipeline.validation import read_config, validated
 
 _MARK = ".swsc-sweep"  # an empty file, by which a directory of results is known
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the sweep; configs/ has examples")
-    parser.add_argument("--out", metavar="DIR", required=True, help="directory of the results")
-    parser.add_argument("--model", action="append", default=[], help="a model, in place of the file's; may be repeated")
-    parser.add_argument("--text", help="the text of every evaluation, in place of the file's")
-    for flag in ("--text-column", "--seqlen", "--windows", "--dtype"):
-        parser.add_argument(flag, help="of every evaluation, in place of the file's")
-    parser.add_argument("--calibration", help="the calibration text, in place of the file's")
-    parser.add_argument("--keep-tuned", action="store_true", help=SweepSettings.model_fields["keep_tuned"].description)
-    add_settings(parser, LoadSettings, ClusterSettings)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,14 +3,8 @@
 import argparse
 from functools import partial
 
-from jobs.flags import add_settings, cluster_of
-from pipeline.config import ClusterSettings
+from jobs.flags import cluster_of
 from pipeline.flows.verify import verify_output
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="OUTPUT", help="directory that compress or restore has written")
-    add_settings(parser, ClusterSettings)
 
 
 def run(arguments: argparse.Namespace) -> int:
