@@ -7,13 +7,14 @@ from pipeline.errors import CheckpointError, DamageError
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.forecast import WORKER_BASE
-from pipeline.model.owned import REPORT
+from pipeline.model.owned import REPORT, rivals
 from pipeline.model.parts import linked
 from pipeline.model.records import Manifest, Report, read_record
 from pipeline.model.store import Store
 from pipeline.run.pool import Done, Task
 
 _NAMED = 8  # findings that an error names
+_ADDED = "is not one of its files"
 
 
 def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
@@ -27,7 +28,8 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
     """
     store = Store.at(location)
     files = manifest_of(store)["files"]
-    findings: dict[Any, list[str]] = {"": list(_strange(store, files))}
+    strange = list(_strange(store, files))
+    findings: dict[Any, list[str]] = {"": strange}
 
     def note(done: Done) -> None:
         findings[done.task.key] = done.value
@@ -40,8 +42,16 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
     found = [line for name in sorted(findings) for line in findings[name]]
     if found:
         more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise DamageError(f"{location}: damaged: {'; '.join(found[:_NAMED])}{more}; make it again by --overwrite")
+        raise DamageError(f"{location}: damaged: {'; '.join(found[:_NAMED])}{more}; {_remedy(found, strange)}")
     return {"files": len(files), "bytes": sum(about["size"] for about in files.values())}
+
+
+def _remedy(found: list[str], strange: list[str]) -> str:
+    """--overwrite leaves alone what is not the output's own."""
+    added = [line for line in strange if line.endswith(_ADDED)]
+    away = "move away what is not one of its files" if added else ""
+    again = "make it again by --overwrite" if len(added) < len(found) else ""
+    return ", and ".join(filter(None, (away, again)))
 
 
 def manifest_of(store: Store) -> dict[str, Any]:
@@ -69,6 +79,5 @@ def _strange(store: Store, files: dict[str, Any]) -> Iterator[str]:
             read_record(store, REPORT, Report)
     except (OSError, ValueError):
         yield f"{REPORT} is missing or no report"
-    for name in store.names():
-        if name.endswith(".safetensors") and name not in files:
-            yield f"{name} is not one of its files"
+    tensors = [name for name in store.names() if name.endswith(".safetensors") and name not in files]
+    yield from (f"{name} {_ADDED}" for name in sorted({*tensors, *rivals(store, files)}))

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import CheckpointError
 from pipeline.model.config_bounds import require_buildable
 from pipeline.model.digests import recorded, with_digests
-from pipeline.model.extras import extras_of, require_inside
+from pipeline.model.extras import LOW_RANK, extras_of, require_inside, require_readable
 from pipeline.model.fingerprint import fingerprint_of
 from pipeline.model.gguf import read_note
 from pipeline.model.gguf_file import Dequantized
@@ -24,7 +24,7 @@ from pipeline.model.leftovers import Tie, find_copies, is_buffer, untied
 from pipeline.model.quantized import read_as_bfloat16
 from pipeline.model.store import Store
 from pipeline.model.tensors import BITS, TensorInfo
-from pipeline.model.weight_files import JSON_LIMIT, PassedOver, weight_files
+from pipeline.model.weight_files import INDEX, JSON_LIMIT, SINGLE, PassedOver, weight_files
 
 MANIFEST = "swsc_manifest.json"  # of an output: written last
 RUN = ".swsc/run.json"  # of an output under way: what was asked for
@@ -89,7 +89,10 @@ def open_checkpoint(location: str) -> Checkpoint:
             one outside the directory, a tensor in two shards, or a pickle checkpoint.
     """
     store = Store.at(local_copy(location))
-    names = store.names()
+    entries = store.entries()
+    for name in sorted({SINGLE, INDEX, "config.json"} & entries.keys()):
+        require_readable(store, name)
+    names = sorted(name for name, is_file in entries.items() if is_file)
     if not names:
         raise CheckpointError(f"{location}: no such directory, or an empty one; give the directory of a checkpoint")
     if store.exists(RUN) and not store.exists(MANIFEST):
@@ -124,6 +127,7 @@ def open_checkpoint(location: str) -> Checkpoint:
     own, config, scales = read_as_bfloat16(location, own, config)
     note = read_note(store)
     left_out = (*passed_over, *extras.left_out)
+    passed_over += tuple(one for one in extras.left_out if one.name == f"{LOW_RANK}/")
     return Checkpoint(
         store, own, config, extras.copied, digest.hexdigest(), buffers, scales, note, passed_over, left_out, *copies
     )

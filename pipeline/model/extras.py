@@ -30,8 +30,9 @@ _FOLDERS = {
     "coreml": "weights for another framework", "tflite": "weights for another framework",
     "gguf": "weights for another framework", "original": "the original release's own files, which transformers does not read",
     "metal": "weights for another framework", "runs": "logs of a training", "wandb": "logs of a training",
-    "logs": "logs of a training", "__pycache__": "compiled code",
+    "logs": "logs of a training", "__pycache__": "compiled code", "lost+found": "the file system's own",
 }  # fmt: skip
+LOW_RANK = "swsc_adapter"  # folder of the adapter that `swsc restore --adapter` writes
 UNWANTED = tuple(f"{folder}/*" for folder in _FOLDERS)  # of a model on the Hub
 _INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack|pth?)\.index(\.\w+)?\.json$")
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|random_states)[^/]*$")
@@ -48,13 +49,30 @@ class Extras:
 
 
 def require_inside(store: Store, name: str) -> None:
-    """Raise CheckpointError for a link out of the directory: what it leads to would be read, and copied, as if it were the model's."""
+    """Raise CheckpointError for what cannot be read, and for a link out of the directory, whose target would be copied as the model's."""
+    require_readable(store, name)
     if leads_out(store, name):
         target = os.path.realpath(f"{store.root}/{name}")
         raise CheckpointError(
             f"{store.root}: {name} is a link to {target}, outside the directory; put what it leads to there itself, or, of a"
             " file, a hard link"
         )
+
+
+def require_readable(store: Store, name: str) -> None:
+    """Raise CheckpointError for a link that leads nowhere, or a file that may not be read: it would show when it is copied, last of all."""
+    path = f"{store.root}/{name}"
+    if not store.is_local:
+        return
+    if os.path.islink(path) and not os.path.exists(path):
+        raise CheckpointError(
+            f"{store.root}: {name} is a link to {os.path.realpath(path)}, where nothing is; get the file again, or remove the link"
+        )
+    try:
+        if os.path.isfile(path):
+            os.close(os.open(path, os.O_RDONLY))
+    except PermissionError:
+        raise CheckpointError(f"{path}: may not be read by this user; change its rights, or move it away") from None
 
 
 def extras_of(store: Store, weights: Collection[str]) -> Extras:
@@ -130,6 +148,8 @@ def _is_weights(name: str) -> bool:
 def _reason_of_prefix(name: str) -> str:
     if name.startswith("."):
         return "hidden: a tool's own"
+    if name == LOW_RANK:
+        return "the low-rank part of a model that was restored with --adapter, which is not applied; restore it without"
     return "of an earlier output: written anew" if name.startswith("swsc_") else ""
 
 

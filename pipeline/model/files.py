@@ -4,6 +4,7 @@ Both keep one promise: under its name a file is whole, or not there. A disk keep
 object store by itself, because an object appears when its upload is completed.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -19,6 +20,9 @@ from pipeline.model.etag import PartDigest
 
 TEMPORARY = ".partial"
 _TEMPORARY_NAME = re.compile(r"(.+)\.[0-9a-f]{8}" + re.escape(TEMPORARY))
+
+# What file systems answer that sync no folders: shared folders of virtual machines, older SMB clients, some of FUSE.
+_NO_SUCH_CALL = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)
 
 Bytes = bytes | bytearray | memoryview
 
@@ -177,6 +181,9 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SUCH_CALL:
+            raise
     finally:
         os.close(descriptor)
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from pipeline.errors import OutputError, UserError
 from pipeline.model.checkpoint import MANIFEST, RUN
+from pipeline.model.extras import LOW_RANK
 from pipeline.model.files import meant_by
 from pipeline.model.parts import DONE, differences
 from pipeline.model.store import Store, is_inside
-from pipeline.model.weight_files import INDEX
+from pipeline.model.weight_files import INDEX, SINGLE, is_adapter
 
 REPORT = "swsc_report.json"
-ADAPTER = "swsc_adapter"  # folder of what stock PEFT reads beside a dense model (measure/adapter.py)
+ADAPTER = LOW_RANK  # folder of what stock PEFT reads beside a dense model (measure/adapter.py)
 ADAPTER_FILES = (f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json")
 FINISHING = ".swsc/finishing.json"  # names of the files beside tensors that a run was about to write
 WRITTEN = ".swsc/files.json"  # names of all files that the run under way writes, and of those that it replaces
@@ -50,6 +51,21 @@ def require_no_others(store: Store, names: Iterable[str]) -> None:
         raise OutputError(
             f"{store.root}: {others[0]} is there and would be replaced, but is not a file of this output; move it, or choose"
             " another directory"
+        )
+
+
+def rivals(store: Store, own: Collection[str]) -> list[str]:
+    """Files directly in an output, none of its `own`, that `from_pretrained` reads in place of its weights, or applies to them."""
+    return [name for name in store.names() if (name == SINGLE or is_adapter(name)) and name not in own]
+
+
+def require_no_rivals(store: Store) -> None:
+    """Raise OutputError for a file of the user that would be opened in place of what is written, or together with it."""
+    manifest = _manifest(store)
+    if manifest is not None and (found := rivals(store, manifest.keys() | _recorded(store))):
+        raise OutputError(
+            f"{store.root}: {found[0]} is not a file of this output, and from_pretrained would read it in place of the output's"
+            " own, or apply it to them; move it away"
         )
 
 

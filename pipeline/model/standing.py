@@ -24,6 +24,7 @@ from pipeline.model.owned import (
     owned,
     read_list,
     require_no_others,
+    require_no_rivals,
 )  # fmt: skip
 from pipeline.model.parts import DONE, differences
 from pipeline.model.places import require_directory
@@ -50,13 +51,14 @@ def require_replaceable(
     """
     require_directory(store)
     _require_no_links(store)
-    if not (store.exists(MANIFEST) or store.exists(RUN)) and store.entries().keys() - {".swsc"}:
+    if not (store.exists(MANIFEST) or store.exists(RUN)) and store.entries().keys() - {".swsc", "lost+found"}:
         raise OutputError(f"{store.root}: not empty and not an output of this tool; choose an empty or new directory")
     if not overwrite and store.exists(MANIFEST):
         _same_settings(store, _read_own(store, MANIFEST, "identity")["identity"], identity, identity)
     elif not overwrite and store.exists(RUN):
         _same(store, _read_own(store, RUN), identity, identity)
     require_no_others(store, names)
+    require_no_rivals(store)
 
 
 def _require_no_links(store: Store) -> None:
@@ -75,6 +77,7 @@ def is_finished(store: Store, identity: dict[str, Any], overwrite: bool) -> bool
     """Whether the directory is complete and whole; raises OutputError if it is complete, but another output or damaged."""
     if not store.exists(MANIFEST):
         return False
+    require_no_rivals(store)
     try:
         manifest = _read_own(store, MANIFEST, kind=Manifest)
         _same_settings(store, manifest["identity"], identity)

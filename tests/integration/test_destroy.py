@@ -348,6 +348,21 @@ class TestOverwrite:
             assert tree(place.root) == before
             (place.read / "out" / name).unlink()
 
+    @pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json"])
+    def test_a_file_that_would_be_opened_in_place_of_the_output_is_told_of_before_work(
+        self, place: Place, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        """`save_pretrained` into an output leaves one, which outlives --overwrite: it is the user's, and was read instead."""
+        (place.read / "out" / name).write_bytes(b"{}")
+        before = tree(place.root)
+        assert self.again(place) == 2
+        assert f"{name} is not a file of this output" in capsys.readouterr().err
+        assert main(["verify", str(place.read / "out"), "--local"]) == 1
+        assert "--overwrite" not in capsys.readouterr().err  # which would leave it where it is
+        assert tree(place.root) == before
+        (place.read / "out" / name).unlink()
+        assert self.again(place) == 0
+
     def test_hard_links_are_not_written_through(self, place: Place) -> None:
         """An output that was copied by `cp -al`: its files are those of the source."""
         twin = place.read / "twin"

@@ -1,6 +1,8 @@
 """Files of a model that lie in folders: in every output, its manifest, its copies in an object store and on the Hub."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -76,3 +78,50 @@ def test_folders_of_an_output_go_when_it_is_replaced(model: Path, output: Path, 
     assert not (copy / "additional_chat_templates").exists()
     assert [str(file.relative_to(copy)) for file in (copy / "code").rglob("*")] == ["code/mine.txt"]
     assert main(["verify", str(copy), "--local"]) == 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "code/inner/modeling.py", "model.safetensors.index.json"])
+def test_a_link_that_leads_nowhere_is_told_of_before_work(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """As in a cache of the Hub whose blobs were removed: the file was missing in the output, without a word."""
+    copy = Path(shutil.copytree(model, tmp_path / "models--org--m" / "snapshots" / "abc"))
+    (copy / name).unlink()
+    (copy / name).symlink_to(tmp_path / "models--org--m" / "blobs" / "0123")
+    assert main(["compress", str(copy), str(tmp_path / "out"), *QK]) == 2
+    assert f"{name} is a link to" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_may_not_be_read_is_told_of_before_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, name = os.open, f"{model}/code/inner/modeling.py"
+
+    def opened(path: str, *how: int) -> int:
+        if os.fspath(path) == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        return real(path, *how)
+
+    monkeypatch.setattr(os, "open", opened)
+    assert main(["compress", str(model), str(tmp_path / "out"), *QK]) == 2
+    assert f"{name}: may not be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_a_volume_is_no_part_of_a_model_nor_of_an_output(model: Path, tmp_path: Path) -> None:
+    for folder in ("volume", "out"):
+        (tmp_path / folder / "lost+found").mkdir(parents=True)
+    (tmp_path / "volume" / "lost+found").chmod(0)  # its owner's alone, root's on a real one
+    shutil.copytree(model, tmp_path / "volume", dirs_exist_ok=True)
+    assert main(["compress", str(tmp_path / "volume"), str(tmp_path / "out"), *QK]) == 0
+    assert main(["compress", str(tmp_path / "volume"), str(tmp_path / "out"), *QK]) == 0
+
+
+def test_an_adapter_that_restore_left_beside_a_dense_model_is_named(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["restore", str(output), str(tmp_path / "dense"), "--adapter", "--local"]) == 0
+    capsys.readouterr()
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "out"), *QK]) == 0
+    assert "left out: swsc_adapter/" in capsys.readouterr().err

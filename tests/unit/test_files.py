@@ -1,6 +1,8 @@
 """Claims about what is on a disk or in an object store, and when."""
 
+import errno
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,23 @@ def test_a_file_is_durable_before_it_appears_and_so_are_the_directories_that_lea
     assert events[2][0] == "sync"
     assert events[2][1].startswith("new/deep/file.")
     assert events[3:] == [("rename", "new/deep/file"), ("sync", "new/deep")]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_disk_that_syncs_no_folders_is_written_to_and_one_that_fails_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Folders that a virtual machine shares with its host answer EINVAL."""
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError) if code == errno.EIO else nullcontext():  # noqa: PT011
+        assert Store.at(str(tmp_path)).write("new/file", [b"content"]).size == len(b"content")
 
 
 class _Upload:
