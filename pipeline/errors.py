@@ -90,3 +90,9 @@ class NodeLost(WorkerLost):
 
 class PayloadLost(RunError):
     """What a task was to be given went away with its node; whoever deals out tasks has to have it made again."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first; with the line after it where that only says of what ("Validation error for field 'x':")."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

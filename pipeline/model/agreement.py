@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, first_line
 from pipeline.model.artifact import Model
 from pipeline.model.families import Family
 from pipeline.model.leftovers import is_buffer
@@ -20,7 +20,6 @@ from pipeline.model.skeleton import (
     Skeleton,
     Unknown,
     class_is_named,
-    first_line,
     names_in_relatives,
     quiet,
     skeleton_at,

@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CheckpointError, ConfigError, SwscError
+from pipeline.errors import CheckpointError, ConfigError, SwscError, first_line
 from pipeline.model.gguf_bounds import require_bounded
 
 NOT_WHOLE = (
@@ -107,8 +107,7 @@ def told(file: Path, call: Callable[[], Any]) -> Any:
     except SwscError:
         raise
     except Exception as error:  # no common root for what a damaged or foreign file brings up
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file}: cannot be read as GGUF ({reason}); give another file") from None
+        raise CheckpointError(f"{file}: cannot be read as GGUF ({first_line(error)}); give another file") from None
 
 
 def quiet_transformers() -> None:

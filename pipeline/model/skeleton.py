@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.device import spoils_the_process
-from pipeline.errors import CheckpointError, SwscError
+from pipeline.errors import CheckpointError, SwscError, first_line
 from pipeline.model.families import Family
 from pipeline.model.mirror import require_no_code, small_files
 
@@ -215,7 +215,3 @@ def quiet() -> Iterator[None]:
 def _one_line(error: Exception) -> str:
     """All that is said; what is wrong with a config stands in the lines after the first."""
     return " ".join(str(error).split())[:_MESSAGE] or type(error).__name__
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ from jobs.cli import main
 from pipeline.errors import ConfigError
 from pipeline.model import lease, speed
 from tests.bounded import MOST_BYTES, bounded, ends
-from tests.gguf_tree import changed_gguf, parsed
+from tests.gguf_tree import changed_gguf, parsed, written
 from tests.mutations import changed_bytes, changed_json, changed_tree, patient
 from tests.tiny import make_text, make_tiny_model
 from tests.tiny_gguf import make_tiny_gguf
@@ -222,3 +222,17 @@ def test_a_result_that_stands_beside_another(folder: Path, data: st.DataObject) 
     whole = b'{"perplexity": 12.5, "text_sha256": "00", "seqlen": 32, "windows": 2, "bos": "none", "dtype": "float32"}'
     with replaced(folder / "result.json", data.draw(changed_json(whole))), contextlib.suppress(ConfigError):
         assert math.isfinite(read_result(str(folder / "result.json"))["perplexity"])
+
+
+def test_a_gguf_header_that_makes_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line says of what the library complains, and what."""
+    file = make_tiny_gguf(tmp_path / "whole.gguf")
+    tree = parsed(file.read_bytes())
+    assert written(tree) == file.read_bytes()
+    (key,) = (key for key in tree.keys if key.name == "llama.feed_forward_length")
+    key.kind, key.value = 8, "wide"
+    file.write_bytes(written(tree))
+    assert ends("plan", str(file), "--local") == 2
+    said = capsys.readouterr().err
+    assert "intermediate_size" in said
+    assert "wide" in said
