@@ -5,6 +5,7 @@ from pipeline.config import PushSettings
 from pipeline.errors import OutputError
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.verify import manifest_of, verify_output
+from pipeline.model.amend import settle
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.hub import push, require_pushable
 from pipeline.model.owned import REPORT
@@ -23,6 +24,7 @@ def push_output(location: str, repo: str, settings: PushSettings, make_pool: Poo
     store = Store.at(location)
     if not store.is_local:
         raise OutputError(f"{location}: pushed from a disk only; copy it into a local directory first")
+    settle(store)  # a card and a manifest that belong together
     verify_output(location, make_pool)
     names = [*manifest_of(store)["files"], MANIFEST, REPORT]
     if found := next((name for name in names if store.is_link(name)), None):

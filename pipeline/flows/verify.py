@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.errors import CheckpointError, DamageError
 from pipeline.flows.compress import PoolMaker, run_alone
+from pipeline.model.amend import as_amended
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.forecast import WORKER_BASE
 from pipeline.model.owned import REPORT, rivals
@@ -14,7 +15,8 @@ from pipeline.model.store import Store
 from pipeline.run.pool import Done, Task
 
 _NAMED = 8  # findings that an error names
-_ADDED = "is not one of its files"
+_AGAIN = "make it again by --overwrite"
+_AWAY = "move away what is not one of its files (and put those in the place of links to them)"
 
 
 def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
@@ -27,9 +29,8 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
         DamageError: names what is missing, cut or changed, down to the tensor, and links and tensor files that were added.
     """
     store = Store.at(location)
-    files = manifest_of(store)["files"]
-    strange = list(_strange(store, files))
-    findings: dict[Any, list[str]] = {"": strange}
+    files = as_amended(store, manifest_of(store)["files"])
+    findings: dict[Any, list[str]] = {"": list(_of_report(store))}
 
     def note(done: Done) -> None:
         findings[done.task.key] = done.value
@@ -39,25 +40,26 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
         for name, about in files.items()
     ]
     run_alone(sorted(tasks, key=lambda task: -task.weight), WORKER_BASE, note, make_pool, "verify", "files")
-    found = [line for name in sorted(findings) for line in findings[name]]
-    if found:
-        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise DamageError(f"{location}: damaged: {'; '.join(found[:_NAMED])}{more}; {_remedy(found, strange)}")
+    damage = [line for name in sorted(findings) for line in findings[name]]
+    strange = list(_strange(store, files))
+    if damage or strange:
+        raise DamageError(f"{location}: damaged: {_told(damage, strange)}")
     return {"files": len(files), "bytes": sum(about["size"] for about in files.values())}
 
 
-def _remedy(found: list[str], strange: list[str]) -> str:
-    """--overwrite leaves alone what is not the output's own."""
-    added = [line for line in strange if line.endswith(_ADDED)]
-    away = "move away what is not one of its files" if added else ""
-    again = "make it again by --overwrite" if len(added) < len(found) else ""
-    return ", and ".join(filter(None, (away, again)))
+def _told(damage: list[str], strange: list[str]) -> str:
+    """What was found, and what helps: an output made again still has in it what somebody else has put there."""
+    parts = []
+    for found, remedy in ((damage, _AGAIN), (strange, _AWAY)):
+        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        parts += [f"{'; '.join(found[:_NAMED])}{more}; {remedy}"] if found else []
+    return "; ".join(parts)
 
 
 def manifest_of(store: Store) -> dict[str, Any]:
     """What the output says of itself; CheckpointError if it says nothing."""
     if found := linked(store, MANIFEST):
-        raise DamageError(f"{store.root}: damaged: {found}; make it again by --overwrite")
+        raise DamageError(f"{store.root}: damaged: {found}; {_AWAY}")
     if not store.exists(MANIFEST):
         raise CheckpointError(
             f"{store.root}: no {MANIFEST}: not a finished output (run the command that makes it again), or saved by another tool,"
@@ -72,12 +74,16 @@ def manifest_of(store: Store) -> dict[str, Any]:
 
 
 def _strange(store: Store, files: dict[str, Any]) -> Iterator[str]:
-    """What no hash tells of: links, a report that cannot be read, tensor files that the manifest does not know."""
+    """What is there beside its own files and does harm: links, and files of tensors or adapters that the manifest does not know."""
     yield from filter(None, (linked(store, name) for name in store.entries() if name not in files))
+    tensors = [name for name in store.names() if name.endswith(".safetensors") and name not in files]
+    yield from (f"{name} is not one of its files" for name in sorted({*tensors, *rivals(store, files)}))
+
+
+def _of_report(store: Store) -> Iterator[str]:
+    """What is wrong with the report, which has no hash."""
     try:
         if not linked(store, REPORT):
             read_record(store, REPORT, Report)
     except (OSError, ValueError):
         yield f"{REPORT} is missing or no report"
-    tensors = [name for name in store.names() if name.endswith(".safetensors") and name not in files]
-    yield from (f"{name} {_ADDED}" for name in sorted({*tensors, *rivals(store, files)}))

@@ -5,17 +5,21 @@ was cut off. A file that does not fit the manifest is damage, here as everywhere
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pipeline.errors import DamageError, OutputError
+from pipeline.model.card import CARD
 from pipeline.model.checkpoint import MANIFEST, RUN
-from pipeline.model.lease import acquire
+from pipeline.model.lease import LEASE, acquire, is_free
+from pipeline.model.owned import clear_unfinished, has_unfinished
 from pipeline.model.parts import differences
 from pipeline.model.records import Manifest, checked, read_record
 from pipeline.model.store import Store
 
 _NOTED = ".swsc/amending.json"  # name of a file -> its new text
+_OWN = (CARD, MANIFEST, _NOTED, LEASE)  # what is written here, beside which a killed writer leaves an unfinished file
 
 
 def require_amendable(store: Store, name: str) -> None:
@@ -39,7 +43,7 @@ def amend(store: Store, name: str, change: Callable[[str], str], wait: Callable[
     """
     lease = acquire(store, wait)
     try:
-        _complete(store)
+        _settle(store)
         manifest = _checked(store, name)
         before = bytes(store.read(name)).decode()
         text = change(before)
@@ -54,10 +58,52 @@ def amend(store: Store, name: str, change: Callable[[str], str], wait: Callable[
         store.below(".swsc").remove_empty()
 
 
+def settle(store: Store) -> None:
+    """Do what a run that was killed while it amended a finished output had noted, and remove what it had half written.
+
+    Nothing if there is no such thing, if another run is at work there, if nothing can be written there, or if the note is damaged:
+    then the files count as they are.
+    """
+    traces = store.is_local and (".swsc" in store.entries() or has_unfinished(store, _OWN))
+    if not traces or not is_free(store):
+        return
+    with suppress(OutputError, DamageError, OSError):
+        lease = acquire(store)
+        try:
+            _settle(store)
+        finally:
+            lease.release()
+            store.below(".swsc").remove_empty()
+
+
+def as_amended(store: Store, files: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest lists, but for a file that an amendment has replaced before it was cut off: that is listed as it is noted."""
+    try:
+        noted, manifest = _noted(store)
+    except (FileNotFoundError, DamageError):
+        return dict(files)
+    found = {name: manifest["files"][name] for name in noted if name in manifest["files"]}
+    return {**files, **{name: about for name, about in found.items() if not differences(store, name, about)}}
+
+
+def _settle(store: Store) -> None:
+    _complete(store)
+    clear_unfinished(store, _OWN)
+
+
 def _complete(store: Store) -> None:
     """Write what is noted; nothing if a run has begun since, which will replace it all."""
     if store.exists(RUN) or not store.exists(_NOTED):
         return
+    noted, manifest = _noted(store)
+    for name, text in noted.items():
+        store.write(name, [text.encode()])
+    store.write_json(MANIFEST, manifest)
+    store.remove(_NOTED)
+
+
+def _noted(store: Store) -> tuple[dict[str, str], dict[str, Any]]:
+    """Texts by the names of their files, and the manifest that belongs to them; DamageError if it is no such note."""
     try:
         noted = dict(store.read_json(_NOTED))
         manifest = checked(Manifest, noted.pop(MANIFEST))
@@ -65,10 +111,7 @@ def _complete(store: Store) -> None:
             raise ValueError("a file that is no text")
     except (ValueError, KeyError, TypeError) as error:
         raise DamageError(f"{store.root}: {_NOTED} is damaged ({error}); remove it, then run again") from None
-    for name, text in noted.items():
-        store.write(name, [text.encode()])
-    store.write_json(MANIFEST, manifest)
-    store.remove(_NOTED)
+    return noted, manifest
 
 
 def _checked(store: Store, name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from pipeline.errors import FULL, CheckpointError, DiskFull, OutputError
+from pipeline.model.amend import settle
 from pipeline.model.card import CARD, SOURCE_CARD
 from pipeline.model.checkpoint import MANIFEST, Checkpoint, read_header
 from pipeline.model.lease import LEASE, Lease, Ticket, acquire
@@ -90,6 +91,8 @@ def begin(
     """
     names = list(names)
     finished_before = store.exists(MANIFEST)
+    if finished_before:
+        settle(store)
     if finished_before and is_finished(store, identity, overwrite):
         return Output(store, identity, {}, None)
     require_replaceable(store, identity, overwrite, names)

@@ -1,7 +1,7 @@
 """Which files of an output are its own, by what its manifest and the records of its runs list: no others are replaced or removed."""
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -108,12 +108,22 @@ def clear(store: Store, names: Collection[str]) -> None:
 
 def clear_unfinished(store: Store, names: Iterable[str]) -> None:
     """Remove what writers of files that were killed have left beside them."""
+    for name in list(_unfinished(store, names)):
+        store.remove(name)
+
+
+def has_unfinished(store: Store, names: Iterable[str]) -> bool:
+    """Whether there is something that `clear_unfinished` would remove."""
+    return any(True for _ in _unfinished(store, names))
+
+
+def _unfinished(store: Store, names: Iterable[str]) -> Iterator[str]:
     wanted = _inside(names)
     for folder in {os.path.dirname(name) for name in wanted}:
         for name in _names_below(store, folder):
             meant = meant_by(name)
             if meant is not None and os.path.join(folder, meant) in wanted:
-                store.remove(os.path.join(folder, name))
+                yield os.path.join(folder, name)
 
 
 def present(store: Store, names: Iterable[str]) -> set[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.config import CompressSettings
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
@@ -108,7 +109,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
         CheckpointError: the source is quantized already.
     """
     require_unquantized(checkpoint.store.root, checkpoint.tensors, checkpoint.config)
-    selected = select(checkpoint, settings)
+    selected = select(checkpoint, settings, isinstance(settings, CompressSettings) and settings.format == "dense")
     if settings.preset != "paper":
         matrices = [one.info for one in selected if one.chosen and is_matrix(one.info)]
         budget = budget_bytes(checkpoint, matrices, settings)
@@ -117,7 +118,9 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
         settings = settings.model_copy(update={"bits": bits})
     decisions = [_decide(one, settings) for one in selected]
     if not any(decision.action == "compressed" for decision in decisions):
-        raise ConfigError(f"{checkpoint.store.root}: no tensor is selected; select some by --projectors or --include")
+        raise ConfigError(
+            f"{checkpoint.store.root}: no tensor is selected{_first_left(selected)}; select others by --projectors or --include"
+        )
     _require_free_names(checkpoint, decisions)
     decisions += [*_split(checkpoint, decisions), *_tied(checkpoint)]
     decisions += [Decision(info, "left out", "a buffer that a model makes anew", 0) for info in checkpoint.buffers]
@@ -135,6 +138,12 @@ def _require_free_names(checkpoint: Checkpoint, decisions: Iterable[Decision]) -
             raise CheckpointError(
                 f"{checkpoint.store.root}: {taken[0]} has a name that the compressed {name} needs; leave that out by --exclude"
             )
+
+
+def _first_left(selected: Iterable[Selected]) -> str:
+    """The first tensor that the settings name and that is not selected all the same, and why."""
+    found = next((one for one in selected if not one.chosen and ", but " in one.reason), None)
+    return f" ({found.info.name}: {found.reason})" if found else ""
 
 
 def _decide(selected: Selected, settings: MatrixSettings) -> Decision:
@@ -191,7 +200,7 @@ def _with_tasks(decisions: list[Decision]) -> Plan:
     layers: dict[str, list[Decision]] = defaultdict(list)
     for decision in decisions:
         if decision.action == "compressed":
-            layers[layer_of(decision.info.name)].append(decision)
+            layers[layer_of(tensor_of(decision.info))].append(decision)  # pieces of a tensor without a layer, too
     joined = {layer: joined_of(item.info for item in items) for layer, items in layers.items()}
     split = {one.tensor for own in joined.values() for one in own}
     copied = [item.info for item in decisions if item.action == "copied" and tensor_of(item.info) not in split]

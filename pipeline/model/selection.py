@@ -12,6 +12,7 @@ from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import Family, require_roles
 from pipeline.model.matrices import is_matrix, matrices_of
+from pipeline.model.openable import Refusal, refusal_of
 from pipeline.model.stacks import is_stack
 from pipeline.model.tensors import TensorInfo
 
@@ -28,14 +29,17 @@ class Selected:
     reason: str
 
 
-def select(checkpoint: Checkpoint, settings: MatrixSettings) -> list[Selected]:
+def select(checkpoint: Checkpoint, settings: MatrixSettings, dense: bool = False) -> list[Selected]:
     """Every tensor in the checkpoint's order; of one that joins several, its pieces, if any of them is chosen.
+
+    Args:
+        dense: the output holds restored weights, which transformers loads as it loads the source.
 
     Raises:
         ConfigError: an unknown role, a family without roles, a role or an expression that selects nothing.
         CheckpointError: a joined tensor whose shape does not fit the config.
     """
-    chooser = _Chooser(checkpoint, settings)
+    chooser = _Chooser(checkpoint, settings, dense)
     found = [selected for info in checkpoint.tensors.values() for selected in chooser.of(info)]
     for why in chooser.unmet:
         raise ConfigError(f"{checkpoint.store.root}: {why} selects no tensor; {_choices(checkpoint, chooser.family)}")
@@ -45,7 +49,7 @@ def select(checkpoint: Checkpoint, settings: MatrixSettings) -> list[Selected]:
 class _Chooser:
     """What the settings say of one tensor after the other; `unmet` are the wishes that none of them has met yet."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: MatrixSettings) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: MatrixSettings, dense: bool) -> None:
         self._checkpoint, self._exclude = checkpoint, settings.exclude
         self.family = Family(checkpoint.config)
         roles = settings.projectors if settings.projectors is not None else (() if settings.include else ("q", "k"))
@@ -57,6 +61,7 @@ class _Chooser:
             )
         self._roles = roles
         self._include = re.compile(settings.include) if settings.include else None
+        self._refusal: Refusal = (lambda *_: None) if dense else refusal_of(checkpoint)
         self.unmet = [f"projector {role}" for role in roles] + (["--include"] if self._include else [])
 
     def of(self, info: TensorInfo) -> list[Selected]:
@@ -67,7 +72,9 @@ class _Chooser:
         pieces = matrices_of(self._checkpoint, self.family, info)
         found = [self._decide(info, piece.info, piece.role) for piece in pieces]
         if any(one.chosen for one in found):
-            return found
+            closed = self._refusal(info.name, any(one.info.name != info.name for one in found))
+            chosen = next(one.reason for one in found if one.chosen)
+            return [Selected(info, False, f"{chosen}, but {closed}")] if closed else found
         reason = found[0].reason
         return [Selected(info, False, self._stack_left(info) if is_stack(info) and reason == _LEFT else reason)]
 

@@ -34,6 +34,8 @@ _COMPARISONS: dict[type, Any] = {
     ast.NotEq: operator.ne,
 }  # fmt: skip
 
+_EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
+
 
 class DenseLayers:
     """Says of the layers of one model, which may still be empty, which of them have to be dense."""
@@ -49,8 +51,7 @@ class DenseLayers:
         # transformers pads or cuts the bias of what it ties to the rows of its weight, whatever is stored under that name
         self._tied = {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", ())}
         self._embeddings = {
-            "<get_input_embeddings>": id(model.get_input_embeddings()),
-            "<get_output_embeddings>": id(model.get_output_embeddings()),
+            f"<{getter}>": id(layer) for getter, layer in zip(_EMBEDDINGS, embeddings_of(model), strict=True)
         }
 
     def reason(self, path: str, floats: bool, tied: frozenset[str] = frozenset()) -> str | None:
@@ -86,6 +87,15 @@ class DenseLayers:
                 if ours and not any(_holds(test, parent) is (not outcome) for test, outcome in use.guards):
                     return f"{type(parent).__name__} reads {'.'.join(use.chain[1:-1])}"
         return None
+
+
+def embeddings_of(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input embedding of a model and its output head; None where it has none, or its class does not say which."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    return embedding, model.get_output_embeddings()
 
 
 @cache

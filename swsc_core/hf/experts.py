@@ -62,7 +62,15 @@ def lay_apart(model: Any, tensors: Iterable[str], stored: Iterable[str], names: 
         if stack.patterns & hit:
             joined = model.get_submodule(stack.path)
             put_layer(model, stack.path, SwscExperts(joined, stack.up, stack.down, stack.leaves))
+            _pass_over(model.get_submodule(stack.path.rpartition(".")[0]))
     return hit
+
+
+def _pass_over(block: Any) -> None:
+    """Have transformers not initialize a block of experts, which may ask for them fused; checking.py sees that no weight is missing."""
+    persistent = block.state_dict()
+    if all(name in persistent for name, _ in block.named_buffers(recurse=False)):
+        block._is_hf_initialized = True
 
 
 def _merges(tensors: Iterable[str], names: Names) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from swsc_core.codec import PARTS
+from swsc_core.format import part_name, piece_name
+
 
 class Names:
     """Where the tensors of a checkpoint go in `model`, which may still be empty.
@@ -38,6 +41,8 @@ class Names:
         found: tuple[str, str | None] = rename_source_key(
             stored, self._renamings, self.converters, self._prefix, self._state
         )
+        if found[0] not in self._state and stored in self._state:  # transformers, too, leaves such a name alone
+            return stored, None
         return found
 
     def merged(self, renamed: str) -> tuple[str, str | None]:
@@ -53,6 +58,18 @@ class Names:
         """`stored` as merges see it."""
         name: str = rename_source_key(stored, self._renamings, [])[0]
         return name
+
+    def lead_beside(self, stored: str, pieces: Iterable[str]) -> bool:
+        """Whether the parts of `stored` (of its pieces, "" for the whole) are renamed as it is itself.
+
+        A pattern may end with `.weight`: `router.layer.weight` becomes `router.weight`, `router.layer.labels` stays.
+        """
+        renamed = self.renamed(stored)
+        return all(
+            self.renamed(part_name(piece_name(stored, piece), part)) == part_name(piece_name(renamed, piece), part)
+            for piece in pieces
+            for part in PARTS
+        )
 
     def filled(self, stored: Iterable[str]) -> set[str]:
         """All parameters that the tensors `stored` become; a tensor that is split becomes several."""

@@ -15,11 +15,11 @@ from swsc_core.format import FORMAT_VERSION, pieces_of
 from swsc_core.hf.checking import require_all, require_labels, require_place, require_shapes, require_unwrapped
 from swsc_core.hf.compressing import compress_loaded
 from swsc_core.hf.config import SwscConfig
-from swsc_core.hf.dense_layers import DenseLayers
+from swsc_core.hf.dense_layers import DenseLayers, embeddings_of
 from swsc_core.hf.experts import implementations, join, lay_apart, require_eager
 from swsc_core.hf.headers import read_headers, require_parts, require_rest
 from swsc_core.hf.names import Names, saved_name, without
-from swsc_core.hf.placing import make_dense, place
+from swsc_core.hf.placing import Pieces, make_dense, place
 from swsc_core.hf.restoring import with_restoring
 from swsc_core.linear import CompressedWeight, SwscJoined
 
@@ -66,7 +66,7 @@ class SwscQuantizer(HfQuantizer):
             target, pattern = self._names.target(tensor)
             if not self._names.has(target):
                 require_place(model, tensor, where)
-            elif config.dequantize or pattern or not place(model, target, pieces, self._dtype, dense):
+            elif config.dequantize or pattern or not self._places(model, tensor, target, pieces, dense):
                 self._restored.append(tensor)
             elif checkpoint_files and "" not in pieces:
                 require_rest(headers, tensor, model.get_submodule(target.removesuffix(".weight")), where)
@@ -74,6 +74,10 @@ class SwscQuantizer(HfQuantizer):
             require_all(model, Names(model, self._apart), headers, where)
             require_shapes(model, self._names, headers, self._restored, where)
         self._kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+    def _places(self, model: Any, tensor: str, target: str, pieces: Pieces, dense: DenseLayers) -> bool:
+        """Whether the layer of a tensor has been replaced by a compressed one; its parts have to find it by their names."""
+        return self._names.lead_beside(tensor, pieces) and place(model, target, pieces, self._dtype, dense)
 
     def _lay_apart(self, model: Any) -> None:
         self._apart = lay_apart(model, pieces_of(self.quantization_config.tensors), self._stored, self._names)
@@ -106,9 +110,7 @@ class SwscQuantizer(HfQuantizer):
                 require_labels(path, layer)
             if isinstance(layer, CompressedWeight | SwscJoined):
                 _freeze(layer)
-        if any(
-            isinstance(one, CompressedWeight) for one in (model.get_input_embeddings(), model.get_output_embeddings())
-        ):
+        if any(isinstance(one, CompressedWeight) for one in embeddings_of(model)):
             model.resize_token_embeddings = _refuse_to_resize
         return model
 

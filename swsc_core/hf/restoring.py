@@ -7,7 +7,7 @@ Each is restored from its parts before whatever merges follow: as a step put bef
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,9 +107,34 @@ def _listed(tensors: Any) -> Iterator[Tensor]:
     return iter(tensors if isinstance(tensors, list) else [tensors])
 
 
+def refusal(tensor: str, joined: bool, names: Names) -> str | None:
+    """Why a compressed tensor that transformers converts while loading could not be restored before that; None if it can.
+
+    Args:
+        joined: it is compressed in pieces.
+    """
+    pattern = names.target(tensor)[1]
+    for one in names.converters if pattern else ():
+        if pattern not in one.source_patterns:
+            continue
+        if len(one.target_patterns) > 1:
+            return f"transformers splits it into {', '.join(one._original_target_patterns)} while loading"
+        if joined and len(one.source_patterns) > 1:
+            return f"transformers fuses it with others into {one._original_target_patterns[0]} while loading"
+        if not joined and not all(_WEIGHT.search(source) for source in one._original_source_patterns):
+            return f"transformers converts it into {one._original_target_patterns[0]} while loading"
+    return None
+
+
+def require_restorable(tensor: str, joined: bool, names: Names) -> None:
+    """Raise ValueError for what `refusal` names."""
+    if why := refusal(tensor, joined, names):
+        raise ValueError(f"{tensor} cannot be opened compressed: {why}; use `swsc restore`, or compress again")
+
+
 def with_restoring(
     converters: Sequence[Any],
-    restored: Iterable[str],
+    restored: Collection[str],
     entries: Entries,
     stored: Iterable[str],
     names: Names,
@@ -125,6 +150,8 @@ def with_restoring(
     parameter -> pattern of the merge -> what it finds, in the order in which it is merged.
     """
     joined = {name: pieces for name, pieces in pieces_of(entries).items() if "" not in pieces}
+    for name in restored:
+        require_restorable(name, name in joined, names)
     targets = {name: names.target(name) for name in restored if name not in joined}
     sources: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     patterns = {pattern for _, pattern in targets.values() if pattern}
@@ -160,15 +187,12 @@ def _restoring(
 
 def _pattern(source: str, part: str) -> str:
     """The pattern of a part beside that of a weight; it ends there, or `weight` would find `weight_scales`."""
-    if not _WEIGHT.search(source):
-        raise ValueError(f"transformers loads {source} in a way that restores nothing; use `swsc restore` instead")
     return re.sub(r"weight\$?$", f"{part}$", source)
 
 
 def _restorer(name: str, target: str, entries: Entries, names: Names, dtype: torch.dtype) -> Any:
-    renamed = names.renamed(name)
-    patterns = [f"^{re.escape(part_name(renamed, part))}$" for part in PARTS]
-    return WeightConverter(patterns, renamed, [Restore(entries, {target: [[name]]}, dtype, merges=False)])
+    patterns = [f"^{re.escape(names.renamed(part_name(name, part)))}$" for part in PARTS]
+    return WeightConverter(patterns, target, [Restore(entries, {target: [[name]]}, dtype, merges=False)])
 
 
 def _joining(name: str, pieces: Entries, converters: Sequence[Any], names: Names, dtype: torch.dtype) -> Any:
@@ -178,8 +202,6 @@ def _joining(name: str, pieces: Entries, converters: Sequence[Any], names: Names
     """
     target, pattern = names.target(name)
     following = [one for one in converters if pattern in one.source_patterns]
-    if any(len(one.source_patterns) > 1 or len(one.target_patterns) > 1 for one in following):
-        raise ValueError(f"transformers loads {name} in a way that restores nothing; use `swsc restore` instead")
     follows = [step for one in following for step in one.operations]
     piece = next(iter(pieces))
     stem = re.escape(names.renamed(piece_name(name, piece)).removesuffix(f".{piece}.weight"))

@@ -78,6 +78,27 @@ class TestVerify:
         assert error[0].startswith("error: ")
         assert said in error[0]
 
+    @pytest.mark.parametrize("name", ["more.txt", "more", "more.safetensors", "gone", "swsc_report.json", MANIFEST])
+    def test_what_somebody_put_there_is_named_with_a_remedy_that_helps(
+        self, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        own = (output / name).exists()
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.write_bytes((output / name).read_bytes()) if own else elsewhere.mkdir()
+        (output / name).unlink(missing_ok=True)
+        (output / name).symlink_to(elsewhere if name != "gone" else tmp_path / "nothing")
+        if name.endswith("safetensors"):
+            (output / name).unlink()
+            (output / name).write_bytes(b"")
+        assert main(["verify", str(output), "--local"]) == 1
+        said = capsys.readouterr().err
+        assert name in said
+        assert "make it again by --overwrite" not in said
+        (output / name).unlink()  # as it says
+        if own:
+            (output / name).write_bytes(elsewhere.read_bytes())
+        assert main(["verify", str(output), "--local"]) == 0
+
     def test_what_is_no_finished_output_is_a_mistake(
         self, tiny_model: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
