@@ -26,6 +26,7 @@ from pipeline.flows.push import push_output
 from pipeline.measure.texts import has_columns
 from pipeline.measure.windows import make_windows, require_within
 from pipeline.model.artifact import Model
+from pipeline.model.causality import require_causal
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import stage_bytes
 from pipeline.model.hub import require_pushable
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     bare, cache = Arithmetic(cluster.threads_per_worker, None), cache_of(calibration, arguments.output)
     require_output(source, plan, arguments.output, settings, bare, cache, output.overwrite)
     if evaluation:
+        require_causal(Model(source, {}), calibration.trust_remote_code)
         evaluation = within_positions(evaluation, source.config)
         # before hours of work
         require_within(make_windows(arguments.model, evaluation).ids, source)

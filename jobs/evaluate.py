@@ -10,6 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.flows.card import add_evaluation, read_result, require_card
 from pipeline.flows.preflight import examine
 from pipeline.model.artifact import open_model
+from pipeline.model.causality import require_causal
 from pipeline.model.families import positions_of
 from pipeline.model.store import Store
 from pipeline.task_config import TaskSettings
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     target = writable(arguments.json, _read(vars(arguments))) if arguments.json else None
     model = open_model(arguments.model)  # a damaged model is told of before Ray is started
     examine(model, any(one.trust_remote_code for one in settings.values()), measured=True)
+    require_causal(model, any(one.trust_remote_code for one in settings.values()))
     if "text" in settings:
         settings["text"] = within_positions(settings["text"], model.config)
     before = _before(arguments)

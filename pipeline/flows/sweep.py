@@ -24,6 +24,7 @@ from pipeline.flows.sweep_rows import run_rows, tensor_rows
 from pipeline.flows.sweep_runs import Run, Unit, make_runs
 from pipeline.measure.windows import Windows, make_windows, require_within
 from pipeline.model.artifact import Model
+from pipeline.model.causality import require_causal
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.forecast import WORKER_BASE, compression_bytes, device_bytes
 from pipeline.model.matrices import find_matrix
@@ -71,6 +72,8 @@ class Sweep:
         self._checkpoints = [open_checkpoint(location) for location in settings.models]
         for checkpoint in self._checkpoints:
             examine(Model(checkpoint, {}), settings.trust_remote_code, measured=True)
+            if settings.evaluations:
+                require_causal(Model(checkpoint, {}), settings.trust_remote_code)
         self._windows = [
             [make_windows(location, text) for text in settings.evaluations] for location in settings.models
         ]

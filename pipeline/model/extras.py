@@ -32,6 +32,7 @@ _FOLDERS = {
     "metal": "weights for another framework", "runs": "logs of a training", "wandb": "logs of a training",
     "logs": "logs of a training", "__pycache__": "compiled code", "lost+found": "the file system's own",
 }  # fmt: skip
+KEPT = ".swsc-kept.json"  # in a checkpoint that gguf.py keeps: name -> bytes of each of its files
 LOW_RANK = "swsc_adapter"  # folder of the adapter that `swsc restore --adapter` writes
 UNWANTED = tuple(f"{folder}/*" for folder in _FOLDERS)  # of a model on the Hub
 _INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack|pth?)\.index(\.\w+)?\.json$")
@@ -86,7 +87,7 @@ def extras_of(store: Store, weights: Collection[str]) -> Extras:
     copied: list[str] = []
     left: list[PassedOver] = []
     for name, is_file in sorted(store.entries().items()):
-        if name in weights or name in ("config.json", INDEX):
+        if name in weights or name in ("config.json", INDEX, KEPT):
             continue
         reason = _reason(name) if is_file else _reason_of_folder(name)
         found = Extras((name,)) if is_file and not reason else Extras()

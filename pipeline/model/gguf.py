@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, OutputError
+from pipeline.model.extras import KEPT
 from pipeline.model.files import TEMPORARY
 from pipeline.model.gguf_file import Dequantized, header_of, load, one_line, quiet_transformers, require_gguf
 from pipeline.model.lease import LEASE, acquire
@@ -47,17 +48,21 @@ def convert_gguf(file: Path, target: str, dtype: str = DTYPE) -> Dequantized:
     store = Store(os.path.realpath(Store.at(target).root))  # a link to an empty directory is not replaced by one
     if store.entries():
         raise OutputError(f"{target}: is there already and not empty; give a new directory")
+    if os.path.ismount(store.root):
+        raise OutputError(
+            f"{target}: a mount point, in whose place no finished directory can be put; give a new directory in it: {target}/NAME"
+        )
     return _made(file, store, dtype)
 
 
 def kept_checkpoint(location: str) -> str:
-    """Directory of the checkpoint that the GGUF file at `location` stands for: dequantized, if it is not there yet.
+    """Directory of the checkpoint that the GGUF file at `location` stands for: dequantized, if it is not there yet, or damaged.
 
     Raises:
         CheckpointError: as `convert_gguf`, or the file is not on a disk of this machine. OutputError: no room beside it.
     """
     file, store = _kept(location)
-    found = read_note(store) if store.exists(NOTE) else _made(file, store, DTYPE)
+    found = read_note(store) if _is_whole(store) else _made(file, store, DTYPE, kept=True)
     if found:
         warn(location, found)
     return store.root
@@ -65,7 +70,7 @@ def kept_checkpoint(location: str) -> str:
 
 def is_kept(location: str) -> bool:
     """Whether the GGUF file at `location` was dequantized before."""
-    return _kept(location)[1].exists(NOTE)
+    return _is_whole(_kept(location)[1])
 
 
 def read_note(store: Store) -> Dequantized | None:
@@ -112,10 +117,21 @@ def _fingerprint(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _made(file: Path, store: Store, dtype: str) -> Dequantized:
+def _is_whole(store: Store) -> bool:
+    """Whether a checkpoint that is kept is there, with all of its files, as long as they were written."""
+    if not store.exists(NOTE):
+        return False
+    try:
+        sizes = dict(store.read_json(KEPT)) if store.exists(KEPT) else {}  # earlier releases wrote no list
+    except ValueError:
+        return False
+    return all(store.exists(name) and store.size(name) == size for name, size in sizes.items())
+
+
+def _made(file: Path, store: Store, dtype: str, kept: bool = False) -> Dequantized:
     """Write the checkpoint into a folder beside `store`, and put it there when it is whole.
 
-    Whoever writes holds a lease; what one that was killed has left is made anew.
+    Whoever writes holds a lease; what one that was killed has left is made anew, and so is one that is `kept` and damaged.
     """
     beside = Store(f"{store.root}{TEMPORARY}")
     if os.path.islink(beside.root) or (beside.entries() and not beside.exists(LEASE)):
@@ -131,8 +147,10 @@ def _made(file: Path, store: Store, dtype: str) -> Dequantized:
             f"{error.filename}: nothing can be written there; make a checkpoint elsewhere: swsc convert {file} NEW_DIR"
         ) from None
     try:
-        if not store.exists(NOTE):
+        if not (_is_whole(store) if kept else store.exists(NOTE)):
             _write(file, beside, dtype)
+            if kept:
+                _keep(beside.below("whole"), store)
             store.remove_empty()
             os.rename(f"{beside.root}/whole", store.root)
         found = read_note(store)
@@ -144,6 +162,14 @@ def _made(file: Path, store: Store, dtype: str) -> Dequantized:
         with beside.locked():
             beside.below(".swsc").remove_empty()
             beside.remove_empty()
+
+
+def _keep(made: Store, store: Store) -> None:
+    """List the files of a checkpoint that is to be kept, and remove a damaged one from its place."""
+    made.write_json(KEPT, {name: made.size(name) for name in made.names()})
+    if store.entries():
+        _say(f"{store.root}: was damaged, and is replaced")
+        store.parent.remove(store.name)
 
 
 def _write(file: Path, beside: Store, dtype: str) -> None:

@@ -139,3 +139,32 @@ def _chains(kind: type) -> set[tuple[str, ...]]:
     found = uses_of(kind)
     assert found is not None
     return {use.chain[: use.chain.index("weight", 2) + 1] for use in found if "weight" in use.chain[2:]}
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "clip"])
+def test_a_model_that_embeds_no_tokens_is_opened_and_saved(kind: str, tmp_path: Path) -> None:
+    """transformers raises where such a model is asked for the layer that embeds tokens."""
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    if kind == "wav2vec2":
+        convolutions = {"conv_dim": [16, 16], "conv_kernel": [3, 3], "conv_stride": [2, 2]}
+        positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+        model: Any = t.Wav2Vec2ForCTC(t.Wav2Vec2Config(**small, **convolutions, **positions, vocab_size=32))
+        given = {"input_values": torch.randn(1, 400)}
+    else:
+        text = {**small, "vocab_size": 99, "max_position_embeddings": 20, "projection_dim": 16}
+        vision = {**small, "image_size": 16, "patch_size": 8, "projection_dim": 16}
+        model = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+        given = {"input_ids": torch.arange(9)[None], "pixel_values": torch.randn(1, 3, 16, 16)}
+    model.save_pretrained(tmp_path / "model")
+    flags = ["--include", r"(q|k)_proj\.weight", "--method", "rtn", "--bits", "8", "--local"]
+    assert main(["compress", str(tmp_path / "model"), str(tmp_path / "out"), *flags]) == 0
+    assert main(["restore", str(tmp_path / "out"), str(tmp_path / "dense"), "--local"]) == 0
+    opened = type(model).from_pretrained(tmp_path / "out")
+    opened.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        one, two, wanted = (
+            type(model).from_pretrained(tmp_path / name).eval()(**given)[0] for name in ("out", "saved", "dense")
+        )
+    assert torch.allclose(one, wanted, atol=1e-4)
+    assert torch.equal(one, two)

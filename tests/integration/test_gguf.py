@@ -108,7 +108,8 @@ def test_two_processes_at_once_make_it_once(file: Path) -> None:
     assert [run.returncode for run in runs] == [0, 0], said
     (kept,) = kept_of(file)
     assert sorted(path.name for path in kept.iterdir()) == [
-        "config.json", "dequantized.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        ".swsc-kept.json", "config.json", "dequantized.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     ]  # fmt: skip
 
 
@@ -192,3 +193,31 @@ def test_a_note_that_is_damaged_is_named(tiny_model: Path, tmp_path: Path, note:
     (tmp_path / "model/dequantized.json").write_text(note)
     assert main(["plan", str(tmp_path / "model"), "--clusters", "4", "--rank", "2"]) == 2
     assert "dequantized.json: not as `swsc convert` writes it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", "dequantized.json", ".swsc-kept.json"]
+)
+@pytest.mark.parametrize("cut", [True, False])
+def test_one_that_is_kept_and_damaged_is_made_again(file: Path, tmp_path: Path, name: str, cut: bool) -> None:
+    assert main(["compress", str(file), str(tmp_path / "out"), *SMALL]) == 0
+    (kept,) = kept_of(file)
+    damaged = kept / name
+    if cut:
+        damaged.write_bytes(damaged.read_bytes()[:-9])
+    else:
+        damaged.unlink()
+    assert main(["compress", str(file), str(tmp_path / "again"), *SMALL]) == 0
+    assert kept_of(file) == [kept]
+    one, other = ((tmp_path / path / "swsc_manifest.json").read_bytes() for path in ("out", "again"))
+    assert one == other
+
+
+def test_convert_into_a_mount_point_is_refused_before_work(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "data"))
+    assert main(["convert", str(file), str(tmp_path / "data")]) == 2
+    assert "mount point" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", file.name]
