@@ -153,8 +153,11 @@ class ObjectFiles:
 
     def content_proved(self, path: str, digest: PartDigest) -> bool:
         """Whether the store's own checksum of an object is one of the bytes that `digest` has seen."""
-        with self._patiently(path, lambda: self._system.open_input_file(path)) as file:
-            return _etag(file).strip('"') in digest.etags
+        return self._patiently(path, partial(self._etag_of, path)) in digest.etags
+
+    def _etag_of(self, path: str) -> str:
+        with self._system.open_input_file(path) as file:
+            return _etag(file).strip('"')
 
     def _patiently(self, path: str, call: Callable[[], Any], kind: str = "read") -> Any:
         """`_try`, again for a while if the store has allowed the like before: it may come up again, and credentials be renewed."""
