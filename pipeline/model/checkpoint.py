@@ -98,7 +98,8 @@ def open_checkpoint(location: str) -> Checkpoint:
     if store.exists(RUN) and not store.exists(MANIFEST):
         raise CheckpointError(f"{location}: an unfinished output; run the command that began it again")
     config = _config(store) if "config.json" in names else {}
-    files, weight_map, passed_over = weight_files(store, names, config.get("transformers_weights"))
+    # of the source's files alone: in a config that goes on into an output it would name a file that is not there
+    files, weight_map, passed_over = weight_files(store, names, config.pop("transformers_weights", None))
     for name in (*files, "config.json"):
         require_inside(store, name)
     extras = extras_of(store, {*files, *dict(passed_over)})

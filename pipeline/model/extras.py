@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pipeline.errors import CheckpointError
 from pipeline.model.files import TEMPORARY
 from pipeline.model.places import leads_out
-from pipeline.model.store import Store
+from pipeline.model.store import Store, is_inside
 from pipeline.model.weight_files import INDEX, PICKLES, PassedOver, is_adapter
 
 _FOREIGN = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".nemo", ".mlmodel", ".npz")
@@ -38,6 +38,7 @@ UNWANTED = tuple(f"{folder}/*" for folder in _FOLDERS)  # of a model on the Hub
 _INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack|pth?)\.index(\.\w+)?\.json$")
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|random_states)[^/]*$")
 _STEP = re.compile(r"(checkpoint|global_step|epoch|step)[-_]?\d+$")
+_MODULES, _LONGEST = "modules.json", 1 << 20  # of sentence-transformers; bytes that are read of it
 _DEPTH, _FILES = 6, 1000  # most folders inside each other, and most files of one folder: real ones have 2 and dozens
 
 
@@ -79,14 +80,16 @@ def require_readable(store: Store, name: str) -> None:
 def extras_of(store: Store, weights: Collection[str]) -> Extras:
     """Decide for everything in a directory but config.json, index and the files `weights`, which are decided on already.
 
-    Names alone are looked at.
+    Names alone are looked at, and what `modules.json` of sentence-transformers says.
 
     Raises:
         CheckpointError: a link to a file or a folder outside the directory.
     """
     copied: list[str] = []
     left: list[PassedOver] = []
-    for name, is_file in sorted(store.entries().items()):
+    entries = store.entries()
+    modules = _modules(store) if _MODULES in entries else frozenset()
+    for name, is_file in sorted(entries.items()):
         if name in weights or name in ("config.json", INDEX, KEPT):
             continue
         reason = _reason(name) if is_file else _reason_of_folder(name)
@@ -94,39 +97,56 @@ def extras_of(store: Store, weights: Collection[str]) -> Extras:
         if not reason:
             require_inside(store, name)
         if not is_file and not reason:
-            found = _below(store, name, weights, {os.path.realpath(store.root)} if store.is_local else set())
+            seen = {os.path.realpath(store.root)} if store.is_local else set()
+            found = _below(store, name, weights, seen, name in modules)
         copied += found.copied
         left += [PassedOver(name if is_file else f"{name}/", reason)] if reason else found.left_out
     return Extras(tuple(sorted(copied)), tuple(sorted(left, key=lambda one: one.name)))
 
 
-def _below(store: Store, folder: str, weights: Collection[str], seen: set[str]) -> Extras:
+def _modules(store: Store) -> frozenset[str]:
+    """Folders that `modules.json` names as layers after the model: poolings, and dense layers, whose weights are theirs alone."""
+    try:
+        named = {str(one["path"]) for one in store.read_json(_MODULES, _LONGEST)}
+        files = {folder: f"{folder}/config.json" for folder in named if folder and is_inside(folder)}
+        return frozenset(
+            folder
+            for folder, config in files.items()
+            if not (store.exists(config) and "model_type" in store.read_json(config, _LONGEST))
+        )
+    except (ValueError, KeyError, TypeError):
+        return frozenset()
+
+
+def _below(store: Store, folder: str, weights: Collection[str], seen: set[str], is_module: bool) -> Extras:
     """The files in a folder and in those below it; a folder of too many files, or one with weights, is left out whole.
 
-    `seen`: real paths of folders that are not looked into: those that lead back to the model itself.
+    Args:
+        seen: real paths of folders that are not looked into: those that lead back to the model itself.
+        is_module: weights in it are those of a layer that comes after the model.
     """
     copied: list[str] = []
     left: list[PassedOver] = []
-    for number, (name, reason) in enumerate(_walk(store, folder, seen)):
+    for number, (name, reason) in enumerate(_walk(store, folder, seen, is_module)):
         if number == _FILES:
             return Extras((), (PassedOver(f"{folder}/", f"more than {_FILES:,} files, no part of a model"),))
         if name in weights:
             continue
-        if reason:
+        if reason and not (is_module and name.endswith(".safetensors") and not is_adapter(os.path.basename(name))):
             left.append(PassedOver(name, reason))
         else:
             copied.append(name)
     return Extras(tuple(copied), tuple(left))
 
 
-def _walk(store: Store, folder: str, seen: set[str]) -> Iterator[tuple[str, str]]:
+def _walk(store: Store, folder: str, seen: set[str], is_module: bool = False) -> Iterator[tuple[str, str]]:
     """Name of every file in a folder -> why it is left out; "": it is copied. A linked folder is looked into once."""
     real = os.path.realpath(f"{store.root}/{folder}") if store.is_local else folder
     if real in seen:
         return
     seen.add(real)
     entries = store.below(folder).entries()
-    if "config.json" in entries and any(_is_weights(name) for name in entries):
+    if not is_module and "config.json" in entries and any(_is_weights(name) for name in entries):
         yield f"{folder}/", "another model, with weights of its own"
         return
     for name, is_file in sorted(entries.items()):

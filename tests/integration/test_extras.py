@@ -125,3 +125,34 @@ def test_an_adapter_that_restore_left_beside_a_dense_model_is_named(
     capsys.readouterr()
     assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "out"), *QK]) == 0
     assert "left out: swsc_adapter/" in capsys.readouterr().err
+
+
+def test_layers_that_sentence_transformers_puts_after_a_model_are_copied_with_it(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    folders = {
+        "1_Pooling": {"pooling_mode_mean_tokens": True},
+        "2_Dense": {"in_features": 64},
+        "3_Other": {"model_type": "bert"},
+    }
+    (copy / "modules.json").write_text(json.dumps([{"path": ""}, *({"path": folder} for folder in folders)]))
+    for folder, config in {**folders, "4_Unnamed": {}}.items():
+        (copy / folder).mkdir()
+        (copy / folder / "config.json").write_text(json.dumps(config))
+        (copy / folder / "model.safetensors").write_bytes(b"of a layer")
+    (copy / "2_Dense" / "pytorch_model.bin").write_bytes(b"never opened")
+    assert main(["compress", str(copy), str(tmp_path / "out"), *QK]) == 0
+    own = {"1_Pooling/config.json", "1_Pooling/model.safetensors", "2_Dense/config.json", "2_Dense/model.safetensors"}
+    assert {name for name in manifest_of(tmp_path / "out") if name[0].isdigit()} == own
+    assert main(["verify", str(tmp_path / "out"), "--local"]) == 0
+    left = json.loads((tmp_path / "out" / "swsc_report.json").read_text())["left_out"]
+    assert {"2_Dense/pytorch_model.bin", "3_Other/", "4_Unnamed/"} <= left.keys()
+    assert main(["restore", str(tmp_path / "out"), str(tmp_path / "dense"), "--local"]) == 0
+    assert own <= manifest_of(tmp_path / "dense").keys()
+
+
+@pytest.mark.parametrize("damaged", ["{", "[1]", '{"path": 3}', "null", '[{"path": "../model"}]'])
+def test_a_list_of_layers_that_is_none_is_copied_as_any_file(model: Path, tmp_path: Path, damaged: str) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    (copy / "modules.json").write_text(damaged)
+    assert main(["compress", str(copy), str(tmp_path / "out"), *QK]) == 0
+    assert "modules.json" in manifest_of(tmp_path / "out")

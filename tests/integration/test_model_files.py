@@ -109,3 +109,15 @@ def test_an_adapter_alone_is_said_to_be_one(model: Path, capsys: pytest.CaptureF
     (alone / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     assert main(["plan", str(alone)]) == 2
     assert "org/base" in capsys.readouterr().err
+
+
+def test_an_output_does_not_name_the_file_that_its_source_was_read_from(model: Path, tmp_path: Path) -> None:
+    """It did, and nothing opened it, although compress and verify had found no fault."""
+    (model / SINGLE).rename(model / "chosen.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"transformers_weights": "chosen.safetensors"}))
+    assert main(["compress", str(model), str(tmp_path / "out"), "--bits", "4", "--local"]) == 0
+    assert main(["restore", str(tmp_path / "out"), str(tmp_path / "dense"), "--local"]) == 0
+    for name in ("out", "dense"):
+        assert _KEY in open_model(str(tmp_path / name)).names
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
