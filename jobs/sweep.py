@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,17 @@ def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, s
     from pipeline.run.arithmetic import arithmetic_of
     from pipeline.run.cluster import make_pool
 
-    sweep.calibrate(partial(make_pool, cluster), f"{store.root}/results.json", arithmetic_of(cluster))
-    pool = make_pool(cluster, sweep.total_tasks, sweep.worker_bytes, sweep.device_bytes)
-    try:
-        sweep.run(pool)
-    finally:
-        result = sweep.result()
-        if result.measured or sys.exc_info()[0] is None:
-            about = {"settings": settings.model_dump(mode="json"), "seconds": result.seconds, "argv": sys.argv}
-            _write(store, settings, result, about)
-    sweep.forget_measured()
+    with closing(sweep):
+        sweep.calibrate(partial(make_pool, cluster), f"{store.root}/results.json", arithmetic_of(cluster))
+        pool = make_pool(cluster, sweep.total_tasks, sweep.worker_bytes, sweep.device_bytes)
+        try:
+            sweep.run(pool)
+        finally:
+            result = sweep.result()
+            if result.measured or sys.exc_info()[0] is None:
+                about = {"settings": settings.model_dump(mode="json"), "seconds": result.seconds, "argv": sys.argv}
+                _write(store, settings, result, about)
+        sweep.forget_measured()
     return result
 
 

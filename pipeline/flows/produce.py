@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from pipeline.config import CalibrationSettings, CompressSettings, Variant
@@ -16,6 +17,7 @@ from pipeline.model.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from pipeline.model.owned import REPORT
 from pipeline.model.plan import Plan
 from pipeline.model.store import Store
+from pipeline.model.uses import remove_unless_used, used
 from pipeline.run.progress import say
 
 VARIANT = "variant"  # how the name of a tuned model in the cache begins that a sweep measures
@@ -39,23 +41,29 @@ def produce(
     untuned = _untuned(settings)
     staging = _staging(source, settings, calibrated, arithmetic)
 
+    kept = ExitStack()  # of the cache, until the output is written: another run may be done with the same
+
     def tune() -> TunedModel:
+        kept.enter_context(used(Store.at(staging)))
         compress_model(source, plan, staging, untuned, arithmetic, make_pool, calibrated, wait=say)
         tuning = Tuning(source, staging, text, calibration, calibrated.cache, arithmetic)
+        kept.enter_context(used(tuning.store))
         tuned, about = tuning.run(make_pool)
         rows = {row["name"]: row for row in describe(Store.at(staging).read_json(REPORT))}
         return TunedModel(tuned, rows, about)
 
-    return compress_model(source, plan, output, settings, arithmetic, make_pool, calibrated, tune, overwrite, wait)
+    with kept:
+        return compress_model(source, plan, output, settings, arithmetic, make_pool, calibrated, tune, overwrite, wait)
 
 
 def produce_variant(
     source: Checkpoint, plan: Plan, variant: Variant, calibration: CalibrationSettings, calibrated: Calibrated, arithmetic: Arithmetic,
-    make_pool: PoolMaker,
+    make_pool: PoolMaker, kept: ExitStack,
 ) -> Made:  # fmt: skip
-    """A tuned row of a sweep, as a directory in the cache."""
+    """A tuned row of a sweep, as a directory in the cache, which is kept there until `kept` is closed."""
     settings = _settings_of(variant)
     output = _place(VARIANT, source, settings, calibrated, arithmetic)
+    kept.enter_context(used(Store.at(output)))
     report = produce(source, plan, output, settings, calibration, calibrated, arithmetic, make_pool, wait=say)
     return Made(open_checkpoint(output), {row["name"]: row for row in describe(report)}, report["tuning"])
 
@@ -64,15 +72,19 @@ def forget_stages(
     source: Checkpoint, variant: Variant, calibration: CalibrationSettings, calibrated: Calibrated, arithmetic: Arithmetic,
     shared: bool,
 ) -> None:  # fmt: skip
-    """Remove what a finished tuned row was made of: the state of its tuning and, unless it is `shared`, the compressed model."""
+    """Remove what a finished tuned row was made of: the state of its tuning and, unless it is `shared`, the compressed model.
+
+    What another run uses at the time stays; it is that run's to remove.
+    """
     settings = _settings_of(variant)
     staging = _staging(source, settings, calibrated, arithmetic)
-    if not Store.at(staging).exists(MANIFEST):
-        return
-    text = TuneText(calibrated.ids, settings.epochs, settings.seed)
-    Tuning(source, staging, text, calibration, calibrated.cache, arithmetic).forget()
+    with used(Store.at(staging)):
+        if not Store.at(staging).exists(MANIFEST):
+            return
+        text = TuneText(calibrated.ids, settings.epochs, settings.seed)
+        Tuning(source, staging, text, calibration, calibrated.cache, arithmetic).forget()
     if not shared:
-        Store.at(calibrated.cache).remove(Store.at(staging).name)
+        remove_unless_used(Store.at(staging))
 
 
 def _settings_of(variant: Variant) -> CompressSettings:

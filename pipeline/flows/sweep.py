@@ -7,6 +7,7 @@ written as a model.
 
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -84,6 +85,7 @@ class Sweep:
         self._compressions = self._make_compressions()[::-1]
         self._payloads: dict[Unit, Any] = {}
         self._rows: dict[Unit, dict[str, Any]] = {}
+        self._kept = ExitStack()  # tuned models in the cache, which another sweep may be done with before
         self._loaded: dict[int, Run] = {}  # worker -> the run that it measured last
 
     def calibrate(self, make_pool: PoolMaker, beside: str, arithmetic: Arithmetic) -> None:
@@ -117,13 +119,18 @@ class Sweep:
             source, plan, variant, settings, beside, make_pool, arithmetic, self._settings.evaluations
         )
         if made and variant.epochs:
-            run.made = produce_variant(source, run.plan, variant, settings, made, arithmetic, make_pool)
+            run.made = produce_variant(source, run.plan, variant, settings, made, arithmetic, make_pool, self._kept)
         return made
 
     def forget_measured(self) -> None:
         """Remove tuned models from the cache once their rows are written, unless they are to be kept."""
+        self.close()
         if not self._settings.keep_tuned:
             forget_measured(self._runs)
+
+    def close(self) -> None:
+        """Let other runs remove tuned models that this one has used."""
+        self._kept.close()
 
     def run(self, pool: Pool) -> None:
         """Do all of it and let the workers go. Whatever stops it, `result` has what was measured until then."""

@@ -9,6 +9,7 @@ from pipeline.flows.produce import VARIANT
 from pipeline.flows.sweep_runs import Run
 from pipeline.model.forecast import moment_bytes
 from pipeline.model.store import Store, require_room
+from pipeline.model.uses import remove_unless_used
 
 
 def require_cache_room(runs: Sequence[Run], settings: SweepSettings, beside: str) -> None:
@@ -52,9 +53,10 @@ def _base(run: Run) -> object:
 
 
 def forget_measured(runs: Sequence[Run]) -> None:
-    """Remove the models of tuned rows that were measured; one that failed stays, and the next sweep finds it."""
+    """Remove the models of tuned rows that were measured; one that failed stays, and the next sweep finds it.
+
+    So does one that another sweep is still to measure, which removes it then.
+    """
     for run in runs:
         if run.made and not run.error:
-            store = run.made.checkpoint.store
-            store.parent.remove(store.name)
-            store.parent.remove_empty()
+            remove_unless_used(run.made.checkpoint.store)

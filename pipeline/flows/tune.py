@@ -27,6 +27,7 @@ from pipeline.model.parts import DONE, differences
 from pipeline.model.records import of_cache, read_record
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
+from pipeline.model.uses import remove_unless_used
 from pipeline.run.driver import StagedTasks, Stages, execute
 from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress, say
@@ -84,7 +85,7 @@ class Tuning:
             **arithmetic.gpu,
         }  # fmt: skip
         digest = hashlib.sha256(repr(sorted(self.identity.items())).encode()).hexdigest()[:16]
-        self._store = Store.at(f"{cache}/tuned-{digest}")
+        self.store = Store.at(f"{cache}/tuned-{digest}")
 
     def run(self, make_pool: PoolMaker) -> tuple[Tuned, dict[str, Any]]:
         """Tune, go on with a tuning that was cut short, or find a finished one again.
@@ -95,22 +96,20 @@ class Tuning:
         Raises:
             RunError: a task failed; states that were written are kept.
         """
-        if not self._store.exists(_RESULT):
-            with begin(self._store, self.identity, wait=say, names=self._states()) as out:
-                if not self._store.exists(_RESULT):  # the run that we waited for has made it
+        if not self.store.exists(_RESULT):
+            with begin(self.store, self.identity, wait=say, names=self._states()) as out:
+                if not self.store.exists(_RESULT):  # the run that we waited for has made it
                     self._move(out, make_pool)
-        about = of_cache(self._store, _RESULT, lambda: read_record(self._store, _RESULT, records.Tuning))
-        return Tuned(
-            self._key.compressed, self._store, self._whole(about["steps"]) if about["applied"] else None
-        ), about
+        about = of_cache(self.store, _RESULT, lambda: read_record(self.store, _RESULT, records.Tuning))
+        return Tuned(self._key.compressed, self.store, self._whole(about["steps"]) if about["applied"] else None), about
 
     def _whole(self, steps: int) -> str:
         """File of the state after `steps` steps; OutputError if its bytes are not those that were written."""
         file = _state_file(steps)
         record = f"{DONE}/{file}.json"
-        known = of_cache(self._store, record, lambda: read_record(self._store, record, records.Done))
-        if found := differences(self._store, file, known):
-            raise OutputError(f"{self._store.root}: {found[0]}; remove this folder, and run the same command again")
+        known = of_cache(self.store, record, lambda: read_record(self.store, record, records.Done))
+        if found := differences(self.store, file, known):
+            raise OutputError(f"{self.store.root}: {found[0]}; remove this folder, and run the same command again")
         return file
 
     def _states(self) -> list[str]:
@@ -118,7 +117,7 @@ class Tuning:
 
     def forget(self) -> None:
         """Remove what was found: whoever needs it again has to tune again."""
-        self._store.parent.remove(self._store.name)
+        remove_unless_used(self.store)
 
     def _move(self, out: Output, make_pool: PoolMaker) -> None:
         """Go on from the last state that was written; again, if the present one is lost with its node."""
@@ -156,7 +155,7 @@ class Tuning:
         state: tuple[Any, ...] = ()
         course: list[tuple[int, float]] = []  # of this run: a resumed one has no memory of earlier steps
         if step:
-            read = yield [Task("read", "read_payload", (self._store, _state_file(step)), label="state", outputs=1)]
+            read = yield [Task("read", "read_payload", (self.store, _state_file(step)), label="state", outputs=1)]
             state = read[0].payloads
         while step < len(self._batches):
             gradients = yield self._gradients(step, state)
@@ -179,12 +178,12 @@ class Tuning:
         about: dict[str, Any] = {"steps": step, "tokens": sum(batch.size for batch in self._batches)}
         about |= {"divergence_before": _mean(before), "divergence_after": _mean(after)}
         about |= {"applied": _mean(after) < _mean(before), "divergence_by_step": course}
-        self._store.write_json(_RESULT, about)
+        self.store.write_json(_RESULT, about)
 
     def _forget_before(self, step: int) -> None:
         for name in [_state_file(earlier) for earlier in range(step)]:
-            self._store.remove(f"{DONE}/{name}.json")
-            self._store.remove(name)
+            self.store.remove(f"{DONE}/{name}.json")
+            self.store.remove(name)
 
     def _gradients(self, step: int, state: tuple[Any, ...]) -> list[Task]:
         return [

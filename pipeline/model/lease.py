@@ -136,6 +136,11 @@ def is_free(store: Store) -> bool:
     return about is None or _is_gone(about)
 
 
+def is_of_this_machine(store: Store) -> bool:
+    """Whether who writes into `store` is a process of this machine, so that `is_free` says for sure whether it is gone."""
+    return (_understood(_read(store)) or {}).get("machine") == _machine()
+
+
 def _sign(ticket: Ticket, left: bytes | None, sleep: Callable[[float], None]) -> None:
     """Put our lease there, in the place of one that was `left`; OutputError if another run was faster."""
     store = ticket.store

@@ -94,6 +94,40 @@ def test_an_interrupted_sweep_goes_on_from_its_tuned_models(
     assert cached(tmp_path) == ["moments"]
 
 
+def another(tmp_path: Path, command: list[str], *names: str) -> list[str]:
+    """The same sweep into another directory, of some of its rows."""
+    settings = yaml.safe_load(Path(command[1]).read_text())
+    settings["variants"] = [one for one in settings["variants"] if one["name"] in names]
+    (tmp_path / "another.yaml").write_text(yaml.safe_dump(settings))
+    return ["sweep", str(tmp_path / "another.yaml"), "--out", str(tmp_path / "another-out"), "--local"]
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [("measure", ("once", "twice")), ("tune_step", ("twice",))],
+    ids=["the same rows are being measured", "another row is tuned from the same model"],
+)
+def test_two_sweeps_of_one_cache_leave_each_other_what_they_use(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, names: tuple[str, ...]
+) -> None:
+    """The second begins and ends while the first is about to do something with what both made."""
+    assert main([*command, "--out", str(tmp_path / "alone")]) == 0
+    alone = json.loads((tmp_path / "alone" / "results.json").read_text())["rows"]
+    real, begun = LocalPool.start, []
+
+    def start(self: LocalPool, worker: int, task: Task) -> None:
+        if task.method == method and not begun:
+            begun.append(task)
+            assert main(another(tmp_path, command, *names)) == 0
+        real(self, worker, task)
+
+    monkeypatch.setattr(LocalPool, "start", start)
+    assert main(command) == 0
+    assert begun
+    assert [row["perplexity"] for row in rows(tmp_path).values()] == [row["perplexity"] for row in alone]
+    assert cached(tmp_path) == ["moments"]
+
+
 def test_a_tuning_that_was_not_applied_is_shown(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
