@@ -47,6 +47,12 @@ def load(text: str) -> Any:
         return None if node is None else yaml.constructor.SafeConstructor().construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
+    except (
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # PyYAML's, of "!!int ''", "!!bool x", "!!timestamp x"
+        raise ValueError(f"a value that its tag does not fit ({type(error).__name__}: {error})") from None
 
 
 def _composed(text: str, loader: Any) -> yaml.Node | None:

@@ -4,6 +4,7 @@ import copy
 import json
 from typing import Any
 
+import yaml
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -80,6 +81,30 @@ def changed_tree(draw: Any, tree: Any) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         tree = _change(draw, tree)
     return tree
+
+
+# Values as YAML alone can write them: tags that do not fit, dates that are none, sets, bytes, aliases, merges, half letters.
+_YAML = [
+    "!!int ''", "!!float ''", "!!bool x", "!!bool {a: 1}", "!!timestamp x", "!!timestamp ''", "!!null x", "!!int 0b", "!!int 1:x",
+    "!!binary x", "!!binary YWJj", "!!set {x, y}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!str [1]", "!!map x", "!!python/object:os.system x",
+    "!x y", "2024-01-31", "2024-99-99", "2001-12-14t21:59:43.10-99:99", "0001-01-01 00:00:00 +23:59", "190:20:30.15", "0x_", "1_000", ".inf",
+    ".nan", "-.inf", "1e999", "=", "<<", "{<<: 3}", "{<<: [{a: 1}, {b: 2}]}", "&x [*x]", "[&x a, *x, *x]", "*y", "? [1]", "{? [1] : 2}",
+    "{? {a: 1} : 2}", "{null: 1, true: 2, 1.5: 3, 2024-01-31: 4}", '"\\ud800"', '"\\0"', "|\n  x", ">-\n  x", "@x", "`x`", "%x", "!!int |\n  7",
+    "!!float 1:x", "09", "~", "yes", "{a: 1, a: 2}", "[", "{", "- x", "\t7", "x: y", "...", "---", "--- 1",
+]  # fmt: skip
+
+
+@st.composite
+def changed_yaml(draw: Any, tree: dict[str, Any]) -> bytes:
+    """A YAML file whose tree or bytes are changed, or of which a value is such as no tree holds."""
+    text = yaml.dump(draw(changed_tree(tree)), allow_unicode=True)
+    if draw(st.integers(0, 2)) == 0:
+        said = {key: value for key, value in tree.items() if draw(st.booleans())}
+        text = (
+            yaml.dump(said) if said else ""
+        ) + f"{draw(st.sampled_from(sorted(tree)))}: {draw(st.sampled_from(_YAML))}\n"
+    content = text.encode(errors="surrogatepass")
+    return draw(st.one_of(st.just(content), st.just(content), changed_bytes(content)))  # type: ignore[no-any-return]
 
 
 @st.composite

@@ -62,8 +62,9 @@ def header_of(file: Path) -> tuple[Dequantized, int]:
         raise ConfigError("the package gguf reads GGUF files and is not installed; pip install 'swsc[demo]'") from None
     reader = told(file, lambda: GGUFReader(file))
     types = dict(Counter(tensor.tensor_type.name for tensor in reader.tensors))
-    kind, licence = (_value(reader, f"general.{key}") for key in ("file_type", "license"))
-    named = {one.value: one.name.removeprefix("MOSTLY_") for one in LlamaFileType}.get(kind, "")
+    kind, licence = (told(file, lambda key=key: _value(reader, f"general.{key}")) for key in ("file_type", "license"))
+    names = {one.value: one.name.removeprefix("MOSTLY_") for one in LlamaFileType}
+    named = names.get(kind, "") if isinstance(kind, int) else ""  # the header may say a list
     quantized = sorted(types.keys() - set(_WHOLE))
     baseline = (named or ", ".join(quantized)) if quantized else ""
     return Dequantized(file.name, baseline, one_line(licence or ""), types), sum(

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +20,8 @@ from jobs.cli import main
 from pipeline.errors import ConfigError
 from pipeline.model import lease, speed
 from tests.bounded import MOST_BYTES, bounded, ends
-from tests.gguf_tree import changed_gguf, parsed, written
-from tests.mutations import changed_bytes, changed_json, changed_tree, patient
+from tests.gguf_tree import Array, changed_gguf, parsed, written
+from tests.mutations import changed_bytes, changed_json, changed_yaml, patient
 from tests.tiny import make_text, make_tiny_model
 from tests.tiny_gguf import make_tiny_gguf
 
@@ -145,8 +144,7 @@ def _cut(folder: Path) -> Path:
 @patient()
 @given(data=st.data())
 def test_settings_in_a_file(folder: Path, data: st.DataObject) -> None:
-    content = yaml.dump(data.draw(changed_tree(CONFIG)), allow_unicode=True).encode(errors="surrogatepass")
-    with replaced(folder / "config.yaml", data.draw(st.one_of(st.just(content), changed_bytes(content)))):
+    with replaced(folder / "config.yaml", data.draw(changed_yaml(CONFIG))):
         ends("plan", str(folder / "model"), "--config", str(folder / "config.yaml"), "--local")
 
 
@@ -156,8 +154,7 @@ def test_the_card_of_a_model(folder: Path, data: st.DataObject) -> None:
     from pipeline.model.card import read_source_card
     from pipeline.model.checkpoint import open_checkpoint
 
-    content = yaml.dump(data.draw(changed_tree(CARD))).encode(errors="surrogatepass")
-    content = data.draw(st.one_of(st.just(content), changed_bytes(content)))
+    content = data.draw(changed_yaml(CARD))
     with replaced(folder / "model" / "README.md", b"---\n" + content + b"---\n# Tiny\n"), bounded():
         read_source_card(open_checkpoint(str(folder / "model")))
 
@@ -222,6 +219,20 @@ def test_a_result_that_stands_beside_another(folder: Path, data: st.DataObject) 
     whole = b'{"perplexity": 12.5, "text_sha256": "00", "seqlen": 32, "windows": 2, "bos": "none", "dtype": "float32"}'
     with replaced(folder / "result.json", data.draw(changed_json(whole))), contextlib.suppress(ConfigError):
         assert math.isfinite(read_result(str(folder / "result.json"))["perplexity"])
+
+
+@pytest.mark.parametrize("key", ["general.file_type", "general.license"])
+@pytest.mark.parametrize(
+    "value", [Array(4, [1]), Array(4, []), Array(8, ["a", "b"]), "text", "\ud800", 7, float("nan")]
+)
+def test_a_gguf_header_whose_notes_are_of_another_type(tmp_path: Path, key: str, value: Array | str | float) -> None:
+    """They say nothing of the model: it is planned, or refused in one line where it is no text."""
+    tree = parsed(make_tiny_gguf(tmp_path / "whole.gguf", file_type=7).read_bytes())
+    (held,) = (one for one in tree.keys if one.name == key)
+    held.value, held.kind = value, {Array: 9, str: 8, int: 4, float: 6}[type(value)]
+    (tmp_path / "x.gguf").write_bytes(written(tree))
+    code = ends("plan", str(tmp_path / "x.gguf"), "--include", "q_proj", "--local")
+    assert code == (2 if value == "\ud800" else 0)
 
 
 def test_a_gguf_header_that_makes_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,8 @@ def test_aliases_and_merges_mean_what_they_mean() -> None:
     "text",
     [
         LAUGHS, MERGES, "[" * 5000, "a: " + "{b: " * 5000, "a: &a [*a]", "a: &a {b: *a}", "x" * (1 << 21), "1:" * 50_000 + "1", "9" * 5000,
-        "a: 2024-99-99", "? [a]\n: 1", "!!python/object:os.system x", "a: *b", "\0", "a: b: c", "- " * 60_000,
+        "a: 2024-99-99", "? [a]\n: 1", "a: !!int ''", "a: !!float ''", "a: !!bool x", "a: !!timestamp x", "--- !!int",
+        "!!python/object:os.system x", "a: *b", "\0", "a: b: c", "- " * 60_000,
     ],
 )  # fmt: skip
 def test_what_would_hurt_is_refused_soon(text: str, tmp_path: Path) -> None:
