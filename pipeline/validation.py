@@ -10,6 +10,8 @@ from pipeline import bounded_yaml
 from pipeline.errors import ConfigError
 
 _MOST = 1 << 20  # bytes of a configuration file
+_NO_TEXT = re.compile("[\\0\ud800-\udfff]")
+_SHOWN = 60  # characters of a value that is refused
 
 
 def _comma_list(value: object) -> object:
@@ -73,6 +75,16 @@ def _finding(kind: type[Settings], item: Any) -> str:
     return f"{place}: {message}, got {item['input']!r}" if place else message
 
 
+def _require_plain(value: object) -> None:
+    """Raise ValueError for what no setting is: bytes, sets, and text with a null or half a letter, which no path may have."""
+    if isinstance(value, str) and _NO_TEXT.search(value):
+        raise ValueError(f"{value[:_SHOWN]!r}: a null, or half a letter, in a text")
+    if isinstance(value, bytes | set | tuple):
+        raise ValueError(f"{str(value)[:_SHOWN]}: wanted text, numbers, lists and mappings")
+    for one in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _require_plain(one)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Keys and values of a YAML file; those of the top level may be spelled as flags."""
     try:
@@ -83,6 +95,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path}: {error.strerror}; check the path") from None
     except ValueError as error:
         raise ConfigError(f"config file {path}: not YAML: {' '.join(str(error).split())}; correct it") from None
+    try:
+        _require_plain(loaded)
+    except ValueError as error:
+        raise ConfigError(f"config file {path}: {error}; correct it") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"config file {path}: wanted a mapping of settings, got {type(loaded).__name__}")
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}

@@ -62,7 +62,7 @@ def header_of(file: Path) -> tuple[Dequantized, int]:
         raise ConfigError("the package gguf reads GGUF files and is not installed; pip install 'swsc[demo]'") from None
     reader = told(file, lambda: GGUFReader(file))
     types = dict(Counter(tensor.tensor_type.name for tensor in reader.tensors))
-    kind, licence = (told(file, lambda key=key: _value(reader, f"general.{key}")) for key in ("file_type", "license"))
+    kind, licence = told(file, lambda: [_value(reader, f"general.{key}") for key in ("file_type", "license")])
     names = {one.value: one.name.removeprefix("MOSTLY_") for one in LlamaFileType}
     named = names.get(kind, "") if isinstance(kind, int) else ""  # the header may say a list
     quantized = sorted(types.keys() - set(_WHOLE))

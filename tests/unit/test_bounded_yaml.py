@@ -54,3 +54,23 @@ def test_what_would_hurt_is_refused_soon(text: str, tmp_path: Path) -> None:
 def test_no_document_is_none() -> None:
     assert compose("") is None
     assert load("# nothing") is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '"\\0"',
+        '"\\ud800"',
+        "!!binary AAAA",
+        "!!set {q, k}",
+        "!!pairs [a: 1]",
+        '[["a\\0"]]',
+        '{"\\0": 1}',
+        '{a: ["\\udfff"]}',
+    ],
+)
+def test_what_no_setting_is(value: str, tmp_path: Path) -> None:
+    """Text that no path may have, and types of which no setting is."""
+    (tmp_path / "config.yaml").write_text(f"projectors: {value}")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        read_config(tmp_path / "config.yaml")
