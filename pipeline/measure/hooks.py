@@ -160,6 +160,11 @@ class Hooks(TorchFunctionMode):
         rows = piece.index(self._model.device) if piece else slice(None)
 
         def forward(module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if not isinstance(output, Tensor):  # a router that is a linear layer, and chooses experts as well
+                raise CheckpointError(
+                    f"{self._source.checkpoint.store.root}: {name}: {type(module).__name__} does more than a linear layer, so it"
+                    " cannot be calibrated; --exclude it"
+                )
             last, owner = self._owners.get(layer, (None, name))
             owner = owner if last is arguments[0] else name
             self._owners[layer] = arguments[0], owner

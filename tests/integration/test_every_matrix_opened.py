@@ -11,6 +11,7 @@ import transformers as t
 
 from jobs.cli import main
 from tests.families import MODELS, FamilyModel, tensors_of
+from tests.tiny import make_text, save_tokenizer
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -60,6 +61,33 @@ def test_what_is_renamed_is_restored_and_saved_again(
     assert torch.equal(family.logits(family.load(tmp_path / "saved")), family.logits(model))
     model.dequantize()
     assert torch.equal(family.logits(model), family.logits(restored))
+
+
+def test_a_router_that_chooses_experts_itself_is_named_by_the_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = t.PhimoeConfig(**_HEADLESS, num_local_experts=16)
+    monkeypatch.setitem(MODELS, "phimoe", lambda: t.PhimoeForCausalLM(config))
+    dense, text = FamilyModel("phimoe", tmp_path).dense, make_text(tmp_path / "text.txt", 400)
+    save_tokenizer(dense)
+    flags = [
+        "--calibration",
+        str(text),
+        "--calibration-windows",
+        "2",
+        "--calibration-seqlen",
+        "32",
+        "--local",
+        "--bits",
+        "8",
+    ]
+    assert (
+        main(["compress", str(dense), str(tmp_path / "out"), "--preset", "best", "--include", r"0\..*\.gate\.", *flags])
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert "block_sparse_moe.gate.weight" in said
+    assert "--exclude" in said
 
 
 def test_what_is_split_while_loading_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
