@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import CheckpointError
 from pipeline.model.config_bounds import require_buildable
 from pipeline.model.digests import recorded, with_digests
-from pipeline.model.extras import LOW_RANK, extras_of, require_inside, require_readable
+from pipeline.model.extras import LOW_RANK, POINTER, extras_of, require_inside, require_no_pointer, require_readable
 from pipeline.model.fingerprint import fingerprint_of
 from pipeline.model.gguf import read_note
 from pipeline.model.gguf_file import Dequantized
@@ -94,7 +94,8 @@ def open_checkpoint(location: str) -> Checkpoint:
         require_readable(store, name)
     names = sorted(name for name, is_file in entries.items() if is_file)
     if not names:
-        raise CheckpointError(f"{location}: no such directory, or an empty one; give the directory of a checkpoint")
+        what = "a file" if store.parent.exists(store.name) else "no such directory, or an empty one"
+        raise CheckpointError(f"{location}: {what}; give the directory of a checkpoint")
     if store.exists(RUN) and not store.exists(MANIFEST):
         raise CheckpointError(f"{location}: an unfinished output; run the command that began it again")
     config = _config(store) if "config.json" in names else {}
@@ -157,6 +158,7 @@ def read_header(store: Store, file: str) -> tuple[bytes, list[TensorInfo]]:
     where, size = f"{store.root}/{file}", store.size(file)
     length = int.from_bytes(store.read(file, 0, min(8, size)), "little")
     if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+        require_no_pointer(where, bytes(store.read(file, 0, min(len(POINTER), size))))
         raise CheckpointError(f"{where}: truncated or not a safetensors file ({size} bytes); download it again")
     raw = bytes(store.read(file, 8, length))
     try:

@@ -33,6 +33,7 @@ _FOLDERS = {
     "logs": "logs of a training", "__pycache__": "compiled code", "lost+found": "the file system's own",
 }  # fmt: skip
 KEPT = ".swsc-kept.json"  # in a checkpoint that gguf.py keeps: name -> bytes of each of its files
+POINTER = b"version https://git-lfs"
 LOW_RANK = "swsc_adapter"  # folder of the adapter that `swsc restore --adapter` writes
 UNWANTED = tuple(f"{folder}/*" for folder in _FOLDERS)  # of a model on the Hub
 _INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack|pth?)\.index(\.\w+)?\.json$")
@@ -72,9 +73,18 @@ def require_readable(store: Store, name: str) -> None:
         )
     try:
         if os.path.isfile(path):
-            os.close(os.open(path, os.O_RDONLY))
+            with open(path, "rb") as file:
+                require_no_pointer(path, file.read(len(POINTER)))
     except PermissionError:
         raise CheckpointError(f"{path}: may not be read by this user; change its rights, or move it away") from None
+
+
+def require_no_pointer(where: str, beginning: bytes) -> None:
+    """Raise CheckpointError for what a clone without git-lfs has in place of a file."""
+    if beginning == POINTER:
+        raise CheckpointError(
+            f"{where}: a pointer of git-lfs, not the file itself; run `git lfs pull` in its repository"
+        )
 
 
 def extras_of(store: Store, weights: Collection[str]) -> Extras:

@@ -1,10 +1,12 @@
 """Files of a model that lie in folders: in every output, its manifest, its copies in an object store and on the Hub."""
 
+import builtins
 import errno
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -96,14 +98,14 @@ def test_a_link_that_leads_nowhere_is_told_of_before_work(
 def test_a_file_that_may_not_be_read_is_told_of_before_work(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, name = os.open, f"{model}/code/inner/modeling.py"
+    real, name = builtins.open, f"{model}/code/inner/modeling.py"
 
-    def opened(path: str, *how: int) -> int:
-        if os.fspath(path) == name:
+    def opened(path: Any, *how: Any, **more: Any) -> Any:
+        if str(path) == name:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
-        return real(path, *how)
+        return real(path, *how, **more)
 
-    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(builtins, "open", opened)
     assert main(["compress", str(model), str(tmp_path / "out"), *QK]) == 2
     assert f"{name}: may not be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -156,3 +158,21 @@ def test_a_list_of_layers_that_is_none_is_copied_as_any_file(model: Path, tmp_pa
     (copy / "modules.json").write_text(damaged)
     assert main(["compress", str(copy), str(tmp_path / "out"), *QK]) == 0
     assert "modules.json" in manifest_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "code/inner/modeling.py", "model-00001-of-00002.safetensors"])
+def test_what_a_clone_without_git_lfs_holds_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 17082734\n"
+    file = sorted(copy.glob("*.safetensors"))[0] if name.endswith(".safetensors") else copy / name
+    file.write_text(pointer)
+    assert main(["compress", str(copy), str(tmp_path / "out"), *QK]) == 2
+    assert "git lfs pull" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_given_as_a_model_is_called_one(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(model / "config.json")]) == 2
+    assert "config.json: a file; give the directory" in capsys.readouterr().err
