@@ -11,7 +11,7 @@ from pipeline.model.agreement import require_agreement
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.lease import require_idle
-from pipeline.model.output import Output, abandon, begin, names_beside
+from pipeline.model.output import Output, abandon, begin, changed_since, names_beside
 from pipeline.model.places import Place, require_apart, require_outside
 from pipeline.model.plan import Plan
 from pipeline.model.standing import require_replaceable
@@ -113,7 +113,13 @@ def begin_with_room(
     """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
     if store.is_local:  # before anything is replaced
         require_room(store, nbytes - sum(store.size(name) for name in store.names()))
-    out = begin(store, identity, overwrite, wait, names, source.store)
+    changed = changed_since(store, source) if wait is None else []  # in a cache only the weights are looked at
+    out = begin(store, identity, overwrite, wait, names, source.store, overwrite and bool(changed))
+    if out.complete and changed:
+        say(
+            f"note: {store.root}: {changed[0]} of {source.store.root} ({len(changed)} files in all) was changed after this output was"
+            " made, which holds the earlier one; copy it in by making the output again: --overwrite"
+        )
     try:
         require_room(store, 0 if out.complete else nbytes - out.finished_bytes)
     except BaseException as error:

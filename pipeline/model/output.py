@@ -16,7 +16,7 @@ from pipeline.model.card import CARD, SOURCE_CARD
 from pipeline.model.checkpoint import MANIFEST, Checkpoint, read_header
 from pipeline.model.lease import LEASE, Lease, Ticket, acquire
 from pipeline.model.owned import FINISHING, REPORT, WRITTEN, clear, clear_unfinished, read_list
-from pipeline.model.records import Calibration, read_record
+from pipeline.model.records import Calibration, Manifest, read_record
 from pipeline.model.standing import (
     TENSORS,
     Finished,
@@ -75,7 +75,7 @@ class Output:
 
 def begin(
     store: Store, identity: dict[str, Any], overwrite: bool = False, wait: Callable[[str], None] | None = None,
-    names: Iterable[str] = (), source: Store | None = None,
+    names: Iterable[str] = (), source: Store | None = None, anew: bool = False,
 ) -> Output:  # fmt: skip
     """Open an output directory for a run, or find out how far an earlier run of it came.
 
@@ -84,6 +84,7 @@ def begin(
         wait: told that another run is at work there, for which we then wait; None: that is refused.
         names: of the files that the run writes; nothing else is ever replaced or removed.
         source: what the output is made of.
+        anew: a finished output of this very identity is replaced, too.
 
     Raises:
         OutputError: the directory holds something else, or was begun with other settings or another source, or another run
@@ -93,7 +94,7 @@ def begin(
     finished_before = store.exists(MANIFEST)
     if finished_before:
         settle(store)
-    if finished_before and is_finished(store, identity, overwrite):
+    if finished_before and not anew and is_finished(store, identity, overwrite):
         return Output(store, identity, {}, None)
     require_replaceable(store, identity, overwrite, names)
     made = not store.is_there
@@ -148,6 +149,23 @@ def _copied(source: Checkpoint) -> dict[str, str]:
     if CARD in source.extras:
         copied.setdefault(SOURCE_CARD, CARD)
     return copied
+
+
+def changed_since(store: Store, source: Checkpoint) -> list[str]:
+    """Files that a finished output was to copy from its source, and holds otherwise: they were changed or added there since.
+
+    The source's card is left aside: it may change with every visit to the Hub.
+    """
+    try:
+        files = read_record(store, MANIFEST, Manifest)["files"]
+    except (FileNotFoundError, ValueError):
+        return []
+
+    def is_as_copied(name: str, own: str) -> bool:
+        about = files.get(name) or {}
+        return about.get("size") == source.store.size(own) and about.get("sha256") == source.store.sha256(own)
+
+    return sorted(own for name, own in _copied(source).items() if own != CARD and not is_as_copied(name, own))
 
 
 def names_beside(source: Checkpoint) -> list[str]:

@@ -176,3 +176,27 @@ def test_what_a_clone_without_git_lfs_holds_is_named(
 def test_a_file_given_as_a_model_is_called_one(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(model / "config.json")]) == 2
     assert "config.json: a file; give the directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["compress", "restore"])
+def test_a_file_that_was_changed_in_the_source_since_is_told_of_and_copied_with_overwrite(
+    model: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """ "complete already", it said, with --overwrite, too, and the old tokenizer stayed."""
+    source = Path(shutil.copytree(model if verb == "compress" else output, tmp_path / "source"))
+    (source / "swsc_manifest.json").unlink(missing_ok=True)
+    command = [verb, str(source), str(tmp_path / "out"), *(QK if verb == "compress" else ["--local"])]
+    assert main(command) == 0
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "added.txt").write_text("since then")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "added.txt of " in capsys.readouterr().err
+    assert not (tmp_path / "out" / "added.txt").exists()
+    assert main([*command, "--overwrite"]) == 0
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
+    assert (tmp_path / "out" / "added.txt").exists()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "out"), "--local"]) == 0
