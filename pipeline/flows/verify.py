@@ -38,6 +38,7 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
     tasks = [
         Task(name, "check_file", (store, name, about), label=name, weight=about["size"])
         for name, about in files.items()
+        if not linked(store, name)
     ]
     run_alone(sorted(tasks, key=lambda task: -task.weight), WORKER_BASE, note, make_pool, "verify", "files")
     damage = [line for name in sorted(findings) for line in findings[name]]
@@ -74,8 +75,8 @@ def manifest_of(store: Store) -> dict[str, Any]:
 
 
 def _strange(store: Store, files: dict[str, Any]) -> Iterator[str]:
-    """What is there beside its own files and does harm: links, and files of tensors or adapters that the manifest does not know."""
-    yield from filter(None, (linked(store, name) for name in store.entries() if name not in files))
+    """What is there beside its own files, or in place of them, and does harm: links, and files of tensors or adapters that the manifest does not know."""
+    yield from filter(None, (linked(store, name) for name in sorted({*store.entries(), *files})))
     tensors = [name for name in store.names() if name.endswith(".safetensors") and name not in files]
     yield from (f"{name} is not one of its files" for name in sorted({*tensors, *rivals(store, files)}))
 

@@ -78,7 +78,9 @@ class TestVerify:
         assert error[0].startswith("error: ")
         assert said in error[0]
 
-    @pytest.mark.parametrize("name", ["more.txt", "more", "more.safetensors", "gone", "swsc_report.json", MANIFEST])
+    @pytest.mark.parametrize(
+        "name", ["more.txt", "more", "more.safetensors", "gone", "config.json", "swsc_report.json", MANIFEST]
+    )
     def test_what_somebody_put_there_is_named_with_a_remedy_that_helps(
         self, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
     ) -> None:
