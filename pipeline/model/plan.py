@@ -119,7 +119,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
     decisions = [_decide(one, settings) for one in selected]
     if not any(decision.action == "compressed" for decision in decisions):
         raise ConfigError(
-            f"{checkpoint.store.root}: no tensor is selected{_first_left(selected)}; select others by --projectors or --include"
+            f"{checkpoint.store.root}: no tensor is selected{_first_left(decisions)}; select others by --projectors or --include"
         )
     _require_free_names(checkpoint, decisions)
     decisions += [*_split(checkpoint, decisions), *_tied(checkpoint)]
@@ -140,9 +140,9 @@ def _require_free_names(checkpoint: Checkpoint, decisions: Iterable[Decision]) -
             )
 
 
-def _first_left(selected: Iterable[Selected]) -> str:
-    """The first tensor that the settings name and that is not selected all the same, and why."""
-    found = next((one for one in selected if not one.chosen and ", but " in one.reason), None)
+def _first_left(decisions: Iterable[Decision]) -> str:
+    """The first tensor that the settings name and that is not compressed all the same, and why: of float64, say."""
+    found = next((one for one in decisions if ", but " in one.reason), None)
     return f" ({found.info.name}: {found.reason})" if found else ""
 
 

@@ -123,3 +123,8 @@ def test_a_quantized_source_is_refused_with_the_remedy() -> None:
     for method, remedy in (("awq", "unquantized"), ("swsc", "restore")):
         with pytest.raises(CheckpointError, match=remedy):
             make_plan(checkpoint_of(SHAPES, quantization_config={"quant_method": method}), CompressSettings())
+
+
+def test_matrices_of_a_dtype_that_is_not_compressed_are_named_where_there_are_no_others() -> None:
+    with pytest.raises(ConfigError, match=r"q_proj\.weight: projector q, but F64"):
+        plan_of(dtype="F64", projectors="q")
