@@ -19,8 +19,9 @@ from pipeline.flows.compress import PoolMaker
 from pipeline.flows.preflight import require_room
 from pipeline.measure.perplexity import ModelKey
 from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.digests import Seen
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes, moment_bytes
-from pipeline.model.moments import Moments, layers_of, moment_file
+from pipeline.model.moments import SOURCE, Moments, layers_of, moment_file, require_same_source, source_of
 from pipeline.model.output import begin
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
@@ -96,6 +97,7 @@ class Calibration:
         self._starts = range(0, len(ids), max(1, _SHARD_TOKENS // ids.shape[1]))  # first window of each shard
         self._folds: dict[tuple[int, int], _Fold] = defaultdict(_Fold)  # (range, place of a layer in it)
         self._written: set[str] = set()  # matrices that this run has finished
+        self._read = source_of(self.store)  # digests of what workers have loaded
         self._ranges = self._cut()
 
     def _identity(self) -> dict[str, Any]:
@@ -203,12 +205,20 @@ class Calibration:
         if kind == "write":
             self._written.add(rest[0])
         if kind == "gather":
+            self._note_source(done.value["source_sha256"])
             for place, payload in enumerate(done.payloads):
                 self._folds[index, place].shards[rest[0]] = payload
                 self._go_on(index, place)
         elif kind == "fold":
             self._folds[index, rest[0]].take(done.payloads[0])
             self._go_on(index, rest[0])
+
+    def _note_source(self, read: Seen) -> None:
+        """All workers, and those of earlier runs, must have loaded the same bytes; raises StoreError."""
+        require_same_source(self.store, self._read, read)
+        if read.keys() - self._read.keys():
+            self._read = self._read | read
+            self.store.write_json(SOURCE, {"ranges": self._read})
 
     def _go_on(self, index: int, place: int) -> None:
         """Add the next shard to the sum of one layer if it is there; once all are in it, write its matrices."""

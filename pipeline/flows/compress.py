@@ -118,7 +118,8 @@ def _carry_out(
 ) -> dict[str, Any]:  # fmt: skip
     moments = calibrated.moments if calibrated else None
     ready = _tuned(tune, out) if tune else None
-    out = Ingredients(source, moments, ready.tuned if ready else None).kept(out)
+    ingredients = Ingredients(source, moments, ready.tuned if ready else None)
+    out = ingredients.kept(out)
     records = {file: record for file, (record, _) in out.finished.items()}
     rows = {row["name"]: row for _, found in out.finished.values() for row in found}
     peaks: dict[str, int] = {}
@@ -126,6 +127,7 @@ def _carry_out(
 
     def note(done: Done) -> None:
         record: FileRecord = done.record or done.value
+        ingredients.require_calibrated_on(record.tensors, done.value["rows"] if done.record else ())
         records[record.name] = record
         if done.task.method in ("compress", "apply_tuning"):
             rows.update({row["name"]: row for row in done.value["rows"]})

@@ -1,14 +1,15 @@
 """What an earlier run has finished, held against what this run reads: source, second moments and tuning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from pipeline.errors import OutputError
 from pipeline.measure.tuner import Tuned
 from pipeline.model.checkpoint import MANIFEST, Checkpoint
-from pipeline.model.digests import Seen, known_ranges, recorded
-from pipeline.model.moments import Moments
+from pipeline.model.digests import Seen, known_ranges, range_of, recorded
+from pipeline.model.moments import Moments, require_same_source, source_of
 from pipeline.model.output import Output
 from pipeline.model.owned import REPORT
 from pipeline.model.source_digests import digests_of_source
@@ -26,13 +27,35 @@ class Ingredients:
     tuned: Tuned | None = None
 
     def kept(self, out: Output) -> Output:
-        """An output without the finished files that were made of something else."""
+        """An output without the finished files that were made of something else; StoreError as `require_calibrated_on`."""
         known = known_ranges(self.source.tensors)
 
         def is_of(record: FileRecord, rows: list[dict[str, Any]]) -> bool:
             return self._copied(record.tensors) if not rows else all(self._is_of(row, known) for row in rows)
 
-        return replace(out, finished={file: own for file, own in out.finished.items() if is_of(*own)})
+        finished = {file: own for file, own in out.finished.items() if is_of(*own)}
+        for record, rows in finished.values():
+            self.require_calibrated_on(record.tensors, rows)
+        return replace(out, finished=finished)
+
+    def require_calibrated_on(self, tensors: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raise StoreError if a file was made of other bytes of the source than the calibration has read.
+
+        Args:
+            tensors: digests of what stands in the file, by name; as in the source, if there are no rows.
+            rows: of the matrices that were compressed into it.
+        """
+        if self.moments is None:
+            return
+        read = {where: digest for row in rows for where, digest in row.get("source_sha256", {}).items()}
+        if not rows:
+            own = {name: self.source.tensors[name] for name in tensors if name in self.source.tensors}
+            read = {range_of(info): tensors[name] for name, info in own.items() if info.view is None}
+        require_same_source(self.moments.store, self._calibrated_on, read)
+
+    @cached_property
+    def _calibrated_on(self) -> Seen:
+        return source_of(self.moments.store) if self.moments else {}
 
     def _copied(self, tensors: Mapping[str, str]) -> bool:
         """Whether tensors that stayed as they are have the digests that are known of them."""

@@ -21,16 +21,18 @@ from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.hooks import Hooks, Sums
 from pipeline.measure.perplexity import ModelKey, forward, load_model
 from pipeline.model.artifact import open_model, part_name
+from pipeline.model.digests import Seen
 from pipeline.model.parts import Payload, to_part
 
 
 class Calibrator:
-    """A loaded model that gathers sums for some of its matrices."""
+    """A loaded model that gathers sums for some of its matrices; `read`: digests of what it was loaded from."""
 
     def __init__(self, key: ModelKey, device: str) -> None:
         self.key = key
         self._source = open_model(key.location, key.known)
-        self._model = load_model(self._source, key, device)
+        self.read: Seen = {}
+        self._model = load_model(self._source, key, device, self.read)
         self._model.requires_grad_(False)
         self._device = device
 

@@ -20,6 +20,7 @@ from pipeline.device import ordered_scans
 from pipeline.errors import CheckpointError, NonFiniteError, TextError
 from pipeline.measure.slots import Slot, find_matrix_slot
 from pipeline.model.artifact import Model, open_model
+from pipeline.model.digests import Seen
 from pipeline.model.families import positions_of
 from pipeline.model.parts import Payload, read_tensor, to_tensor
 from pipeline.model.skeleton import skeleton_at, told
@@ -138,14 +139,17 @@ def _window_loss(logits: Tensor, targets: Tensor) -> float:
     return math.fsum(float(part) for part in total) / len(targets)
 
 
-def load_model(source: Model, key: ModelKey, device: str) -> Any:
-    """A transformers causal LM with dense weights in aligned memory, in eval mode; CheckpointError if it cannot be loaded whole."""
+def load_model(source: Model, key: ModelKey, device: str, digests: Seen | None = None) -> Any:
+    """A transformers causal LM with dense weights in aligned memory, in eval mode; CheckpointError if it cannot be loaded whole.
+
+    `digests` get those of what was read, of tensors that are stored dense.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
     with told(key.location):
-        model, info = _load(source, key, dtype)
+        model, info = _load(source, key, dtype, digests)
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
         raise CheckpointError(
@@ -171,12 +175,12 @@ def _own_dtype(source: Model, config: Any) -> str:
     return DTYPES[next((dtype for dtype in map(source.dtype, source.names) if dtype in FLOATS), "F32")][0]
 
 
-def _load(source: Model, key: ModelKey, dtype: str) -> Any:
+def _load(source: Model, key: ModelKey, dtype: str, digests: Seen | None) -> Any:
     """The weights of `source`, those and no others: given a directory, transformers would choose files and apply adapters itself."""
     empty, config = skeleton_at(key.location, key.trusted)  # from_pretrained of the Auto class insists on files
     if dtype == "auto":
         dtype = _own_dtype(source, config)
-    with _weights(source) as weights:
+    with _weights(source, digests) as weights:
         model, info = type(empty).from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
@@ -187,11 +191,11 @@ def _load(source: Model, key: ModelKey, dtype: str) -> Any:
 class _Checked:
     """A tensor that is read, and held against its digest, once it is indexed; as a slice of safetensors, which knows no digests."""
 
-    def __init__(self, store: Store, info: TensorInfo) -> None:
-        self._store, self._info = store, info
+    def __init__(self, store: Store, info: TensorInfo, digests: Seen | None) -> None:
+        self._store, self._info, self._digests = store, info, digests
 
     def __getitem__(self, index: Any) -> Tensor:
-        return read_tensor(self._store, self._info)[index]
+        return read_tensor(self._store, self._info, self._digests)[index]
 
     def get_shape(self) -> list[int]:
         return list(self._info.shape)
@@ -201,7 +205,7 @@ class _Checked:
 
 
 @contextmanager
-def _weights(source: Model) -> Iterator[dict[str, Any]]:
+def _weights(source: Model, digests: Seen | None) -> Iterator[dict[str, Any]]:
     """Name -> weight, or what maps it into memory when it is indexed: dense files on a disk are not copied."""
     checkpoint, files = source.checkpoint, {}
     in_place = checkpoint.store.is_local and not source.entries
@@ -209,11 +213,14 @@ def _weights(source: Model) -> Iterator[dict[str, Any]]:
         weights: dict[str, Any] = {info.name: read_tensor(checkpoint.store, info) for info in checkpoint.buffers}
         for name in source.names:
             info = checkpoint.tensors.get(name)
-            if not in_place or info is None or info.view is not None:
+            if info is None or source.is_compressed(name):
                 weights[name] = source.read(name)
                 continue
-            if info.sha256:
-                weights[name] = _Checked(checkpoint.store, info)
+            if not in_place or info.view is not None:
+                weights[name] = read_tensor(checkpoint.store, info, digests)
+                continue
+            if info.sha256 or digests is not None:
+                weights[name] = _Checked(checkpoint.store, info, digests)
                 continue
             if info.file not in files:
                 path = f"{checkpoint.store.root}/{info.file}"

@@ -12,13 +12,35 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.errors import StoreError
 from pipeline.model.checkpoint import RUN, read_header
+from pipeline.model.digests import Seen
 from pipeline.model.families import layer_of
 from pipeline.model.parts import DONE, finished_sha256, read_tensor
-from pipeline.model.records import CalibrationRun, Done, of_cache, read_record
+from pipeline.model.records import CalibrationRun, CalibrationSource, Done, of_cache, read_record
 from pipeline.model.store import Store
 from swsc_core import Metric
 from swsc_core.format import part_name
+
+SOURCE = "source.json"  # beside them: digests of what they were gathered from, by range of a file
+
+
+def source_of(store: Store) -> Seen:
+    """Digests of what the moments in `store` were gathered from; none, if nothing was or an earlier release did."""
+    if not store.exists(SOURCE):
+        return {}
+    found: Seen = of_cache(store, SOURCE, lambda: read_record(store, SOURCE, CalibrationSource)["ranges"])
+    return found
+
+
+def require_same_source(store: Store, before: Seen, read: Seen) -> None:
+    """Raise StoreError if what is read of a model is not what the moments in `store` were gathered from, `before`."""
+    if differing := sorted(where for where in before.keys() & read.keys() if before[where] != read[where]):
+        raise StoreError(
+            f"{differing[0]} is read as other bytes than when the moments in {store.root} were gathered: the file was changed, or"
+            " its disk, the network or a memory corrupts what it holds; remove that directory and run the same command again, or"
+            " name the right bytes by --verify-source"
+        )
 
 
 def layers_of(names: Iterable[str]) -> dict[str, list[str]]:

@@ -129,6 +129,12 @@ class CalibrationRun(Record):
     windows: Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
+class CalibrationSource(Record):
+    """source.json of second moments: sha256 of what they were gathered from, by range of a file."""
+
+    ranges: dict[str, Sha256]
+
+
 class Curves(Record):
     """curves-….json of second moments: what a matrix loses, and what a spec leaves of that (flows/allocate.py)."""
 

@@ -153,8 +153,10 @@ class Worker(HostTasks):
 
         X.weighted, X.plain and X.rows are sums over tokens, float32; `fold_moments` adds those of all windows up.
         """
-        sums = self._loaded(key).gather([name for names in layers for name in names], windows, first, seed)
-        return ({"peak_rss": peak_rss()}, *(sums_payload({name: sums[name] for name in names}) for names in layers))
+        calibrator = self._loaded(key)
+        sums = calibrator.gather([name for names in layers for name in names], windows, first, seed)
+        about = {"peak_rss": peak_rss(), "source_sha256": calibrator.read}
+        return (about, *(sums_payload({name: sums[name] for name in names}) for names in layers))
 
     def write_text(
         self, key: ModelKey, count: int, length: int, first: int, seed: int, opening: np.ndarray

@@ -22,10 +22,12 @@ from pipeline.model import object_files
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import MANIFEST, open_checkpoint
 from pipeline.model.digests import digests_of
+from pipeline.model.files import LocalFiles
 from pipeline.model.source_digests import SourceDigests, digests_of_source, verified_as
 from tests.families import MODELS
 from tests.fault_proxy import FaultProxy
 from tests.object_store import BUCKET, as_client, object_store, upload
+from tests.offline_tasks import make_tasks
 from tests.tiny import contents, make_text, make_tiny_model, save_tokenizer
 
 SHORT = ["--local", "--calibration-windows", "8", "--calibration-seqlen", "32"]
@@ -81,11 +83,11 @@ def flipping(proxy: FaultProxy, location: str, which: int, times: int) -> Iterat
     """One bit of a block flips in the `which`-th loading of a model, counted from 0, and in those after it; `times` times."""
     real, count = perplexity._load, iter(range(1 << 30))
 
-    def load(source: Any, key: ModelKey, dtype: str) -> Any:
+    def load(source: Any, key: ModelKey, *how: Any) -> Any:
         spoils = key.location == location and next(count) >= which and proxy.spoiled < times
         proxy.mode, proxy.times, proxy.after = "flip" if spoils else "", times, 0
         try:
-            return real(source, key, dtype)
+            return real(source, key, *how)
         finally:
             proxy.mode = ""
 
@@ -142,8 +144,8 @@ def spoiled_moments(location: str) -> AbstractContextManager[Any]:
     """Calibrations of a model of which one value is another one."""
     real = perplexity._load
 
-    def load(source: Any, key: ModelKey, dtype: str) -> Any:
-        model, info = real(source, key, dtype)
+    def load(source: Any, key: ModelKey, *how: Any) -> Any:
+        model, info = real(source, key, *how)
         if key.location == location:
             model.get_input_embeddings().weight.data[5] += 1.0
         return model, info
@@ -246,3 +248,87 @@ def test_a_config_or_a_tokenizer_that_is_read_as_others_is_refused(tmp_path: Pat
     (tmp_path / "tiny/tokenizer.json").write_text((tmp_path / "tiny/tokenizer.json").read_text().replace("w7", "w8", 1))
     with pytest.raises(StoreError):
         open_model(str(tmp_path / "tiny"), known)
+
+
+@contextmanager
+def misread(model: Path, name: str) -> Iterator[None]:
+    """Whoever loads the whole model reads one bit of a tensor wrong."""
+    info, real_load, real_read, loading = (
+        open_checkpoint(str(model)).tensors[name],
+        perplexity._load,
+        LocalFiles.read,
+        [],
+    )
+
+    def load(*how: Any) -> Any:
+        loading.append(True)
+        try:
+            return real_load(*how)
+        finally:
+            loading.pop()
+
+    def read(self: LocalFiles, path: str, start: int, length: int) -> bytearray:
+        data = real_read(self, path, start, length)
+        if loading and Path(path) == model / info.file and start == info.start:
+            data[6] ^= 4
+        return data
+
+    with mock.patch.object(perplexity, "_load", load), mock.patch.object(LocalFiles, "read", read):
+        yield
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight"])
+def test_a_calibration_that_has_read_other_bytes_than_the_compression_ends_the_run_without_known_hashes_too(
+    name: str, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = calibrated(str(local / "tiny"), local, tmp_path / "run/out")
+    with misread(local / "tiny", name):
+        assert main(argv) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    (moments,) = (tmp_path / "run/.swsc-cache").glob("moments-*")
+    assert open_checkpoint(str(local / "tiny")).tensors[name].file in error
+    assert str(moments) in error
+    assert not (tmp_path / "run/out" / MANIFEST).exists()
+    assert main(argv) == 1  # the moments are still those
+    shutil.rmtree(moments)
+    assert main(argv) == 0
+    assert main(calibrated(str(local / "tiny"), local, tmp_path / "right/out")) == 0
+    assert contents(tmp_path / "run/out") == contents(tmp_path / "right/out")
+
+
+def test_workers_that_load_other_bytes_than_those_before_them_gather_nothing(
+    local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(local / "tiny")
+    more = calibrated(source, local, tmp_path / "more", *FAST, "--projectors", "q,k,v")
+    assert main(calibrated(source, local, tmp_path / "some", *FAST, "--projectors", "q,k")) == 0
+    with misread(local / "tiny", "model.embed_tokens.weight"):
+        assert main(more) == 1
+    assert "moments" in capsys.readouterr().err.splitlines()[-1]
+    assert main(more) == 0
+
+
+@pytest.mark.parametrize("content", ["{}", '{"ranges": {"a": "beef"}}', "{"])
+def test_a_damaged_record_of_what_moments_were_gathered_from_is_one_line(
+    content: str, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = calibrated(str(local / "tiny"), local, tmp_path / "out")
+    assert main([*argv, "--cache-dir", str(tmp_path / "cache")]) == 0
+    (moments,) = (tmp_path / "cache").glob("moments-*")
+    (moments / "source.json").write_text(content)
+    again = calibrated(str(local / "tiny"), local, tmp_path / "again")
+    assert main([*again, "--cache-dir", str(tmp_path / "cache")]) == 2
+    assert str(moments / "source.json") in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_tasks_of_a_verified_model_are_answered_by_no_other(
+    local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    make_tasks(tmp_path / "tasks")
+    argv = ["evaluate", str(local / "tiny"), "--tasks", "tiny_choice", "--include-path", str(tmp_path / "tasks")]
+    argv += ["--limit", "2", "--local", *known(local)]
+    assert main(argv) == 0
+    with misread(local / "tiny", "model.embed_tokens.weight"):
+        assert main(argv) == 1
+    assert "model.embed_tokens.weight" in capsys.readouterr().err.splitlines()[-1]
