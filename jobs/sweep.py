@@ -13,6 +13,7 @@ from pipeline.config import ClusterSettings, SweepSettings
 from pipeline.errors import ConfigError, OutputError, RunError
 from pipeline.flows.preflight import require_cache
 from pipeline.flows.sweep import Sweep, SweepResult
+from pipeline.model.addresses import command, published_values
 from pipeline.model.lease import acquire
 from pipeline.model.places import Place, named, require_apart, require_directory
 from pipeline.model.store import Store
@@ -71,7 +72,8 @@ def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, s
         finally:
             result = sweep.result()
             if result.measured or sys.exc_info()[0] is None:
-                about = {"settings": settings.model_dump(mode="json"), "seconds": result.seconds, "argv": sys.argv}
+                about = {"settings": published_values(settings.model_dump(mode="json")), "seconds": result.seconds}
+                about["argv"] = command()
                 _write(store, settings, result, about)
         sweep.forget_measured()
     return result

@@ -15,6 +15,7 @@ _BYTES, _DEPTH, _NODES = (
 )  # of a document: the longest front matters of the Hub have a tenth of that
 _SLOW_BYTES = 1 << 16  # of a document that PyYAML's own parser is given
 _LONGEST = 100  # characters of a number, a date or a truth value
+_MERGE = "tag:yaml.org,2002:merge"
 _TEXT = "tag:yaml.org,2002:str"
 
 
@@ -40,9 +41,11 @@ def compose(text: str) -> yaml.Node | None:
     return node
 
 
-def load(text: str) -> Any:
-    """What the document says, as `yaml.safe_load`; ValueError as `compose`."""
+def load(text: str, unique: bool = False) -> Any:
+    """What the document says, as `yaml.safe_load`; ValueError as `compose`, and for a key that stands twice if all are to be `unique`."""
     node = compose(text)
+    if unique and node is not None:
+        _require_unique_keys(node)
     try:
         return None if node is None else yaml.constructor.SafeConstructor().construct_document(node)
     except yaml.YAMLError as error:
@@ -53,6 +56,20 @@ def load(text: str) -> Any:
         ArithmeticError,
     ) as error:  # PyYAML's, of "!!int ''", "!!bool x", "!!timestamp x"
         raise ValueError(f"a value that its tag does not fit ({type(error).__name__}: {error})") from None
+
+
+def _require_unique_keys(node: yaml.Node) -> None:
+    """Raise ValueError for a mapping in which a key stands twice: PyYAML would take the last and say nothing."""
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
+    seen: dict[str, int] = {}
+    for child in children:
+        key, value = child if isinstance(child, tuple) else (None, child)
+        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise ValueError(f"{key.value} stands twice, in lines {seen[key.value]} and {line}")
+            seen[key.value] = line
+        _require_unique_keys(value)
 
 
 def _composed(text: str, loader: Any) -> yaml.Node | None:

@@ -90,7 +90,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > _MOST:
             raise ConfigError(f"config file {path}: {size:,} bytes, at most {_MOST:,} are read; give another")
-        loaded = bounded_yaml.load(path.read_text(encoding="utf-8"))
+        loaded = bounded_yaml.load(path.read_text(encoding="utf-8"), unique=True)
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror}; check the path") from None
     except ValueError as error:

@@ -23,6 +23,7 @@ from pipeline.model.digests import Seen
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes, moment_bytes
 from pipeline.model.moments import SOURCE, Moments, layers_of, moment_file, require_same_source, source_of
 from pipeline.model.output import begin
+from pipeline.model.records import rebuilt_cache
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
 from pipeline.model.tensors import TensorInfo
@@ -93,7 +94,8 @@ class Calibration:
         identity = self._identity()
         digest = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
         self.store = Store.at(f"{cache}/moments-{digest}")
-        self._out = begin(self.store, identity, wait=say, names=map(moment_file, self._infos))
+        with rebuilt_cache(self.store):
+            self._out = begin(self.store, identity, wait=say, names=map(moment_file, self._infos))
         self._starts = range(0, len(ids), max(1, _SHARD_TOKENS // ids.shape[1]))  # first window of each shard
         self._folds: dict[tuple[int, int], _Fold] = defaultdict(_Fold)  # (range, place of a layer in it)
         self._written: set[str] = set()  # matrices that this run has finished

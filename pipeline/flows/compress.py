@@ -3,7 +3,6 @@
 import os
 import platform
 import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pipeline.flows.card import card_of_compression
 from pipeline.flows.preflight import begin_with_room, identity_of, names_of, require_unmixed
 from pipeline.flows.resumed import VERIFIED, Ingredients
 from pipeline.measure.tuner import Tuned
+from pipeline.model.addresses import command
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.lease import Ticket
@@ -248,7 +248,7 @@ def _report(
         "phases": _phases(rows),
         "peak_rss": {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "workers": peaks},
         "versions": versions(),
-        "argv": sys.argv,
+        "argv": command(),
     }
 
 

@@ -39,8 +39,7 @@ def evaluate_model(
     started = time.perf_counter()
     model = open_model(location, known)
     windows = make_windows(location, settings)
-    require_within(windows.ids, model.checkpoint)
-    require_unseen(model, lambda: read_text(settings.text, settings.text_column), settings.text)
+    require_measurable(model, windows, settings)
     key = model_key(model.checkpoint, settings)
     losses: dict[int, list[float]] = {}
     dtypes: set[str] = set()
@@ -57,6 +56,12 @@ def evaluate_model(
     ordered = [loss for start in sorted(losses) for loss in losses[start]]
     seconds = time.perf_counter() - started
     return result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}
+
+
+def require_measurable(model: Model, windows: Windows, settings: EvaluateSettings) -> None:
+    """Raise TextError for windows that the model has no rows for, or whose text it was calibrated on."""
+    require_within(windows.ids, model.checkpoint)
+    require_unseen(model, lambda: read_text(settings.text, settings.text_column), settings.text)
 
 
 def require_unseen(model: Model, read: Callable[[], str], name: str) -> None:

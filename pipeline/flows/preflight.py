@@ -14,6 +14,7 @@ from pipeline.model.lease import require_idle
 from pipeline.model.output import Output, abandon, begin, changed_since, names_beside
 from pipeline.model.places import Place, require_apart, require_outside
 from pipeline.model.plan import Plan
+from pipeline.model.quantized_names import require_unquantized
 from pipeline.model.standing import require_replaceable
 from pipeline.model.store import Store, require_room
 from pipeline.model.writable_names import require_writable_names
@@ -43,6 +44,8 @@ def examine(model: Model, trusted: bool = False, measured: bool = False) -> None
         trusted: code that the model brings may be run.
         measured: the model must predict tokens.
     """
+    if not model.entries:
+        require_unquantized(model.checkpoint.store.root, model.checkpoint.tensors, model.checkpoint.config)
     note_left_out(model.checkpoint)
     if model.checkpoint.dequantized and not model.checkpoint.files:
         return  # transformers made the headers of the config

@@ -19,6 +19,7 @@ from pipeline.matrix_config import MatrixSettings
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.texts import read_text
 from pipeline.measure.windows import CalibrationText, calibration_windows, require_within
+from pipeline.model.addresses import published
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.moments import Moments
 from pipeline.model.output import known_traces
@@ -97,4 +98,5 @@ def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None, cal
 
 def _about(source: Checkpoint, calibration: CalibrationSettings, text: CalibrationText) -> dict[str, Any]:
     """What swsc_calibration.json says: this text's name, and traces of it and of what the source was calibrated on before."""
-    return {"text": calibration.calibration, "traces": sorted(text.traces | known_traces(source.store))}
+    name = calibration.calibration and published(calibration.calibration)
+    return {"text": name, "traces": sorted(text.traces | known_traces(source.store))}

@@ -16,6 +16,7 @@ from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from pipeline.model.owned import REPORT
 from pipeline.model.plan import Plan
+from pipeline.model.records import rebuilt_cache
 from pipeline.model.store import Store
 from pipeline.model.uses import remove_unless_used, used
 from pipeline.run.progress import say
@@ -45,7 +46,8 @@ def produce(
 
     def tune() -> TunedModel:
         kept.enter_context(used(Store.at(staging)))
-        compress_model(source, plan, staging, untuned, arithmetic, make_pool, calibrated, wait=say)
+        with rebuilt_cache(Store.at(staging)):
+            compress_model(source, plan, staging, untuned, arithmetic, make_pool, calibrated, wait=say)
         tuning = Tuning(source, staging, text, calibration, calibrated.cache, arithmetic)
         kept.enter_context(used(tuning.store))
         tuned, about = tuning.run(make_pool)
@@ -64,7 +66,8 @@ def produce_variant(
     settings = _settings_of(variant)
     output = _place(VARIANT, source, settings, calibrated, arithmetic)
     kept.enter_context(used(Store.at(output)))
-    report = produce(source, plan, output, settings, calibration, calibrated, arithmetic, make_pool, wait=say)
+    with rebuilt_cache(Store.at(output)):
+        report = produce(source, plan, output, settings, calibration, calibrated, arithmetic, make_pool, wait=say)
     return Made(open_checkpoint(output), {row["name"]: row for row in describe(report)}, report["tuning"])
 
 

@@ -4,7 +4,6 @@ With `adapter` the dense matrices hold what is shared alone, and the low-rank pa
 PEFT opens: the folder `swsc_adapter`, under the same manifest.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from pipeline.flows.card import card_of_restoring
 from pipeline.flows.compress import PoolMaker, run_tasks, versions
 from pipeline.flows.preflight import ALGORITHM, begin_with_room, examine, require_unmixed
 from pipeline.measure.adapter import adapter_bytes, adapter_config, carried_by_adapter
+from pipeline.model.addresses import command
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.families import layer_of
 from pipeline.model.forecast import restoring_bytes
@@ -86,7 +86,7 @@ def _report(model: Model, carried: Mapping[str, str]) -> dict[str, Any]:
         done = _done(model, name, carried)
         rows.append({"name": name, "action": done[0], "reason": done[1], "shape": list(model.shape(name))})
     left_out = dict(model.checkpoint.left_out)
-    return {"format": "dense", "tensors": rows, "left_out": left_out, "versions": versions(), "argv": sys.argv}
+    return {"format": "dense", "tensors": rows, "left_out": left_out, "versions": versions(), "argv": command()}
 
 
 def _files(model: Model) -> list[str]:

@@ -17,16 +17,14 @@ from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError, DiskFull, PayloadLost
 from pipeline.flows.compress import Calibrated, PoolMaker
 from pipeline.flows.evaluate import deal, model_key, on_gpu_bytes, worker_bytes
-from pipeline.flows.preflight import examine
 from pipeline.flows.prepare import prepare
 from pipeline.flows.produce import forget_stages, produce_variant
 from pipeline.flows.sweep_cache import forget_measured, require_cache_room, shares_its_stages
 from pipeline.flows.sweep_rows import run_rows, tensor_rows
-from pipeline.flows.sweep_runs import Run, Unit, make_runs
-from pipeline.measure.windows import Windows, make_windows, require_within
+from pipeline.flows.sweep_runs import Run, Unit, make_runs, open_models, open_windows
+from pipeline.measure.windows import Windows
 from pipeline.model.artifact import Model
-from pipeline.model.causality import require_causal
-from pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import WORKER_BASE, compression_bytes, device_bytes
 from pipeline.model.matrices import find_matrix
 from pipeline.model.plan import Plan
@@ -70,17 +68,8 @@ class Sweep:
         self._settings = settings
         if not settings.models:
             raise ConfigError("models: none given; name them in the file or by --model")
-        self._checkpoints = [open_checkpoint(location) for location in settings.models]
-        for checkpoint in self._checkpoints:
-            examine(Model(checkpoint, {}), settings.trust_remote_code, measured=True)
-            if settings.evaluations:
-                require_causal(Model(checkpoint, {}), settings.trust_remote_code)
-        self._windows = [
-            [make_windows(location, text) for text in settings.evaluations] for location in settings.models
-        ]
-        for checkpoint, windows in zip(self._checkpoints, self._windows, strict=True):
-            for own in windows:
-                require_within(own.ids, checkpoint)
+        self._checkpoints = open_models(settings)
+        self._windows = open_windows(settings, self._checkpoints)
         self._runs = make_runs(settings, self._checkpoints)
         self._compressions = self._make_compressions()[::-1]
         self._payloads: dict[Unit, Any] = {}

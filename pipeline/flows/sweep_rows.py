@@ -32,7 +32,7 @@ def run_rows(
     about["reference"] = published.get(known_model(checkpoint.config) or "")
     rows = []
     for number, (cut, text) in enumerate(zip(windows, settings.evaluations, strict=True)):
-        row = about | {"text": text.text, "seqlen": text.seqlen, "windows": len(cut.ids), "error": run.error}
+        row = about | {"text": cut.text, "seqlen": text.seqlen, "windows": len(cut.ids), "error": run.error}
         losses = [loss for part in sorted(p for p in run.losses if p[0] == number) for loss in run.losses[part]]
         try:
             row |= {"perplexity": None} if run.error else result(model, losses, cut, text, run.dtypes[number])

@@ -8,7 +8,12 @@ from typing import Any
 
 from pipeline.config import SweepSettings, Variant
 from pipeline.errors import ConfigError, UserError
-from pipeline.model.checkpoint import Checkpoint
+from pipeline.flows.evaluate import require_measurable
+from pipeline.flows.preflight import examine
+from pipeline.measure.windows import Windows, make_windows
+from pipeline.model.artifact import Model
+from pipeline.model.causality import require_causal
+from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.moments import Moments
 from pipeline.model.plan import Plan, make_plan
 from pipeline.run.pool import Task
@@ -65,6 +70,26 @@ class Run:
     @property
     def name(self) -> str:
         return self.variant.name if self.variant else UNCOMPRESSED
+
+
+def open_models(settings: SweepSettings) -> list[Checkpoint]:
+    """The models, each held against its config; CheckpointError for one that cannot be measured or compressed."""
+    checkpoints = [open_checkpoint(location) for location in settings.models]
+    for checkpoint in checkpoints:
+        examine(Model(checkpoint, {}), settings.trust_remote_code, measured=True)
+        if settings.evaluations:
+            require_causal(Model(checkpoint, {}), settings.trust_remote_code)
+    return checkpoints
+
+
+def open_windows(settings: SweepSettings, checkpoints: list[Checkpoint]) -> list[list[Windows]]:
+    """Windows of each text for each model; TextError for a text that cannot be measured on, or must not be."""
+    texts = settings.evaluations
+    found = [[make_windows(location, text) for text in texts] for location in settings.models]
+    for checkpoint, windows in zip(checkpoints, found, strict=True):
+        for own, text in zip(windows, texts, strict=True):
+            require_measurable(Model(checkpoint, {}), own, text)
+    return found
 
 
 def make_runs(settings: SweepSettings, checkpoints: list[Checkpoint]) -> list[Run]:

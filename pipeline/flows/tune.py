@@ -24,7 +24,7 @@ from pipeline.model.checkpoint import MANIFEST, Checkpoint
 from pipeline.model.forecast import tuning_bytes, tuning_device_bytes
 from pipeline.model.output import Output, begin
 from pipeline.model.parts import DONE, differences
-from pipeline.model.records import of_cache, read_record
+from pipeline.model.records import of_cache, read_record, rebuilt_cache
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
 from pipeline.model.uses import remove_unless_used
@@ -97,7 +97,9 @@ class Tuning:
             RunError: a task failed; states that were written are kept.
         """
         if not self.store.exists(_RESULT):
-            with begin(self.store, self.identity, wait=say, names=self._states()) as out:
+            with rebuilt_cache(self.store):
+                begun = begin(self.store, self.identity, wait=say, names=self._states())
+            with begun as out:
                 if not self.store.exists(_RESULT):  # the run that we waited for has made it
                     self._move(out, make_pool)
         about = of_cache(self.store, _RESULT, lambda: read_record(self.store, _RESULT, records.Tuning))

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 AMBIGUOUS = "?"  # content that may be meant as a table and may be not
+_ROWS = 1024  # of a Parquet file at a time
 _LOOKED_AT = 16  # lines, where the name of a file says nothing
 Row = Mapping[str, Any]
 
@@ -48,6 +49,15 @@ def _holds_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
+def _require_commas(names: list[str]) -> None:
+    """Raise Misread for a table of one column whose name looks like several: whole lines would be taken for the text."""
+    if other := next((sign for sign in ";\t|" if len(names) == 1 and sign in names[0]), None):
+        raise Misread(
+            f"its first line holds no comma, and {other!r}: if that parts its columns, save it with commas; if its lines are the"
+            " text, name it .txt"
+        )
+
+
 def comma_separated(data: bytearray, delimiter: str = ",") -> Iterator[Row]:
     """A line of column names, then one row after the other; quoted values may hold line breaks."""
     csv.field_size_limit((1 << 31) - 1)
@@ -58,6 +68,8 @@ def comma_separated(data: bytearray, delimiter: str = ",") -> Iterator[Row]:
             raise Misread(
                 f"its first line names a column twice ({', '.join(names)}); it has to hold the names of the columns"
             )
+        if delimiter == ",":
+            _require_commas(names)
         for row in filter(None, rows):
             if len(row) != len(names):
                 raise Misread(
@@ -74,12 +86,22 @@ def tab_separated(data: bytearray) -> Iterator[Row]:
 
 
 def parquet(data: bytearray) -> Iterator[Row]:
-    """Rows, batch by batch."""
+    """Rows, batch by batch. Vectors, images and the like beside a text are not read: an empty value says of what type they are."""
     try:
-        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches():
-            yield from batch.to_pylist()
+        file = pq.ParquetFile(pa.BufferReader(data))
+        empty = {field.name: _empty(field.type) for field in file.schema_arrow}
+        columns = [name for name, value in empty.items() if value is None]
+        for batch in file.iter_batches(_ROWS, columns=columns):
+            yield from (empty | row for row in batch.to_pylist())
     except pa.ArrowException as error:
         raise Misread(f"no Parquet ({str(error).splitlines()[0]}); export it again") from None
+
+
+def _empty(kind: pa.DataType) -> Any:
+    """A value that stands for all of a column that can be no text; None: it may be one."""
+    if pa.types.is_nested(kind):
+        return {} if pa.types.is_struct(kind) else []
+    return b"" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else None
 
 
 READERS: dict[str, Callable[[bytearray], Iterator[Row]]] = {

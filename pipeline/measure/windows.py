@@ -14,6 +14,7 @@ from pipeline.config import CalibrationSettings, EvaluateSettings
 from pipeline.errors import SwscError, TextError
 from pipeline.measure.overlap import traces
 from pipeline.measure.texts import open_text
+from pipeline.model.addresses import published
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import has_position_table, positions_of
 from pipeline.model.mirror import require_no_code, small_files
@@ -58,7 +59,7 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
     starts_with_bos = bos_token is not None and len(ids) and ids[0] == bos_token
     return Windows(
         ids=ids[: count * length].reshape(count, length),
-        text=settings.text,
+        text=published(settings.text),
         text_sha256=hashlib.sha256(text.content.encode()).hexdigest(),
         text_tokens=len(ids),
         bos="once, at the start of the text" if starts_with_bos else "none",

@@ -3,7 +3,8 @@
 A file is checked when it is read, so that whoever reads it finds what it was written with, or learns in one line what is wrong.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -13,6 +14,7 @@ from pipeline.model.store import Store
 
 T = TypeVar("T")
 
+_OF_OUTPUTS = ("--overwrite", "empty or new directory")  # by which a remedy for an output is known
 _SHOWN = 60  # characters of a value that is wrong
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
@@ -187,6 +189,20 @@ def of_cache(store: Store, name: str, read: Callable[[], T]) -> T:
     except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise OutputError(
             f"{store.root}/{name} is damaged ({error}); remove it, and run the same command again"
+        ) from None
+
+
+@contextmanager
+def rebuilt_cache(store: Store) -> Iterator[None]:
+    """While entered, an error that says an output is to be replaced says what helps of a part of a cache: --overwrite is not for it."""
+    try:
+        yield
+    except OutputError as error:
+        reason, _, remedy = str(error).partition("; ")
+        if not any(sign in remedy for sign in _OF_OUTPUTS):
+            raise
+        raise OutputError(
+            f"{reason}: what the cache holds there is damaged; remove {store.root}, and run the same command again"
         ) from None
 
 

@@ -76,7 +76,7 @@ def make_pool(
         ClusterError: no cluster at the address, or one that can never hold a worker; a GPU that is too small.
     """
     if on_cpu:
-        settings = settings.model_copy(update={"gpus_per_worker": 0.0})
+        settings = settings.model_copy(update={"gpus_per_worker": 0.0, "gpu_type": None})
     device += _CUDA_DEVICE if device else 0
     if settings.local:
         import torch
@@ -99,10 +99,20 @@ def make_pool(
 
 
 def _local_device(settings: ClusterSettings) -> str:
-    """torch's name of the device of a worker on this machine."""
+    """torch's name of the device of a worker on this machine; ClusterError if a GPU was asked for and there is none."""
     import torch
 
-    return "cuda" if settings.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
+    if settings.gpus_per_worker == 0:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if settings.gpus_per_worker or settings.gpu_type:
+        flag = "--gpus-per-worker" if settings.gpus_per_worker else "--gpu-type"
+        raise ClusterError(
+            f"{flag} asks for a GPU, and torch finds none on this machine; leave it out, or calculate on CPUs by"
+            " --gpus-per-worker 0"
+        )
+    return "cpu"
 
 
 def _require_one_type(need: Need, nodes: list[dict[str, float]]) -> None:
@@ -134,6 +144,11 @@ def _need(settings: ClusterSettings, nodes: list[dict[str, float]], memory: int)
     bare = Need(settings.cpus_per_worker, gpus, gpu_type=settings.gpu_type)
     if gpus:
         _require_one_type(bare, nodes)
+    elif settings.gpu_type:
+        raise ClusterError(
+            f"--gpu-type {settings.gpu_type} asks for GPUs, and workers get none ({_sum(nodes)}); leave it out, or use nodes that"
+            " have some"
+        )
     room = sum(map(bare.fitting, nodes))
     if settings.elastic:
         if not room and settings.gpus_per_worker is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 from ray._private import utils as ray_utils
 from ray.exceptions import RayError
@@ -20,6 +21,7 @@ from pipeline.run.discovery import found_here, require_joinable
 from pipeline.run.progress import say
 
 _CONNECT_SECONDS = 10.0
+_LONGEST_TEMPORARY = 40  # bytes of Ray's folder: a socket's name adds up to 65, the system takes 107
 _ADDRESS = re.compile(
     r"(ray://)?(\[[\da-fA-F:.%]+\]|[^\s:/\[\]][^\s/\[\]]*):\d{1,5}(/\S*)?"
 )  # of a head, or of Ray Client's server
@@ -40,7 +42,7 @@ def connect(address: str | None) -> bool:
             _init(joined)
         else:
             with interrupt.held(), _loopback_only():
-                _init("local", include_dashboard=False)
+                _init("local", include_dashboard=False, **_temporary())
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split())
         raise ClusterError(
@@ -48,6 +50,25 @@ def connect(address: str | None) -> bool:
             " one by --address local"
         ) from None
     return not joined
+
+
+def _temporary() -> dict[str, str]:
+    """Where a cluster that is started keeps its sockets: Ray's own choice, or /tmp where that makes their names too long for the system.
+
+    Raises:
+        ClusterError: RAY_TMPDIR is too long.
+    """
+    folder = get_default_ray_temp_dir()
+    if len(os.fsencode(folder)) <= _LONGEST_TEMPORARY:
+        return {}
+    if "RAY_TMPDIR" in os.environ:
+        raise ClusterError(
+            f"RAY_TMPDIR: {folder} is too long for the names of Ray's sockets; give one of at most {_LONGEST_TEMPORARY - 4} bytes"
+        )
+    say(
+        f"note: {folder} (TMPDIR) is too long for the names of Ray's sockets, it uses /tmp/ray; RAY_TMPDIR chooses another"
+    )
+    return {"_temp_dir": "/tmp/ray"}
 
 
 def _working_directory() -> Path:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.cli import main
 from tests.tiny import contents
@@ -85,3 +86,15 @@ def test_a_worker_has_one_gpu_at_most(
     assert len(said.splitlines()) == 1
     assert "gpus_per_worker" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("flags", [("--gpus-per-worker", "0.5"), ("--gpu-type", "A100")])
+def test_a_gpu_that_is_asked_for_and_not_there_is_no_cpu(
+    tiny_model: Path, tmp_path: Path, flags: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compress", str(tiny_model), str(out), *ARGV, *flags]) == 2
+    assert f"{flags[0]} asks for a GPU, and torch finds none" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["compress", str(tiny_model), str(out), *ARGV, "--gpus-per-worker", "0"]) == 0

@@ -190,7 +190,15 @@ def test_a_text_too_short_is_told_before_anything_is_compressed(  # type: ignore
     refused(*compress(tiny_model, tmp_path, "--text", text, "--seqlen", "4096"), wanted=("0 windows of 4096",))
 
 
-@pytest.mark.parametrize(("text", "wanted"), [("- a\n", "mapping"), ("a: [", "not YAML"), (None, "No such file")])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("- a\n", "mapping"),
+        ("a: [", "not YAML"),
+        (None, "No such file"),
+        ("bits: 3\nprojectors: q\nbits: 4\n", "bits stands twice, in lines 1 and 3"),
+    ],
+)
 def test_config_file_that_is_none(tiny_model: Path, tmp_path: Path, refused, text: str | None, wanted: str) -> None:  # type: ignore[no-untyped-def]
     config = tmp_path / "c.yaml"
     if text is not None:

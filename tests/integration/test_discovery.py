@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -180,3 +181,22 @@ def test_an_address_that_cannot_be_is_refused_at_once(address: str) -> None:
 def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "found_here", lambda tell: None)
     assert connection.joinable("") is None
+
+
+def test_a_temporary_folder_whose_name_is_too_long_for_sockets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of a batch system is passed over with a note; the one that is chosen for Ray is refused."""
+    given: list[dict[str, object]] = []
+    monkeypatch.setattr("pipeline.run.connection.joinable", lambda where: None)
+    monkeypatch.setattr("pipeline.run.connection._init", lambda address, **more: given.append(more))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    connection.connect(None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 12)))
+    connection.connect(None)
+    assert [more.get("_temp_dir") for more in given] == [None, "/tmp/ray"]
+    assert "RAY_TMPDIR chooses another" in capsys.readouterr().err
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 12)))
+    with pytest.raises(ClusterError, match=r"RAY_TMPDIR: .* too long .* at most 36 bytes"):
+        connection.connect(None)

@@ -253,3 +253,25 @@ def test_a_second_sweep_into_one_directory_is_refused(
     assert "is writing there; wait for it, or stop it" in capsys.readouterr().err
     assert main(argv) == 0
     assert not (tmp_path / "out" / ".swsc").exists()
+
+
+def test_a_model_is_not_measured_on_what_it_was_calibrated_on(
+    models: list[Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windows = ("--calibration-windows", "4", "--calibration-seqlen", "64", "--local")
+    dense = tmp_path / "dense"
+    compress = ["compress", str(models[0]), str(dense), "--preset", "fast", "--bits", "3", "--calibration", str(text)]
+    assert main([*compress, *windows, "--format", "dense"]) == 0
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of([dense], text, VARIANTS[:1])))
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 2
+    assert "shares passages with the calibration text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_model_is_called_that(
+    models: list[Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", str(models[0]), str(tmp_path / "small"), "--bits", "3", "--local"]) == 0
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of([tmp_path / "small"], text)))
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 2
+    assert "already quantized by 'swsc'; restore it first" in capsys.readouterr().err

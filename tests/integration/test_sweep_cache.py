@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,39 @@ def test_results_that_no_disk_takes_are_printed_at_least(
     assert "perplexity" in said.out
     assert "twice" in said.out
     assert "make room" in said.err
+
+
+@pytest.mark.parametrize("kind", ["variant", "untuned", "tuned", "moments"])
+def test_of_a_damaged_part_of_the_cache_it_is_said_what_to_remove_and_that_helps(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("pipeline.flows.sweep.forget_stages", lambda *_: None)
+    assert main([*command, "--keep-tuned"]) == 0
+    for place in (tmp_path / "cache").iterdir():
+        if place.name.startswith(kind):
+            damage(place)
+        elif place.name.startswith("variant"):
+            shutil.rmtree(place)
+    capsys.readouterr()
+    codes: list[int] = []
+    for _ in range(3):  # places that may be damaged, and once more
+        codes.append(main(command))
+        if codes[-1] == 0:
+            break
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        (place,) = [found for found in (tmp_path / "cache").iterdir() if f"remove {found}, and run" in said]
+        assert "--overwrite" not in said
+        shutil.rmtree(place)
+    assert codes in ([2, 0], [2, 2, 0])
+
+
+def damage(place: Path) -> None:
+    """Cut a file of an output short; take from another what says whose it is."""
+    if (place / "config.json").exists():
+        (place / "config.json").write_text("{")
+    elif (place / "result.json").exists():
+        (place / "result.json").unlink()
+        (place / "thesis.tex").write_text("years of work")
+        shutil.rmtree(place / ".swsc", ignore_errors=True)
+    else:
+        (place / ".swsc" / "run.json").unlink()

@@ -9,6 +9,7 @@ import lzma
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import TextError
-from pipeline.measure import texts
+from pipeline.measure import tables, texts
 from pipeline.measure.texts import has_columns, open_text, read_text
 
 DOCUMENTS = ["one two", 'a line\nbreak, "quoted"\ttab', "", "ünï \u2028 {x}"]
@@ -132,6 +133,7 @@ REFUSED: dict[str, tuple[bytes | str, str]] = {
     "ragged.csv": ("a,text\n1,2,3\n", "line 2 has 3 values"),
     "open.csv": ('text\n"abc', "no CSV"),
     "twice.csv": ("a,a\n1,2\n", "a column twice"),
+    "semicolons.csv": ("text;id\na b;1\n", "holds no comma"),
     "a.parquet": ("PAR1 and no more", "no Parquet"),
     "latin.csv": (b"text\n\xe9 and more", "not UTF-8"),
     "latin.txt": (b"\xe9 and more", "not UTF-8"),
@@ -178,3 +180,16 @@ def test_what_would_fill_memory_is_refused(tmp_path: Path, monkeypatch: pytest.M
     for name, data in (("a.txt", b"x" * 1001), ("a.txt.gz", gzip.compress(b"x" * 1_000_000))):
         with pytest.raises(TextError, match=r"1,000 .*give a part of it"):
             open_text(stored(tmp_path / name, data))
+
+
+def test_of_a_parquet_file_vectors_and_images_beside_the_text_are_not_read() -> None:
+    made = io.BytesIO()
+    columns = {
+        "text": ["one", None],
+        "vector": [[1.0] * 9, None],
+        "about": [{"likes": 1}, {"likes": 2}],
+        "image": [b"png", b"png"],
+    }
+    pq.write_table(pa.table(columns), made)
+    beside: dict[str, Any] = {"vector": [], "about": {}, "image": b""}
+    assert list(tables.parquet(bytearray(made.getvalue()))) == [{"text": "one", **beside}, {"text": None, **beside}]
