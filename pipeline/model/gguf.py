@@ -180,7 +180,7 @@ def _write(file: Path, beside: Store, dtype: str) -> None:
     require_room(beside, weights * (4 if dtype == "float32" else 2))
     _say(f"{file}: is dequantized to {dtype}, into {beside.root.removesuffix(TEMPORARY)}")
     whole = beside.below("whole")
-    for part in load(file, dtype):
+    for part in load(file, dtype, weights):
         _save(part, whole.root)
     whole.write_json(NOTE, vars(about))
     for name in whole.names():

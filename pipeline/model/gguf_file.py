@@ -16,6 +16,7 @@ NOT_WHOLE = (
     " (llama-gguf-split --merge), or give another"
 )
 _MAGIC = b"GGUF"
+_SLACK = 2  # a model with more weights than so many times the file's is not made; one that lacks a few is, and they are named
 _WHOLE = ("F64", "F32", "F16", "BF16")  # types that are not quantized
 
 
@@ -72,10 +73,41 @@ def header_of(file: Path) -> tuple[Dequantized, int]:
     )
 
 
-def load(file: Path, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer."""
+def without_weights(file: Path) -> Any:
+    """The model that the header describes, on no device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(**where(file))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def saved(model: Any) -> dict[str, Any]:
+    """Name -> tensor as `save_pretrained` writes them: tied ones once, joined ones by their parts."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    return dict(revert_weight_conversion(model, own))
+
+
+def _require_held(file: Path, weights: int) -> None:
+    """Raise CheckpointError if the header's model has far more weights than the file: transformers would make and fill them all."""
+    wanted = sum(tensor.numel() for tensor in told(file, lambda: saved(without_weights(file))).values())
+    if wanted > _SLACK * weights:
+        raise CheckpointError(f"{file}: {weights:,} weights are in it, and {wanted:,} by its header: {NOT_WHOLE}")
+
+
+def load(file: Path, dtype: str, weights: int) -> tuple[Any, Any]:
+    """Model and tokenizer of a file that holds so many weights.
+
+    Raises:
+        CheckpointError: transformers cannot read it, or the model that its header describes has other weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _require_held(file, weights)
 
     how: dict[str, Any] = {
         **where(file),

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.gguf import is_gguf, is_kept, warn
-from pipeline.model.gguf_file import NOT_WHOLE, header_of, quiet_transformers, told, where
+from pipeline.model.gguf_file import NOT_WHOLE, header_of, quiet_transformers, saved, told, without_weights
 from pipeline.model.store import Store
 from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo
 
@@ -28,30 +28,13 @@ def open_headers(location: str) -> Checkpoint:
     file = Path(os.path.abspath(location))
     quiet_transformers()
     about, weights = header_of(file)
-    model = told(file, lambda: _without_weights(file))
-    infos = [_info(file.name, name, tensor) for name, tensor in sorted(_saved(model).items())]
+    model = told(file, lambda: without_weights(file))
+    infos = [_info(file.name, name, tensor) for name, tensor in sorted(saved(model).items())]
     if (wanted := sum(info.count for info in infos)) > weights:
         raise CheckpointError(f"{location}: {weights:,} weights are in it, and {wanted:,} by its header: {NOT_WHOLE}")
     tensors = {info.name: info for info in infos}
     warn(location, about)
     return Checkpoint(Store.at(str(file.parent)), tensors, _config(model), dequantized=about)
-
-
-def _without_weights(file: Path) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(**where(file))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
-def _saved(model: Any) -> dict[str, Any]:
-    """Name -> tensor as `save_pretrained` writes them: tied ones once, joined ones by their parts."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    own = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    return dict(revert_weight_conversion(model, own))
 
 
 def _info(file: str, name: str, tensor: Any) -> TensorInfo:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jobs.cli import main
 from pipeline.model import speed
 from tests.bounded import ends
+from tests.gguf_tree import changed_gguf, parsed
 from tests.mutations import changed_header, changed_json, changed_yaml, patient
 from tests.tiny import make_text, make_tiny_model
 from tests.tiny_gguf import make_tiny_gguf
@@ -138,6 +139,35 @@ def test_what_a_gguf_file_was_made_into(folder: Path, data: st.DataObject, name:
         ends("plan", str(file if beside else folder / "made"), "--local", "--projectors", "q")
     finally:
         changed.write_bytes(whole)
+
+
+@patient(10)
+@given(data=st.data())
+def test_a_gguf_file_that_is_converted(folder: Path, data: st.DataObject) -> None:
+    whole = folder / "b.gguf"
+    if not whole.exists():
+        make_tiny_gguf(whole)
+    (folder / "changed.gguf").write_bytes(data.draw(changed_gguf(parsed(whole.read_bytes()))))
+    shutil.rmtree(folder / "converted", ignore_errors=True)
+    ends("convert", str(folder / "changed.gguf"), str(folder / "converted"))
+
+
+@patient(12)
+@given(
+    data=st.data(),
+    name=st.sampled_from(
+        ["config.json", "model.safetensors.index.json", "swsc_manifest.json", "model-00002-of-00003.safetensors"]
+    ),
+)
+def test_files_of_an_output_that_is_restored(folder: Path, data: st.DataObject, name: str) -> None:
+    (whole,) = (folder / "cache").glob("untuned-*")
+    shutil.rmtree(folder / "output", ignore_errors=True)
+    shutil.rmtree(folder / "restored", ignore_errors=True)
+    shutil.copytree(whole, folder / "output")
+    content = (whole / name).read_bytes()
+    changed = changed_header(content) if name.endswith(".safetensors") else changed_json(content)
+    (folder / "output" / name).write_bytes(data.draw(changed))
+    ends("restore", str(folder / "output"), str(folder / "restored"), "--local")
 
 
 @patient(15)

@@ -247,3 +247,19 @@ def test_a_gguf_header_that_makes_no_config(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr().err
     assert "intermediate_size" in said
     assert "wide" in said
+
+
+@pytest.mark.parametrize("key", ["embedding_length", "feed_forward_length", "vocab_size"])
+def test_a_gguf_header_of_a_larger_model_is_refused_before_that_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """A file of a hundred kilobytes, and a header of gigabytes."""
+    file = make_tiny_gguf(tmp_path / "x.gguf")
+    tree = parsed(file.read_bytes())
+    (held,) = (one for one in tree.keys if one.name == f"llama.{key}")
+    held.value = 1 << 20
+    file.write_bytes(written(tree))
+    for argv in (["convert", str(file), str(tmp_path / "out")], ["plan", str(file), "--local"]):
+        assert ends(*argv) == 2
+        assert "weights are in it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -39,7 +39,6 @@ DOORS = {
         "pipeline/measure/perplexity.py",
         "pipeline/measure/windows.py",
         "pipeline/model/gguf_file.py",
-        "pipeline/model/gguf_headers.py",
         "pipeline/model/skeleton.py",
         *PLUG_IN_DOORS,
     },
