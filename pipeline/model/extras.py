@@ -156,7 +156,7 @@ def _walk(store: Store, folder: str, seen: set[str], is_module: bool = False) ->
         return
     seen.add(real)
     entries = store.below(folder).entries()
-    if not is_module and "config.json" in entries and any(_is_weights(name) for name in entries):
+    if not is_module and "config.json" in entries and any(is_weights(name) for name in entries):
         yield f"{folder}/", "another model, with weights of its own"
         return
     for name, is_file in sorted(entries.items()):
@@ -172,7 +172,8 @@ def _walk(store: Store, folder: str, seen: set[str], is_module: bool = False) ->
             yield from _walk(store, inner, seen)
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, for whatever framework."""
     return name.lower().endswith((".safetensors", *PICKLES, *_FOREIGN))
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError, StoreError
-from pipeline.model.extras import UNWANTED, WANTED
+from pipeline.model.extras import UNWANTED, WANTED, is_weights
 from pipeline.model.gguf import is_gguf, kept_checkpoint
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
@@ -155,8 +155,8 @@ def _is_new_branch(api: Any, repo: str, branch: str) -> bool:
 
 
 def _require_replaceable(repo: str, there: Collection[str], own: str) -> None:
-    """Raise ConfigError for a model that somebody else has put there: its weights would be removed."""
-    if own not in there and any(name.endswith(".safetensors") for name in there):
+    """Raise ConfigError for a model that somebody else has put there: its weights would be removed, or lose their config and card."""
+    if own not in there and any(map(is_weights, there)):
         raise ConfigError(
             f"{repo}: holds a model that is not an output of this tool and would be replaced; choose another id, or push it to a"
             " new branch by --revision"

@@ -95,9 +95,10 @@ def test_a_second_push_sends_what_is_new_and_removes_tensor_files_of_the_first(
     assert hub.repos[REPO].messages[-1] == "Q alone"
 
 
-def test_a_model_of_somebody_else_is_not_replaced(output: Path, hub: PushedHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_model_of_somebody_else_is_not_replaced(output: Path, hub: PushedHub, tmp_path: Path, weights: str) -> None:
     """MODEL's own repository, say. On a new branch it takes the place of nothing."""
-    before = {"model.safetensors": b"weights", "README.md": b"a card"}
+    before = {weights: b"weights", "README.md": b"a card"}
     hub.repos[REPO] = Repo(branches={"main": dict(before), "old": dict(before)})
     for branch in ("", "main", "old"):
         done = swsc(
@@ -108,7 +109,8 @@ def test_a_model_of_somebody_else_is_not_replaced(output: Path, hub: PushedHub, 
     assert hub.repos[REPO].branches == {"main": before, "old": before}
     assert hub.sent == []
     assert swsc(tmp_path, hub.address, "push", str(output), REPO, "--local", "--revision", "swsc").returncode == 0
-    assert hub.repos[REPO].branches["swsc"] == files_of(output)
+    removed = weights.endswith(".safetensors")  # files of other kinds stay, and are not read beside those of the output
+    assert hub.repos[REPO].branches["swsc"] == files_of(output) | ({} if removed else {weights: b"weights"})
     assert hub.repos[REPO].branches["main"] == before
 
 
