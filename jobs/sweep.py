@@ -14,10 +14,12 @@ from pipeline.errors import ConfigError, OutputError, RunError
 from pipeline.flows.preflight import require_cache
 from pipeline.flows.sweep import Sweep, SweepResult
 from pipeline.model.addresses import command, published_values
+from pipeline.model.files import meant_by
 from pipeline.model.lease import acquire
+from pipeline.model.owned import clear_unfinished
 from pipeline.model.places import Place, named, require_apart, require_directory
 from pipeline.model.store import Store
-from pipeline.report.files import write_results
+from pipeline.report.files import RESULTS, write_results
 from pipeline.report.tables import print_table
 from pipeline.validation import read_config, validated
 
@@ -40,6 +42,7 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
     sweep = Sweep(settings)
     store = begin(out)
     with acquire(store):
+        clear_unfinished(store, [*RESULTS, _MARK])  # of a sweep that was killed while it wrote them
         result = _measured(sweep, settings, cluster, store)
     store.below(".swsc").remove_empty()
     print_results(settings, result)
@@ -92,7 +95,8 @@ def begin(out: str) -> Store:
     """The store of the results; a directory that cannot be written, or is not ours, is told of before any work."""
     store = Store.at(out)
     require_directory(store)
-    if store.entries() and not store.exists(_MARK):
+    strange = [name for name in store.entries() if meant_by(name) != _MARK]
+    if strange and not store.exists(_MARK):
         raise OutputError(f"{out}: not empty and not the results of a sweep; choose an empty or new directory")
     store.write(_MARK, [])
     return store

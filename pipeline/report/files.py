@@ -9,14 +9,17 @@ import pyarrow.parquet as pq
 
 from pipeline.model.store import Store
 
+RESULTS = ("results.json", "results.parquet", "tensors.parquet")
+
 
 def write_results(
     store: Store, rows: list[dict[str, Any]], tensors: list[dict[str, Any]], about: dict[str, Any]
 ) -> None:
     """Write results.json, results.parquet and tensors.parquet."""
-    store.write_json("results.json", {**about, "rows": rows, "tensors": tensors})
-    store.write("results.parquet", [_parquet(rows)])
-    store.write("tensors.parquet", [_parquet(tensors)])
+    table, by_run, by_tensor = RESULTS
+    store.write_json(table, {**about, "rows": rows, "tensors": tensors})
+    store.write(by_run, [_parquet(rows)])
+    store.write(by_tensor, [_parquet(tensors)])
 
 
 def _parquet(rows: list[dict[str, Any]]) -> memoryview:

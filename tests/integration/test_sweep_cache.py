@@ -156,6 +156,21 @@ def test_room_is_asked_for_all_tuned_rows_together_before_any_work(
     assert not started
 
 
+def test_what_a_sweep_that_was_killed_had_half_written_is_tidied_by_the_next(
+    command: list[str], tmp_path: Path
+) -> None:
+    """Before its mark was there, and while it wrote its results; a file of somebody else is left alone."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".swsc-sweep.0123abcd.partial").write_bytes(b"")
+    assert main(command) == 0
+    half = [tmp_path / "out" / f"{name}.0123abcd.partial" for name in ("results.json", "tensors.parquet", "mine")]
+    for file in half:
+        file.write_bytes(b"{")
+    assert main(command) == 0
+    assert [file.name for file in (tmp_path / "out").glob("*.partial")] == [half[-1].name]
+    assert not (tmp_path / "out" / ".swsc-sweep.0123abcd.partial").exists()
+
+
 def test_results_that_no_disk_takes_are_printed_at_least(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
