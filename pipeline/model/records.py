@@ -18,6 +18,7 @@ _OF_OUTPUTS = ("--overwrite", "empty or new directory")  # by which a remedy for
 _SHOWN = 60  # characters of a value that is wrong
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
+Bits = Annotated[float, Field(ge=0, le=1e6)]  # a weight
 Figure = Annotated[
     float, Field(allow_inf_nan=True)
 ]  # a result, which may be none: what a half-precision model overflowed to
@@ -52,9 +53,10 @@ class ReportRow(Record):
     action: str
     reason: str
     shape: list[Count]
-    bits_per_weight: float | None = None
-    paper_bits: float | None = None
+    bits_per_weight: Bits | None = None
+    paper_bits: Bits | None = None
     relative_error: Figure | None = None
+    source_sha256: dict[str, Sha256] = {}
 
 
 class Report(Record):
@@ -99,6 +101,12 @@ class DoneRow(Record):
     stored_bytes: Count = 0
     read_seconds: float = 0.0
     stats: dict[str, Figure | None] = {}
+    bits_per_weight: Bits | None = None
+    paper_bits: Bits | None = None
+    relative_error: Figure | None = None
+    source_sha256: dict[str, Sha256] = {}
+    moments_sha256: Sha256 | None = None
+    tuned_sha256: str | None = None
     tokens: Count = 0
     owner: str | None = None
 
