@@ -93,7 +93,7 @@ def parquet(data: bytearray) -> Iterator[Row]:
         columns = [name for name, value in empty.items() if value is None]
         for batch in file.iter_batches(_ROWS, columns=columns):
             yield from (empty | row for row in batch.to_pylist())
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # the bytes are in memory: no disk is to blame
         raise Misread(f"no Parquet ({str(error).splitlines()[0]}); export it again") from None
 
 
