@@ -1,11 +1,9 @@
 """The model card of an output: what it says, that it is the same for equal runs, and what a measurement adds to it."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +17,7 @@ from jobs.cli import main
 from pipeline.errors import OutputError, SwscError
 from pipeline.flows.card import add_evaluation, require_card
 from pipeline.model import lease, store
-from pipeline.model.amend import amend, settle
+from pipeline.model.amend import amend
 from pipeline.model.checkpoint import MANIFEST, read_header
 from pipeline.model.store import Store
 from tests.faults import FaultyFiles
@@ -419,62 +417,3 @@ def test_storage_that_fails_at_any_operation_leaves_a_card_that_the_next_call_co
         assert not (output / ".swsc").exists()
         shutil.rmtree(output)
     assert at > 20, at
-
-
-def measured(card: str) -> str:
-    return card if "measured" in card else card + "measured"
-
-
-def killed_while_amending(output: Path, at: int) -> bool:
-    """Whether a process that amends the card was there to be killed (SIGKILL) at its operation number `at`."""
-    process = os.fork()
-    if process == 0:
-        count = 0
-
-        def counted(inner: Any, first: bool) -> Any:
-            def call(*arguments: Any) -> None:
-                nonlocal count
-                count += 1
-                if not first:
-                    inner(*arguments)
-                if count == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if first:
-                    inner(*arguments)
-
-            return call
-
-        os.replace, os.fsync = counted(os.replace, first=True), counted(os.fsync, first=False)
-        with suppress(BaseException):
-            amend(Store.at(str(output)), "README.md", measured)
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(process, 0)[1])
-
-
-def left(output: Path) -> list[str]:
-    return [str(path) for path in output.rglob("*") if path.name.endswith(".partial") or path.name == ".swsc"]
-
-
-def test_a_process_killed_while_it_writes_a_card_leaves_an_output_that_verifies_and_is_tidied(
-    model: Path, made: Path, tmp_path: Path
-) -> None:
-    straight, output = Path(shutil.copytree(made, tmp_path / "straight")), tmp_path / "out"
-    amend(Store.at(str(straight)), "README.md", measured)
-    at, seen = 0, set()
-    while True:
-        at += 1
-        shutil.copytree(made, output)
-        if not killed_while_amending(output, at):
-            break
-        seen |= {Path(name).name.split(".")[0] for name in left(output) if name.endswith(".partial")}
-        assert main(["verify", str(output), "--local"]) == 0
-        if at % 3 == 0:  # every third state, by another verb that writes there
-            assert compress(model, output) == 0
-        else:
-            settle(Store.at(str(output)))
-        assert left(output) == []
-        assert contents(output) in (contents(made), contents(straight))
-        amend(Store.at(str(output)), "README.md", measured)
-        assert contents(output) == contents(straight)
-        shutil.rmtree(output)
-    assert seen >= {"README", "swsc_manifest", "amending"}
