@@ -21,8 +21,10 @@ from pipeline.model.places import Place, named, require_apart, require_directory
 from pipeline.model.store import Store
 from pipeline.report.files import RESULTS, write_results
 from pipeline.report.tables import print_table
+from pipeline.run.progress import say
 from pipeline.validation import read_config, validated
 
+_INTERRUPTED = "interrupted"  # folder of what a sweep measured that was stopped
 _MARK = ".swsc-sweep"  # an empty file, by which a directory of results is known
 
 
@@ -36,7 +38,7 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
     """Run a sweep, write and print its results; RunError if a variant failed, after everything is written.
 
     What was measured is written even when the sweep is interrupted or fails as a whole; results of an earlier sweep in
-    the same directory stay until there is something to put in their place.
+    the same directory stay until there are as many to put in their place.
     """
     _require_places(settings, out)
     sweep = Sweep(settings)
@@ -77,9 +79,26 @@ def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, s
             if result.measured or sys.exc_info()[0] is None:
                 about = {"settings": published_values(settings.model_dump(mode="json")), "seconds": result.seconds}
                 about["argv"] = command()
-                _write(store, settings, result, about)
+                _write(_place_of(store, result), settings, result, about)
         sweep.forget_measured()
     return result
+
+
+def _place_of(store: Store, result: SweepResult) -> Store:
+    """Where results go: of a sweep that was stopped not in the place of an earlier one's, if those are more."""
+    if sys.exc_info()[0] is None or result.measured >= _measured_before(store):
+        return store
+    place = store.below(_INTERRUPTED)
+    say(f"note: {store.root} holds more results of an earlier sweep, which stay; this one's go to {place.root}")
+    return place
+
+
+def _measured_before(store: Store) -> int:
+    """Rows of an earlier sweep that hold what was asked for; 0 where there are none, or none that can be read."""
+    try:
+        return sum(not row["error"] for row in store.read_json("results.json")["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _write(store: Store, settings: SweepSettings, result: SweepResult, about: dict[str, Any]) -> None:

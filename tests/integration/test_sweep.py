@@ -142,6 +142,31 @@ def test_an_interrupted_sweep_writes_what_it_has_measured(
     assert all(row["error"] == "not finished" for row in rows if row["perplexity"] is None)
 
 
+def test_an_interrupted_sweep_does_not_take_the_place_of_a_whole_one(
+    models: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text, VARIANTS[:1])))
+    command = ["sweep", str(tmp_path / "s.yaml"), "--out", str(out), "--local"]
+    assert main(command) == 0
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    real, calls = Worker.measure, []
+
+    def measure(self: Worker, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    with monkeypatch.context() as there:
+        there.setattr(Worker, "measure", measure)
+        assert main(command) == 130
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == whole
+    rows = json.loads((out / "interrupted" / "results.json").read_text())["rows"]
+    assert 0 < sum(not row["error"] for row in rows) < len(rows)
+    assert main(command) == 0
+
+
 def test_each_evaluation_says_its_own_dtype(models: list[Path], text: Path) -> None:
     settings = sweep_of(models[:1], text, VARIANTS[:1])
     settings["evaluations"][1]["dtype"] = "bfloat16"
