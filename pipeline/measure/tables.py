@@ -9,6 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import first_line
+
 AMBIGUOUS = "?"  # content that may be meant as a table and may be not
 _ROWS = 1024  # of a Parquet file at a time
 _LOOKED_AT = 16  # lines, where the name of a file says nothing
@@ -94,7 +96,7 @@ def parquet(data: bytearray) -> Iterator[Row]:
         for batch in file.iter_batches(_ROWS, columns=columns):
             yield from (empty | row for row in batch.to_pylist())
     except (pa.ArrowException, OSError, ValueError) as error:  # the bytes are in memory: no disk is to blame
-        raise Misread(f"no Parquet ({str(error).splitlines()[0]}); export it again") from None
+        raise Misread(f"no Parquet ({first_line(error)}); export it again") from None
 
 
 def _empty(kind: pa.DataType) -> Any:

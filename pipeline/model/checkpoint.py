@@ -216,6 +216,14 @@ def _config(store: Store) -> dict[str, Any]:
     for key in ("quantization_config", "text_config"):
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{store.root}/config.json: {key} is no object; download it again")
+    inner = config.get("text_config") or {}
+    for about in (
+        config.get("quantization_config"),
+        config.get("compression_config"),
+        inner.get("quantization_config"),
+    ):
+        if isinstance(about, dict) and not isinstance(about.get("quant_method"), str | None):
+            raise CheckpointError(f"{store.root}/config.json: quant_method is no text; download it again")
     require_buildable(f"{store.root}/config.json", config)
     return config
 

@@ -263,3 +263,14 @@ def test_a_gguf_header_of_a_larger_model_is_refused_before_that_is_made(
         assert ends(*argv) == 2
         assert "weights are in it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [["fp8"], {}, 3, True])
+@pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
+def test_a_method_that_is_no_name(folder: Path, capsys: pytest.CaptureFixture[str], place: str, value: object) -> None:
+    file = folder / "model" / "config.json"
+    said = {"quant_method": value}
+    changed = json.loads(file.read_bytes()) | {place: {"quantization_config": said} if place == "text_config" else said}
+    with replaced(file, json.dumps(changed).encode()):
+        assert ends("plan", str(folder / "model"), *QK) == 2
+    assert "config.json: quant_method" in capsys.readouterr().err
