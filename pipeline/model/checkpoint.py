@@ -217,13 +217,14 @@ def _config(store: Store) -> dict[str, Any]:
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{store.root}/config.json: {key} is no object; download it again")
     inner = config.get("text_config") or {}
-    for about in (
-        config.get("quantization_config"),
-        config.get("compression_config"),
-        inner.get("quantization_config"),
-    ):
-        if isinstance(about, dict) and not isinstance(about.get("quant_method"), str | None):
-            raise CheckpointError(f"{store.root}/config.json: quant_method is no text; download it again")
+    methods = config.get("quantization_config"), config.get("compression_config"), inner.get("quantization_config")
+    for about, key in [
+        (config, "model_type"),
+        (inner, "model_type"),
+        *((method, "quant_method") for method in methods),
+    ]:
+        if isinstance(about, dict) and not isinstance(about.get(key), str | None):
+            raise CheckpointError(f"{store.root}/config.json: {key} is no text; download it again")
     require_buildable(f"{store.root}/config.json", config)
     return config
 

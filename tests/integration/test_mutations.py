@@ -266,11 +266,20 @@ def test_a_gguf_header_of_a_larger_model_is_refused_before_that_is_made(
 
 
 @pytest.mark.parametrize("value", [["fp8"], {}, 3, True])
-@pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
-def test_a_method_that_is_no_name(folder: Path, capsys: pytest.CaptureFixture[str], place: str, value: object) -> None:
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [("quant_method", ["quantization_config"]), ("quant_method", ["compression_config"]), ("model_type", []), ("model_type", ["text_config"]),
+     ("quant_method", ["text_config", "quantization_config"])],
+)  # fmt: skip
+def test_a_name_in_a_config_that_is_none(
+    folder: Path, capsys: pytest.CaptureFixture[str], key: str, place: list[str], value: object
+) -> None:
     file = folder / "model" / "config.json"
-    said = {"quant_method": value}
-    changed = json.loads(file.read_bytes()) | {place: {"quantization_config": said} if place == "text_config" else said}
+    changed = json.loads(file.read_bytes())
+    inner = changed
+    for step in place:
+        inner = inner.setdefault(step, {})
+    inner[key] = value
     with replaced(file, json.dumps(changed).encode()):
-        assert ends("plan", str(folder / "model"), *QK) == 2
-    assert "config.json: quant_method" in capsys.readouterr().err
+        assert ends("plan", str(folder / "model"), "--include", "q_proj", "--local") == 2
+    assert f"config.json: {key}" in capsys.readouterr().err
