@@ -84,8 +84,9 @@ def test_bounds_are_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_files_of_a_model(folder: Path, data: st.DataObject, name: str) -> None:
     file = folder / "model" / name
+    flags = data.draw(st.sampled_from([QK, ["--include", "q_proj", "--local"]]))  # roles need a family that is known
     with replaced(file, data.draw(changed_json(file.read_bytes()))):
-        ends("plan", str(folder / "model"), *QK)
+        ends("plan", str(folder / "model"), *flags)
 
 
 @patient()
