@@ -26,7 +26,8 @@ def used(store: Store) -> Iterator[None]:
         yield
     finally:
         lease.release()
-        _forget(store, own)
+        with store.parent.locked():  # another run may be making a folder in the one that is empty now
+            _forget(store, own)
 
 
 def remove_unless_used(store: Store) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from pipeline.run.discovery import found_here, require_joinable
 from pipeline.run.progress import say
 
 _CONNECT_SECONDS = 10.0
-_LONGEST_TEMPORARY = 40  # bytes of Ray's folder: a socket's name adds up to 65, the system takes 107
+_LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107  # bytes of a socket's name that the system takes
+_SOCKET = (
+    "/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"  # the longest in Ray's folder, named by the driver
+)
 _ADDRESS = re.compile(
     r"(ray://)?(\[[\da-fA-F:.%]+\]|[^\s:/\[\]][^\s/\[\]]*):\d{1,5}(/\S*)?"
 )  # of a head, or of Ray Client's server
@@ -59,11 +63,12 @@ def _temporary() -> dict[str, str]:
         ClusterError: RAY_TMPDIR is too long.
     """
     folder = get_default_ray_temp_dir()
-    if len(os.fsencode(folder)) <= _LONGEST_TEMPORARY:
+    longest = _LONGEST_SOCKET - len(_SOCKET.format(pid=os.getpid()))
+    if len(os.fsencode(folder)) <= longest:
         return {}
     if "RAY_TMPDIR" in os.environ:
         raise ClusterError(
-            f"RAY_TMPDIR: {folder} is too long for the names of Ray's sockets; give one of at most {_LONGEST_TEMPORARY - 4} bytes"
+            f"RAY_TMPDIR: {folder} is too long for the names of Ray's sockets; give one of at most {longest - len('/ray')} bytes"
         )
     say(
         f"note: {folder} (TMPDIR) is too long for the names of Ray's sockets, it uses /tmp/ray; RAY_TMPDIR chooses another"

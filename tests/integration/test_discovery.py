@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 import ray
+from ray._private.utils import validate_socket_filepath
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from pipeline.errors import ClusterError
@@ -197,6 +198,23 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets(
     connection.connect(None)
     assert [more.get("_temp_dir") for more in given] == [None, "/tmp/ray"]
     assert "RAY_TMPDIR chooses another" in capsys.readouterr().err
+    monkeypatch.setattr("os.getpid", lambda: 12345)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 12)))
-    with pytest.raises(ClusterError, match=r"RAY_TMPDIR: .* too long .* at most 36 bytes"):
+    with pytest.raises(ClusterError, match=r"RAY_TMPDIR: .* too long .* at most 41 bytes"):
         connection.connect(None)
+
+
+def test_a_temporary_folder_of_which_sockets_just_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray accepts it, with what it adds: its session is named by the number of the driver's process."""
+    given: list[dict[str, object]] = []
+    monkeypatch.setattr("pipeline.run.connection.joinable", lambda where: None)
+    monkeypatch.setattr("pipeline.run.connection._init", lambda address, **more: given.append(more))
+    monkeypatch.setattr("os.getpid", lambda: 12345)
+    folder = "/" + "t" * 40
+    validate_socket_filepath(f"{folder}/ray/session_2026-01-01_00-00-00_000000_12345/sockets/plasma_store")
+    with pytest.raises(OSError, match="cannot exceed"):
+        validate_socket_filepath(f"{folder}t/ray/session_2026-01-01_00-00-00_000000_12345/sockets/plasma_store")
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.setenv(name, folder)
+        connection.connect(None)
+    assert given == [{"include_dashboard": False}] * 2

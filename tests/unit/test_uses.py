@@ -77,3 +77,23 @@ def test_of_many_that_end_at_the_same_moment_one_removes_it(store: Store, tmp_pa
         thread.join()
     assert seen == [True] * 4
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_uses_go_under_the_lock_alone(store: Store) -> None:
+    """Another run that holds it may be making its own in there."""
+    begun, over = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with used(store):
+            begun.set()
+            over.wait()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    begun.wait()
+    with store.parent.locked():
+        over.set()
+        thread.join(0.3)
+        assert store.parent.below("uses").is_there
+    thread.join()
+    assert not store.parent.below("uses").is_there
