@@ -27,7 +27,11 @@ _LONGCAT: dict[str, Any] = {
     "n_routed_experts": 4, "zero_expert_num": 1, "expert_ffn_hidden_size": 24, "initializer_range": 0.2,
 }  # fmt: skip
 # one centroid, rank 1: a weight of one row is multiplied with anything without a complaint
-_CLUSTERS, _CODES = ["--clusters", "1", "--rank", "1"], ["--method", "rtn", "--bits", "4", "--granularity", "tensor"]
+_CLUSTERS = ["--clusters", "1", "--rank", "1", "--n-init", "1"]
+_CODES = ["--method", "rtn", "--bits", "4", "--granularity", "tensor"]
+# With rank 1, a feed-forward block gives nearly zero for some tokens, and the norm that follows makes its rounding large: logits of the
+# restored model itself move by 3e-3 if its weights are changed by 1e-7.
+_RANKS = {"gemma3n": ["--rank", "4"]}
 FAMILIES: dict[str, tuple[Any, str]] = {
     "mamba": (
         lambda: t.MambaForCausalLM(
@@ -70,8 +74,8 @@ def test_logits_are_those_of_the_restored_model(name: str, flags: list[str], tmp
     make, dense = FAMILIES[name]
     torch.manual_seed(0)
     model = make()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+    for path, parameter in model.named_parameters():
+        if path.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "model")
     what = [
@@ -80,11 +84,10 @@ def test_logits_are_those_of_the_restored_model(name: str, flags: list[str], tmp
         "--exclude",
         r"embed_tokens|experts",
         "--local",
-        "--n-init",
-        "1",
+        *flags,
+        *_RANKS.get(name if flags is _CLUSTERS else "", []),
     ]
-    argv = ["compress", str(tmp_path / "model"), str(tmp_path / "out")]
-    assert main([*argv, *[flag for flag in what if flags is _CLUSTERS or flag not in ("--n-init", "1")], *flags]) == 0
+    assert main(["compress", str(tmp_path / "model"), str(tmp_path / "out"), *what]) == 0
     assert main(["restore", str(tmp_path / "out"), str(tmp_path / "dense"), "--local"]) == 0
     opened, restored = (type(model).from_pretrained(tmp_path / place).eval() for place in ("out", "dense"))
     with torch.no_grad():

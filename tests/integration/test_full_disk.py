@@ -73,7 +73,7 @@ def test_the_first_file_that_finds_no_room_is_the_last(
 @pytest.mark.parametrize(
     ("after", "last"),
     [
-        ("*/moments-*/.swsc/run.json", "moments_of"),  # the calibration's first matrix
+        ("*/moments-*/source.json", "moments_of"),  # the calibration's first matrix
         ("*/untuned-*/.swsc/run.json", "compress"),  # the model that is to be tuned
         ("*/tuned-*/.swsc/run.json", "keep"),  # the tuning's state
         ("*/out/config.json", ""),  # what the driver itself writes at the end
