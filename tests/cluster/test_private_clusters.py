@@ -60,3 +60,35 @@ def test_a_signal_at_any_moment_is_not_lost_and_leaves_no_process_behind(tiny_mo
     assert 130 in codes
     assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--local", *FLAGS]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+SLOW_START = """
+import os, signal, time
+import ray
+from pipeline.run import connection, interrupt
+
+start = ray.init
+
+
+def slow(**settings):
+    start(**settings)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+
+
+ray.init = slow
+with interrupt.listening():
+    try:
+        connection.connect("local")
+    except KeyboardInterrupt:
+        print("arrived")
+"""
+
+
+def test_ray_does_not_abort_a_run_that_takes_seconds_to_end(tmp_path: Path) -> None:
+    """Ray's part in C++ hears a signal that comes while it starts, and sets an alarm of 3 s that aborts the process."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_START], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["arrived"]), done.stderr

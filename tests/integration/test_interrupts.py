@@ -208,3 +208,22 @@ def test_one_signal_is_one_although_the_thread_that_hears_it_runs_after_everythi
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == "orderly\n", done.stderr
     assert done.returncode == interrupt.EXIT_CODE  # of the second one
+
+
+@pytest.mark.parametrize("busy", ["time.sleep(2)", "sum(range(10**8))"], ids=["idle", "calculates"])
+def test_an_alarm_that_a_library_sets_when_it_hears_the_signal_is_called_off(busy: str) -> None:
+    program = f"""
+import os, signal, time
+from pipeline.run import interrupt
+
+with interrupt.listening():
+    try:
+        with interrupt.held():
+            signal.alarm(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            {busy}
+    except KeyboardInterrupt:
+        print("arrived")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "arrived\n"), done.stderr
