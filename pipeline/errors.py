@@ -61,7 +61,11 @@ class StoreError(RunError):
     """A disk or an object store that does not answer, or refuses."""
 
 
-class StoreGone(StoreError):
+class Unanswered(StoreError):
+    """An object store that does not answer, or refuses who asks: asking again at once does not help."""
+
+
+class StoreGone(Unanswered):
     """An object store that has given no good answer for a while: no other task would fare better, and the run ends at once."""
 
 

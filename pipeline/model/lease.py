@@ -17,7 +17,7 @@ from socket import gethostname
 from typing import Any, Self
 from uuid import uuid4
 
-from pipeline.errors import OutputError, RunError, StoreError
+from pipeline.errors import OutputError, RunError, StoreError, Unanswered
 from pipeline.model.records import Holder, checked
 from pipeline.model.store import Store
 
@@ -196,8 +196,8 @@ def _read(store: Store) -> bytes | None:
             raw = bytes(store.read(LEASE))
         except FileNotFoundError:
             return None
-        except StoreError:
-            if last:
+        except StoreError as error:
+            if last or isinstance(error, Unanswered):  # who would wait for each look in turn for as long as for one
                 raise
             continue
         if last or _understood(raw) is not None:

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import StoreError, StoreGone
+from pipeline.errors import StoreError, StoreGone, Unanswered
 from pipeline.model.confirmed import Unequal, confirm
 from pipeline.model.etag import PartDigest, proves
 from pipeline.model.files import Bytes, filled
@@ -42,11 +42,11 @@ _FAILURES = (
 )  # fmt: skip
 
 
-class Unavailable(StoreError):
+class Unavailable(Unanswered):
     """The store does not answer, or not now."""
 
 
-class CredentialsRefused(StoreError):
+class CredentialsRefused(Unanswered):
     """The store answers, and does not accept who asks."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import OutputError, RunError
+from pipeline.errors import OutputError, RunError, StoreGone
 from pipeline.model.lease import LEASE, LeaseLost, Ticket, _machine, acquire
 from pipeline.model.store import Store
 
@@ -216,3 +216,17 @@ def test_a_lease_that_grows_while_it_is_read_is_read_whole(store: Store, monkeyp
     monkeypatch.setattr(Store, "size", size_before_a_beat)
     Ticket(store, "me").require()
     assert store.read_json(LEASE)["beat"] == 10
+
+
+def test_a_store_that_is_gone_is_asked_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question takes as long as the client is patient; the run's end waited for twenty of them."""
+    asked = []
+
+    def gone(self: Store, name: str) -> int:
+        asked.append(name)
+        raise StoreGone("s3://bucket: no good answer for 30 s")
+
+    monkeypatch.setattr(Store, "size", gone)
+    with pytest.raises(StoreGone):
+        acquire(store)
+    assert asked == [LEASE]
