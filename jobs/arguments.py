@@ -15,8 +15,8 @@ from pipeline.config import (
     SourceSettings,
     SweepSettings,
 )
+from pipeline.model.extras import ADAPTER
 from pipeline.model.gguf import DTYPE
-from pipeline.model.owned import ADAPTER
 from pipeline.task_config import TaskSettings
 
 

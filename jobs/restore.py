@@ -7,7 +7,7 @@ from typing import Any
 from jobs.flags import cluster_of
 from pipeline.flows.restore import restore_model
 from pipeline.flows.verify import verify_output
-from pipeline.model.owned import ADAPTER
+from pipeline.model.extras import ADAPTER
 from pipeline.model.places import Place, named, require_apart
 
 

@@ -37,6 +37,17 @@ class OutputError(UserError):
     """An output directory that must not or cannot be written."""
 
 
+class UnusableOutput(OutputError):
+    """An output directory that holds another output, or a damaged one. `remedy` is for a user's; a part of a cache has another."""
+
+    def __init__(self, found: str, remedy: str = "") -> None:
+        super().__init__(found, remedy)
+        self.found, self.remedy = found, remedy
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (self.found, self.remedy)))
+
+
 class TextError(UserError):
     """A text that cannot be evaluated on."""
 

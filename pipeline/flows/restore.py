@@ -14,12 +14,13 @@ from pipeline.flows.preflight import ALGORITHM, begin_with_room, examine, requir
 from pipeline.measure.adapter import adapter_bytes, adapter_config, carried_by_adapter
 from pipeline.model.addresses import command
 from pipeline.model.artifact import Model, open_model
+from pipeline.model.extras import ADAPTER
 from pipeline.model.families import layer_of
 from pipeline.model.forecast import restoring_bytes
 from pipeline.model.gguf import is_gguf
 from pipeline.model.lease import Ticket
 from pipeline.model.output import finish, names_beside
-from pipeline.model.owned import ADAPTER, ADAPTER_FILES
+from pipeline.model.owned import ADAPTER_FILES
 from pipeline.model.plan import CopyTask
 from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensors import TensorInfo

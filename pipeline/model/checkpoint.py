@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import CheckpointError
 from pipeline.model.config_bounds import require_buildable
 from pipeline.model.digests import recorded, with_digests
-from pipeline.model.extras import LOW_RANK, POINTER, extras_of, require_inside, require_no_pointer, require_readable
+from pipeline.model.extras import ADAPTER, POINTER, extras_of, require_inside, require_no_pointer, require_readable
 from pipeline.model.fingerprint import fingerprint_of
 from pipeline.model.gguf import read_note
 from pipeline.model.gguf_file import Dequantized
@@ -104,17 +104,7 @@ def open_checkpoint(location: str) -> Checkpoint:
     for name in (*files, "config.json"):
         require_inside(store, name)
     extras = extras_of(store, {*files, *dict(passed_over)})
-    tensors: dict[str, TensorInfo] = {}
-    digest = hashlib.sha256()
-    for file in files:
-        header, infos = read_header(store, file)
-        digest.update(header)
-        for info in infos:
-            if info.name in tensors:
-                raise CheckpointError(
-                    f"{location}: {info.name} stands in {tensors[info.name].file} and in {file}; keep one"
-                )
-            tensors[info.name] = info
+    tensors, headers_sha256 = _headers(location, store, files)
     _check_index(location, weight_map, tensors)
     if MANIFEST in names:
         tensors = with_digests(tensors, _recorded(store))
@@ -129,10 +119,26 @@ def open_checkpoint(location: str) -> Checkpoint:
     own, config, scales = read_as_bfloat16(location, own, config)
     note = read_note(store)
     left_out = (*passed_over, *extras.left_out)
-    passed_over += tuple(one for one in extras.left_out if one.name == f"{LOW_RANK}/")
+    passed_over += tuple(one for one in extras.left_out if one.name == f"{ADAPTER}/")
     return Checkpoint(
-        store, own, config, extras.copied, digest.hexdigest(), buffers, scales, note, passed_over, left_out, *copies
+        store, own, config, extras.copied, headers_sha256, buffers, scales, note, passed_over, left_out, *copies
     )
+
+
+def _headers(location: str, store: Store, files: Iterable[str]) -> tuple[dict[str, TensorInfo], str]:
+    """Every tensor of the files, and the sha256 over their headers; CheckpointError for a tensor that stands in two of them."""
+    tensors: dict[str, TensorInfo] = {}
+    digest = hashlib.sha256()
+    for file in files:
+        header, infos = read_header(store, file)
+        digest.update(header)
+        for info in infos:
+            if info.name in tensors:
+                raise CheckpointError(
+                    f"{location}: {info.name} stands in {tensors[info.name].file} and in {file}; keep one"
+                )
+            tensors[info.name] = info
+    return tensors, digest.hexdigest()
 
 
 def _recorded(store: Store) -> dict[str, tuple[str, ...]]:
@@ -216,17 +222,19 @@ def _config(store: Store) -> dict[str, Any]:
     for key in ("quantization_config", "text_config"):
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{store.root}/config.json: {key} is no object; download it again")
-    inner = config.get("text_config") or {}
-    methods = config.get("quantization_config"), config.get("compression_config"), inner.get("quantization_config")
-    for about, key in [
-        (config, "model_type"),
-        (inner, "model_type"),
-        *((method, "quant_method") for method in methods),
-    ]:
-        if isinstance(about, dict) and not isinstance(about.get(key), str | None):
-            raise CheckpointError(f"{store.root}/config.json: {key} is no text; download it again")
+    _require_names(store, config)
     require_buildable(f"{store.root}/config.json", config)
     return config
+
+
+def _require_names(store: Store, config: dict[str, Any]) -> None:
+    """Raise CheckpointError for a model type or a quantization method that is not a string."""
+    inner = config.get("text_config") or {}
+    methods = config.get("quantization_config"), config.get("compression_config"), inner.get("quantization_config")
+    said = [(config, "model_type"), (inner, "model_type"), *((method, "quant_method") for method in methods)]
+    for about, key in said:
+        if isinstance(about, dict) and not isinstance(about.get(key), str | None):
+            raise CheckpointError(f"{store.root}/config.json: {key} is no text; download it again")
 
 
 def file_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:

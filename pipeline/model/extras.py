@@ -34,7 +34,7 @@ _FOLDERS = {
 }  # fmt: skip
 KEPT = ".swsc-kept.json"  # in a checkpoint that gguf.py keeps: name -> bytes of each of its files
 POINTER = b"version https://git-lfs"
-LOW_RANK = "swsc_adapter"  # folder of the adapter that `swsc restore --adapter` writes
+ADAPTER = "swsc_adapter"  # folder of the LoRA adapter that `swsc restore --adapter` writes beside a dense model
 UNWANTED = tuple(f"{folder}/*" for folder in _FOLDERS)  # of a model on the Hub
 _INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack|pth?)\.index(\.\w+)?\.json$")
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|random_states)[^/]*$")
@@ -180,7 +180,7 @@ def is_weights(name: str) -> bool:
 def _reason_of_prefix(name: str) -> str:
     if name.startswith("."):
         return "hidden: a tool's own"
-    if name == LOW_RANK:
+    if name == ADAPTER:
         return "the low-rank part of a model that was restored with --adapter, which is not applied; restore it without"
     return "of an earlier output: written anew" if name.startswith("swsc_") else ""
 

@@ -7,14 +7,13 @@ from typing import Any
 
 from pipeline.errors import OutputError, UserError
 from pipeline.model.checkpoint import MANIFEST, RUN
-from pipeline.model.extras import LOW_RANK
+from pipeline.model.extras import ADAPTER
 from pipeline.model.files import meant_by
 from pipeline.model.parts import DONE, differences
 from pipeline.model.store import Store, is_inside
 from pipeline.model.weight_files import INDEX, SINGLE, is_adapter
 
 REPORT = "swsc_report.json"
-ADAPTER = LOW_RANK  # folder of what stock PEFT reads beside a dense model (measure/adapter.py)
 ADAPTER_FILES = (f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json")
 FINISHING = ".swsc/finishing.json"  # names of the files beside tensors that a run was about to write
 WRITTEN = ".swsc/files.json"  # names of all files that the run under way writes, and of those that it replaces

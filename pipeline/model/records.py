@@ -9,12 +9,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from pipeline.errors import OutputError
+from pipeline.errors import OutputError, UnusableOutput
 from pipeline.model.store import Store
 
 T = TypeVar("T")
 
-_OF_OUTPUTS = ("--overwrite", "empty or new directory")  # by which a remedy for an output is known
 _SHOWN = 60  # characters of a value that is wrong
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
@@ -202,15 +201,12 @@ def of_cache(store: Store, name: str, read: Callable[[], T]) -> T:
 
 @contextmanager
 def rebuilt_cache(store: Store) -> Iterator[None]:
-    """While entered, an error that says an output is to be replaced says what helps of a part of a cache: --overwrite is not for it."""
+    """While entered, an error of an output that cannot be used has the remedy for a part of a cache: --overwrite is not for it."""
     try:
         yield
-    except OutputError as error:
-        reason, _, remedy = str(error).partition("; ")
-        if not any(sign in remedy for sign in _OF_OUTPUTS):
-            raise
+    except UnusableOutput as error:
         raise OutputError(
-            f"{reason}: what the cache holds there is damaged; remove {store.root}, and run the same command again"
+            f"{error.found}; it is a part of the cache: remove {store.root}, and run the same command again"
         ) from None
 
 

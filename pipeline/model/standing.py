@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline.errors import OutputError, UserError
+from pipeline.errors import OutputError, UnusableOutput, UserError
 from pipeline.model.checkpoint import MANIFEST, RUN
+from pipeline.model.extras import ADAPTER
 from pipeline.model.lease import is_free
 from pipeline.model.owned import (
-    ADAPTER,
     FINISHING,
     REPORT,
     WRITTEN,
@@ -34,6 +34,7 @@ from pipeline.model.store import FileRecord, Store
 _REPLACED = ".swsc/replaced.json"  # names of files of an output that this one replaces
 TENSORS = re.compile(r"model-\d+-of-\d+\.safetensors$")  # names of files of tensors
 _ARITHMETIC = ("device", "torch")  # keys of an identity that an unfinished output must not change on the way
+_REPLACE = "make the output again by --overwrite"
 _SHOWN = 200  # characters of a value in an error
 _HASHING = 8  # files at a time
 
@@ -52,7 +53,9 @@ def require_replaceable(
     require_directory(store)
     _require_no_links(store)
     if not (store.exists(MANIFEST) or store.exists(RUN)) and store.entries().keys() - {".swsc", "lost+found"}:
-        raise OutputError(f"{store.root}: not empty and not an output of this tool; choose an empty or new directory")
+        raise UnusableOutput(
+            f"{store.root}: not empty and not an output of this tool", "choose an empty or new directory"
+        )
     if not overwrite and store.exists(MANIFEST):
         _same_settings(store, _read_own(store, MANIFEST, "identity")["identity"], identity, identity)
     elif not overwrite and store.exists(RUN):
@@ -146,7 +149,7 @@ def _read_own(store: Store, name: str, *keys: str, kind: type[Record] = Record) 
         value = read_record(store, name, kind)
         return {**value, **{key: dict(value[key]) for key in keys}}
     except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{store.root}: {name} is damaged ({error}); make the output again by --overwrite") from None
+        raise UnusableOutput(f"{store.root}: {name} is damaged ({error})", _REPLACE) from None
 
 
 def _settings_of(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,9 +165,9 @@ def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any], keys:
         if key in before and key in now and before[key] != now[key]
     ]
     if changed:
-        raise OutputError(
-            f"{store.root}: was begun with other arithmetic ({'; '.join(changed)}), and would hold bytes of two kinds: go on as it was"
-            " begun (--gpus-per-worker 0 calculates on CPUs), choose another directory, or replace it by --overwrite"
+        raise UnusableOutput(
+            f"{store.root}: was begun with other arithmetic ({'; '.join(changed)}), and would hold bytes of two kinds",
+            "go on as it was begun (--gpus-per-worker 0 calculates on CPUs), choose another directory, or replace it by --overwrite",
         )
 
 
@@ -180,9 +183,9 @@ def _same_settings(
         if before.get(key) != now.get(key)
     ]
     if changed:
-        raise OutputError(
-            f"{store.root}: holds an output of other settings ({'; '.join(changed)}); choose another directory, or replace it"
-            " by --overwrite"
+        raise UnusableOutput(
+            f"{store.root}: holds an output of other settings ({'; '.join(changed)})",
+            "choose another directory, or replace it by --overwrite",
         )
 
 
@@ -200,7 +203,7 @@ def _require_whole(store: Store, files: Mapping[str, Any], report: type[Record])
     except FileNotFoundError:
         found = [f"{REPORT} is missing"]
     if found:
-        raise OutputError(f"{store.root}: {found[0]}; make the output again by --overwrite")
+        raise UnusableOutput(f"{store.root}: {found[0]}", _REPLACE)
 
 
 def _finished(store: Store, run: str) -> Finished:
