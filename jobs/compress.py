@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     _require_places(arguments, settings, calibration, trust)
     source = open_checkpoint(arguments.model)
     require_unmixed(source, Store.at(arguments.output))
-    plan = make_plan(source, settings)
+    plan = make_plan(source, settings, dense=settings.format == "dense")
     examine(Model(source, {}), calibration.trust_remote_code, measured=settings.calibrated or bool(evaluation))
     require_coverage(plan, output.require_coverage)
     bare, cache = Arithmetic(cluster.threads_per_worker, None), cache_of(calibration, arguments.output)
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         from pipeline.flows.verify_source import verified
 
         source = verified(source, trust.verify_source, pools)
-        plan = make_plan(source, settings)
+        plan = make_plan(source, settings, dense=settings.format == "dense")
     unseen = [evaluation] if evaluation else []
     arithmetic = arithmetic_of(cluster)
     plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, arithmetic, unseen)

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     read = [("MODEL", arguments.model), ("--calibration", calibration.calibration), ("--config", arguments.config)]
     target = writable(arguments.json, read) if arguments.json else None
     source = open_headers(arguments.model)
-    plan = make_plan(source, settings)
+    plan = make_plan(source, settings, dense=settings.format == "dense")
     examine(Model(source, {}), calibration.trust_remote_code)
     stages = stage_bytes(source, plan, settings, calibration)
     foretold = forecast(plan, settings.format, measure_speed(source), _workers(cluster, plan, stages))

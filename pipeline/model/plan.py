@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.config import CompressSettings
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
@@ -100,8 +99,11 @@ class Plan:
         return self.stored_bytes if form == "swsc" else dense
 
 
-def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
+def make_plan(checkpoint: Checkpoint, settings: MatrixSettings, dense: bool = False) -> Plan:
     """Decide for every tensor.
+
+    Args:
+        dense: the output holds restored weights, as in `select`.
 
     Raises:
         ConfigError: an unknown projector, a projector or expression that selects nothing, or k, r or a budget that does
@@ -109,7 +111,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings) -> Plan:
         CheckpointError: the source is quantized already.
     """
     require_unquantized(checkpoint.store.root, checkpoint.tensors, checkpoint.config)
-    selected = select(checkpoint, settings, isinstance(settings, CompressSettings) and settings.format == "dense")
+    selected = select(checkpoint, settings, dense)
     if settings.preset != "paper":
         matrices = [one.info for one in selected if one.chosen and is_matrix(one.info)]
         budget = budget_bytes(checkpoint, matrices, settings)
