@@ -50,11 +50,7 @@ def load(text: str, unique: bool = False) -> Any:
         return None if node is None else yaml.constructor.SafeConstructor().construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
-    except (
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:  # PyYAML's, of "!!int ''", "!!bool x", "!!timestamp x"
+    except (LookupError, AttributeError, ArithmeticError) as error:  # of "!!int ''", "!!bool x", "!!timestamp x"
         raise ValueError(f"a value that its tag does not fit ({type(error).__name__}: {error})") from None
 
 

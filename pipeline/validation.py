@@ -76,9 +76,9 @@ def _finding(kind: type[Settings], item: Any) -> str:
 
 
 def _require_plain(value: object) -> None:
-    """Raise ValueError for what no setting is: bytes, sets, and text with a null or half a letter, which no path may have."""
+    """Raise ValueError for what no setting is: bytes, sets, and text with a null character or an unpaired surrogate, which no path may have."""
     if isinstance(value, str) and _NO_TEXT.search(value):
-        raise ValueError(f"{value[:_SHOWN]!r}: a null, or half a letter, in a text")
+        raise ValueError(f"{value[:_SHOWN]!r}: a null character or an unpaired surrogate in a text")
     if isinstance(value, bytes | set | tuple):
         raise ValueError(f"{str(value)[:_SHOWN]}: wanted text, numbers, lists and mappings")
     for one in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -49,7 +49,7 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
 
 
 def _told(damage: list[str], strange: list[str]) -> str:
-    """What was found, and what helps: an output made again still has in it what somebody else has put there."""
+    """What was found, and what helps: `--overwrite` replaces the output's own files, and leaves those that somebody else has put there."""
     parts = []
     for found, remedy in ((damage, _AGAIN), (strange, _AWAY)):
         more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""

@@ -233,7 +233,7 @@ def require_room(store: Store, nbytes: int) -> None:
 
 
 def _require_text(value: Any) -> None:
-    """Raise ValueError for a string that holds half a letter."""
+    """Raise ValueError for a string that holds an unpaired surrogate."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

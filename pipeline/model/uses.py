@@ -54,8 +54,10 @@ def _users(store: Store) -> list[Store]:
 
 def _is_gone(user: Store) -> bool:
     """Whether a run that noted a use is no longer there; of one on another machine that takes a while to learn."""
-    if is_free(user) or is_of_this_machine(user):
-        return is_free(user)
+    if is_free(user):
+        return True
+    if is_of_this_machine(user):
+        return False
     try:
         require_idle(user)
     except OutputError:

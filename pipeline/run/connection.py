@@ -77,7 +77,7 @@ def _temporary() -> dict[str, str]:
 
 
 def _working_directory() -> Path:
-    """Where the command runs; ClusterError if it was removed meanwhile, as Ray may do with that of a job."""
+    """Where the command runs; ClusterError if it was removed: a node that shares its --temp-dir with another unpacks a job's package anew."""
     try:
         return Path.cwd()
     except FileNotFoundError:

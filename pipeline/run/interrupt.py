@@ -98,7 +98,7 @@ def forget() -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     global _first
-    _call_off_alarm()
+    _cancel_alarm()
     now = time.monotonic()
     if _first is not None:
         if now - _first >= _SAME:
@@ -117,7 +117,7 @@ def _hear(ear: int) -> None:
             _heard = _ENDING
         if number[0] not in _SIGNALS:
             continue
-        _call_off_alarm()
+        _cancel_alarm()
         now = time.monotonic()
         if _heard is None:
             _heard = now
@@ -126,8 +126,8 @@ def _hear(ear: int) -> None:
     os.close(ear)
 
 
-def _call_off_alarm() -> None:
-    """While Ray is started, its C++ part hears SIGTERM first, hands it on, and has the process aborted 3 s later."""
+def _cancel_alarm() -> None:
+    """Cancel the alarm that Ray's C++ signal handler sets: while Ray starts it gets SIGTERM first, passes it on, and aborts 3 s later."""
     if signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:  # no alarm of the program's own
         signal.alarm(0)
 

@@ -211,7 +211,7 @@ def test_one_signal_is_one_although_the_thread_that_hears_it_runs_after_everythi
 
 
 @pytest.mark.parametrize("busy", ["time.sleep(2)", "sum(range(10**8))"], ids=["idle", "calculates"])
-def test_an_alarm_that_a_library_sets_when_it_hears_the_signal_is_called_off(busy: str) -> None:
+def test_an_alarm_that_a_library_sets_for_a_signal_is_cancelled(busy: str) -> None:
     program = f"""
 import os, signal, time
 from pipeline.run import interrupt
