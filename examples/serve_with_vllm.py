@@ -3,7 +3,7 @@
     python examples/serve_with_vllm.py OUTPUT
     swsc restore OUTPUT DENSE && python examples/serve_with_vllm.py OUTPUT --against DENSE --ranks 2
 
-Nothing here knows the format: vLLM finds the plug-in by itself once swsc is installed beside it (docs/serving.md).
+Nothing here knows the format: vLLM finds the plug-in by itself once swsc is installed beside it (docs/vllm.md).
 """
 
 import argparse

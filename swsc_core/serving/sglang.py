@@ -1,4 +1,4 @@
-"""SGLang's door (entry point sglang.srt.plugins), written after the source of 0.5.23 and never run in SGLang: docs/serving.md."""
+"""SGLang's door (entry point sglang.srt.plugins), written after the source of 0.5.23 and never run in SGLang: docs/vllm.md."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,6 +1,6 @@
 """The door to SGLang against a stand-in for it: the classes that its release 0.5.23 has, and how its models load weights.
 
-SGLang needs a GPU and cannot be installed beside the rest, so this is as far as a test goes (docs/serving.md).
+SGLang needs a GPU and cannot be installed beside the rest, so this is as far as a test goes (docs/vllm.md).
 """
 
 import sys

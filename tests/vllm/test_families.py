@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("vllm", reason="vLLM is not installed (docs/serving.md)")
+pytest.importorskip("vllm", reason="vLLM is not installed (docs/vllm.md)")
 from tests.vllm.checkpoints import by_vllm, prompts, require_equal_tokens
 from tests.vllm.families import MODELS, made
 

@@ -15,7 +15,7 @@ from swsc_core.spec import Spec
 from tests.tiny import make_tiny_model
 from tests.vllm.checkpoints import by_vllm, compress, prompts, require_equal_tokens
 
-pytest.importorskip("vllm", reason="vLLM is not installed (docs/serving.md)")
+pytest.importorskip("vllm", reason="vLLM is not installed (docs/vllm.md)")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 PROJECTORS = {

@@ -1,0 +1,102 @@
+"""README.md and docs/: links resolve, named files exist, and the prose keeps to the glossary."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GENERATED = ROOT / "docs" / "cli.md"  # its words are those of the settings
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "deploy" / "README.md",
+    *sorted(set((ROOT / "docs").glob("*.md")) - {GENERATED}),
+]
+
+# Words of the "not" column of the glossary, and the word to use.
+AVOIDED = {
+    r"foretells?|foretold|forecasts?": "estimate, predicted",
+    r"shar(?:es|ing) by segments": "vector quantization of segments",
+    r"turn(?:ed|s)? round|l(?:ies|ie|ying) the other way": "transposed",
+    r"standing": "existing output",
+    r"leftovers?": "redundant tensor",
+    r"amend(?:s|ed|ment|ing)?": "atomic edit",
+    r"slots?": "parameter lookup",
+    r"made again": "recomputed",
+    r"done without": "stops, is replaced",
+    r"goes away|go away|went away": "worker is lost",
+    r"(?<!second )moments?": "Hessian, second moment",
+    r"energy|energies": "weighted error",
+    r"joined|laid": "fused",
+    r"artifacts?": "stored model",
+    r"order of pieces": "row permutation",
+    r"tells?|told|says?|said": "raises, returns, states",
+    r"apart": "separate",
+}
+
+# page -> words that it may still contain, and how often
+ALLOWED: dict[str, dict[str, int]] = {
+    "benchmarks/README.md": {"says": 5, "moment": 1, "foretells": 1, "made again": 1, "told": 1, "apart": 1},
+    "deploy/README.md": {"says": 1, "say": 1, "done without": 1},
+    "docs/decisions.md": {
+        "apart": 5, "energy": 1, "foretells": 1, "forecast": 1, "tells": 4, "says": 8, "moments": 4, "made again": 2, "moment": 1,
+        "go away": 1, "joined": 6, "said": 4, "told": 3, "amends": 1, "say": 8, "turned round": 1,
+    },
+    "docs/experiments.md": {
+        "said": 1, "apart": 2, "foretold": 5, "moments": 7, "say": 1, "energy": 5, "foretells": 1, "made again": 1, "moment": 1,
+        "told": 2, "energies": 1,
+    },
+    "docs/format.md": {"said": 1, "say": 2, "apart": 1, "joined": 4, "turned round": 2, "says": 1, "tell": 1},
+    "docs/method.md": {"says": 3, "energy": 7, "say": 1, "moment": 1, "moments": 2, "standing": 3, "foretold": 2},
+    "docs/paper.md": {"tell": 1, "say": 1, "joined": 1},
+}  # fmt: skip
+
+
+def _prose(text: str) -> str:
+    """The text without code blocks, inline code and link targets."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^ {4}(?! *[-*] ).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"`[^`]*`", "", text)
+    return re.sub(r"\]\([^)]*\)", "]", text)
+
+
+def _name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors that GitHub derives from the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_the_prose_uses_no_word_that_the_glossary_replaces(page: Path) -> None:
+    prose = _prose(page.read_text(encoding="utf-8"))
+    pattern = re.compile("|".join(rf"\b(?:{words})\b" for words in AVOIDED), re.IGNORECASE)
+    found = Counter(match[0].lower() for match in pattern.finditer(prose))
+    assert found == Counter(ALLOWED.get(_name(page), {}))  # equal: the list of exceptions shrinks with the page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_to_files_and_headings_resolve(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        if linked == GENERATED:
+            continue
+        if not linked.exists() or (anchor and anchor not in _anchors(linked)):
+            broken.append(target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    folders = "swsc_core|pipeline|jobs|tests|configs|examples|benchmarks|deploy|docs|autoload"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
