@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.common import print_markdown, structured_weight
 from jobs.cli import main as swsc
-from pipeline.model.checkpoint import file_header
 from pipeline.model.store import Store
 from pipeline.model.weight_files import SINGLE
+from swsc_core.safetensors_header import build_header
 
 LIMIT = 1.5
 
@@ -57,7 +57,7 @@ def make(case: Case, directory: str) -> None:
         for role, m in rows.items()
     }
     values = {name: weight.bfloat16().view(torch.uint8).numpy() for name, weight in tensors.items()}
-    header = file_header((name, "BF16", tuple(weight.shape), 2 * weight.numel()) for name, weight in tensors.items())
+    header = build_header((name, "BF16", tuple(weight.shape), 2 * weight.numel()) for name, weight in tensors.items())
     store = Store.at(directory)
     store.write(SINGLE, [header, *(memoryview(value).cast("B") for value in values.values())])
     store.write_json("config.json", {"model_type": "llama", "hidden_size": case.hidden})

@@ -65,9 +65,9 @@ def pieces(group: Shapes, block: bytes) -> Iterator[bytes | memoryview]:
     import torch
 
     from benchmarks.common import structured_weight
-    from pipeline.model.checkpoint import file_header
+    from swsc_core.safetensors_header import build_header
 
-    yield file_header((name, "BF16", shape, nbytes(shape)) for name, shape in group.items())
+    yield build_header((name, "BF16", shape, nbytes(shape)) for name, shape in group.items())
     for name, shape in group.items():
         if "q_proj" in name or "k_proj" in name:
             seed = int.from_bytes(name.encode()[-40:], "little") % (1 << 62)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.common import print_markdown
-from pipeline.model.checkpoint import file_header
+from swsc_core.safetensors_header import build_header
 
 ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 5_000_000_000
@@ -82,7 +82,7 @@ def make(folder: Path, config: dict[str, object], shapes: Shapes) -> None:
     weight_map = {}
     for number, own in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header = file_header((name, "BF16", shape, nbytes(shape)) for name, shape in own.items())
+        header = build_header((name, "BF16", shape, nbytes(shape)) for name, shape in own.items())
         (folder / file).write_bytes(header)
         os.truncate(folder / file, len(header) + sum(map(nbytes, own.values())))
         weight_map |= dict.fromkeys(own, file)

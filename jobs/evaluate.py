@@ -11,7 +11,7 @@ from pipeline.flows.card import add_evaluation, read_result, require_card
 from pipeline.flows.preflight import examine
 from pipeline.model.artifact import open_model
 from pipeline.model.causality import require_causal
-from pipeline.model.families import positions_of
+from pipeline.model.model_config import positions_of
 from pipeline.model.store import Store
 from pipeline.task_config import TaskSettings
 

@@ -21,13 +21,14 @@ from pipeline.errors import CheckpointError, NonFiniteError, TextError
 from pipeline.measure.slots import Slot, find_matrix_slot
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.digests import Seen
-from pipeline.model.families import positions_of
+from pipeline.model.model_config import positions_of
 from pipeline.model.parts import Payload, read_tensor, to_tensor
 from pipeline.model.skeleton import skeleton_at, told
 from pipeline.model.source_digests import SourceDigests
 from pipeline.model.store import Store
-from pipeline.model.tensors import DTYPES, FLOATS, TensorInfo
+from pipeline.model.tensors import FLOATS, TensorInfo
 from swsc_core import align, decode
+from swsc_core.safetensors_header import DTYPES
 
 _ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k values are 256 MiB
 

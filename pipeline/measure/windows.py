@@ -16,8 +16,9 @@ from pipeline.measure.overlap import traces
 from pipeline.measure.texts import open_text
 from pipeline.model.addresses import published
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.families import has_position_table, positions_of
+from pipeline.model.families import has_position_table
 from pipeline.model.mirror import require_no_code, small_files
+from pipeline.model.model_config import find_number, positions_of
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,10 @@ def require_within(ids: np.ndarray, source: Checkpoint) -> None:
 
     On a CPU a table of embeddings would say so, on a GPU it would take the worker with it.
     """
-    text = {**source.config, **(source.config.get("text_config") or {})}
-    known, table = text.get("vocab_size"), has_position_table(source.config, source.tensors)
+    known, table = find_number(source.config, "vocab_size"), has_position_table(source.config, source.tensors)
     positions = positions_of(source.config) if table else None
     most, length = int(ids.max(initial=0)), ids.shape[1]
-    if (isinstance(known, int) and most >= known) or (positions and length > positions):
+    if (known and most >= known) or (positions and length > positions):
         raise TextError(
             f"the model was made for {positions_of(source.config)} positions and {known} tokens, its input has others ({length}"
             f" positions, token {most}): make windows shorter, or give the model its own tokenizer"

@@ -11,9 +11,10 @@ from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.parts import read_tensor
 from pipeline.model.quantized_names import require_unquantized
 from pipeline.model.source_digests import SourceDigests, held_against
-from pipeline.model.tensors import BITS, TORCH_TO_SAFETENSORS, TensorInfo
+from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo
 from swsc_core.format import entries_of, part_name
 from swsc_core.pieces import Rows, join, laid, misfit
+from swsc_core.safetensors_header import BITS
 
 if TYPE_CHECKING:
     from torch import Tensor

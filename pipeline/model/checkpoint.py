@@ -1,12 +1,9 @@
 """Reading sharded and single-file safetensors checkpoints: names, shapes and byte ranges from the headers alone.
 
-The header is parsed here, not by the safetensors library, because workers read single tensors by byte range from
-stores that the library does not know, and because a hostile header must be refused before anything is allocated.
+A header is parsed by `swsc_core.safetensors_header`, which says why the safetensors library does not do that.
 """
 
 import hashlib
-import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,14 +18,15 @@ from pipeline.model.gguf import read_note
 from pipeline.model.gguf_file import Dequantized
 from pipeline.model.hub import local_copy
 from pipeline.model.leftovers import Tie, find_copies, is_buffer, untied
+from pipeline.model.model_config import TEXT, text_part
 from pipeline.model.quantized import read_as_bfloat16
 from pipeline.model.store import Store
-from pipeline.model.tensors import BITS, TensorInfo
+from pipeline.model.tensors import TensorInfo
 from pipeline.model.weight_files import INDEX, JSON_LIMIT, SINGLE, PassedOver, weight_files
+from swsc_core import safetensors_header
 
 MANIFEST = "swsc_manifest.json"  # of an output: written last
 RUN = ".swsc/run.json"  # of an output under way: what was asked for
-_HEADER_LIMIT = 16_000_000  # bytes that are read of a header: more than any real one has
 
 
 @dataclass(frozen=True)
@@ -160,56 +158,23 @@ def _check_index(location: str, weight_map: dict[str, str], tensors: dict[str, T
 
 
 def read_header(store: Store, file: str) -> tuple[bytes, list[TensorInfo]]:
-    """Header bytes and tensors of one safetensors file, in order of offset, after checking every range."""
+    """Header bytes and tensors of one safetensors file, in order of offset; CheckpointError if it is damaged."""
     where, size = f"{store.root}/{file}", store.size(file)
-    length = int.from_bytes(store.read(file, 0, min(8, size)), "little")
-    if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
-        require_no_pointer(where, bytes(store.read(file, 0, min(len(POINTER), size))))
-        raise CheckpointError(f"{where}: truncated or not a safetensors file ({size} bytes); download it again")
-    raw = bytes(store.read(file, 8, length))
     try:
-        entries = json.loads(raw, object_pairs_hook=_no_duplicates)
-        entries.pop("__metadata__", None)
-        infos = [_info(name, entry, file, 8 + length) for name, entry in entries.items()]
-    except _UnknownDtype as error:
+        raw, entries = safetensors_header.read_header(lambda start, count: bytes(store.read(file, start, count)), size)
+    except ValueError as error:
+        require_no_pointer(where, bytes(store.read(file, 0, min(len(POINTER), size))))
+        raise CheckpointError(f"{where}: {error}; download it again") from None
+    return raw, [_info(where, file, entry) for entry in entries]
+
+
+def _info(where: str, file: str, entry: safetensors_header.HeaderEntry) -> TensorInfo:
+    if entry.dtype not in safetensors_header.BITS:
         raise CheckpointError(
-            f"{where}: {error}; take a newer release of swsc, or save the tensor in a known dtype"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: corrupt header ({error}); download it again") from None
-    infos.sort(key=lambda info: (info.start, info.nbytes))
-    position = 8 + length
-    for info in infos:
-        if info.start != position:
-            raise CheckpointError(f"{where}: corrupt header: {info.name} overlaps or leaves a gap; download it again")
-        position += info.nbytes
-    if position != size:
-        raise CheckpointError(f"{where}: {size} bytes, wanted {position}: truncated or corrupt; download it again")
-    return raw, infos
-
-
-class _UnknownDtype(Exception):
-    """A dtype of a later format: nothing is wrong with the file."""
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
-    return result
-
-
-def _info(name: str, entry: dict[str, Any], file: str, data_start: int) -> TensorInfo:
-    bits = BITS.get(entry["dtype"])
-    if bits is None and isinstance(entry["dtype"], str):
-        raise _UnknownDtype(
-            f"{name} has the dtype {entry['dtype']!r}, which the safetensors format had not when this release was made"
+            f"{where}: {entry.name} has the dtype {entry.dtype!r}, which is not part of the safetensors format as this"
+            " release knows it; install a newer release of swsc, or save the tensor in a known dtype"
         )
-    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-    whole = all(isinstance(value, int) and value >= 0 for value in (*shape, start, stop))
-    if not whole or bits is None or 8 * (stop - start) != math.prod(shape) * bits:
-        raise ValueError(f"{name}: shape {list(shape)} does not fit bytes {start} to {stop}")
-    return TensorInfo(name, entry["dtype"], shape, file, data_start + start, stop - start)
+    return TensorInfo(entry.name, entry.dtype, entry.shape, file, entry.start, entry.nbytes)
 
 
 def _config(store: Store) -> dict[str, Any]:
@@ -219,7 +184,7 @@ def _config(store: Store) -> dict[str, Any]:
         raise CheckpointError(f"{store.root}/config.json: not JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{store.root}/config.json: wanted an object, got {type(config).__name__}")
-    for key in ("quantization_config", "text_config"):
+    for key in ("quantization_config", TEXT):
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{store.root}/config.json: {key} is no object; download it again")
     _require_names(store, config)
@@ -229,21 +194,9 @@ def _config(store: Store) -> dict[str, Any]:
 
 def _require_names(store: Store, config: dict[str, Any]) -> None:
     """Raise CheckpointError for a model type or a quantization method that is not a string."""
-    inner = config.get("text_config") or {}
+    inner = text_part(config)
     methods = config.get("quantization_config"), config.get("compression_config"), inner.get("quantization_config")
     said = [(config, "model_type"), (inner, "model_type"), *((method, "quant_method") for method in methods)]
     for about, key in said:
         if isinstance(about, dict) and not isinstance(about.get(key), str | None):
             raise CheckpointError(f"{store.root}/config.json: {key} is no text; download it again")
-
-
-def file_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """Header of a safetensors file that holds (name, dtype, shape, nbytes) one after the other, in this order."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, dtype, shape, nbytes in tensors:
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
-        position += nbytes
-    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)  # the data must start at a multiple of eight
-    return len(raw).to_bytes(8, "little") + raw

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.model.geometry import Geometry, by_group, by_head, concatenated, falcon, halves, interleaved, latent
+from pipeline.model.model_config import find_number, text_part
 from pipeline.model.stacks import Stack, stacks
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "experts")
@@ -76,12 +77,9 @@ MULTIMODAL: dict[str, tuple[str, str]] = {
     "qwen2_vl": (_BARE, "qwen2"), "qwen2_5_vl": (_BARE, "qwen2"), "qwen3_vl": (_BARE, "qwen3_vl_text"),
 }  # fmt: skip
 
-# what families call the number of positions that a model was made for, and that of its layers
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|pos_embed\w*|positions?_embeddings?)\.weight$")
 _NOT_TEXT = re.compile(r"vis(ion|ual)|image|audio|speech")  # towers beside the language part, in names of their tensors
 _POSITION_BUFFERS = {"gptj", "codegen"}  # families that make theirs from the config
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -103,16 +101,15 @@ class Family:
     def __init__(self, config: Mapping[str, Any]) -> None:
         """A model that the table does not know has no roles."""
         kind = str(config.get("model_type"))
-        text: Mapping[str, Any] = config.get("text_config") or {}
         self._inside, own = MULTIMODAL.get(kind, ("", kind))
         if kind in MULTIMODAL:
-            own = str(text.get("model_type", own))
+            own = str(text_part(config).get("model_type", own))
         self.name = own
         self.known = own in FAMILIES
         self._roles = [line for roles, name in FAMILIES.get(own, {}).items() for line in _lines(roles, name)]
         self._transposed = _pattern(_TRANSPOSED[own]) if own in _TRANSPOSED else None
         self._text = re.compile(self._inside)
-        self.layers = _number_of({**config, **text}, _LAYERS)
+        self.layers = find_number(config, "num_hidden_layers")
 
     @property
     def roles(self) -> list[str]:
@@ -162,17 +159,6 @@ def has_position_table(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether a model of these tensors looks positions up in a table, beyond the end of which there are none."""
     tables = filter(_POSITION_TABLE.search, names)
     return config.get("model_type") in _POSITION_BUFFERS or not all(map(_NOT_TEXT.search, tables))
-
-
-def positions_of(config: Mapping[str, Any]) -> int | None:
-    """Number of positions that a model was made for, if its config says."""
-    text: Mapping[str, Any] = config.get("text_config") or {}
-    return _number_of(text, _POSITIONS) or _number_of(config, _POSITIONS)
-
-
-def _number_of(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
-    found = (config.get(key) for key in keys)
-    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
 
 
 def layer_of(name: str) -> str:

@@ -3,10 +3,10 @@
 Each function here takes a model's (text) config and the number of rows, and returns (count, rows of each piece in a group).
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-Config = Mapping[str, Any]
+from pipeline.model.model_config import Config, find_number, number_of
+
 Geometry = Callable[[Config, int], tuple[int, tuple[int, ...]]]
 
 
@@ -50,13 +50,12 @@ def interleaved(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
 
 def latent(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
     """What makes K and V of one head from their common latent, then of the next (DeepSeek's MLA)."""
-    heads, _, _ = _heads(config)
-    return heads, (int(config["qk_nope_head_dim"]), int(config["v_head_dim"]))
+    heads = number_of(config, "num_attention_heads")
+    return heads, (number_of(config, "qk_nope_head_dim"), number_of(config, "v_head_dim"))
 
 
 def _heads(config: Config) -> tuple[int, int, int]:
-    """Heads, heads of keys and values, and rows of each; KeyError if the config does not say."""
-    heads = int(config["num_attention_heads"] if "num_attention_heads" in config else config["n_head"])
-    pairs = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
-    width = config.get("hidden_size") or config.get("n_embed") or config["n_embd"]  # n_embed: BLOOM of old
-    return heads, int(pairs), int(config.get("head_dim") or width // heads)
+    """Heads, heads of keys and values, and rows of each; ValueError if the config does not say."""
+    heads = number_of(config, "num_attention_heads")
+    pairs = find_number(config, "num_key_value_heads") or heads
+    return heads, pairs, find_number(config, "head_dim") or number_of(config, "hidden_size") // heads

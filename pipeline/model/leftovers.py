@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import CheckpointError
+from pipeline.model.model_config import TEXT, text_config, text_part
 from pipeline.model.store import Store
 
 if TYPE_CHECKING:
@@ -43,10 +44,8 @@ def ties_of(names: Iterable[str], config: Mapping[str, Any], where: str) -> list
     try:
         return [Tie(*pair) for pair in stored_ties(names, config, where)]
     except (Unknown, CheckpointError):  # code of its own, or a config that agreement.py refuses
-        text: Mapping[str, Any] = config.get("text_config") or config
         embedding = next((name for name in names if name.endswith(_EMBEDDING)), None)
-        tied = text.get(_SAID, config.get(_SAID))
-        return [Tie(_HEAD, embedding)] if tied and embedding else []
+        return [Tie(_HEAD, embedding)] if text_config(config).get(_SAID) and embedding else []
 
 
 def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: Mapping[str, Any]) -> Copies:
@@ -54,7 +53,7 @@ def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: Mappi
 
     Where one pair holds unlike values config.json's ties go (`untied`), and with them those of the equal ones.
     """
-    if (config.get(_SAID) is False and not config.get("text_config")) or not _may_hold_copies(tensors):
+    if (config.get(_SAID) is False and not text_part(config)) or not _may_hold_copies(tensors):
         return Copies((), ())
     ties = [tie for tie in ties_of(tensors, config, store.root) if tie.name in tensors and tie.shares in tensors]
     different = [tie for tie in ties if not _are_equal(store, tensors[tie.name], tensors[tie.shares])]
@@ -63,8 +62,8 @@ def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: Mappi
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json that says what transformers does with a head that is stored with values of its own: it is not tied."""
-    text = config.get("text_config")
-    return {**config, _SAID: False, **({"text_config": {**text, _SAID: False}} if text else {})}
+    text = text_part(config)
+    return {**config, _SAID: False, **({TEXT: {**text, _SAID: False}} if text else {})}
 
 
 def _may_hold_copies(tensors: Mapping[str, "TensorInfo"]) -> bool:

@@ -16,10 +16,12 @@ from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import Family, Role
 from pipeline.model.geometry import Geometry
+from pipeline.model.model_config import text_config
 from pipeline.model.stacks import is_stack
-from pipeline.model.tensors import BITS, FLOATS, TensorInfo, View
+from pipeline.model.tensors import FLOATS, TensorInfo, View
 from swsc_core.format import piece_name
 from swsc_core.pieces import Rows, misfit
+from swsc_core.safetensors_header import BITS
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ def _of_expert(checkpoint: Checkpoint, role: Role, info: TensorInfo, number: int
     """One matrix of a stack, or what it joins. Of a stack that no family knows, matrices lie as they are read."""
     stack, own = role.stack, role.roles[0] if role.roles else None
     try:
-        turned = stack is not None and stack.lies_turned(info.shape, _text_config(checkpoint))
+        turned = stack is not None and stack.lies_turned(info.shape, text_config(checkpoint.config))
     except ValueError as error:
         raise CheckpointError(
-            f"{checkpoint.store.root}: {info.name} is {list(info.shape)}, and a stack of experts is {error}; download both again,"
-            " or --exclude it"
+            f"{checkpoint.store.root}: {info.name} is {list(info.shape)}, which is no stack of its experts: {error};"
+            " download both again, or --exclude it"
         ) from None
     shape = info.shape[:0:-1] if turned else info.shape[1:]
     name, view = piece_name(info.name, str(number)), View(info, transposed=turned, expert=number)
@@ -168,15 +170,11 @@ def _piece(whole: TensorInfo, name: str, rows: Rows) -> TensorInfo:
     return replace(whole, name=piece_name(whole.name, name), shape=shape, nbytes=nbytes, view=view)
 
 
-def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {**checkpoint.config, **(checkpoint.config.get("text_config") or {})}
-
-
 def _rows(checkpoint: Checkpoint, whole: TensorInfo, roles: tuple[str, ...], geometry: Geometry) -> list[Rows]:
     """The rows of each piece of a joined matrix."""
     where, m = checkpoint.store.root, whole.shape[0]
     try:
-        count, lengths = geometry(_text_config(checkpoint), m)
+        count, lengths = geometry(text_config(checkpoint.config), m)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{where}: config.json does not say how {whole.name} is joined ({error!r})") from None
     group = sum(lengths)

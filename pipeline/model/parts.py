@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import CheckpointError
-from pipeline.model.checkpoint import file_header, read_header
+from pipeline.model.checkpoint import read_header
 from pipeline.model.digests import Seen, checked
 from pipeline.model.files import Bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.places import is_blob
 from pipeline.model.records import Done, of_cache, read_record
 from pipeline.model.store import FileRecord, Store
-from pipeline.model.tensors import BITS, DTYPES, TORCH_TO_SAFETENSORS, TensorInfo, View
+from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo, View
+from swsc_core.safetensors_header import BITS, DTYPES, build_header
 
 if TYPE_CHECKING:  # committing a file needs no torch, and a committing process is up sooner without it
     from torch import Tensor
@@ -117,14 +118,14 @@ def commit(ticket: Ticket, file: str, payload: Payload) -> FileRecord:
         RunError: this node does not see the directory, or another run has taken over: other nodes' work is kept.
     """
     parts = sorted(payload.parts, key=lambda part: (-DTYPES[part.dtype][1], part.name))  # wide first: all stay aligned
-    header = file_header((part.name, part.dtype, part.shape, part.data.nbytes) for part in parts)
+    header = build_header((part.name, part.dtype, part.shape, part.data.nbytes) for part in parts)
     return _write(ticket, file, header, ((part.name, [part.data.data]) for part in parts), payload.rows)
 
 
 def copy_tensors(source: Store, infos: Sequence[TensorInfo], ticket: Ticket, file: str) -> FileRecord:
     """Stream tensors from a source checkpoint into one new file; memory holds one of them at most, if it is no copy."""
     ordered = sorted(infos, key=lambda info: (-BITS[info.dtype], info.file, info.start))
-    header = file_header((info.name, info.dtype, info.shape, info.nbytes) for info in ordered)
+    header = build_header((info.name, info.dtype, info.shape, info.nbytes) for info in ordered)
     return _write(ticket, file, header, ((info.name, _pieces(source, info)) for info in ordered), ())
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.errors import CheckpointError
 from pipeline.model.quantized_names import refusal
-from pipeline.model.tensors import DTYPES, TensorInfo, View
+from pipeline.model.tensors import TensorInfo, View
+from swsc_core.safetensors_header import DTYPES
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = (

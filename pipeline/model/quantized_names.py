@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import CheckpointError
+from pipeline.model.model_config import text_part
 from pipeline.model.tensors import TensorInfo
 
 # What a stored tensor of a method is called, and what another is called that must be there, too; the first that fits counts.
@@ -68,8 +69,8 @@ def _else(method: object) -> str:
 
 def _said(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a config says of a quantization, in the places where it may say so."""
-    inner = config.get("text_config") or {}
-    found = config.get("quantization_config") or config.get("compression_config") or inner.get("quantization_config")
+    inner = text_part(config).get("quantization_config")
+    found = config.get("quantization_config") or config.get("compression_config") or inner
     return found if isinstance(found, dict) else {}
 
 

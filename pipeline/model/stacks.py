@@ -4,14 +4,11 @@ Families differ in the way an expert's matrix lies (outputs × inputs, or turned
 joined in it. Both are held against config.json: a stack is cut into matrices only where its shape is the one that it says.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.model.geometry import Geometry, halves
+from pipeline.model.model_config import Config, number_of
 from pipeline.model.tensors import FLOATS, TensorInfo
-
-_EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts")  # what configs call their number
 
 
 @dataclass(frozen=True)
@@ -32,19 +29,19 @@ class Stack:
     geometry: Geometry
     width: str
 
-    def lies_turned(self, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
+    def lies_turned(self, shape: tuple[int, ...], config: Config) -> bool:
         """Whether the matrices of a tensor of this shape lie turned round.
 
         Raises:
-            ValueError: the config says nothing of experts, or of other ones.
+            ValueError: the config does not give the sizes of experts, or gives others.
         """
-        count, width, hidden = (_number(config, *keys) for keys in (_EXPERTS, (self.width,), ("hidden_size",)))
+        count, width, hidden = (number_of(config, key) for key in ("num_local_experts", self.width, "hidden_size"))
         m, n = (len(self.roles) * width, hidden) if self.roles else (hidden, width)
         ways = {turned: (count, *((n, m) if turned else (m, n))) for turned in (False, True)}
         wanted = {turned: way for turned, way in ways.items() if self.turned in (None, turned)}
         found = [turned for turned, way in wanted.items() if way == shape]
         if not found:
-            raise ValueError(f"{' or '.join(str(list(way)) for way in wanted.values())} by config.json")
+            raise ValueError(f"by config.json that is {' or '.join(str(list(way)) for way in wanted.values())}")
         return found[0]
 
 
@@ -59,10 +56,3 @@ def is_stack(info: TensorInfo) -> bool:
     """Whether a tensor is a stack of matrices, each of which can be compressed: kernels of convolutions are none."""
     kernel = "conv" in info.name or info.name.endswith("bias")
     return len(info.shape) == 3 and min(info.shape) > 1 and info.dtype in FLOATS and not kernel
-
-
-def _number(config: Mapping[str, Any], *keys: str) -> int:
-    found = next((config[key] for key in keys if config.get(key) is not None), None)
-    if not isinstance(found, int) or found < 1:
-        raise ValueError(f"of a size that config.json does not say ({' or '.join(keys)})")
-    return found

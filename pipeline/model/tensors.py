@@ -4,19 +4,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # headers are read without torch
+from swsc_core.safetensors_header import DTYPES
+
+if TYPE_CHECKING:
     from swsc_core.pieces import Rows
 
-# safetensors name of a dtype -> (torch's name, bytes of a value)
-DTYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "I64": ("int64", 8), "I32": ("int32", 4),
-    "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
-    "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8), "C64": ("complex64", 8),
-    "F8_E8M0": ("float8_e8m0fnu", 1), "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
-}  # fmt: skip
-# Bits of a value, of every dtype of the format. torch packs or lacks the narrow ones: they are copied, never read as numbers.
-BITS = {name: 8 * width for name, (_, width) in DTYPES.items()} | {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
 

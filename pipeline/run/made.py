@@ -8,12 +8,13 @@ from torch import Tensor
 
 from pipeline.model.matrices import Joined, lies_as, rows_of, tensor_of
 from pipeline.model.parts import Part, to_part
-from pipeline.model.tensors import DTYPES, TensorInfo, View
+from pipeline.model.tensors import TensorInfo, View
 from pipeline.run.heap import peak_rss
 from swsc_core import Encoded
 from swsc_core.codec import dtype_name
 from swsc_core.format import part_name
 from swsc_core.pieces import join, laid, rest_of
+from swsc_core.safetensors_header import DTYPES
 from swsc_core.spec import Spec
 
 

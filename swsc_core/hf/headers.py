@@ -4,17 +4,15 @@ transformers warns of tensors that are missing and goes on with uninitialised me
 where a quantizer is present. Here a directory that is not whole is refused, and the line says what is wrong with which tensor.
 """
 
-import json
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from swsc_core import safetensors_header
 from swsc_core.codec import part_shapes
 from swsc_core.format import part_name
 
 Header = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
-_LONGEST = 100 << 20  # bytes of a header that the format allows
 
 
 def read_headers(files: Iterable[str]) -> dict[str, Header]:
@@ -33,19 +31,18 @@ def read_headers(files: Iterable[str]) -> dict[str, Header]:
 
 
 def _read_header(path: Path) -> dict[str, Header]:
-    damaged = f"{path}: damaged or cut short; run `swsc verify`, then compress or download it again"
+    def read(start: int, count: int) -> bytes:
+        file.seek(start)
+        return file.read(count)
+
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            said = json.loads(file.read(length)) if length <= _LONGEST else {}
-        tensors = {name: about for name, about in said.items() if name != "__metadata__"}
-        end = max((about["data_offsets"][1] for about in tensors.values()), default=0)
-        headers = {name: (about["dtype"], tuple(about["shape"])) for name, about in tensors.items()}
-    except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
-        raise ValueError(damaged) from None
-    if path.stat().st_size != 8 + length + end:
-        raise ValueError(damaged)
-    return headers
+            entries = safetensors_header.read_header(read, path.stat().st_size)[1]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: damaged or cut short ({error}); run `swsc verify`, then compress or download it again"
+        ) from None
+    return {entry.name: (entry.dtype, entry.shape) for entry in entries}
 
 
 def require_parts(headers: Mapping[str, Header], entries: Mapping[str, Mapping[str, Any]], where: str) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from pipeline.model.checkpoint import read_header
 from pipeline.model.parts import Part, read_tensor, to_part, to_tensor
 from pipeline.model.store import Store
-from pipeline.model.tensors import DTYPES
 from swsc_core.alignment import ALIGNMENT, align, aligned, is_aligned
+from swsc_core.safetensors_header import DTYPES
 from tests.tiny import moved
 
 

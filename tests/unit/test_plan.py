@@ -11,7 +11,8 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import layer_of
 from pipeline.model.plan import Plan, make_plan
 from pipeline.model.store import Store
-from pipeline.model.tensors import DTYPES, TensorInfo
+from pipeline.model.tensors import TensorInfo
+from swsc_core.safetensors_header import DTYPES
 from swsc_core.spec import RtnSpec, SwscSpec
 
 
