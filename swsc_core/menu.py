@@ -4,8 +4,9 @@ Which segment size is best at a rate depends on the shape (a codebook costs a la
 the weights: candidates are tried, none is assumed to win.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from swsc_core.spec import SwscSpec
 
@@ -47,3 +48,24 @@ def _compensated(spec: SwscSpec, shape: tuple[int, int], value_bits: int) -> Ite
         rank = int(_RANK_SHARE * nbytes * 8 / (bits * sum(shape)))
         if 0 < rank <= min(shape):
             yield replace(spec, rank=rank, factor_bits=bits)
+
+
+@lru_cache(maxsize=1024)
+def uncompensated(shape: tuple[int, int], value_bits: int) -> tuple[SwscSpec, ...]:
+    """The candidates of rank zero, smallest first; cached, because the matrices of a model have few shapes."""
+    found = (spec for spec in candidates(shape, value_bits) if spec.rank == 0)
+    return tuple(sorted(found, key=lambda spec: spec.stored_bytes(shape, value_bits)))
+
+
+def largest_within(specs: Iterable[SwscSpec], shape: tuple[int, int], value_bits: int, bits: float) -> SwscSpec | None:
+    """The spec of most stored bytes within `bits` bits per weight, or None if all of them are larger.
+
+    Args:
+        specs: candidates; of several with equal stored bytes, the first one is returned.
+        shape: of the matrix, (m, n).
+        value_bits: bits of a value of the storage dtype.
+        bits: budget in bits per weight.
+    """
+    sizes = ((spec.stored_bytes(shape, value_bits), spec) for spec in specs)
+    within = [(nbytes, spec) for nbytes, spec in sizes if 8 * nbytes <= bits * shape[0] * shape[1]]
+    return max(within, key=lambda pair: pair[0])[1] if within else None

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 from pipeline.errors import ConfigError
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.tensors import DTYPES, TensorInfo
+from pipeline.model.tensors import TensorInfo
 from swsc_core.bits import ChannelAxis, Geometry
 from swsc_core.budget import solve_budget
-from swsc_core.menu import candidates
+from swsc_core.menu import largest_within, uncompensated
+from swsc_core.safetensors_header import DTYPES
 from swsc_core.spec import RtnSpec, Spec, SwscSpec
 
 _PAPER_PRESET_BITS = 3.0
@@ -78,18 +78,12 @@ def resolve(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSetti
 
 
 def _provisional(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> SwscSpec:
-    """The largest spec of the menu within --bits, or the smallest: foretold until allocation chooses by measurement."""
-    sized = _sizes(shape, value_bits(dtype, settings))
-    if not sized:
+    """The largest candidate within --bits, or the smallest one: an estimate until allocation chooses by measurement."""
+    width = value_bits(dtype, settings)
+    specs = uncompensated(shape, width)
+    if not specs:
         raise ConfigError(f"{name}: shape {list(shape)} is too small to share by segments; --exclude it")
-    budget = (settings.bits or 0) * shape[0] * shape[1] / 8
-    return sized[max((nbytes for nbytes in sized if nbytes <= budget), default=min(sized))]
-
-
-@lru_cache(maxsize=1024)
-def _sizes(shape: tuple[int, int], width: int) -> dict[int, SwscSpec]:
-    """Stored bytes -> spec, of the menu without compensations; matrices of a model have few shapes."""
-    return {spec.stored_bytes(shape, width): spec for spec in candidates(shape, width) if spec.rank == 0}
+    return largest_within(specs, shape, width, settings.bits or 0) or specs[0]
 
 
 def _swsc_spec(name: str, shape: tuple[int, int], axis: ChannelAxis, dtype: str, settings: MatrixSettings) -> SwscSpec:

@@ -12,7 +12,7 @@ from swsc_core.hf.config import SwscConfig
 from swsc_core.hf.dense_layers import DenseLayers
 from swsc_core.hf.placing import put_layer
 from swsc_core.linear import SwscLinear
-from swsc_core.menu import candidates
+from swsc_core.menu import largest_within, uncompensated
 from swsc_core.spec import SwscSpec
 
 
@@ -48,15 +48,13 @@ def _require_own_weight(path: str, linear: nn.Linear, tied: set[str]) -> None:
 
 
 def _spec(linear: nn.Linear, config: SwscConfig) -> SwscSpec:
-    """The largest that the bits buy, of the form that is asked for."""
+    """The largest spec within `config.bits`, of the requested form."""
     m, n = linear.weight.shape
     width = 8 * linear.weight.element_size()
     if config.form == "paper":
         return SwscSpec(*solve_budget(Geometry(m, n, "output"), config.bits, value_bits=width))
-    menu = [
-        replace(spec, metric="weights", feedback=False, rounds=0) for spec in candidates((m, n), width) if not spec.rank
-    ]
-    within = [spec for spec in menu if 8 * spec.stored_bytes((m, n), width) <= config.bits * m * n]
-    if not within:
+    forms = (replace(spec, metric="weights", feedback=False, rounds=0) for spec in uncompensated((m, n), width))
+    spec = largest_within(forms, (m, n), width, config.bits)
+    if spec is None:
         raise ValueError(f"SwscConfig: bits {config.bits:g} buy nothing on a matrix of {m}×{n}; raise bits")
-    return max(within, key=lambda spec: spec.stored_bytes((m, n), width))
+    return spec

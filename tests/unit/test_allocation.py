@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from swsc_core import Metric, SwscSpec, compress, curve
 from swsc_core.allocation import Choice, allocate, equal_shares, lower_hull
 from swsc_core.curve import reach, share_left
-from swsc_core.menu import candidates
+from swsc_core.menu import candidates, largest_within, uncompensated
 
 SPEC = SwscSpec(2, 0)
 
@@ -77,6 +77,19 @@ def test_the_menu_spans_half_a_bit_to_eight_and_fits(shape: tuple[int, int]) -> 
     assert bits[0] < 2.5
     assert bits[-1] > 4
     assert len(set(specs)) == len(specs)
+
+
+def test_the_largest_candidate_within_the_bits_is_the_first_of_those_of_equal_size() -> None:
+    shape = (512, 512)
+    specs = uncompensated(shape, 16)
+    sizes = [spec.stored_bytes(shape, 16) for spec in specs]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) < len(sizes), "segments along rows and down columns take equal bytes"
+    for nbytes in set(sizes):
+        bits = 8 * nbytes / (shape[0] * shape[1])
+        assert largest_within(specs, shape, 16, bits) is specs[sizes.index(nbytes)]
+        assert largest_within(specs, shape, 16, bits + 1e-9) is specs[sizes.index(nbytes)]
+    assert largest_within(specs, shape, 16, 8 * sizes[0] / 512**2 - 1e-9) is None
 
 
 def test_the_loss_foretold_from_some_rows_is_near_what_a_compression_measures() -> None:
