@@ -78,7 +78,8 @@ def quantize(
         high = torch.maximum(-low, high)
         low = -high
     dtype = scale_dtype or (torch.bfloat16 if weight.element_size() == 1 else weight.dtype)
-    scales = ((high - low) / top).to(dtype)
+    steps = torch.full_like(high, top)  # a number of the host: CUDA would multiply by its reciprocal, off by a last bit
+    scales = ((high - low) / steps).to(dtype)
     used = scales.float()
     used = torch.where(used > 0, used, 1.0)  # an all-zero group, or one whose scale underflows, becomes zero
     middle = torch.full_like(low, 2 ** (bits - 1))

@@ -92,4 +92,4 @@ def _evaluations(where: str, bench: Bench) -> Iterator[Finding]:
     yield Finding("evaluation against a CPU, largest gap of a loss", gap, "nats", gap < 1e-3)
     if bench.on_gpu:
         share = peak / evaluation_device_bytes(model, "float32", 2 * _LENGTH)
-        yield Finding("memory of an evaluation over the estimate", share, "×", share <= 1.1)
+        yield Finding("memory of an evaluation over the estimate", share, "×", share <= 1)

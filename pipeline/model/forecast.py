@@ -23,6 +23,7 @@ from swsc_core.sharing import CONJUGATE_STEPS
 from swsc_core.spec import Spec, SwscSpec
 
 WORKER_BASE = 450 << 20  # bytes of a worker that holds no weights: Python, torch, transformers, Ray
+_CUBLAS = 32 << 20  # of torch's memory on a GPU: cuBLAS' workspace of a thread, as pipeline/device.py sets it (:4096:8)
 # Float32 copies of a matrix that are alive at the peak of its compression (benchmarks/memory.py, benchmarks/llama7b_shape.py):
 _WHOLE, _SEGMENTED = 8, 4  # shared by whole channels, with their Gram matrix; by segments, worked through in slabs
 _SLAB_COPIES = 5  # of a slab on a GPU, where it may be the whole matrix
@@ -114,7 +115,7 @@ def device_bytes(plan: Plan) -> int:
 def matrix_device_bytes(info: TensorInfo, spec: Spec) -> int:
     """The same for one matrix. There a slab may be all of it."""
     cut = isinstance(spec, SwscSpec) and spec.segment_size is not None
-    return 4 * (_peak_values(info, spec) + (_SLAB_COPIES * min(info.count, GPU_SLAB) if cut else 0))
+    return _CUBLAS + 4 * (_peak_values(info, spec) + (_SLAB_COPIES * min(info.count, GPU_SLAB) if cut else 0))
 
 
 def _peak_values(info: TensorInfo, spec: Spec) -> int:
@@ -157,13 +158,14 @@ def evaluation_device_bytes(model: Model, dtype: str, tokens: int) -> int:
     """The part of `evaluation_bytes` that lies on a GPU: weights in the dtype that is calculated in, and logits."""
     value_bytes = _value_bytes(model.checkpoint, dtype)
     text = {**model.config, **(model.config.get("text_config") or {})}
-    return model.weights * value_bytes + tokens * int(text.get("vocab_size", 0)) * (value_bytes + 4)
+    return _CUBLAS + model.weights * value_bytes + tokens * int(text.get("vocab_size", 0)) * (value_bytes + 4)
 
 
 def calibration_device_bytes(source: Checkpoint, seqlen: int, moments: int, dtype: str) -> int:
-    """The part of `calibration_bytes` that lies on a GPU, where weights have the dtype that is calculated in."""
+    """The part of `calibration_bytes` that lies on a GPU, where weights have the dtype that is calculated in; the backward
+    pass runs in a thread of its own."""
     others = calibration_bytes(source, seqlen, moments) - WORKER_BASE - 6 * source.weights
-    return others + source.weights * _value_bytes(source, dtype)
+    return 2 * _CUBLAS + others + source.weights * _value_bytes(source, dtype)
 
 
 def tuning_device_bytes(source: Checkpoint, seqlen: int, dtype: str) -> int:

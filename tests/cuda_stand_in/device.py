@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from tests.cuda_stand_in.rules import (
     VIEWS,
+    divides_by_a_number,
     is_unordered,
     is_unordered_unless_switched,
     name_of,
@@ -207,6 +208,10 @@ class StandIn(TorchFunctionMode):
             )
         if name == "histc" and not values[0].is_floating_point():  # of integers on CUDA alone
             return CudaTensor(func(values[0].float(), *values[1:], **named).to(values[0].dtype))
+        if divides_by_a_number(name, args, kwargs):
+            func_of_cuda = torch.ops.aten.mul_.Tensor if name == "div_" else torch.ops.aten.mul.Tensor
+            reciprocal = torch.ones((), dtype=torch.promote_types(values[0].dtype, torch.float32)) / values[1]
+            return _given(func, args, kwargs, func_of_cuda(values[0], reciprocal))
         return _given(func, args, kwargs, func(*values, **named))
 
     def _refuse_mix(self, name: str, args: Any, flat: list[Any], ours: list[Any], others: list[Tensor]) -> None:

@@ -135,6 +135,13 @@ def _repeats(places: Tensor) -> bool:
     return places.unique().numel() < places.numel()
 
 
+def divides_by_a_number(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether CUDA multiplies by a reciprocal instead: of a divisor that the host holds, in a true division."""
+    if name not in ("div", "div_") or kwargs.get("rounding_mode") or not args[0].is_floating_point():
+        return False
+    return not (isinstance(args[1], Tensor) and args[1].is_cuda)
+
+
 def rounded_to_tf32(values: Tensor) -> Tensor:
     """Float32 with the 11 significant bits that TF32 keeps of a factor."""
     bits = values.contiguous().view(torch.int32)

@@ -16,6 +16,7 @@ from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
 from swsc_core.matrix import restore, restore_rows
 from swsc_core.metric import Metric
 from swsc_core.pieces import Rows, join
+from swsc_core.rtn import Granularity
 from swsc_core.sharing import Sharing
 from swsc_core.spec import RtnSpec
 from swsc_core.swsc import compress
@@ -199,6 +200,14 @@ def test_the_same_matrix_is_as_near_as_on_a_cpu(gpu: StandIn) -> None:
     here = encode(dense, [BEST], name="w", metric=Metric(h.clone(), rows.clone(), tokens=256))
     there = encode(dense.to("cuda"), [BEST], name="w", metric=Metric(h.to("cuda"), rows.to("cuda"), tokens=256))
     assert there.relative_error == pytest.approx(here.relative_error, rel=0.01)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+def test_rounding_to_nearest_gives_the_bytes_of_a_cpu(granularity: Granularity, gpu: StandIn) -> None:
+    dense = torch.randn(64, 96)
+    here, there = (quantize(w, 3, granularity=granularity, group_size=32) for w in (dense, dense.to("cuda")))
+    for part in ("codes", "scales", "zero_points"):
+        assert torch.equal(getattr(there, part).cpu(), getattr(here, part)), part
 
 
 # launches of one block of columns: a new one is a new wait for the host in every block of every matrix

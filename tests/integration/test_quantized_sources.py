@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import FineGrainedFP8Config, Qwen3Config, Qwen3ForCausalLM
 
 from jobs.cli import main
 from pipeline.model.artifact import open_model
@@ -81,7 +81,10 @@ def test_block_scaled_fp8_is_read_as_bfloat16(tmp_path: Path, size: tuple[int, i
 
 def test_what_is_read_is_what_transformers_reads(tmp_path: Path) -> None:
     fp8_model(tmp_path / "fp8", (32, 32))
-    theirs = Qwen3ForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.bfloat16).state_dict()
+    how = FineGrainedFP8Config(weight_block_size=(32, 32), dequantize=True)  # which a GPU would keep as fp8
+    theirs = Qwen3ForCausalLM.from_pretrained(
+        tmp_path / "fp8", dtype=torch.bfloat16, quantization_config=how
+    ).state_dict()
     ours = open_model(str(tmp_path / "fp8"))
     assert theirs.keys() == set(ours.names)
     for name in ours.names:
