@@ -38,13 +38,9 @@ AVOIDED = {
 
 # page -> words that it may still contain, and how often
 ALLOWED: dict[str, dict[str, int]] = {
-    "docs/decisions.md": {
-        "apart": 5, "energy": 1, "foretells": 1, "forecast": 1, "tells": 4, "says": 8, "moments": 4, "made again": 2, "moment": 1,
-        "go away": 1, "joined": 6, "said": 4, "told": 3, "amends": 1, "say": 8, "turned round": 1,
-    },
     "docs/experiments.md": {
-        "said": 1, "apart": 2, "foretold": 5, "moments": 7, "say": 1, "energy": 5, "foretells": 1, "made again": 1, "moment": 1,
-        "told": 2, "energies": 1,
+        "said": 1, "apart": 3, "foretold": 5, "moments": 7, "say": 2, "energy": 5, "foretells": 1, "made again": 1, "moment": 1,
+        "told": 3, "energies": 1,
     },
 }  # fmt: skip
 
