@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from pipeline.errors import ClusterError, RunError, SwscError
+from pipeline.errors import ClusterError, RunError, SwscError, first_line
 
 # Words of errors after which a process can do nothing more on its GPU: the context is broken, or a library of it.
 _BROKEN = re.compile(
@@ -103,7 +103,7 @@ def deterministic(device: str) -> Iterator[None]:
         except RuntimeError as error:
             if not _is_of_torch(error) or "deterministic" not in str(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise RunError(
                 f"on a GPU its gradients would differ from run to run ({reason}): use --gpus-per-worker 0"
             ) from None

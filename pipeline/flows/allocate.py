@@ -9,7 +9,6 @@ matrices: another budget costs nothing.
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,6 +22,7 @@ from pipeline.model.moments import Moments
 from pipeline.model.plan import Decision, Plan, with_specs
 from pipeline.model.records import Curves, of_cache, read_record
 from pipeline.model.specs import budget_bytes, value_bits
+from pipeline.model.tensor_names import tensor_kind
 from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Task
 from swsc_core.allocation import Choice, allocate, equal_shares
@@ -71,7 +71,7 @@ def rounds_of(settings: MatrixSettings) -> int:
 
 def kind_of(info: TensorInfo) -> str:
     """Matrices that share a curve: those whose names differ in numbers only."""
-    return f"{re.sub(r'[0-9]+', 'N', info.name)} {list(info.shape)}"
+    return f"{tensor_kind(info.name)} {list(info.shape)}"
 
 
 def _curves(

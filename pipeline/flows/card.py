@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config import CompressSettings
-from pipeline.errors import ConfigError, DamageError, OutputError
+from pipeline.errors import ConfigError, DamageError, OutputError, first_line
 from pipeline.model.amend import amend, require_amendable
 from pipeline.model.artifact import Model
 from pipeline.model.card import CARD, About, Compressed, make_card, read_source_card
@@ -77,7 +77,7 @@ def add_evaluation(location: str, result: Mapping[str, Any], uncompressed: Mappi
     try:
         amend(Store.at(location), CARD, lambda card: with_evaluation(card, result, before), wait=say)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a card by another hand, listed as ours
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DamageError(
             f"{location}: {CARD} is no card that figures can be added to ({reason}); make the output again by --overwrite"
         ) from None

@@ -15,7 +15,6 @@ from pipeline.measure.adapter import adapter_bytes, adapter_config, carried_by_a
 from pipeline.model.addresses import command
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.extras import ADAPTER
-from pipeline.model.families import layer_of
 from pipeline.model.forecast import restoring_bytes
 from pipeline.model.gguf import is_gguf
 from pipeline.model.lease import Ticket
@@ -23,7 +22,9 @@ from pipeline.model.output import finish, names_beside
 from pipeline.model.owned import ADAPTER_FILES
 from pipeline.model.plan import CopyTask
 from pipeline.model.store import FileRecord, Store
+from pipeline.model.tensor_names import layer_of
 from pipeline.model.tensors import TensorInfo
+from pipeline.model.weight_files import tensor_files
 from pipeline.run.pool import Done, Task
 from swsc_core.format import FORMAT_VERSION
 
@@ -94,11 +95,7 @@ def _files(model: Model) -> list[str]:
     """Names of the files of tensors, as many as `_tasks` has tasks for the dense model."""
     layers = {layer_of(name) for name in model.names if model.is_compressed(name)}
     copies = {model.checkpoint.tensors[name].file for name in model.names if not model.is_compressed(name)}
-    return _tensor_files(len(layers) + len(copies))
-
-
-def _tensor_files(total: int) -> list[str]:
-    return [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    return tensor_files(len(layers) + len(copies))
 
 
 def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Task]:
@@ -111,7 +108,7 @@ def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Tas
         else:
             info = model.checkpoint.tensors[name]
             copies.setdefault(info.file, []).append(info)
-    files = iter(_tensor_files(len(layers) + len(copies)))
+    files = iter(tensor_files(len(layers) + len(copies)))
     tasks = []
     for layer, names in layers.items():
         file, nbytes = next(files), sum(model.nbytes(name) for name in names)

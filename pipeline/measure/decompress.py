@@ -9,6 +9,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from pipeline.errors import first_line
+
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2"}
 _OPENERS: dict[str, Any] = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}
@@ -30,7 +32,7 @@ def decompressed(data: bytes | bytearray, kind: str, most: int) -> bytearray:
     try:
         found = bytearray(_opened(data, kind).read(most + 1))
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        raise Damaged(f"damaged {kind} ({str(error).splitlines()[0]}); fetch or compress it again") from None
+        raise Damaged(f"damaged {kind} ({first_line(error)}); fetch or compress it again") from None
     if len(found) > most:
         raise Damaged(f"more than {most:,} bytes once decompressed; give a part of it")
     return found

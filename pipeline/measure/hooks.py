@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from pipeline.errors import CheckpointError
 from pipeline.measure.slots import Slot, find_matrix_slot, find_slot
 from pipeline.model.artifact import Model
-from pipeline.model.families import layer_of
+from pipeline.model.tensor_names import layer_of
 from swsc_core.pieces import Rows
 
 # by which experts are multiplied with, one by one (`@` comes as either of two) or all at once

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.model.artifact import Model, Place
-from pipeline.model.families import layer_of
+from pipeline.model.tensor_names import layer_of
 from swsc_core.pieces import Rows
 
 _COMPARED = 16  # values of an expert's first row that are looked for before all of it is compared

@@ -26,7 +26,7 @@ from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
-from pipeline.errors import NonFiniteError, SwscError, TaskError
+from pipeline.errors import NonFiniteError, SwscError, TaskError, first_line
 from pipeline.measure.perplexity import ModelKey, load_model, skeleton
 from pipeline.measure.windows import load_tokenizer
 from pipeline.model.artifact import Model, open_model
@@ -213,7 +213,7 @@ def run_tasks(settings: TaskSettings, asker: Asker) -> dict[str, Any]:
     except SwscError:
         raise
     except Exception as error:  # of a task's own code, a template, a data set that is not there: it has no common root
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise TaskError(
             f"tasks {', '.join(names)}: lm-eval cannot run them: {type(error).__name__}: {reason}"
         ) from None

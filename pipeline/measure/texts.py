@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import TextError
+from pipeline.errors import TextError, first_line
 from pipeline.measure.decompress import COMPRESSED, Damaged, compression_of, decompressed
 from pipeline.measure.tables import AMBIGUOUS, READERS, Misread, table_like
 from pipeline.model.store import Store
@@ -183,7 +183,7 @@ def _of_hub(name: str, source: list[str], split: str, column: str | None, **how:
     try:
         rows = load_dataset(*source, split=split, **how)
     except Exception as error:  # the library has no common root for "offline", "not found" and "refused"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         what = (
             "could not be loaded"
             if name == WIKITEXT2

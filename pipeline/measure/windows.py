@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CalibrationSettings, EvaluateSettings
-from pipeline.errors import SwscError, TextError
+from pipeline.errors import SwscError, TextError, first_line
 from pipeline.measure.overlap import traces
 from pipeline.measure.texts import open_text
 from pipeline.model.addresses import published
@@ -141,7 +141,7 @@ def _ids(tokenizer: Any, text: str, **how: Any) -> np.ndarray:
     except BaseException as error:  # what a model's own files bring about, a panic of the Rust library among it
         if not _is_of_a_tokenizer(error):
             raise
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise TextError(
             f"{getattr(tokenizer, 'name_or_path', 'model')}: its tokenizer cannot cut a text ({type(error).__name__}: {reason});"
             " repair tokenizer.json and tokenizer_config.json"
@@ -165,5 +165,5 @@ def load_tokenizer(model: str, trusted: bool) -> Any:
         if not _is_of_a_tokenizer(error):
             raise
         require_no_code(model, error)
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None

@@ -26,6 +26,7 @@ from pipeline.model.skeleton import (
     skeletons_of,
     told,
 )
+from pipeline.model.tensor_names import tensor_kind
 
 # segments that wrappers leave in the names of a model's parameters -> who does, and how the model inside is saved
 _WRAPPERS = {
@@ -284,7 +285,7 @@ def _are_incomplete(model: Model, verdict: Verdict) -> bool:
 
 def _kind(name: str) -> str:
     """A name but for the numbers and the beginning of it, which transformers may change."""
-    return re.sub(r"\d+", "N", name).rpartition(".N.")[2]
+    return tensor_kind(name).rpartition(".N.")[2]
 
 
 def _shown(names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ import yaml
 
 from pipeline import VERSION
 from pipeline.bounded_yaml import compose
+from pipeline.errors import first_line
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.hub import hub_id_of, is_hub_id
 from swsc_core.format import FORMAT_VERSION
@@ -106,7 +107,7 @@ def _front_matter(source: Checkpoint) -> SourceCard:
         text = bytes(source.store.read(CARD)).decode("utf-8-sig")
         data = front_matter_of(text)
     except ValueError as error:
-        return SourceCard(problem=(str(error).splitlines() or [type(error).__name__])[0])
+        return SourceCard(problem=first_line(error))
     found = {key: _words(_plain(data.get(key))) for key in (*_CARRIED, "base_model", "base_model_relation")}
     return SourceCard({key: value for key, value in found.items() if value})
 

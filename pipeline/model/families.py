@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.model.geometry import Geometry, by_group, by_head, concatenated, falcon, halves, interleaved, latent
 from pipeline.model.model_config import find_number, text_part
 from pipeline.model.stacks import Stack, stacks
+from pipeline.model.tensor_names import layer_number
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "experts")
 
@@ -80,7 +81,6 @@ MULTIMODAL: dict[str, tuple[str, str]] = {
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|pos_embed\w*|positions?_embeddings?)\.weight$")
 _NOT_TEXT = re.compile(r"vis(ion|ual)|image|audio|speech")  # towers beside the language part, in names of their tensors
 _POSITION_BUFFERS = {"gptj", "codegen"}  # families that make theirs from the config
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class Family:
 
     def is_beyond(self, name: str) -> bool:
         """Whether a tensor belongs to a layer after the model's last: heads that predict several tokens, which nothing loads."""
-        found = _LAYER.search(name)
-        return self.layers is not None and found is not None and int(found[1]) >= self.layers
+        number = layer_number(name)
+        return self.layers is not None and number is not None and number >= self.layers
 
 
 def _pattern(names: str, ending: str = r"\.weight") -> re.Pattern[str]:
@@ -159,9 +159,3 @@ def has_position_table(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether a model of these tensors looks positions up in a table, beyond the end of which there are none."""
     tables = filter(_POSITION_TABLE.search, names)
     return config.get("model_type") in _POSITION_BUFFERS or not all(map(_NOT_TEXT.search, tables))
-
-
-def layer_of(name: str) -> str:
-    """The layer that a tensor belongs to: everything up to the first number in its name, or the name itself."""
-    found = _LAYER.search(name)
-    return name[: found.end() - 1] if found else name

@@ -9,9 +9,10 @@ from pipeline.config import CalibrationSettings
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.families import layer_of
+from pipeline.model.model_config import find_number
 from pipeline.model.plan import Decision, Plan
 from pipeline.model.speed import Speed
+from pipeline.model.tensor_names import layer_of
 from pipeline.model.tensors import TensorInfo
 from swsc_core.bits import Geometry
 from swsc_core.codebook import sample_size
@@ -40,7 +41,6 @@ _BLOCK_SECONDS = 3e-4  # of the small calls for one block of columns of a slab
 _LAPACK = 25  # m·n·min(m, n) operations of an exact SVD
 _WEIGHT_SECONDS = 7e-8  # restoring, measuring and packing a weight; RTN, too
 _START_SECONDS = 10.0  # until a worker is up
-_LAYERS, _WIDTH = ("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model")  # in configs
 
 
 def forecast(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, Any]:
@@ -138,8 +138,7 @@ def evaluation_bytes(model: Model, dtype: str, tokens: int) -> int:
     The weights as they are read and as they are calculated with, and the logits of a batch with their float32 copy.
     """
     value_bytes = 2 if dtype in ("float16", "bfloat16") else 4
-    text = {**model.config, **(model.config.get("text_config") or {})}
-    logits = tokens * text.get("vocab_size", 0) * (value_bytes + 4)
+    logits = tokens * (find_number(model.config, "vocab_size") or 0) * (value_bytes + 4)
     return WORKER_BASE + model.weights * (2 + value_bytes) + logits
 
 
@@ -148,17 +147,17 @@ def calibration_bytes(source: Checkpoint, seqlen: int, moments: int) -> int:
 
     Weights and sums in float32, the activations of one window that the backward pass needs, and five copies of logits.
     """
-    text = {**source.config, **(source.config.get("text_config") or {})}
-    layers, width = (next((text[key] for key in keys if key in text), 0) for keys in (_LAYERS, _WIDTH))
+    keys = ("num_hidden_layers", "hidden_size", "vocab_size")
+    layers, width, vocabulary = (find_number(source.config, key) or 0 for key in keys)
     activations = seqlen * layers * 24 * width
-    return WORKER_BASE + 6 * source.weights + moments + 4 * (activations + 5 * seqlen * text.get("vocab_size", 0))
+    return WORKER_BASE + 6 * source.weights + moments + 4 * (activations + 5 * seqlen * vocabulary)
 
 
 def evaluation_device_bytes(model: Model, dtype: str, tokens: int) -> int:
     """The part of `evaluation_bytes` that lies on a GPU: weights in the dtype that is calculated in, and logits."""
     value_bytes = _value_bytes(model.checkpoint, dtype)
-    text = {**model.config, **(model.config.get("text_config") or {})}
-    return _CUBLAS + model.weights * value_bytes + tokens * int(text.get("vocab_size", 0)) * (value_bytes + 4)
+    logits = tokens * (find_number(model.config, "vocab_size") or 0) * (value_bytes + 4)
+    return _CUBLAS + model.weights * value_bytes + logits
 
 
 def calibration_device_bytes(source: Checkpoint, seqlen: int, moments: int, dtype: str) -> int:

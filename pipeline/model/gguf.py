@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CheckpointError, OutputError
+from pipeline.errors import CheckpointError, OutputError, first_line
 from pipeline.model.extras import KEPT
 from pipeline.model.files import TEMPORARY
 from pipeline.model.gguf_file import Dequantized, header_of, load, one_line, quiet_transformers, require_gguf
@@ -194,7 +194,7 @@ def _save(part: Any, folder: str) -> None:
     except OSError:
         raise
     except Exception as error:  # of safetensors, which has a class of its own for a disk that is full
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise OutputError(
             f"{folder}: cannot be written ({reason}); make room, and run the same command again"
         ) from None

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import Any
 
-from pipeline.errors import CheckpointError, ConfigError, StoreError
+from pipeline.errors import CheckpointError, ConfigError, StoreError, first_line
 from pipeline.model.extras import UNWANTED, WANTED, is_weights
 from pipeline.model.gguf import is_gguf, kept_checkpoint
 
@@ -56,7 +56,7 @@ def _downloaded(repo: str, revision: str | None) -> str:
     try:
         return str(snapshot_download(repo, revision=revision, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED]))
     except Exception as error:  # no common root for "offline", "not found", "refused" and what a network may do
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{repo}: no such directory, and not to be had from the Hub ({reason}); check the path or the id, or run"
             f" `hf download {repo}` where there is a network"
@@ -78,7 +78,7 @@ def published_hashes(root: str) -> dict[str, str]:
     try:
         entries = list(HfApi().list_repo_tree(repo, recursive=True, revision=os.path.basename(root)))
     except Exception as error:  # no common root, as above
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise StoreError(
             f"{repo}: the Hub does not tell its hashes ({reason}); run it where there is a network, or give a file of sha256"
         ) from None
@@ -134,7 +134,7 @@ def push(
     except ConfigError:
         raise
     except Exception as error:  # no common root for what the Hub refuses and what a network may do
-        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(get_token() or "\0", "…")
+        reason = first_line(error).replace(get_token() or "\0", "…")
         raise StoreError(
             f"{repo}: not pushed ({reason}); check the network and that the token may write there, then push again"
         ) from None

@@ -15,10 +15,10 @@ from torch import Tensor
 from pipeline.errors import StoreError
 from pipeline.model.checkpoint import RUN, read_header
 from pipeline.model.digests import Seen
-from pipeline.model.families import layer_of
 from pipeline.model.parts import DONE, finished_sha256, read_tensor
 from pipeline.model.records import CalibrationRun, CalibrationSource, Done, of_cache, read_record
 from pipeline.model.store import Store
+from pipeline.model.tensor_names import layer_of
 from swsc_core import Metric
 from swsc_core.format import part_name
 

@@ -18,7 +18,6 @@ from pipeline.model.lease import LEASE, Lease, Ticket, acquire
 from pipeline.model.owned import FINISHING, REPORT, WRITTEN, clear, clear_unfinished, read_list
 from pipeline.model.records import Calibration, Manifest, read_record
 from pipeline.model.standing import (
-    TENSORS,
     Finished,
     digest_of,
     is_finished,
@@ -26,7 +25,7 @@ from pipeline.model.standing import (
     what_is_finished,
 )  # fmt: skip
 from pipeline.model.store import FileRecord, Store
-from pipeline.model.weight_files import INDEX
+from pipeline.model.weight_files import INDEX, TENSOR_FILE
 from swsc_core.format import FORMAT_VERSION
 
 CALIBRATION = "swsc_calibration.json"  # traces of the text that was calibrated on (measure/overlap.py)
@@ -192,7 +191,7 @@ def finish(
     beside = [INDEX, "config.json", CALIBRATION, CARD, *copied]
     clear(store, set(read_list(store, FINISHING)) - set(beside))  # of a run that was cut off when the source had others
     store.write_json(FINISHING, beside)
-    for record in [record for record in records if TENSORS.match(record.name)]:
+    for record in [record for record in records if TENSOR_FILE.match(record.name)]:
         for info in read_header(store, record.name)[1]:
             assert info.name not in weight_map, f"{info.name} stands twice"  # make_plan has refused it
             weight_map[info.name] = record.name

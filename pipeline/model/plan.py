@@ -12,14 +12,15 @@ from typing import Literal
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.families import layer_of
 from pipeline.model.leftovers import ties_of
 from pipeline.model.matrices import Joined, is_matrix, joined_of, tensor_of
 from pipeline.model.quantized import REASON
 from pipeline.model.quantized_names import require_unquantized
 from pipeline.model.selection import Selected, select
 from pipeline.model.specs import budget_bytes, require_affordable, resolve, value_bits
+from pipeline.model.tensor_names import layer_of
 from pipeline.model.tensors import TensorInfo
+from pipeline.model.weight_files import tensor_files
 from swsc_core.codec import PARTS
 from swsc_core.format import part_name
 from swsc_core.spec import Spec
@@ -207,8 +208,7 @@ def _with_tasks(decisions: list[Decision]) -> Plan:
     split = {one.tensor for own in joined.values() for one in own}
     copied = [item.info for item in decisions if item.action == "copied" and tensor_of(item.info) not in split]
     copies = list(_copy_groups(copied))
-    total = len(layers) + len(copies)
-    files = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
+    files = iter(tensor_files(len(layers) + len(copies)))
     layer_tasks = [
         LayerTask(layer, next(files), tuple((item.info, item.specs) for item in items), joined[layer])
         for layer, items in layers.items()

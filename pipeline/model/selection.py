@@ -14,6 +14,7 @@ from pipeline.model.families import Family, require_roles
 from pipeline.model.matrices import is_matrix, matrices_of
 from pipeline.model.openable import Refusal, refusal_of
 from pipeline.model.stacks import is_stack
+from pipeline.model.tensor_names import tensor_kind
 from pipeline.model.tensors import TensorInfo
 
 _SHOWN = 12  # kinds of tensors in a message
@@ -102,8 +103,7 @@ class _Chooser:
 
 def _choices(checkpoint: Checkpoint, family: Family) -> str:
     """What may be selected, in words."""
-    kinds = sorted(
-        {re.sub(r"\d+", "N", name) for name, info in checkpoint.tensors.items() if is_matrix(info) or is_stack(info)}
-    )
+    named = {tensor_kind(name) for name, info in checkpoint.tensors.items() if is_matrix(info) or is_stack(info)}
+    kinds = sorted(named)
     roles = f"; the roles of its family are {','.join(family.roles)}" if family.known else ""
     return f"choose by --include among {', '.join(kinds[:_SHOWN])}{' …' if len(kinds) > _SHOWN else ''}{roles}"

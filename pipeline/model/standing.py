@@ -6,7 +6,6 @@ are those of the record.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,7 +31,6 @@ from pipeline.model.records import CompressionReport, Done, Manifest, Record, Re
 from pipeline.model.store import FileRecord, Store
 
 _REPLACED = ".swsc/replaced.json"  # names of files of an output that this one replaces
-TENSORS = re.compile(r"model-\d+-of-\d+\.safetensors$")  # names of files of tensors
 _ARITHMETIC = ("device", "torch")  # keys of an identity that an unfinished output must not change on the way
 _REPLACE = "make the output again by --overwrite"
 _SHOWN = 200  # characters of a value in an error

@@ -15,6 +15,8 @@ from pipeline.model.store import Store
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Names of the files of tensors that outputs have, as `tensor_files` gives them.
+TENSOR_FILE = re.compile(r"model-\d+-of-\d+\.safetensors$")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Bytes that are read of an index or config: more than any real one has. Those of an output name every part of every matrix, of
 # which a mixture of experts has tens of thousands.
@@ -36,6 +38,11 @@ class WeightFiles(NamedTuple):
     files: list[str]
     weight_map: dict[str, str]
     passed_over: tuple[PassedOver, ...]
+
+
+def tensor_files(total: int) -> list[str]:
+    """Names of the `total` files of tensors of an output, in the order in which they are numbered."""
+    return [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
 
 
 def is_adapter(name: str) -> bool:

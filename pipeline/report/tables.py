@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.model.tensor_names import tensor_kind
+
 _MOST = 300  # rows about tensors; more of them are shown kind by kind
 _WIDTH = 200  # columns where there is no terminal that says how wide it is
 
@@ -59,7 +61,7 @@ def _by_kind(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     kinds: dict[Any, list[Mapping[str, Any]]] = {}
     for row in rows:
         same = [str(row.get(key)) for key in ("model", "variant", "shape")]
-        kinds.setdefault((re.sub(r"\d+", "N", row["name"]), *same), []).append(row)
+        kinds.setdefault((tensor_kind(row["name"]), *same), []).append(row)
     return [_mean(kind[0], members) for kind, members in kinds.items()]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.device import ROOM, is_out_of_memory, spoils_the_process
-from pipeline.errors import FULL, DiskFull, RunError, SwscError, UserError
+from pipeline.errors import FULL, DiskFull, RunError, SwscError, UserError, first_line
 from pipeline.model.lease import Ticket
 from pipeline.model.parts import commit
 from pipeline.run.worker import Worker
@@ -114,10 +114,6 @@ def as_swsc_error(error: BaseException, task: Task) -> SwscError:
     if isinstance(error, OSError) and error.errno in FULL:
         return DiskFull.of(error)
     if is_out_of_memory(error):
-        return RunError(f"{task.label}: the memory of the GPU does not do ({_first_line(error)}); {ROOM}")
+        return RunError(f"{task.label}: the memory of the GPU does not do ({first_line(error)}); {ROOM}")
     reason = " ".join(str(error).split())
     return RunError(f"{task.label}: {type(error).__name__}: {reason}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,9 +8,9 @@ from pipeline.config import CompressSettings
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model import plan as module
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.families import layer_of
 from pipeline.model.plan import Plan, make_plan
 from pipeline.model.store import Store
+from pipeline.model.tensor_names import layer_of
 from pipeline.model.tensors import TensorInfo
 from swsc_core.safetensors_header import DTYPES
 from swsc_core.spec import RtnSpec, SwscSpec
