@@ -7,9 +7,10 @@ counted through. What the values of an entry mean together is for `codec.part_sh
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from swsc_core.location import MatrixLocation
+
 _DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _WIDTHS = (None, 4, 6, 8)  # bits of centroids and factors
-_MOST_BLOCKS = 1 << 16  # of a piece: heads, or groups of them
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
@@ -30,10 +31,6 @@ _Kinds = Mapping[str, tuple[bool, Callable[[Any], bool], str]]
 _EVERY: _Kinds = {
     "shape": (True, _wholes(2, 1), "two positive numbers"),
     "dtype": (True, _one_of(*_DTYPES), f"one of {', '.join(_DTYPES)}"),
-    "transposed": (False, _FLAG, "true or false"),
-    "tensor": (False, lambda value: isinstance(value, str) and bool(value), "the name of a tensor"),
-    "rows": (False, _wholes(4, 0), "four numbers"),
-    "stacked": (False, _whole(1), "a positive number"),
 }
 _OF: dict[str, _Kinds] = {
     "swsc": {
@@ -80,11 +77,8 @@ def _wrong(entry: Any) -> str | None:
             return f"{key} is missing"
     if entry.get("granularity") == "group" and "group_size" not in entry:
         return "group_size is missing"
-    if ("tensor" in entry) != ("rows" in entry):
-        return "tensor and rows say together what a piece is of"
-    if "rows" not in entry:
-        return "a stack of matrices has pieces" if "stacked" in entry else None
-    _, length, _, count = entry["rows"]
-    if length * count != entry["shape"][0] or count > _MOST_BLOCKS:
-        return f"rows {entry['rows']} are not the {entry['shape'][0]} of its shape"
+    try:
+        MatrixLocation.from_json(entry).require_rows(entry["shape"][0])
+    except ValueError as error:
+        return str(error)
     return None

@@ -8,9 +8,11 @@ docs/format.md has all of it.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from swsc_core.entries import require_entries
+from swsc_core.location import MatrixLocation
 
 QUANT_METHOD = "swsc"
 FORMAT_VERSION = 4
@@ -45,19 +47,42 @@ def _from_first(entry: Any) -> Any:
     return added | entry
 
 
-def pieces_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """dense tensor -> name of a piece of it -> entry; a tensor that is compressed whole is its only piece, without a name."""
+@dataclass(frozen=True)
+class CompressedTensor:
+    """A tensor of a dense checkpoint that is stored compressed: as one matrix, or some of the matrices that it fuses.
+
+    Attributes:
+        name: of the dense tensor.
+        entries: name of a part ("q", "3.gate") -> entry; that of a tensor that is compressed as one matrix is "".
+    """
+
+    name: str
+    entries: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the entries are of parts."""
+        return "" not in self.entries
+
+    @property
+    def location(self) -> MatrixLocation:
+        """Where its first matrix lies: the others share `transposed` and `n_experts`."""
+        return MatrixLocation.from_json(next(iter(self.entries.values())))
+
+
+def compressed_tensors(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, CompressedTensor]:
+    """The dense tensors that `entries` are of, by name, in the order of their first entries."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for name, entry in entries.items():
-        tensor = entry.get("tensor") or name
+        tensor = MatrixLocation.from_json(entry).tensor or name
         stem = tensor.removesuffix(".weight")
-        piece = "" if tensor == name else name.removeprefix(f"{stem}.").removesuffix(".weight")
-        found.setdefault(tensor, {})[piece] = entry
-    return found
+        part = "" if tensor == name else name.removeprefix(f"{stem}.").removesuffix(".weight")
+        found.setdefault(tensor, {})[part] = entry
+    return {name: CompressedTensor(name, parts) for name, parts in found.items()}
 
 
 def piece_name(tensor: str, piece: str) -> str:
-    """Inverse of the naming of `pieces_of`."""
+    """Name of the matrix that is the part `piece` of a tensor; the inverse of the naming of `compressed_tensors`."""
     return f"{tensor.removesuffix('.weight')}.{piece}.weight" if piece else tensor
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from swsc_core.codec import decode, encode, matrix_of, part_shapes
+from swsc_core.location import row_blocks_of
 from swsc_core.matrix import restore_rows
 from swsc_core.metric import Metric
-from swsc_core.pieces import Rows, join, misfit, order_of
 from swsc_core.product import product
+from swsc_core.row_blocks import fuse_rows, require_partition, row_permutation
 from swsc_core.spec import Spec
 
 
@@ -163,17 +164,16 @@ class SwscJoined(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.rows = {name: Rows(*entry["rows"]) for name, entry in pieces.items()}
-        if wrong := misfit(rest, list(self.rows.values())):
-            raise ValueError(wrong)
+        self.rows = row_blocks_of(pieces.values())
+        require_partition(rest, self.rows)
         for name, entry in pieces.items():
             self.add_module(name, SwscLinear(entry, dtype=dtype, device=device))
-        self.out_features = rest + sum(rows.total for rows in self.rows.values())
+        self.out_features = rest + sum(rows.total for rows in self.rows)
         self.in_features = int(next(iter(pieces.values()))["shape"][1])
         kind = dtype or torch.get_default_dtype()
         _hold(self, "weight", torch.empty(rest, self.in_features, dtype=kind, device=device))
         # no buffer: models are made without memory, and what no file holds would stay so
-        self._order = torch.tensor(order_of(self.out_features, list(self.rows.values())), device="cpu")
+        self._order = torch.tensor(row_permutation(self.out_features, self.rows), device="cpu")
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=kind, device=device)) if bias else None
 
     @property
@@ -188,7 +188,7 @@ class SwscJoined(nn.Module):
     def dense_weight(self) -> Tensor:
         """W, [m, n], in the dtype of the rows that are in no piece; ValueError if a part is damaged."""
         with torch.no_grad():
-            return join(self._rest, list(self.rows.values()), (layer.dense_weight() for layer in self.pieces.values()))
+            return fuse_rows(self._rest, self.rows, (layer.dense_weight() for layer in self.pieces.values()))
 
     def _order_on(self, device: torch.device) -> Tensor:
         """Where each row is found among those of the pieces, int64 [m]; copied once, not in every pass."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import CheckpointError
-from pipeline.measure.slots import Slot, find_matrix_slot, find_slot
+from pipeline.measure.parameter_lookup import ParameterView, find_matrix_parameter, find_parameter
 from pipeline.model.artifact import Model
 from pipeline.model.tensor_names import layer_of
-from swsc_core.pieces import Rows
+from swsc_core.row_blocks import RowBlocks
 
 # by which experts are multiplied with, one by one (`@` comes as either of two) or all at once
 _PRODUCTS = {torch.nn.functional.linear, Tensor.__matmul__, Tensor.matmul, torch.matmul, torch.bmm, Tensor.bmm}
@@ -82,20 +82,20 @@ class Hooks(TorchFunctionMode):
         self._stacks: set[int] = set()  # addresses of the parameters that they are slices of
         self._to_hook: list[tuple[Any, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
         self._handles: list[Any] = []
-        self._slots: dict[str, Slot] = {}  # of tensors that the model has by another name
+        self._views: dict[str, ParameterView] = {}  # of tensors that have another name in the model
 
     def add(self, name: str) -> None:
         """Watch the matrix `name` of the checkpoint; CheckpointError if it is of no kind known here."""
-        place = self._source.place(name)
-        if place.stacked:
-            return self._add_expert(name, find_matrix_slot(self._model, self._source, name))
-        module = self._module(place.tensor)
-        if isinstance(module, torch.nn.Linear) or (type(module).__name__ == "Conv1D" and place.transposed):
-            self._to_hook.append((module, self._linear(name, place.rows)))
+        location = self._source.location(name)
+        if location.n_experts is not None:
+            return self._add_expert(name, find_matrix_parameter(self._model, self._source, name))
+        module = self._module(location.tensor or name)
+        if isinstance(module, torch.nn.Linear) or (type(module).__name__ == "Conv1D" and location.transposed):
+            self._to_hook.append((module, self._linear(name, location.row_blocks)))
         elif isinstance(module, torch.nn.Embedding):
             self._to_hook.append((module, self._embedding(name)))
         else:
-            self._add_expert(name, self._slots.get(name))
+            self._add_expert(name, self._views.get(name))
 
     def _module(self, name: str) -> Any:
         try:
@@ -108,21 +108,21 @@ class Hooks(TorchFunctionMode):
 
     def _renamed(self, name: str) -> Any:
         """The module whose weight the tensor `name` became, None if it became part of another."""
-        slot = self._slots[name] = find_slot(
+        view = self._views[name] = find_parameter(
             self._model, name, self._source.read(name), self._source.checkpoint.store.root
         )
-        modules = (module for module in self._model.modules() if getattr(module, "weight", None) is slot.parameter)
-        return next(modules, None) if slot.expert is None else None
+        modules = (module for module in self._model.modules() if getattr(module, "weight", None) is view.parameter)
+        return next(modules, None) if view.expert is None else None
 
-    def _add_expert(self, name: str, slot: Slot | None) -> None:
+    def _add_expert(self, name: str, view: ParameterView | None) -> None:
         where = self._source.checkpoint.store.root
-        if slot is None or slot.expert is None or slot.rows is None:
+        if view is None or view.expert is None or view.rows is None:
             raise CheckpointError(f"{where}: {name} is no linear layer of the loaded model; --exclude it")
-        together = self._experts[slot.parameter[slot.expert].data_ptr()]
-        together.append(_Expert(name, slot.piece.index(self._model.device) if slot.piece else slot.rows))
-        self._stacks.add(slot.parameter.data_ptr())
-        m, n = slot.of(slot.parameter).shape
-        self._start(name, m, n, together[0].name, slot.parameter)  # some may never get a token
+        together = self._experts[view.parameter[view.expert].data_ptr()]
+        together.append(_Expert(name, view.row_blocks.index(self._model.device) if view.row_blocks else view.rows))
+        self._stacks.add(view.parameter.data_ptr())
+        m, n = view.of(view.parameter).shape
+        self._start(name, m, n, together[0].name, view.parameter)  # some may never get a token
 
     def __enter__(self) -> "Hooks":
         if self._experts:
@@ -155,9 +155,9 @@ class Hooks(TorchFunctionMode):
                     self._watch(own.name, inputs, out, own.rows)
         return out
 
-    def _linear(self, name: str, piece: Rows | None) -> Callable[..., None]:
+    def _linear(self, name: str, row_blocks: RowBlocks | None) -> Callable[..., None]:
         layer = layer_of(name)
-        rows = piece.index(self._model.device) if piece else slice(None)
+        rows = row_blocks.index(self._model.device) if row_blocks else slice(None)
 
         def forward(module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if not isinstance(output, Tensor):  # a router that is a linear layer, and chooses experts as well
@@ -170,7 +170,9 @@ class Hooks(TorchFunctionMode):
             self._owners[layer] = arguments[0], owner
             self._require_gradient(name, output)
             if name not in self._sums:
-                self._start(name, piece.total if piece else output.shape[-1], arguments[0].shape[-1], owner, output)
+                self._start(
+                    name, row_blocks.total if row_blocks else output.shape[-1], arguments[0].shape[-1], owner, output
+                )
             self._watch(name, arguments[0], output, rows)
 
         return forward

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.device import ordered_scans
 from pipeline.errors import CheckpointError, NonFiniteError, TextError
-from pipeline.measure.slots import Slot, find_matrix_slot
+from pipeline.measure.parameter_lookup import ParameterView, find_matrix_parameter
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.digests import Seen
 from pipeline.model.model_config import positions_of
@@ -69,7 +69,7 @@ class Evaluator:
         self._model = load_model(self._source, key, device)
         self._device = device
         self._swapped: set[str] = set()
-        self._slots: dict[str, Slot] = {}
+        self._views: dict[str, ParameterView] = {}
         self._variant: str | None = ""
 
     @property
@@ -93,9 +93,9 @@ class Evaluator:
         self._swapped, self._variant = set(weights), variant
 
     def _put(self, name: str, weight: Tensor) -> None:
-        if name not in self._slots:
-            self._slots[name] = find_matrix_slot(self._model, self._source, name)
-        self._slots[name].put(weight)
+        if name not in self._views:
+            self._views[name] = find_matrix_parameter(self._model, self._source, name)
+        self._views[name].put(weight)
 
     def losses(self, windows: np.ndarray) -> list[float]:
         """Mean loss of each window, int64 [windows, seqlen]."""

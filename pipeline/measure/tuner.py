@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.device import deterministic
 from pipeline.errors import CheckpointError, NonFiniteError
+from pipeline.measure.parameter_lookup import find_matrix_parameter
 from pipeline.measure.perplexity import ModelKey, forward, load_model
-from pipeline.measure.slots import find_matrix_slot
 from pipeline.measure.tune_state import TuneState, Values, from_payload
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import read_header
@@ -53,7 +53,7 @@ class Tuner:
         self._student = _loaded(key, key.compressed, device)
         self._tunables = tunables(key.compressed, device)
         model = open_model(key.compressed)
-        self._slots = {name: find_matrix_slot(self._student, model, name) for name in self._tunables}
+        self._views = {name: find_matrix_parameter(self._student, model, name) for name in self._tunables}
         self._values = self.start().values
         self._step = 0  # after which it has these values
 
@@ -67,9 +67,9 @@ class Tuner:
             return
         self._step = -1  # half changed, it is at none
         values = from_payload(state[0], "values", self._device) if state else self.start().values
-        for name, slot in self._slots.items():
+        for name, view in self._views.items():
             self._values[name] = self._tunables[name].rounded(values[name])
-            slot.put(self._tunables[name].restored(self._values[name]))
+            view.put(self._tunables[name].restored(self._values[name]))
         self._step = step
 
     def divergence(self, windows: np.ndarray) -> float:
@@ -86,8 +86,8 @@ class Tuner:
         """
         sums: Values = {}
         sharing: dict[torch.nn.Parameter, list[str]] = {}
-        for name, slot in self._slots.items():
-            sharing.setdefault(slot.parameter, []).append(name)
+        for name, view in self._views.items():
+            sharing.setdefault(view.parameter, []).append(name)
         handles = [
             parameter.requires_grad_().register_post_accumulate_grad_hook(self._hook(names, sums))
             for parameter, names in sharing.items()
@@ -124,7 +124,7 @@ class Tuner:
     def _require_gradient(self, logits: Tensor) -> None:
         if not logits.requires_grad:
             raise CheckpointError(
-                f"{self.key.original}: text reaches none of the {len(self._slots)} compressed matrices, so they cannot be"
+                f"{self.key.original}: text reaches none of the {len(self._views)} compressed matrices, so they cannot be"
                 " tuned; drop --tune, or select others"
             )
 
@@ -132,7 +132,7 @@ class Tuner:
         def project(parameter: Tensor) -> None:
             assert parameter.grad is not None
             for name in names:
-                gradient = self._slots[name].of(parameter.grad).float()
+                gradient = self._views[name].of(parameter.grad).float()
                 found = self._tunables[name].gradients(self._values[name], gradient)
                 before = sums.get(name)
                 sums[name] = found if before is None else {part: before[part] + found[part] for part in found}

@@ -13,24 +13,12 @@ from pipeline.model.quantized_names import require_unquantized
 from pipeline.model.source_digests import SourceDigests, held_against
 from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo
 from swsc_core.format import entries_of, part_name
-from swsc_core.pieces import Rows, join, laid, misfit
+from swsc_core.location import MatrixLocation, row_blocks_of
+from swsc_core.row_blocks import fuse_rows, require_partition
 from swsc_core.safetensors_header import BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Place:
-    """A matrix [outputs, inputs] in a dense model: `rows` of a tensor (None: all), turned round if that lies transposed.
-
-    `stacked`: how many matrices the tensor is a stack of, whose rows are counted one matrix after the other; None: it is one.
-    """
-
-    tensor: str
-    transposed: bool
-    rows: Rows | None
-    stacked: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +60,12 @@ class Model:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the dense tensor `name`."""
         if name in self.entries:
-            return self._laid(self.entries[name], tuple(self.entries[name]["shape"]))
+            return MatrixLocation.from_json(self.entries[name]).tensor_shape(*self.entries[name]["shape"])
         rest = self.checkpoint.tensors[name].shape
         if name not in self.pieces:
             return rest
         own = [self.entries[piece] for piece in self.pieces[name]]
-        return self._laid(own[0], (rest[0] + sum(entry["shape"][0] for entry in own), rest[1]))
+        return MatrixLocation.from_json(own[0]).tensor_shape(rest[0] + sum(entry["shape"][0] for entry in own), rest[1])
 
     def dtype(self, name: str) -> str:
         """safetensors' name of the dtype of the dense tensor `name`."""
@@ -88,24 +76,18 @@ class Model:
         """Bytes of the dense tensor `name`."""
         return self.count(name) * BITS[self.dtype(name)] // 8
 
-    @staticmethod
-    def _laid(entry: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the tensor that lies as an entry says, of which `shape` is that of the (joined) matrix."""
-        stack = (entry["stacked"], shape[0] // entry["stacked"]) if entry.get("stacked") else shape[:1]
-        return (*stack[:-1], *((shape[1], stack[-1]) if entry.get("transposed") else (stack[-1], shape[1])))
-
     @property
     def config(self) -> dict[str, Any]:
         """The model's own config, without what says that it is compressed."""
         return {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
 
-    def place(self, name: str) -> "Place":
+    def location(self, name: str) -> MatrixLocation:
         """Where the matrix `name` lies in the dense model: that of an entry, or a matrix of a dense checkpoint."""
-        from pipeline.model.matrices import find_matrix, lies_as
+        from pipeline.model.matrices import find_matrix, location_of
 
-        about = self.entries[name] if name in self.entries else lies_as(find_matrix(self.checkpoint, name))
-        rows = Rows(*about["rows"]) if about.get("rows") else None
-        return Place(about.get("tensor") or name, about.get("transposed", False), rows, about.get("stacked"))
+        if name in self.entries:
+            return MatrixLocation.from_json(self.entries[name])
+        return location_of(find_matrix(self.checkpoint, name))
 
     def parts(self, tensor: str) -> dict[str, str]:
         """part -> stored name, of a compressed tensor."""
@@ -117,7 +99,9 @@ class Model:
         """The dense tensor `name`, on the CPU; if `bare`, without the low-rank part of one that is compressed whole."""
         if not self.is_compressed(name):
             return read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
-        return self._joined(name) if name in self.pieces else laid(self.read_matrix(name, bare), self.entries[name])
+        if name in self.pieces:
+            return self._fused(name)
+        return MatrixLocation.from_json(self.entries[name]).to_checkpoint_layout(self.read_matrix(name, bare))
 
     def read_matrix(self, name: str, bare: bool = False) -> "Tensor":
         """The matrix [outputs, inputs] `name`, on the CPU: what an entry stands for, or a matrix of a dense checkpoint."""
@@ -129,11 +113,12 @@ class Model:
             return read_tensor(self.checkpoint.store, find_matrix(self.checkpoint, name))
         return (shared_part if bare else decode)(self.read_parts(name), self.entries[name])
 
-    def _joined(self, name: str) -> "Tensor":
+    def _fused(self, name: str) -> "Tensor":
         rest = read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
-        own = self.pieces[name]
-        rows = [Rows(*self.entries[piece]["rows"]) for piece in own]
-        return laid(join(rest, rows, map(self.read_matrix, own)), self.entries[own[0]])
+        parts = self.pieces[name]
+        rows = row_blocks_of(self.entries[part] for part in parts)
+        fused = fuse_rows(rest, rows, map(self.read_matrix, parts))
+        return MatrixLocation.from_json(self.entries[parts[0]]).to_checkpoint_layout(fused)
 
     def read_parts(self, name: str) -> dict[str, "Tensor"]:
         """part -> tensor, of a compressed tensor, on the CPU."""
@@ -168,10 +153,12 @@ def open_model(location: str, known: SourceDigests | None = None) -> Model:
         raise CheckpointError(f"{location}: {missing[0]} is missing ({len(missing)} in all); compress again")
     for name, pieces in model.pieces.items():
         rest = None if name in model.entries else checkpoint.tensors.get(name)
-        if wrong := _misfit(rest, [model.entries[piece] for piece in pieces]):
+        try:
+            _require_fused(rest, [model.entries[piece] for piece in pieces])
+        except ValueError as error:
             raise CheckpointError(
-                f"{location}: the pieces of {name} do not make up the whole ({wrong}); compress again"
-            )
+                f"{location}: the parts of {name} do not make up the fused tensor ({error}); compress again"
+            ) from None
     return model
 
 
@@ -183,16 +170,20 @@ def _stored(model: Model, name: str) -> Iterable[str]:
         raise CheckpointError(f"{model.checkpoint.store.root}: {name}: {error}; compress again") from None
 
 
-def _misfit(rest: TensorInfo | None, pieces: list[dict[str, Any]]) -> str:
-    """What is wrong with the pieces of a joined tensor, of which `rest` stands in the file; "" if nothing is."""
+def _require_fused(rest: TensorInfo | None, parts: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless the parts of a fused tensor, by their entries, and its remaining rows make up the tensor.
+
+    Args:
+        rest: the tensor of the remaining rows that is stored under the fused tensor's name.
+    """
     if rest is None or len(rest.shape) != 2:
-        return "the rows of no piece are missing"
-    alike = {
-        (entry["shape"][1], entry["dtype"], entry.get("transposed", False), entry.get("stacked")) for entry in pieces
-    }
-    if len(alike) != 1 or {rest.shape[1]} != {columns for columns, *_ in alike}:
-        return "they differ in columns, dtype or direction, or in the number of matrices"
-    stacked = pieces[0].get("stacked") or 1
-    if (rest.shape[0] + sum(entry["shape"][0] for entry in pieces)) % stacked:
-        return f"their rows are not those of {stacked} matrices"
-    return misfit(rest.shape[0], [Rows(*entry["rows"]) for entry in pieces])
+        raise ValueError("its remaining rows are missing")
+    locations = [MatrixLocation.from_json(entry) for entry in parts]
+    common = {(location.transposed, location.n_experts) for location in locations}
+    kinds = {(entry["shape"][1], entry["dtype"]) for entry in parts}
+    if len(common) != 1 or len(kinds) != 1 or rest.shape[1] != parts[0]["shape"][1]:
+        raise ValueError("its parts differ in columns, dtype, transposed or stacked")
+    experts = locations[0].n_experts or 1
+    if (rest.shape[0] + sum(entry["shape"][0] for entry in parts)) % experts:
+        raise ValueError(f"their rows are not those of {experts} matrices")
+    require_partition(rest.shape[0], row_blocks_of(parts))

@@ -10,7 +10,6 @@ where each joins two, X.0.gate.weight, X.0.up.weight, …
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint
@@ -20,7 +19,8 @@ from pipeline.model.model_config import text_config
 from pipeline.model.stacks import is_stack
 from pipeline.model.tensors import FLOATS, TensorInfo, View
 from swsc_core.format import piece_name
-from swsc_core.pieces import Rows, misfit
+from swsc_core.location import MatrixLocation
+from swsc_core.row_blocks import RowBlocks, require_partition
 from swsc_core.safetensors_header import BITS
 
 
@@ -41,7 +41,7 @@ class Joined:
     pieces: tuple[TensorInfo, ...]
 
     @property
-    def rows(self) -> list[Rows]:
+    def rows(self) -> list[RowBlocks]:
         """The rows of each piece."""
         return [rows for piece in self.pieces if piece.view and (rows := rows_of(piece.view))]
 
@@ -137,24 +137,22 @@ def joined_of(compressed: Iterable[TensorInfo]) -> tuple[Joined, ...]:
     return tuple(Joined(*whole, tuple(own)) for whole, own in pieces.items())
 
 
-def lies_as(info: TensorInfo) -> dict[str, Any]:
-    """What an entry of a compressed matrix says of the tensor that it stands for; nothing if it is that itself."""
+def location_of(info: TensorInfo) -> MatrixLocation:
+    """Where a matrix lies in the dense checkpoint."""
     if info.view is None:
-        return {}
-    about: dict[str, Any] = {"transposed": True} if info.view.transposed else {}
-    rows = rows_of(info.view)
-    if rows is None:
-        return about
-    about |= {"tensor": tensor_of(info), "rows": [rows.first, rows.length, rows.stride, rows.count]}
-    return about | ({} if info.view.expert is None else {"stacked": info.view.tensor.shape[0]})
+        return MatrixLocation()
+    if (rows := rows_of(info.view)) is None:
+        return MatrixLocation(transposed=info.view.transposed)
+    experts = None if info.view.expert is None else info.view.tensor.shape[0]
+    return MatrixLocation(tensor_of(info), info.view.transposed, rows, experts)
 
 
-def rows_of(view: View) -> Rows | None:
+def rows_of(view: View) -> RowBlocks | None:
     """Which rows of the joined matrix a view shows, of a stack those of one matrix or of a piece of it; None: all."""
     if view.expert is None:
         return view.rows
     m = view.tensor.shape[2 if view.transposed else 1]
-    own = view.rows or Rows(0, m, m, 1)
+    own = view.rows or RowBlocks(0, m, m, 1)
     return replace(own, first=own.first + view.expert * m)
 
 
@@ -162,7 +160,7 @@ def _turned(info: TensorInfo) -> TensorInfo:
     return replace(info, shape=info.shape[::-1], view=View(info, transposed=True))
 
 
-def _piece(whole: TensorInfo, name: str, rows: Rows) -> TensorInfo:
+def _piece(whole: TensorInfo, name: str, rows: RowBlocks) -> TensorInfo:
     shape = (rows.total, whole.shape[1])
     made = whole.view and (whole.view.transposed or whole.view.expert is not None)
     view = replace(whole.view, rows=rows) if whole.view and made else View(whole, rows=rows)
@@ -170,7 +168,7 @@ def _piece(whole: TensorInfo, name: str, rows: Rows) -> TensorInfo:
     return replace(whole, name=piece_name(whole.name, name), shape=shape, nbytes=nbytes, view=view)
 
 
-def _rows(checkpoint: Checkpoint, whole: TensorInfo, roles: tuple[str, ...], geometry: Geometry) -> list[Rows]:
+def _rows(checkpoint: Checkpoint, whole: TensorInfo, roles: tuple[str, ...], geometry: Geometry) -> list[RowBlocks]:
     """The rows of each piece of a joined matrix."""
     where, m = checkpoint.store.root, whole.shape[0]
     try:
@@ -178,8 +176,13 @@ def _rows(checkpoint: Checkpoint, whole: TensorInfo, roles: tuple[str, ...], geo
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{where}: config.json does not say how {whole.name} is joined ({error!r})") from None
     group = sum(lengths)
-    found = [Rows(sum(lengths[:place]), length, group, count) for place, length in enumerate(lengths)]
-    if group * count != m or misfit(0, found):
+    found = [RowBlocks(sum(lengths[:place]), length, group, count) for place, length in enumerate(lengths)]
+    try:
+        require_partition(0, found)
+        fits = group * count == m
+    except ValueError:
+        fits = False
+    if not fits:
         raise CheckpointError(
             f"{where}: {whole.name} has {m} rows, but by config.json {'+'.join(roles)} take {count} times"
             f" {'+'.join(map(str, lengths))}; download both again, or --exclude it"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from swsc_core.safetensors_header import DTYPES
 
 if TYPE_CHECKING:
-    from swsc_core.pieces import Rows
+    from swsc_core.row_blocks import RowBlocks
 
 TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
@@ -54,7 +54,7 @@ class View:
 
     tensor: TensorInfo
     transposed: bool = False
-    rows: "Rows | None" = None
+    rows: "RowBlocks | None" = None
     expert: int | None = None
     scales: TensorInfo | None = None
     block: tuple[int, int] = (1, 1)

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.model.matrices import Joined, lies_as, rows_of, tensor_of
+from pipeline.model.matrices import Joined, location_of, rows_of, tensor_of
 from pipeline.model.parts import Part, to_part
 from pipeline.model.tensors import TensorInfo, View
 from pipeline.run.heap import peak_rss
 from swsc_core import Encoded
 from swsc_core.codec import dtype_name
 from swsc_core.format import part_name
-from swsc_core.pieces import join, laid, rest_of
+from swsc_core.row_blocks import fuse_rows, remaining_rows
 from swsc_core.safetensors_header import DTYPES
 from swsc_core.spec import Spec
 
@@ -33,7 +33,7 @@ class LayerParts:
         if self._form == "swsc":
             self._parts += [to_part(part_name(info.name, part), own) for part, own in encoded.tensors.items()]
         elif rows is None:
-            self._parts.append(to_part(info.name, laid(encoded.restored, lies_as(info))))
+            self._parts.append(to_part(info.name, location_of(info).to_checkpoint_layout(encoded.restored)))
         else:
             self._restored.setdefault(tensor_of(info), []).append(encoded.restored.cpu())
 
@@ -41,7 +41,8 @@ class LayerParts:
         """What is left of a joined matrix, which `read` reads, when all its pieces are added; in the dense form the whole."""
         rest = _rest(joined, read)
         if self._form == "dense":
-            rest = laid(join(rest, joined.rows, self._restored.pop(joined.tensor)), lies_as(joined.pieces[0]))
+            fused = fuse_rows(rest, joined.rows, self._restored.pop(joined.tensor))
+            rest = location_of(joined.pieces[0]).to_checkpoint_layout(fused)
         self._parts.append(to_part(joined.tensor, rest))
 
     @property
@@ -53,7 +54,7 @@ class LayerParts:
 def _rest(joined: Joined, read: Callable[[View], Tensor]) -> Tensor:
     """The rows [rest, n] of a joined matrix that are in none of its pieces, on the CPU; only what holds some is read."""
     (m, n), slices = joined.shape, joined.slices
-    left, each = rest_of(m, joined.rows), m // len(joined.slices)
+    left, each = remaining_rows(m, joined.rows), m // len(joined.slices)
     found = [torch.empty(0, n, dtype=getattr(torch, DTYPES[joined.pieces[0].dtype][0]))]
     for number, view in enumerate(slices):
         own = left[(left >= each * number) & (left < each * (number + 1))] - each * number
@@ -81,7 +82,7 @@ def row_of(
         "read_seconds": read_seconds,
         "seconds": seconds,
         "stored_bytes": encoded.stored_bytes,
-        "entry": encoded.entry | lies_as(info),
+        "entry": encoded.entry | location_of(info).to_json(),
         "stats": encoded.stats,
     }
 

@@ -1,22 +1,21 @@
 """Layers of an empty model, replaced by those that work from stored parts; and back again."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from swsc_core.format import CompressedTensor
 from swsc_core.hf.dense_layers import DenseLayers
 from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
-from swsc_core.pieces import laid
+from swsc_core.location import MatrixLocation
 
 # subclasses of nn.Linear that do what it does; others may look at their weight in ways of their own, and are restored
 _LINEAR = {"FalconLinear"}
-Pieces = Mapping[str, Mapping[str, Any]]  # name of a piece ("q", "k", …) -> entry; "" alone: the whole
 
 
-def place(model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype, dense: DenseLayers) -> bool:
+def place(model: Any, parameter: str, tensor: CompressedTensor, dtype: torch.dtype, dense: DenseLayers) -> bool:
     """Replace the layer whose weight is `parameter` by a compressed one on the meta device, and those that are tied to it.
 
     Args:
@@ -32,7 +31,7 @@ def place(model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype, dense:
     held = tied.get(parameter, parameter)
     pairs = [(target, source) for target, source in tied.items() if source == held]
     names = dict.fromkeys([parameter, held, *(target for target, _ in pairs)])
-    made = [_made(model, name, pieces, dtype, dense, frozenset(names)) for name in names]
+    made = [_made(model, name, tensor, dtype, dense, frozenset(names)) for name in names]
     layers = [layer for layer in made if layer is not None]
     if len(layers) < len(names):
         return False
@@ -55,7 +54,7 @@ def _tie_parts(model: Any, target: str, source: str) -> None:
 
 
 def _made(
-    model: Any, parameter: str, pieces: Pieces, dtype: torch.dtype, dense: DenseLayers, tied: frozenset[str]
+    model: Any, parameter: str, tensor: CompressedTensor, dtype: torch.dtype, dense: DenseLayers, tied: frozenset[str]
 ) -> nn.Module | None:
     """The compressed layer for that of `parameter`; None for what is no such layer, or has to be dense."""
     path, _, leaf = parameter.rpartition(".")
@@ -63,7 +62,7 @@ def _made(
     if layer is None or not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
         return None
     try:
-        made = _compressed(layer, pieces, dtype)
+        made = _compressed(layer, tensor, dtype)
     except ValueError as error:
         raise ValueError(f"{parameter} is {list(layer.weight.shape)} in this model: {error}") from None
     return None if made is None or dense.reason(path, _stores_floats(made), tied) else made
@@ -74,20 +73,20 @@ def _stores_floats(made: nn.Module) -> bool:
     return weight is None or weight.is_floating_point()
 
 
-def _compressed(layer: Any, pieces: Pieces, dtype: torch.dtype) -> nn.Module | None:
+def _compressed(layer: Any, tensor: CompressedTensor, dtype: torch.dtype) -> nn.Module | None:
     """What works as `layer` does from stored parts; None if it does something else. ValueError for a matrix of another shape."""
-    entry = next(iter(pieces.values()))
-    turned = type(layer) is Conv1D
-    shape = list(layer.weight.shape)[:: -1 if turned else 1]
-    if bool(entry.get("transposed")) != turned:  # a square one would be restored, turned round, in silence
-        raise ValueError("its entry says that it lies the other way round; take the config that belongs to it")
+    entry = next(iter(tensor.entries.values()))
+    transposed = type(layer) is Conv1D
+    shape = list(layer.weight.shape)[:: -1 if transposed else 1]
+    if tensor.location.transposed != transposed:  # a square matrix would be restored transposed, silently
+        raise ValueError("transposed differs between the model and the entry; take the config that belongs to it")
     linear = type(layer) is Conv1D or type(layer) is nn.Linear or type(layer).__name__ in _LINEAR
-    if "" not in pieces:
+    if tensor.is_fused:
         if not linear:
             return None
-        rest = shape[0] - sum(piece["shape"][0] for piece in pieces.values())
+        rest = shape[0] - sum(piece["shape"][0] for piece in tensor.entries.values())
         _require_shape(shape[1:], entry["shape"][1:])
-        return SwscJoined(pieces, rest, layer.bias is not None, dtype, "meta")
+        return SwscJoined(tensor.entries, rest, layer.bias is not None, dtype, "meta")
     scale = getattr(layer, "scalar_embed_scale", None)  # Gemma's; other subclasses of Embedding do what they like
     _require_shape(shape, entry["shape"])
     if linear:
@@ -113,10 +112,10 @@ def make_dense(model: Any, dtype: torch.dtype) -> None:
         if isinstance(layers.get(path.rpartition(".")[0]), SwscJoined):
             continue  # a piece, which went with the whole
         if isinstance(layer, SwscJoined):
-            turned = any(piece.entry.get("transposed") for piece in layer.pieces.values())
-            put_layer(model, path, _dense_linear(layer, turned, dtype))
+            piece = next(iter(layer.pieces.values()))
+            put_layer(model, path, _dense_linear(layer, MatrixLocation.from_json(piece.entry), dtype))
         elif isinstance(layer, SwscLinear):
-            put_layer(model, path, _dense_linear(layer, bool(layer.entry.get("transposed")), dtype))
+            put_layer(model, path, _dense_linear(layer, MatrixLocation.from_json(layer.entry), dtype))
         elif isinstance(layer, SwscEmbedding):
             put_layer(model, path, _dense_embedding(layer, dtype))
     vars(model).pop("_tied_weights_keys", None)  # the class says it again
@@ -124,11 +123,11 @@ def make_dense(model: Any, dtype: torch.dtype) -> None:
     model.tie_weights()
 
 
-def _dense_linear(layer: SwscLinear | SwscJoined, turned: bool, dtype: torch.dtype) -> nn.Module:
+def _dense_linear(layer: SwscLinear | SwscJoined, location: MatrixLocation, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         m, n = layer.out_features, layer.in_features
-        made = Conv1D(m, n) if turned else nn.Linear(n, m, layer.bias is not None)
-    made.weight = nn.Parameter(laid(layer.dense_weight().to(dtype), {"transposed": turned}))
+        made = Conv1D(m, n) if location.transposed else nn.Linear(n, m, layer.bias is not None)
+    made.weight = nn.Parameter(location.to_checkpoint_layout(layer.dense_weight().to(dtype)))
     made.register_parameter("bias", layer.bias)
     return made
 

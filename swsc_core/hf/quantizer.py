@@ -11,7 +11,7 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
-from swsc_core.format import FORMAT_VERSION, pieces_of
+from swsc_core.format import FORMAT_VERSION, CompressedTensor, compressed_tensors
 from swsc_core.hf.checking import require_all, require_labels, require_place, require_shapes, require_unwrapped
 from swsc_core.hf.compressing import compress_loaded
 from swsc_core.hf.config import SwscConfig
@@ -19,7 +19,7 @@ from swsc_core.hf.dense_layers import DenseLayers, embeddings_of
 from swsc_core.hf.experts import implementations, join, lay_apart, require_eager
 from swsc_core.hf.headers import read_headers, require_parts, require_rest
 from swsc_core.hf.names import Names, saved_name, without
-from swsc_core.hf.placing import Pieces, make_dense, place
+from swsc_core.hf.placing import make_dense, place
 from swsc_core.hf.restoring import with_restoring
 from swsc_core.linear import CompressedWeight, SwscJoined
 
@@ -62,25 +62,25 @@ class SwscQuantizer(HfQuantizer):
         if not config.dequantize:
             self._lay_apart(model)
         dense = DenseLayers(model)
-        for tensor, pieces in pieces_of(entries).items():
+        for tensor, compressed in compressed_tensors(entries).items():
             target, pattern = self._names.target(tensor)
             if not self._names.has(target):
                 require_place(model, tensor, where)
-            elif config.dequantize or pattern or not self._places(model, tensor, target, pieces, dense):
+            elif config.dequantize or pattern or not self._places(model, target, compressed, dense):
                 self._restored.append(tensor)
-            elif checkpoint_files and "" not in pieces:
+            elif checkpoint_files and compressed.is_fused:
                 require_rest(headers, tensor, model.get_submodule(target.removesuffix(".weight")), where)
         if checkpoint_files:
             require_all(model, Names(model, self._apart), headers, where)
             require_shapes(model, self._names, headers, self._restored, where)
         self._kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
-    def _places(self, model: Any, tensor: str, target: str, pieces: Pieces, dense: DenseLayers) -> bool:
+    def _places(self, model: Any, target: str, tensor: CompressedTensor, dense: DenseLayers) -> bool:
         """Whether the layer of a tensor has been replaced by a compressed one; its parts have to find it by their names."""
-        return self._names.lead_beside(tensor, pieces) and place(model, target, pieces, self._dtype, dense)
+        return self._names.lead_beside(tensor.name, tensor.entries) and place(model, target, tensor, self._dtype, dense)
 
     def _lay_apart(self, model: Any) -> None:
-        self._apart = lay_apart(model, pieces_of(self.quantization_config.tensors), self._stored, self._names)
+        self._apart = lay_apart(model, compressed_tensors(self.quantization_config.tensors), self._stored, self._names)
         if self._apart:
             self._names, self._implementations = Names(model, self._apart), implementations(model.config)
             require_eager(model, self._asked)

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from swsc_core.codec import PARTS, decode, parts_of
-from swsc_core.format import part_name, piece_name, pieces_of
+from swsc_core.format import CompressedTensor, compressed_tensors, part_name, piece_name
 from swsc_core.hf.names import Names, in_natural_order
-from swsc_core.pieces import Rows, join, laid
+from swsc_core.location import MatrixLocation, row_blocks_of
+from swsc_core.row_blocks import fuse_rows
 
 Entries = Mapping[str, Mapping[str, Any]]
 _WEIGHT = re.compile(r"(\\?\.)?weight\$?$")
@@ -64,18 +65,19 @@ class Restore(ConversionOps):
         if name not in self.entries:
             return next(waiting["weight"])
         parts = {part: next(waiting[part]) for part in parts_of(self.entries[name])}
-        return laid(_decoded(name, parts, self.entries[name]), self.entries[name]).to(self.dtype)
+        location = MatrixLocation.from_json(self.entries[name])
+        return location.to_checkpoint_layout(_decoded(name, parts, self.entries[name])).to(self.dtype)
 
 
 class RestoreJoined(Restore):
-    """The same for one joined tensor: parts of all its pieces and the rows of none in, the tensor as it lay in the file out.
+    """The same for one fused tensor: stored parts of all its matrices and the remaining rows in, the dense tensor out.
 
     Args:
-        pieces: stored name of a piece -> entry, in natural order.
+        tensor: its entries are in natural order.
     """
 
-    def __init__(self, tensor: str, pieces: Entries, dtype: torch.dtype, merges: bool) -> None:
-        super().__init__(pieces, {}, dtype, merges)
+    def __init__(self, tensor: CompressedTensor, dtype: torch.dtype, merges: bool) -> None:
+        super().__init__(tensor.entries, {}, dtype, merges)
         self.tensor = tensor
 
     @torch.no_grad()
@@ -86,9 +88,9 @@ class RestoreJoined(Restore):
         """`input_dict`: pattern -> tensors in natural order; patterns: the rest, then each part of all pieces."""
         rest, *parts = (_listed(input_dict.pop(pattern, [])) for pattern in source_patterns)
         waiting = dict(zip(PARTS, parts, strict=True))
-        rows = [Rows(*entry["rows"]) for entry in self.entries.values()]
-        whole = join(next(rest), rows, (self._piece(piece, waiting) for piece in self.entries))
-        tensor = laid(whole, next(iter(self.entries.values()))).to(self.dtype)
+        rows = row_blocks_of(self.entries.values())
+        fused = fuse_rows(next(rest), rows, (self._piece(piece, waiting) for piece in self.entries))
+        tensor = self.tensor.location.to_checkpoint_layout(fused).to(self.dtype)
         return {source_patterns[0]: [tensor]} if self.merges else {target_patterns[0]: tensor}
 
     def _piece(self, name: str, waiting: Mapping[str, Iterator[Tensor]]) -> Tensor:
@@ -149,7 +151,7 @@ def with_restoring(
     {"experts.gate_up_proj": {"experts.*.gate_proj.weight": ["experts.0.gate_proj.weight", "experts.1.gate_proj.weight"], …}}:
     parameter -> pattern of the merge -> what it finds, in the order in which it is merged.
     """
-    joined = {name: pieces for name, pieces in pieces_of(entries).items() if "" not in pieces}
+    joined = {name: tensor for name, tensor in compressed_tensors(entries).items() if tensor.is_fused}
     for name in restored:
         require_restorable(name, name in joined, names)
     targets = {name: names.target(name) for name in restored if name not in joined}
@@ -166,7 +168,7 @@ def with_restoring(
     alone = [
         _restorer(name, target, entries, names, dtype) for name, (target, pattern) in targets.items() if pattern is None
     ]
-    whole = [_joining(name, joined[name], converters, names, dtype) for name in restored if name in joined]
+    whole = [_joining(joined[name], converters, names, dtype) for name in restored if name in joined]
     return whole + alone + changed
 
 
@@ -195,11 +197,12 @@ def _restorer(name: str, target: str, entries: Entries, names: Names, dtype: tor
     return WeightConverter(patterns, target, [Restore(entries, {target: [[name]]}, dtype, merges=False)])
 
 
-def _joining(name: str, pieces: Entries, converters: Sequence[Any], names: Names, dtype: torch.dtype) -> Any:
-    """What restores the joined tensor `name`, and then does what transformers does to such a tensor (turns it round, say).
+def _joining(tensor: CompressedTensor, converters: Sequence[Any], names: Names, dtype: torch.dtype) -> Any:
+    """What restores the fused tensor, and then does what transformers does to such a tensor (transposes it, say).
 
-    A stack of experts has hundreds of pieces, so that a part of all of them is one pattern.
+    A stack of experts has hundreds of matrices, so that a stored part of all of them is one pattern.
     """
+    name, pieces = tensor.name, tensor.entries
     target, pattern = names.target(name)
     following = [one for one in converters if pattern in one.source_patterns]
     follows = [step for one in following for step in one.operations]
@@ -208,4 +211,6 @@ def _joining(name: str, pieces: Entries, converters: Sequence[Any], names: Names
     ordered = {own: pieces[own] for own in in_natural_order(pieces)}
     patterns = [f"^{re.escape(names.renamed(name))}$", *(rf"^{stem}\..+\.{part}$" for part in PARTS)]
     wanted = target if pattern else names.renamed(name)
-    return WeightConverter(patterns, wanted, [RestoreJoined(name, ordered, dtype, merges=bool(follows)), *follows])
+    return WeightConverter(
+        patterns, wanted, [RestoreJoined(CompressedTensor(name, ordered), dtype, merges=bool(follows)), *follows]
+    )

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from swsc_core.codec import part_shapes
-from swsc_core.format import entries_of, pieces_of
-from swsc_core.serving.loading import Source
+from swsc_core.format import compressed_tensors, entries_of
+from swsc_core.serving.loading import CheckpointTensor
 
 HEADS = ("lm_head", "embed_out", "output")  # last names of heads, which share the shape of the embedding
 
@@ -30,7 +30,7 @@ class ServedConfig:
 
     def __init__(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__()
-        self.pieces = pieces_of(entries)
+        self.compressed = compressed_tensors(entries)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ServedConfig":
@@ -61,7 +61,7 @@ class ServedConfig:
 
     def rename(self, mapper: Any) -> None:
         """Names of the checkpoint become those of the engine's modules, by its own mapper."""
-        self.pieces = mapper.apply_dict(self.pieces)
+        self.compressed = mapper.apply_dict(self.compressed)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """The method of a layer by its name; None where the engine's own serves.
@@ -71,7 +71,7 @@ class ServedConfig:
         """
         if isinstance(layer, self.linear):
             sources = self._sources(prefix)
-            compressed = any(source.pieces for source in sources)
+            compressed = any(source.compressed for source in sources)
             return self.linear_method(sources) if compressed else self.dense_linear_method()
         if isinstance(layer, self.embedding):
             return self._embedding_method(layer, prefix)
@@ -79,15 +79,15 @@ class ServedConfig:
             raise ValueError(f"{inside[0]}: a {type(layer).__name__} is not served compressed; `swsc restore` first")
         return None
 
-    def source(self, name: str) -> Source:
+    def source(self, name: str) -> CheckpointTensor:
         """The tensor of the checkpoint whose name, without ".weight", is `name`."""
-        return Source(name, self.pieces.get(f"{name}.weight", {}))
+        return CheckpointTensor(name, self.compressed.get(f"{name}.weight"))
 
     def inside(self, prefix: str) -> list[str]:
         """Names of the compressed tensors of a layer that is not linear and no embedding."""
-        return [name for name in self.pieces if prefix and name.startswith(f"{prefix}.")]
+        return [name for name in self.compressed if prefix and name.startswith(f"{prefix}.")]
 
-    def _sources(self, prefix: str) -> list[Source]:
+    def _sources(self, prefix: str) -> list[CheckpointTensor]:
         parent, _, last = prefix.rpartition(".")
         names = self.packed_modules_mapping.get(last, [last])
         return [self.source(f"{parent}.{name}" if parent else name) for name in names]
@@ -95,14 +95,14 @@ class ServedConfig:
     def _embedding_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, self.head):
             (source,) = self._sources(prefix)
-            return self.embedding_method([source]) if source.pieces else self.dense_head_method()
+            return self.embedding_method([source]) if source.compressed else self.dense_head_method()
         shape = [layer.org_vocab_size, layer.embedding_dim]
-        found = [prefix] if f"{prefix}.weight" in self.pieces else self._embeddings(shape)
+        found = [prefix] if f"{prefix}.weight" in self.compressed else self._embeddings(shape)
         if len(found) > 1:
             raise ValueError(f"{' and '.join(found)} may each be the embedding; `swsc restore` first")
         return self.embedding_method([self.source(found[0])]) if found else None
 
     def _embeddings(self, shape: list[Any]) -> list[str]:
         """Names of what may be the embedding, where an engine does not say the name: nothing else but a head has its shape."""
-        whole = {name.removesuffix(".weight"): pieces[""] for name, pieces in self.pieces.items() if "" in pieces}
+        whole = {name.removesuffix(".weight"): e.entries[""] for name, e in self.compressed.items() if not e.is_fused}
         return [name for name, e in whole.items() if e["shape"] == shape and name.rpartition(".")[2] not in HEADS]

@@ -6,15 +6,16 @@ its slices and what it is just reading.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swsc_core.codec import matrix_of, part_shapes, require_parts
-from swsc_core.serving.joined import Cuts, cut_joined
-from swsc_core.serving.places import EmbeddingPlace, LinearPlace, Range
+from swsc_core.format import CompressedTensor
+from swsc_core.serving.fused_slices import Cuts, slice_fused
+from swsc_core.serving.shard_slices import EmbeddingShard, LinearShard, Range
 from swsc_core.slicing import Stored, slice_stored
 
 _SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}  # what engines call the tensors of a fused layer, when not by number
@@ -22,47 +23,56 @@ REMEDY = "`swsc verify DIR` names the file"
 
 
 @dataclass(frozen=True)
-class Source:
-    """A tensor of the checkpoint: its name without ".weight", and what config.json says of it.
+class CheckpointTensor:
+    """A tensor of the checkpoint, and the rows of it that a rank holds.
 
     Attributes:
-        pieces: name of a piece of it -> entry; the only one is "" if it is compressed whole; none if it is dense.
+        name: without ".weight".
+        compressed: how it is stored; None: dense.
         sizes: rows of the rank's slices of it, where an engine names these.
     """
 
     name: str
-    pieces: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    compressed: CompressedTensor | None = None
     sizes: tuple[int, ...] = ()
 
     @property
-    def joined(self) -> bool:
-        return bool(self.pieces) and "" not in self.pieces
+    def entries(self) -> Mapping[str, Mapping[str, Any]]:
+        """name of a part -> entry, as of `CompressedTensor`; none if it is dense."""
+        return self.compressed.entries if self.compressed else {}
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether parts of it are compressed."""
+        return self.compressed is not None and self.compressed.is_fused
 
     @property
     def parts(self) -> dict[str, torch.dtype]:
         """What it is stored as ("labels", or "q.labels" of a piece) -> the dtype that it is likely stored in."""
-        rest = {} if "" in self.pieces else {"weight": torch.get_default_dtype()}
+        rest = {} if "" in self.entries else {"weight": torch.get_default_dtype()}
         return rest | {
             f"{piece}.{part}" if piece else part: getattr(torch, entry["dtype"]) if is_float else torch.uint8
-            for piece, entry in self.pieces.items()
+            for piece, entry in self.entries.items()
             for part, (_, is_float) in part_shapes(entry).items()
         }
 
-    def upright(self, part: str, tensor: Tensor) -> Tensor:
-        """A tensor as it is stored: vLLM's GPT-2 turns round whatever is called weight, as dense tensors of it need it."""
+    def as_stored(self, part: str, tensor: Tensor) -> Tensor:
+        """A tensor as it is stored: vLLM's GPT-2 transposes whatever is called weight, as dense tensors of it need it."""
         piece, _, last = part.rpartition(".")
-        entry = self.pieces.get(piece) or next(iter(self.pieces.values()), {})
-        if not entry.get("transposed") or last != "weight" or tensor.ndim != 2:
+        if self.compressed is None or not self.compressed.location.transposed or last != "weight" or tensor.ndim != 2:
             return tensor
-        columns = part_shapes(entry)["weight"][0][-1] if piece in self.pieces else entry["shape"][1]
+        entry = self.entries.get(piece) or next(iter(self.entries.values()))
+        columns = part_shapes(entry)["weight"][0][-1] if piece in self.entries else entry["shape"][1]
         return tensor.T if tensor.shape[1] != columns or not tensor.is_contiguous() else tensor
 
 
 class Loading:
-    """Takes the tensors of `sources`; a rank's slices of each lie where `place` says."""
+    """Takes the tensors of `sources`, and keeps the slices of each that belong to the rank's `shard`."""
 
-    def __init__(self, sources: Sequence[Source], place: LinearPlace | EmbeddingPlace, dtype: torch.dtype) -> None:
-        self.sources, self.place, self.dtype = sources, place, dtype
+    def __init__(
+        self, sources: Sequence[CheckpointTensor], shard: LinearShard | EmbeddingShard, dtype: torch.dtype
+    ) -> None:
+        self.sources, self.shard, self.dtype = sources, shard, dtype
         self._arrived: list[dict[str, Tensor]] = [{} for _ in sources]
         self._cuts: dict[int, Cuts] = {}
 
@@ -76,7 +86,7 @@ class Loading:
         source, arrived = self.sources[number], self._arrived[number]
         if part not in source.parts:
             raise ValueError(f"{source.name}.{part}: config.json knows no such part; {REMEDY}")
-        tensor = source.upright(part, tensor)
+        tensor = source.as_stored(part, tensor)
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         # the engine may use its buffer again
         arrived[part] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
@@ -84,32 +94,34 @@ class Loading:
             self._cuts[number] = self._cut(source, arrived)
             arrived.clear()
 
-    def _cut(self, source: Source, parts: dict[str, Tensor]) -> Cuts:
-        if source.joined:
-            return self._cut_joined(source, parts)
-        entry = source.pieces.get("")
+    def _cut(self, source: CheckpointTensor, parts: dict[str, Tensor]) -> Cuts:
+        if source.is_fused:
+            return self._cut_fused(source, parts)
+        entry = source.entries.get("")
         if entry is None:
             return self._cut_dense(source, parts["weight"]), None
         require_whole(source.name, parts, entry)
-        places = self.place.slices(source.name, source.sizes, tuple(entry["shape"]))
-        return [_slice(source.name, parts, entry, *place) for place in places], None
+        ranges = self.shard.slices(source.name, source.sizes, tuple(entry["shape"]))
+        return [_slice(source.name, parts, entry, *one) for one in ranges], None
 
-    def _cut_dense(self, source: Source, weight: Tensor) -> list[Stored | Tensor]:
+    def _cut_dense(self, source: CheckpointTensor, weight: Tensor) -> list[Stored | Tensor]:
         if weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(f"{source.name}: {list(weight.shape)} is no dense matrix, and config.json has no entry")
-        places = self.place.slices(source.name, source.sizes, (weight.shape[0], weight.shape[1]))
-        return [weight[slice(*rows), slice(*columns)].clone() for rows, columns in places]
+        ranges = self.shard.slices(source.name, source.sizes, (weight.shape[0], weight.shape[1]))
+        return [weight[slice(*rows), slice(*columns)].clone() for rows, columns in ranges]
 
-    def _cut_joined(self, source: Source, parts: dict[str, Tensor]) -> Cuts:
-        own = {piece: {part: parts[f"{piece}.{part}"] for part in part_shapes(e)} for piece, e in source.pieces.items()}
-        for piece, entry in source.pieces.items():
+    def _cut_fused(self, source: CheckpointTensor, parts: dict[str, Tensor]) -> Cuts:
+        own = {
+            piece: {part: parts[f"{piece}.{part}"] for part in part_shapes(e)} for piece, e in source.entries.items()
+        }
+        for piece, entry in source.entries.items():
             require_whole(f"{source.name}.{piece}", own[piece], entry)
 
         def cut(piece: str, rows: Range, columns: Range) -> Stored:
-            return _slice(f"{source.name}.{piece}", own[piece], source.pieces[piece], rows, columns)
+            return _slice(f"{source.name}.{piece}", own[piece], source.entries[piece], rows, columns)
 
-        assert isinstance(self.place, LinearPlace)
-        return cut_joined(source.name, source.sizes, source.pieces, parts["weight"], self.place, cut)
+        assert isinstance(self.shard, LinearShard)
+        return slice_fused(source.name, source.sizes, source.entries, parts["weight"], self.shard, cut)
 
     def cuts(self) -> Cuts:
         """The rank's slices of all sources, and the order of their rows; ValueError, naming what has not come."""

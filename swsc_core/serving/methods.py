@@ -11,39 +11,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swsc_core.serving.loading import Loading, Source
+from swsc_core.serving.loading import CheckpointTensor, Loading
 from swsc_core.serving.modules import ServedEmbedding, ServedLinear
-from swsc_core.serving.places import EmbeddingPlace, LinearPlace
+from swsc_core.serving.shard_slices import EmbeddingShard, LinearShard
 
 
 class ServedMethod:
     """Creates, loads and applies the weights of a layer of `sources`."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[CheckpointTensor]) -> None:
         self.sources = sources
 
     def ranks_of(self, layer: nn.Module) -> tuple[int, int]:
         """Rank of this process in the layer's tensor parallel group, and the group's size."""
         raise NotImplementedError
 
-    def place(
+    def shard(
         self, layer: nn.Module, width: int, sizes: Sequence[int]
-    ) -> tuple[Sequence[Source], LinearPlace | EmbeddingPlace]:
-        """The sources with the sizes of the rank's slices, and where these lie."""
+    ) -> tuple[Sequence[CheckpointTensor], LinearShard | EmbeddingShard]:
+        """The sources with the sizes of the rank's slices, and which rows and columns these are."""
         if len(self.sources) not in (1, len(sizes)):
             names = ", ".join(source.name for source in self.sources)
             raise ValueError(f"{names}: {len(sizes)} slices of these are not served compressed; `swsc restore` first")
         cut = [tuple(sizes)] if len(self.sources) == 1 else [(size,) for size in sizes]
         sources = [replace(source, sizes=own) for source, own in zip(self.sources, cut, strict=True)]
-        return sources, LinearPlace(width, *self.ranks_of(layer))
+        return sources, LinearShard(width, *self.ranks_of(layer))
 
     def create_weights(
         self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: Sequence[int],
         input_size: int, output_size: int, params_dtype: torch.dtype, **_: Any,
     ) -> None:  # fmt: skip
         """Empty parameters under the names of the parts; what is loaded into them waits in `layer.swsc_loading`."""
-        sources, place = self.place(layer, input_size_per_partition, output_partition_sizes)
-        layer.swsc_loading = loading = Loading(sources, place, params_dtype)  # type: ignore[assignment]
+        sources, shard = self.shard(layer, input_size_per_partition, output_partition_sizes)
+        layer.swsc_loading = loading = Loading(sources, shard, params_dtype)  # type: ignore[assignment]
         for part, dtype in loading.parts().items():
             empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             empty.weight_loader = _loader(loading, part)  # type: ignore[attr-defined]
@@ -71,16 +71,16 @@ class ServedMethod:
 class ServedEmbeddingMethod(ServedMethod):
     """Of an embedding or a head, whose rows are dealt out as its `shard_indices` say."""
 
-    def place(
+    def shard(
         self, layer: nn.Module, width: int, sizes: Sequence[int]
-    ) -> tuple[Sequence[Source], LinearPlace | EmbeddingPlace]:
+    ) -> tuple[Sequence[CheckpointTensor], LinearShard | EmbeddingShard]:
         indices: Any = layer.shard_indices
         first, last = indices.org_vocab_start_index, indices.org_vocab_end_index
         if first == last or indices.num_added_elements:
             raise ValueError(
                 f"{self.sources[0].name}: use fewer ranks, and no added vocabulary, or `swsc restore` first"
             )
-        return self.sources, EmbeddingPlace(first, last)
+        return self.sources, EmbeddingShard(first, last)
 
     def finished(self, layer: nn.Module, loading: Loading) -> nn.Module:
         (cut,), _ = loading.cuts()

@@ -43,10 +43,10 @@ class SwscConfig(ServedConfig, QuantizationConfig):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ServedConfig:
         made = super().from_config(config)
-        for name, pieces in made.pieces.items():
-            if any(entry.get("tensor") or entry.get("transposed") for entry in pieces.values()):
+        for name, tensor in made.compressed.items():
+            if tensor.is_fused or tensor.location.transposed:
                 raise ValueError(
-                    f"{name}: joined and transposed matrices are not served compressed; `swsc restore` first"
+                    f"{name}: fused and transposed matrices are not served compressed; `swsc restore` first"
                 )
         made.packed_modules_mapping = {**PACKED, **config.get("packed_modules_mapping", {})}
         return made

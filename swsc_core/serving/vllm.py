@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from swsc_core.serving.config import ServedConfig
-from swsc_core.serving.loading import Source
+from swsc_core.serving.loading import CheckpointTensor
 from swsc_core.serving.methods import ServedEmbeddingMethod, ServedMethod
 from swsc_core.serving.vllm_experts import SwscExpertsMethod
 
@@ -56,10 +56,10 @@ class SwscConfig(ServedConfig, QuantizationConfig):
             _require_left_alone(method.sources[0].name)
         return method
 
-    def source(self, name: str) -> Source:
+    def source(self, name: str) -> CheckpointTensor:
         """By vLLM's name, or without what its GPT-2 puts before the names of the hub's checkpoints as it loads them."""
         short = name.removeprefix("transformer.")
-        return super().source(name if f"{name}.weight" in self.pieces or short == name else short)
+        return super().source(name if f"{name}.weight" in self.compressed or short == name else short)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Names of the checkpoint become those of the engine's modules."""

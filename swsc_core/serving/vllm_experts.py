@@ -27,8 +27,8 @@ class SwscExpertsMethod(UnquantizedFusedMoEMethod):
         for expert in range(layer.moe_config.num_logical_experts):
             for kind, name in names.items():
                 source = config.source(f"{prefix}.{expert}.{name}")
-                if source.pieces and layer._map_global_expert_id_to_local_expert_id(expert) != -1:
-                    matrices[expert, kind] = (source.name, source.pieces[""])
+                if source.compressed and layer._map_global_expert_id_to_local_expert_id(expert) != -1:
+                    matrices[expert, kind] = (source.name, source.entries[""])
         self.experts = RestoredExperts(matrices)
         logger.warning_once(
             "swsc: %s are restored while they load and lie dense in memory; vLLM's kernels for experts take nothing else",

@@ -15,7 +15,7 @@ from swsc_core.curve import reach, share_left
 from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
 from swsc_core.matrix import restore, restore_rows
 from swsc_core.metric import Metric
-from swsc_core.pieces import Rows, join
+from swsc_core.row_blocks import RowBlocks, fuse_rows
 from swsc_core.rtn import Granularity
 from swsc_core.sharing import Sharing
 from swsc_core.spec import RtnSpec
@@ -103,7 +103,12 @@ def embedding(encoded: Encoded, train: bool = False) -> Tensor:
 
 def joined(train: bool = False) -> Tensor:
     encoded = best(m=32)
-    layer = SwscJoined({"q": {**encoded.entry, "rows": [0, 32, 32, 1]}}, 16, dtype=torch.bfloat16, device="meta")
+    layer = SwscJoined(
+        {"q": {**encoded.entry, "tensor": "qkv.weight", "rows": [0, 32, 32, 1]}},
+        16,
+        dtype=torch.bfloat16,
+        device="meta",
+    )
     layer_of(layer.q, encoded)
     layer.weight = torch.nn.Parameter(weight(16, 64, torch.bfloat16), requires_grad=train)
     y = layer(weight(3, 64, torch.bfloat16))
@@ -127,10 +132,10 @@ def tuning() -> dict[str, Tensor]:
 
 
 def pieces() -> Tensor:
-    rows, matrix = Rows(0, 4, 8, 4), weight(32, 8)
+    rows, matrix = RowBlocks(0, 4, 8, 4), weight(32, 8)
     piece = rows.take(matrix)
     rows.put(matrix, piece)
-    return join(weight(16, 8), [rows], [piece])
+    return fuse_rows(weight(16, 8), [rows], [piece])
 
 
 def restored(encoded: Encoded) -> Tensor:
@@ -230,7 +235,12 @@ def test_no_wait_in_the_loop_over_columns_and_few_launches(n: int, gpu: StandIn)
 
 def test_layers_copy_nothing_from_the_host_once_they_have_run(gpu: StandIn) -> None:
     encoded = best(m=32)
-    layer = SwscJoined({"q": {**encoded.entry, "rows": [0, 32, 32, 1]}}, 16, dtype=torch.bfloat16, device="meta")
+    layer = SwscJoined(
+        {"q": {**encoded.entry, "tensor": "qkv.weight", "rows": [0, 32, 32, 1]}},
+        16,
+        dtype=torch.bfloat16,
+        device="meta",
+    )
     layer_of(layer.q, encoded)
     layer.weight = torch.nn.Parameter(weight(16, 64, torch.bfloat16), requires_grad=False)
     x = weight(3, 64, torch.bfloat16)

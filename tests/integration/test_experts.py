@@ -20,8 +20,8 @@ from transformers import (
 from jobs.cli import main
 from pipeline.errors import CheckpointError
 from pipeline.measure.calibration import Calibrator
+from pipeline.measure.parameter_lookup import find_parameter
 from pipeline.measure.perplexity import ModelKey
-from pipeline.measure.slots import find_slot
 from pipeline.model.artifact import open_model
 from tests.tiny import WORDS, make_text
 
@@ -67,11 +67,11 @@ def test_an_expert_is_found_by_its_values(kind: str, model: Path) -> None:
     for part in PARTS[kind]:
         name = EXPERT[kind].format(part)
         weight = source.read(name)
-        slot = find_slot(loaded, name, weight, "m")
-        assert slot.expert == 2
-        assert torch.equal(slot.of(slot.parameter), weight.float())
+        view = find_parameter(loaded, name, weight, "m")
+        assert view.expert == 2
+        assert torch.equal(view.of(view.parameter), weight.float())
     with pytest.raises(CheckpointError, match=r"m: the loaded model has no parameter for .*; --exclude it"):
-        find_slot(loaded, name, weight + 1, "m")
+        find_parameter(loaded, name, weight + 1, "m")
 
 
 def test_moments_of_an_expert_are_those_of_the_tokens_sent_to_it(kind: str, model: Path) -> None:

@@ -148,15 +148,15 @@ class TestDamagedPieces:
     @pytest.mark.parametrize(
         ("change", "wanted"),
         [
-            ({"rows": [16, 16, 48, 4]}, "do not make up the whole (pieces overlap"),
-            ({"rows": [150, 16, 48, 4]}, "do not make up the whole (pieces overlap or leave the 192 rows"),
-            ({"rows": [0, 64, 0, 1]}, "a piece has no rows"),
+            ({"rows": [16, 16, 48, 4]}, "do not make up the fused tensor (parts overlap"),
+            ({"rows": [150, 16, 48, 4]}, "the 192 rows"),
+            ({"rows": [0, 64, 0, 1]}, "has no rows"),
             ({"rows": [0, 1, 1, 1 << 30]}, "are not the 64 of its shape"),
             ({"rows": [0, 16, 48]}, "wanted four numbers"),
             ({"rows": None}, "wanted four numbers"),
-            ({"tensor": "gpt_neox.layers.9.attention.query_key_value.weight"}, "do not make up the whole"),
-            ({"tensor": "gpt_neox.layers.0.input_layernorm.weight"}, "do not make up the whole"),
-            ({"transposed": True}, "differ in columns, dtype or direction"),
+            ({"tensor": "gpt_neox.layers.9.attention.query_key_value.weight"}, "do not make up the fused tensor"),
+            ({"tensor": "gpt_neox.layers.0.input_layernorm.weight"}, "do not make up the fused tensor"),
+            ({"transposed": True}, "differ in columns, dtype, transposed"),
             ({"transposed": "yes"}, "wanted true or false"),
         ],
     )

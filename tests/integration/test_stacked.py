@@ -295,10 +295,10 @@ def test_a_stack_that_does_not_fit_the_config_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"stacked": 3}, "they differ in columns, dtype or direction, or in the number of matrices"),
+        ({"stacked": 3}, "differ in columns, dtype, transposed or stacked"),
         ({"stacked": 0}, "stacked is 0, wanted a positive number"),
         ({"tensor": None}, "wanted the name of a tensor"),
-        ({"rows": [10, 2, 2, 48]}, "pieces overlap"),
+        ({"rows": [10, 2, 2, 48]}, "parts overlap"),
     ],
 )
 def test_what_config_says_of_a_stack_may_be_wrong(

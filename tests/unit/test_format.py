@@ -85,14 +85,14 @@ class TestDamagedEntries:
     @pytest.mark.parametrize(
         ("piece", "said"),
         [
-            ({"tensor": "b.weight"}, "tensor and rows say together"),
-            ({"rows": [0, 4, 4, 1]}, "tensor and rows say together"),
+            ({"tensor": "b.weight"}, "tensor and rows"),
+            ({"rows": [0, 4, 4, 1]}, "tensor and rows"),
             ({"tensor": "b.weight", "rows": [0, 1, 1, 1 << 40]}, "are not the 4 of its shape"),
             ({"tensor": "b.weight", "rows": [0, 4, 4]}, "wanted four numbers"),
             ({"tensor": "b.weight", "rows": [0.0, 4, 4, 1]}, "wanted four numbers"),
             ({"tensor": ["b.weight"], "rows": [0, 4, 4, 1]}, "wanted the name of a tensor"),
             ({"transposed": "yes"}, "wanted true or false"),
-            ({"stacked": 2}, "a stack of matrices has pieces"),
+            ({"stacked": 2}, "stacked"),
             ({"stacked": 0, "tensor": "b.weight", "rows": [0, 4, 4, 1]}, "wanted a positive number"),
         ],
     )

@@ -16,7 +16,7 @@ from pipeline.model.matrices import find_matrix, matrices_of
 from pipeline.model.parts import seen
 from pipeline.model.store import Store
 from pipeline.model.tensors import TensorInfo
-from swsc_core.pieces import Rows, join, misfit, rest_of
+from swsc_core.row_blocks import RowBlocks, fuse_rows, remaining_rows, require_partition
 
 N = 5  # inputs
 
@@ -114,11 +114,12 @@ def test_a_config_that_does_not_fit_the_tensor_is_refused(heads: float, wanted: 
 
 def test_pieces_and_the_rest_make_up_the_whole_again() -> None:
     weight = torch.randn(96, N)
-    q, v = Rows(0, 8, 24, 4), Rows(16, 8, 24, 4)
-    rest = weight[rest_of(96, [q, v])]
-    assert torch.equal(rest, Rows(8, 8, 24, 4).take(weight))
-    assert torch.equal(join(rest, [v, q], [v.take(weight), q.take(weight)]), weight)
+    q, v = RowBlocks(0, 8, 24, 4), RowBlocks(16, 8, 24, 4)
+    rest = weight[remaining_rows(96, [q, v])]
+    assert torch.equal(rest, RowBlocks(8, 8, 24, 4).take(weight))
+    assert torch.equal(fuse_rows(rest, [v, q], [v.take(weight), q.take(weight)]), weight)
     with pytest.raises(ValueError, match="overlap"):
-        join(rest, [q, q], [q.take(weight), q.take(weight)])
-    assert misfit(31, [q, v])
-    assert misfit(0, [Rows(0, 8, 0, 4)])
+        fuse_rows(rest, [q, q], [q.take(weight), q.take(weight)])
+    for remaining, parts in ((31, [q, v]), (0, [RowBlocks(0, 8, 0, 4)])):
+        with pytest.raises(ValueError, match="fused matrix"):
+            require_partition(remaining, parts)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from swsc_core import SwscSpec, encode
-from swsc_core.pieces import Rows, rest_of
+from swsc_core.row_blocks import RowBlocks, remaining_rows
 from swsc_core.serving.experts import RestoredExperts
 from swsc_core.spec import Spec
 from tests.unit.test_serving import CODED, HIDDEN, INPUT, OUTPUT, RTN, SEGMENTS, Config, Linear, applied
 
 # pieces of four heads of 16 and two of keys and values, and how an engine's layer for them splits
-SIDE_BY_SIDE = {"q": Rows(0, 64, 128, 1), "k": Rows(64, 32, 128, 1), "v": Rows(96, 32, 128, 1)}
-BY_GROUP = {"q": Rows(0, 32, 64, 2), "k": Rows(32, 16, 64, 2), "v": Rows(48, 16, 64, 2)}
+SIDE_BY_SIDE = {"q": RowBlocks(0, 64, 128, 1), "k": RowBlocks(64, 32, 128, 1), "v": RowBlocks(96, 32, 128, 1)}
+BY_GROUP = {"q": RowBlocks(0, 32, 64, 2), "k": RowBlocks(32, 16, 64, 2), "v": RowBlocks(48, 16, 64, 2)}
 NAME = "a.query_key_value"
 KINDS: dict[str, dict[str, Spec]] = {
     "all": {"q": OUTPUT, "k": OUTPUT, "v": OUTPUT},
@@ -29,11 +29,11 @@ KINDS: dict[str, dict[str, Spec]] = {
 class Whole:
     """A joined matrix of which pieces are compressed: `stored` by name, `dense` as it is restored."""
 
-    def __init__(self, laid: dict[str, Rows], specs: dict[str, Spec], turned: bool = False) -> None:
+    def __init__(self, laid: dict[str, RowBlocks], specs: dict[str, Spec], turned: bool = False) -> None:
         torch.manual_seed(0)
         self.dense, self.laid, self.turned = torch.randn(128, HIDDEN), laid, turned
         own = [laid[piece] for piece in specs]
-        self.stored = {f"{NAME}.weight": self.dense[rest_of(128, own)]}
+        self.stored = {f"{NAME}.weight": self.dense[remaining_rows(128, own)]}
         self.entries = {}
         for piece, spec in specs.items():
             made = encode(laid[piece].take(self.dense), [spec])
@@ -59,7 +59,7 @@ class Whole:
         return layer
 
 
-def of_rank(weight: Tensor, laid: dict[str, Rows], rank: int, ranks: int, kv: int) -> Tensor:
+def of_rank(weight: Tensor, laid: dict[str, RowBlocks], rank: int, ranks: int, kv: int) -> Tensor:
     """The rows of a rank: its share of the queries, and of keys and values, of which there are `kv` shares."""
     shares = {"q": (rank, ranks), "k": (rank * kv // ranks, kv), "v": (rank * kv // ranks, kv)}
     return torch.cat([rows.take(weight).chunk(shares[p][1])[shares[p][0]] for p, rows in laid.items()])
@@ -70,7 +70,7 @@ def of_rank(weight: Tensor, laid: dict[str, Rows], rank: int, ranks: int, kv: in
 @pytest.mark.parametrize("laid", [SIDE_BY_SIDE, BY_GROUP], ids=["side by side", "by group"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_layer_of_q_k_and_v_has_the_rows_of_its_rank(
-    kind: str, laid: dict[str, Rows], turned: bool, ranks: int
+    kind: str, laid: dict[str, RowBlocks], turned: bool, ranks: int
 ) -> None:
     whole, x, kv = Whole(laid, KINDS[kind], turned), torch.randn(3, HIDDEN), min(ranks, 2)
     for rank in range(ranks):
@@ -98,7 +98,7 @@ class TestWhatDoesNotFitIsRefusedByName:
         whole = Whole(SIDE_BY_SIDE, KINDS["q and k"])
         whole.stored[f"{NAME}.weight"] = torch.zeros(1, HIDDEN)
         whole.entries[f"{NAME}.k.weight"]["rows"] = [60, 32, 128, 1]
-        with pytest.raises(ValueError, match=r"a\.query_key_value: pieces overlap"):
+        with pytest.raises(ValueError, match=r"a\.query_key_value: .*overlap"):
             whole.load(0, 1, [64, 32, 32])
 
     def test_a_piece_of_another_size_than_its_rows(self) -> None:
@@ -115,12 +115,12 @@ class TestWhatDoesNotFitIsRefusedByName:
             method.process_weights_after_loading(layer)  # type: ignore[attr-defined]
 
     def test_heads_that_are_joined_in_another_order(self) -> None:
-        laid = {"k": Rows(0, 16, 64, 2), "v": Rows(16, 16, 64, 2), "q": Rows(32, 32, 64, 2)}
-        with pytest.raises(ValueError, match=r"a\.query_key_value: its heads are not joined as q, k and v by group"):
+        laid = {"k": RowBlocks(0, 16, 64, 2), "v": RowBlocks(16, 16, 64, 2), "q": RowBlocks(32, 32, 64, 2)}
+        with pytest.raises(ValueError, match=r"a\.query_key_value: its heads are not fused as q, k and v by group"):
             Whole(laid, {"q": OUTPUT}).load(0, 1, [64, 32, 32])
 
     def test_rows_of_a_rank_that_are_scattered_over_a_piece(self) -> None:
-        laid = {"q": Rows(0, 16, 128, 1), "k": Rows(16, 56, 128, 1), "v": Rows(72, 56, 128, 1)}
+        laid = {"q": RowBlocks(0, 16, 128, 1), "k": RowBlocks(16, 56, 128, 1), "v": RowBlocks(72, 56, 128, 1)}
         with pytest.raises(ValueError, match=r"a\.query_key_value\.k: a rank would take .* scattered .* fewer ranks"):
             Whole(laid, {"k": OUTPUT}).load(0, 2, [32, 16, 16])
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from swsc_core import SwscSpec, encode
 from swsc_core.metric import Metric
-from swsc_core.pieces import Rows, rest_of
+from swsc_core.row_blocks import RowBlocks, remaining_rows
 from swsc_core.spec import Spec
 
 
@@ -23,7 +23,7 @@ def compress(
     source: Path,
     out: Path,
     specs: Mapping[str, Spec],
-    pieces: Mapping[str, Rows] = MappingProxyType({}),
+    pieces: Mapping[str, RowBlocks] = MappingProxyType({}),
     turned: str = "$.",
 ) -> tuple[Path, Path]:
     """Write `out`/compressed and `out`/dense: each tensor of `specs` compressed by its spec, and restored.
@@ -40,7 +40,7 @@ def compress(
     restored = {name: tensor.T if re.search(turned, name) else tensor for name, tensor in tensors.items()}
     stored: dict[str, torch.Tensor] = dict(tensors)
     entries: dict[str, Any] = {}
-    joined: dict[str, list[Rows]] = {}
+    joined: dict[str, list[RowBlocks]] = {}
     for name, spec in specs.items():
         whole = f"{name.rsplit('.', 2)[0]}.weight" if name in pieces else name
         about: dict[str, Any] = {"transposed": True} if re.search(turned, whole) else {}
@@ -61,7 +61,7 @@ def compress(
         stem = name.removesuffix(".weight")
         stored |= {f"{stem}.{part}": tensor for part, tensor in made.tensors.items()}
     for whole, own in joined.items():
-        stored[whole] = restored[whole][rest_of(len(restored[whole]), own)]
+        stored[whole] = restored[whole][remaining_rows(len(restored[whole]), own)]
     restored = {name: tensor.T if re.search(turned, name) else tensor for name, tensor in restored.items()}
     quantization = {"quant_method": "swsc", "format_version": 3, "tensors": entries}
     (compressed / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))

@@ -10,7 +10,7 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 
 from swsc_core import RtnSpec, SwscSpec
-from swsc_core.pieces import Rows
+from swsc_core.row_blocks import RowBlocks
 from swsc_core.spec import Spec
 from tests.tiny import save_tokenizer
 from tests.vllm.checkpoints import compress
@@ -81,7 +81,7 @@ def made(path: Path, name: str) -> tuple[Path, Path]:
         save_file({key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}, file, {"format": "pt"})
     save_tokenizer(path / "model")
     specs: dict[str, Spec] = {}
-    rows: dict[str, Rows] = {}
+    rows: dict[str, RowBlocks] = {}
     for tensor, stem in _matrices(path / "model"):
         last = stem.rpartition(".")[2]
         own = [tensor]
@@ -90,7 +90,7 @@ def made(path: Path, name: str) -> tuple[Path, Path]:
             own = [f"{stem}.{piece}.weight" for piece in pieces]
             firsts = [sum(lengths[:place]) for place in range(len(lengths))]
             rows |= {
-                piece: Rows(first, length, sum(lengths), times)
+                piece: RowBlocks(first, length, sum(lengths), times)
                 for piece, first, length in zip(own, firsts, lengths, strict=True)
             }
         kinds = (OUTPUT, OUTPUT, OUTPUT) if re.match(r"\D*0\b", stem) else (SEGMENTS, None, RTN)

@@ -1,7 +1,7 @@
-"""Where the slices of a rank lie in a matrix of the checkpoint, and in which order its rows are wanted.
+"""Which rows and columns of a matrix of the checkpoint a tensor parallel rank holds, and in which order its rows are expected.
 
-An engine's linear layer knows the rows of its own slices alone, q, k and v by themselves. The checkpoint has them in matrices
-of their own, one after the other in one matrix, or in one matrix head by head, which the engine puts in order while it loads.
+An engine's linear layer knows the rows of its own slices alone, of q, k and v separately. The checkpoint stores these as separate
+matrices, concatenated in one matrix, or interleaved by head in one matrix, which the engine puts in order while it loads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swsc_core.pieces import Rows
+from swsc_core.row_blocks import RowBlocks
 
 Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class LinearPlace:
-    """Of a linear layer that has `width` inputs on each of so many ranks."""
+class LinearShard:
+    """The shard of `rank`, of `ranks`, of a linear layer that has `width` inputs on each of them."""
 
     width: int
     rank: int
@@ -51,11 +51,11 @@ class LinearPlace:
             start += count * size
         return found
 
-    def order(self, name: str, sizes: Sequence[int], shape: tuple[int, int], pieces: Mapping[str, Rows]) -> Tensor:
+    def order(self, name: str, sizes: Sequence[int], shape: tuple[int, int], pieces: Mapping[str, RowBlocks]) -> Tensor:
         """The stored row, int64 [m], of each row that the layer is to have: q, k and v one after the other, if it splits so.
 
         Raises:
-            ValueError: heads that are joined otherwise than engines expect them, q, k and v of a group side by side.
+            ValueError: heads that are fused in another way than engines expect, q, k and v of a group side by side.
         """
         found = {(rows.count, rows.stride) for rows in pieces.values()}
         (count, stride), *more = found
@@ -63,15 +63,15 @@ class LinearPlace:
             return torch.arange(shape[0])
         several = self.different(name, sizes, shape)
         lengths = [size * each // count for size, each in zip(sizes, several, strict=True)]
-        laid = [Rows(sum(lengths[:place]), length, stride, count) for place, length in enumerate(lengths)]
-        if more or sum(lengths) != stride or stride * count != shape[0] or not set(pieces.values()) <= set(laid):
-            raise ValueError(f"{name}: its heads are not joined as q, k and v by group; `swsc restore` first")
-        return torch.cat([rows.index() for rows in laid])
+        expected = [RowBlocks(sum(lengths[:number]), length, stride, count) for number, length in enumerate(lengths)]
+        if more or sum(lengths) != stride or stride * count != shape[0] or not set(pieces.values()) <= set(expected):
+            raise ValueError(f"{name}: its heads are not fused as q, k and v by group; `swsc restore` first")
+        return torch.cat([rows.index() for rows in expected])
 
 
 @dataclass(frozen=True)
-class EmbeddingPlace:
-    """Of an embedding or a head, of which the rank has rows `first` to `last`."""
+class EmbeddingShard:
+    """The shard of an embedding or a head of which the rank holds rows `first` to `last`."""
 
     first: int
     last: int

@@ -1,7 +1,7 @@
-"""A rank's slices of a matrix that joins several, some of them compressed: of each piece, and of the rows that are in none.
+"""A rank's slices of a fused matrix, parts of which are compressed: of each part, and of the rows that belong to none.
 
-The rank wants certain rows of the whole. Those of them that lie in one piece are consecutive rows of it wherever an engine
-splits by heads, so a piece is sliced as any matrix is; what the slices give is then put into the order that the rank wants.
+The rank holds certain rows of the fused matrix. Those of one part are consecutive rows of it wherever an engine splits by heads,
+so a part is sliced as any matrix is; the outputs of the slices are then put into the order that the rank expects.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,29 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swsc_core.pieces import Rows, misfit, rest_of
-from swsc_core.serving.places import LinearPlace, Range
+from swsc_core.location import row_blocks_of
+from swsc_core.row_blocks import RowBlocks, remaining_rows, require_partition
+from swsc_core.serving.shard_slices import LinearShard, Range
 from swsc_core.slicing import Stored
 
 Cuts = tuple[list[Stored | Tensor], Tensor | None]  # slices, and which of their rows each output is if not in order
 
 
-def cut_joined(
-    name: str, sizes: tuple[int, ...], entries: Mapping[str, Mapping[str, Any]], rest: Tensor, place: LinearPlace,
+def slice_fused(
+    name: str, sizes: tuple[int, ...], entries: Mapping[str, Mapping[str, Any]], rest: Tensor, shard: LinearShard,
     cut: Callable[[str, Range, Range], Stored],
 ) -> Cuts:  # fmt: skip
-    """The rank's slices of the matrix that joins the pieces of `entries` and `rest` [rows in none of them, n].
+    """The rank's slices of the matrix that fuses the parts of `entries` and `rest` [rows that belong to none, n].
 
     Args:
-        cut: gives rows and columns of a piece by its name.
+        cut: gives rows and columns of a part by its name.
 
     Raises:
-        ValueError: pieces that do not make up a matrix; rows of a rank that are scattered over a piece.
+        ValueError: parts that do not make up a matrix; rows of a rank that are scattered over a part.
     """
-    pieces = {piece: Rows(*entry["rows"]) for piece, entry in entries.items()}
+    pieces = dict(zip(entries, row_blocks_of(entries.values()), strict=True))
     shape = _shape(name, entries, pieces, rest)
-    order, places = place.order(name, sizes, shape, pieces), place.slices(name, sizes, shape)
-    wanted, columns = torch.cat([order[slice(*rows)] for rows, _ in places]), places[0][1]
+    order, slices = shard.order(name, sizes, shape, pieces), shard.slices(name, sizes, shape)
+    wanted, columns = torch.cat([order[slice(*rows)] for rows, _ in slices]), slices[0][1]
     cuts: list[Stored | Tensor] = []
     found, before = torch.empty_like(wanted), 0
     for piece, rows in pieces.items():
@@ -42,7 +43,7 @@ def cut_joined(
             cuts.append(cut(piece, (first, last), columns))
             found[here] = before + own - first
             before += len(own)
-    here, own = _own(wanted, rest_of(shape[0], list(pieces.values())), shape[0])
+    here, own = _own(wanted, remaining_rows(shape[0], list(pieces.values())), shape[0])
     if len(own):
         cuts.append(rest[own.to(rest.device), slice(*columns)].clone())
         found[here] = torch.arange(before, before + len(own))
@@ -50,15 +51,17 @@ def cut_joined(
 
 
 def _shape(
-    name: str, entries: Mapping[str, Mapping[str, Any]], pieces: Mapping[str, Rows], rest: Tensor
+    name: str, entries: Mapping[str, Mapping[str, Any]], pieces: Mapping[str, RowBlocks], rest: Tensor
 ) -> tuple[int, int]:
     if rest.ndim != 2 or not rest.is_floating_point():
-        raise ValueError(f"{name}: {list(rest.shape)} are no rows of a joined matrix; `swsc verify DIR` names the file")
+        raise ValueError(f"{name}: {list(rest.shape)} are no rows of a fused matrix; `swsc verify DIR` names the file")
     for piece, rows in pieces.items():
         if entries[piece]["shape"] != [rows.total, rest.shape[1]]:
             raise ValueError(f"{name}.{piece}: {entries[piece]['shape']}, but it takes {rows.total}×{rest.shape[1]}")
-    if wrong := misfit(len(rest), list(pieces.values())):
-        raise ValueError(f"{name}: {wrong}; compress again")
+    try:
+        require_partition(len(rest), list(pieces.values()))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; compress again") from None
     return len(rest) + sum(rows.total for rows in pieces.values()), rest.shape[1]
 
 

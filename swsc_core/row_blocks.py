@@ -1,0 +1,113 @@
+"""Rows of a fused matrix that belong to one of its parts: Q of a matrix that holds Q, K and V.
+
+Families that fuse their projections concatenate them, or interleave them by head or by group of heads. Each of these layouts
+consists of blocks of equal length at equal distances, so that four numbers describe a part, whatever the number of heads.
+
+A stack of matrices (one per expert) is treated as a fused matrix, too: that of all their rows, one matrix after the other.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """`count` blocks of `length` rows at distances of `stride` rows, the first of which starts at row `first`."""
+
+    first: int
+    length: int
+    stride: int
+    count: int
+
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return self.length * self.count
+
+    @property
+    def end(self) -> int:
+        """The row after the last one."""
+        return self.first + self.stride * (self.count - 1) + self.length
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """First row of each block, and the row after its last."""
+        return [(start, start + self.length) for start in self.starts().tolist()]
+
+    def shifted(self, rows: int) -> "RowBlocks":
+        """The same blocks, `rows` further down."""
+        return replace(self, first=self.first + rows)
+
+    def starts(self, device: torch.device | str = "cpu") -> Tensor:
+        """First row of each block, int64 [count]."""
+        return self.first + self.stride * torch.arange(self.count, device=device)
+
+    def index(self, device: torch.device | str = "cpu") -> Tensor:
+        """The rows, int64 [total], in the order of the part."""
+        return (self.starts(device)[:, None] + torch.arange(self.length, device=device)).reshape(-1)
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """The part [total, n] of a fused matrix [m, n]: a copy."""
+        return matrix[self.index(matrix.device)]
+
+    def put(self, matrix: Tensor, part: Tensor) -> None:
+        """Write a part [total, n] into its rows of the fused matrix [m, n], in place."""
+        matrix[self.index(matrix.device)] = part.to(matrix.device, matrix.dtype)
+
+
+def remaining_rows(m: int, parts: Sequence[RowBlocks]) -> Tensor:
+    """The rows, int64 [remaining], in order, of a fused matrix of `m` rows that belong to none of `parts`."""
+    free = torch.ones(m, dtype=torch.bool)
+    for part in parts:
+        free[part.index()] = False
+    return free.nonzero()[:, 0]
+
+
+def row_permutation(m: int, parts: Sequence[RowBlocks]) -> list[int]:
+    """Permutation [m] that restores the fused matrix's row order from `concat(parts, remaining_rows)`."""
+    taken = [row for part in parts for start, stop in part.blocks for row in range(start, stop)]
+    in_parts = set(taken)
+    position = {row: place for place, row in enumerate([*taken, *(row for row in range(m) if row not in in_parts)])}
+    return [position[row] for row in range(m)]
+
+
+def fuse_rows(remaining: Tensor, row_blocks: Sequence[RowBlocks], parts: Iterable[Tensor]) -> Tensor:
+    """The fused matrix [m, n] of its parts and of the rows [remaining, n] of none; in the dtype of `remaining`.
+
+    Args:
+        row_blocks: the rows of each part.
+        parts: [rows, n] each, in the same order, consumed one at a time.
+
+    Raises:
+        ValueError: parts that overlap or leave rows out.
+    """
+    require_partition(len(remaining), row_blocks)
+    matrix = remaining.new_empty((len(remaining) + sum(rows.total for rows in row_blocks), remaining.shape[1]))
+    matrix[remaining_rows(len(matrix), row_blocks).to(remaining.device)] = remaining
+    for rows, part in zip(row_blocks, parts, strict=True):
+        rows.put(matrix, part)
+    return matrix
+
+
+def require_partition(remaining: int, parts: Sequence[RowBlocks]) -> None:
+    """Raise ValueError unless `parts` and `remaining` further rows make up a whole matrix, each row once."""
+    if any(min(rows.length, rows.stride, rows.count) < 1 or rows.first < 0 for rows in parts):
+        raise ValueError("a part of the fused matrix has no rows")
+    m = remaining + sum(rows.total for rows in parts)
+    # models are created where another device is the default
+    empty = torch.zeros(0, dtype=torch.int64, device="cpu")
+    starts = torch.cat([empty, *(rows.starts() for rows in parts)])
+    stops = torch.cat([empty, *(rows.starts() + rows.length for rows in parts)])
+    starts, order = starts.sort()
+    stops = torch.cat([starts.new_zeros(1), stops[order]])
+    if bool((starts < stops[:-1]).any()) or int(stops[-1]) > m:
+        raise ValueError(f"parts overlap or exceed the {m} rows of the fused matrix")
+
+
+def apply_view(tensor: Tensor, transposed: bool = False, row_blocks: RowBlocks | None = None) -> Tensor:
+    """A matrix [outputs, inputs] from the tensor that holds it: transposed if that is [inputs, outputs], then some rows of it."""
+    matrix = tensor.T.contiguous() if transposed else tensor
+    return row_blocks.take(matrix) if row_blocks else matrix
