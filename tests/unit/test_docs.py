@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "docs" / "cli.md"  # its words are those of the settings
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "deploy" / "README.md",
     *sorted(set((ROOT / "docs").glob("*.md")) - {GENERATED}),
