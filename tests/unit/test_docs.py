@@ -34,6 +34,7 @@ AVOIDED = {
     r"order of pieces": "row permutation",
     r"tells?|told|says?|said": "raises, returns, states",
     r"apart": "separate",
+    r"lies|lie|lay|lying": "is, is stored",
 }
 
 
