@@ -1,1 +1,1 @@
-"""What can be done with a compressed model: scripts to be read from top to bottom, and run offline."""
+"""Examples of using a compressed model. Each script reads from top to bottom and runs offline."""

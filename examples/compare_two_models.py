@@ -1,9 +1,9 @@
-"""Two models side by side: their perplexity on a text, and how far they agree on what comes next.
+"""Compare two models: their perplexity on a text, and how often they predict the same next token.
 
     python -m examples.compare_two_models DENSE COMPRESSED --text TEXT.txt --prompt "The capital of France is"
 
-Either directory may be dense or compressed. Perplexity is that of `swsc evaluate`. Agreement has two figures: at how many places
-of the text both find the same token the likeliest, and how long their greedy continuations of a prompt stay the same.
+Either directory may be dense or compressed. Perplexity is that of `swsc evaluate`. Agreement has two figures: the share of
+positions at which both models rank the same token first, and the length of the common prefix of their greedy completions.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import swsc_core.hf  # noqa: F401  transformers knows compressed checkpoints from here on
+import swsc_core.hf  # noqa: F401  registers the format with transformers
 from pipeline.config import ClusterSettings, EvaluateSettings
 from pipeline.errors import SwscError
 from pipeline.flows.evaluate import evaluate_model
@@ -24,27 +24,29 @@ from pipeline.run.cluster import make_pool
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure both, compare, print; returns perplexities, the share of equal tokens and the lengths of equal beginnings."""
+    """Evaluate both models and print the comparison; return perplexities, top-1 agreement and common prefix lengths."""
     given = _arguments(argv)
     logging.disable_progress_bar()
     places = (given.first, given.second)
 
-    # 1. Perplexity, each by itself: the very function behind `swsc evaluate`, as a plain loop.
+    # 1. Perplexity of each model: the function behind `swsc evaluate`, as a local loop.
     settings = EvaluateSettings(text=given.text, seqlen=given.seqlen, windows=given.windows)
     pools = partial(make_pool, ClusterSettings(local=True))
     perplexities = [evaluate_model(place, settings, pools)["perplexity"] for place in places]
     for place, value in zip(places, perplexities, strict=True):
         print(f"{place}: perplexity {value:.3f} on {given.windows} windows of {given.seqlen} tokens of {given.text}")
 
-    # 2. The same text through both: where is the likeliest next token the same?
+    # 2. Both models on the same text: how often do they rank the same next token first?
     models = [AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval() for place in places]
     windows = [torch.from_numpy(make_windows(place, settings).ids) for place in places]
     if not torch.equal(*windows):
-        raise SystemExit(f"error: {given.first} and {given.second} cut the text into other tokens; compare kin")
+        raise SystemExit(
+            f"error: {given.first} and {given.second} tokenise the text differently; compare models with one tokenizer"
+        )
     share = agreement(models[0], models[1], windows[0])
-    print(f"the likeliest next token is the same at {100 * share:.2f}% of {windows[0].numel()} places")
+    print(f"top-1 agreement: {100 * share:.2f}% of {windows[0].numel()} positions")
 
-    # 3. What both write, and where they part.
+    # 3. Greedy completions of both, and where they diverge.
     tokenizer = AutoTokenizer.from_pretrained(given.first)
     same = []
     for prompt in given.prompt:
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 @torch.no_grad()
 def agreement(first: Any, second: Any, windows: torch.Tensor) -> float:
-    """Share of the places of `windows`, int64 [count, seqlen], at which both find the same token the likeliest."""
+    """Share of the positions of `windows`, int64 [count, seqlen], at which both models rank the same token first."""
     equal = 0
     for ids in windows.split(1):
         one, other = (model(input_ids=ids, use_cache=False).logits.argmax(-1) for model in (first, second))
@@ -67,7 +69,7 @@ def agreement(first: Any, second: Any, windows: torch.Tensor) -> float:
 
 
 def greedy(model: Any, tokenizer: Any, prompt: str, tokens: int) -> list[int]:
-    """Ids of the continuation of `prompt` by always the likeliest token."""
+    """Token ids of the greedy completion of `prompt`."""
     asked = tokenizer(prompt, return_tensors="pt")
     ids, mask = asked["input_ids"], asked["attention_mask"]
     written = model.generate(
@@ -77,7 +79,7 @@ def greedy(model: Any, tokenizer: Any, prompt: str, tokens: int) -> list[int]:
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the equal beginning."""
+    """Length of the common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
@@ -85,12 +87,12 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", metavar="FIRST", help="directory of a dense or compressed model")
-    parser.add_argument("second", metavar="SECOND", help="directory of another form of it")
+    parser.add_argument("second", metavar="SECOND", help="directory of another form of the same model")
     parser.add_argument("--text", required=True, metavar="TEXT", help="text file to measure on")
     parser.add_argument(
-        "--prompt", action="append", default=[], help="let both go on with this; may be given several times"
+        "--prompt", action="append", default=[], help="text to complete with both models; may be repeated"
     )
-    parser.add_argument("--tokens", type=int, default=20, help="of a continuation")
+    parser.add_argument("--tokens", type=int, default=20, help="tokens of a completion")
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=4, help="windows that are measured")
     return parser.parse_args(argv)

@@ -1,10 +1,10 @@
-"""Win back quality that a compression has cost: a short LoRA fine-tune of a compressed model on a text file.
+"""Recover quality after compression: a short LoRA fine-tune of a compressed model on a text file.
 
     python -m examples.lora_recovery COMPRESSED ADAPTER --train TRAINING.txt --text TEST.txt --teacher DENSE
 
-The compressed model stays as it is; a LoRA adapter on its compressed layers learns to predict what the dense model predicts
-(--teacher), or, without it, the text itself. Perplexity is measured before and after by the protocol of `swsc evaluate`, and a
-training text that shares passages with the text to be measured on is refused.
+The compressed model does not change. A LoRA adapter on its compressed layers learns to predict what the dense model predicts
+(--teacher), or the text itself without a teacher. Perplexity is measured before and after with the protocol of `swsc evaluate`.
+A training text that shares passages with the evaluation text is refused.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import swsc_core.hf.lora  # noqa: F401  transformers and PEFT know compressed layers from here on
+import swsc_core.hf.lora  # noqa: F401  registers compressed layers with transformers and PEFT
 from pipeline.config import CalibrationSettings, EvaluateSettings
 from pipeline.errors import SwscError
 from pipeline.measure.overlap import require_apart
@@ -30,14 +30,14 @@ from swsc_core import SwscLinear
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Fine-tune, measure, save; returns the perplexities before and after, and the minutes of training."""
+    """Fine-tune, evaluate and save; return the perplexities before and after, and the minutes of training."""
     given = _arguments(argv)
     logging.disable_progress_bar()
     read = places.named([("COMPRESSED", given.model), ("--teacher", given.teacher)])
     for what, folder in (("ADAPTER", given.adapter), ("--merged", given.merged or given.adapter)):
         places.require_apart(places.Place.at(what, folder), read)
 
-    # 1. Two texts. A figure on a text that was trained on would flatter: shared passages are refused.
+    # 1. Two texts. Shared passages are refused, because a perplexity on training text would be too low.
     test = make_windows(given.model, EvaluateSettings(text=given.text, seqlen=given.seqlen, windows=given.windows))
     training = calibration_windows(
         given.model,
@@ -49,28 +49,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     require_apart(training.traces, read_text(given.text), given.text)
 
-    # 2. The compressed model, opened as any other, and how good it is.
+    # 2. The compressed model, opened like any other, and its perplexity.
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     before = perplexity(window_losses(model, test.ids), given.model)
     print(f"{given.model}: perplexity {before:.3f} on {len(test.ids)} windows of {given.seqlen} tokens of {given.text}")
 
-    # 3. An adapter on its compressed layers. B begins as zero: nothing has changed yet.
+    # 3. An adapter on its compressed layers. B is zero at first, so the model has not changed yet.
     torch.manual_seed(given.seed)
     layers = [path for path, layer in model.named_modules() if isinstance(layer, SwscLinear) and path != "lm_head"]
     adapted = get_peft_model(
         model, LoraConfig(r=given.rank, lora_alpha=2 * given.rank, target_modules=layers, task_type="CAUSAL_LM")
     )
     values, weights = adapted.num_parameters(only_trainable=True), sum(_weights(model, path) for path in layers)
-    print(f"adapter of rank {given.rank} on {len(layers)} layers: {16 * values / weights:.3f} bits a weight of theirs")
+    print(f"adapter of rank {given.rank} on {len(layers)} layers: {16 * values / weights:.3f} bits per weight")
 
-    # 4. The fine-tune: towards what the dense model says, or towards the text.
+    # 4. The fine-tune: towards the dense model's predictions, or towards the text.
     teacher = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=torch.float32).eval() if given.teacher else None
     order = torch.randperm(len(training.ids), generator=torch.Generator().manual_seed(given.seed))
     started = time.perf_counter()
     train(adapted, teacher, torch.from_numpy(training.ids)[order], given.batch, given.rate, given.autocast)
     minutes = (time.perf_counter() - started) / 60
 
-    # 5. How good it is now, and the adapter on disk: stock PEFT opens it on top of the compressed model.
+    # 5. The perplexity now, and the adapter on disk: stock PEFT opens it on top of the compressed model.
     after = perplexity(window_losses(adapted.eval(), test.ids), given.model)
     adapted.save_pretrained(given.adapter)
     tokens = training.ids.size
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def train(model: Any, teacher: Any, windows: torch.Tensor, batch: int, rate: float, autocast: bool) -> None:
-    """One pass over `windows`, int64 [count, seqlen], by Adam; the rate rises over a tenth of it and falls to zero."""
+    """One pass over `windows`, int64 [count, seqlen], with AdamW; the rate warms up for a tenth of it and decays to zero."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     steps = len(windows) // batch
@@ -103,20 +103,20 @@ def train(model: Any, teacher: Any, windows: torch.Tensor, batch: int, rate: flo
 
 
 def save_merged(adapted: Any, model: str, output: str) -> None:
-    """A compressed model of its own, whose low-rank part has a higher rank, in the dtype of the one before: all verbs open it."""
+    """Save model and adapter as one compressed model of higher rank, in the dtype of the original; all verbs open it."""
     adapted.merge_and_unload().to(AutoConfig.from_pretrained(model).dtype).save_pretrained(output)
     AutoTokenizer.from_pretrained(model).save_pretrained(output)
-    print(f"{output}: both in one, still compressed")
+    print(f"{output}: model and adapter merged, still compressed")
 
 
 def _loss(model: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Nats a token: how far from the teacher's prediction, or from the next token of the text if there is no teacher."""
-    said = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    """KL divergence to the teacher's prediction, or cross-entropy without a teacher, in nats per token."""
+    predicted = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     if teacher is None:
-        return cross_entropy(said, ids[:, 1:].flatten())
+        return cross_entropy(predicted, ids[:, 1:].flatten())
     with torch.no_grad():
         wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    return kl_div(log_softmax(said, -1), log_softmax(wanted, -1), log_target=True, reduction="batchmean")
+    return kl_div(log_softmax(predicted, -1), log_softmax(wanted, -1), log_target=True, reduction="batchmean")
 
 
 def _weights(model: Any, path: str) -> int:
@@ -134,15 +134,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--teacher", metavar="DENSE", help="directory of the dense model (default: learn the text itself)"
     )
     parser.add_argument("--merged", metavar="OUTPUT", help="also write both as one compressed model")
-    parser.add_argument("--rank", type=int, default=8, help="of the adapter")
-    parser.add_argument("--steps", type=int, default=160, help="of the optimizer")
-    parser.add_argument("--batch", type=int, default=1, help="windows of a step")
-    parser.add_argument("--train-seqlen", type=int, default=256, help="tokens of a training window")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the adapter")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=1, help="windows per step")
+    parser.add_argument("--train-seqlen", type=int, default=256, help="tokens per training window")
     parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate")
-    parser.add_argument("--autocast", action="store_true", help="train in bfloat16; fast where the processor has it")
-    parser.add_argument("--seqlen", type=int, default=1024, help="tokens of a window that is measured")
-    parser.add_argument("--windows", type=int, default=8, help="windows that are measured")
-    parser.add_argument("--seed", type=int, default=0, help="of the adapter's start and the order of the text")
+    parser.add_argument("--autocast", action="store_true", help="train in bfloat16; fast on processors that support it")
+    parser.add_argument("--seqlen", type=int, default=1024, help="tokens per evaluation window")
+    parser.add_argument("--windows", type=int, default=8, help="number of evaluation windows")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the adapter's initial values and of the order of the text"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
-"""Generate with a compressed model in vLLM, and hold the tokens against transformers on the restored model if there is one.
+"""Generate with a compressed model in vLLM, and optionally compare the tokens with transformers on the restored model.
 
     python examples/serve_with_vllm.py OUTPUT
     swsc restore OUTPUT DENSE && python examples/serve_with_vllm.py OUTPUT --against DENSE --ranks 2
 
-Nothing here knows the format: vLLM finds the plug-in by itself once swsc is installed beside it (docs/vllm.md).
+This script needs no code of swsc: vLLM finds the plug-in once swsc is installed beside it (docs/vllm.md).
 """
 
 import argparse
@@ -14,7 +14,7 @@ PROMPTS = ["The capital of France is", "Water boils at", "Once upon a time there
 
 
 def by_vllm(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]], list[str]]:
-    """Token ids of the prompts, those that follow, and these as text."""
+    """Return token ids of the prompts, token ids of the completions, and the completions as text."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB; of no effect on a GPU
     from vllm import LLM, SamplingParams
 
@@ -26,17 +26,17 @@ def by_vllm(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]],
         enforce_eager=not args.compile,
     )
     done = llm.generate(args.prompt or PROMPTS, SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True))
-    said = [list(one.outputs[0].token_ids) for one in done]
-    return [list(one.prompt_token_ids or []) for one in done], said, [one.outputs[0].text for one in done]
+    completions = [list(one.outputs[0].token_ids) for one in done]
+    return [list(one.prompt_token_ids or []) for one in done], completions, [one.outputs[0].text for one in done]
 
 
 def by_transformers(args: argparse.Namespace, prompts: list[list[int]]) -> list[list[int]]:
-    """What the restored model says next."""
+    """Token ids of the restored model's greedy completions."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(args.against, dtype=getattr(torch, args.dtype))
-    model.generation_config.eos_token_id = None  # vLLM is told to go on, too
+    model.generation_config.eos_token_id = None  # vLLM ignores EOS, too
     asked = {"max_new_tokens": args.tokens, "do_sample": False}
     return [model.generate(torch.tensor([ids]), **asked)[0, len(ids) :].tolist() for ids in prompts]
 
@@ -45,21 +45,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory that `swsc compress` wrote")
     parser.add_argument(
-        "--against", metavar="DENSE", help="what `swsc restore` made of it; exit code 1 if tokens differ"
+        "--against", metavar="DENSE", help="its restored model (`swsc restore`); exit code 1 if tokens differ"
     )
-    parser.add_argument("--prompt", action="append", help="may be given more than once")
+    parser.add_argument("--prompt", action="append", help="prompt; may be repeated")
     parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a prompt and what follows, at most")
+    parser.add_argument("--length", type=int, default=256, help="maximum tokens of a prompt and its completion")
     parser.add_argument("--ranks", type=int, default=1, help="tensor parallel processes or GPUs")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes longer to start")
     args = parser.parse_args()
-    prompts, said, texts = by_vllm(args)
+    prompts, completions, texts = by_vllm(args)
     for prompt, text in zip(args.prompt or PROMPTS, texts, strict=True):
         print(f"{prompt}|{text!r}")
     if not args.against:
         return 0
-    equal = [ours == theirs for ours, theirs in zip(said, by_transformers(args, prompts), strict=True)]
+    equal = [ours == theirs for ours, theirs in zip(completions, by_transformers(args, prompts), strict=True)]
     print(f"{sum(equal)} of {len(equal)} prompts: the same {args.tokens} tokens as transformers")
     return 0 if all(equal) else 1
 
