@@ -23,7 +23,7 @@ from benchmarks.common import print_markdown, timed
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.families import Family
 from pipeline.model.matrices import matrices_of
-from pipeline.model.parts import read_tensor
+from pipeline.model.parts import read_matrix
 from swsc_core import kmeans
 from swsc_core.bits import Geometry
 from swsc_core.budget import solve_budget
@@ -49,10 +49,10 @@ def real_cases(location: str, layers: set[str]) -> Iterator[Case]:
     family = Family(checkpoint.config)
     matrices = [one for info in checkpoint.tensors.values() for one in matrices_of(checkpoint, family, info)]
     for matrix in matrices:
-        name = matrix.info.name
+        name = matrix.name
         if matrix.role not in ("q", "k") or layers.isdisjoint(re.findall(r"\d+", name)):
             continue
-        weight = read_tensor(checkpoint.store, matrix.info).float()
+        weight = read_matrix(checkpoint.store, matrix).float()
         for axis in AXES:
             points = weight if axis == "output" else weight.T.contiguous()
             for bits in (3, 2):

@@ -13,7 +13,6 @@ from pipeline.flows.preflight import examine
 from pipeline.model.artifact import Model
 from pipeline.model.forecast import cached_bytes, forecast, stage_bytes
 from pipeline.model.gguf_headers import open_headers
-from pipeline.model.matrices import location_of
 from pipeline.model.plan import Decision, Plan, make_plan, require_coverage
 from pipeline.model.speed import measure_speed
 from pipeline.model.store import Store
@@ -71,7 +70,7 @@ def _row(decision: Decision) -> dict[str, Any]:
         "action": decision.action,
         "reason": decision.reason,
         "shape": list(decision.info.shape),
-        **location_of(decision.info).to_json(),
+        **decision.location.to_json(),
         "method": decision.specs[0].method if decision.specs else None,
         "bits_per_weight": bits,
         "paper_bits": decision.paper_bits,

@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.common import structured_weight
 from benchmarks.gpu.finding import Bench, Finding
 from pipeline.model.forecast import matrix_device_bytes
+from pipeline.model.matrix_info import whole_matrix
 from pipeline.model.tensors import TensorInfo
 from swsc_core import Encoded, Metric, SwscSpec, decode, encode
 from swsc_core.linear import SwscLinear
@@ -114,5 +115,5 @@ def _whole_matrix(bench: Bench, name: str, n: int) -> Iterator[Finding]:
     peak = bench.peak(lambda: seconds.append(bench.seconds(lambda: made(bench.device, n, spec), 1)))
     yield Finding(f"encode {n}×{n}, {name}", seconds[0], "s")
     if bench.on_gpu:
-        share = peak / matrix_device_bytes(TensorInfo("w", "BF16", (n, n), "f", 0, 2 * n * n), spec)
+        share = peak / matrix_device_bytes(whole_matrix(TensorInfo("w", "BF16", (n, n), "f", 0, 2 * n * n)), spec)
         yield Finding(f"memory of {n}×{n}, {name}, over the estimate", share, "×", share <= 1)

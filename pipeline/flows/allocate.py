@@ -18,12 +18,12 @@ from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes, device_bytes
+from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.moments import Moments
 from pipeline.model.plan import Decision, Plan, with_specs
 from pipeline.model.records import Curves, of_cache, read_record
 from pipeline.model.specs import budget_bytes, value_bits
 from pipeline.model.tensor_names import tensor_kind
-from pipeline.model.tensors import TensorInfo
 from pipeline.run.pool import Task
 from swsc_core.allocation import Choice, allocate, equal_shares
 from swsc_core.menu import candidates
@@ -45,7 +45,7 @@ def allocate_plan(
 
 def _divide(source: Checkpoint, plan: Plan, choices: list[list[Choice]], settings: MatrixSettings) -> list[Spec]:
     counts = [decision.info.count for decision in plan.compressed]
-    budget = budget_bytes(source, [decision.info for decision in plan.compressed], settings)
+    budget = budget_bytes(source, [decision.matrix for decision in plan.compressed], settings)
     if settings.allocation == "measured":
         return [choice.spec for choice in allocate(choices, budget)]
     least = [min(choice.nbytes for choice in own) for own in choices]
@@ -54,8 +54,8 @@ def _divide(source: Checkpoint, plan: Plan, choices: list[list[Choice]], setting
 
 
 def _choices(decision: Decision, settings: MatrixSettings, curves: dict[str, Any]) -> list[Choice]:
-    info = decision.info
-    shape, width = (info.shape[0], info.shape[1]), value_bits(info.dtype, settings)
+    info = decision.matrix
+    shape, width = info.shape, value_bits(info.dtype, settings)
     reach = curves["reach"][info.name]
     return [
         Choice(spec, spec.stored_bytes(shape, width), reach * share)
@@ -69,7 +69,7 @@ def rounds_of(settings: MatrixSettings) -> int:
     return settings.rounds if settings.rounds is not None else {"paper": 0, "fast": 1}.get(settings.preset, 4)
 
 
-def kind_of(info: TensorInfo) -> str:
+def kind_of(info: MatrixInfo) -> str:
     """Matrices that share a curve: those whose names differ in numbers only."""
     return f"{tensor_kind(info.name)} {list(info.shape)}"
 
@@ -78,7 +78,7 @@ def _curves(
     source: Checkpoint, plan: Plan, settings: MatrixSettings, moments: Moments, make_pool: PoolMaker
 ) -> dict[str, Any]:
     """Reach of every matrix and shares of every kind, measured or read again."""
-    infos = [decision.info for decision in plan.compressed]
+    infos = [decision.matrix for decision in plan.compressed]
     identity = {"version": _VERSION, "seed": settings.seed, "matrices": sorted(info.name for info in infos)}
     identity |= {"gradient_share": moments.gradient_share}
     identity |= {"widths": sorted({value_bits(info.dtype, settings) for info in infos})}
@@ -96,7 +96,7 @@ def _curves(
     return curves
 
 
-def _read(moments: Moments, file: str, infos: Sequence[TensorInfo], settings: MatrixSettings) -> dict[str, Any]:
+def _read(moments: Moments, file: str, infos: Sequence[MatrixInfo], settings: MatrixSettings) -> dict[str, Any]:
     """Curves as they were written, of all these matrices: of specs on the menu, and of losses that are numbers."""
     kept = read_record(moments.store, file, Curves)
     offered = {_offered(info, settings) for info in infos}
@@ -111,9 +111,9 @@ def _read(moments: Moments, file: str, infos: Sequence[TensorInfo], settings: Ma
     return {"reach": reach, "shares": shares}
 
 
-def _offered(info: TensorInfo, settings: MatrixSettings) -> tuple[tuple[int, int], int]:
+def _offered(info: MatrixInfo, settings: MatrixSettings) -> tuple[tuple[int, int], int]:
     """What the menu of a matrix depends on: its shape, and bits of a stored value."""
-    return (info.shape[0], info.shape[1]), value_bits(info.dtype, settings)
+    return info.shape, value_bits(info.dtype, settings)
 
 
 def _text(spec: SwscSpec) -> str:
@@ -137,12 +137,12 @@ def _results(tasks: list[Task], what: str, plan: Plan, make_pool: PoolMaker) -> 
 
 def _share_tasks(
     source: Checkpoint,
-    infos: Sequence[TensorInfo],
+    infos: Sequence[MatrixInfo],
     settings: MatrixSettings,
     moments: Moments,
     reaches: dict[str, float],
 ) -> list[Task]:
-    kinds: dict[str, list[TensorInfo]] = {}
+    kinds: dict[str, list[MatrixInfo]] = {}
     for info in infos:
         kinds.setdefault(kind_of(info), []).append(info)
     tasks = []
@@ -155,7 +155,7 @@ def _share_tasks(
     return tasks
 
 
-def _typical(members: Sequence[TensorInfo], moments: Moments, reaches: dict[str, float]) -> TensorInfo:
+def _typical(members: Sequence[MatrixInfo], moments: Moments, reaches: dict[str, float]) -> MatrixInfo:
     """The middle one of those that most tokens reached and that have anything to lose.
 
     An expert that got no token, or a matrix of zeros, says nothing of the others.

@@ -21,12 +21,12 @@ from pipeline.measure.perplexity import ModelKey
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.digests import Seen
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes, moment_bytes
+from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.moments import SOURCE, Moments, layers_of, moment_file, require_same_source, source_of
 from pipeline.model.output import begin
 from pipeline.model.records import rebuilt_cache
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
-from pipeline.model.tensors import TensorInfo
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress, say
@@ -76,7 +76,7 @@ class Calibration:
     """Deals out the gathering of moments, and their addition as soon as all shards of a range are there."""
 
     def __init__(
-        self, source: Checkpoint, infos: Sequence[TensorInfo], ids: np.ndarray, settings: CalibrationSettings, cache: str,
+        self, source: Checkpoint, infos: Sequence[MatrixInfo], ids: np.ndarray, settings: CalibrationSettings, cache: str,
         seed: int, arithmetic: Arithmetic = _CPU,
     ) -> None:  # fmt: skip
         """Begin, or go on with, a calibration.

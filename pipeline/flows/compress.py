@@ -22,7 +22,6 @@ from pipeline.model.addresses import command
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.lease import Ticket
-from pipeline.model.matrices import location_of
 from pipeline.model.moments import Moments
 from pipeline.model.output import CALIBRATION, Output, abandon, finish
 from pipeline.model.parts import DONE
@@ -237,7 +236,7 @@ def _report(
     tensors = []
     for decision in plan.decisions:
         about: dict[str, Any] = {"name": decision.info.name, "action": decision.action, "reason": decision.reason}
-        about |= {"shape": list(decision.info.shape), "method": None, **location_of(decision.info).to_json()}
+        about |= {"shape": list(decision.info.shape), "method": None, **decision.location.to_json()}
         row = {key: value for key, value in rows.get(decision.info.name, {}).items() if key != "entry"}
         tensors.append({**about, **row})
     return {

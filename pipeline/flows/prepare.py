@@ -70,7 +70,7 @@ def prepare(
         TuneText(text.ids, settings.epochs, settings.seed)  # too few windows are told of before hours of work
     moments = None
     if settings.with_moments:
-        infos = [decision.info for decision in plan.compressed]
+        infos = [decision.matrix for decision in plan.compressed]
         moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed, arithmetic).run(make_pool)
         if settings.preset != "paper":
             plan = allocate_plan(source, plan, settings, moments, make_pool)

@@ -50,7 +50,7 @@ class Ingredients:
         read = {where: digest for row in rows for where, digest in row.get("source_sha256", {}).items()}
         if not rows:
             own = {name: self.source.tensors[name] for name in tensors if name in self.source.tensors}
-            read = {range_of(info): tensors[name] for name, info in own.items() if info.view is None}
+            read = {range_of(info): tensors[name] for name, info in own.items() if info.fp8 is None}
         require_same_source(self.moments.store, self._calibrated_on, read)
 
     @cached_property

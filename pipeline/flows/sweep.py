@@ -27,8 +27,8 @@ from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import WORKER_BASE, compression_bytes, device_bytes
 from pipeline.model.matrices import find_matrix
+from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.plan import Plan
-from pipeline.model.tensors import TensorInfo
 from pipeline.run.driver import execute
 from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress, about
@@ -176,7 +176,7 @@ class Sweep:
         order = sorted(units, key=lambda name: (needed_by[name], -find_matrix(checkpoint, name).nbytes))
         return [self._compression(model, find_matrix(checkpoint, name), units[name]) for name in order]
 
-    def _compression(self, model: int, info: TensorInfo, units: list[Unit]) -> Task:
+    def _compression(self, model: int, info: MatrixInfo, units: list[Unit]) -> Task:
         return Task(
             ("compress", tuple(units)), "compress_units",
             (self._checkpoints[model].store, info, [way for _, _, way in units]),

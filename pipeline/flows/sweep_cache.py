@@ -26,7 +26,7 @@ def require_cache_room(runs: Sequence[Run], settings: SweepSettings, beside: str
 def _moments(runs: Sequence[Run]) -> int:
     """Bytes of second moments: runs of one model share those of the same matrices."""
     infos = {
-        (run.model, decision.info.name): decision.info
+        (run.model, decision.matrix.name): decision.matrix
         for run in runs
         if run.plan and run.variant and run.variant.with_moments
         for decision in run.plan.compressed

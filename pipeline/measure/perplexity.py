@@ -217,7 +217,7 @@ def _weights(source: Model, digests: Seen | None) -> Iterator[dict[str, Any]]:
             if info is None or source.is_compressed(name):
                 weights[name] = source.read(name)
                 continue
-            if not in_place or info.view is not None:
+            if not in_place or info.fp8 is not None:
                 weights[name] = read_tensor(checkpoint.store, info, digests)
                 continue
             if info.sha256 or digests is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
-from pipeline.model.parts import read_tensor
+from pipeline.model.parts import read_matrix, read_tensor
 from pipeline.model.quantized_names import require_unquantized
 from pipeline.model.source_digests import SourceDigests, held_against
 from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo
@@ -83,11 +83,11 @@ class Model:
 
     def location(self, name: str) -> MatrixLocation:
         """Where the matrix `name` lies in the dense model: that of an entry, or a matrix of a dense checkpoint."""
-        from pipeline.model.matrices import find_matrix, location_of
+        from pipeline.model.matrices import find_matrix
 
         if name in self.entries:
             return MatrixLocation.from_json(self.entries[name])
-        return location_of(find_matrix(self.checkpoint, name))
+        return find_matrix(self.checkpoint, name).location
 
     def parts(self, tensor: str) -> dict[str, str]:
         """part -> stored name, of a compressed tensor."""
@@ -110,7 +110,7 @@ class Model:
         from swsc_core.apart import shared_part
 
         if name not in self.entries:
-            return read_tensor(self.checkpoint.store, find_matrix(self.checkpoint, name))
+            return read_matrix(self.checkpoint.store, find_matrix(self.checkpoint, name))
         return (shared_part if bare else decode)(self.read_parts(name), self.entries[name])
 
     def _fused(self, name: str) -> "Tensor":

@@ -8,8 +8,9 @@ from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError, StoreError
 from pipeline.model.files import Bytes
+from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.store import Store
-from pipeline.model.tensors import TensorInfo, View
+from pipeline.model.tensors import TensorInfo
 
 Seen = dict[str, str]  # range of a file, as `range_of` writes it -> sha256 of the bytes that were read there
 _LINE = re.compile(r"(?P<sha256>[0-9a-fA-F]{64}) [ *](?P<name>.+)")  # as sha256sum writes it
@@ -20,11 +21,9 @@ def range_of(info: TensorInfo) -> str:
     return f"{info.file}:{info.start}-{info.start + info.nbytes}"
 
 
-def ranges_of(info: TensorInfo) -> list[str]:
-    """All ranges that are read for a tensor."""
-    if info.view is None:
-        return [range_of(info)]
-    return [*ranges_of(info.view.read), *([range_of(info.view.scales)] if info.view.scales else [])]
+def ranges_of(matrix: MatrixInfo) -> list[str]:
+    """All ranges that are read for a matrix."""
+    return [range_of(stored) for stored in matrix.read_from.stored]
 
 
 def require_same(what: str, before: Seen, now: Seen) -> None:
@@ -103,11 +102,10 @@ def with_digests(infos: Mapping[str, TensorInfo], known: Mapping[str, tuple[str,
 
 
 def _with(info: TensorInfo, known: Mapping[str, tuple[str, ...]]) -> TensorInfo:
-    if info.view is None:
+    if info.fp8 is None:
         return replace(info, sha256=known.get(info.name, ()))
-    scales = _with(info.view.scales, known) if info.view.scales else None
-    view: View = replace(info.view, tensor=_with(info.view.tensor, known), scales=scales)
-    return replace(info, view=view)
+    fp8 = replace(info.fp8, weight=_with(info.fp8.weight, known), scales=_with(info.fp8.scales, known))
+    return replace(info, fp8=fp8)
 
 
 def known_ranges(tensors: Mapping[str, TensorInfo]) -> Seen:
@@ -118,7 +116,7 @@ def known_ranges(tensors: Mapping[str, TensorInfo]) -> Seen:
             if stored.sha256:
                 found[range_of(stored)] = stored.sha256[0]
             for number in range(len(stored.sha256) - 1):
-                matrix = View(stored, expert=number).read
+                matrix = stored.expert(number)
                 found[range_of(matrix)] = matrix.sha256[0]
     return found
 

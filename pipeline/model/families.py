@@ -10,16 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.model.geometry import Geometry, by_group, by_head, concatenated, falcon, halves, interleaved, latent
+from pipeline.model.fused_layouts import (
+    FusedLayout,
+    by_group,
+    by_head,
+    concatenated,
+    falcon,
+    halves,
+    interleaved,
+    latent,
+)
 from pipeline.model.model_config import find_number, text_part
-from pipeline.model.stacks import Stack, stacks
+from pipeline.model.stacked_experts import StackedExperts, stacks
 from pipeline.model.tensor_names import layer_number
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "experts")
 
 # role -> names of modules, N standing for any number; roles that one tensor joins -> (its name, how they lie in it);
 # experts that lie stacked -> their tensors (stacks.py)
-Names = Mapping[str, str | tuple[str, Geometry] | tuple[Stack, Stack]]
+Names = Mapping[str, str | tuple[str, FusedLayout] | tuple[StackedExperts, StackedExperts]]
 _ATTENTION: Names = {role: f"{role}_proj" for role in ("q", "k", "v", "o")}
 _MLP: Names = {role: f"{role}_proj" for role in ("gate", "up", "down")}
 _SHARED: Names = {role: f"mlp.{role}_proj|mlp.shared_experts?.{role}_proj" for role in ("gate", "up", "down")}
@@ -32,7 +41,7 @@ _MLA: Names = {
 }  # fmt: skip
 _LLAMA4: Names = {
     **_ATTENTION, **{role: f"feed_forward.{role}_proj|feed_forward.shared_expert.{role}_proj" for role in ("gate", "up", "down")},
-    "experts": stacks("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj", turned=True),
+    "experts": stacks("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj", transposed=True),
 }  # fmt: skip
 _STACKED = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 _GRANITE: Names = {**_ATTENTION, "experts": stacks("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")}
@@ -47,11 +56,11 @@ FAMILIES: dict[str, Names] = {
     **dict.fromkeys(("mixtral", "phimoe"), _MIXTRAL),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _MLA),
     "llama4_text": _LLAMA4,
-    "qwen3_vl_moe_text": {**_LLAMA, "experts": stacks(*_STACKED, turned=None, width="moe_intermediate_size")},
-    "gpt_oss": {**_ATTENTION, "experts": stacks(*_STACKED, turned=True, geometry=interleaved)},
+    "qwen3_vl_moe_text": {**_LLAMA, "experts": stacks(*_STACKED, transposed=None, width="moe_intermediate_size")},
+    "gpt_oss": {**_ATTENTION, "experts": stacks(*_STACKED, transposed=True, layout=interleaved)},
     "granitemoe": _GRANITE,
     "granitemoeshared": {**_GRANITE, "gate+up": ("shared_mlp.input_linear", halves), "down": "shared_mlp.output_linear"},
-    "aria_text": {**_ATTENTION, **_SHARED, "experts": stacks("mlp.experts.fc1", "mlp.experts.fc2", turned=True)},
+    "aria_text": {**_ATTENTION, **_SHARED, "experts": stacks("mlp.experts.fc1", "mlp.experts.fc2", transposed=True)},
     "phi": {**_ATTENTION, "o": "self_attn.dense", **_FC},
     "phi3": {"q+k+v": ("qkv_proj", concatenated), "o": "o_proj", "gate+up": ("gate_up_proj", halves), "down": "down_proj"},
     "glm4": {**_ATTENTION, "gate+up": ("gate_up_proj", halves), "down": "down_proj"},
@@ -85,14 +94,14 @@ _POSITION_BUFFERS = {"gptj", "codegen"}  # families that make theirs from the co
 
 @dataclass(frozen=True)
 class Role:
-    """What a tensor is for: one role, or several that it joins, which then lie in it as `geometry` says.
+    """What a tensor is for: one role, or several that it fuses, whose rows have the `layout`.
 
     `stack`: the tensor holds a matrix of every expert, if it has three dimensions.
     """
 
     roles: tuple[str, ...]
-    geometry: Geometry | None = None
-    stack: Stack | None = None
+    layout: FusedLayout | None = None
+    stack: StackedExperts | None = None
 
 
 class Family:
@@ -138,7 +147,9 @@ def _pattern(names: str, ending: str = r"\.weight") -> re.Pattern[str]:
     return re.compile(rf"(^|\.)({alternatives}){ending}$")
 
 
-def _lines(roles: str, name: str | tuple[str, Geometry] | tuple[Stack, Stack]) -> list[tuple[re.Pattern[str], Role]]:
+def _lines(
+    roles: str, name: str | tuple[str, FusedLayout] | tuple[StackedExperts, StackedExperts]
+) -> list[tuple[re.Pattern[str], Role]]:
     """Pattern of a tensor's name -> what the tensor is for."""
     if isinstance(name, str):
         return [(_pattern(name), Role((roles,)))]

@@ -28,7 +28,7 @@ def fingerprint_of(checkpoint: "Checkpoint") -> str:
     files = sorted({info.file for info in (*checkpoint.tensors.values(), *checkpoint.buffers)})
     sizes = [[file, store.size(file)] for file in files]
     digest.update(json.dumps([sizes, checkpoint.config], sort_keys=True).encode())
-    blocks = {info.view.block for info in checkpoint.tensors.values() if info.view}
+    blocks = {info.fp8.block for info in checkpoint.tensors.values() if info.fp8}
     digest.update(repr(sorted(blocks)).encode() if blocks else b"")
     for name in checkpoint.extras:
         if name.endswith(".py"):  # code that the model brings makes it another model

@@ -9,11 +9,11 @@ from pipeline.config import CalibrationSettings
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.model_config import find_number
 from pipeline.model.plan import Decision, Plan
 from pipeline.model.speed import Speed
 from pipeline.model.tensor_names import layer_of
-from pipeline.model.tensors import TensorInfo
 from swsc_core.bits import Geometry
 from swsc_core.codebook import sample_size
 from swsc_core.kmeans import effort
@@ -66,7 +66,7 @@ def stage_bytes(
     """Peak memory of a worker in each stage of a compression; one that does not fit is to be told of before the first."""
     stages = {"compress": compression_bytes(plan)}
     if settings.with_moments:
-        sums = moment_bytes([decision.info for decision in plan.compressed])
+        sums = moment_bytes([decision.matrix for decision in plan.compressed])
         at_a_time = min(sums, int(calibration.moment_gib * 2**30))
         stages["calibrate"] = calibration_bytes(source, calibration.calibration_seqlen, at_a_time)
     if settings.epochs:
@@ -76,11 +76,11 @@ def stage_bytes(
 
 def cached_bytes(plan: Plan, settings: MatrixSettings) -> int:
     """Bytes on disk beside the output: second moments, and the model that is yet to be tuned."""
-    moments = moment_bytes(decision.info for decision in plan.compressed) if settings.with_moments else 0
+    moments = moment_bytes(decision.matrix for decision in plan.compressed) if settings.with_moments else 0
     return moments + (plan.stored_bytes_as("swsc") if settings.epochs else 0)
 
 
-def moment_bytes(infos: Iterable[TensorInfo]) -> int:
+def moment_bytes(infos: Iterable[MatrixInfo]) -> int:
     """Bytes of the sums of some matrices: a weighted second moment each, and a plain one for every two of the same layer and
     width, in float32. One that is alone, as `down` is, has its own."""
     alike = Counter((layer_of(info.name), info.shape[1]) for info in infos)
@@ -103,22 +103,22 @@ def _stream_seconds(plan: Plan, form: str, speed: Speed) -> float:
 def compression_bytes(plan: Plan) -> int:
     """Peak memory of a worker that compresses the matrices of `plan`, one at a time."""
     return WORKER_BASE + 4 * max(
-        _peak_values(decision.info, spec) for decision in plan.compressed for spec in decision.specs
+        _peak_values(decision.matrix, spec) for decision in plan.compressed for spec in decision.specs
     )
 
 
 def device_bytes(plan: Plan) -> int:
     """Bytes of a GPU that it takes, if the worker has one."""
-    return max(matrix_device_bytes(decision.info, spec) for decision in plan.compressed for spec in decision.specs)
+    return max(matrix_device_bytes(decision.matrix, spec) for decision in plan.compressed for spec in decision.specs)
 
 
-def matrix_device_bytes(info: TensorInfo, spec: Spec) -> int:
+def matrix_device_bytes(info: MatrixInfo, spec: Spec) -> int:
     """The same for one matrix. There a slab may be all of it."""
     cut = isinstance(spec, SwscSpec) and spec.segment_size is not None
     return _CUBLAS + 4 * (_peak_values(info, spec) + (_SLAB_COPIES * min(info.count, GPU_SLAB) if cut else 0))
 
 
-def _peak_values(info: TensorInfo, spec: Spec) -> int:
+def _peak_values(info: MatrixInfo, spec: Spec) -> int:
     count, inputs = info.count, info.shape[1]
     if not isinstance(spec, SwscSpec):
         return _WHOLE * count
@@ -191,7 +191,7 @@ def core_seconds(plan: Plan, speed: Speed) -> float:
 
 
 def _seconds(decision: Decision, spec: Spec, speed: Speed) -> float:
-    m, n = decision.info.shape
+    m, n = decision.matrix.shape
     rest = _WEIGHT_SECONDS * m * n
     if not isinstance(spec, SwscSpec):
         return rest

@@ -17,10 +17,11 @@ from pipeline.model.checkpoint import read_header
 from pipeline.model.digests import Seen, checked
 from pipeline.model.files import Bytes
 from pipeline.model.lease import Ticket
+from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.places import is_blob
 from pipeline.model.records import Done, of_cache, read_record
 from pipeline.model.store import FileRecord, Store
-from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo, View
+from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo
 from swsc_core.safetensors_header import BITS, DTYPES, build_header
 
 if TYPE_CHECKING:  # committing a file needs no torch, and a committing process is up sooner without it
@@ -68,29 +69,27 @@ def to_tensor(part: Part) -> "Tensor":
 
 
 def read_tensor(store: Store, info: TensorInfo, digests: Seen | None = None) -> "Tensor":
-    """Read one tensor by its byte range into aligned memory, or make it of what lies there; `digests` get those of what was read.
+    """Read one tensor by its byte range into aligned memory, dequantized if it is fp8; `digests` receive those of what was read.
 
     Raises:
         StoreError: other bytes than those that are known to lie there.
     """
-    if info.view is None:
+    if info.fp8 is None:
         data = store.read(info.file, info.start, info.nbytes)
         if info.sha256 or digests is not None:
             deque(checked(store, info, [data], digests), maxlen=0)
         return _tensor(_placed(data), info.dtype, info.shape)
-    tensor = read_tensor(store, info.view.read, digests)
-    if info.view.scales:
-        from swsc_core.fp8 import scaled
+    from swsc_core.fp8 import scaled
 
-        scales = read_tensor(store, info.view.scales, digests)
-        tensor = scaled(tensor, scales.expand(-(-len(tensor) // info.view.block[0]), -1), info.view.block)
-    return seen(tensor, info.view)
+    weight, scales = (read_tensor(store, stored, digests) for stored in info.stored)
+    return scaled(weight, scales.expand(-(-len(weight) // info.fp8.block[0]), -1), info.fp8.block)
 
 
-def seen(tensor: "Tensor", view: View) -> "Tensor":
-    """What a view shows of what is read of its tensor."""
-    turned = tensor.T.contiguous() if view.transposed else tensor
-    return view.rows.take(turned) if view.rows else turned
+def read_matrix(store: Store, matrix: MatrixInfo, digests: Seen | None = None) -> "Tensor":
+    """Read a matrix [outputs, inputs]; of a stack only the bytes of its expert. StoreError as from `read_tensor`."""
+    from swsc_core.row_blocks import apply_view
+
+    return apply_view(read_tensor(store, matrix.read_from, digests), matrix.location.transposed, matrix.rows)
 
 
 def _placed(data: bytearray) -> "Tensor":
@@ -130,8 +129,8 @@ def copy_tensors(source: Store, infos: Sequence[TensorInfo], ticket: Ticket, fil
 
 
 def _pieces(source: Store, info: TensorInfo) -> Iterator[Bytes]:
-    """The bytes of a tensor, as they lie in the file or, of a view, made of what lies there."""
-    if info.view is None:
+    """The bytes of a tensor, as they are stored or, of an fp8 weight, dequantized."""
+    if info.fp8 is None:
         pieces = source.stream(info.file, info.start, info.nbytes)
         yield from checked(source, info, pieces) if info.sha256 else pieces
     else:

@@ -13,7 +13,8 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.leftovers import ties_of
-from pipeline.model.matrices import Joined, is_matrix, joined_of, tensor_of
+from pipeline.model.matrices import FusedTensor, fused_tensors
+from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.quantized import REASON
 from pipeline.model.quantized_names import require_unquantized
 from pipeline.model.selection import Selected, select
@@ -23,6 +24,7 @@ from pipeline.model.tensors import TensorInfo
 from pipeline.model.weight_files import tensor_files
 from swsc_core.codec import PARTS
 from swsc_core.format import part_name
+from swsc_core.location import MatrixLocation
 from swsc_core.spec import Spec
 
 _STORED = ("compressed", "copied")  # actions after which a tensor stands in the output
@@ -39,22 +41,34 @@ class Decision:
         paper_bits: bits a weight as the paper counts them; None unless compressed.
     """
 
-    info: TensorInfo
+    info: TensorInfo | MatrixInfo
     action: Literal["compressed", "copied", "split", "tied", "left out"]
     reason: str
     stored_bytes: int
     specs: tuple[Spec, ...] = ()
     paper_bits: float | None = None
 
+    @property
+    def matrix(self) -> MatrixInfo:
+        """What is compressed; TypeError for a decision on a whole tensor."""
+        if not isinstance(self.info, MatrixInfo):
+            raise TypeError(f"{self.info.name} is {self.action}, a tensor that is not compressed")
+        return self.info
+
+    @property
+    def location(self) -> MatrixLocation:
+        """Where a matrix lies in its tensor; the default for a whole tensor."""
+        return self.info.location if isinstance(self.info, MatrixInfo) else MatrixLocation()
+
 
 @dataclass(frozen=True)
 class LayerTask:
-    """Compress the selected matrices of one layer into one file, and write what is left of tensors that join several."""
+    """Compress the selected matrices of one layer into one file, and write the remaining rows of fused tensors."""
 
     layer: str
     file: str
-    items: tuple[tuple[TensorInfo, tuple[Spec, ...]], ...]
-    joined: tuple[Joined, ...] = ()
+    items: tuple[tuple[MatrixInfo, tuple[Spec, ...]], ...]
+    fused: tuple[FusedTensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +128,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings, dense: bool = Fa
     require_unquantized(checkpoint.store.root, checkpoint.tensors, checkpoint.config)
     selected = select(checkpoint, settings, dense)
     if settings.preset != "paper":
-        matrices = [one.info for one in selected if one.chosen and is_matrix(one.info)]
+        matrices = [one.info for one in selected if one.chosen and isinstance(one.info, MatrixInfo)]
         budget = budget_bytes(checkpoint, matrices, settings)
         require_affordable(matrices, budget, settings)
         bits = 8 * budget / max(1, sum(info.count for info in matrices))
@@ -134,8 +148,8 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings, dense: bool = Fa
 def _require_free_names(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> None:
     """Raise CheckpointError if a tensor has a name that a part of a compressed one would be stored under."""
     for decision in decisions:
-        name = decision.info.name
-        needed = [part_name(name, part) for part in PARTS if part_name(name, part) != tensor_of(decision.info)]
+        name, tensor = decision.info.name, decision.location.tensor or decision.info.name
+        needed = [part_name(name, part) for part in PARTS if part_name(name, part) != tensor]
         taken = [other for other in needed if other in checkpoint.tensors]
         if decision.action == "compressed" and taken:
             raise CheckpointError(
@@ -153,11 +167,10 @@ def _decide(selected: Selected, settings: MatrixSettings) -> Decision:
     info, reason = selected.info, selected.reason
     if not selected.chosen:
         return Decision(info, "copied", reason, info.nbytes)
-    if not is_matrix(info):
+    if not isinstance(info, MatrixInfo):
         what = f"{info.dtype} {list(info.shape)} is not a matrix of a dtype that is compressed"
         return Decision(info, "copied", f"{reason}, but {what}", info.nbytes)
-    shape = (info.shape[0], info.shape[1])
-    return _compressed(info, reason, resolve(info.name, shape, info.dtype, settings), settings)
+    return _compressed(info, reason, resolve(info.name, info.shape, info.dtype, settings), settings)
 
 
 def require_coverage(plan: Plan, share: float | None) -> None:
@@ -174,20 +187,20 @@ def with_specs(plan: Plan, specs: Mapping[str, tuple[Spec, ...]], settings: Matr
     decisions = []
     for decision in plan.decisions:
         own = specs.get(decision.info.name)
-        decisions.append(decision if own is None else _compressed(decision.info, decision.reason, own, settings))
+        decisions.append(decision if own is None else _compressed(decision.matrix, decision.reason, own, settings))
     return _with_tasks(decisions)
 
 
-def _compressed(info: TensorInfo, reason: str, specs: tuple[Spec, ...], settings: MatrixSettings) -> Decision:
-    shape, width = (info.shape[0], info.shape[1]), value_bits(info.dtype, settings)
-    stored = max(spec.stored_bytes(shape, width) for spec in specs)
-    return Decision(info, "compressed", reason, stored, specs, max(spec.paper_bits(shape) for spec in specs))
+def _compressed(matrix: MatrixInfo, reason: str, specs: tuple[Spec, ...], settings: MatrixSettings) -> Decision:
+    width = value_bits(matrix.dtype, settings)
+    stored = max(spec.stored_bytes(matrix.shape, width) for spec in specs)
+    return Decision(matrix, "compressed", reason, stored, specs, max(spec.paper_bits(matrix.shape) for spec in specs))
 
 
 def _split(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> Iterable[Decision]:
-    """The tensors whose pieces are decided on one by one."""
-    for joined in joined_of(decision.info for decision in decisions):
-        yield Decision(checkpoint.tensors[joined.tensor], "split", "joins several matrices, see its pieces", 0)
+    """The tensors whose matrices are decided on one by one."""
+    for fused in fused_tensors(one.info for one in decisions if isinstance(one.info, MatrixInfo)):
+        yield Decision(checkpoint.tensors[fused.tensor.name], "split", "joins several matrices, see its pieces", 0)
 
 
 def _tied(checkpoint: Checkpoint) -> Iterable[Decision]:
@@ -203,14 +216,15 @@ def _with_tasks(decisions: list[Decision]) -> Plan:
     layers: dict[str, list[Decision]] = defaultdict(list)
     for decision in decisions:
         if decision.action == "compressed":
-            layers[layer_of(tensor_of(decision.info))].append(decision)  # pieces of a tensor without a layer, too
-    joined = {layer: joined_of(item.info for item in items) for layer, items in layers.items()}
-    split = {one.tensor for own in joined.values() for one in own}
-    copied = [item.info for item in decisions if item.action == "copied" and tensor_of(item.info) not in split]
+            # of parts of a tensor without a layer, too, that of the tensor
+            layers[layer_of(decision.matrix.tensor.name)].append(decision)
+    fused = {layer: fused_tensors(item.matrix for item in items) for layer, items in layers.items()}
+    # a matrix that is copied is among the remaining rows of a fused tensor
+    copied = [item.info for item in decisions if item.action == "copied" and isinstance(item.info, TensorInfo)]
     copies = list(_copy_groups(copied))
     files = iter(tensor_files(len(layers) + len(copies)))
     layer_tasks = [
-        LayerTask(layer, next(files), tuple((item.info, item.specs) for item in items), joined[layer])
+        LayerTask(layer, next(files), tuple((item.matrix, item.specs) for item in items), fused[layer])
         for layer, items in layers.items()
     ]
     copy_tasks = [CopyTask(next(files), tuple(infos)) for infos in copies]

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.errors import CheckpointError
 from pipeline.model.quantized_names import refusal
-from pipeline.model.tensors import TensorInfo, View
+from pipeline.model.tensors import Fp8Weight, TensorInfo
 from swsc_core.safetensors_header import DTYPES
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -45,7 +45,7 @@ def read_as_bfloat16(
     scales = {scale.name: scale for scale in pairs.values()}
     idle = {name: info for name, info in tensors.items() if name.endswith(_IDLE) and f"{_stem(name)}.weight" in pairs}
     left = {
-        name: _seen(where, info, pairs[name], about) if name in pairs else info
+        name: _dequantized(where, info, pairs[name], about) if name in pairs else info
         for name, info in tensors.items()
         if name not in scales and name not in idle
     }
@@ -67,7 +67,7 @@ def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     }
 
 
-def _seen(where: str, info: TensorInfo, scales: TensorInfo, about: Mapping[str, Any]) -> TensorInfo:
+def _dequantized(where: str, info: TensorInfo, scales: TensorInfo, about: Mapping[str, Any]) -> TensorInfo:
     block = _block(info.shape, scales.shape, about)
     if scales.dtype in ("F8_E8M0", "U8"):  # powers of two, one for 32 values
         raise CheckpointError(f"{where}: {refusal('mxfp8', f'the scales of {info.name} are {scales.dtype}')}")
@@ -76,8 +76,7 @@ def _seen(where: str, info: TensorInfo, scales: TensorInfo, about: Mapping[str, 
             f"{where}: {scales.name} ({scales.dtype} {list(scales.shape)}) does not say how {info.name}"
             f" {list(info.shape)} is scaled, with weight_block_size {about.get('weight_block_size')}; give the model in bfloat16"
         )
-    view = View(info, scales=scales, block=block)
-    return replace(info, dtype="BF16", nbytes=info.count * DTYPES["BF16"][1], view=view)
+    return replace(info, dtype="BF16", nbytes=info.count * DTYPES["BF16"][1], fp8=Fp8Weight(info, scales, block))
 
 
 def _block(shape: tuple[int, ...], scales: tuple[int, ...], about: Mapping[str, Any]) -> tuple[int, int] | None:

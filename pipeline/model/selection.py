@@ -12,8 +12,9 @@ from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import Family, require_roles
 from pipeline.model.matrices import is_matrix, matrices_of
+from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.openable import Refusal, refusal_of
-from pipeline.model.stacks import is_stack
+from pipeline.model.stacked_experts import is_stack
 from pipeline.model.tensor_names import tensor_kind
 from pipeline.model.tensors import TensorInfo
 
@@ -25,7 +26,7 @@ _LEFT = "not selected"
 class Selected:
     """A matrix, or a tensor that stays whole; whether it is to be compressed, and why or why not."""
 
-    info: TensorInfo
+    info: TensorInfo | MatrixInfo
     chosen: bool
     reason: str
 
@@ -68,10 +69,10 @@ class _Chooser:
     def of(self, info: TensorInfo) -> list[Selected]:
         """A tensor or its pieces."""
         if self._exclude and re.search(self._exclude, info.name):
-            roles = self.family.role_of(info.name).roles
-            return [self._decide(info, info, roles[0] if roles else None)]
-        pieces = matrices_of(self._checkpoint, self.family, info)
-        found = [self._decide(info, piece.info, piece.role) for piece in pieces]
+            return [self._decide(info, info, self._role(info))]
+        matrices = matrices_of(self._checkpoint, self.family, info)
+        found = [self._decide(info, matrix, matrix.role) for matrix in matrices]
+        found = found or [self._decide(info, info, self._role(info))]
         if any(one.chosen for one in found):
             closed = self._refusal(info.name, any(one.info.name != info.name for one in found))
             chosen = next(one.reason for one in found if one.chosen)
@@ -79,13 +80,16 @@ class _Chooser:
         reason = found[0].reason
         return [Selected(info, False, self._stack_left(info) if is_stack(info) and reason == _LEFT else reason)]
 
+    def _role(self, info: TensorInfo) -> str | None:
+        return next(iter(self.family.role_of(info.name).roles), None)
+
     def _stack_left(self, info: TensorInfo) -> str:
         """Why a stack is copied: most of a mixture's weights are in them, and none is to be passed over without a word."""
         role = self.family.role_of(info.name)
         how = f"--projectors {role.roles[0]} selects" if role.roles else "--include REGEX with its name selects"
         return f"{_LEFT}: a stack of {info.shape[0]} matrices, which {how}"
 
-    def _decide(self, tensor: TensorInfo, own: TensorInfo, role: str | None) -> Selected:
+    def _decide(self, tensor: TensorInfo, own: TensorInfo | MatrixInfo, role: str | None) -> Selected:
         names = (tensor.name, own.name)
         included = self._include is not None and any(self._include.search(name) for name in names)
         why = f"projector {role}" if role in self._roles else ("--include" if included else "")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pipeline.errors import ConfigError
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.tensors import TensorInfo
+from pipeline.model.matrix_info import MatrixInfo
 from swsc_core.bits import ChannelAxis, Geometry
 from swsc_core.budget import solve_budget
 from swsc_core.menu import largest_within, uncompensated
@@ -16,7 +16,7 @@ from swsc_core.spec import RtnSpec, Spec, SwscSpec
 _PAPER_PRESET_BITS = 3.0
 
 
-def budget_bytes(checkpoint: Checkpoint, matrices: Sequence[TensorInfo], settings: MatrixSettings) -> int:
+def budget_bytes(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], settings: MatrixSettings) -> int:
     """Bytes that --bits leaves for the matrices that are compressed.
 
     Raises:
@@ -36,7 +36,7 @@ def budget_bytes(checkpoint: Checkpoint, matrices: Sequence[TensorInfo], setting
     return budget
 
 
-def require_affordable(matrices: Sequence[TensorInfo], budget: int, settings: MatrixSettings) -> None:
+def require_affordable(matrices: Sequence[MatrixInfo], budget: int, settings: MatrixSettings) -> None:
     """Raise ConfigError if even the smallest specs of the menu are larger than the budget."""
     least = {info: _least_bytes(info, settings) for info in matrices}
     if sum(least.values()) > budget:
@@ -49,8 +49,8 @@ def require_affordable(matrices: Sequence[TensorInfo], budget: int, settings: Ma
         )
 
 
-def _least_bytes(info: TensorInfo, settings: MatrixSettings) -> int:
-    shape, nothing = (info.shape[0], info.shape[1]), settings.model_copy(update={"bits": 0.0})
+def _least_bytes(info: MatrixInfo, settings: MatrixSettings) -> int:
+    shape, nothing = info.shape, settings.model_copy(update={"bits": 0.0})
     return _provisional(info.name, shape, info.dtype, nothing).stored_bytes(shape, value_bits(info.dtype, settings))
 
 

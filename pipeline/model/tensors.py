@@ -1,13 +1,9 @@
-"""Where a tensor lies in a file and what it is: a range of bytes, or what is made of one."""
+"""Where a tensor of a checkpoint lies in a file, and what it is read as."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from swsc_core.safetensors_header import DTYPES
-
-if TYPE_CHECKING:
-    from swsc_core.row_blocks import RowBlocks
 
 TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
@@ -15,9 +11,12 @@ FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes at `start` of `file`; or, if it is a `view`, what it looks like.
+    """A tensor of a checkpoint, which lies in `file` as the `nbytes` bytes from `start`, unless it is read from `fp8`.
 
-    `sha256`: of its bytes, and of each matrix of a stack, as far as they are known; then it is held against them when it is read.
+    Attributes:
+        dtype: safetensors' name of the dtype that it is read as.
+        fp8: the stored fp8 weight that it is dequantized from.
+        sha256: of its bytes, then of each matrix if it is a stack, as far as they are known; a reader compares them.
     """
 
     name: str
@@ -26,45 +25,31 @@ class TensorInfo:
     file: str
     start: int
     nbytes: int
-    view: "View | None" = None
+    fp8: "Fp8Weight | None" = None
     sha256: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
     def stored(self) -> tuple["TensorInfo", ...]:
-        """What lies in the file: itself, unless it is a view."""
-        if self.view is None:
-            return (self,)
-        return (*self.view.tensor.stored, *((self.view.scales,) if self.view.scales else ()))
+        """The tensors in the file that it is read from: itself, or an fp8 weight and its scales."""
+        return (self,) if self.fp8 is None else (self.fp8.weight, self.fp8.scales)
+
+    def expert(self, number: int) -> "TensorInfo":
+        """The bytes of one matrix of a stack [experts, …], as a tensor."""
+        nbytes = self.nbytes // self.shape[0]
+        start = self.start + number * nbytes
+        sha256 = self.sha256[1 + number : 2 + number]
+        return replace(self, shape=self.shape[1:], start=start, nbytes=nbytes, sha256=sha256)
 
 
 @dataclass(frozen=True)
-class View:
-    """How a tensor is made of `tensor`, which is what lies in the file.
+class Fp8Weight:
+    """An fp8 tensor and its scales, one for each `block` of rows and columns (quantized.py)."""
 
-    Attributes:
-        expert: this matrix of it, if it is a stack of them; nothing else is read then.
-        transposed: rows and columns change places.
-        rows: then these rows of it.
-        scales: what it is multiplied with (quantized.py), a scale for each `block` of rows and columns.
-    """
-
-    tensor: TensorInfo
-    transposed: bool = False
-    rows: "RowBlocks | None" = None
-    expert: int | None = None
-    scales: TensorInfo | None = None
-    block: tuple[int, int] = (1, 1)
-
-    @property
-    def read(self) -> TensorInfo:
-        """What of the tensor is read: all, or the bytes of one matrix of a stack."""
-        if self.expert is None:
-            return self.tensor
-        nbytes = self.tensor.nbytes // self.tensor.shape[0]
-        start = self.tensor.start + self.expert * nbytes
-        own = self.tensor.sha256[1 + self.expert : 2 + self.expert]
-        return replace(self.tensor, shape=self.tensor.shape[1:], start=start, nbytes=nbytes, sha256=own)
+    weight: TensorInfo
+    scales: TensorInfo
+    block: tuple[int, int]

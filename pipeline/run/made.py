@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.model.matrices import Joined, location_of, rows_of, tensor_of
+from pipeline.model.matrices import FusedTensor
+from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.parts import Part, to_part
-from pipeline.model.tensors import TensorInfo, View
 from pipeline.run.heap import peak_rss
 from swsc_core import Encoded
 from swsc_core.codec import dtype_name
@@ -27,23 +27,22 @@ class LayerParts:
         self._parts: list[Part] = []
         self._restored: dict[str, list[Tensor]] = {}  # joined tensor -> its pieces, in the dense form
 
-    def add(self, info: TensorInfo, encoded: Encoded) -> None:
+    def add(self, info: MatrixInfo, encoded: Encoded) -> None:
         """A matrix that is compressed."""
-        rows = rows_of(info.view) if info.view else None
         if self._form == "swsc":
             self._parts += [to_part(part_name(info.name, part), own) for part, own in encoded.tensors.items()]
-        elif rows is None:
-            self._parts.append(to_part(info.name, location_of(info).to_checkpoint_layout(encoded.restored)))
+        elif info.location.row_blocks is None:
+            self._parts.append(to_part(info.name, info.location.to_checkpoint_layout(encoded.restored)))
         else:
-            self._restored.setdefault(tensor_of(info), []).append(encoded.restored.cpu())
+            self._restored.setdefault(info.tensor.name, []).append(encoded.restored.cpu())
 
-    def add_rest(self, joined: Joined, read: Callable[[View], Tensor]) -> None:
-        """What is left of a joined matrix, which `read` reads, when all its pieces are added; in the dense form the whole."""
-        rest = _rest(joined, read)
+    def add_remaining_rows(self, fused: FusedTensor, read: Callable[[MatrixInfo], Tensor]) -> None:
+        """The remaining rows of a fused tensor, which `read` reads, after all its matrices; in the dense form all of it."""
+        rows, name = _remaining_rows(fused, read), fused.tensor.name
         if self._form == "dense":
-            fused = fuse_rows(rest, joined.rows, self._restored.pop(joined.tensor))
-            rest = location_of(joined.pieces[0]).to_checkpoint_layout(fused)
-        self._parts.append(to_part(joined.tensor, rest))
+            matrix = fuse_rows(rows, fused.row_blocks, self._restored.pop(name))
+            rows = fused.matrices[0].location.to_checkpoint_layout(matrix)
+        self._parts.append(to_part(name, rows))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -51,20 +50,20 @@ class LayerParts:
         return tuple(self._parts)
 
 
-def _rest(joined: Joined, read: Callable[[View], Tensor]) -> Tensor:
-    """The rows [rest, n] of a joined matrix that are in none of its pieces, on the CPU; only what holds some is read."""
-    (m, n), slices = joined.shape, joined.slices
-    left, each = remaining_rows(m, joined.rows), m // len(joined.slices)
-    found = [torch.empty(0, n, dtype=getattr(torch, DTYPES[joined.pieces[0].dtype][0]))]
-    for number, view in enumerate(slices):
-        own = left[(left >= each * number) & (left < each * (number + 1))] - each * number
-        if len(own):
-            found.append(read(view)[own])
+def _remaining_rows(fused: FusedTensor, read: Callable[[MatrixInfo], Tensor]) -> Tensor:
+    """The rows [remaining, n] of a fused tensor of no compressed matrix, on the CPU; only what holds some is read."""
+    (m, n), matrices = fused.shape, fused.fused_matrices
+    remaining, each = remaining_rows(m, fused.row_blocks), m // len(matrices)
+    found = [torch.empty(0, n, dtype=getattr(torch, DTYPES[fused.tensor.dtype][0]))]
+    for number, matrix in enumerate(matrices):
+        inside = remaining[(remaining >= each * number) & (remaining < each * (number + 1))] - each * number
+        if len(inside):
+            found.append(read(matrix)[inside])
     return torch.cat(found)
 
 
 def row_of(
-    info: TensorInfo, specs: tuple[Spec, ...], encoded: Encoded, read_seconds: float, seconds: float
+    info: MatrixInfo, specs: tuple[Spec, ...], encoded: Encoded, read_seconds: float, seconds: float
 ) -> dict[str, Any]:
     """A row of swsc_report.json; bits are counted from the bytes that are stored."""
     axis = encoded.entry.get("channel_axis")
@@ -76,18 +75,18 @@ def row_of(
         "dtype": dtype_name(encoded.restored.dtype),
         "method": spec.method,
         "bits_per_weight": 8 * encoded.stored_bytes / info.count,
-        "paper_bits": spec.paper_bits((info.shape[0], info.shape[1])),
+        "paper_bits": spec.paper_bits(info.shape),
         **errors_of(info, encoded),
         "cluster_mean_squared_error": None if cluster_error is None else cluster_error / info.count,
         "read_seconds": read_seconds,
         "seconds": seconds,
         "stored_bytes": encoded.stored_bytes,
-        "entry": encoded.entry | location_of(info).to_json(),
+        "entry": encoded.entry | info.location.to_json(),
         "stats": encoded.stats,
     }
 
 
-def errors_of(info: TensorInfo, encoded: Encoded) -> dict[str, float]:
+def errors_of(info: MatrixInfo, encoded: Encoded) -> dict[str, float]:
     """What a compression lost of a matrix."""
     return {
         "relative_error": encoded.relative_error,

@@ -6,7 +6,7 @@ model, because loading one costs more than measuring a few windows with it.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,11 @@ from pipeline.measure.perplexity import Evaluator, ModelKey
 from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
 from pipeline.model.digests import Seen, ranges_of, require_same
+from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.moments import Moments
-from pipeline.model.parts import Part, Payload, read_tensor, seen, to_part
+from pipeline.model.parts import Part, Payload, read_matrix, to_part
 from pipeline.model.plan import LayerTask
 from pipeline.model.store import Store
-from pipeline.model.tensors import TensorInfo, View
 from pipeline.run.heap import peak_rss, return_freed_blocks
 from pipeline.run.host_tasks import HostTasks
 from pipeline.run.made import LayerParts, errors_of, measured, row_of
@@ -48,7 +48,7 @@ class Worker(HostTasks):
         self._calibrator: Calibrator | None = None
         self._tuner: Tuner | None = None
         self._answerer: Any = None  # its module needs lm-eval, which need not be there
-        self._wholes: dict[tuple[Store, View], torch.Tensor] = {}
+        self._wholes: dict[tuple[Store, MatrixInfo], torch.Tensor] = {}
         self._digests: Seen = {}  # of what was read for the matrices at hand
 
     def compress(
@@ -72,7 +72,7 @@ class Worker(HostTasks):
         return measured(rows, self.kernels), Payload(self._finished(made, source, task), tuple(rows))
 
     def compress_units(
-        self, source: Store, info: TensorInfo, units: Sequence[tuple[tuple[Spec, ...], int, str | None, Moments | None]]
+        self, source: Store, info: MatrixInfo, units: Sequence[tuple[tuple[Spec, ...], int, str | None, Moments | None]]
     ) -> tuple[Any, ...]:
         """Compress one tensor, read once, in several ways: specs, seed, storage dtype and moments of each.
 
@@ -85,7 +85,7 @@ class Worker(HostTasks):
         return ({"rows": [payload.rows[0] for payload in payloads], "peak_rss": peak_rss()}, *payloads)
 
     def _unit(
-        self, weight: torch.Tensor, source: Store, info: TensorInfo, read_seconds: float,
+        self, weight: torch.Tensor, source: Store, info: MatrixInfo, read_seconds: float,
         specs: tuple[Spec, ...], seed: int, storage_dtype: str | None, moments: Moments | None,
     ) -> Payload:  # fmt: skip
         """One way of `compress_units`; a failure becomes a row with an `error`, so that the other ways go on; but for one of the GPU."""
@@ -97,37 +97,37 @@ class Worker(HostTasks):
             return Payload((), ({"name": info.name, "error": f"{info.name}: {error}"},))
         return Payload(tuple(to_part(part, tensor) for part, tensor in encoded.tensors.items()), (row,))
 
-    def _read(self, source: Store, info: TensorInfo) -> torch.Tensor:
-        if info.view is None or info.view.rows is None:
-            return read_tensor(source, info, self._digests).to(self.device)
-        return info.view.rows.take(self._whole(source, replace(info.view, rows=None))).to(self.device)
+    def _read(self, source: Store, info: MatrixInfo) -> torch.Tensor:
+        if info.rows is None:
+            return read_matrix(source, info, self._digests).to(self.device)
+        return info.rows.take(self._whole(source, info.fused)).to(self.device)
 
-    def _read_alone(self, source: Store, info: TensorInfo) -> torch.Tensor:
+    def _read_alone(self, source: Store, info: MatrixInfo) -> torch.Tensor:
         """The same, when no other matrix of its layer is asked for next."""
         self._digests.clear()
         weight = self._read(source, info)
         self._wholes.clear()
         return weight
 
-    def _whole(self, source: Store, view: View) -> torch.Tensor:
-        """A tensor that joins several matrices, on the CPU; kept until its layer is done, so that it is read once.
+    def _whole(self, source: Store, fused: MatrixInfo) -> torch.Tensor:
+        """A fused matrix, on the CPU; kept until its layer is done, so that it is read once.
 
-        Of a stack one matrix, which is kept until another one is asked for: a layer's experts are too large to be held together.
+        That of an expert is kept until another one is asked for: a layer's experts are too large to be held together.
         """
-        if (source, view) not in self._wholes:
+        if (source, fused) not in self._wholes:
             self._wholes = {key: whole for key, whole in self._wholes.items() if key[1].expert is None}
-            self._wholes[source, view] = seen(read_tensor(source, view.read, self._digests), view)
-        return self._wholes[source, view]
+            self._wholes[source, fused] = read_matrix(source, fused, self._digests)
+        return self._wholes[source, fused]
 
     def _finished(self, made: LayerParts, source: Store, task: LayerTask) -> tuple[Part, ...]:
-        for joined in task.joined:
-            made.add_rest(joined, partial(self._whole, source))
+        for fused in task.fused:
+            made.add_remaining_rows(fused, partial(self._whole, source))
         self._wholes.clear()
         self._digests.clear()
         return made.parts
 
     def _encode(
-        self, weight: torch.Tensor, source: Store, info: TensorInfo, specs: tuple[Spec, ...], seed: int,
+        self, weight: torch.Tensor, source: Store, info: MatrixInfo, specs: tuple[Spec, ...], seed: int,
         storage_dtype: str | None, read_seconds: float, moments: Moments | None = None,
     ) -> tuple[Encoded, dict[str, Any]]:  # fmt: skip
         started = time.perf_counter()
@@ -170,13 +170,13 @@ class Worker(HostTasks):
             self._calibrator = Calibrator(key, self.device)
         return self._calibrator
 
-    def reach(self, source: Store, info: TensorInfo, moments: Moments) -> float:
+    def reach(self, source: Store, info: MatrixInfo, moments: Moments) -> float:
         """What a matrix would lose, in nats a token, if each weight kept nothing but its row's scale."""
         metric, unit = moments.metric(info.name, self.device)
         return unit * reach(self._read_alone(source, info), metric)
 
     def shares(
-        self, source: Store, info: TensorInfo, moments: Moments, specs: Sequence[dict[str, Any]], seed: int
+        self, source: Store, info: MatrixInfo, moments: Moments, specs: Sequence[dict[str, Any]], seed: int
     ) -> list[tuple[dict[str, Any], float]]:
         """What each spec leaves of a matrix' reach, measured on some of its rows."""
         weight, (metric, _) = self._read_alone(source, info), moments.metric(info.name, self.device)

@@ -26,7 +26,7 @@ _HANDED_OVER = use_experts_implementation(type("_", (nn.Module,), {"forward": la
 
 
 @dataclass(frozen=True)
-class Stack:
+class FusedExperts:
     """Joined experts that can be laid apart.
 
     Attributes:
@@ -50,7 +50,7 @@ def lay_apart(model: Any, tensors: Iterable[str], stored: Iterable[str], names: 
         stored: names of all tensors of the checkpoint.
 
     Returns:
-        Patterns of the merges that are not to be made any more. None if they also make what cannot be laid apart.
+        Patterns of the merges that are not applied any more; empty if they also fuse what cannot be unfused.
     """
     stacks = {stack.path: stack for stack in _stacks(model, names)}
     wanted = {path for path, _ in _merges(tensors, names)}
@@ -80,7 +80,7 @@ def _merges(tensors: Iterable[str], names: Names) -> Iterator[tuple[str, str]]:
             yield target.rpartition(".")[0], pattern
 
 
-def _stacks(model: Any, names: Names) -> Iterator[Stack]:
+def _stacks(model: Any, names: Names) -> Iterator[FusedExperts]:
     for path, module in model.named_modules():
         if not _hands_over(module):
             continue
@@ -88,7 +88,7 @@ def _stacks(model: Any, names: Names) -> Iterator[Stack]:
         own = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
         wide, narrow = _sources(names, f"{path}.{up}"), _sources(names, f"{path}.down_proj")
         if own == {up, "down_proj"} and wide and len(narrow) == 1:
-            yield Stack(path, up, "down_proj", (*wide, *narrow), frozenset((*wide.values(), *narrow.values())))
+            yield FusedExperts(path, up, "down_proj", (*wide, *narrow), frozenset((*wide.values(), *narrow.values())))
 
 
 def _hands_over(module: nn.Module) -> bool:

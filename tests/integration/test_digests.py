@@ -176,7 +176,6 @@ def test_digests_of_a_stack_are_those_of_its_matrices_too(tmp_path: Path) -> Non
     from safetensors.torch import save_file
 
     from pipeline.model.checkpoint import read_header
-    from pipeline.model.tensors import View
 
     save_file({"experts": torch.randn(3, 4, 5), "bias": torch.randn(7)}, tmp_path / "model.safetensors")
     store = Store.at(str(tmp_path))
@@ -185,7 +184,7 @@ def test_digests_of_a_stack_are_those_of_its_matrices_too(tmp_path: Path) -> Non
     stack = with_digests(infos, found)["experts"]
     assert len(found["experts"]) == 4
     for number in range(3):
-        matrix = View(stack, expert=number).read
+        matrix = stack.expert(number)
         own = hashlib.sha256(store.read(matrix.file, matrix.start, matrix.nbytes)).hexdigest()
         assert matrix.sha256 == (own,)
 

@@ -14,7 +14,6 @@ from jobs.cli import main
 from pipeline.config import CompressSettings
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.matrices import tensor_of
 from pipeline.model.plan import make_plan
 from pipeline.model.weight_files import INDEX
 from swsc_core import decode
@@ -49,7 +48,7 @@ def by_hand(family: FamilyModel, compressed: Path) -> dict[str, torch.Tensor]:
 def test_the_plan_covers_every_tensor(family: FamilyModel) -> None:
     source = open_checkpoint(str(family.dense))
     plan = make_plan(source, CompressSettings(projectors=family.roles, clusters=4, rank=2))
-    written = [tensor_of(info) for task in plan.layers for info, _ in task.items]
+    written = [matrix.tensor.name for task in plan.layers for matrix, _ in task.items]
     written += [info.name for task in plan.copies for info in task.infos]
     assert set(written) == source.tensors.keys()
     assert plan.weights == source.weights

@@ -41,7 +41,7 @@ def test_every_role_is_found_and_nothing_else_is_linear(kind: str, tmp_path: Pat
     for info in source.tensors.values():
         for matrix in matrices_of(source, family, info):
             if len(info.shape) > 1:
-                found.setdefault(matrix.role, []).append(matrix.info.name)
+                found.setdefault(matrix.role, []).append(matrix.name)
     wanted = set(family.roles) - ({"gate", "up", "down"} if kind in _DENSE else set())
     assert found.keys() - {None} == wanted
     others = ("embed", "lm_head", "wte", "wpe", "mlp.gate.", "moe.gate.", "shared_expert_gate", "router", "_bias")

@@ -13,10 +13,9 @@ from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.families import Family
 from pipeline.model.matrices import find_matrix, matrices_of
-from pipeline.model.parts import seen
 from pipeline.model.store import Store
 from pipeline.model.tensors import TensorInfo
-from swsc_core.row_blocks import RowBlocks, fuse_rows, remaining_rows, require_partition
+from swsc_core.row_blocks import RowBlocks, apply_view, fuse_rows, remaining_rows, require_partition
 
 N = 5  # inputs
 
@@ -26,9 +25,9 @@ def pieces(name: str, weight: Tensor, config: dict[str, Any]) -> dict[str, Tenso
     info = TensorInfo(name, "F32", tuple(weight.shape), "model.safetensors", 0, 4 * weight.numel())
     checkpoint = Checkpoint(Store("/nowhere"), {name: info}, config)
     found = matrices_of(checkpoint, Family(config), info)
-    for piece in found:
-        assert find_matrix(checkpoint, piece.info.name) == piece.info
-    return {piece.role or "": seen(weight, piece.info.view) for piece in found if piece.info.view}
+    for matrix in found:
+        assert find_matrix(checkpoint, matrix.name) == matrix
+    return {matrix.role or "": apply_view(weight, matrix.location.transposed, matrix.rows) for matrix in found}
 
 
 def heads_of(outputs: Tensor, heads: int) -> Tensor:

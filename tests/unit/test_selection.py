@@ -8,7 +8,6 @@ import pytest
 from pipeline.config import CompressSettings
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.families import FAMILIES, MULTIMODAL, ROLES, Family
-from pipeline.model.matrices import tensor_of
 from pipeline.model.plan import Plan, make_plan
 from tests.unit.test_plan import checkpoint_of
 
@@ -63,8 +62,7 @@ def test_a_role_of_a_joined_tensor_is_its_own_rows_and_the_others_stay() -> None
     assert actions["model.layers.0.self_attn.qkv_proj.k.weight"] == ("copied", (16, 32))
     assert actions["model.layers.0.self_attn.o_proj.weight"] == ("copied", (32, 32))
     assert plan.weights == checkpoint_of(PHI).weights
-    joined = {one.tensor: [tensor_of(piece) for piece in one.pieces] for one in plan.layers[0].joined}
-    assert {name: len(pieces) for name, pieces in joined.items()} == {
+    assert {one.tensor.name: len(one.matrices) for one in plan.layers[0].fused} == {
         "model.layers.0.self_attn.qkv_proj.weight": 1,
         "model.layers.0.mlp.gate_up_proj.weight": 2,
     }

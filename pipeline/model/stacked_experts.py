@@ -6,50 +6,52 @@ joined in it. Both are held against config.json: a stack is cut into matrices on
 
 from dataclasses import dataclass
 
-from pipeline.model.geometry import Geometry, halves
+from pipeline.model.fused_layouts import FusedLayout, halves
 from pipeline.model.model_config import Config, number_of
 from pipeline.model.tensors import FLOATS, TensorInfo
 
 
 @dataclass(frozen=True)
-class Stack:
-    """A tensor that holds one matrix of every expert.
+class StackedExperts:
+    """A tensor that stacks one matrix of every expert, [experts, …].
 
     Attributes:
         name: of the tensor, without `.weight`, whether it has that or not.
-        roles: what a matrix joins; nothing, if it is down alone.
-        turned: whether a matrix lies as [inputs, outputs]; None: one way or the other, whichever fits the config.
-        geometry: how gate and up lie in a matrix.
+        roles: what a matrix fuses; empty for down alone.
+        transposed: whether a matrix lies as [inputs, outputs]; None: whichever of both fits the config.
+        layout: of the rows of gate and up in a matrix.
         width: what the config calls the number of an expert's inner values.
     """
 
     name: str
     roles: tuple[str, ...]
-    turned: bool | None
-    geometry: Geometry
+    transposed: bool | None
+    layout: FusedLayout
     width: str
 
-    def lies_turned(self, shape: tuple[int, ...], config: Config) -> bool:
-        """Whether the matrices of a tensor of this shape lie turned round.
+    def is_transposed(self, shape: tuple[int, ...], config: Config) -> bool:
+        """Whether the matrices of a tensor of this shape lie as [inputs, outputs].
 
         Raises:
             ValueError: the config does not give the sizes of experts, or gives others.
         """
         count, width, hidden = (number_of(config, key) for key in ("num_local_experts", self.width, "hidden_size"))
         m, n = (len(self.roles) * width, hidden) if self.roles else (hidden, width)
-        ways = {turned: (count, *((n, m) if turned else (m, n))) for turned in (False, True)}
-        wanted = {turned: way for turned, way in ways.items() if self.turned in (None, turned)}
-        found = [turned for turned, way in wanted.items() if way == shape]
-        if not found:
-            raise ValueError(f"by config.json that is {' or '.join(str(list(way)) for way in wanted.values())}")
-        return found[0]
+        shapes = {False: (count, m, n), True: (count, n, m)}
+        expected = {transposed: one for transposed, one in shapes.items() if self.transposed in (None, transposed)}
+        fitting = [transposed for transposed, one in expected.items() if one == shape]
+        if not fitting:
+            raise ValueError(f"by config.json that is {' or '.join(str(list(one)) for one in expected.values())}")
+        return fitting[0]
 
 
 def stacks(
-    gate_up: str, down: str, turned: bool | None = False, geometry: Geometry = halves, width: str = "intermediate_size"
-) -> tuple[Stack, Stack]:
+    gate_up: str, down: str, transposed: bool | None = False, layout: FusedLayout = halves,
+    width: str = "intermediate_size",
+) -> tuple[StackedExperts, StackedExperts]:  # fmt: skip
     """The two stacks of a family, by their names."""
-    return Stack(gate_up, ("gate", "up"), turned, geometry, width), Stack(down, (), turned, geometry, width)
+    wide = StackedExperts(gate_up, ("gate", "up"), transposed, layout, width)
+    return wide, StackedExperts(down, (), transposed, layout, width)
 
 
 def is_stack(info: TensorInfo) -> bool:

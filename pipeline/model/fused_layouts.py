@@ -1,13 +1,13 @@
-"""How the pieces of a joined matrix lie in it: `count` groups, in each so many rows of every piece, one after the other.
+"""Row layouts of fused matrices: `count` groups, each of which concatenates so many rows of every part.
 
-Each function here takes a model's (text) config and the number of rows, and returns (count, rows of each piece in a group).
+Each function here takes a model's (text) config and the number of rows, and returns (count, rows of each part in a group).
 """
 
 from collections.abc import Callable
 
 from pipeline.model.model_config import Config, find_number, number_of
 
-Geometry = Callable[[Config, int], tuple[int, tuple[int, ...]]]
+FusedLayout = Callable[[Config, int], tuple[int, tuple[int, ...]]]
 
 
 def concatenated(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
@@ -39,7 +39,7 @@ def falcon(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
 
 
 def halves(config: Config, rows: int) -> tuple[int, tuple[int, ...]]:
-    """Two pieces alike, one after the other (gate and up)."""
+    """Two parts of equal size, concatenated (gate and up)."""
     return 1, (rows // 2, rows // 2)
 
 
