@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.measure.perplexity import ModelKey, skeleton
 from pipeline.model.artifact import Model
 from swsc_core.apart import low_rank_part
+from swsc_core.location import MatrixLocation
 
 
 def carried_by_adapter(model: Model, location: str, trusted: bool) -> dict[str, str]:
@@ -29,7 +30,7 @@ def carried_by_adapter(model: Model, location: str, trusted: bool) -> dict[str, 
     ranked = [
         name
         for name, entry in model.entries.items()
-        if entry.get("rank") and not entry.keys() & {"tensor", "transposed"}
+        if entry.get("rank") and MatrixLocation.from_json(entry) == MatrixLocation()
     ]
     if not ranked:
         raise ConfigError(f"{location}: no matrix has a low-rank part that an adapter could carry; drop --adapter")
