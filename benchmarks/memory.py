@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import print_markdown, timed
+from pipeline.compression.job import CompressLayer
 from pipeline.model.checkpoint import RUN, read_header
+from pipeline.model.matrix_info import whole_matrix
 from pipeline.model.moments import Moments, moment_file
 from pipeline.model.parts import DONE
 from pipeline.model.plan import LayerTask
@@ -58,14 +60,18 @@ def measure(folder: Path, m: int, n: int, rank: int) -> None:
     )  # fmt: skip
     store, worker = Store(str(folder)), Worker(1, "cpu")
     small, large = (
-        LayerTask("a layer", "layer.safetensors", ((read_header(store, f"{name}-model.safetensors")[1][0], (spec,)),))
+        LayerTask(
+            "a layer",
+            "layer.safetensors",
+            ((whole_matrix(read_header(store, f"{name}-model.safetensors")[1][0]), (spec,)),),
+        )
         for name in ("small", "large")
     )
     moments = Moments(store, gradient_share=0.5)
-    worker.compress(store, small, "swsc", 0, None, moments)  # libraries allocate on their first call
+    worker.run(CompressLayer(store, small, "swsc", 0, None, moments))  # libraries allocate on their first call
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    _, seconds = timed(lambda: worker.compress(store, large, "swsc", 0, None, moments))
+    _, seconds = timed(lambda: worker.run(CompressLayer(store, large, "swsc", 0, None, moments)))
     print((resident("VmHWM") - before - 4 * n * n) / (4 * m * n), seconds)
 
 

@@ -184,6 +184,13 @@ def name_of(device: str) -> str:
     return "cpu" if device == "cpu" else str(torch.cuda.get_device_name(0))
 
 
+def instructions_of(device: str) -> str:
+    """Vector instructions that torch uses on this machine's CPU, or as CUDA calls the GPU."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() if device == "cpu" else name_of(device)
+
+
 def take_device(gpus: float) -> tuple[str, Device]:
     """torch's name of the device of a worker that was given `gpus` of a GPU, and what is known of it. Its share is all it can take.
 

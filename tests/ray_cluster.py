@@ -158,13 +158,13 @@ def end(node: "subprocess.Popen[bytes]") -> None:
             process.kill()
 
 
-def workers_at(method: str, node: "subprocess.Popen[bytes] | None" = None) -> list[psutil.Process]:
-    """Processes of workers that are at `method` ("" is any), of all nodes or of one."""
+def workers_at(kind: str, node: "subprocess.Popen[bytes] | None" = None) -> list[psutil.Process]:
+    """Processes of workers that run a job of the class `kind` ("" is any), of all nodes or of one."""
     family = psutil.Process(node.pid).children(recursive=True) if node else psutil.process_iter()
     found = []
     for process in family:
         with contextlib.suppress(psutil.Error):
             title = " ".join(process.cmdline())
-            if title.startswith("ray::ActorWorker") and (not method or f"ActorWorker.{method}" in title):
+            if title.startswith("ray::ActorWorker") and (not kind or f"ActorWorker.{kind}" in title):
                 found.append(process)
     return found

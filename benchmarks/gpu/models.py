@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.finding import Bench, Finding
+from pipeline.calibration.job import GatherMoments
+from pipeline.evaluation.job import MeasureLosses
 from pipeline.measure.perplexity import ModelKey
 from pipeline.measure.tuner import TuneKey
 from pipeline.model.artifact import open_model
@@ -15,6 +17,7 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import calibration_device_bytes, evaluation_device_bytes, moment_bytes
 from pipeline.model.parts import Payload, to_tensor
 from pipeline.run.worker import Worker
+from pipeline.tuning.job import TuneGradients, TuneStep
 
 _LENGTH = 64
 
@@ -56,7 +59,8 @@ def _calibrations(where: str, bench: Bench) -> Iterator[Finding]:
     infos = [info for name, info in source.tensors.items() if "_proj" in name and "layers.0." in name]
     names = [info.name for info in infos]
     found: list[Payload] = []
-    gather = lambda: found.append(Worker(1, bench.device).calibrate(key, [names], _windows(4), 0, 0)[1])  # noqa: E731
+    job = GatherMoments(key, (tuple(names),), _windows(4), 0, 0)
+    gather = lambda: found.extend(Worker(1, bench.device).run(job).payloads)  # noqa: E731
     peak = bench.peak(gather)
     gather()
     equal = _equal(*found)
@@ -74,9 +78,9 @@ def _tunings(where: str, out: Path, bench: Bench) -> Iterator[Finding]:
     key, found = TuneKey(where, str(out), "auto"), []
     for _ in range(2):
         worker = Worker(1, bench.device)
-        about, gradients = worker.tune_gradients(key, 0, _windows(2))
-        _, state = worker.tune_step(key, 1, 1e-3, gradients)
-        found.append((about, state))
+        gradients = worker.run(TuneGradients(key, 0, _windows(2)))
+        (state,) = worker.run(TuneStep(key, 1, 1e-3), *gradients.payloads).payloads
+        found.append((gradients.value, state))
         del worker
     equal = found[0][0] == found[1][0] and _equal(found[0][1], found[1][1])
     yield Finding("tuning step twice", "equal" if equal else "unlike", ok=equal)
@@ -84,10 +88,10 @@ def _tunings(where: str, out: Path, bench: Bench) -> Iterator[Finding]:
 
 def _evaluations(where: str, bench: Bench) -> Iterator[Finding]:
     key, model = ModelKey(where, "float32", 2), open_model(where)
-    losses: list[list[float]] = []
-    measure = lambda: losses.append(Worker(1, bench.device).measure(key, "", (), _windows(4))["losses"])  # noqa: E731
+    losses: list[tuple[float, ...]] = []
+    measure = lambda: losses.append(Worker(1, bench.device).run(MeasureLosses(key, _windows(4))).value.losses)  # noqa: E731
     peak = bench.peak(measure)
-    wanted = Worker(1, "cpu").measure(key, "", (), _windows(4))["losses"]
+    wanted = Worker(1, "cpu").run(MeasureLosses(key, _windows(4))).value.losses
     gap = max(abs(a - b) for a, b in zip(losses[0], wanted, strict=True))
     yield Finding("evaluation against a CPU, largest gap of a loss", gap, "nats", gap < 1e-3)
     if bench.on_gpu:

@@ -12,8 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from pipeline.allocation.job import MeasureDistortions, MeasureSensitivity, SpecDistortion
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
@@ -24,13 +25,15 @@ from pipeline.model.plan import Decision, Plan, with_specs
 from pipeline.model.records import Curves, of_cache, read_record
 from pipeline.model.specs import budget_bytes, value_bits
 from pipeline.model.tensor_names import tensor_kind
-from pipeline.run.pool import Task
+from pipeline.run.task import Task, TaskResult
 from swsc_core.allocation import Choice, allocate, equal_shares
 from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
 
 _VERSION = 5  # goes up with every change of the menu or of what is measured
 _SHOWN = 200  # characters of a spec that is refused
+
+V = TypeVar("V")
 
 
 def allocate_plan(
@@ -86,11 +89,15 @@ def _curves(
     if moments.store.exists(file):
         return of_cache(moments.store, file, lambda: _read(moments, file, infos, settings))
     run = partial(_results, plan=plan, make_pool=make_pool)
-    reaches = run([Task(i.name, "reach", (source.store, i, moments), f"reach of {i.name}") for i in infos], "reach")
-    found = run(_share_tasks(source, infos, settings, moments, reaches), "curves")
+    reaches: dict[str, float] = run(
+        [Task(i.name, MeasureSensitivity(source.store, i, moments), f"sensitivity of {i.name}") for i in infos], "reach"
+    )
+    found: dict[tuple[str, int], tuple[SpecDistortion, ...]] = run(
+        _share_tasks(source, infos, settings, moments, reaches), "curves"
+    )
     shares: dict[str, list[Any]] = {}
     for kind, place in sorted(found):
-        shares.setdefault(kind, []).extend(found[kind, place])
+        shares.setdefault(kind, []).extend((asdict(one.spec), one.share) for one in found[kind, place])
     curves = {"identity": identity, "reach": reaches, "shares": shares}
     moments.store.write_json(file, curves)
     return curves
@@ -127,10 +134,13 @@ def _loss(value: object) -> float:
     return float(value)
 
 
-def _results(tasks: list[Task], what: str, plan: Plan, make_pool: PoolMaker) -> dict[Any, Any]:
+def _results(tasks: list[Task[V]], what: str, plan: Plan, make_pool: PoolMaker) -> dict[Any, V]:
     """What each task returned, by its key."""
-    found: dict[Any, Any] = {}
-    note = lambda done: found.update({done.task.key: done.value})  # noqa: E731
+    found: dict[Any, V] = {}
+
+    def note(done: TaskResult[V]) -> None:
+        found[done.task.key] = done.value
+
     run_alone(tasks, compression_bytes(plan), note, make_pool, what, "tasks", device_bytes(plan))
     return found
 
@@ -141,7 +151,7 @@ def _share_tasks(
     settings: MatrixSettings,
     moments: Moments,
     reaches: dict[str, float],
-) -> list[Task]:
+) -> list[Task[tuple[SpecDistortion, ...]]]:
     kinds: dict[str, list[MatrixInfo]] = {}
     for info in infos:
         kinds.setdefault(kind_of(info), []).append(info)
@@ -150,8 +160,8 @@ def _share_tasks(
         middle = _typical(members, moments, reaches)
         specs = list(candidates(*_offered(middle, settings)))
         for place, some in enumerate(_dealt(specs)):
-            arguments = (source.store, middle, moments, [asdict(spec) for spec in some], settings.seed)
-            tasks.append(Task((kind, place), "shares", arguments, label=f"curve of {middle.name}"))
+            job = MeasureDistortions(source.store, middle, moments, tuple(some), settings.seed)
+            tasks.append(Task((kind, place), job, f"curve of {middle.name}"))
     return tasks
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.calibration.job import AddMoments, ExtractMoments, GatherMoments
 from pipeline.config import CalibrationSettings
 from pipeline.device import Arithmetic
 from pipeline.errors import PayloadLost
@@ -28,8 +29,8 @@ from pipeline.model.records import rebuilt_cache
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
 from pipeline.run.driver import TaskList, execute
-from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress, say
+from pipeline.run.task import Destination, Task, TaskResult
 
 _SHARD_TOKENS = 8192  # tokens of one task
 _GATHERINGS = 3  # of a layer whose sums were lost with a node
@@ -149,7 +150,7 @@ class Calibration:
         return Moments(self.store, self._settings.gradient_share)
 
     def _gather(self, make_pool: PoolMaker) -> None:
-        self._failures = TaskList([], lambda done: None)
+        self._failures: TaskList[Any] = TaskList([], lambda done: None)
         if not self._ranges:
             return
         require_room(self.store, sum(self._sum_bytes(part.names) for part in self._ranges))
@@ -161,7 +162,7 @@ class Calibration:
         try:
             with Progress("calibrate", self._total_tasks, 0, "tasks") as progress:
                 for _ in range(_GATHERINGS):
-                    self._lost: list[Done] = []
+                    self._lost: list[TaskResult[Any]] = []
                     self._queue = [task for index in range(len(self._ranges)) for task in self._gathering(index)][::-1]
                     execute(pool, self, progress)
                     if not self._lost:
@@ -181,22 +182,22 @@ class Calibration:
         shards = len(self._starts)
         return sum(shards + (shards - 1) * len(part.layers) + len(part.names) for part in self._ranges)
 
-    def _gathering(self, index: int) -> list[Task]:
+    def _gathering(self, index: int) -> list[Task[Any]]:
         part, ids, size = self._ranges[index], self._ids, self._starts.step
         key = calibration_key(self._source, self._settings)
+        layers = tuple(map(tuple, part.layers.values()))
         return [
             Task(
-                ("gather", index, start), "calibrate",
-                (key, tuple(map(tuple, part.layers.values())), ids[start : start + size], start, self._seed),
-                label=f"calibration windows {start} to {start + size - 1}", outputs=len(part.layers),
+                ("gather", index, start), GatherMoments(key, layers, ids[start : start + size], start, self._seed),
+                f"calibration windows {start} to {start + size - 1}", outputs=len(part.layers),
             )
             for start in self._starts
         ]  # fmt: skip
 
-    def next(self, worker: int) -> Task | None:
+    def next(self, worker: int) -> Task[Any] | None:
         return self._queue.pop() if self._queue else None
 
-    def done(self, done: Done) -> None:
+    def done(self, done: TaskResult[Any]) -> None:
         if isinstance(done.error, PayloadLost):
             self._lost.append(done)
             return
@@ -207,7 +208,7 @@ class Calibration:
         if kind == "write":
             self._written.add(rest[0])
         if kind == "gather":
-            self._note_source(done.value["source_sha256"])
+            self._note_source(done.value)
             for place, payload in enumerate(done.payloads):
                 self._folds[index, place].shards[rest[0]] = payload
                 self._go_on(index, place)
@@ -233,14 +234,14 @@ class Calibration:
             fold.busy = True
             key = ("fold", index, place, fold.added)
             pair = (fold.total, fold.shards.pop(self._starts[fold.added]))
-            self._queue.append(Task(key, "fold_moments", (), "sum of moments", pair, outputs=1))
+            self._queue.append(Task(key, AddMoments(), "sum of moments", pair, outputs=1))
 
-    def _writings(self, index: int, place: int, total: Any) -> list[Task]:
+    def _writings(self, index: int, place: int, total: Any) -> list[Task[Any]]:
         names = list(self._ranges[index].layers.values())[place]
         return [
             Task(
-                ("write", index, name), "moments_of", (name,), label=f"moments of {name}", outputs=1, payloads=(total,),
-                commit_to=(self._out.ticket, moment_file(name)),
+                ("write", index, name), ExtractMoments(name), f"moments of {name}", (total,), outputs=1,
+                commit_to=Destination(self._out.ticket, moment_file(name)),
             )
             for name in names
         ]  # fmt: skip

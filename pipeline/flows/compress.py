@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from pipeline.compression.job import CompressLayer, CopyTensors, LayerReport
 from pipeline.config import CompressSettings
 from pipeline.device import Arithmetic
 from pipeline.errors import ClusterError, UserError, WeightsError
@@ -25,16 +26,20 @@ from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
 from pipeline.model.output import CALIBRATION, Output, abandon, finish
 from pipeline.model.parts import DONE
-from pipeline.model.plan import Plan
+from pipeline.model.plan import CopyTask, Plan
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.driver import TaskList, execute
-from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
+from pipeline.run.task import Destination, Job, Pool, Task, TaskResult
+from pipeline.tuning.job import ApplyTuning
 from swsc_core.format import quantization_config
 
 # (number of tasks, bytes of memory that a worker needs, bytes of them that must fit a GPU if it has one) -> a pool for them
 PoolMaker = Callable[..., Pool]
+
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -124,14 +129,15 @@ def _carry_out(
     peaks: dict[str, int] = {}
     kernels: set[str] = set()
 
-    def note(done: Done) -> None:
-        record: FileRecord = done.record or done.value
-        ingredients.require_calibrated_on(record.tensors, done.value["rows"] if done.record else ())
+    def note(done: TaskResult[LayerReport | FileRecord]) -> None:
+        layer, record = (None, done.value) if isinstance(done.value, FileRecord) else (done.value, done.record)
+        assert record is not None  # of a layer, which was committed
+        ingredients.require_calibrated_on(record.tensors, layer.rows if layer else ())
         records[record.name] = record
-        if done.task.method in ("compress", "apply_tuning"):
-            rows.update({row["name"]: row for row in done.value["rows"]})
-            kernels.add(done.value["kernels"])
-            peaks[str(done.worker)] = max(done.value["peak_rss"], peaks.get(str(done.worker), 0))
+        if layer:
+            rows.update({row["name"]: row for row in layer.rows})
+            kernels.add(layer.kernels)
+            peaks[str(done.worker)] = max(layer.peak_rss, peaks.get(str(done.worker), 0))
 
     tasks = [
         task for task in _tasks(source, plan, out.ticket, settings, moments, ready) if task.key not in out.finished
@@ -165,7 +171,7 @@ def _tuned(tune: Callable[[], TunedModel], out: Output) -> TunedModel:
 
 
 def run_tasks(
-    tasks: list[Task], memory: int, note: Callable[[Done], None], make_pool: PoolMaker, out: Output, what: str,
+    tasks: list[Task[V]], memory: int, note: Callable[[TaskResult[V]], None], make_pool: PoolMaker, out: Output, what: str,
     device: int = 0,
 ) -> None:  # fmt: skip
     """Run tasks on a pool of their own, of workers that need `memory` bytes each, `device` of them on a GPU if they have one.
@@ -181,7 +187,7 @@ def run_tasks(
 
 
 def run_alone(
-    tasks: list[Task], memory: int, note: Callable[[Done], None], make_pool: PoolMaker, what: str, unit: str,
+    tasks: list[Task[V]], memory: int, note: Callable[[TaskResult[V]], None], make_pool: PoolMaker, what: str, unit: str,
     device: int = 0,
 ) -> None:  # fmt: skip
     """Run tasks, if there are any, on a pool of their own, of workers that need `memory` bytes each.
@@ -204,23 +210,23 @@ def run_alone(
 def _tasks(
     source: Checkpoint, plan: Plan, ticket: Ticket, settings: CompressSettings, moments: Moments | None,
     ready: TunedModel | None,
-) -> list[Task]:  # fmt: skip
-    method, layers = "apply_tuning" if ready else "compress", []
-    for task in plan.layers:
-        how: tuple[Any, ...] = (settings.format, settings.seed, settings.storage_dtype, moments)
+) -> list[Task[LayerReport | FileRecord]]:  # fmt: skip
+    tasks: list[Task[Any]] = []
+    for layer in plan.layers:
+        job: Job[LayerReport]
         if ready:
-            how = (settings.format, ready.tuned, {info.name: ready.rows[info.name] for info, _ in task.items})
-        layers.append(
-            Task(
-                task.file, method, (source.store, task, *how), label=task.layer, outputs=1,
-                commit_to=(ticket, task.file), weight=task.nbytes,
-            )
-        )  # fmt: skip
-    copies = [
-        Task(task.file, "copy", (source.store, task, ticket), label=f"copy to {task.file}", weight=task.nbytes)
-        for task in plan.copies
-    ]
-    return layers + copies
+            before = {info.name: ready.rows[info.name] for info, _ in layer.items}
+            job = ApplyTuning(source.store, layer, settings.format, ready.tuned, before)
+        else:
+            job = CompressLayer(source.store, layer, settings.format, settings.seed, settings.storage_dtype, moments)
+        where = Destination(ticket, layer.file)
+        tasks.append(Task(layer.file, job, layer.layer, outputs=1, commit_to=where, weight=layer.nbytes))
+    return tasks + [copy_task(source.store, copy, ticket) for copy in plan.copies]
+
+
+def copy_task(source: Store, copy: CopyTask, ticket: Ticket) -> Task[Any]:
+    """A task that copies tensors into a file of the output."""
+    return Task(copy.file, CopyTensors(source, copy, ticket), f"copy to {copy.file}", weight=copy.nbytes)
 
 
 def _config(source: Checkpoint, rows: dict[str, dict[str, Any]], form: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import EvaluateSettings, MeasureSettings
+from pipeline.evaluation.job import MeasureLosses, WindowLosses
 from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.perplexity import ModelKey, perplexity
@@ -17,7 +18,7 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
 from pipeline.model.output import known_traces
 from pipeline.model.source_digests import SourceDigests, digests_of_source
-from pipeline.run.pool import Done, Task
+from pipeline.run.task import Task, TaskResult
 
 _BATCHES = 4  # of one task: enough to hide its cost, few enough to share the work out evenly
 
@@ -41,16 +42,16 @@ def evaluate_model(
     windows = make_windows(location, settings)
     require_measurable(model, windows, settings)
     key = model_key(model.checkpoint, settings)
-    losses: dict[int, list[float]] = {}
+    losses: dict[int, tuple[float, ...]] = {}
     dtypes: set[str] = set()
     tasks = [
-        Task(start, "measure", (key, "", (), part), label=f"windows {start} to {start + len(part) - 1}")
+        Task(start, MeasureLosses(key, part), f"windows {start} to {start + len(part) - 1}")
         for start, part in deal(windows.ids, settings)
     ]
 
-    def note(done: Done) -> None:
-        losses[done.task.key] = done.value["losses"]
-        dtypes.add(done.value["dtype"])
+    def note(done: TaskResult[WindowLosses]) -> None:
+        losses[done.task.key] = done.value.losses
+        dtypes.add(done.value.dtype)
 
     run_alone(tasks, worker_bytes(model, settings), note, make_pool, "evaluate", "parts", on_gpu_bytes(model, settings))
     ordered = [loss for start in sorted(losses) for loss in losses[start]]

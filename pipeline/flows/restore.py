@@ -9,8 +9,9 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.flows.card import card_of_restoring
-from pipeline.flows.compress import PoolMaker, run_tasks, versions
+from pipeline.flows.compress import PoolMaker, copy_task, run_tasks, versions
 from pipeline.flows.preflight import ALGORITHM, begin_with_room, examine, require_unmixed
+from pipeline.flows.restore_job import ExtractLowRank, RestoreTensors
 from pipeline.measure.adapter import adapter_bytes, adapter_config, carried_by_adapter
 from pipeline.model.addresses import command
 from pipeline.model.artifact import Model, open_model
@@ -25,7 +26,7 @@ from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensor_names import layer_of
 from pipeline.model.tensors import TensorInfo
 from pipeline.model.weight_files import tensor_files
-from pipeline.run.pool import Done, Task
+from pipeline.run.task import Destination, Task, TaskResult
 from swsc_core.format import FORMAT_VERSION
 
 
@@ -60,8 +61,9 @@ def restore_model(
             return report
         records = {file: record for file, (record, _) in out.finished.items()}
 
-        def note(done: Done) -> None:
-            record: FileRecord = done.record or done.value
+        def note(done: TaskResult[FileRecord | None]) -> None:
+            record = done.record or done.value
+            assert record is not None  # every task writes a file
             records[record.name] = record
 
         todo = [task for task in _tasks(model, out.ticket, carried) if task.key not in out.finished]
@@ -98,7 +100,7 @@ def _files(model: Model) -> list[str]:
     return tensor_files(len(layers) + len(copies))
 
 
-def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Task]:
+def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Task[Any]]:
     """A task for each layer that holds compressed tensors, one for each source file that holds others, one for an adapter."""
     layers: dict[str, list[str]] = {}
     copies: dict[str, list[TensorInfo]] = {}
@@ -109,29 +111,18 @@ def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Tas
             info = model.checkpoint.tensors[name]
             copies.setdefault(info.file, []).append(info)
     files = iter(tensor_files(len(layers) + len(copies)))
-    tasks = []
+    location = model.checkpoint.store.root
+    tasks: list[Task[Any]] = []
     for layer, names in layers.items():
         file, nbytes = next(files), sum(model.nbytes(name) for name in names)
-        bare = ([name for name in names if name in carried],) if carried else ()
-        tasks.append(
-            Task(
-                file,
-                "restore",
-                (model.checkpoint.store.root, names, *bare),
-                label=layer,
-                outputs=1,
-                commit_to=(ticket, file),
-                weight=nbytes,
-            )
-        )
+        job = RestoreTensors(location, tuple(names), frozenset(name for name in names if name in carried))
+        tasks.append(Task(file, job, layer, outputs=1, commit_to=Destination(ticket, file), weight=nbytes))
     for infos in copies.values():
-        copy = CopyTask(next(files), tuple(infos))
-        arguments = (model.checkpoint.store, copy, ticket)
-        tasks.append(Task(copy.file, "copy", arguments, label=f"copy to {copy.file}", weight=copy.nbytes))
+        tasks.append(copy_task(model.checkpoint.store, CopyTask(next(files), tuple(infos)), ticket))
     if carried:
         file, nbytes = ADAPTER_FILES[0], adapter_bytes(model, carried)
-        whole = (model.checkpoint.store.root, dict(carried))
+        low_rank = ExtractLowRank(location, dict(carried))
         tasks.append(
-            Task(file, "low_rank", whole, label="low-rank part", outputs=1, commit_to=(ticket, file), weight=nbytes)
+            Task(file, low_rank, "low-rank part", outputs=1, commit_to=Destination(ticket, file), weight=nbytes)
         )
     return tasks

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
+from pipeline.compression.job import CompressVariants
 from pipeline.config import EvaluateSettings, SweepSettings, Variant
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError, DiskFull, PayloadLost
+from pipeline.evaluation.job import MeasureLosses, WindowLosses
 from pipeline.flows.compress import Calibrated, PoolMaker
 from pipeline.flows.evaluate import deal, model_key, on_gpu_bytes, worker_bytes
 from pipeline.flows.prepare import prepare
@@ -30,8 +32,8 @@ from pipeline.model.matrices import find_matrix
 from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.plan import Plan
 from pipeline.run.driver import execute
-from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress, about
+from pipeline.run.task import Pool, Task, TaskResult
 
 _BEGUN_AGAIN = 2  # most times that a run's lost units are made again
 
@@ -160,12 +162,12 @@ class Sweep:
     def _measurements(self, run: Run) -> list[tuple[Windows, EvaluateSettings]]:
         return list(zip(self._windows[run.model], self._settings.evaluations, strict=True))
 
-    def _make_compressions(self) -> list[Task]:
+    def _make_compressions(self) -> list[Task[Any]]:
         """A task a tensor, for all its units; models in turn."""
         per_model = [self._compressions_of(model, checkpoint) for model, checkpoint in enumerate(self._checkpoints)]
         return [task for task in chain.from_iterable(zip_longest(*per_model)) if task is not None]
 
-    def _compressions_of(self, model: int, checkpoint: Checkpoint) -> list[Task]:
+    def _compressions_of(self, model: int, checkpoint: Checkpoint) -> list[Task[Any]]:
         units: dict[str, list[Unit]] = {}
         for run in self._runs:
             for tensor, unit in run.units.items():
@@ -176,11 +178,11 @@ class Sweep:
         order = sorted(units, key=lambda name: (needed_by[name], -find_matrix(checkpoint, name).nbytes))
         return [self._compression(model, find_matrix(checkpoint, name), units[name]) for name in order]
 
-    def _compression(self, model: int, info: MatrixInfo, units: list[Unit]) -> Task:
+    def _compression(self, model: int, info: MatrixInfo, units: list[Unit]) -> Task[Any]:
         return Task(
-            ("compress", tuple(units)), "compress_units",
-            (self._checkpoints[model].store, info, [way for _, _, way in units]),
-            label=f"{self._settings.models[model]} {info.name}", outputs=len(units),
+            ("compress", tuple(units)),
+            CompressVariants(self._checkpoints[model].store, info, tuple(variant for _, _, variant in units)),
+            f"{self._settings.models[model]} {info.name}", outputs=len(units),
         )  # fmt: skip
 
     def _open_if_ready(self, run: Run) -> None:
@@ -191,10 +193,10 @@ class Sweep:
         payloads = tuple(self._payloads[unit] for unit in run.units.values())
         checkpoint = run.made.checkpoint if run.made else self._checkpoints[run.model]
         for number, (windows, text) in enumerate(self._measurements(run)):
-            arguments = (model_key(checkpoint, text), run.name if names else "", names)
+            key, variant = model_key(checkpoint, text), run.name if names else ""
             run.parts += [
                 Task(
-                    ("measure", id(run), number, start), "measure", (*arguments, part), payloads=payloads,
+                    ("measure", id(run), number, start), MeasureLosses(key, part, variant, names), payloads=payloads,
                     label=f"{run.name} on {self._settings.models[run.model]}, window {start}",
                 )
                 for start, part in deal(windows.ids, text)
@@ -205,7 +207,7 @@ class Sweep:
         if not run.parts:
             self._release(run)
 
-    def next(self, worker: int) -> Task | None:
+    def next(self, worker: int) -> Task[Any] | None:
         """Evaluations first, so that payloads go soon; a worker stays with its variant, then with its model."""
         before = self._loaded.get(worker)
         if before and before.parts:
@@ -218,7 +220,7 @@ class Sweep:
             return run.parts.pop()
         return self._compressions.pop() if self._compressions else None
 
-    def done(self, done: Done) -> None:
+    def done(self, done: TaskResult[Any]) -> None:
         """Take the result of a task in.
 
         Raises:
@@ -226,17 +228,17 @@ class Sweep:
         """
         if isinstance(done.error, DiskFull):
             raise done.error
-        if done.task.method == "compress_units":
+        if isinstance(done.task.job, CompressVariants):
             self._compressed(done)
         else:
             self._measured(done)
 
-    def _compressed(self, done: Done) -> None:
+    def _compressed(self, done: TaskResult[Any]) -> None:
         _, units = done.task.key
         for number, unit in enumerate(units):
-            error = str(done.error) if done.error else done.value["rows"][number].get("error")
+            error = str(done.error) if done.error else done.value[number].get("error")
             if not error:
-                self._rows[unit] = done.value["rows"][number]
+                self._rows[unit] = done.value[number]
                 self._payloads[unit] = done.payloads[number]
             for run in self._runs:
                 if unit in run.missing:
@@ -247,7 +249,7 @@ class Sweep:
                     self._open_if_ready(run)
             self._forget_unused(unit)
 
-    def _measured(self, done: Done) -> None:
+    def _measured(self, done: TaskResult[Any]) -> None:
         _, identity, number, start = done.task.key
         run = next(run for run in self._runs if id(run) == identity)
         run.outstanding -= 1
@@ -261,8 +263,8 @@ class Sweep:
             run.outstanding -= len(run.parts)
             run.parts.clear()
         else:
-            run.losses[number, start] = done.value["losses"]
-            run.dtypes[number] = done.value["dtype"]
+            measured: WindowLosses = done.value
+            run.losses[number, start], run.dtypes[number] = measured.losses, measured.dtype
         if run.outstanding == 0 and run.lost and not run.error:
             self._make_again(run)
         elif run.outstanding == 0:

@@ -6,6 +6,7 @@ A unit is one tensor of one model compressed in one way. Q at 3 bits is the same
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.compression.job import CompressionVariant
 from pipeline.config import SweepSettings, Variant
 from pipeline.errors import ConfigError, UserError
 from pipeline.flows.evaluate import require_measurable
@@ -16,12 +17,10 @@ from pipeline.model.causality import require_causal
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.moments import Moments
 from pipeline.model.plan import Plan, make_plan
-from pipeline.run.pool import Task
-from swsc_core.spec import Spec
+from pipeline.run.task import Task
 
 UNCOMPRESSED = "uncompressed"
-Way = tuple[tuple[Spec, ...], int, str | None, Moments | None]  # specs, seed, storage dtype, for metric activations
-Unit = tuple[int, str, Way]  # model, tensor, way
+Unit = tuple[int, str, CompressionVariant]  # model, tensor, how it is compressed
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class Run:
     made: Made | None = None  # of a variant whose matrices are tuned together: it is no sum of units
     units: dict[str, Unit] = field(default_factory=dict)  # tensor -> unit
     missing: set[Unit] = field(default_factory=set)
-    parts: list[Task] = field(default_factory=list)  # evaluation tasks not yet given out
+    parts: list[Task[Any]] = field(default_factory=list)  # evaluation tasks not yet given out
     outstanding: int = 0  # evaluation tasks not yet done
-    losses: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (evaluation, first window)
+    losses: dict[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)  # (evaluation, first window)
     dtypes: dict[int, str] = field(default_factory=dict)  # evaluation -> arithmetic it was measured in
     error: str | None = None
     lost: str | None = None  # what was said when one of its units was not there any more
@@ -63,7 +62,11 @@ class Run:
             return {}
         seed, dtype = self.variant.seed, self.variant.storage_dtype
         return {
-            decision.info.name: (self.model, decision.info.name, (decision.specs, seed, dtype, self.moments))
+            decision.info.name: (
+                self.model,
+                decision.info.name,
+                CompressionVariant(decision.specs, seed, dtype, self.moments),
+            )
             for decision in self.plan.compressed
         }
 

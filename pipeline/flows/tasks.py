@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.errors import ConfigError
+from pipeline.evaluation.lm_eval_job import AnswerRequests, RequestAnswers
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.evaluate import model_key, require_unseen
 from pipeline.measure.harness import harness
@@ -18,8 +19,8 @@ from pipeline.model.artifact import Model, open_model
 from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
 from pipeline.model.source_digests import SourceDigests
 from pipeline.run.driver import TaskList, execute
-from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
+from pipeline.run.task import Pool, Task, TaskResult
 from pipeline.task_config import TaskSettings
 
 _PARTS = 256  # that requests are dealt out in: enough for many workers, few enough to cost nothing themselves
@@ -92,17 +93,16 @@ class PooledAnswers:
         tasks = [
             Task(
                 start,
-                "answer",
-                (self._key, kind, batches[start : start + size], seed),
-                label=f"{kind}, batches {start} to {min(start + size, len(batches)) - 1}",
+                AnswerRequests(self._key, kind, batches[start : start + size], seed),
+                f"{kind}, batches {start} to {min(start + size, len(batches)) - 1}",
             )
             for start in range(0, len(batches), size)
         ]
         found: dict[int, list[list[Any]]] = {}
 
-        def note(done: Done) -> None:
-            found[done.task.key] = done.value["answers"]
-            self.dtype = done.value["dtype"]
+        def note(done: TaskResult[RequestAnswers]) -> None:
+            found[done.task.key] = done.value.answers
+            self.dtype = done.value.dtype
 
         source = TaskList(tasks, note)
         asked = self._model, self._key.dtype, self._key.batch_size * tokens

@@ -29,8 +29,9 @@ from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
 from pipeline.model.uses import remove_unless_used
 from pipeline.run.driver import StagedTasks, Stages, execute
-from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress, say
+from pipeline.run.task import Destination, Task, TaskResult
+from pipeline.tuning.job import Divergence, KeepState, MeasureDivergence, ReadState, TuneGradients, TuneStep
 
 _STEP_TOKENS = 2048  # of the windows of one step
 _HELD_OUT = 8  # one window of so many
@@ -157,7 +158,7 @@ class Tuning:
         state: tuple[Any, ...] = ()
         course: list[tuple[int, float]] = []  # of this run: a resumed one has no memory of earlier steps
         if step:
-            read = yield [Task("read", "read_payload", (self.store, _state_file(step)), label="state", outputs=1)]
+            read = yield [Task("read", ReadState(self.store, _state_file(step)), "state", outputs=1)]
             state = read[0].payloads
         while step < len(self._batches):
             gradients = yield self._gradients(step, state)
@@ -166,14 +167,14 @@ class Tuning:
             handles = tuple(done.payloads[0] for done in gradients)
             stepped = yield [
                 Task(
-                    ("step", step), "tune_step", (self._key, step, self._rate(step, _mean(before))), f"tuning step {step}",
+                    ("step", step), TuneStep(self._key, step, self._rate(step, _mean(before))), f"tuning step {step}",
                     (*state, *handles), outputs=1,
                 )
             ]  # fmt: skip
             state = stepped[0].payloads
             if self._is_kept(step):
-                where = (self._ticket, _state_file(step))
-                yield [Task(("keep", step), "keep", (), f"state {step}", state, outputs=1, commit_to=where)]
+                where = Destination(self._ticket, _state_file(step))
+                yield [Task(("keep", step), KeepState(), f"state {step}", state, outputs=1, commit_to=where)]
                 self._kept = step
                 self._forget_before(step)
         after = yield self._measurements(step, state)
@@ -187,19 +188,19 @@ class Tuning:
             self.store.remove(f"{DONE}/{name}.json")
             self.store.remove(name)
 
-    def _gradients(self, step: int, state: tuple[Any, ...]) -> list[Task]:
+    def _gradients(self, step: int, state: tuple[Any, ...]) -> list[Task[Divergence]]:
         return [
             Task(
-                ("gradient", step, place), "tune_gradients", (self._key, step, window[None]),
-                f"tuning step {step + 1}", state, outputs=1,
+                ("gradient", step, place), TuneGradients(self._key, step, window[None]), f"tuning step {step + 1}", state,
+                outputs=1,
             )
             for place, window in enumerate(self._batches[step])
         ]  # fmt: skip
 
-    def _measurements(self, step: int, state: tuple[Any, ...]) -> list[Task]:
+    def _measurements(self, step: int, state: tuple[Any, ...]) -> list[Task[Divergence]]:
         return [
             Task(
-                ("held out", step, place), "divergence", (self._key, step, window[None]), f"held-out window {place}", state
+                ("held out", step, place), MeasureDivergence(self._key, step, window[None]), f"held-out window {place}", state
             )
             for place, window in enumerate(self._text.held_out)
         ]  # fmt: skip
@@ -218,9 +219,9 @@ def _digest_of(location: str) -> str:
     return hashlib.sha256(repr(sorted((name, about["sha256"]) for name, about in files.items())).encode()).hexdigest()
 
 
-def _mean(found: list[Done]) -> float:
-    values = [done.value for done in found]
-    return math.fsum(value["divergence"] for value in values) / sum(value["tokens"] for value in values)
+def _mean(results: list[TaskResult[Divergence]]) -> float:
+    values = [result.value for result in results]
+    return math.fsum(value.divergence for value in values) / sum(value.tokens for value in values)
 
 
 def _state_file(step: int) -> str:

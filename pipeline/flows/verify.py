@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.errors import CheckpointError, DamageError
 from pipeline.flows.compress import PoolMaker, run_alone
+from pipeline.flows.verify_job import CheckFile
 from pipeline.model.amend import as_amended
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.forecast import WORKER_BASE
@@ -12,7 +13,7 @@ from pipeline.model.owned import REPORT, rivals
 from pipeline.model.parts import linked
 from pipeline.model.records import Manifest, Report, read_record
 from pipeline.model.store import Store
-from pipeline.run.pool import Done, Task
+from pipeline.run.task import Task, TaskResult
 
 _NAMED = 8  # findings that an error names
 _AGAIN = "make it again by --overwrite"
@@ -32,11 +33,11 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
     files = as_amended(store, manifest_of(store)["files"])
     findings: dict[Any, list[str]] = {"": list(_of_report(store))}
 
-    def note(done: Done) -> None:
+    def note(done: TaskResult[list[str]]) -> None:
         findings[done.task.key] = done.value
 
     tasks = [
-        Task(name, "check_file", (store, name, about), label=name, weight=about["size"])
+        Task(name, CheckFile(store, name, about), name, weight=about["size"])
         for name, about in files.items()
         if not linked(store, name)
     ]

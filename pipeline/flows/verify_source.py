@@ -8,6 +8,7 @@ from itertools import chain
 
 from pipeline.errors import ConfigError
 from pipeline.flows.compress import PoolMaker, run_alone
+from pipeline.flows.verify_job import HashFile
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.digests import FileDigests, by_file, read_sums, require_equal, require_known
 from pipeline.model.forecast import WORKER_BASE
@@ -15,7 +16,7 @@ from pipeline.model.hub import published_hashes
 from pipeline.model.source_digests import SourceDigests, digests_of_source, verified_as
 from pipeline.model.store import Store
 from pipeline.model.tensors import TensorInfo
-from pipeline.run.pool import Done, Task
+from pipeline.run.task import Task, TaskResult
 
 HUB = "hub"
 
@@ -39,13 +40,13 @@ def verified(source: Checkpoint, hashes: str, make_pool: PoolMaker) -> Checkpoin
     require_known(known, files, hashes)
     found: dict[str, tuple[str, ...]] = {}
 
-    def note(done: Done) -> None:
-        digests: FileDigests = done.value
+    def note(done: TaskResult[FileDigests]) -> None:
+        digests = done.value
         require_equal(root, done.task.key, digests.sha256, known[done.task.key])
         found.update(digests.tensors)
 
     tasks = [
-        Task(file, "hash_file", (source.store, file, list(own.values())), label=file, weight=source.store.size(file))
+        Task(file, HashFile(source.store, file, tuple(own.values())), file, weight=source.store.size(file))
         for file, own in sorted(files.items())
     ]
     run_alone(tasks, WORKER_BASE, note, make_pool, "verify source", "files")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.calibration.job import GenerateText
 from pipeline.config import CalibrationSettings
 from pipeline.device import Arithmetic
 from pipeline.flows.calibrate import calibration_key
@@ -18,7 +19,7 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes
 from pipeline.model.records import of_cache
 from pipeline.model.store import Store
-from pipeline.run.pool import Done, Task
+from pipeline.run.task import Task, TaskResult
 
 _BATCH = 16  # windows that are written at a time
 _VERSION = 1  # goes up with every change of what is written
@@ -47,14 +48,12 @@ def written_windows(
         return of_cache(store, name, lambda: _windows(store.read_json(name), count, length))
     written: dict[Any, np.ndarray] = {}
 
-    def note(done: Done) -> None:
+    def note(done: TaskResult[np.ndarray]) -> None:
         written[done.task.key] = done.value
 
     key = calibration_key(source, settings)
     tasks = [
-        Task(
-            first, "write_text", (key, min(_BATCH, count - first), length, first, seed, opening), label=f"text {first}"
-        )
+        Task(first, GenerateText(key, min(_BATCH, count - first), length, first, seed, opening), f"text {first}")
         for first in range(0, count, _BATCH)
     ]
     run_alone(

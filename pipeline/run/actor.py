@@ -1,9 +1,13 @@
 """A worker as an actor of Ray, on the device that Ray gave it."""
 
+from typing import Any
+
 import ray
 
 from pipeline.device import Device, take_device
 from pipeline.errors import ClusterError
+from pipeline.model.parts import Payload
+from pipeline.run.task import Job
 from pipeline.run.worker import Worker
 
 # Slabs of many sizes would leave holes in a GPU's memory; and cuBLAS is not to round factors, whatever a node's environment says.
@@ -20,6 +24,11 @@ class ActorWorker(Worker):
             super().__init__(threads, device)
         except ClusterError as error:
             self._refusal = error  # what a constructor raises, Ray takes for a death like any other
+
+    def run_task(self, job: Job[Any], *inputs: Payload) -> Any:
+        """As Ray stores it: the value, followed by the payloads as objects of their own if there are any."""
+        output = self.run(job, *inputs)
+        return (output.value, *output.payloads) if output.payloads else output.value
 
     def place(self) -> tuple[str, Device]:
         """Ray's name of the node that it is on, and its device. Raises ClusterError: one that is not fit for use."""

@@ -19,8 +19,9 @@ from pipeline.device import require_gpu
 from pipeline.errors import ClusterError
 from pipeline.run.actor import GPU_ENVIRONMENT
 from pipeline.run.connection import connect as _connect
-from pipeline.run.pool import LocalPool, Pool
+from pipeline.run.local_pool import LocalPool
 from pipeline.run.ray_pool import RayPool
+from pipeline.run.task import Pool
 from pipeline.run.worker import Worker
 
 _TYPE = "accelerator_type:"  # how Ray's names of resources begin that stand for models of GPUs

@@ -3,42 +3,44 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.errors import DiskFull, NodeLost, RunError, StoreError, StoreGone, UserError, WorkerLost
 from pipeline.model.lease import LeaseLost
 from pipeline.run import interrupt
-from pipeline.run.pool import Done, Pool, Task
 from pipeline.run.progress import Progress
+from pipeline.run.task import Pool, Task, TaskResult
 
 _SECONDS_OF_PATIENCE = 20.0  # before a run that has no worker says so
 _CAUSES = 8  # that a failed run names
 _ATTEMPTS = 3  # of a task whose worker, object or store went away under it
 _OF_A_NODE = 0.25  # attempts that the loss of a node counts as: it may happen again and again to whoever is there
 
+V = TypeVar("V")
 
-class Source(Protocol):
+
+class TaskSource(Protocol):
     """Where tasks come from and results go: decisions only, no effects on the pool."""
 
-    def next(self, worker: int) -> Task | None:
+    def next(self, worker: int) -> Task[Any] | None:
         """A task for an idle worker, or None if there is none for it at present."""
 
-    def done(self, done: Done) -> None:
+    def done(self, done: TaskResult[Any]) -> None:
         """Take note of a task that ended, well or badly."""
 
 
-class TaskList:
+class TaskList(Generic[V]):
     """A fixed list of tasks in the order given. One that fails does not stop the others."""
 
-    def __init__(self, tasks: Iterable[Task], on_done: Callable[[Done], None]) -> None:
+    def __init__(self, tasks: Iterable[Task[V]], on_done: Callable[[TaskResult[V]], None]) -> None:
         self._tasks = list(tasks)[::-1]
         self._on_done = on_done
-        self._failed: list[Done] = []
+        self._failed: list[TaskResult[V]] = []
 
-    def next(self, worker: int) -> Task | None:
+    def next(self, worker: int) -> Task[V] | None:
         return self._tasks.pop() if self._tasks else None
 
-    def done(self, done: Done) -> None:
+    def done(self, done: TaskResult[V]) -> None:
         if isinstance(done.error, (UserError, LeaseLost, DiskFull, StoreGone)):
             # What the user gave is at fault, another run is at it, or no disk or store takes it: other tasks would be for nothing.
             raise done.error
@@ -55,7 +57,8 @@ class TaskList:
             raise RunError(f"{len(self._failed)} tasks failed, the others are finished and kept: {causes}{more}")
 
 
-Stages = Generator[list[Task], list[Done], None]  # yields tasks, is sent what came of them in the same order
+# Yields tasks, and is sent their results in the same order.
+Stages = Generator[list[Task[Any]], list[TaskResult[Any]], None]
 
 
 class StagedTasks:
@@ -63,19 +66,19 @@ class StagedTasks:
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
-        self._found: dict[object, Done] = {}
+        self._found: dict[object, TaskResult[Any]] = {}
         self._keys: list[object] = []
         self._open(next(stages, []))
 
-    def _open(self, tasks: list[Task]) -> None:
+    def _open(self, tasks: list[Task[Any]]) -> None:
         self._waiting = tasks[::-1]
         self._keys = [task.key for task in tasks]
         self._found = {}
 
-    def next(self, worker: int) -> Task | None:
+    def next(self, worker: int) -> Task[Any] | None:
         return self._waiting.pop() if self._waiting else None
 
-    def done(self, done: Done) -> None:
+    def done(self, done: TaskResult[Any]) -> None:
         if done.error:
             raise done.error
         self._found[done.task.key] = done
@@ -87,15 +90,15 @@ class StagedTasks:
                 self._open([])
 
 
-def execute(pool: Pool, source: Source, progress: Progress) -> None:
+def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
     """Run tasks of `source` on `pool` until there are none left and none under way.
 
     A task whose worker died, or whose store did not answer, is done again, at most _ATTEMPTS times: at once, others may be
     waiting for it; after that when nothing else is left to do. Only the task that the worker was at is charged with it: workers
     hold no queue.
     """
-    again: list[Task] = []
-    last: list[Task] = []
+    again: list[Task[Any]] = []
+    last: list[Task[Any]] = []
     attempts: defaultdict[object, float] = defaultdict(float)
     running = 0
     patience = time.monotonic() + _SECONDS_OF_PATIENCE

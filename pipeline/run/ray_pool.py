@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from pipeline import device as gpu
-from pipeline.errors import DiskFull, NodeLost, PayloadLost, RunError, SwscError, WorkerLost
+from pipeline.errors import RunError, SwscError, WorkerLost
 from pipeline.model.parts import commit
 from pipeline.run import interrupt
 from pipeline.run.actor import ActorWorker
-from pipeline.run.pool import Done, Task, as_swsc_error
+from pipeline.run.failures import Cause, Failure, Phase, classify
+from pipeline.run.task import Task, TaskResult
 
 _WAIT_SECONDS = 1.0
 _COMMITS_PER_WORKER = 2  # payloads waiting to be written; bounds what lies in the object store
@@ -38,9 +39,9 @@ _COMMIT = ray.remote(num_cpus=0, max_retries=3)(commit)  # no CPU: workers hold 
 
 @dataclass
 class _Flight:
-    """A task under way: first its method (`report`), then, if it is to be written, its commit."""
+    """A task under way: first its job (`report`), then, if a payload is to be written, its commit."""
 
-    task: Task
+    task: Task[Any]
     worker: int
     report: Any
     payloads: tuple[Any, ...]
@@ -79,7 +80,7 @@ class RayPool:
         self._room, self._looked = room, time.monotonic()
         self._deadline, self._device = deadline, device
         self._waiting_for = waiting_for
-        self._longest: dict[str, float] = {}  # seconds of a finished task, by method
+        self._longest: dict[str, float] = {}  # seconds of a finished task, by kind
         self._options = options
         self._kind = kind  # of the device of every worker
         self.capabilities: set[str] = set()  # of the CPUs of the workers
@@ -126,14 +127,16 @@ class RayPool:
         absent = self._working.keys() | set(self._coming.values())
         return [worker for worker in range(self.size) if worker not in absent]
 
-    def start(self, worker: int, task: Task) -> None:
-        method = getattr(self._actors[worker], task.method)
-        refs = method.options(num_returns=1 + task.outputs).remote(*task.args, *task.payloads)
+    def start(self, worker: int, task: Task[Any]) -> None:
+        # the name is part of the process's title, so that `ps` and `ray summary` show what a worker does
+        call = self._actors[worker].run_task.options(name=f"ActorWorker.{task.kind}", num_returns=1 + task.outputs)
+        refs = call.remote(task.job, *task.payloads)
         report, payloads = (refs[0], tuple(refs[1:])) if task.outputs else (refs, ())
-        record = _COMMIT.remote(*task.commit_to, payloads[0]) if task.commit_to else None
+        where = task.commit_to
+        record = _COMMIT.remote(where.ticket, where.file, payloads[0]) if where else None
         self._working[worker] = _Flight(task, worker, report, payloads, record)
 
-    def wait(self) -> Done | None:
+    def wait(self) -> TaskResult[Any] | None:
         flights = {flight.report: flight for flight in self._working.values()}
         flights |= {flight.record: flight for flight in self._committing}
         ready, _ = ray.wait([*flights, *self._coming], num_returns=1, timeout=_WAIT_SECONDS, fetch_local=False)
@@ -148,24 +151,24 @@ class RayPool:
         try:
             result = ray.get(ref)
         except RayError as error:
-            return self._failed(flight, ref, error)
+            return self._failed(flight, Phase.COMMIT if ref == flight.record else Phase.JOB, error)
         self._deaths = self._out_of_memory_in_a_row = 0
-        self._note_time(flight, _COMMITS if ref == flight.record else flight.task.method)
+        self._note_time(flight, _COMMITS if ref == flight.record else flight.task.kind)
         if ref == flight.record:
             self._committing.remove(flight)
-            return Done(flight.task, flight.value, (), result, worker=flight.worker)
+            return TaskResult(flight.task, flight.value, (), result, worker=flight.worker)
         del self._working[flight.worker]
         flight.value = result
         if flight.record is None:
-            return Done(flight.task, result, flight.payloads, worker=flight.worker)
+            return TaskResult(flight.task, result, flight.payloads, worker=flight.worker)
         flight.payloads, flight.started = (), time.monotonic()  # the commit holds the payload until it is done
         self._committing.append(flight)
         return None
 
-    def _overdue(self) -> Done | None:
+    def _overdue(self) -> TaskResult[Any] | None:
         """A task or a commit that takes so long that its process must hang, which is then ended."""
         for flight in self._working.values():
-            if self._hangs(flight, flight.report, flight.task.method):
+            if self._hangs(flight, flight.report, flight.task.kind):
                 del self._working[flight.worker]
                 self._replace(flight.worker, flight.task.label)
                 return _given_up(flight, "hangs")
@@ -176,15 +179,15 @@ class RayPool:
                 return _given_up(flight, "its commit hangs")
         return None
 
-    def _hangs(self, flight: _Flight, ref: Any, method: str) -> bool:
-        longest = self._longest.get(method, _FIRST_COMMIT_SECONDS if method == _COMMITS else None)
+    def _hangs(self, flight: _Flight, ref: Any, kind: str) -> bool:
+        longest = self._longest.get(kind, _FIRST_COMMIT_SECONDS if kind == _COMMITS else None)
         foreseen = max(_LEAST_SECONDS, _TIMES * longest) if longest else None
         limit, seconds = self._deadline or foreseen, time.monotonic() - flight.started
         return bool(limit and seconds > limit and not ray.wait([ref], timeout=0, fetch_local=False)[0])
 
-    def _note_time(self, flight: _Flight, method: str) -> None:
+    def _note_time(self, flight: _Flight, kind: str) -> None:
         seconds = time.monotonic() - flight.started
-        self._longest[method] = max(seconds, self._longest.get(method, 0.0))
+        self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
 
     def _arrived(self, ref: Any) -> None:
         worker = self._coming.pop(ref)
@@ -200,52 +203,33 @@ class RayPool:
         except RayError as error:
             self._replace(worker, f"start ({type(error).__name__})")
 
-    def _failed(self, flight: _Flight, ref: Any, error: RayError) -> Done:
-        """An error of the task's own, or of Ray: then the process, its node or an object is gone, and it may run again."""
-        own = error.cause if isinstance(error, RayTaskError) and not isinstance(error, ObjectLostError) else None
-        if own is not None and gpu.is_out_of_memory(own):
-            return self._too_small(flight, own)
-        if own is not None and gpu.spoils_the_process(own):
-            reason, own = f"{type(own).__name__}: {(str(own).splitlines() or [''])[0]}", None
-        else:
-            reason = type(error).__name__
-        if ref == flight.record:
+    def _failed(self, flight: _Flight, phase: Phase, error: RayError) -> TaskResult[Any]:
+        """Carry out what follows from a failure."""
+        worker, label = flight.worker, flight.task.label
+        failure = classify(error, phase, label, phase is Phase.JOB and _is_gone(self._nodes[worker]))
+        if phase is Phase.COMMIT:
             self._committing.remove(flight)
         else:
-            del self._working[flight.worker]
-        found: SwscError = WorkerLost(f"{flight.task.label}: {reason}")
-        node_is_gone = ref == flight.report and _is_gone(self._nodes[flight.worker])
-        if isinstance(error, OutOfDiskError) or isinstance(own, OutOfDiskError):
-            found = DiskFull(
-                f"{flight.task.label}: the disk of a node is full to which Ray moves objects; make room there"
-            )
-        elif own is not None:
-            found = as_swsc_error(own, flight.task)
-        elif ref == flight.report and isinstance(error, ObjectLostError):
-            found = PayloadLost(f"{flight.task.label}: what it was to be given went away with a node")
-        elif node_is_gone:
-            found = NodeLost(f"{flight.task.label}: its node went away")
-            self._replace(flight.worker)
-        elif ref == flight.report:
-            self._replace(flight.worker, flight.task.label)
-        return Done(flight.task, error=found, worker=flight.worker)
+            del self._working[worker]
+        if failure.replaces_worker:
+            self._replace(worker, label if failure.blames_worker else "")
+        if failure.cause is Cause.GPU_MEMORY:
+            failure = self._out_of_gpu_memory(flight.task, failure)
+        return TaskResult(flight.task, error=failure.error, worker=worker)
 
-    def _too_small(self, flight: _Flight, error: BaseException) -> Done:
-        """A GPU's memory did not do. The same once more, in a fresh process; then it is the task's own failure.
+    def _out_of_gpu_memory(self, task: Task[Any], failure: Failure) -> Failure:
+        """The task runs once more, in the fresh process; the second time it is the task's own failure.
 
         Raises:
-            RunError: it did not do for one task after the other.
+            RunError: one task after the other ran out of memory.
         """
-        del self._working[flight.worker]
-        self._replace(flight.worker)
-        self._out_of_memory[flight.task.key] += 1
+        self._out_of_memory[task.key] += 1
         self._out_of_memory_in_a_row += 1
-        found = as_swsc_error(error, flight.task)
         if self._out_of_memory_in_a_row >= _OUT_OF_MEMORY_IN_A_ROW:
-            raise RunError(f"one task after the other, the last one {found}")
-        if self._out_of_memory[flight.task.key] < _OUT_OF_MEMORY:
-            found = WorkerLost(str(found).removesuffix(f"; {gpu.ROOM}"))
-        return Done(flight.task, error=found, worker=flight.worker)
+            raise RunError(f"one task after the other, the last one {failure.error}")
+        if self._out_of_memory[task.key] < _OUT_OF_MEMORY:
+            return Failure(failure.cause, WorkerLost(str(failure.error).removesuffix(f"; {gpu.ROOM}")))
+        return failure
 
     def _replace(self, worker: int, at: str = "") -> None:
         """A new worker in the place of one; `at`: what this one died of, if it is to be blamed."""
@@ -280,7 +264,7 @@ def _is_gone(node: str) -> bool:
         return False  # the head does not answer
 
 
-def _given_up(flight: _Flight, why: str) -> Done:
+def _given_up(flight: _Flight, why: str) -> TaskResult[Any]:
     seconds = time.monotonic() - flight.started
     lost = WorkerLost(f"{flight.task.label}: {why}, given up after {seconds:.0f} s")
-    return Done(flight.task, error=lost, worker=flight.worker)
+    return TaskResult(flight.task, error=lost, worker=flight.worker)

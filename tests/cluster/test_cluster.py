@@ -279,7 +279,7 @@ class TestRunsThatAreCutShort:
     ) -> None:
         run = self.begin(cluster, model, tmp_path / "out")
         self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
-        workers_at("compress")[0].kill()
+        workers_at("CompressLayer")[0].kill()
         _, error = run.communicate(timeout=200)
         assert run.returncode == 0, error
         assert "starting it again" in error
@@ -290,7 +290,7 @@ class TestRunsThatAreCutShort:
     ) -> None:
         run = self.begin(cluster, model, tmp_path / "out", "--task-deadline", "15")
         self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
-        victim = workers_at("compress")[0]
+        victim = workers_at("CompressLayer")[0]
         victim.suspend()
         _, error = run.communicate(timeout=200)
         assert run.returncode == 0, error
@@ -309,7 +309,7 @@ class TestRunsThatAreCutShort:
             assert raylet is not None
             raylet.kill()
             with cluster.another_node("127.0.0.4") as fourth:
-                self.wait_until(lambda: workers_at("compress", fourth) or run.poll() is not None)
+                self.wait_until(lambda: workers_at("CompressLayer", fourth) or run.poll() is not None)
                 assert run.poll() is None, "a worker has come up on the node that joined"
                 _, error = run.communicate(timeout=300)
         assert run.returncode == 0, error

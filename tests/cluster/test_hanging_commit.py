@@ -20,8 +20,9 @@ from pipeline.model.parts import Part, Payload
 from pipeline.model.store import Store
 from pipeline.run.cluster import make_pool
 from pipeline.run.driver import TaskList, execute
-from pipeline.run.pool import Task
 from pipeline.run.progress import Progress
+from pipeline.run.task import Destination, Task
+from pipeline.tuning.job import KeepState
 from tests.hanging import HangsOnce
 
 address, folder, mark = sys.argv[1:]
@@ -29,8 +30,8 @@ pool = make_pool(ClusterSettings(address=address, workers=1, task_deadline=8), 1
 payload = Payload(HangsOnce((Part("w", "F32", (1,), np.zeros(4, dtype=np.uint8)),), mark))
 with acquire(Store.at(folder)) as lease:
     done = []
-    where = (lease.ticket, "model-00001-of-00001.safetensors")
-    tasks = TaskList([Task("t", "keep", (), "a layer", (ray.put(payload),), outputs=1, commit_to=where)], done.append)
+    where = Destination(lease.ticket, "model-00001-of-00001.safetensors")
+    tasks = TaskList([Task("t", KeepState(), "a layer", (ray.put(payload),), outputs=1, commit_to=where)], done.append)
     with Progress("test", 1, 0) as progress:
         execute(pool, tasks, progress)
     pool.close()

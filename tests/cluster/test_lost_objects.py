@@ -17,7 +17,8 @@ from pipeline.config import ClusterSettings
 from pipeline.errors import WorkerLost
 from pipeline.model.store import Store
 from pipeline.run.cluster import make_pool
-from pipeline.run.pool import Task
+from pipeline.run.task import Task
+from pipeline.tuning.job import KeepState, ReadState
 
 def result_of(task):
     while not (idle := pool.idle()):
@@ -29,15 +30,15 @@ def result_of(task):
 
 address, folder, file = sys.argv[1:]
 pool = make_pool(ClusterSettings(address=address, workers=1), 2, 1)
-made = result_of(Task("make", "read_payload", (Store.at(folder), file), "made", outputs=1))
+made = result_of(Task("make", ReadState(Store.at(folder), file), "made", outputs=1))
 print(made.error, flush=True)
 input()
-use = Task("use", "keep", (), "used", made.payloads, outputs=1)
+use = Task("use", KeepState(), "used", made.payloads, outputs=1)
 while isinstance((done := result_of(use)).error, WorkerLost):
     pass
 print("swsc:", type(done.error).__name__, done.error, flush=True)
-again = result_of(Task("make", "read_payload", (Store.at(folder), file), "made", outputs=1))
-print("swsc:", result_of(Task("use", "keep", (), "used", again.payloads, outputs=1)).error, flush=True)
+again = result_of(Task("make", ReadState(Store.at(folder), file), "made", outputs=1))
+print("swsc:", result_of(Task("use", KeepState(), "used", again.payloads, outputs=1)).error, flush=True)
 """
 
 
@@ -62,4 +63,4 @@ def test_what_was_in_a_lost_nodes_memory_is_asked_of_its_maker(tmp_path: Path) -
         finally:
             end(node)
     lines = [line.removeprefix("swsc: ") for line in said.splitlines() if line.startswith("swsc: ")]  # Ray speaks, too
-    assert lines == ["PayloadLost used: what it was to be given went away with a node", "None"]
+    assert lines == ["PayloadLost used: input payload lost with its node", "None"]

@@ -56,7 +56,7 @@ def test_a_killed_worker_is_replaced_and_nothing_differs(
     command = [sys.executable, "-m", "jobs", "evaluate", str(compact), *flags, "--json", str(tmp_path / "r.json")]
     command += ["--address", cluster.address, "--workers", "2"]
     run = subprocess.Popen(command, cwd=ROOT, env=cluster.environment, stderr=subprocess.PIPE, text=True)
-    while not (busy := workers_at("answer")) and run.poll() is None:
+    while not (busy := workers_at("AnswerRequests")) and run.poll() is None:
         time.sleep(0.05)
     busy[0].kill()
     _, error = run.communicate(timeout=240)

@@ -19,13 +19,17 @@ from transformers import (
 )
 
 from jobs.cli import main
+from pipeline.calibration.job import GatherMoments, GenerateText
+from pipeline.compression.job import CompressionVariant, CompressVariants
 from pipeline.errors import ClusterError
+from pipeline.evaluation.job import MeasureLosses
 from pipeline.measure.perplexity import ModelKey
 from pipeline.measure.tuner import TuneKey
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.matrices import find_matrix
 from pipeline.model.parts import to_tensor
 from pipeline.run.worker import Worker
+from pipeline.tuning.job import MeasureDivergence, TuneGradients, TuneStep
 from swsc_core import RtnSpec, SwscSpec
 from tests.cuda_stand_in.device import StandIn
 from tests.tiny import save_tokenizer
@@ -93,7 +97,7 @@ def windows(count: int = 2) -> np.ndarray:
 def calibrated(model: Path, family: str, dtype: str = "auto") -> dict[str, torch.Tensor]:
     """Sums of a fresh worker, by part."""
     key = ModelKey(str(model), dtype, 1)
-    _, payload = Worker(1, "cuda").calibrate(key, [MATRICES[family]], windows(), 0, 7)
+    (payload,) = Worker(1, "cuda").run(GatherMoments(key, (tuple(MATRICES[family]),), windows(), 0, 7)).payloads
     return {part.name: to_tensor(part) for part in payload.parts}
 
 
@@ -111,7 +115,7 @@ def test_two_calibrations_give_the_same_bits_and_no_sum_lacks_an_order(
 def test_a_calibration_is_that_of_a_cpu(models: dict[str, Path]) -> None:
     """But for the last bits: other kernels of attention."""
     key = ModelKey(str(models["llama"]), "float32", 1)
-    _, payload = Worker(1, "cpu").calibrate(key, [MATRICES["llama"]], windows(), 0, 7)
+    (payload,) = Worker(1, "cpu").run(GatherMoments(key, (tuple(MATRICES["llama"]),), windows(), 0, 7)).payloads
     with StandIn():
         here = calibrated(models["llama"], "llama", "float32")
     for part in payload.parts:
@@ -121,11 +125,11 @@ def test_a_calibration_is_that_of_a_cpu(models: dict[str, Path]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation(family: str, models: dict[str, Path], gpu: StandIn) -> None:
     key = ModelKey(str(models[family]), "float32", 2)
-    found = Worker(1, "cuda").measure(key, "", (), windows())
+    found = Worker(1, "cuda").run(MeasureLosses(key, windows())).value
     assert not gpu.counts.unordered
     with _outside(gpu):
-        wanted = Worker(1, "cpu").measure(key, "", (), windows())
-    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+        wanted = Worker(1, "cpu").run(MeasureLosses(key, windows())).value
+    assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
 
 
 class _outside:
@@ -143,20 +147,24 @@ class _outside:
 
 def test_units_of_a_sweep_are_compressed_and_measured(models: dict[str, Path], gpu: StandIn) -> None:
     source, name = open_checkpoint(str(models["llama"])), MATRICES["llama"][0]
-    worker, ways = Worker(1, "cuda"), [((SwscSpec(4, 2, n_init=1),), 0, None, None), ((RtnSpec(3),), 0, None, None)]
-    report, *payloads = worker.compress_units(source.store, find_matrix(source, name), ways)
-    assert not [row for row in report["rows"] if "error" in row]
+    worker = Worker(1, "cuda")
+    variants = CompressionVariant((SwscSpec(4, 2, n_init=1),), 0), CompressionVariant((RtnSpec(3),), 0)
+    output = worker.run(CompressVariants(source.store, find_matrix(source, name), variants))
+    assert not [row for row in output.value if "error" in row]
     key = ModelKey(str(models["llama"]), "float32", 1)
-    plain = worker.measure(key, "", (), windows(1))["losses"]
-    swapped = [worker.measure(key, str(i), [name], windows(1), payload)["losses"] for i, payload in enumerate(payloads)]
-    assert len({tuple(plain), *map(tuple, swapped)}) == 3
-    assert worker.measure(key, "", (), windows(1))["losses"] == plain
+    plain = worker.run(MeasureLosses(key, windows(1))).value.losses
+    swapped = [
+        worker.run(MeasureLosses(key, windows(1), str(i), (name,)), payload).value.losses
+        for i, payload in enumerate(output.payloads)
+    ]
+    assert len({plain, *swapped}) == 3
+    assert worker.run(MeasureLosses(key, windows(1))).value.losses == plain
     assert not gpu.counts.unordered
 
 
 def test_what_a_model_writes_itself(models: dict[str, Path], gpu: StandIn) -> None:
     key = ModelKey(str(models["llama"]), "auto", 1)
-    one, other = (Worker(1, "cuda").write_text(key, 2, 6, 0, 3, np.array([1])) for _ in range(2))
+    one, other = (Worker(1, "cuda").run(GenerateText(key, 2, 6, 0, 3, np.array([1]))).value for _ in range(2))
     assert np.array_equal(one, other)
     assert one.shape == (2, 6)
     assert not gpu.counts.unordered
@@ -171,14 +179,14 @@ def test_tuning(family: str, roles: str, models: dict[str, Path], tmp_path: Path
         found = []
         for _ in range(2):
             worker = Worker(1, "cuda")
-            about, gradients = worker.tune_gradients(key, 0, windows(1))
-            _, state = worker.tune_step(key, 1, 1e-3, gradients)
-            after = worker.divergence(key, 1, windows(1), state)
-            found.append((about, [to_tensor(part) for part in state.parts], after))
+            gradients = worker.run(TuneGradients(key, 0, windows(1)))
+            (state,) = worker.run(TuneStep(key, 1, 1e-3), *gradients.payloads).payloads
+            after = worker.run(MeasureDivergence(key, 1, windows(1)), state).value
+            found.append((gradients.value, [to_tensor(part) for part in state.parts], after))
         assert not gpu.counts.unordered
     (about, one, after), (again, other, _) = found
     assert about == again
-    assert after["divergence"] < about["divergence"]
+    assert after.divergence < about.divergence
     assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
 
 

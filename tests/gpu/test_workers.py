@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.compression.job import CompressionVariant, CompressVariants
 from pipeline.device import is_out_of_memory, spoils_the_process
 from pipeline.errors import TextError
 from pipeline.measure.windows import require_within
@@ -22,10 +23,10 @@ NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
 def test_a_sweep_hands_on_that_its_gpu_is_full(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_checkpoint(str(tiny_model))
-    monkeypatch.setattr("pipeline.run.worker.encode", lambda *_, **__: torch.empty(1 << 50, device="cuda"))
+    source, way = open_checkpoint(str(tiny_model)), CompressionVariant((RtnSpec(3),), 0)
+    monkeypatch.setattr("pipeline.compression.job.encode", lambda *_, **__: torch.empty(1 << 50, device="cuda"))
     with pytest.raises(torch.OutOfMemoryError) as error:
-        Worker(1, "cuda").compress_units(source.store, find_matrix(source, NAME), [((RtnSpec(3),), 0, None, None)])
+        Worker(1, "cuda").run(CompressVariants(source.store, find_matrix(source, NAME), (way,)))
     assert spoils_the_process(error.value)
     assert is_out_of_memory(error.value)
 

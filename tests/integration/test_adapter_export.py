@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from jobs.cli import main
 from pipeline.errors import CheckpointError
 from pipeline.flows.restore import restore_model
+from pipeline.flows.restore_job import ExtractLowRank
 from pipeline.model.checkpoint import MANIFEST
-from pipeline.run.pool import LocalPool
+from pipeline.run.local_pool import LocalPool
+from pipeline.run.task import JobContext
 from pipeline.run.worker import Worker
 from swsc_core import SwscSpec, encode
 from tests.tiny import contents, make_tiny_model
@@ -168,10 +169,10 @@ def test_an_interrupted_export_goes_on_and_has_the_same_bytes(
 ) -> None:
     assert restore(compressed, tmp_path / "straight", "--adapter") == 0
 
-    def low_rank(self: Worker, location: str, carried: Any) -> object:
-        raise CheckpointError(f"{location}: no such directory")
+    def low_rank(self: ExtractLowRank, context: JobContext) -> object:
+        raise CheckpointError(f"{self.location}: no such directory")
 
-    monkeypatch.setattr(Worker, "low_rank", low_rank)
+    monkeypatch.setattr(ExtractLowRank, "run", low_rank)
     assert restore(compressed, tmp_path / "base", "--adapter") == 2
     assert not (tmp_path / "base" / MANIFEST).exists()
     monkeypatch.undo()

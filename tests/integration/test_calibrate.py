@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
+from pipeline.calibration.job import ExtractMoments
 from pipeline.config import CalibrationSettings
 from pipeline.errors import TextError
 from pipeline.flows import calibrate as flow
@@ -22,7 +23,9 @@ from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.moments import Moments, blend
 from pipeline.model.store import Store
-from pipeline.run import pool, worker
+from pipeline.run.local_pool import LocalPool
+from pipeline.run.task import JobContext
+from pipeline.run.worker import Worker
 from tests.tiny import WORDS, contents, make_text, make_tiny_model
 
 ROLES = "q,k,v,o,gate,up,down"
@@ -104,7 +107,7 @@ def test_moments_do_not_depend_on_shards_ranges_or_the_matrices_asked_for(
     )
     ids = calibration_windows(str(tiny_model), settings).ids
     names = [name for name in source.tensors if name.endswith("proj.weight")]
-    local = lambda tasks, memory, device=0: pool.LocalPool(worker.Worker(1, "cpu"))  # noqa: E731
+    local = lambda tasks, memory, device=0: LocalPool(Worker(1, "cpu"))  # noqa: E731
     monkeypatch.setattr(flow, "_SHARD_TOKENS", 64)
 
     def gather(place: str, names: list[str], gib: float) -> dict[str, list[float]]:
@@ -128,15 +131,15 @@ def test_moments_whose_owner_was_never_written_are_gathered_again(
 ) -> None:
     """Q, which has the inputs' moment for K and V, too, is lost; the next run wants V alone."""
     flags = ["--preset", "fast", "--bits", "3", "--cache-dir", str(tmp_path / "cache"), "--projectors"]
-    whole = worker.Worker.moments_of
+    whole = ExtractMoments.run
 
-    def without_queries(self: worker.Worker, name: str, layer: Any) -> Any:
-        if "q_proj" in name:
+    def without_queries(self: ExtractMoments, context: JobContext) -> Any:
+        if "q_proj" in self.name:
             raise RuntimeError("the power went")
-        return whole(self, name, layer)
+        return whole(self, context)
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker.Worker, "moments_of", without_queries)
+        patch.setattr(ExtractMoments, "run", without_queries)
         argv = [
             "compress",
             str(tiny_model),

@@ -23,7 +23,7 @@ from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.lease import Ticket
 from pipeline.model.parts import read_tensor
-from pipeline.run import pool
+from pipeline.run import local_pool
 from swsc_core import SwscSpec, encode
 from tests.tiny import contents, make_tiny_model
 
@@ -176,7 +176,7 @@ class TestInterruption:
         calls: list[str] = []
         monkeypatch.setattr(flow, "execute", _counting(flow.execute, calls))
         compress(tiny_model, tmp_path / "out")
-        assert calls.count("compress") == 1  # of three layers
+        assert calls.count("CompressLayer") == 1  # of three layers
         self.ends_as_if_nothing_had_happened(tiny_model, tmp_path)
 
     def test_a_damaged_finished_file_is_made_again(
@@ -257,8 +257,8 @@ class TestInterruption:
             elsewhere = replace(ticket, store=ticket.store.below("elsewhere"))
             return real(elsewhere if calls == 2 else ticket, file, payload)
 
-        real = pool.commit
-        monkeypatch.setattr(pool, "commit", blind_at_the_second)
+        real = local_pool.commit
+        monkeypatch.setattr(local_pool, "commit", blind_at_the_second)
         assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--local"]) == 1
         assert "not seen by node" in capsys.readouterr().err
         assert len(list((tmp_path / "out" / ".swsc" / "done").iterdir())) >= 2
@@ -289,7 +289,7 @@ class TestInterruption:
 
 def _counting(execute: Any, calls: list[str]) -> Any:
     def counted(pool: Any, source: Any, progress: Any) -> None:
-        calls.extend(task.method for task in source._tasks)
+        calls.extend(task.kind for task in source._tasks)
         execute(pool, source, progress)
 
     return counted

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
+from pipeline.compression.job import CompressionVariant, CompressVariants
+from pipeline.evaluation.job import MeasureLosses
 from pipeline.measure.perplexity import ModelKey, perplexity
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.matrix_info import MatrixInfo, whole_matrix
+from pipeline.model.parts import Payload
+from pipeline.model.store import Store
 from pipeline.run.worker import Worker
+from swsc_core import SwscSpec
 from tests.tiny import make_tiny_model
 
 
@@ -112,36 +120,30 @@ def test_a_model_with_a_missing_weight_is_not_filled_with_random_numbers(tmp_pat
     assert main(["evaluate", str(model), "--text", str(text), "--seqlen", "64", "--local"]) == 2
 
 
+def compressed_on(worker: Worker, source: Store, info: MatrixInfo) -> Payload:
+    (payload,) = worker.run(CompressVariants(source, info, (CompressionVariant((SwscSpec(3, 1),), 0),))).payloads
+    return payload
+
+
 def test_a_swap_that_fails_half_way_leaves_no_trace_in_later_ones(tiny_model: Path) -> None:
-    from dataclasses import replace
-
-    from pipeline.model.checkpoint import open_checkpoint
-    from swsc_core import SwscSpec
-
     worker, source = Worker(1, "cpu"), open_checkpoint(str(tiny_model))
     key, windows = ModelKey(str(tiny_model), "float32", 1), np.arange(64).reshape(2, 32)
     names = [f"model.layers.0.self_attn.{role}_proj.weight" for role in "qk"]
-    good, bad = (
-        worker.compress_units(source.store, source.tensors[name], [((SwscSpec(3, 1),), 0, None, None)])[1]
-        for name in names
-    )
-    before = worker.measure(key, "", (), windows)["losses"]
+    good, bad = (compressed_on(worker, source.store, whole_matrix(source.tensors[name])) for name in names)
+    before = worker.run(MeasureLosses(key, windows)).value.losses
     with pytest.raises(KeyError):
-        worker.measure(key, "broken", names, windows, good, replace(bad, parts=bad.parts[:1]))
-    assert worker.measure(key, "", (), windows)["losses"] == before
+        worker.run(MeasureLosses(key, windows, "broken", tuple(names)), good, replace(bad, parts=bad.parts[:1]))
+    assert worker.run(MeasureLosses(key, windows)).value.losses == before
 
 
 def test_swapping_variants_in_and_out_leaves_the_model_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
-    from pipeline.model.checkpoint import open_checkpoint
-    from swsc_core import SwscSpec
-
     worker, source = Worker(1, "cpu"), open_checkpoint(str(tiny_model))
     key, windows = ModelKey(str(tiny_model), "float32", 1), np.arange(64).reshape(2, 32)
     name = "model.layers.0.self_attn.q_proj.weight"
-    _, payload = worker.compress_units(source.store, source.tensors[name], [((SwscSpec(3, 1),), 0, None, None)])
-    before = worker.measure(key, "", (), windows)["losses"]
-    swapped = worker.measure(key, "three", (name,), windows, payload)["losses"]
-    after = worker.measure(key, "", (), windows)["losses"]
+    payload = compressed_on(worker, source.store, whole_matrix(source.tensors[name]))
+    before = worker.run(MeasureLosses(key, windows)).value.losses
+    swapped = worker.run(MeasureLosses(key, windows, "three", (name,)), payload).value.losses
+    after = worker.run(MeasureLosses(key, windows)).value.losses
     assert before == after != swapped
 
 

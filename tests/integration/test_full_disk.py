@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,8 @@ from jobs.cli import main
 from pipeline.errors import DiskFull, RunError
 from pipeline.model import store
 from pipeline.model.files import Bytes, LocalFiles
-from pipeline.run.pool import LocalPool, Task, as_swsc_error
+from pipeline.run.local_pool import LocalPool
+from pipeline.run.task import Task, as_swsc_error
 from tests.tiny import contents, make_text
 
 COMPRESS = ["--local", "--projectors", "q,k", "--clusters", "4", "--rank", "1", "--n-init", "1"]
@@ -45,8 +47,8 @@ def compressions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tasks that a worker was given."""
     real, found = LocalPool.start, []
 
-    def start(self: LocalPool, worker: int, task: Task) -> None:
-        found.append(task.method)
+    def start(self: LocalPool, worker: int, task: Task[Any]) -> None:
+        found.append(task.kind)
         real(self, worker, task)
 
     monkeypatch.setattr(LocalPool, "start", start)
@@ -73,9 +75,9 @@ def test_the_first_file_that_finds_no_room_is_the_last(
 @pytest.mark.parametrize(
     ("after", "last"),
     [
-        ("*/moments-*/source.json", "moments_of"),  # the calibration's first matrix
-        ("*/untuned-*/.swsc/run.json", "compress"),  # the model that is to be tuned
-        ("*/tuned-*/.swsc/run.json", "keep"),  # the tuning's state
+        ("*/moments-*/source.json", "ExtractMoments"),  # the calibration's first matrix
+        ("*/untuned-*/.swsc/run.json", "CompressLayer"),  # the model that is to be tuned
+        ("*/tuned-*/.swsc/run.json", "KeepState"),  # the tuning's state
         ("*/out/config.json", ""),  # what the driver itself writes at the end
     ],
 )
@@ -95,11 +97,10 @@ def test_so_does_a_cache_and_what_the_driver_writes(
 
 
 def test_other_troubles_of_a_disk_are_not_taken_for_a_full_one() -> None:
-    task = Task("a", "work", (), label="a layer")
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        assert isinstance(as_swsc_error(OSError(number, os.strerror(number), "/disk/file"), task), DiskFull)
+        assert isinstance(as_swsc_error(OSError(number, os.strerror(number), "/disk/file"), "a layer"), DiskFull)
     for number in (errno.EIO, errno.ENOENT, errno.EACCES):
-        found = as_swsc_error(OSError(number, os.strerror(number), "/disk/file"), task)
+        found = as_swsc_error(OSError(number, os.strerror(number), "/disk/file"), "a layer")
         assert type(found) is RunError
 
 

@@ -1,12 +1,14 @@
 """A node that joins while a run is under way and does not fit it ends the run, and costs nothing that is finished."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.cli import main
 from pipeline.device import require_kind
-from pipeline.run.pool import Done, LocalPool
+from pipeline.run.local_pool import LocalPool
+from pipeline.run.task import TaskResult
 from tests.tiny import contents
 
 FLAGS = ["--local", "--projectors", "q,k", "--clusters", "4", "--rank", "1", "--n-init", "1"]
@@ -16,7 +18,7 @@ def refused_after(finished: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker on another kind of device comes up after a number of tasks."""
     real, count = LocalPool.wait, iter(range(1000))
 
-    def wait(self: LocalPool) -> Done | None:
+    def wait(self: LocalPool) -> TaskResult[Any] | None:
         if next(count) == finished:
             require_kind("NVIDIA A100", "NVIDIA L4")
         return real(self)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,7 +11,8 @@ from jobs.cli import main
 from pipeline.errors import PayloadLost
 from pipeline.flows import calibrate, tune
 from pipeline.run import cluster
-from pipeline.run.pool import Done, LocalPool, Task
+from pipeline.run.local_pool import LocalPool
+from pipeline.run.task import Task, TaskResult
 from tests.tiny import contents, make_text
 
 FLAGS = ["--local", "--calibration-windows", "32", "--calibration-seqlen", "32", "--clusters", "16", "--rank", "2"]
@@ -18,17 +20,17 @@ FLAGS += ["--segment-size", "4", "--scaled", "--centroid-bits", "8", "--projecto
 
 
 class Forgetful(LocalPool):
-    """A plain loop that has lost what a task was to be given: the `at`-th such task of a method, and `more` after it."""
+    """A plain loop that has lost what a task was to be given: the `at`-th such task of a kind, and `more` after it."""
 
-    method, at, more, met = "", 0, 0, 0
+    kind, at, more, met = "", 0, 0, 0
 
-    def wait(self) -> Done | None:
-        task: Task = self._waiting[-1]
-        if task.method == self.method and task.payloads:
+    def wait(self) -> TaskResult[Any] | None:
+        task: Task[Any] = self._waiting[-1]
+        if task.kind == self.kind and task.payloads:
             Forgetful.met += 1
             if self.at <= self.met <= self.at + self.more:
                 self._waiting.pop()
-                return Done(task, error=PayloadLost(f"{task.label}: gone"))
+                return TaskResult(task, error=PayloadLost(f"{task.label}: gone"))
         return super().wait()
 
 
@@ -41,8 +43,8 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Forgetful, "met", 0)
 
 
-def forget(monkeypatch: pytest.MonkeyPatch, method: str, at: int, more: int = 0) -> None:
-    for name, value in {"method": method, "at": at, "more": more, "met": 0}.items():
+def forget(monkeypatch: pytest.MonkeyPatch, kind: str, at: int, more: int = 0) -> None:
+    for name, value in {"kind": kind, "at": at, "more": more, "met": 0}.items():
         monkeypatch.setattr(Forgetful, name, value)
 
 
@@ -56,24 +58,24 @@ def compress(model: Path, output: Path, calibration: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("method", "at", "remedy"),
+    ("kind", "at", "remedy"),
     [
-        ("fold_moments", 3, "layers that are not finished are gathered again"),
-        ("moments_of", 2, "layers that are not finished are gathered again"),
-        ("tune_gradients", 9, "going on from step 3"),
-        ("tune_step", 5, "going on from step 3"),
-        ("keep", 1, "going on from step 0"),
-        ("divergence", 2, "going on from step 14"),
+        ("AddMoments", 3, "layers that are not finished are gathered again"),
+        ("ExtractMoments", 2, "layers that are not finished are gathered again"),
+        ("TuneGradients", 9, "going on from step 3"),
+        ("TuneStep", 5, "going on from step 3"),
+        ("KeepState", 1, "going on from step 0"),
+        ("MeasureDivergence", 2, "going on from step 14"),
     ],
 )
 def test_a_run_makes_again_what_was_lost(
-    method: str, at: int, remedy: str, tiny_model: Path, calibration: Path, tmp_path: Path,
+    kind: str, at: int, remedy: str, tiny_model: Path, calibration: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert (
         compress(tiny_model, tmp_path / "straight", calibration, "--tune", "1", "--cache-dir", str(tmp_path / "a")) == 0
     )
-    forget(monkeypatch, method, at)
+    forget(monkeypatch, kind, at)
     capsys.readouterr()
     assert compress(tiny_model, tmp_path / "out", calibration, "--tune", "1", "--cache-dir", str(tmp_path / "b")) == 0
     assert f"gone; {remedy}" in capsys.readouterr().err
@@ -87,7 +89,7 @@ def test_a_sum_that_is_lost_again_and_again_ends_the_run_and_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    forget(monkeypatch, "fold_moments", 1, more=10**6)
+    forget(monkeypatch, "AddMoments", 1, more=10**6)
     assert compress(tiny_model, tmp_path / "out", calibration) == 1
     assert "sum of moments: gone" in capsys.readouterr().err
     forget(monkeypatch, "", 0)
@@ -109,8 +111,8 @@ def test_a_sweep_compresses_again_what_was_lost_and_keeps_what_was_measured(
         return [(row["variant"], row["perplexity"]) for row in rows]
 
     straight = sweep("straight")
-    forget(monkeypatch, "measure", 3)
+    forget(monkeypatch, "MeasureLosses", 3)
     assert sweep("out") == straight
     assert "the matrices of q are compressed again" in capsys.readouterr().err
-    forget(monkeypatch, "measure", 1, more=10**6)
+    forget(monkeypatch, "MeasureLosses", 1, more=10**6)
     assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "never"), "--local"]) == 1

@@ -3,16 +3,17 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from jobs.cli import main
 from pipeline.errors import CheckpointError
+from pipeline.flows.restore_job import RestoreTensors
 from pipeline.model.checkpoint import MANIFEST, RUN
 from pipeline.model.store import Store
-from pipeline.run.worker import Worker
+from pipeline.run.task import JobContext
 from tests.tiny import contents, make_text, make_tiny_model
 
 
@@ -266,15 +267,15 @@ def test_a_node_that_does_not_see_the_model_does_not_take_away_what_others_resto
     tiny_model: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["restore", str(output), str(tmp_path / "straight"), "--local"]) == 0
-    real, calls = Worker.restore, []
+    real, calls = RestoreTensors.run, []
 
-    def restore(self: Worker, location: str, names: Sequence[str]) -> object:
-        calls.append(names)
+    def restore(self: RestoreTensors, context: JobContext) -> object:
+        calls.append(self.names)
         if len(calls) == 2:
-            raise CheckpointError(f"{location}: no such directory")
-        return real(self, location, names)
+            raise CheckpointError(f"{self.location}: no such directory")
+        return real(self, context)
 
-    monkeypatch.setattr(Worker, "restore", restore)
+    monkeypatch.setattr(RestoreTensors, "run", restore)
     assert main(["restore", str(output), str(tmp_path / "dense"), "--local"]) == 2
     monkeypatch.undo()
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) == 1

@@ -10,12 +10,16 @@ import pytest
 import yaml
 
 from jobs.cli import main
+from pipeline.compression import job as compression
+from pipeline.compression.job import CompressVariants
 from pipeline.config import SweepSettings
+from pipeline.evaluation.job import MeasureLosses
 from pipeline.flows.sweep import Sweep
 from pipeline.flows.sweep_rows import known_model
 from pipeline.model.lease import acquire
 from pipeline.model.store import Store
-from pipeline.run.pool import LocalPool, Task
+from pipeline.run.local_pool import LocalPool
+from pipeline.run.task import JobContext, Task
 from pipeline.run.worker import Worker
 from pipeline.validation import validated
 from tests.tiny import WORDS, make_tiny_model
@@ -33,9 +37,9 @@ class RecordingPool(LocalPool):
 
     def __init__(self) -> None:
         super().__init__(Worker(1, "cpu"))
-        self.given: list[Task] = []
+        self.given: list[Task[Any]] = []
 
-    def start(self, worker: int, task: Task) -> None:
+    def start(self, worker: int, task: Task[Any]) -> None:
         self.given.append(task)
         super().start(worker, task)
 
@@ -79,7 +83,7 @@ def test_a_sweep_equals_its_single_runs_and_writes_json_and_parquet(
 def test_a_tensor_is_read_once_and_a_unit_is_compressed_once(models: list[Path], text: Path) -> None:
     pool = RecordingPool()
     Sweep(validated(SweepSettings, sweep_of(models[:1], text))).run(pool)
-    compressions = [task for task in pool.given if task.method == "compress_units"]
+    compressions = [task for task in pool.given if isinstance(task.job, CompressVariants)]
     assert len(compressions) == 4  # q and k of two layers, each once
     assert all(task.outputs == 2 for task in compressions)  # 4 bits, shared by two variants, and RTN
 
@@ -87,9 +91,9 @@ def test_a_tensor_is_read_once_and_a_unit_is_compressed_once(models: list[Path],
 def test_evaluation_begins_while_others_still_compress(models: list[Path], text: Path) -> None:
     pool = RecordingPool()
     Sweep(validated(SweepSettings, sweep_of(models, text))).run(pool)
-    methods = [(task.method, task.args[1]) for task in pool.given]
-    first_variant = next(i for i, (method, what) in enumerate(methods) if method == "measure" and what)
-    last_compression = max(i for i, (method, _) in enumerate(methods) if method == "compress_units")
+    jobs = [task.job for task in pool.given]
+    first_variant = next(i for i, job in enumerate(jobs) if isinstance(job, MeasureLosses) and job.variant)
+    last_compression = max(i for i, job in enumerate(jobs) if isinstance(job, CompressVariants))
     assert first_variant < last_compression
 
 
@@ -102,16 +106,14 @@ def test_payloads_are_let_go_when_no_variant_waits_for_them(models: list[Path], 
 def test_one_failing_variant_does_not_stop_the_rest(
     models: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.run import worker as module
-
-    real = module.encode
+    real = compression.encode
 
     def failing(weight: Any, specs: Any, **keywords: Any) -> Any:
         if specs[0].method == "rtn":
             raise RuntimeError("no such luck")
         return real(weight, specs, **keywords)
 
-    monkeypatch.setattr(module, "encode", failing)
+    monkeypatch.setattr(compression, "encode", failing)
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text)))
     assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -124,15 +126,15 @@ def test_one_failing_variant_does_not_stop_the_rest(
 def test_an_interrupted_sweep_writes_what_it_has_measured(
     models: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = Worker.measure, []
+    real, calls = MeasureLosses.run, []
 
-    def measure(self: Worker, *arguments: Any) -> Any:
-        calls.append(arguments)
+    def measure(self: MeasureLosses, context: JobContext) -> Any:
+        calls.append(self)
         if len(calls) == 12:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        return real(self, context)
 
-    monkeypatch.setattr(Worker, "measure", measure)
+    monkeypatch.setattr(MeasureLosses, "run", measure)
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text)))
     assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 130
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
@@ -150,16 +152,16 @@ def test_an_interrupted_sweep_does_not_take_the_place_of_a_whole_one(
     command = ["sweep", str(tmp_path / "s.yaml"), "--out", str(out), "--local"]
     assert main(command) == 0
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
-    real, calls = Worker.measure, []
+    real, calls = MeasureLosses.run, []
 
-    def measure(self: Worker, *arguments: Any) -> Any:
-        calls.append(arguments)
+    def measure(self: MeasureLosses, context: JobContext) -> Any:
+        calls.append(self)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        return real(self, context)
 
     with monkeypatch.context() as there:
-        there.setattr(Worker, "measure", measure)
+        there.setattr(MeasureLosses, "run", measure)
         assert main(command) == 130
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == whole
     rows = json.loads((out / "interrupted" / "results.json").read_text())["rows"]

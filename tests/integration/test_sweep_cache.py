@@ -15,7 +15,8 @@ from jobs.cli import main
 from pipeline.flows.tune import Tuning
 from pipeline.measure.tuner import Tuned
 from pipeline.model.files import Bytes, LocalFiles
-from pipeline.run.pool import LocalPool, Task
+from pipeline.run.local_pool import LocalPool
+from pipeline.run.task import Task
 from tests.tiny import make_text, make_tiny_model
 
 TUNED = {"preset": "best", "bits": 3, "projectors": "q"}
@@ -77,10 +78,10 @@ def test_models_of_tuned_rows_go_when_they_are_measured_and_stay_on_request(
 def test_an_interrupted_sweep_goes_on_from_its_tuned_models(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, methods = LocalPool.start, []
+    real, kinds = LocalPool.start, []
 
-    def start(self: LocalPool, worker: int, task: Task) -> None:
-        if task.method == "measure":
+    def start(self: LocalPool, worker: int, task: Task[Any]) -> None:
+        if task.kind == "MeasureLosses":
             raise KeyboardInterrupt
         real(self, worker, task)
 
@@ -88,10 +89,10 @@ def test_an_interrupted_sweep_goes_on_from_its_tuned_models(
     assert main(command) == 130
     assert cached(tmp_path) == ["moments", "variant", "variant"]
     monkeypatch.setattr(
-        LocalPool, "start", lambda self, worker, task: (methods.append(task.method), real(self, worker, task))
+        LocalPool, "start", lambda self, worker, task: (kinds.append(task.kind), real(self, worker, task))
     )
     assert main(command) == 0
-    assert "tune_step" not in methods
+    assert "TuneStep" not in kinds
     assert cached(tmp_path) == ["moments"]
 
 
@@ -104,20 +105,20 @@ def another(tmp_path: Path, command: list[str], *names: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("method", "names"),
-    [("measure", ("once", "twice")), ("tune_step", ("twice",))],
+    ("kind", "names"),
+    [("MeasureLosses", ("once", "twice")), ("TuneStep", ("twice",))],
     ids=["the same rows are being measured", "another row is tuned from the same model"],
 )
 def test_two_sweeps_of_one_cache_leave_each_other_what_they_use(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, names: tuple[str, ...]
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, names: tuple[str, ...]
 ) -> None:
     """The second begins and ends while the first is about to do something with what both made."""
     assert main([*command, "--out", str(tmp_path / "alone")]) == 0
     alone = json.loads((tmp_path / "alone" / "results.json").read_text())["rows"]
     real, begun = LocalPool.start, []
 
-    def start(self: LocalPool, worker: int, task: Task) -> None:
-        if task.method == method and not begun:
+    def start(self: LocalPool, worker: int, task: Task[Any]) -> None:
+        if task.kind == kind and not begun:
             begun.append(task)
             assert main(another(tmp_path, command, *names)) == 0
         real(self, worker, task)
@@ -149,7 +150,7 @@ def test_room_is_asked_for_all_tuned_rows_together_before_any_work(
 ) -> None:
     one = sum(file.stat().st_size for file in model.glob("*.safetensors"))  # a compressed one is not much smaller
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda self, path: int(1.5 * one))
-    started: list[Task] = []
+    started: list[Task[Any]] = []
     monkeypatch.setattr(LocalPool, "start", lambda self, worker, task: started.append(task))
     assert main(command) == 2
     assert "bytes are needed" in capsys.readouterr().err

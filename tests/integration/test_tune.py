@@ -14,7 +14,9 @@ from jobs.cli import main
 from pipeline.flows import tune as flow
 from pipeline.measure.tuner import TuneKey, Tuner
 from pipeline.model.artifact import open_model
-from pipeline.run import pool, worker
+from pipeline.run import local_pool
+from pipeline.run.task import JobContext
+from pipeline.tuning.job import TuneStep
 from tests.families import FamilyModel
 from tests.tiny import contents, make_text
 
@@ -139,15 +141,15 @@ def test_a_tuning_that_was_cut_short_goes_on_to_the_same_bytes(
     tiny_model: Path, calibration: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flow, "_KEPT_EVERY", 2)
-    real, steps = worker.Worker.tune_step, []
+    real, steps = TuneStep.run, []
 
-    def failing(self: worker.Worker, key: Any, step: int, *rest: Any) -> Any:
-        steps.append(step)
+    def failing(self: TuneStep, context: JobContext) -> Any:
+        steps.append(self.step)
         if len(steps) == 4:
             raise KeyboardInterrupt
-        return real(self, key, step, *rest)
+        return real(self, context)
 
-    monkeypatch.setattr(worker.Worker, "tune_step", failing)
+    monkeypatch.setattr(TuneStep, "run", failing)
     output = tmp_path / "out"
     argv = ["compress", str(tiny_model), str(output), "--calibration", str(calibration), *FLAGS, "--tune", "2"]
     assert main(argv) == 130
@@ -174,12 +176,12 @@ def test_a_finished_tuning_is_found_again(
     tiny_model: Path, calibration: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a run with the same cache into another directory, dense this time; and the same output again does nothing."""
-    monkeypatch.delattr(worker.Worker, "tune_step")
+    monkeypatch.delattr(TuneStep, "run")
     cache = str(tuned.parent / ".swsc-cache")
     compress(tiny_model, tmp_path / "dense", calibration, "--tune", "2", "--format", "dense", "--cache-dir", cache)
     dense, compact = open_model(str(tmp_path / "dense")), open_model(str(tuned))
     assert all(torch.equal(dense.read(name), compact.read(name)) for name in compact.entries)
-    monkeypatch.setattr(pool, "commit", None)
+    monkeypatch.setattr(local_pool, "commit", None)
     compress(tiny_model, tuned, calibration, "--tune", "2", "--cache-dir", cache)
 
 

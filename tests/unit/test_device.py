@@ -1,5 +1,6 @@
 """Errors of a GPU told from others, kinds of devices, and what an identity says of the arithmetic."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.compression import job as compression
+from pipeline.compression.job import CompressionVariant
 from pipeline.config import ClusterSettings
 from pipeline.device import (
     Arithmetic,
@@ -18,14 +21,19 @@ from pipeline.device import (
     require_kind,
     spoils_the_process,
 )
-from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError
+from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError, WorkerLost
 from pipeline.model import standing
+from pipeline.model.matrix_info import whole_matrix
+from pipeline.model.matrix_reader import SourceMatrix
 from pipeline.model.skeleton import told
 from pipeline.model.store import Store
+from pipeline.model.tensors import TensorInfo
 from pipeline.run import ray_pool
 from pipeline.run.arithmetic import arithmetic_of
 from pipeline.run.cluster import Need, _require_one_type
-from pipeline.run.pool import LocalPool, Task, as_swsc_error
+from pipeline.run.failures import Cause, Failure
+from pipeline.run.local_pool import LocalPool
+from pipeline.run.task import JobContext, JobOutput, Task, as_swsc_error
 from pipeline.run.worker import Worker
 
 BROKEN = [
@@ -74,31 +82,32 @@ def test_a_gpu_that_is_too_small_is_told_of_and_no_gpu_is_no_matter() -> None:
 
 
 def test_out_of_memory_is_the_tasks_own_failure_and_says_what_helps() -> None:
-    found = as_swsc_error(
-        torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore"), Task("a", "work", (), "layer 3")
-    )
+    found = as_swsc_error(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore"), "layer 3")
     assert isinstance(found, RunError)
     assert str(found).startswith("layer 3: ")
     assert "--gpus-per-worker 0" in str(found)
 
 
-class FailingWorker(Worker):
-    def work(self, error: Exception) -> None:
-        raise error
+@dataclass(frozen=True)
+class Fail:
+    error: Exception
+
+    def run(self, context: JobContext) -> JobOutput[None]:
+        raise self.error
 
 
 @pytest.mark.parametrize("error", [BROKEN[0], BROKEN[3]], ids=str)
 def test_a_run_of_one_process_ends_with_its_gpu(error: Exception) -> None:
-    pool = LocalPool(FailingWorker(1, "cpu"))
-    pool.start(0, Task("a", "work", (error,), "layer 3"))
+    pool = LocalPool(Worker(1, "cpu"))
+    pool.start(0, Task("a", Fail(error), "layer 3"))
     with pytest.raises(RunError, match="layer 3"):
         pool.wait()
 
 
 @pytest.mark.parametrize("error", [FULL[0], HARMLESS[0]], ids=str)
 def test_a_run_of_one_process_goes_on_after_other_errors(error: Exception) -> None:
-    pool = LocalPool(FailingWorker(1, "cpu"))
-    pool.start(0, Task("a", "work", (error,), "layer 3"))
+    pool = LocalPool(Worker(1, "cpu"))
+    pool.start(0, Task("a", Fail(error), "layer 3"))
     done = pool.wait()
     assert done is not None
     assert isinstance(done.error, RunError)
@@ -108,17 +117,18 @@ def test_a_run_of_one_process_goes_on_after_other_errors(error: Exception) -> No
 def test_a_sweep_does_not_take_an_error_of_the_gpu_for_one_of_a_variant(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = Worker(1, "cpu")
+    matrix = SourceMatrix(
+        whole_matrix(TensorInfo("w", "F32", (2, 2), "model.safetensors", 0, 16)), "", torch.ones(2, 2), 0.0, {}
+    )
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(worker, "_encode", fail)
-    info: Any = type("Info", (), {"name": "w"})()
+    monkeypatch.setattr(compression, "encode", fail)
     with pytest.raises(RuntimeError):
-        worker._unit(torch.ones(2, 2), None, info, 0.0, (), 0, None, None)  # type: ignore[arg-type]
-    monkeypatch.setattr(worker, "_encode", lambda *_: (_ for _ in ()).throw(ValueError("too few rows")))
-    payload = worker._unit(torch.ones(2, 2), None, info, 0.0, (), 0, None, None)  # type: ignore[arg-type]
+        compression.compress_variant(matrix, CompressionVariant((), 0), "cpu")
+    monkeypatch.setattr(compression, "encode", lambda *_, **__: (_ for _ in ()).throw(ValueError("too few rows")))
+    payload = compression.compress_variant(matrix, CompressionVariant((), 0), "cpu")
     assert payload.rows[0]["error"] == "w: too few rows"
 
 
@@ -235,25 +245,13 @@ class TestIdentity:
         assert Arithmetic(1, "NVIDIA H200").gpu["device"] == "NVIDIA H200"
 
 
-class Flight:
-    """What `_too_small` needs of a task under way."""
-
-    def __init__(self, key: str) -> None:
-        self.worker, self.task = 0, Task(key, "work", (), label=key)
-
-
 def test_out_of_memory_is_tried_twice_and_never_goes_on_and_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.errors import WorkerLost
-
-    replaced: list[int] = []
     monkeypatch.setattr(ray_pool.RayPool, "_spawn", lambda self, worker: None)
-    monkeypatch.setattr(ray_pool.RayPool, "_replace", lambda self, worker, at="": replaced.append(worker))
     pool = ray_pool.RayPool(lambda: 1, {}, 1, False, None, lambda: "nothing")
 
     def fails(key: str) -> Any:
-        flight: Any = Flight(key)
-        pool._working[0] = flight
-        return pool._too_small(flight, FULL[0]).error
+        failure = Failure(Cause.GPU_MEMORY, as_swsc_error(FULL[0], key))
+        return pool._out_of_gpu_memory(Task(key, Fail(FULL[0]), key), failure).error
 
     assert isinstance(fails("a"), WorkerLost)
     own = fails("a")
@@ -263,7 +261,6 @@ def test_out_of_memory_is_tried_twice_and_never_goes_on_and_on(monkeypatch: pyte
         fails(key)
     with pytest.raises(RunError, match="one task after the other"):
         fails("c")
-    assert len(replaced) == 6
 
 
 @pytest.mark.parametrize("error", [FULL[0], BROKEN[0]], ids=str)

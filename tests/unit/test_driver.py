@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 
@@ -9,8 +10,16 @@ from pipeline.errors import CheckpointError, NodeLost, RunError, StoreError, Sto
 from pipeline.model.lease import LeaseLost
 from pipeline.run import interrupt
 from pipeline.run.driver import StagedTasks, Stages, TaskList, execute
-from pipeline.run.pool import Done, Task
 from pipeline.run.progress import Progress
+from pipeline.run.task import JobContext, JobOutput, Task, TaskResult
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job that no pool here runs."""
+
+    def run(self, context: JobContext) -> JobOutput[str]:
+        raise NotImplementedError
 
 
 class ScriptedPool:
@@ -20,23 +29,23 @@ class ScriptedPool:
 
     def __init__(self, scripts: dict[str, list[SwscError]]) -> None:
         self.scripts = scripts
-        self.busy: dict[int, Task] = {}
+        self.busy: dict[int, Task[str]] = {}
         self.started: list[str] = []
         self.most_at_once = 0
 
     def idle(self) -> list[int]:
         return [worker for worker in range(self.size) if worker not in self.busy]
 
-    def start(self, worker: int, task: Task) -> None:
+    def start(self, worker: int, task: Task[str]) -> None:
         self.busy[worker] = task
         self.started.append(task.key)
         self.most_at_once = max(self.most_at_once, len(self.busy))
 
-    def wait(self) -> Done | None:
+    def wait(self) -> TaskResult[str] | None:
         worker, task = next(iter(self.busy.items()))
         del self.busy[worker]
         script = self.scripts.get(task.key, [])
-        return Done(task, value=task.key, error=script.pop(0) if script else None, worker=worker)
+        return TaskResult(task, task.key, error=script.pop(0) if script else None, worker=worker)
 
     def waiting_for(self) -> str:
         return "nothing"
@@ -47,7 +56,7 @@ class ScriptedPool:
 
 def run(names: str, scripts: dict[str, list[SwscError]]) -> tuple[ScriptedPool, list[str]]:
     pool, finished = ScriptedPool(scripts), []
-    source = TaskList([Task(name, "work", ()) for name in names], lambda done: finished.append(done.value))
+    source = TaskList([Task(name, Work()) for name in names], lambda done: finished.append(done.value))
     with Progress("test", len(names), 0) as progress:
         execute(pool, source, progress)
     source.raise_failures()
@@ -77,14 +86,14 @@ def test_a_task_whose_store_does_not_answer_runs_again() -> None:
 def test_a_store_that_is_gone_ends_the_run_and_no_other_task_is_tried() -> None:
     pool = ScriptedPool({"a": [StoreGone("s3://b: no good answer for 30 s")]})
     with pytest.raises(StoreGone), Progress("test", 9, 0) as progress:
-        execute(pool, TaskList([Task(name, "work", ()) for name in "abcdefghi"], lambda done: None), progress)
+        execute(pool, TaskList([Task(name, Work()) for name in "abcdefghi"], lambda done: None), progress)
     assert pool.started.count("a") == 1
     assert len(pool.started) <= 3
 
 
 def test_a_task_that_kills_every_worker_is_given_up_and_named_and_the_others_finish() -> None:
     pool, finished = ScriptedPool({"b": [WorkerLost("b dies")] * 9}), []
-    source = TaskList([Task(name, "work", ()) for name in "abc"], lambda done: finished.append(done.value))
+    source = TaskList([Task(name, Work()) for name in "abc"], lambda done: finished.append(done.value))
     with Progress("test", 3, 0) as progress:
         execute(pool, source, progress)
     assert sorted(finished) == ["a", "c"]
@@ -96,7 +105,7 @@ def test_a_task_that_kills_every_worker_is_given_up_and_named_and_the_others_fin
 def test_what_kills_its_workers_comes_last_after_a_second_try() -> None:
     """So that a run which is ended for too many deaths has done what it could."""
     pool, finished = ScriptedPool({name: [WorkerLost("gone")] * 9 for name in "ab"}), []
-    source = TaskList([Task(name, "work", ()) for name in "abcdef"], lambda done: finished.append(done.value))
+    source = TaskList([Task(name, Work()) for name in "abcdef"], lambda done: finished.append(done.value))
     with Progress("test", 6, 0) as progress:
         execute(pool, source, progress)
     assert sorted(finished) == list("cdef")
@@ -109,7 +118,7 @@ def test_the_loss_of_nodes_is_hardly_charged_to_the_tasks_that_were_there() -> N
     assert sorted(finished) == list("abc")
     pool = ScriptedPool({"b": [NodeLost("its node went away")] * 99})
     with Progress("test", 3, 0) as progress:
-        execute(pool, TaskList([Task(name, "work", ()) for name in "abc"], lambda done: None), progress)
+        execute(pool, TaskList([Task(name, Work()) for name in "abc"], lambda done: None), progress)
     assert pool.started.count("b") == 12
 
 
@@ -121,7 +130,7 @@ def test_a_run_whose_place_was_taken_stops_at_once() -> None:
 def test_a_failing_task_does_not_stop_the_others() -> None:
     pool = ScriptedPool({"a": [RunError("a: no luck")]})
     finished: list[str] = []
-    source = TaskList([Task(name, "work", ()) for name in "abc"], lambda done: finished.append(done.value))
+    source = TaskList([Task(name, Work()) for name in "abc"], lambda done: finished.append(done.value))
     with Progress("test", 3, 0) as progress:
         execute(pool, source, progress)
     assert sorted(finished) == ["b", "c"]
@@ -137,7 +146,7 @@ def test_a_users_mistake_stops_the_run_at_once() -> None:
 def staged(log: list[list[str]]) -> Stages:
     """Three stages: what came of each is noted."""
     for names in ("abc", "d", "ef"):
-        found = yield [Task(name, "work", ()) for name in names]
+        found = yield [Task(name, Work()) for name in names]
         log.append([done.value for done in found])
 
 
@@ -178,12 +187,12 @@ def listening() -> Iterator[None]:
 def test_an_interrupt_that_comes_while_an_object_is_freed_is_not_lost(listening: None) -> None:
     finished: list[str] = []
 
-    def note(done: Done) -> None:
+    def note(done: TaskResult[str]) -> None:
         finished.append(done.value)
         if len(finished) == 2:
             InterruptedWhenFreed()
 
-    source = TaskList([Task(name, "work", ()) for name in "abcde"], note)
+    source = TaskList([Task(name, Work()) for name in "abcde"], note)
     with pytest.raises(KeyboardInterrupt), Progress("test", 5, 0) as progress:
         execute(ScriptedPool({}), source, progress)
     assert len(finished) == 2

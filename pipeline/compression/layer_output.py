@@ -1,4 +1,4 @@
-"""What a worker has made of a layer: the tensors of its file, and the rows of the report."""
+"""The output of one layer: the tensors of its file, and the rows of the report."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pipeline.model.matrices import FusedTensor
 from pipeline.model.matrix_info import MatrixInfo
+from pipeline.model.matrix_reader import SourceMatrix
 from pipeline.model.parts import Part, to_part
-from pipeline.run.heap import peak_rss
 from swsc_core import Encoded
 from swsc_core.codec import dtype_name
 from swsc_core.format import part_name
@@ -62,10 +62,9 @@ def _remaining_rows(fused: FusedTensor, read: Callable[[MatrixInfo], Tensor]) ->
     return torch.cat(found)
 
 
-def row_of(
-    info: MatrixInfo, specs: tuple[Spec, ...], encoded: Encoded, read_seconds: float, seconds: float
-) -> dict[str, Any]:
+def matrix_row(matrix: SourceMatrix, specs: tuple[Spec, ...], encoded: Encoded, seconds: float) -> dict[str, Any]:
     """A row of swsc_report.json; bits are counted from the bytes that are stored."""
+    info = matrix.info
     axis = encoded.entry.get("channel_axis")
     spec = next(spec for spec in specs if getattr(spec, "channel_axis", None) == axis)
     cluster_error = encoded.stats.get("cluster_error")
@@ -78,23 +77,19 @@ def row_of(
         "paper_bits": spec.paper_bits(info.shape),
         **errors_of(info, encoded),
         "cluster_mean_squared_error": None if cluster_error is None else cluster_error / info.count,
-        "read_seconds": read_seconds,
+        "read_seconds": matrix.seconds,
         "seconds": seconds,
         "stored_bytes": encoded.stored_bytes,
         "entry": encoded.entry | info.location.to_json(),
         "stats": encoded.stats,
+        "source_sha256": matrix.sha256,
     }
 
 
 def errors_of(info: MatrixInfo, encoded: Encoded) -> dict[str, float]:
-    """What a compression lost of a matrix."""
+    """Squared error of a compressed matrix, relative and per weight, and the mean square of its weights."""
     return {
         "relative_error": encoded.relative_error,
         "mean_squared_error": encoded.squared_error / info.count,
         "mean_square": encoded.squared_norm / info.count,
     }
-
-
-def measured(rows: list[dict[str, Any]], kernels: str) -> dict[str, Any]:
-    """What a worker says of a finished layer; `kernels`: vector instructions of its CPU, or its GPU."""
-    return {"rows": rows, "peak_rss": peak_rss(), "kernels": kernels}

@@ -1,0 +1,1 @@
+"""A bit budget becomes one spec per matrix."""

@@ -1,0 +1,49 @@
+"""Jobs of allocation: how much a matrix matters, and how much of that each candidate spec loses."""
+
+from dataclasses import dataclass
+
+from pipeline.model.matrix_info import MatrixInfo
+from pipeline.model.matrix_reader import read_source_matrix
+from pipeline.model.moments import Moments
+from pipeline.model.store import Store
+from pipeline.run.task import JobContext, JobOutput
+from swsc_core.curve import reach, share_left
+from swsc_core.spec import SwscSpec
+
+
+@dataclass(frozen=True)
+class MeasureSensitivity:
+    """Predicted loss, in nats a token, if each weight of a matrix kept nothing but its row's scale."""
+
+    source: Store
+    info: MatrixInfo
+    moments: Moments
+
+    def run(self, context: JobContext) -> JobOutput[float]:
+        metric, unit = self.moments.metric(self.info.name, context.device)
+        return JobOutput(unit * reach(read_source_matrix(self.source, self.info, context.device).weight, metric))
+
+
+@dataclass(frozen=True)
+class SpecDistortion:
+    """The share of a matrix's sensitivity that remains as loss under a spec, measured on some of its rows."""
+
+    spec: SwscSpec
+    share: float
+
+
+@dataclass(frozen=True)
+class MeasureDistortions:
+    """Relative distortion of a matrix under each of some specs."""
+
+    source: Store
+    info: MatrixInfo
+    moments: Moments
+    specs: tuple[SwscSpec, ...]
+    seed: int
+
+    def run(self, context: JobContext) -> JobOutput[tuple[SpecDistortion, ...]]:
+        weight = read_source_matrix(self.source, self.info, context.device).weight
+        metric, _ = self.moments.metric(self.info.name, context.device)
+        shares = (share_left(weight, spec, metric, self.seed, self.info.name) for spec in self.specs)
+        return JobOutput(tuple(map(SpecDistortion, self.specs, shares)))

@@ -1,0 +1,1 @@
+"""Second moments of the inputs of matrices, gathered on a text."""

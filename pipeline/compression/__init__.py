@@ -1,0 +1,1 @@
+"""Weights become compressed layers."""

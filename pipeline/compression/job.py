@@ -1,0 +1,163 @@
+"""Jobs of compression: one layer into the file of an output, one matrix in several ways, tensors that are copied."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.compression.layer_output import LayerParts, matrix_row
+from pipeline.device import instructions_of, spoils_the_process
+from pipeline.errors import WeightsError
+from pipeline.model.lease import Ticket
+from pipeline.model.matrix_info import MatrixInfo
+from pipeline.model.matrix_reader import MatrixReader, SourceMatrix, read_source_matrix
+from pipeline.model.moments import Moments
+from pipeline.model.parts import Part, Payload, copy_tensors, to_part
+from pipeline.model.plan import CopyTask, LayerTask
+from pipeline.model.store import FileRecord, Store
+from pipeline.run.heap import peak_rss, return_freed_blocks
+from pipeline.run.task import JobContext, JobOutput
+from swsc_core import Encoded, encode
+from swsc_core.checks import WeightError
+from swsc_core.spec import Spec, SwscSpec
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CompressionVariant:
+    """One way to compress a matrix.
+
+    Attributes:
+        specs: candidates; the one with the smallest error is stored.
+        seed: of the run.
+        storage_dtype: torch's name of the dtype of stored values; None: that of the weight.
+        moments: second moments, where a spec asks for the metric of the activations.
+    """
+
+    specs: tuple[Spec, ...]
+    seed: int
+    storage_dtype: str | None = None
+    moments: Moments | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Measurements of a finished layer.
+
+    Attributes:
+        rows: of swsc_report.json, one for each matrix.
+        peak_rss: largest resident memory of the worker so far, in bytes.
+        kernels: vector instructions of the worker's CPU, or its GPU.
+    """
+
+    rows: tuple[Row, ...]
+    peak_rss: int
+    kernels: str
+
+
+@dataclass(frozen=True)
+class CompressLayer:
+    """Compress the matrices of one layer; the payload is the layer's file.
+
+    Attributes:
+        form: "swsc", or "dense" for restored weights.
+
+    Raises WeightsError for a weight that holds NaN or Inf.
+    """
+
+    source: Store
+    layer: LayerTask
+    form: str
+    seed: int
+    storage_dtype: str | None
+    moments: Moments | None
+
+    def run(self, context: JobContext) -> JobOutput[LayerReport]:
+        reader, parts, rows = MatrixReader(self.source, context.device), LayerParts(self.form), []
+        for info, specs in self.layer.items:
+            variant = CompressionVariant(specs, self.seed, self.storage_dtype, self.moments)
+            encoded, row = compress_matrix(reader.read(info), variant, context.device)
+            parts.add(info, encoded)
+            rows.append(row)
+        return layer_output(parts, self.layer, reader, rows, context.device)
+
+
+@dataclass(frozen=True)
+class CompressVariants:
+    """Compress one matrix, read once, in several ways; one payload for each. The value holds a row for each.
+
+    A way that fails gives a row with an `error`, and the others go on, unless the failure leaves the GPU unusable.
+    """
+
+    source: Store
+    info: MatrixInfo
+    variants: tuple[CompressionVariant, ...]
+
+    def run(self, context: JobContext) -> JobOutput[tuple[Row, ...]]:
+        matrix = read_source_matrix(self.source, self.info, context.device)
+        payloads = tuple(compress_variant(matrix, variant, context.device) for variant in self.variants)
+        return JobOutput(tuple(payload.rows[0] for payload in payloads), payloads)
+
+
+@dataclass(frozen=True)
+class CopyTensors:
+    """Stream tensors that stay as they are into their file."""
+
+    source: Store
+    copy: CopyTask
+    ticket: Ticket
+
+    def run(self, context: JobContext) -> JobOutput[FileRecord]:
+        return JobOutput(copy_tensors(self.source, self.copy.infos, self.ticket, self.copy.file))
+
+
+def compress_variant(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> Payload:
+    """Compressed parts and row of a matrix; a failure becomes a row with an `error`, unless it leaves the GPU unusable."""
+    name = matrix.info.name
+    try:
+        encoded, row = compress_matrix(matrix, variant, device)
+    except Exception as error:
+        if spoils_the_process(error):
+            raise
+        return Payload((), ({"name": name, "error": f"{name}: {error}"},))
+    return Payload(_parts(encoded), (row,))
+
+
+def _parts(encoded: Encoded) -> tuple[Part, ...]:
+    return tuple(to_part(part, tensor) for part, tensor in encoded.tensors.items())
+
+
+def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> tuple[Encoded, Row]:
+    """Compress one matrix; returns it with its row of the report. Raises WeightsError for NaN or Inf."""
+    started = time.perf_counter()
+    info, moments = matrix.info, variant.moments
+    # Slabs of segments leave holes in the heap. K-Means over whole channels leaves none, and would pay a third of its time.
+    if any(isinstance(spec, SwscSpec) and spec.segment_size for spec in variant.specs):
+        return_freed_blocks(info.count)
+    try:
+        encoded = _encoded(matrix, variant, device)
+    except WeightError as error:
+        raise WeightsError(f"{matrix.path}: {error}") from None
+    row = matrix_row(matrix, variant.specs, encoded, time.perf_counter() - started)
+    if moments:
+        row |= {"calibration_tokens": moments.tokens(info.name), "moments_sha256": moments.sha256(info.name)}
+    return encoded, row
+
+
+def _encoded(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> Encoded:
+    name = matrix.info.name
+    dtype = getattr(torch, variant.storage_dtype) if variant.storage_dtype else None
+    metric = variant.moments.metric(name, device)[0] if variant.moments else None
+    return encode(matrix.weight, variant.specs, name=name, seed=variant.seed, storage_dtype=dtype, metric=metric)
+
+
+def layer_output(
+    parts: LayerParts, layer: LayerTask, reader: MatrixReader, rows: list[Row], device: str
+) -> JobOutput[LayerReport]:
+    """The file of a layer whose matrices are all in `parts`, with the rows of its report."""
+    for fused in layer.fused:
+        parts.add_remaining_rows(fused, reader.whole)
+    report = LayerReport(tuple(rows), peak_rss(), instructions_of(device))
+    return JobOutput(report, (Payload(parts.parts, tuple(rows)),))

@@ -1,0 +1,1 @@
+"""Stored values move to lower the KL divergence to the original model."""

@@ -1,0 +1,122 @@
+"""Jobs of tuning: divergence and gradients of some windows, a step, tuned values into a layer, the state from and to files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.compression.job import LayerReport, layer_output
+from pipeline.compression.layer_output import LayerParts, errors_of
+from pipeline.measure.tune_state import TuneState, added, to_payload
+from pipeline.measure.tuner import Tuned, TuneKey, Tuner
+from pipeline.model.checkpoint import read_header
+from pipeline.model.digests import require_same
+from pipeline.model.matrix_reader import MatrixReader
+from pipeline.model.parts import Payload, read_tensor, to_part
+from pipeline.model.plan import LayerTask
+from pipeline.model.store import Store
+from pipeline.run.task import JobContext, JobOutput
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Sum over `tokens` tokens of the KL divergence of the compressed model from the original, in nats."""
+
+    divergence: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class MeasureDivergence:
+    """Divergence on `windows`, int64 [windows, length].
+
+    Input: the state after `step` steps; none before the first.
+    """
+
+    key: TuneKey
+    step: int
+    windows: np.ndarray
+
+    def run(self, context: JobContext) -> JobOutput[Divergence]:
+        tuner = context.model(Tuner, self.key)
+        tuner.become(self.step, *context.inputs)
+        return JobOutput(Divergence(tuner.divergence(self.windows), self.windows.size))
+
+
+@dataclass(frozen=True)
+class TuneGradients:
+    """As `MeasureDivergence`; the payload is its gradient with respect to all stored values."""
+
+    key: TuneKey
+    step: int
+    windows: np.ndarray
+
+    def run(self, context: JobContext) -> JobOutput[Divergence]:
+        tuner = context.model(Tuner, self.key)
+        tuner.become(self.step, *context.inputs)
+        divergence, gradients = tuner.gradients(self.windows)
+        return JobOutput(Divergence(divergence, self.windows.size), (to_payload(gradients, "gradients"),))
+
+
+@dataclass(frozen=True)
+class TuneStep:
+    """Inputs: the state before step number `step` (none at the first), and the gradients of its windows; the payload is the state after."""
+
+    key: TuneKey
+    step: int
+    rate: float
+
+    def run(self, context: JobContext) -> JobOutput[None]:
+        state, gradients = context.inputs[: self.step > 1], context.inputs[self.step > 1 :]
+        before = TuneState.of(state[0], context.device) if state else context.model(Tuner, self.key).start()
+        after = before.stepped(added(gradients, context.device), self.step, self.rate)
+        return JobOutput(None, (after.payload(),))
+
+
+@dataclass(frozen=True)
+class ApplyTuning:
+    """A layer of the compressed model with tuned values; the payload is the layer's file.
+
+    Attributes:
+        form: "swsc", or "dense" for restored weights.
+        rows: matrix -> its row in the report of the compressed model.
+    """
+
+    source: Store
+    layer: LayerTask
+    form: str
+    tuned: Tuned
+    rows: Mapping[str, dict[str, Any]]
+
+    def run(self, context: JobContext) -> JobOutput[LayerReport]:
+        reader, parts, rows = MatrixReader(self.source, context.device), LayerParts(self.form), []
+        infos = [info for info, _ in self.layer.items]
+        layer = self.tuned.encoded((info.name, reader.read(info).weight) for info in infos)
+        for info, encoded in zip(infos, layer, strict=True):
+            before = self.rows[info.name]
+            require_same(info.name, before.get("source_sha256", {}), reader.digests)
+            parts.add(info, encoded)
+            tuned = {"entry": encoded.entry, "tuned_sha256": self.tuned.sha256}
+            rows.append({**before, **errors_of(info, encoded), **tuned})
+        return layer_output(parts, self.layer, reader, rows, context.device)
+
+
+@dataclass(frozen=True)
+class KeepState:
+    """Input: a state; it is the payload again, for a task that commits it."""
+
+    def run(self, context: JobContext) -> JobOutput[None]:
+        return JobOutput(None, context.inputs)
+
+
+@dataclass(frozen=True)
+class ReadState:
+    """The payload that was committed to `file`."""
+
+    store: Store
+    file: str
+
+    def run(self, context: JobContext) -> JobOutput[None]:
+        infos = read_header(self.store, self.file)[1]
+        return JobOutput(None, (Payload(tuple(to_part(info.name, read_tensor(self.store, info)) for info in infos)),))
