@@ -67,12 +67,11 @@ def tiny_settings() -> tuple[Setting, ...]:
 def model_settings(model: str, calibration: str, text: str) -> tuple[Setting, ...]:
     """Settings on a real model, few matrices each."""
     few = r"--include layers\.(3|21)\.self_attn\.[qk]_proj"
-    more = r"--include layers\.(3|21)\.(self_attn\.[kv]_proj|mlp\.down_proj)"
-    tokens = f"--calibration {calibration} --calibration-windows 4 --calibration-seqlen 256"
+    tokens = f"--calibration {calibration} --calibration-windows 4 --calibration-seqlen 128"
     return (
         Setting("model-paper", model, f"--bits 3 {few}", ("evaluate",)),
         Setting("model-paper-input", model, f"--bits 2 --channel-axis input {few}"),
         Setting("model-rtn", model, f"--method rtn --bits 3 --granularity group {few}", ("restore",)),
         Setting("model-segments", model, f"{_SEGMENTS.replace('16', '256')} {few}"),
-        Setting("model-best", model, f"--preset best --bits 2.5 {tokens} {more}", ("evaluate",)),
+        Setting("model-best", model, rf"--preset best --bits 2.5 {tokens} --include layers\.21\.self_attn\.[kv]_proj"),
     )
