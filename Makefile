@@ -8,12 +8,14 @@ demo: .venv/demo-installed
 	$(BIN)/swsc demo --out demo-output
 
 # Two processes for what has no Ray; clusters one after the other, each wants the machine for itself. A part that fails holds up
-# none of the others. KERNELS=avx2 (sse4, cbwr-avx2, compatible: tests/kernels.py) tests as if on another processor.
+# none of the others. Each part ends with its slowest tests. KERNELS=avx2 (sse4, cbwr-avx2, compatible: tests/kernels.py) runs them
+# as on another processor.
 test: export KERNELS := $(or $(KERNELS),native)
+test: SLOWEST := --durations=15 --durations-min=1
 test: .venv/test-installed
 	@failed=0; set -x; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration tests/cuda_stand_in || failed=1; \
-	$(BIN)/python -m pytest tests/cluster tests/gpu tests/vllm || failed=1; \
+	$(BIN)/python -m pytest $(SLOWEST) -n 2 --dist loadfile tests/unit tests/integration tests/cuda_stand_in || failed=1; \
+	$(BIN)/python -m pytest $(SLOWEST) tests/cluster tests/gpu tests/vllm || failed=1; \
 	{ set +x; } 2>/dev/null; exit $$failed
 
 check: .venv/test-installed

@@ -9,21 +9,27 @@ from contextlib import AbstractContextManager
 from pipeline.model.etag import PartDigest
 from pipeline.model.files import Bytes, Files
 
-MODES = ("fail", "late", "full", "short", "slow")
+_WRITES = frozenset({"write", "create"})
+_CHANGES = _WRITES | {"remove", "remove_empty"}
+_ALL = _CHANGES | {"size", "is_folder", "children", "read", "locked", "free_bytes"}
+# The operations that each mode spoils in a way of its own: a read that fails late is one that fails.
+MODES = {"fail": _ALL, "late": _CHANGES, "full": _WRITES, "short": _WRITES | {"read"}, "slow": _ALL}
 
 
 class FaultyFiles:
-    """Counts the operations of `inner` and spoils number `at`.
+    """Counts those operations of `inner` that a mode can spoil, and spoils number `at` of them.
 
     Modes: "fail", an error in place of the operation; "late", an error although it was done; "full", no space left, halfway through
-    a write; "short", half of the bytes read, or written without a word; "slow", a pause. What a mode does not apply to goes well.
+    a write; "short", half of the bytes read, or written without a word; "slow", a pause.
     """
 
     def __init__(self, inner: Files, mode: str, at: int) -> None:
         self._inner, self._mode, self._at = inner, mode, at
         self.count = 0
 
-    def _struck(self) -> str:
+    def _struck(self, operation: str) -> str:
+        if operation not in MODES[self._mode]:
+            return ""
         self.count += 1
         if self.count != self._at:
             return ""
@@ -38,25 +44,24 @@ class FaultyFiles:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def size(self, path: str) -> int | None:
-        self._late(self._struck())
+        self._struck("size")
         return self._inner.size(path)
 
     def is_folder(self, path: str) -> bool:
-        self._late(self._struck())
+        self._struck("is_folder")
         return self._inner.is_folder(path)
 
     def children(self, path: str) -> dict[str, bool]:
-        self._late(self._struck())
+        self._struck("children")
         return self._inner.children(path)
 
     def read(self, path: str, start: int, length: int) -> bytearray:
-        mode = self._struck()
+        mode = self._struck("read")
         data = self._inner.read(path, start, length)
-        self._late(mode)
         return data[: len(data) // 2] if mode == "short" else data
 
     def write(self, path: str, pieces: Iterable[Bytes]) -> None:
-        mode = self._struck()
+        mode = self._struck("write")
         if mode in ("full", "short"):
             whole = b"".join(bytes(piece) for piece in pieces)
             pieces = self._half(whole, mode)
@@ -72,7 +77,7 @@ class FaultyFiles:
         return self._inner.content_proved(path, digest)
 
     def create(self, path: str, data: bytes) -> bool:
-        mode = self._struck()
+        mode = self._struck("create")
         done = self._inner.create(path, data[: len(data) // 2] if mode in ("full", "short") else data)
         if mode == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -80,19 +85,19 @@ class FaultyFiles:
         return done
 
     def locked(self, path: str) -> AbstractContextManager[None]:
-        self._late(self._struck())
+        self._struck("locked")
         return self._inner.locked(path)
 
     def remove(self, path: str) -> None:
-        mode = self._struck()
+        mode = self._struck("remove")
         self._inner.remove(path)
         self._late(mode)
 
     def remove_empty(self, path: str) -> None:
-        mode = self._struck()
+        mode = self._struck("remove_empty")
         self._inner.remove_empty(path)
         self._late(mode)
 
     def free_bytes(self, path: str) -> int | None:
-        self._late(self._struck())
+        self._struck("free_bytes")
         return self._inner.free_bytes(path)

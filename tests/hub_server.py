@@ -1,5 +1,8 @@
 """Stands in for the Hub, at the few addresses that its client asks for: serves one model from a folder, or takes what is pushed.
 
+The client reads its settings once, when it is imported: a test starts a process for them, which takes seconds, or changes them by
+`client_of`.
+
 Large files come by LFS, so the client must be told HF_HUB_DISABLE_XET=1: the protocol of its newer store has no description.
 """
 
@@ -10,12 +13,33 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from huggingface_hub import constants
 
 REPO, COMMIT = "org/tiny", "a" * 40
+
+
+@contextmanager
+def client_of(address: str, home: Path) -> Iterator[None]:
+    """The client in this process asks the server at `address`, is logged in by HF_TOKEN only, and has its cache in `home`."""
+    settings = {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+    }
+    with ExitStack() as stack:
+        for name, value in settings.items():
+            stack.enter_context(mock.patch.object(constants, name, value))
+        yield
 
 
 @contextmanager

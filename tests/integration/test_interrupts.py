@@ -33,7 +33,7 @@ class Dropping:
 class InterruptedFiles(FaultyFiles):
     """A signal comes before operation number `at`: "raised" where Python raises it, "dropped" where it does not."""
 
-    def _struck(self) -> str:
+    def _struck(self, operation: str) -> str:
         self.count += 1
         if self.count == self._at and self._mode == "raised":
             signal.raise_signal(signal.SIGTERM)
@@ -151,8 +151,10 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 @needs_proc
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3, 0.7, 1.5])
+@pytest.mark.parametrize(
+    ("delay", "number"),
+    [(0.0, signal.SIGTERM), (0.1, signal.SIGINT), (0.3, signal.SIGTERM), (0.7, signal.SIGINT), (1.5, signal.SIGTERM)],
+)
 def test_a_command_that_is_still_being_imported_or_planned_ends(
     model: Path, tmp_path: Path, delay: float, number: int
 ) -> None:

@@ -1,17 +1,17 @@
-"""Outputs that are pushed to the Hub, to a server that stands in for it, in processes of their own: the client reads its settings once."""
+"""Outputs that are pushed to the Hub, to a server that stands in for it; in a new process where the client's own output counts."""
 
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.cli import main
 from pipeline import VERSION
-from tests.hub_server import PushedHub, Repo, pushed_hub
+from tests.hub_server import PushedHub, Repo, client_of, pushed_hub
 from tests.tiny import contents
 
 ROOT = Path(__file__).parents[2]
@@ -39,19 +39,39 @@ def hub() -> Iterator[PushedHub]:
         yield server
 
 
-def swsc(home: Path, address: str, *argv: str, **more: str) -> "subprocess.CompletedProcess[str]":
-    """Run a verb as somebody who is logged in by the environment; `more` of it wins."""
+Ended = subprocess.CompletedProcess[str]
+InProcess = Callable[..., Ended]
+
+
+def swsc(home: Path, address: str, *argv: str, **more: str) -> Ended:
+    """Run a verb, in a new process, as somebody who is logged in by the environment; `more` of it wins."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, **more}
     command = [sys.executable, "-m", "jobs", *argv]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
+@pytest.fixture
+def in_process(
+    hub: PushedHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[InProcess]:
+    """The same in this process, against `hub`."""
+
+    def run(*argv: str, token: str = TOKEN) -> Ended:
+        monkeypatch.setenv("HF_TOKEN", token)
+        capfd.readouterr()
+        code = main([*argv, "--local"])
+        return Ended(argv, code, *capfd.readouterr())
+
+    with client_of(hub.address, tmp_path / "home"):
+        yield run
+
+
 def files_of(output: Path) -> dict[str, bytes]:
     return contents(output) | {"swsc_report.json": (output / "swsc_report.json").read_bytes()}
 
 
-def error_of(done: "subprocess.CompletedProcess[str]") -> str:
+def error_of(done: Ended) -> str:
     """The one line of an error; what the client says by itself is not ours."""
     assert TOKEN not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -78,13 +98,13 @@ def test_what_is_pushed_is_what_lies_on_the_disk(output: Path, hub: PushedHub, t
 
 
 def test_a_second_push_sends_what_is_new_and_removes_tensor_files_of_the_first(
-    output: Path, hub: PushedHub, tiny_model: Path, tmp_path: Path
+    output: Path, hub: PushedHub, in_process: InProcess, tiny_model: Path, tmp_path: Path
 ) -> None:
-    assert swsc(tmp_path / "home", hub.address, "push", str(output), REPO, "--local").returncode == 0
+    assert in_process("push", str(output), REPO).returncode == 0
     hub.repos[REPO].branches["main"]["picture.png"] = b"of somebody"
     hub.sent.clear()
     assert main(["compress", str(tiny_model), str(tmp_path / "q"), "--local", "--projectors", "q"]) == 0
-    done = swsc(tmp_path / "home", hub.address, "push", str(tmp_path / "q"), REPO, "--local", "--message", "Q alone")
+    done = in_process("push", str(tmp_path / "q"), REPO, "--message", "Q alone")
     assert done.returncode == 0, done.stderr
     there = hub.repos[REPO].branches["main"]
     new = files_of(tmp_path / "q")
@@ -96,82 +116,84 @@ def test_a_second_push_sends_what_is_new_and_removes_tensor_files_of_the_first(
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_a_model_of_somebody_else_is_not_replaced(output: Path, hub: PushedHub, tmp_path: Path, weights: str) -> None:
+def test_a_model_of_somebody_else_is_not_replaced(
+    output: Path, hub: PushedHub, in_process: InProcess, tmp_path: Path, weights: str
+) -> None:
     """MODEL's own repository, say. On a new branch it takes the place of nothing."""
     before = {weights: b"weights", "README.md": b"a card"}
     hub.repos[REPO] = Repo(branches={"main": dict(before), "old": dict(before)})
     for branch in ("", "main", "old"):
-        done = swsc(
-            tmp_path, hub.address, "push", str(output), REPO, "--local", *(["--revision", branch] * bool(branch))
-        )
+        done = in_process("push", str(output), REPO, *(["--revision", branch] * bool(branch)))
         assert done.returncode == 2
         assert "not an output of this tool" in error_of(done)
     assert hub.repos[REPO].branches == {"main": before, "old": before}
     assert hub.sent == []
-    assert swsc(tmp_path, hub.address, "push", str(output), REPO, "--local", "--revision", "swsc").returncode == 0
+    assert in_process("push", str(output), REPO, "--revision", "swsc").returncode == 0
     removed = weights.endswith(".safetensors")  # files of other kinds stay, and are not read beside those of the output
     assert hub.repos[REPO].branches["swsc"] == files_of(output) | ({} if removed else {weights: b"weights"})
     assert hub.repos[REPO].branches["main"] == before
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "swsc_report.json", "swsc_manifest.json"])
-def test_a_link_is_never_followed(output: Path, hub: PushedHub, tmp_path: Path, name: str) -> None:
+def test_a_link_is_never_followed(
+    output: Path, hub: PushedHub, in_process: InProcess, tmp_path: Path, name: str
+) -> None:
     """Not even one to the very bytes that were written."""
     (output / name).rename(tmp_path / "elsewhere")
     (output / name).symlink_to(tmp_path / "elsewhere")
-    done = swsc(tmp_path, hub.address, "push", str(output), REPO, "--local")
+    done = in_process("push", str(output), REPO)
     assert done.returncode == 1
     assert f"{name} is a link" in error_of(done)
     assert hub.repos == {}
 
 
-def test_a_branch_of_a_private_repository(output: Path, hub: PushedHub, tmp_path: Path) -> None:
-    flags = ["--local", "--private", "--revision", "q-and-k"]
-    done = swsc(tmp_path / "home", hub.address, "push", str(output), REPO, *flags)
+def test_a_branch_of_a_private_repository(output: Path, hub: PushedHub, in_process: InProcess, tmp_path: Path) -> None:
+    flags = ["--private", "--revision", "q-and-k"]
+    done = in_process("push", str(output), REPO, *flags)
     assert done.returncode == 0, done.stderr
     assert hub.repos[REPO].private
     assert hub.repos[REPO].branches == {"main": {}, "q-and-k": files_of(output)}
 
 
 def test_private_is_never_made_public_by_a_repository_that_is_there(
-    output: Path, hub: PushedHub, tmp_path: Path
+    output: Path, hub: PushedHub, in_process: InProcess, tmp_path: Path
 ) -> None:
-    assert swsc(tmp_path / "home", hub.address, "push", str(output), REPO, "--local").returncode == 0
+    assert in_process("push", str(output), REPO).returncode == 0
     hub.repos[REPO].branches["main"].clear()
-    done = swsc(tmp_path / "home", hub.address, "push", str(output), REPO, "--local", "--private")
+    done = in_process("push", str(output), REPO, "--private")
     assert done.returncode == 2
     assert f"{REPO}: is there, and public" in error_of(done)
     assert hub.repos[REPO].branches == {"main": {}}
 
 
-def test_compress_pushes_at_the_end(tiny_model: Path, hub: PushedHub, tmp_path: Path) -> None:
-    argv = ["compress", str(tiny_model), str(tmp_path / "out"), "--local", "--push", REPO, "--private"]
-    done = swsc(tmp_path / "home", hub.address, *argv)
+def test_compress_pushes_at_the_end(tiny_model: Path, hub: PushedHub, in_process: InProcess, tmp_path: Path) -> None:
+    argv = ["compress", str(tiny_model), str(tmp_path / "out"), "--push", REPO, "--private"]
+    done = in_process(*argv)
     assert done.returncode == 0, done.stderr
     assert hub.repos[REPO].private
     assert hub.repos[REPO].branches["main"] == files_of(tmp_path / "out")
 
 
 def test_what_is_damaged_or_not_finished_is_refused_by_name_and_nothing_is_sent(
-    output: Path, hub: PushedHub, tmp_path: Path
+    output: Path, hub: PushedHub, in_process: InProcess, tmp_path: Path
 ) -> None:
     config = output / "config.json"
     config.write_text(config.read_text().replace("64", "46", 1))
-    done = swsc(tmp_path / "home", hub.address, "push", str(output), REPO, "--local")
+    done = in_process("push", str(output), REPO)
     assert (done.returncode, "config.json: content differs" in error_of(done)) == (1, True)
     (output / "swsc_manifest.json").unlink()
-    done = swsc(tmp_path / "home", hub.address, "push", str(output), REPO, "--local")
+    done = in_process("push", str(output), REPO)
     assert (done.returncode, "not a finished output" in error_of(done)) == (2, True)
     assert not hub.repos
 
 
 @pytest.mark.parametrize("verb", ["push", "compress"])
 def test_nobody_logged_in_is_told_of_with_the_remedy_before_any_work(
-    tiny_model: Path, output: Path, hub: PushedHub, tmp_path: Path, verb: str
+    tiny_model: Path, output: Path, hub: PushedHub, in_process: InProcess, tmp_path: Path, verb: str
 ) -> None:
     new = tmp_path / "new"
     argv = {"push": ["push", str(output), REPO], "compress": ["compress", str(tiny_model), str(new), "--push", REPO]}
-    done = swsc(tmp_path / "home", hub.address, *argv[verb], "--local", HF_TOKEN="")
+    done = in_process(*argv[verb], token="")
     assert done.returncode == 2
     assert "nobody is logged in to the Hub; run `hf auth login`, or set HF_TOKEN" in error_of(done)
     assert not new.exists()

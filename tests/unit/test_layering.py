@@ -95,7 +95,7 @@ def test_a_wing_knows_only_those_before_it(file: Path) -> None:
 
 
 @pytest.mark.parametrize("library", DOORS)
-def test_a_foreign_library_has_one_door(library: str) -> None:
+def test_a_foreign_library_comes_in_through_its_doors_only(library: str) -> None:
     users = {str(file) for file in FILES if any(name.split(".")[0] == library for name in imports_of(file))}
     assert users <= DOORS[library]
 
