@@ -273,9 +273,9 @@ class TestStacksOfAFamilyThatIsNotKnown:
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"num_local_experts": 8}, r"gate_up_proj is \[4, 64, 192\], and a stack of experts is \[8, 64, 192\] by config"),
-        ({"intermediate_size": 32}, r"is \[4, 64, 192\], and a stack of experts is \[4, 64, 64\] by config.json"),
-        ({"num_local_experts": None}, r"is of a size that config.json does not say \(num_local_experts or"),
+        ({"num_local_experts": 8}, r"gate_up_proj is \[4, 64, 192\].*\[8, 64, 192\]"),
+        ({"intermediate_size": 32}, r"is \[4, 64, 192\].*\[4, 64, 64\]"),
+        ({"num_local_experts": None}, r"gate_up_proj.*num_local_experts"),
     ],
 )  # fmt: skip
 def test_a_stack_that_does_not_fit_the_config_is_refused_in_one_line(
