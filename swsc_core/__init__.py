@@ -6,6 +6,7 @@ no choice of device: everything runs where the given tensor lies.
 
 from swsc_core.alignment import align, aligned
 from swsc_core.codec import Encoded, decode, encode
+from swsc_core.entry import Entry, RtnEntry, SwscEntry
 from swsc_core.experts import SwscExperts
 from swsc_core.kmeans import KMeansResult, kmeans
 from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
@@ -18,13 +19,16 @@ from swsc_core.swsc import compress
 
 __all__ = [
     "Encoded",
+    "Entry",
     "KMeansResult",
     "LowRank",
     "Metric",
+    "RtnEntry",
     "RtnMatrix",
     "RtnSpec",
     "Spec",
     "SwscEmbedding",
+    "SwscEntry",
     "SwscExperts",
     "SwscJoined",
     "SwscLinear",

@@ -2,7 +2,7 @@
 
     {"quant_method": "swsc", "format_version": 4, "tensors": {tensor name: entry, …}}
 
-Entries are those of codec.py. A reader knows every version up to its own: an entry of version 1 (whole channels, 16-bit
+Entries are those of entry.py. A reader knows every version up to its own: an entry of version 1 (whole channels, 16-bit
 values), 2 (no pieces, nothing transposed) or 3 (nothing stacked) says less, and what it leaves out has one meaning.
 docs/format.md has all of it.
 """
@@ -11,40 +11,53 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from swsc_core.entries import require_entries
+from swsc_core.entry import Entry
 from swsc_core.location import MatrixLocation
+from swsc_core.methods import entry_of
 
 QUANT_METHOD = "swsc"
 FORMAT_VERSION = 4
 
 
-def quantization_config(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What config.json says of the compressed tensors: tensor name -> what `swsc_core.decode` must know."""
-    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "tensors": dict(entries)}
+def quantization_config(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """What config.json states about the compressed tensors: tensor name -> what `swsc_core.decode` must know."""
+    tensors = {name: entry.to_json() for name, entry in entries.items()}
+    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "tensors": tensors}
 
 
-def entries_of(quantization: Mapping[str, Any]) -> Any:
-    """The entries that `quantization` holds, as the present version would say them: tensor name -> entry.
+def entries_of(quantization: Mapping[str, Any]) -> dict[str, Entry]:
+    """The entries that `quantization` holds, of any version that this release reads: tensor name -> entry.
 
     Raises:
-        ValueError: a version that this release does not know; an entry with a value that is missing or of another kind.
+        ValueError: an unknown version; an entry that is damaged, naming the tensor and the key.
     """
     version, entries = quantization.get("format_version"), quantization.get("tensors")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"format version {version}, this release reads 1 to {FORMAT_VERSION}; update swsc")
-    if version == 1 and isinstance(entries, dict):
-        entries = {name: _from_first(entry) for name, entry in entries.items()}
-    require_entries(entries)
-    return entries
+    if not isinstance(entries, Mapping):
+        raise ValueError("quantization_config: tensors is no table of entries; download config.json again")
+    return {name: _entry(name, data, version) for name, data in entries.items()}
 
 
-def _from_first(entry: Any) -> Any:
-    shape = entry.get("shape") if isinstance(entry, dict) and entry.get("method") == "swsc" else None
+def _entry(name: str, data: object, version: int) -> Entry:
+    try:
+        if not isinstance(data, Mapping):
+            raise ValueError("it is no table")
+        return entry_of(_from_first(data) if version == 1 else data)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: its entry in quantization_config is damaged ({error}); download config.json again"
+        ) from None
+
+
+def _from_first(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry of version 1, which knew whole channels alone, with the keys of version 2."""
+    shape = data.get("shape") if data.get("method") == "swsc" else None
     if not isinstance(shape, list) or len(shape) != 2:
-        return entry  # for `require_entries` to refuse
-    length = shape[1 if entry.get("channel_axis") == "output" else 0]
+        return data  # other methods, and what `entry_of` refuses
+    length = shape[1 if data.get("channel_axis") == "output" else 0]
     added = {"segment_size": length, "codebooks": 1, "scaled": False, "centroid_bits": None, "factor_bits": None}
-    return added | entry
+    return {**added, **data}
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class CompressedTensor:
     """
 
     name: str
-    entries: Mapping[str, Mapping[str, Any]]
+    entries: Mapping[str, Entry]
 
     @property
     def is_fused(self) -> bool:
@@ -67,14 +80,14 @@ class CompressedTensor:
     @property
     def location(self) -> MatrixLocation:
         """Where its first matrix lies: the others share `transposed` and `n_experts`."""
-        return MatrixLocation.from_json(next(iter(self.entries.values())))
+        return next(iter(self.entries.values())).location
 
 
-def compressed_tensors(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, CompressedTensor]:
+def compressed_tensors(entries: Mapping[str, Entry]) -> dict[str, CompressedTensor]:
     """The dense tensors that `entries` are of, by name, in the order of their first entries."""
-    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    found: dict[str, dict[str, Entry]] = {}
     for name, entry in entries.items():
-        tensor = MatrixLocation.from_json(entry).tensor or name
+        tensor = entry.location.tensor or name
         stem = tensor.removesuffix(".weight")
         part = "" if tensor == name else name.removeprefix(f"{stem}.").removesuffix(".weight")
         found.setdefault(tensor, {})[part] = entry

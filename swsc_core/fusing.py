@@ -5,44 +5,37 @@ all of them serves, and labels count through. Their compensations become one as 
 other, the left ones block by block, which is a few zeros more for two products instead of six.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from swsc_core.bits import label_bits
-from swsc_core.codec import matrix_of
+from swsc_core.entry import SwscEntry
 from swsc_core.layout import Layout
 from swsc_core.matrix import SwscMatrix
 from swsc_core.packing import pack
-from swsc_core.slicing import Stored, stored_as
 from swsc_core.spec import MAX_CLUSTERS
 from swsc_core.values import Values
 
 
-def can_fuse(entries: Sequence[Mapping[str, Any]]) -> bool:
+def can_fuse(entries: Sequence[SwscEntry]) -> bool:
     """Whether the matrices of `entries`, of one width, share whole output channels, have plain values, and fit into one."""
-    if any(entry["method"] != "swsc" or not entry["n_clusters"] for entry in entries):
+    if any(not entry.n_clusters for entry in entries):
         return False
-    m, n = sum(entry["shape"][0] for entry in entries), entries[0]["shape"][1]
-    kinds = {
-        (e["channel_axis"], e["segment_size"], e["codebooks"], e["centroid_bits"], e["factor_bits"]) for e in entries
-    }
-    fits = sum(entry["n_clusters"] for entry in entries) <= MAX_CLUSTERS
-    return kinds == {("output", n, 1, None, None)} and fits and sum(entry["rank"] for entry in entries) <= min(m, n)
+    m, n = sum(entry.shape[0] for entry in entries), entries[0].shape[1]
+    kinds = {(e.channel_axis, e.segment_size, e.codebooks, e.centroid_bits, e.factor_bits) for e in entries}
+    fits = sum(entry.n_clusters for entry in entries) <= MAX_CLUSTERS
+    return kinds == {("output", n, 1, None, None)} and fits and sum(entry.rank for entry in entries) <= min(m, n)
 
 
-def fuse(stored: Sequence[Stored]) -> Stored:
-    """Parts and entry of the matrices one above the other, [sum of m, n]; of matrices that `can_fuse`."""
-    if len(stored) == 1:
-        return stored[0]
-    matrices = [matrix_of(parts, entry) for parts, entry in stored]
+def fuse(matrices: Sequence[SwscMatrix]) -> SwscMatrix:
+    """The matrix [sum of m, n] of `matrices` one above the other, whose entries `can_fuse` accepts."""
     n, m = matrices[0].layout.n, sum(matrix.layout.m for matrix in matrices)
     centroids = torch.cat([matrix.centroids.data for matrix in matrices])
     left, right = (torch.block_diag(*[x.left.data for x in matrices]), torch.cat([x.right.data for x in matrices]))
-    fused = replace(
+    return replace(
         matrices[0],
         layout=Layout(m, n, "output", n),
         centroids=_values(centroids),
@@ -51,7 +44,6 @@ def fuse(stored: Sequence[Stored]) -> Stored:
         left=_values(left),
         right=_values(right),
     )
-    return stored_as(fused, stored[0][1])
 
 
 def _values(data: Tensor) -> Values:

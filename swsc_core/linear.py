@@ -6,16 +6,16 @@ Nothing requires a gradient unless it is asked for: `layer.left.requires_grad_()
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swsc_core.codec import decode, encode, matrix_of, part_shapes
+from swsc_core.codec import decode, encode
+from swsc_core.compressed_matrix import CompressedMatrix
+from swsc_core.entry import Entry
 from swsc_core.location import row_blocks_of
-from swsc_core.matrix import restore_rows
+from swsc_core.methods import matrix_of
 from swsc_core.metric import Metric
-from swsc_core.product import product
 from swsc_core.row_blocks import fuse_rows, require_partition, row_permutation
 from swsc_core.spec import Spec
 
@@ -32,22 +32,20 @@ class CompressedWeight(nn.Module):
     """The parts of one matrix [m, n], empty until they are loaded.
 
     Args:
-        entry: what `encode` said of the matrix; plain JSON.
+        entry: that of `encode`.
         dtype: of the parts that are floating point values; torch's default if None.
 
     Attributes:
         tied: another layer works from the same parts.
-
-    Raises:
-        ValueError: an entry that does not fit its matrix.
     """
 
     def __init__(
-        self, entry: Mapping[str, Any], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self, entry: Entry, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.entry, self.tied = dict(entry), False
-        for part, (shape, is_float) in part_shapes(entry).items():
+        self.entry, self.tied = entry, False
+        self._part_names = tuple(entry.part_shapes())
+        for part, (shape, is_float) in entry.part_shapes().items():
             kind = (dtype or torch.get_default_dtype()) if is_float else torch.uint8
             self._hold(part, torch.empty(shape, dtype=kind, device=device))
 
@@ -61,12 +59,17 @@ class CompressedWeight(nn.Module):
     @property
     def parts(self) -> dict[str, Tensor]:
         """part -> tensor."""
-        return {part: getattr(self, part) for part in part_shapes(self.entry)}
+        return {part: getattr(self, part) for part in self._part_names}
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the parts that are floating point values."""
         return next(part.dtype for part in self.parts.values() if part.is_floating_point())
+
+    @property
+    def matrix(self) -> CompressedMatrix:
+        """The compressed matrix that the parts are."""
+        return matrix_of(self.parts, self.entry)
 
     def dense_weight(self) -> Tensor:
         """W, [m, n], in the dtype that it had before it was compressed; ValueError if the parts are damaged."""
@@ -74,22 +77,22 @@ class CompressedWeight(nn.Module):
             return decode(self.parts, self.entry)
 
     def extra_repr(self) -> str:
-        said = {key: value for key, value in self.entry.items() if key not in ("shape", "dtype", "method")}
-        return ", ".join(f"{key}={value}" for key, value in said.items() if value is not None)
+        shown = {key: value for key, value in self.entry.to_json().items() if key not in ("shape", "dtype", "method")}
+        return ", ".join(f"{key}={value}" for key, value in shown.items() if value is not None)
 
 
 class SwscLinear(CompressedWeight):
-    """y = x Wᵀ + b, W compressed by either method, and never built for "swsc" (product.py)."""
+    """y = x Wᵀ + b by the compressed W, as its method multiplies (`CompressedMatrix.matmul`)."""
 
     def __init__(
         self,
-        entry: Mapping[str, Any],
+        entry: Entry,
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(entry, dtype, device)
-        self.out_features, self.in_features = int(entry["shape"][0]), int(entry["shape"][1])
+        self.out_features, self.in_features = entry.shape
         kind = dtype or torch.get_default_dtype()
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=kind, device=device)) if bias else None
 
@@ -104,14 +107,9 @@ class SwscLinear(CompressedWeight):
 
     def why_no_low_rank(self, rank: int) -> str | None:
         """Why the compensation cannot become higher by `rank`; None if it can."""
-        if self.entry["method"] != "swsc":
-            return "a matrix that was rounded to nearest has no low-rank part"
-        if self.entry["factor_bits"] is not None:
-            return f"its low-rank part is stored in {self.entry['factor_bits']} bits a value"
-        if self.tied:
+        if self.tied and self.entry.low_rank_refusal(0) is None:
             return "it is tied to another layer, which would change, too"
-        higher, most = self.entry["rank"] + rank, min(self.out_features, self.in_features)
-        return f"its low-rank part would have rank {higher}, at most {most} mean anything" if higher > most else None
+        return self.entry.low_rank_refusal(rank)
 
     def add_low_rank(self, left: Tensor, right: Tensor) -> None:
         """Add leftᵀ · right to W, [r, m] and [r, n]: compensation of a rank higher by r, rounded to the dtype of its factors.
@@ -123,25 +121,21 @@ class SwscLinear(CompressedWeight):
             raise ValueError(why)
         added = {"left": left, "right": right}
         parts = {part: torch.cat([self.parts[part], more.to(self.parts[part])]) for part, more in added.items()}
-        self._hold_low_rank(parts, self.entry["rank"] + left.shape[0])
+        self._hold_low_rank(parts, self.entry.low_rank + left.shape[0])
 
     def drop_low_rank(self, rank: int) -> None:
         """Undo `add_low_rank` of that rank, to the bit."""
-        kept = self.entry["rank"] - rank
+        kept = self.entry.low_rank - rank
         self._hold_low_rank({part: self.parts[part][:kept].clone() for part in ("left", "right")}, kept)
 
     def _hold_low_rank(self, parts: Mapping[str, Tensor], rank: int) -> None:
-        self.entry["rank"] = rank
+        self.entry = self.entry.with_low_rank(rank)
         for part, tensor in parts.items():
             self._hold(part, tensor.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m]."""
-        if self.entry["method"] == "rtn":
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self.dense_weight().to(x.dtype), bias)
-        y = product(x, matrix_of(self.parts, self.entry))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.matrix.matmul(x, self.bias)
 
 
 class SwscJoined(nn.Module):
@@ -157,19 +151,19 @@ class SwscJoined(nn.Module):
 
     def __init__(
         self,
-        pieces: Mapping[str, Mapping[str, Any]],
+        pieces: Mapping[str, Entry],
         rest: int,
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.rows = row_blocks_of(pieces.values())
+        self.rows = row_blocks_of(entry.location for entry in pieces.values())
         require_partition(rest, self.rows)
         for name, entry in pieces.items():
             self.add_module(name, SwscLinear(entry, dtype=dtype, device=device))
         self.out_features = rest + sum(rows.total for rows in self.rows)
-        self.in_features = int(next(iter(pieces.values()))["shape"][1])
+        self.in_features = next(iter(pieces.values())).shape[1]
         kind = dtype or torch.get_default_dtype()
         _hold(self, "weight", torch.empty(rest, self.in_features, dtype=kind, device=device))
         # no buffer: models are made without memory, and what no file holds would stay so
@@ -206,22 +200,20 @@ class SwscJoined(nn.Module):
 
 
 class SwscEmbedding(CompressedWeight):
-    """Rows of W by their numbers, times `scale`; of "swsc" only those are restored that are asked for."""
+    """Rows of W by their indices, times `scale`, as the method restores rows (`CompressedMatrix.restore_rows`)."""
 
     def __init__(
         self,
-        entry: Mapping[str, Any],
+        entry: Entry,
         scale: float = 1.0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(entry, dtype, device)
         self.scale = scale
-        self.num_embeddings, self.embedding_dim = int(entry["shape"][0]), int(entry["shape"][1])
+        self.num_embeddings, self.embedding_dim = entry.shape
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., n], in the dtype of the parts."""
-        if self.entry["method"] == "rtn":
-            return nn.functional.embedding(ids, self.dense_weight().to(self.dtype)) * self.scale
-        rows = restore_rows(matrix_of(self.parts, self.entry), ids.reshape(-1)).to(self.dtype)
+        rows = self.matrix.restore_rows(ids.reshape(-1)).to(self.dtype)
         return rows.reshape(*ids.shape, self.embedding_dim) * self.scale

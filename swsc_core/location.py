@@ -95,15 +95,15 @@ class MatrixLocation:
         return matrix.transpose(-2, -1).contiguous() if self.transposed else matrix
 
 
-def row_blocks_of(entries: Iterable[Mapping[str, Any]]) -> list[RowBlocks]:
-    """The rows of each part of a fused matrix, from the parts' entries.
+def row_blocks_of(locations: Iterable[MatrixLocation]) -> list[RowBlocks]:
+    """The rows of each part of a fused matrix.
 
     Raises:
-        ValueError: an entry that is of no part; as from `MatrixLocation.from_json`.
+        ValueError: a location that is of no part.
     """
-    locations = [MatrixLocation.from_json(entry) for entry in entries]
-    found = [location.row_blocks for location in locations if location.row_blocks is not None]
-    if len(found) < len(locations):
+    known = list(locations)
+    found = [location.row_blocks for location in known if location.row_blocks is not None]
+    if len(found) < len(known):
         raise ValueError("an entry does not say which rows of the fused matrix it is of")
     return found
 

@@ -6,49 +6,17 @@ pieces with a label each: nothing is lost, but such a slice is larger than its s
 byte are packed anew. Values of few bits share scales in groups that a slice does not keep: they become plain values.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from math import gcd
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from swsc_core.bits import label_bits
-from swsc_core.codec import matrix_of, part_shapes, rtn_matrix_of, rtn_tensors_of, tensors_of
 from swsc_core.layout import Layout
 from swsc_core.matrix import SwscMatrix
-from swsc_core.packing import pack, packed_slice, unpack
-from swsc_core.rtn import RtnMatrix, group_count
+from swsc_core.packing import pack
 from swsc_core.values import Values
-
-Stored = tuple[dict[str, Tensor], dict[str, Any]]  # parts and entry, as `codec.encode` gives them
-
-
-def slice_stored(
-    parts: Mapping[str, Tensor], entry: Mapping[str, Any], rows: tuple[int, int], columns: tuple[int, int]
-) -> Stored:
-    """Parts and entry of W[rows[0]:rows[1], columns[0]:columns[1]]; what was given if that is all of W.
-
-    Raises:
-        ValueError: the entry does not fit its matrix, or labels cannot name as many centroids as the slice would need.
-    """
-    if entry["method"] == "rtn":
-        codes = _rtn_columns(_rtn_rows(rtn_matrix_of(parts, entry), *rows), *columns)
-        size = {"group_size": codes.group_size} if entry["granularity"] == "group" else {}
-        return rtn_tensors_of(codes), {**entry, "shape": list(codes.shape), **size}
-    return stored_as(columns_of(rows_of(matrix_of(parts, entry), *rows), *columns), entry)
-
-
-def stored_as(matrix: SwscMatrix, entry: Mapping[str, Any]) -> Stored:
-    """Parts and entry of `matrix`, which was made of one that `entry` was said of; ValueError if it cannot be stored."""
-    layout = matrix.layout
-    said = {"shape": [layout.m, layout.n], "n_clusters": matrix.n_clusters, "rank": matrix.left.shape[0]}
-    said |= {"segment_size": layout.size, "codebooks": matrix.codebooks, "scaled": matrix.scales is not None}
-    said |= {"centroid_bits": matrix.centroids.bits, "factor_bits": matrix.left.bits}
-    made = {**entry, **said}
-    part_shapes(made)
-    return tensors_of(matrix), made
 
 
 def rows_of(matrix: SwscMatrix, first: int, last: int) -> SwscMatrix:
@@ -143,34 +111,3 @@ def _rows(values: Values, first: int, last: int) -> Values:
 
 def _columns(values: Values, first: int, last: int) -> Values:
     return Values((values.shape[0], last - first), _plain(values).data[:, first:last].contiguous())
-
-
-def _rtn_rows(matrix: RtnMatrix, first: int, last: int) -> RtnMatrix:
-    (m, n), bits = matrix.shape, matrix.bits
-    codes = packed_slice(matrix.codes, bits, first * n, last * n, m * n)
-    if matrix.group_size == m * n:
-        return replace(matrix, shape=(last - first, n), group_size=(last - first) * n, codes=codes)
-    groups = group_count(matrix.shape, matrix.group_size) // m
-    scales = matrix.scales[first * groups : last * groups]
-    zeros = matrix.zero_points
-    if not matrix.symmetric:
-        zeros = packed_slice(zeros, bits, first * groups, last * groups, m * groups)
-    return replace(matrix, shape=(last - first, n), codes=codes, scales=scales, zero_points=zeros)
-
-
-def _rtn_columns(matrix: RtnMatrix, first: int, last: int) -> RtnMatrix:
-    """Groups that the slice begins within are cut into smaller ones, which repeat their scale."""
-    (m, n), bits, width = matrix.shape, matrix.bits, last - first
-    if width == n:
-        return matrix
-    codes = pack(unpack(matrix.codes, bits, m * n).reshape(m, n)[:, first:last].reshape(-1), bits)
-    if matrix.group_size == m * n:
-        return replace(matrix, shape=(m, width), group_size=m * width, codes=codes)
-    one_group = first // matrix.group_size == (last - 1) // matrix.group_size
-    size = width if one_group else gcd(matrix.group_size, first)
-    own = (first + torch.arange(0, width, size, device=codes.device)) // matrix.group_size
-    scales = matrix.scales.reshape(m, -1)[:, own].reshape(-1)
-    zeros = matrix.zero_points
-    if not matrix.symmetric:
-        zeros = pack(unpack(zeros, bits, matrix.scales.numel()).reshape(m, -1)[:, own].reshape(-1), bits)
-    return replace(matrix, shape=(m, width), group_size=size, codes=codes, scales=scales, zero_points=zeros)

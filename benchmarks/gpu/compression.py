@@ -57,7 +57,7 @@ def _layer(bench: Bench, name: str, encoded: Encoded) -> Iterator[Finding]:
     layer = SwscLinear(encoded.entry, False, torch.float32, "meta")
     parts = {part: t.float() if t.dtype == torch.bfloat16 else t for part, t in encoded.tensors.items()}
     layer.load_state_dict(parts, assign=True)
-    x = torch.randn(8, encoded.entry["shape"][1]).to(bench.device)
+    x = torch.randn(8, encoded.entry.shape[1]).to(bench.device)
     wanted = x @ decode(encoded.tensors, encoded.entry).float().T
     gap = float((layer(x) - wanted).abs().max() / wanted.abs().max())
     yield Finding(f"layer against the restored weight, {name}", gap, "", gap < 0.02)

@@ -140,7 +140,7 @@ def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: s
         encoded = _encoded(matrix, variant, device)
     except WeightError as error:
         raise WeightsError(f"{matrix.path}: {error}") from None
-    row = matrix_row(matrix, variant.specs, encoded, time.perf_counter() - started)
+    row = matrix_row(matrix, encoded, time.perf_counter() - started)
     if moments:
         row |= {"calibration_tokens": moments.tokens(info.name), "moments_sha256": moments.sha256(info.name)}
     return encoded, row

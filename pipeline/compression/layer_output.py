@@ -1,6 +1,7 @@
 """The output of one layer: the tensors of its file, and the rows of the report."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from swsc_core.codec import dtype_name
 from swsc_core.format import part_name
 from swsc_core.row_blocks import fuse_rows, remaining_rows
 from swsc_core.safetensors_header import DTYPES
-from swsc_core.spec import Spec
 
 
 class LayerParts:
@@ -62,11 +62,10 @@ def _remaining_rows(fused: FusedTensor, read: Callable[[MatrixInfo], Tensor]) ->
     return torch.cat(found)
 
 
-def matrix_row(matrix: SourceMatrix, specs: tuple[Spec, ...], encoded: Encoded, seconds: float) -> dict[str, Any]:
+def matrix_row(matrix: SourceMatrix, encoded: Encoded, seconds: float) -> dict[str, Any]:
     """A row of swsc_report.json; bits are counted from the bytes that are stored."""
-    info = matrix.info
-    axis = encoded.entry.get("channel_axis")
-    spec = next(spec for spec in specs if getattr(spec, "channel_axis", None) == axis)
+    info, spec = matrix.info, encoded.spec
+    assert spec is not None
     cluster_error = encoded.stats.get("cluster_error")
     return {
         "name": info.name,
@@ -80,7 +79,7 @@ def matrix_row(matrix: SourceMatrix, specs: tuple[Spec, ...], encoded: Encoded, 
         "read_seconds": matrix.seconds,
         "seconds": seconds,
         "stored_bytes": encoded.stored_bytes,
-        "entry": encoded.entry | info.location.to_json(),
+        "entry": replace(encoded.entry, location=info.location).to_json(),
         "stats": encoded.stats,
         "source_sha256": matrix.sha256,
     }

@@ -39,7 +39,7 @@ def card_of_restoring(model: Model) -> str:
     """The card of what `restore_model` makes of a compressed model."""
     tensors = model.checkpoint.tensors
     matrices = tuple(
-        Compressed(name, _pair(entry["shape"]), sum(tensors[part].nbytes for part in model.parts(name).values()))
+        Compressed(name, entry.shape, sum(tensors[part].nbytes for part in model.parts(name).values()))
         for name, entry in model.entries.items()
     )
     about = About(

@@ -34,6 +34,7 @@ from pipeline.run.progress import Progress
 from pipeline.run.task import Destination, Job, Pool, Task, TaskResult
 from pipeline.tuning.job import ApplyTuning
 from swsc_core.format import quantization_config
+from swsc_core.methods import entry_of
 
 # (number of tasks, bytes of memory that a worker needs, bytes of them that must fit a GPU if it has one) -> a pool for them
 PoolMaker = Callable[..., Pool]
@@ -232,7 +233,7 @@ def copy_task(source: Store, copy: CopyTask, ticket: Ticket) -> Task[Any]:
 def _config(source: Checkpoint, rows: dict[str, dict[str, Any]], form: str) -> dict[str, Any]:
     if form == "dense":
         return source.config
-    entries = {name: rows[name]["entry"] for name in sorted(rows)}
+    entries = {name: entry_of(rows[name]["entry"]) for name in sorted(rows)}
     return {**source.config, "quantization_config": quantization_config(entries)}
 
 

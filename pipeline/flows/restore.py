@@ -80,7 +80,7 @@ def _done(model: Model, name: str, carried: Mapping[str, str]) -> tuple[str, str
         return "copied", "was stored as it is"
     if name in carried:
         return "restored", f"was compressed; its low-rank part is in {ADAPTER}"
-    whole = carried and any(model.entries[own].get("rank") for own in model.pieces.get(name, [name]))
+    whole = carried and any(model.entries[own].low_rank for own in model.pieces.get(name, [name]))
     return "restored", "was compressed" + ("; whole, as it is no linear layer of its own" if whole else "")
 
 

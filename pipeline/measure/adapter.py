@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError
 from pipeline.measure.perplexity import ModelKey, skeleton
 from pipeline.model.artifact import Model
-from swsc_core.apart import low_rank_part
+from swsc_core.codec import checked_matrix_of
 from swsc_core.location import MatrixLocation
 
 
@@ -27,16 +27,12 @@ def carried_by_adapter(model: Model, location: str, trusted: bool) -> dict[str, 
     """
     from swsc_core.hf.names import Names
 
-    ranked = [
-        name
-        for name, entry in model.entries.items()
-        if entry.get("rank") and MatrixLocation.from_json(entry) == MatrixLocation()
-    ]
+    ranked = [name for name, entry in model.entries.items() if entry.low_rank and entry.location == MatrixLocation()]
     if not ranked:
         raise ConfigError(f"{location}: no matrix has a low-rank part that an adapter could carry; drop --adapter")
     empty = skeleton(ModelKey(location, "auto", 1, trusted))
     names = Names(empty)
-    found = {name: _linear(empty, *names.target(name), model.entries[name]["shape"]) for name in ranked}
+    found = {name: _linear(empty, *names.target(name), list(model.entries[name].shape)) for name in ranked}
     carried = {name: path for name, path in found.items() if path}
     if not carried:
         raise ConfigError(
@@ -57,7 +53,7 @@ def _linear(model: Any, parameter: str, merge: str | None, shape: list[int]) -> 
 
 def adapter_config(model: Model, carried: Mapping[str, str]) -> dict[str, Any]:
     """adapter_config.json: a rank for each layer, and alpha = rank, so that B A counts as it stands."""
-    ranks = {path: int(model.entries[name]["rank"]) for name, path in carried.items()}
+    ranks = {path: model.entries[name].low_rank for name, path in carried.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {path: rank for path, rank in ranks.items() if rank != usual}
     return {
@@ -79,7 +75,7 @@ def adapter_config(model: Model, carried: Mapping[str, str]) -> dict[str, Any]:
 def adapter_tensors(model: Model, carried: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     """A [r, n] and B [m, r] of each layer, with their names in adapter_model.safetensors."""
     for name, path in carried.items():
-        left, right = low_rank_part(model.read_parts(name), model.entries[name])
+        left, right = checked_matrix_of(model.read_parts(name), model.entries[name]).low_rank_part()
         yield f"base_model.model.{path}.lora_A.weight", right
         yield f"base_model.model.{path}.lora_B.weight", left.T
 
@@ -87,4 +83,4 @@ def adapter_tensors(model: Model, carried: Mapping[str, str]) -> Iterator[tuple[
 def adapter_bytes(model: Model, carried: Mapping[str, str]) -> int:
     """Bytes of the adapter's tensors, at most."""
     entries = [model.entries[name] for name in carried]
-    return sum(4 * int(entry["rank"]) * (int(entry["shape"][0]) + int(entry["shape"][1])) for entry in entries)
+    return sum(4 * entry.low_rank * sum(entry.shape) for entry in entries)

@@ -23,7 +23,8 @@ from pipeline.model.checkpoint import read_header
 from pipeline.model.parts import Payload, finished_sha256, read_tensor
 from pipeline.model.source_digests import SourceDigests
 from pipeline.model.store import Store
-from swsc_core.codec import Encoded, encoded_as, matrix_of
+from swsc_core.codec import Encoded, encoded_as
+from swsc_core.methods import matrix_of
 from swsc_core.tuning import Tunable, values_of
 
 _ROWS = 512  # positions whose predictions are compared at a time
@@ -162,8 +163,7 @@ class Tuned:
             matrix = matrix_of(parts, model.entries[name])
             infos = [info for info in kept if info.name.startswith(f"values/{name}/")]
             values = {info.name.rsplit("/", 1)[1]: read_tensor(self.store, info).to(weight.device) for info in infos}
-            matrix = Tunable(matrix).stored(values) if values else matrix
-            yield encoded_as(matrix, model.entries[name], weight, name)
+            yield encoded_as(matrix.with_values(values) if values else matrix, weight, name)
 
 
 def tunables(location: str, device: str) -> dict[str, Tunable]:
@@ -172,7 +172,7 @@ def tunables(location: str, device: str) -> dict[str, Tunable]:
     found = {}
     for name, entry in model.entries.items():
         tensors = {part: tensor.to(device) for part, tensor in model.read_parts(name).items()}
-        found[name] = Tunable(matrix_of(tensors, entry))
+        found[name] = matrix_of(tensors, entry).tunable()
     return found
 
 

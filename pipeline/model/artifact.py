@@ -1,7 +1,6 @@
 """A model as it lies in a directory, dense or compressed: opened from its headers, read tensor by tensor."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from pipeline.model.parts import read_matrix, read_tensor
 from pipeline.model.quantized_names import require_unquantized
 from pipeline.model.source_digests import SourceDigests, held_against
 from pipeline.model.tensors import TORCH_TO_SAFETENSORS, TensorInfo
+from swsc_core.entry import Entry
 from swsc_core.format import entries_of, part_name
 from swsc_core.location import MatrixLocation, row_blocks_of
 from swsc_core.row_blocks import fuse_rows, require_partition
@@ -26,15 +26,15 @@ class Model:
     """A model as its user sees it: dense weights by name, whether they are stored dense or compressed."""
 
     checkpoint: Checkpoint
-    entries: dict[str, dict[str, Any]]
+    entries: dict[str, Entry]
 
     @cached_property
     def pieces(self) -> dict[str, list[str]]:
         """joined tensor -> its compressed pieces, by the names of their entries."""
         found: dict[str, list[str]] = {}
         for name, entry in self.entries.items():
-            if entry.get("tensor"):
-                found.setdefault(entry["tensor"], []).append(name)
+            if entry.location.tensor is not None:
+                found.setdefault(entry.location.tensor, []).append(name)
         return found
 
     @property
@@ -60,17 +60,17 @@ class Model:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the dense tensor `name`."""
         if name in self.entries:
-            return MatrixLocation.from_json(self.entries[name]).tensor_shape(*self.entries[name]["shape"])
+            return self.entries[name].location.tensor_shape(*self.entries[name].shape)
         rest = self.checkpoint.tensors[name].shape
         if name not in self.pieces:
             return rest
         own = [self.entries[piece] for piece in self.pieces[name]]
-        return MatrixLocation.from_json(own[0]).tensor_shape(rest[0] + sum(entry["shape"][0] for entry in own), rest[1])
+        return own[0].location.tensor_shape(rest[0] + sum(entry.shape[0] for entry in own), rest[1])
 
     def dtype(self, name: str) -> str:
         """safetensors' name of the dtype of the dense tensor `name`."""
         entry = self.entries.get(self.pieces[name][0] if name in self.pieces else name)
-        return TORCH_TO_SAFETENSORS[entry["dtype"]] if entry else self.checkpoint.tensors[name].dtype
+        return TORCH_TO_SAFETENSORS[entry.dtype] if entry else self.checkpoint.tensors[name].dtype
 
     def nbytes(self, name: str) -> int:
         """Bytes of the dense tensor `name`."""
@@ -86,14 +86,12 @@ class Model:
         from pipeline.model.matrices import find_matrix
 
         if name in self.entries:
-            return MatrixLocation.from_json(self.entries[name])
+            return self.entries[name].location
         return find_matrix(self.checkpoint, name).location
 
     def parts(self, tensor: str) -> dict[str, str]:
         """part -> stored name, of a compressed tensor."""
-        from swsc_core.codec import parts_of
-
-        return {part: part_name(tensor, part) for part in parts_of(self.entries[tensor])}
+        return {part: part_name(tensor, part) for part in self.entries[tensor].part_shapes()}
 
     def read(self, name: str, bare: bool = False) -> "Tensor":
         """The dense tensor `name`, on the CPU; if `bare`, without the low-rank part of one that is compressed whole."""
@@ -101,24 +99,24 @@ class Model:
             return read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
         if name in self.pieces:
             return self._fused(name)
-        return MatrixLocation.from_json(self.entries[name]).to_checkpoint_layout(self.read_matrix(name, bare))
+        return self.entries[name].location.to_checkpoint_layout(self.read_matrix(name, bare))
 
     def read_matrix(self, name: str, bare: bool = False) -> "Tensor":
         """The matrix [outputs, inputs] `name`, on the CPU: what an entry stands for, or a matrix of a dense checkpoint."""
         from pipeline.model.matrices import find_matrix
-        from swsc_core import decode
-        from swsc_core.apart import shared_part
+        from swsc_core.codec import checked_matrix_of
 
         if name not in self.entries:
             return read_matrix(self.checkpoint.store, find_matrix(self.checkpoint, name))
-        return (shared_part if bare else decode)(self.read_parts(name), self.entries[name])
+        matrix = checked_matrix_of(self.read_parts(name), self.entries[name])
+        return matrix.without_low_rank() if bare else matrix.restore()
 
     def _fused(self, name: str) -> "Tensor":
         rest = read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
         parts = self.pieces[name]
-        rows = row_blocks_of(self.entries[part] for part in parts)
+        rows = row_blocks_of(self.entries[part].location for part in parts)
         fused = fuse_rows(rest, rows, map(self.read_matrix, parts))
-        return MatrixLocation.from_json(self.entries[parts[0]]).to_checkpoint_layout(fused)
+        return self.entries[parts[0]].location.to_checkpoint_layout(fused)
 
     def read_parts(self, name: str) -> dict[str, "Tensor"]:
         """part -> tensor, of a compressed tensor, on the CPU."""
@@ -148,7 +146,7 @@ def open_model(location: str, known: SourceDigests | None = None) -> Model:
     except ValueError as error:
         raise CheckpointError(f"{location}: {error}") from None
     model = Model(checkpoint, entries)
-    missing = [where for name in model.entries for where in _stored(model, name) if where not in checkpoint.tensors]
+    missing = [at for name in model.entries for at in model.parts(name).values() if at not in checkpoint.tensors]
     if missing:
         raise CheckpointError(f"{location}: {missing[0]} is missing ({len(missing)} in all); compress again")
     for name, pieces in model.pieces.items():
@@ -162,15 +160,7 @@ def open_model(location: str, known: SourceDigests | None = None) -> Model:
     return model
 
 
-def _stored(model: Model, name: str) -> Iterable[str]:
-    """Tensors that a compressed tensor is stored as; CheckpointError if its entry does not fit it."""
-    try:
-        return model.parts(name).values()
-    except ValueError as error:
-        raise CheckpointError(f"{model.checkpoint.store.root}: {name}: {error}; compress again") from None
-
-
-def _require_fused(rest: TensorInfo | None, parts: list[dict[str, Any]]) -> None:
+def _require_fused(rest: TensorInfo | None, parts: list[Entry]) -> None:
     """Raise ValueError unless the parts of a fused tensor, by their entries, and its remaining rows make up the tensor.
 
     Args:
@@ -178,12 +168,12 @@ def _require_fused(rest: TensorInfo | None, parts: list[dict[str, Any]]) -> None
     """
     if rest is None or len(rest.shape) != 2:
         raise ValueError("its remaining rows are missing")
-    locations = [MatrixLocation.from_json(entry) for entry in parts]
+    locations = [entry.location for entry in parts]
     common = {(location.transposed, location.n_experts) for location in locations}
-    kinds = {(entry["shape"][1], entry["dtype"]) for entry in parts}
-    if len(common) != 1 or len(kinds) != 1 or rest.shape[1] != parts[0]["shape"][1]:
+    kinds = {(entry.shape[1], entry.dtype) for entry in parts}
+    if len(common) != 1 or len(kinds) != 1 or rest.shape[1] != parts[0].shape[1]:
         raise ValueError("its parts differ in columns, dtype, transposed or stacked")
     experts = locations[0].n_experts or 1
-    if (rest.shape[0] + sum(entry["shape"][0] for entry in parts)) % experts:
+    if (rest.shape[0] + sum(entry.shape[0] for entry in parts)) % experts:
         raise ValueError(f"their rows are not those of {experts} matrices")
-    require_partition(rest.shape[0], row_blocks_of(parts))
+    require_partition(rest.shape[0], row_blocks_of(locations))

@@ -128,7 +128,7 @@ def _peak_values(info: MatrixInfo, spec: Spec) -> int:
 
 def restoring_bytes(model: Model) -> int:
     """Peak memory of a worker that restores the matrices of `model`, one at a time; joined ones are put together and turned round."""
-    largest = max(math.prod(entry["shape"]) for entry in model.entries.values())
+    largest = max(math.prod(entry.shape) for entry in model.entries.values())
     return WORKER_BASE + 4 * _WHOLE * largest + 2 * max(map(model.nbytes, model.pieces), default=0)
 
 

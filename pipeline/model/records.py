@@ -111,14 +111,14 @@ class DoneRow(Record):
 
     @model_validator(mode="after")
     def _is_one_of_either_kind(self) -> "DoneRow":
-        from swsc_core.format import entries_of, quantization_config
+        from swsc_core.methods import entry_of
 
         said = self.model_fields_set
         of_a_matrix = self.entry is not None and {"stats", "stored_bytes", "read_seconds"} <= said
         if not (of_a_matrix or ({"tokens", "owner"} <= said and "entry" not in said)):
             raise ValueError("a row that says nothing of a matrix")
         if self.entry is not None:
-            entries_of(quantization_config({self.name: self.entry}))
+            entry_of(self.entry)
         return self
 
 

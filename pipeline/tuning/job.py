@@ -97,7 +97,7 @@ class ApplyTuning:
             before = self.rows[info.name]
             require_same(info.name, before.get("source_sha256", {}), reader.digests)
             parts.add(info, encoded)
-            tuned = {"entry": encoded.entry, "tuned_sha256": self.tuned.sha256}
+            tuned = {"entry": encoded.entry.to_json(), "tuned_sha256": self.tuned.sha256}
             rows.append({**before, **errors_of(info, encoded), **tuned})
         return layer_output(parts, self.layer, reader, rows, context.device)
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from swsc_core.codec import matrix_of
 from swsc_core.hf.headers import Header
 from swsc_core.hf.names import Names
 from swsc_core.linear import CompressedWeight
@@ -57,10 +56,10 @@ def require_shapes(
 
 
 def require_labels(path: str, layer: CompressedWeight) -> None:
-    """Raise ValueError for labels that name no centroid; those of a layer on disk are not looked at."""
-    if layer.entry["method"] == "swsc" and layer.weight.device.type != "meta":
+    """Raise ValueError for stored values that cannot be (labels that name no centroid); a layer on disk is not read for it."""
+    if layer.weight.device.type != "meta":
         try:
-            matrix_of(layer.parts, layer.entry).require_labels()
+            layer.matrix.require_valid()
         except ValueError as error:
             raise ValueError(f"{path}: {error}; run `swsc verify`, then compress or download it again") from None
 

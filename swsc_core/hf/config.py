@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from swsc_core.entry import Entry
 from swsc_core.format import QUANT_METHOD, entries_of, quantization_config
 
 Form = Literal["segments", "paper"]
@@ -44,7 +45,7 @@ class SwscConfig(QuantizationConfigMixin):
         self.dequantize = dequantize
         self._require_arguments()
         said = stored.keys() & {"tensors", "format_version"}  # by a checkpoint, of itself
-        self.tensors: Mapping[str, Mapping[str, Any]] = entries_of(stored) if said else {}
+        self.tensors: Mapping[str, Entry] = entries_of(stored) if said else {}
         if odd := sorted(set(stored) - set(_OWN)):
             raise ValueError(f"SwscConfig: {', '.join(odd)} not known; this release knows bits, include, form, seed")
 

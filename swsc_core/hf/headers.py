@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swsc_core import safetensors_header
-from swsc_core.codec import part_shapes
+from swsc_core.entry import Entry
 from swsc_core.format import part_name
 
 Header = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
@@ -45,16 +45,10 @@ def _read_header(path: Path) -> dict[str, Header]:
     return {entry.name: (entry.dtype, entry.shape) for entry in entries}
 
 
-def require_parts(headers: Mapping[str, Header], entries: Mapping[str, Mapping[str, Any]], where: str) -> None:
-    """Raise ValueError unless every entry fits its matrix and all its parts are there, of the shapes and kinds that it asks for."""
+def require_parts(headers: Mapping[str, Header], entries: Mapping[str, Entry], where: str) -> None:
+    """Raise ValueError unless all parts of every entry are there, of the shapes and kinds that it states."""
     for name, entry in entries.items():
-        try:
-            wanted = part_shapes(entry)
-        except ValueError as error:
-            raise ValueError(
-                f"{where}: the entry of {name} is no description of it ({error}); compress again"
-            ) from None
-        for part, (shape, is_float) in wanted.items():
+        for part, (shape, is_float) in entry.part_shapes().items():
             _require_part(headers, part_name(name, part), shape, is_float, where)
     known = {part_name(name, part) for name in entries for part in ("labels", "zero_points")}
     for stored, (dtype, _) in headers.items():

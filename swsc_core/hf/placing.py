@@ -84,11 +84,11 @@ def _compressed(layer: Any, tensor: CompressedTensor, dtype: torch.dtype) -> nn.
     if tensor.is_fused:
         if not linear:
             return None
-        rest = shape[0] - sum(piece["shape"][0] for piece in tensor.entries.values())
-        _require_shape(shape[1:], entry["shape"][1:])
+        rest = shape[0] - sum(piece.shape[0] for piece in tensor.entries.values())
+        _require_shape(shape[1:], list(entry.shape[1:]))
         return SwscJoined(tensor.entries, rest, layer.bias is not None, dtype, "meta")
     scale = getattr(layer, "scalar_embed_scale", None)  # Gemma's; other subclasses of Embedding do what they like
-    _require_shape(shape, entry["shape"])
+    _require_shape(shape, list(entry.shape))
     if linear:
         return SwscLinear(entry, layer.bias is not None, dtype, "meta")
     if type(layer) is nn.Embedding or (isinstance(layer, nn.Embedding) and scale is not None):
@@ -113,9 +113,9 @@ def make_dense(model: Any, dtype: torch.dtype) -> None:
             continue  # a piece, which went with the whole
         if isinstance(layer, SwscJoined):
             piece = next(iter(layer.pieces.values()))
-            put_layer(model, path, _dense_linear(layer, MatrixLocation.from_json(piece.entry), dtype))
+            put_layer(model, path, _dense_linear(layer, piece.entry.location, dtype))
         elif isinstance(layer, SwscLinear):
-            put_layer(model, path, _dense_linear(layer, MatrixLocation.from_json(layer.entry), dtype))
+            put_layer(model, path, _dense_linear(layer, layer.entry.location, dtype))
         elif isinstance(layer, SwscEmbedding):
             put_layer(model, path, _dense_embedding(layer, dtype))
     vars(model).pop("_tied_weights_keys", None)  # the class says it again

@@ -4,6 +4,7 @@ Before weights are read, headers are held against the config and layers are repl
 its own is restored on the way in (restoring.py). After that the model is as small as its files.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
+from swsc_core.entry import Entry
 from swsc_core.format import FORMAT_VERSION, CompressedTensor, compressed_tensors
 from swsc_core.hf.checking import require_all, require_labels, require_place, require_shapes, require_unwrapped
 from swsc_core.hf.compressing import compress_loaded
@@ -150,11 +152,13 @@ class SwscQuantizer(HfQuantizer):
         return None, {"swsc_format_version": str(FORMAT_VERSION)}
 
     @staticmethod
-    def _saved_entry(model: Any, path: str, layer: CompressedWeight) -> dict[str, Any]:
-        """The entry of a layer, which names the tensor that it is a piece of as that is named from now on."""
-        if "tensor" not in layer.entry:
+    def _saved_entry(model: Any, path: str, layer: CompressedWeight) -> Entry:
+        """The entry of a layer; that of a part of a fused tensor names the tensor as it is saved."""
+        location = layer.entry.location
+        if location.tensor is None:
             return layer.entry
-        return layer.entry | {"tensor": saved_name(model, f"{path.rpartition('.')[0]}.weight")}
+        tensor = saved_name(model, f"{path.rpartition('.')[0]}.weight")
+        return replace(layer.entry, location=replace(location, tensor=tensor))
 
     def is_serializable(self) -> bool:
         """Compressed layers are saved as they are."""

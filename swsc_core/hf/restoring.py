@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from swsc_core.codec import PARTS, decode, parts_of
+from swsc_core.codec import PARTS, decode
+from swsc_core.entry import Entry
 from swsc_core.format import CompressedTensor, compressed_tensors, part_name, piece_name
 from swsc_core.hf.names import Names, in_natural_order
-from swsc_core.location import MatrixLocation, row_blocks_of
+from swsc_core.location import row_blocks_of
 from swsc_core.row_blocks import fuse_rows
 
-Entries = Mapping[str, Mapping[str, Any]]
+Entries = Mapping[str, Entry]
 _WEIGHT = re.compile(r"(\\?\.)?weight\$?$")
 
 
@@ -64,9 +65,9 @@ class Restore(ConversionOps):
     def _dense(self, name: str, waiting: Mapping[str, Iterator[Tensor]]) -> Tensor:
         if name not in self.entries:
             return next(waiting["weight"])
-        parts = {part: next(waiting[part]) for part in parts_of(self.entries[name])}
-        location = MatrixLocation.from_json(self.entries[name])
-        return location.to_checkpoint_layout(_decoded(name, parts, self.entries[name])).to(self.dtype)
+        entry = self.entries[name]
+        parts = {part: next(waiting[part]) for part in entry.part_shapes()}
+        return entry.location.to_checkpoint_layout(_decoded(name, parts, entry)).to(self.dtype)
 
 
 class RestoreJoined(Restore):
@@ -88,17 +89,17 @@ class RestoreJoined(Restore):
         """`input_dict`: pattern -> tensors in natural order; patterns: the rest, then each part of all pieces."""
         rest, *parts = (_listed(input_dict.pop(pattern, [])) for pattern in source_patterns)
         waiting = dict(zip(PARTS, parts, strict=True))
-        rows = row_blocks_of(self.entries.values())
+        rows = row_blocks_of(entry.location for entry in self.entries.values())
         fused = fuse_rows(next(rest), rows, (self._piece(piece, waiting) for piece in self.entries))
         tensor = self.tensor.location.to_checkpoint_layout(fused).to(self.dtype)
         return {source_patterns[0]: [tensor]} if self.merges else {target_patterns[0]: tensor}
 
     def _piece(self, name: str, waiting: Mapping[str, Iterator[Tensor]]) -> Tensor:
         entry = self.entries[name]
-        return _decoded(name, {part: next(waiting[part]) for part in parts_of(entry)}, entry)
+        return _decoded(name, {part: next(waiting[part]) for part in entry.part_shapes()}, entry)
 
 
-def _decoded(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
+def _decoded(name: str, parts: Mapping[str, Tensor], entry: Entry) -> Tensor:
     try:
         return decode(parts, entry)
     except ValueError as error:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from swsc_core.codec import part_shapes
+from swsc_core.entry import Entry
 from swsc_core.format import compressed_tensors, entries_of
 from swsc_core.serving.loading import CheckpointTensor
 
@@ -28,22 +28,14 @@ class ServedConfig:
     dense_head_method: ClassVar[type]
     packed_modules_mapping: dict[str, list[str]]
 
-    def __init__(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
         super().__init__()
         self.compressed = compressed_tensors(entries)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ServedConfig":
-        """Of `quantization_config`; ValueError for a newer format, or entries that do not fit their matrices."""
-        entries = entries_of(config)
-        for name, entry in entries.items():
-            try:
-                part_shapes(entry)
-            except ValueError as error:
-                raise ValueError(
-                    f"{name}: its entry in quantization_config is damaged ({error}); compress again"
-                ) from error
-        return cls(entries)
+        """Of `quantization_config`; ValueError for a newer format, or entries that are damaged."""
+        return cls(entries_of(config))
 
     def get_name(self) -> str:
         return "swsc"
@@ -105,4 +97,4 @@ class ServedConfig:
     def _embeddings(self, shape: list[Any]) -> list[str]:
         """Names of what may be the embedding, where an engine does not say the name: nothing else but a head has its shape."""
         whole = {name.removesuffix(".weight"): e.entries[""] for name, e in self.compressed.items() if not e.is_fused}
-        return [name for name, e in whole.items() if e["shape"] == shape and name.rpartition(".")[2] not in HEADS]
+        return [name for name, e in whole.items() if list(e.shape) == shape and name.rpartition(".")[2] not in HEADS]

@@ -4,11 +4,11 @@ What is restored goes to the engine's own loader, which cuts a rank's slice; par
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from swsc_core.codec import decode, part_shapes
+from swsc_core.codec import decode
+from swsc_core.entry import Entry
 from swsc_core.serving.loading import REMEDY, require_whole
 
 Expert = tuple[int, str]  # its number, and the engine's name of the matrix ("w1", "w2", "w3")
@@ -17,13 +17,15 @@ Expert = tuple[int, str]  # its number, and the engine's name of the matrix ("w1
 class RestoredExperts:
     """The compressed matrices of the experts of a layer, by what the checkpoint calls them, and their entries."""
 
-    def __init__(self, matrices: Mapping[Expert, tuple[str, Mapping[str, Any]]]) -> None:
+    def __init__(self, matrices: Mapping[Expert, tuple[str, Entry]]) -> None:
         self.matrices = dict(matrices)
         self._arrived: dict[Expert, dict[str, Tensor]] = {expert: {} for expert in matrices}
 
     def parts(self, *kinds: str) -> set[str]:
         """Names of the parts of the matrices that an engine calls by one of `kinds`."""
-        return {part for (_, kind), (_, entry) in self.matrices.items() if kind in kinds for part in part_shapes(entry)}
+        return {
+            part for (_, kind), (_, entry) in self.matrices.items() if kind in kinds for part in entry.part_shapes()
+        }
 
     def take(self, expert: Expert, part: str, tensor: Tensor) -> Tensor | None:
         """W [m, n], in the dtype that it had, once the last part of it has come; a dense weight as it is.
@@ -34,13 +36,13 @@ class RestoredExperts:
         name, entry = self.matrices.get(expert, ("", None))
         if entry is None and part == "weight":
             return tensor
-        if entry is None or part not in part_shapes(entry):
+        if entry is None or part not in entry.part_shapes():
             raise ValueError(
                 f"{name or f'expert {expert[0]}, {expert[1]}'}.{part}: config.json knows no such part; {REMEDY}"
             )
         arrived = self._arrived[expert]
         arrived[part] = tensor.clone()  # the engine may use its buffer again
-        if arrived.keys() != part_shapes(entry).keys():
+        if arrived.keys() != entry.part_shapes().keys():
             return None
         require_whole(name, arrived, entry)
         restored = decode(arrived, entry)
@@ -51,5 +53,5 @@ class RestoredExperts:
         """Raise ValueError, naming what has not come, unless every matrix has been restored."""
         for expert, arrived in self._arrived.items():
             name, entry = self.matrices[expert]
-            missing = ", ".join(f"{name}.{part}" for part in part_shapes(entry) if part not in arrived)
+            missing = ", ".join(f"{name}.{part}" for part in entry.part_shapes() if part not in arrived)
             raise ValueError(f"not in the checkpoint: {missing}; {REMEDY}")

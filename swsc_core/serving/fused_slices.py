@@ -5,22 +5,24 @@ so a part is sliced as any matrix is; the outputs of the slices are then put int
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from swsc_core.compressed_matrix import CompressedMatrix, Range
+from swsc_core.entry import Entry
 from swsc_core.location import row_blocks_of
 from swsc_core.row_blocks import RowBlocks, remaining_rows, require_partition
-from swsc_core.serving.shard_slices import LinearShard, Range
-from swsc_core.slicing import Stored
+from swsc_core.serving.shard_slices import LinearShard
 
-Cuts = tuple[list[Stored | Tensor], Tensor | None]  # slices, and which of their rows each output is if not in order
+Cuts = tuple[
+    list[CompressedMatrix | Tensor], Tensor | None
+]  # slices, and which of their rows each output is if not in order
 
 
 def slice_fused(
-    name: str, sizes: tuple[int, ...], entries: Mapping[str, Mapping[str, Any]], rest: Tensor, shard: LinearShard,
-    cut: Callable[[str, Range, Range], Stored],
+    name: str, sizes: tuple[int, ...], entries: Mapping[str, Entry], rest: Tensor, shard: LinearShard,
+    cut: Callable[[str, Range, Range], CompressedMatrix],
 ) -> Cuts:  # fmt: skip
     """The rank's slices of the matrix that fuses the parts of `entries` and `rest` [rows that belong to none, n].
 
@@ -30,11 +32,11 @@ def slice_fused(
     Raises:
         ValueError: parts that do not make up a matrix; rows of a rank that are scattered over a part.
     """
-    pieces = dict(zip(entries, row_blocks_of(entries.values()), strict=True))
+    pieces = dict(zip(entries, row_blocks_of(entry.location for entry in entries.values()), strict=True))
     shape = _shape(name, entries, pieces, rest)
     order, slices = shard.order(name, sizes, shape, pieces), shard.slices(name, sizes, shape)
     wanted, columns = torch.cat([order[slice(*rows)] for rows, _ in slices]), slices[0][1]
-    cuts: list[Stored | Tensor] = []
+    cuts: list[CompressedMatrix | Tensor] = []
     found, before = torch.empty_like(wanted), 0
     for piece, rows in pieces.items():
         here, own = _own(wanted, rows.index(), shape[0])
@@ -50,14 +52,12 @@ def slice_fused(
     return cuts, None if torch.equal(found, torch.arange(len(found))) else found
 
 
-def _shape(
-    name: str, entries: Mapping[str, Mapping[str, Any]], pieces: Mapping[str, RowBlocks], rest: Tensor
-) -> tuple[int, int]:
+def _shape(name: str, entries: Mapping[str, Entry], pieces: Mapping[str, RowBlocks], rest: Tensor) -> tuple[int, int]:
     if rest.ndim != 2 or not rest.is_floating_point():
         raise ValueError(f"{name}: {list(rest.shape)} are no rows of a fused matrix; `swsc verify DIR` names the file")
     for piece, rows in pieces.items():
-        if entries[piece]["shape"] != [rows.total, rest.shape[1]]:
-            raise ValueError(f"{name}.{piece}: {entries[piece]['shape']}, but it takes {rows.total}×{rest.shape[1]}")
+        if (shape := entries[piece].shape) != (rows.total, rest.shape[1]):
+            raise ValueError(f"{name}.{piece}: {list(shape)}, but it takes {rows.total}×{rest.shape[1]}")
     try:
         require_partition(len(rest), list(pieces.values()))
     except ValueError as error:

@@ -7,16 +7,17 @@ its slices and what it is just reading.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from swsc_core.codec import matrix_of, part_shapes, require_parts
+from swsc_core.codec import require_parts
+from swsc_core.compressed_matrix import CompressedMatrix, Range
+from swsc_core.entry import Entry
 from swsc_core.format import CompressedTensor
+from swsc_core.methods import matrix_of
 from swsc_core.serving.fused_slices import Cuts, slice_fused
-from swsc_core.serving.shard_slices import EmbeddingShard, LinearShard, Range
-from swsc_core.slicing import Stored, slice_stored
+from swsc_core.serving.shard_slices import EmbeddingShard, LinearShard
 
 _SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}  # what engines call the tensors of a fused layer, when not by number
 REMEDY = "`swsc verify DIR` names the file"
@@ -37,7 +38,7 @@ class CheckpointTensor:
     sizes: tuple[int, ...] = ()
 
     @property
-    def entries(self) -> Mapping[str, Mapping[str, Any]]:
+    def entries(self) -> Mapping[str, Entry]:
         """name of a part -> entry, as of `CompressedTensor`; none if it is dense."""
         return self.compressed.entries if self.compressed else {}
 
@@ -51,9 +52,9 @@ class CheckpointTensor:
         """What it is stored as ("labels", or "q.labels" of a piece) -> the dtype that it is likely stored in."""
         rest = {} if "" in self.entries else {"weight": torch.get_default_dtype()}
         return rest | {
-            f"{piece}.{part}" if piece else part: getattr(torch, entry["dtype"]) if is_float else torch.uint8
+            f"{piece}.{part}" if piece else part: entry.torch_dtype if is_float else torch.uint8
             for piece, entry in self.entries.items()
-            for part, (_, is_float) in part_shapes(entry).items()
+            for part, (_, is_float) in entry.part_shapes().items()
         }
 
     def as_stored(self, part: str, tensor: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class CheckpointTensor:
         if self.compressed is None or not self.compressed.location.transposed or last != "weight" or tensor.ndim != 2:
             return tensor
         entry = self.entries.get(piece) or next(iter(self.entries.values()))
-        columns = part_shapes(entry)["weight"][0][-1] if piece in self.entries else entry["shape"][1]
+        columns = entry.part_shapes()["weight"].shape[-1] if piece in self.entries else entry.shape[1]
         return tensor.T if tensor.shape[1] != columns or not tensor.is_contiguous() else tensor
 
 
@@ -101,10 +102,10 @@ class Loading:
         if entry is None:
             return self._cut_dense(source, parts["weight"]), None
         require_whole(source.name, parts, entry)
-        ranges = self.shard.slices(source.name, source.sizes, tuple(entry["shape"]))
+        ranges = self.shard.slices(source.name, source.sizes, entry.shape)
         return [_slice(source.name, parts, entry, *one) for one in ranges], None
 
-    def _cut_dense(self, source: CheckpointTensor, weight: Tensor) -> list[Stored | Tensor]:
+    def _cut_dense(self, source: CheckpointTensor, weight: Tensor) -> list[CompressedMatrix | Tensor]:
         if weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(f"{source.name}: {list(weight.shape)} is no dense matrix, and config.json has no entry")
         ranges = self.shard.slices(source.name, source.sizes, (weight.shape[0], weight.shape[1]))
@@ -112,12 +113,12 @@ class Loading:
 
     def _cut_fused(self, source: CheckpointTensor, parts: dict[str, Tensor]) -> Cuts:
         own = {
-            piece: {part: parts[f"{piece}.{part}"] for part in part_shapes(e)} for piece, e in source.entries.items()
+            piece: {part: parts[f"{piece}.{part}"] for part in e.part_shapes()} for piece, e in source.entries.items()
         }
         for piece, entry in source.entries.items():
             require_whole(f"{source.name}.{piece}", own[piece], entry)
 
-        def cut(piece: str, rows: Range, columns: Range) -> Stored:
+        def cut(piece: str, rows: Range, columns: Range) -> CompressedMatrix:
             return _slice(f"{source.name}.{piece}", own[piece], source.entries[piece], rows, columns)
 
         assert isinstance(self.shard, LinearShard)
@@ -125,14 +126,14 @@ class Loading:
 
     def cuts(self) -> Cuts:
         """The rank's slices of all sources, and the order of their rows; ValueError, naming what has not come."""
-        slices: list[Stored | Tensor] = []
+        slices: list[CompressedMatrix | Tensor] = []
         orders, before = [], 0
         for number, source in enumerate(self.sources):
             if number not in self._cuts:
                 missing = [f"{source.name}.{part}" for part in source.parts if part not in self._arrived[number]]
                 raise ValueError(f"not in the checkpoint: {', '.join(missing)}; {REMEDY}")
             own, order = self._cuts[number]
-            rows = sum(len(cut) if isinstance(cut, Tensor) else cut[1]["shape"][0] for cut in own)
+            rows = sum(len(cut) if isinstance(cut, Tensor) else cut.entry.shape[0] for cut in own)
             slices += own
             orders.append(before + (torch.arange(rows) if order is None else order))
             before += rows
@@ -140,26 +141,27 @@ class Loading:
         return slices, None if in_order else torch.cat(orders).to(_device(slices[0]))
 
 
-def _device(cut: Stored | Tensor) -> torch.device:
-    return cut.device if isinstance(cut, Tensor) else next(iter(cut[0].values())).device
+def _device(cut: CompressedMatrix | Tensor) -> torch.device:
+    return cut.device if isinstance(cut, Tensor) else next(iter(cut.tensors.values())).device
 
 
-def _slice(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any], rows: Range, columns: Range) -> Stored:
+def _slice(name: str, parts: Mapping[str, Tensor], entry: Entry, rows: Range, columns: Range) -> CompressedMatrix:
     try:
-        cut, said = slice_stored(parts, entry, rows, columns)
+        cut = matrix_of(parts, entry).slice(rows, columns)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; use fewer ranks, or `swsc restore` first") from error
-    return {part: tensor.clone() for part, tensor in cut.items()}, said  # a view would keep all of it
+    return matrix_of(
+        {part: tensor.clone() for part, tensor in cut.tensors.items()}, cut.entry
+    )  # a view would keep all of it
 
 
-def require_whole(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
+def require_whole(name: str, parts: Mapping[str, Tensor], entry: Entry) -> None:
     """Raise ValueError, naming the tensor, unless `parts` are what `entry` says, labels in range."""
     try:
         require_parts(parts, entry)
     except ValueError as error:
         raise ValueError(f"{name}.{error}; {REMEDY}") from error
     try:
-        if entry["method"] == "swsc":
-            matrix_of(parts, entry).require_labels()
+        matrix_of(parts, entry).require_valid()
     except ValueError as error:
         raise ValueError(f"{name}.labels: {error}; {REMEDY}") from error

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swsc_core.compressed_matrix import CompressedMatrix
 from swsc_core.serving.loading import CheckpointTensor, Loading
 from swsc_core.serving.modules import ServedEmbedding, ServedLinear
 from swsc_core.serving.shard_slices import EmbeddingShard, LinearShard
@@ -84,7 +85,7 @@ class ServedEmbeddingMethod(ServedMethod):
 
     def finished(self, layer: nn.Module, loading: Loading) -> nn.Module:
         (cut,), _ = loading.cuts()
-        assert isinstance(cut, tuple)
+        assert isinstance(cut, CompressedMatrix)
         return ServedEmbedding(cut, int(layer.num_embeddings_per_partition), loading.dtype)  # type: ignore[arg-type]
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:

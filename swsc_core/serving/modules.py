@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from swsc_core.fusing import can_fuse, fuse
+from swsc_core.compressed_matrix import CompressedMatrix
 from swsc_core.linear import SwscEmbedding, SwscLinear
-from swsc_core.slicing import Stored
+from swsc_core.methods import can_fuse, fuse
 
 
 class ServedLinear(nn.Module):
@@ -17,7 +17,7 @@ class ServedLinear(nn.Module):
         order: which of the slices' rows, counted through, each output is; None if they are in order.
     """
 
-    def __init__(self, slices: Sequence[Stored | Tensor], order: Tensor | None = None) -> None:
+    def __init__(self, slices: Sequence[CompressedMatrix | Tensor], order: Tensor | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(_linear(cut) for cut in _fused(slices))
         self.order: Tensor | None
@@ -34,12 +34,11 @@ class ServedLinear(nn.Module):
 class ServedEmbedding(nn.Module):
     """A rank's rows of an embedding, filled up to `rows` with zeros, and the head that shares them."""
 
-    def __init__(self, cut: Stored, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, cut: CompressedMatrix, rows: int, dtype: torch.dtype) -> None:
         super().__init__()
-        parts, entry = cut
-        self.head, self.embedding = _linear(cut), SwscEmbedding(entry, dtype=dtype, device="meta")
-        self.embedding.load_state_dict(parts, assign=True)
-        self.missing = rows - entry["shape"][0]
+        self.head, self.embedding = _linear(cut), SwscEmbedding(cut.entry, dtype=dtype, device="meta")
+        self.embedding.load_state_dict(cut.tensors, assign=True)
+        self.missing = rows - cut.entry.shape[0]
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n] -> logits [..., rows]."""
@@ -47,17 +46,17 @@ class ServedEmbedding(nn.Module):
         return y if bias is None else y + bias
 
 
-def _fused(slices: Sequence[Stored | Tensor]) -> Iterator[Stored | Tensor]:
+def _fused(slices: Sequence[CompressedMatrix | Tensor]) -> Iterator[CompressedMatrix | Tensor]:
     """Neighbours that can be one matrix as one."""
-    run: list[Stored] = []
+    run: list[CompressedMatrix] = []
     for cut in slices:
-        if not isinstance(cut, Tensor) and can_fuse([entry for _, entry in [*run, cut]]):
+        if not isinstance(cut, Tensor) and can_fuse([one.entry for one in [*run, cut]]):
             run.append(cut)
             continue
         if run:
             yield fuse(run)
         run = []
-        if isinstance(cut, Tensor) or not can_fuse([cut[1]]):
+        if isinstance(cut, Tensor) or not can_fuse([cut.entry]):
             yield cut
         else:
             run = [cut]
@@ -65,12 +64,11 @@ def _fused(slices: Sequence[Stored | Tensor]) -> Iterator[Stored | Tensor]:
         yield fuse(run)
 
 
-def _linear(cut: Stored | Tensor) -> nn.Module:
+def _linear(cut: CompressedMatrix | Tensor) -> nn.Module:
     if isinstance(cut, Tensor):
         layer: nn.Module = nn.Linear(cut.shape[1], cut.shape[0], bias=False, device="meta")
         state = {"weight": cut}
     else:
-        state, entry = cut
-        layer = SwscLinear(entry, device="meta")
+        layer, state = SwscLinear(cut.entry, device="meta"), cut.tensors
     layer.load_state_dict(state, assign=True)
     return layer.requires_grad_(False)

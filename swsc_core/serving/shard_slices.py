@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from swsc_core.compressed_matrix import Range
 from swsc_core.row_blocks import RowBlocks
-
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)

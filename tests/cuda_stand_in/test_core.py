@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from swsc_core import SwscSpec, decode, dequantize, encode, kmeans, quantize, truncated_svd
-from swsc_core.codec import Encoded, matrix_of
+from swsc_core.codec import Encoded
 from swsc_core.curve import reach, share_left
 from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
-from swsc_core.matrix import restore, restore_rows
+from swsc_core.location import MatrixLocation
+from swsc_core.methods import matrix_of
 from swsc_core.metric import Metric
 from swsc_core.row_blocks import RowBlocks, fuse_rows
 from swsc_core.rtn import Granularity
 from swsc_core.sharing import Sharing
 from swsc_core.spec import RtnSpec
 from swsc_core.swsc import compress
-from swsc_core.tuning import Tunable, adam_step, unit_of, values_of
+from swsc_core.tuning import adam_step, unit_of, values_of
 from tests.cuda_stand_in.device import CUDA, CudaTensor, MixError, OrderError, StandIn
 
 
@@ -47,6 +48,7 @@ def metric(m: int, n: int) -> Metric:
     return Metric(moment(n), (torch.rand(m) + 0.1).to("cuda"), tokens=4 * n)
 
 
+Q = MatrixLocation("qkv.weight", row_blocks=RowBlocks(0, 32, 32, 1))
 BEST = SwscSpec(16, 0, segment_size=4, scaled=True, metric="activations", feedback=True, rounds=2, centroid_bits=8)
 
 
@@ -75,7 +77,7 @@ def layer_of(made: Any, encoded: Encoded) -> Any:
 
 def linear(encoded: Encoded, dtype: torch.dtype = torch.bfloat16, train: bool = False) -> Tensor:
     layer = layer_of(SwscLinear(encoded.entry, False, dtype, "meta"), encoded)
-    x = torch.randn(3, encoded.entry["shape"][1], dtype=dtype).to("cuda")
+    x = torch.randn(3, encoded.entry.shape[1], dtype=dtype).to("cuda")
     if not train:
         return layer(x)
     x.requires_grad_()
@@ -94,7 +96,7 @@ def embedding(encoded: Encoded, train: bool = False) -> Tensor:
     layer = layer_of(SwscEmbedding(encoded.entry, 1.0, torch.float32, "meta"), encoded)
     for part in layer.parameters():
         part.requires_grad_(train and part.is_floating_point())
-    y = layer(torch.randint(0, encoded.entry["shape"][0], (2, 5)).to("cuda"))
+    y = layer(torch.randint(0, encoded.entry.shape[0], (2, 5)).to("cuda"))
     if train:
         y.square().sum().backward()
         assert any(isinstance(part.grad, CudaTensor) for part in layer.parameters())
@@ -103,12 +105,7 @@ def embedding(encoded: Encoded, train: bool = False) -> Tensor:
 
 def joined(train: bool = False) -> Tensor:
     encoded = best(m=32)
-    layer = SwscJoined(
-        {"q": {**encoded.entry, "tensor": "qkv.weight", "rows": [0, 32, 32, 1]}},
-        16,
-        dtype=torch.bfloat16,
-        device="meta",
-    )
+    layer = SwscJoined({"q": replace(encoded.entry, location=Q)}, 16, dtype=torch.bfloat16, device="meta")
     layer_of(layer.q, encoded)
     layer.weight = torch.nn.Parameter(weight(16, 64, torch.bfloat16), requires_grad=train)
     y = layer(weight(3, 64, torch.bfloat16))
@@ -120,7 +117,7 @@ def joined(train: bool = False) -> Tensor:
 
 def tuning() -> dict[str, Tensor]:
     encoded = plain()
-    tunable = Tunable(matrix_of(encoded.tensors, encoded.entry))
+    tunable = matrix_of(encoded.tensors, encoded.entry).tunable()
     values = tunable.rounded(values_of(tunable.matrix))
     tunable.restored(values)
     gradients = tunable.gradients(values, weight(64, 64))
@@ -140,8 +137,8 @@ def pieces() -> Tensor:
 
 def restored(encoded: Encoded) -> Tensor:
     matrix = matrix_of(encoded.tensors, encoded.entry)
-    restore_rows(matrix, torch.tensor([1, 5, 5, 0], device="cuda"))
-    return restore(matrix, torch.float32)
+    matrix.restore_rows(torch.tensor([1, 5, 5, 0], device="cuda"))
+    return matrix.restore()
 
 
 CASES: dict[str, Callable[[], Any]] = {
@@ -235,12 +232,7 @@ def test_no_wait_in_the_loop_over_columns_and_few_launches(n: int, gpu: StandIn)
 
 def test_layers_copy_nothing_from_the_host_once_they_have_run(gpu: StandIn) -> None:
     encoded = best(m=32)
-    layer = SwscJoined(
-        {"q": {**encoded.entry, "tensor": "qkv.weight", "rows": [0, 32, 32, 1]}},
-        16,
-        dtype=torch.bfloat16,
-        device="meta",
-    )
+    layer = SwscJoined({"q": replace(encoded.entry, location=Q)}, 16, dtype=torch.bfloat16, device="meta")
     layer_of(layer.q, encoded)
     layer.weight = torch.nn.Parameter(weight(16, 64, torch.bfloat16), requires_grad=False)
     x = weight(3, 64, torch.bfloat16)

@@ -20,6 +20,7 @@ from pipeline.run.local_pool import LocalPool
 from pipeline.run.task import JobContext
 from pipeline.run.worker import Worker
 from swsc_core import SwscSpec, encode
+from swsc_core.methods import matrix_of
 from tests.tiny import contents, make_tiny_model
 
 SEGMENTS = ["--clusters", "16", "--segment-size", "4", "--scaled", "--include", "proj"]
@@ -197,13 +198,12 @@ def test_no_adapter_is_left_beside_a_model_that_is_restored_whole(compressed: Pa
 
 
 def test_both_parts_of_a_matrix_add_up() -> None:
-    from swsc_core.apart import low_rank_part, shared_part
-
     weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     spec = SwscSpec(6, 4, segment_size=8, scaled=True, factor_bits=6)
     found = encode(weight, [spec])
-    left, right = low_rank_part(found.tensors, found.entry)
-    total = shared_part(found.tensors, found.entry).float() + left.T @ right
+    matrix = matrix_of(found.tensors, found.entry)
+    left, right = matrix.low_rank_part()
+    total = matrix.without_low_rank().float() + left.T @ right
     assert left.dtype == torch.float32
     assert torch.allclose(total, found.restored.float(), rtol=2**-7, atol=2**-7)
 

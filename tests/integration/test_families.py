@@ -17,6 +17,7 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
 from pipeline.model.weight_files import INDEX
 from swsc_core import decode
+from swsc_core.methods import entry_of
 from tests.families import STACKED, FamilyModel, tensors_of
 from tests.tiny import make_text
 
@@ -32,7 +33,9 @@ def by_hand(family: FamilyModel, compressed: Path) -> dict[str, torch.Tensor]:
     entries = json.loads((compressed / "config.json").read_text())["quantization_config"]["tensors"]
     for name, entry in entries.items():
         stem = name.removesuffix("weight")
-        matrix = decode({part.removeprefix(stem): own for part, own in stored.items() if part.startswith(stem)}, entry)
+        matrix = decode(
+            {part.removeprefix(stem): own for part, own in stored.items() if part.startswith(stem)}, entry_of(entry)
+        )
         whole = dense[entry.get("tensor") or name]
         whole = whole.transpose(-2, -1) if entry.get("transposed") else whole
         if "stacked" in entry:  # rows are counted through all of its matrices; none is in two

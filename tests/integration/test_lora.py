@@ -210,10 +210,12 @@ class TestMerging:
     ) -> None:
         model = adapted(opened(places[form]), target_modules="all-linear")
         wanted = logits(model)
-        ranks = {path: m.entry["rank"] for path, m in opened(places[form]).named_modules() if isinstance(m, SwscLinear)}
+        ranks = {
+            path: m.entry.low_rank for path, m in opened(places[form]).named_modules() if isinstance(m, SwscLinear)
+        }
         merged = model.merge_and_unload()
         assert off(logits(merged), wanted) < 1e-5
-        assert {path: merged.get_submodule(path).entry["rank"] - 3 for path in ranks} == ranks
+        assert {path: merged.get_submodule(path).entry.low_rank - 3 for path in ranks} == ranks
         merged.save_pretrained(tmp_path / "saved")
         assert torch.equal(logits(opened(tmp_path / "saved")), logits(merged))
         assert main(["restore", str(tmp_path / "saved"), str(tmp_path / "dense"), "--local"]) == 0

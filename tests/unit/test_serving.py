@@ -87,7 +87,7 @@ class Checkpoint:
             self.dense[name], self.stored[f"{name}.weight"] = weight, weight
             if spec:
                 made = encode(weight, [spec])
-                self.dense[name], self.entries[f"{name}.weight"] = made.restored, made.entry
+                self.dense[name], self.entries[f"{name}.weight"] = made.restored, made.entry.to_json()
                 self.stored |= {f"{name}.{part}": tensor for part, tensor in made.tensors.items()}
 
     def config(self) -> Config:

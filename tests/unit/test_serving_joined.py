@@ -41,7 +41,7 @@ class Whole:
             self.stored |= {f"{NAME}.{piece}.{part}": tensor for part, tensor in made.tensors.items()}
             rows = laid[piece]
             self.entries[f"{NAME}.{piece}.weight"] = {
-                **made.entry, "tensor": f"{NAME}.weight", "rows": [rows.first, rows.length, rows.stride, rows.count],
+                **made.entry.to_json(), "tensor": f"{NAME}.weight", "rows": [rows.first, rows.length, rows.stride, rows.count],
                 **({"transposed": True} if turned else {}),
             }  # fmt: skip
 

@@ -112,7 +112,7 @@ def test_registering_makes_the_format_known(door: ModuleType) -> None:
 def test_a_fused_layer_is_loaded_as_its_models_do_it(door: ModuleType, ranks: int) -> None:
     torch.manual_seed(0)
     made = {name: encode(torch.randn(32, 48), [SwscSpec(10, 3)]) for name in ("gate_proj", "up_proj")}
-    entries = {f"m.{name}.weight": encoded.entry for name, encoded in made.items()}
+    entries = {f"m.{name}.weight": encoded.entry.to_json() for name, encoded in made.items()}
     config = door.SwscConfig.from_config(
         {"format_version": 2, "tensors": entries, "packed_modules_mapping": {}, "hf_config": object()}
     )
@@ -134,7 +134,7 @@ def test_a_fused_layer_is_loaded_as_its_models_do_it(door: ModuleType, ranks: in
 
 def test_heads_that_two_groups_split_are_refused(door: ModuleType) -> None:
     encoded = encode(torch.randn(32, 48), [SwscSpec(10, 3)])
-    config = door.SwscConfig.from_config({"format_version": 2, "tensors": {"a.q_proj.weight": encoded.entry}})
+    config = door.SwscConfig.from_config({"format_version": 2, "tensors": {"a.q_proj.weight": encoded.entry.to_json()}})
     layer = LinearBase()
     layer.tp_group, layer.kv_tp_group = object(), object()
     with pytest.raises(ValueError, match=r"a\.q_proj: heads split by two groups"):
@@ -144,14 +144,16 @@ def test_heads_that_two_groups_split_are_refused(door: ModuleType) -> None:
 @pytest.mark.parametrize("about", [{"tensor": "a.qkv_proj.weight", "rows": [0, 32, 32, 1]}, {"transposed": True}])
 def test_joined_and_transposed_matrices_are_refused_by_name(door: ModuleType, about: dict[str, Any]) -> None:
     """Its loaders only warn of what no parameter takes, and how they would name these was not seen."""
-    entry = encode(torch.randn(32, 48), [SwscSpec(10, 3)]).entry | about
+    entry = encode(torch.randn(32, 48), [SwscSpec(10, 3)]).entry.to_json() | about
     with pytest.raises(ValueError, match=r"a\.qkv_proj.*\.weight: fused and transposed .* `swsc restore` first"):
         door.SwscConfig.from_config({"format_version": 3, "tensors": {"a.qkv_proj.q.weight": entry}})
 
 
 def test_names_go_through_the_mapper_of_a_model(door: ModuleType) -> None:
     encoded = encode(torch.randn(32, 48), [SwscSpec(10, 3)])
-    config = door.SwscConfig.from_config({"format_version": 2, "tensors": {"old.o_proj.weight": encoded.entry}})
+    config = door.SwscConfig.from_config(
+        {"format_version": 2, "tensors": {"old.o_proj.weight": encoded.entry.to_json()}}
+    )
     config.apply_weight_name_mapper(
         SimpleNamespace(apply_dict=lambda names: {name.replace("old", "new"): entry for name, entry in names.items()})
     )

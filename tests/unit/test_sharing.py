@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from swsc_core import Metric, SwscSpec, compress, decode, encode, restore
 from swsc_core.checks import WeightError
+from swsc_core.methods import entry_of
 from swsc_core.sharing import Sharing
 
 Axis = Literal["output", "input"]
@@ -48,7 +49,9 @@ def test_stored_parts_are_counted_exactly_and_decode_to_what_was_restored(
     weight = weight_of(0, 12, 20).bfloat16()
     encoded = encode(weight, [spec], metric=Metric(moment_of(1, 20)), name="layer")
     assert encoded.stored_bytes == spec.stored_bytes((12, 20), 16)
-    assert torch.equal(decode(encoded.tensors, json.loads(json.dumps(encoded.entry))), encoded.restored)
+    assert torch.equal(
+        decode(encoded.tensors, entry_of(json.loads(json.dumps(encoded.entry.to_json())))), encoded.restored
+    )
 
 
 def test_restored_segments_are_scaled_centroids_by_label_by_hand() -> None:

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swsc_core import RtnSpec, SwscSpec, decode, encode
-from swsc_core.codec import require_parts
+from swsc_core import RtnEntry, RtnSpec, SwscSpec, encode
+from swsc_core.codec import Encoded, require_parts
+from swsc_core.compressed_matrix import CompressedMatrix
+from swsc_core.methods import matrix_of
 from swsc_core.packing import pack, packed_slice, unpack
-from swsc_core.slicing import slice_stored
 from swsc_core.spec import Spec
 
 M, N = 48, 60
@@ -34,9 +35,13 @@ SPECS: dict[str, Spec] = {
 RANGES = st.tuples(st.integers(0, 1 << 20), st.integers(1, 1 << 20))
 
 
-def encoded(name: str):  # type: ignore[no-untyped-def]
+def encoded(name: str) -> Encoded:
     torch.manual_seed(0)
     return encode(torch.randn(M, N), [SPECS[name]])
+
+
+def sliced(whole: Encoded, rows: tuple[int, int], columns: tuple[int, int]) -> CompressedMatrix:
+    return matrix_of(whole.tensors, whole.entry).slice(rows, columns)
 
 
 def within(pair: tuple[int, int], length: int) -> tuple[int, int]:
@@ -53,7 +58,7 @@ def test_the_ranks_together_have_the_whole_matrix(name: str, ranks: int) -> None
         slices = []
         for first in range(0, length, step):
             rows, columns = ((first, first + step), (0, N)) if dimension == 0 else ((0, M), (first, first + step))
-            slices.append(decode(*slice_stored(whole.tensors, whole.entry, rows, columns)))
+            slices.append(sliced(whole, rows, columns).restore())
         assert torch.allclose(torch.cat(slices, dimension), whole.restored, atol=1e-5)
 
 
@@ -63,17 +68,17 @@ def test_any_slice_is_that_of_the_dense_matrix_and_can_be_stored(
     name: str, rows: tuple[int, int], columns: tuple[int, int]
 ) -> None:
     whole, rows, columns = encoded(name), within(rows, M), within(columns, N)
-    parts, entry = slice_stored(whole.tensors, whole.entry, rows, columns)
-    require_parts(parts, entry)
-    assert torch.allclose(decode(parts, entry), whole.restored[slice(*rows), slice(*columns)], atol=1e-5)
+    found = sliced(whole, rows, columns)
+    require_parts(found.tensors, found.entry)
+    assert torch.allclose(found.restore(), whole.restored[slice(*rows), slice(*columns)], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_all_of_a_matrix_is_what_is_stored(name: str) -> None:
     whole = encoded(name)
-    parts, entry = slice_stored(whole.tensors, whole.entry, (0, M), (0, N))
-    assert entry == whole.entry or entry["method"] == "rtn"
-    assert all(torch.equal(parts[part], tensor) for part, tensor in whole.tensors.items())
+    found = sliced(whole, (0, M), (0, N))
+    assert found.entry == whole.entry or isinstance(found.entry, RtnEntry)
+    assert all(torch.equal(found.tensors[part], tensor) for part, tensor in whole.tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -91,8 +96,8 @@ def test_half_of_a_matrix_takes_about_half_of_the_bytes(
 ) -> None:
     torch.manual_seed(0)
     whole = encode(torch.randn(4 * M, 4 * N), [SPECS[name]])
-    half, _ = slice_stored(whole.tensors, whole.entry, tuple(4 * i for i in rows), tuple(4 * i for i in columns))
-    size = sum(part.numel() * part.element_size() for part in half.values())
+    half = sliced(whole, (4 * rows[0], 4 * rows[1]), (4 * columns[0], 4 * columns[1]))
+    size = sum(part.numel() * part.element_size() for part in half.tensors.values())
     assert size < share * whole.stored_bytes
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from swsc_core import RtnSpec, SwscSpec, compress, decode, encode, restore
 from swsc_core.bits import label_bits
 from swsc_core.checks import WeightError
+from swsc_core.methods import entry_of
 from swsc_core.packing import unpack
 
 AXES = ("output", "input")
@@ -100,7 +101,7 @@ def test_values_that_overflow_the_storage_dtype_name_the_tensor_and_the_remedy(r
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_gives_what_encode_restored_from_plain_json(spec: Any, dtype: torch.dtype) -> None:
     encoded = encode(weight_of(4, 12, 14, dtype), [spec], name="layer", seed=1)
-    again = decode(encoded.tensors, json.loads(json.dumps(encoded.entry)))
+    again = decode(encoded.tensors, entry_of(json.loads(json.dumps(encoded.entry.to_json()))))
     assert again.dtype == dtype
     assert torch.equal(again.float(), encoded.restored.float())
 
@@ -108,8 +109,8 @@ def test_decode_gives_what_encode_restored_from_plain_json(spec: Any, dtype: tor
 def test_auto_axis_keeps_the_smaller_error() -> None:
     columns = weight_of(5, 3, 40)[torch.randint(3, (30,), generator=torch.Generator().manual_seed(0))].T.contiguous()
     specs = [SwscSpec(3, 0, "output"), SwscSpec(3, 0, "input")]  # columns repeat, rows do not
-    assert encode(columns, specs).entry["channel_axis"] == "input"
-    assert encode(columns.T.contiguous(), specs).entry["channel_axis"] == "output"
+    assert encode(columns, specs).spec == specs[1]
+    assert encode(columns.T.contiguous(), specs).spec == specs[0]
 
 
 def test_the_name_and_the_runs_seed_decide_the_bytes() -> None:

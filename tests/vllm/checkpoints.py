@@ -51,7 +51,7 @@ def compress(
             about |= {"tensor": whole, "rows": [rows.first, rows.length, rows.stride, rows.count]}
             weight = rows.take(weight)
         made = encode(weight, [spec], name=name, metric=_metric(spec, weight.shape[1]))
-        entries[name] = made.entry | about
+        entries[name] = made.entry.to_json() | about
         if name in pieces:
             restored[whole] = restored[whole].clone()
             pieces[name].put(restored[whole], made.restored)
