@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from swsc_core.entry import Entry
 from swsc_core.metric import Metric
+from swsc_core.spec import Spec
 from swsc_core.tuning import Tunable
 
 Range = tuple[int, int]  # first index, and the first after the last
@@ -43,7 +44,7 @@ class CompressedMatrix(ABC):
         entry: what config.json states about the matrix.
     """
 
-    spec_type: ClassVar[Any]
+    spec_type: ClassVar[type[Spec]]
     entry_type: ClassVar[type[Entry]]
     entry: Any  # an instance of `entry_type`
 

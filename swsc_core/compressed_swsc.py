@@ -59,7 +59,7 @@ class CompressedSwsc(CompressedMatrix):
         matrix, measured = compress(
             weight,
             spec,
-            metric=options.metric if spec.metric == "activations" else None,
+            metric=options.metric if spec.needs_moments else None,
             seed=options.seed,
             storage_dtype=options.storage_dtype,
             name=options.name,

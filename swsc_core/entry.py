@@ -79,14 +79,22 @@ class Entry:
         return {"method": self.method, **written_fields(self), **self.location.to_json()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
+    def from_json(cls, data: Mapping[str, Any], version: int | None = None) -> Self:
         """Inverse of `to_json`; unknown keys are ignored.
+
+        Args:
+            version: of the format that `data` was written in; None for the present one.
 
         Raises:
             ValueError: a value that is missing, of the wrong kind, or that does not fit the others; names the key.
         """
-        values = read_fields(cls, data)
+        values = read_fields(cls, cls._upgraded(data) if version == 1 else data)
         return cls(**values, location=MatrixLocation.from_json(data))
+
+    @staticmethod
+    def _upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An entry of version 1 with the keys of the present version."""
+        return data
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,16 @@ class SwscEntry(Entry):
         parts |= _value_shapes("weight", (self.codebooks * self.n_clusters, layout.size), self.centroid_bits)
         parts |= _value_shapes("left", (self.rank, m), self.factor_bits)
         return parts | _value_shapes("right", (self.rank, n), self.factor_bits)
+
+    @staticmethod
+    def _upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Version 1 knew whole channels alone, and no values of few bits."""
+        shape = data.get("shape")
+        if not isinstance(shape, list) or len(shape) != 2:
+            return data  # which is refused
+        length = shape[1 if data.get("channel_axis") == "output" else 0]
+        added = {"segment_size": length, "codebooks": 1, "scaled": False, "centroid_bits": None, "factor_bits": None}
+        return {**added, **data}
 
     def low_rank_refusal(self, added: int) -> str | None:
         if self.factor_bits is not None:

@@ -43,21 +43,11 @@ def _entry(name: str, data: object, version: int) -> Entry:
     try:
         if not isinstance(data, Mapping):
             raise ValueError("it is no table")
-        return entry_of(_from_first(data) if version == 1 else data)
+        return entry_of(data, version)
     except ValueError as error:
         raise ValueError(
             f"{name}: its entry in quantization_config is damaged ({error}); download config.json again"
         ) from None
-
-
-def _from_first(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An entry of version 1, which knew whole channels alone, with the keys of version 2."""
-    shape = data.get("shape") if data.get("method") == "swsc" else None
-    if not isinstance(shape, list) or len(shape) != 2:
-        return data  # other methods, and what `entry_of` refuses
-    length = shape[1 if data.get("channel_axis") == "output" else 0]
-    added = {"segment_size": length, "codebooks": 1, "scaled": False, "centroid_bits": None, "factor_bits": None}
-    return {**added, **data}
 
 
 @dataclass(frozen=True)

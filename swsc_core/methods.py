@@ -34,9 +34,13 @@ def method_names() -> tuple[str, ...]:
     return tuple(_METHODS)
 
 
-def entry_of(data: Mapping[str, Any]) -> Entry:
-    """The entry that a JSON object of config.json states; ValueError names the key that is damaged."""
-    return method_named(data.get("method")).entry_type.from_json(data)
+def entry_of(data: Mapping[str, Any], version: int | None = None) -> Entry:
+    """The entry that a JSON object of config.json states, of a format version or the present one.
+
+    Raises:
+        ValueError: an unknown method; a value that is damaged, naming its key.
+    """
+    return method_named(data.get("method")).entry_type.from_json(data, version)
 
 
 def matrix_of(tensors: Mapping[str, Tensor], entry: Entry) -> CompressedMatrix:

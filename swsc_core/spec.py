@@ -4,8 +4,9 @@ A spec is resolved: cluster counts and ranks stand as numbers. The pipeline make
 (`bits.solve_budget`), workers carry them out (`codec.encode`), reports quote their bits.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 from swsc_core.bits import ChannelAxis, Geometry, label_bits, rtn_bytes
 from swsc_core.layout import Layout
@@ -14,11 +15,46 @@ from swsc_core.rtn import Granularity, group_count, group_length
 from swsc_core.values import value_bytes
 
 MetricName = Literal["weights", "activations"]
+DEFAULT_BITS = 3.0  # of the paper's experiments, where no budget is given
 MAX_CLUSTERS = 1 << 16  # labels of more bits are not packed
 
 
+class Spec(ABC):
+    """What is done to one matrix by one method; a method's own specs are frozen dataclasses.
+
+    Attributes:
+        method: name of the method.
+    """
+
+    method: str
+
+    @abstractmethod
+    def stored_bytes(self, shape: tuple[int, int], value_bits: int) -> int:
+        """Bytes stored for a matrix of `shape` whose storage dtype has `value_bits` bits a value."""
+
+    @abstractmethod
+    def paper_bits(self, shape: tuple[int, int]) -> float:
+        """Bits a weight as the paper counts them (Table II)."""
+
+    @property
+    def cuts_channels(self) -> bool:
+        """Whether channels are cut into segments, which are worked through in slabs of rows."""
+        return False
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether errors are weighed by second moments of the layer's inputs."""
+        return False
+
+    @classmethod
+    def of_settings(cls, settings: Any) -> Self:
+        """The spec whose fields are the settings of the same names; others keep their defaults."""
+        names = [one.name for one in fields(cls) if one.name != "method"]  # type: ignore[arg-type]
+        return cls(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
+
+
 @dataclass(frozen=True)
-class SwscSpec:
+class SwscSpec(Spec):
     """One member of the family whose plainest is the paper's method: all defaults are the paper's.
 
     Attributes:
@@ -53,8 +89,15 @@ class SwscSpec:
         """How a matrix of `shape` is cut into segments."""
         return Layout(*shape, self.channel_axis, self.segment_size or Geometry(*shape, self.channel_axis).length)
 
+    @property
+    def cuts_channels(self) -> bool:
+        return self.segment_size is not None
+
+    @property
+    def needs_moments(self) -> bool:
+        return self.metric == "activations"
+
     def stored_bytes(self, shape: tuple[int, int], value_bits: int) -> int:
-        """Bytes stored for a matrix of `shape` whose storage dtype has `value_bits` bits a value."""
         (m, n), layout = shape, self.layout(shape)
         centroids = value_bytes((self.codebooks * self.n_clusters, layout.size), self.centroid_bits, value_bits)
         factors = sum(value_bytes((self.rank, side), self.factor_bits, value_bits) for side in (m, n))
@@ -62,7 +105,7 @@ class SwscSpec:
         return centroids + packed_bytes(layout.count, label_bits(self.n_clusters)) + scales + factors
 
     def paper_bits(self, shape: tuple[int, int]) -> float:
-        """Bits a weight as the paper counts them (Table II): 16-bit centroids and factors, nothing else."""
+        """As the paper counts: 16-bit centroids and factors, nothing else."""
         values = self.codebooks * self.n_clusters * self.layout(shape).size + self.rank * sum(shape)
         return 16 * values / (shape[0] * shape[1])
 
@@ -84,7 +127,7 @@ class SwscSpec:
 
 
 @dataclass(frozen=True)
-class RtnSpec:
+class RtnSpec(Spec):
     """Round to nearest on a grid of 2^bits values; `group_size` counts for granularity "group" only."""
 
     bits: int
@@ -94,13 +137,15 @@ class RtnSpec:
     method: Literal["rtn"] = "rtn"
 
     def stored_bytes(self, shape: tuple[int, int], value_bits: int) -> int:
-        """Bytes stored for a matrix of `shape` whose scales have `value_bits` bits."""
+        """Bytes of codes, zero points and scales; scales are never fp8."""
         groups = group_count(shape, group_length(shape, self.granularity, self.group_size))
-        return rtn_bytes(*shape, self.bits, groups, value_bits, self.symmetric)
+        return rtn_bytes(*shape, self.bits, groups, max(value_bits, 16), self.symmetric)
 
     def paper_bits(self, shape: tuple[int, int]) -> float:
-        """Bits a weight as the paper counts them: the width of a code, scales left out."""
+        """The width of a code: scales are left out."""
         return float(self.bits)
 
-
-Spec = SwscSpec | RtnSpec
+    @classmethod
+    def of_settings(cls, settings: Any) -> Self:
+        bits = int(DEFAULT_BITS if settings.bits is None else settings.bits)
+        return cls(bits, settings.granularity, settings.group_size, settings.symmetric)

@@ -28,6 +28,7 @@ from pipeline.model.source_digests import SourceDigests
 from pipeline.model.store import Store
 from pipeline.model.tensors import FLOATS, TensorInfo
 from swsc_core import align, decode
+from swsc_core.methods import entry_of
 from swsc_core.safetensors_header import DTYPES
 
 _ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k values are 256 MiB
@@ -89,7 +90,7 @@ class Evaluator:
             self._put(name, self._source.read_matrix(name))
         for name, payload in weights.items():
             parts = {part.name: to_tensor(part).to(self._device) for part in payload.parts}
-            self._put(name, decode(parts, payload.rows[0]["entry"]))
+            self._put(name, decode(parts, entry_of(payload.rows[0]["entry"])))
         self._swapped, self._variant = set(weights), variant
 
     def _put(self, name: str, weight: Tensor) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable
+from functools import singledispatch
 from typing import Any
 
 from pipeline.config import CalibrationSettings
@@ -11,7 +12,7 @@ from pipeline.model.artifact import Model
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.model_config import find_number
-from pipeline.model.plan import Decision, Plan
+from pipeline.model.plan import Plan
 from pipeline.model.speed import Speed
 from pipeline.model.tensor_names import layer_of
 from swsc_core.bits import Geometry
@@ -114,16 +115,15 @@ def device_bytes(plan: Plan) -> int:
 
 def matrix_device_bytes(info: MatrixInfo, spec: Spec) -> int:
     """The same for one matrix. There a slab may be all of it."""
-    cut = isinstance(spec, SwscSpec) and spec.segment_size is not None
-    return _CUBLAS + 4 * (_peak_values(info, spec) + (_SLAB_COPIES * min(info.count, GPU_SLAB) if cut else 0))
+    return _CUBLAS + 4 * (
+        _peak_values(info, spec) + (_SLAB_COPIES * min(info.count, GPU_SLAB) if spec.cuts_channels else 0)
+    )
 
 
 def _peak_values(info: MatrixInfo, spec: Spec) -> int:
     count, inputs = info.count, info.shape[1]
-    if not isinstance(spec, SwscSpec):
-        return _WHOLE * count
-    moments = _MOMENTS * inputs**2 if spec.metric == "activations" else 0
-    return (_WHOLE if spec.segment_size is None else _SEGMENTED) * count + moments
+    moments = _MOMENTS * inputs**2 if spec.needs_moments else 0
+    return (_SEGMENTED if spec.cuts_channels else _WHOLE) * count + moments
 
 
 def restoring_bytes(model: Model) -> int:
@@ -187,24 +187,32 @@ def tuning_bytes(source: Checkpoint, seqlen: int) -> int:
 
 def core_seconds(plan: Plan, speed: Speed) -> float:
     """Seconds of one core; fitted to one run of 4096×4096 matrices (what that is worth elsewhere: benchmarks/forecast.py)."""
-    return sum(_seconds(decision, spec, speed) for decision in plan.compressed for spec in decision.specs)
+    return sum(
+        _WEIGHT_SECONDS * decision.matrix.count + _method_seconds(spec, decision.matrix, speed)
+        for decision in plan.compressed
+        for spec in decision.specs
+    )
 
 
-def _seconds(decision: Decision, spec: Spec, speed: Speed) -> float:
-    m, n = decision.matrix.shape
-    rest = _WEIGHT_SECONDS * m * n
-    if not isinstance(spec, SwscSpec):
-        return rest
+@singledispatch
+def _method_seconds(spec: Spec, matrix: MatrixInfo, speed: Speed) -> float:
+    """Seconds beside what every weight takes; a method without an estimate of its own takes none."""
+    return 0.0
+
+
+@_method_seconds.register
+def _swsc_seconds(spec: SwscSpec, matrix: MatrixInfo, speed: Speed) -> float:
+    m, n = matrix.shape
     svd = _LAPACK * min(m, n) if is_exact(min(m, n), spec.rank) else 2 * _KRYLOV * spec.rank
-    sharing = _kmeans_seconds if spec.segment_size is None else _segment_seconds
-    return rest + sharing(m, n, spec, speed) + ((1 + spec.rounds) * svd * m * n / speed.gemm if spec.rank else 0)
+    sharing = _segment_seconds if spec.cuts_channels else _kmeans_seconds
+    return sharing(m, n, spec, speed) + ((1 + spec.rounds) * svd * m * n / speed.gemm if spec.rank else 0)
 
 
 def _segment_seconds(m: int, n: int, spec: SwscSpec, speed: Speed) -> float:
     """Products with the moment, distances to centroids (bound by memory, not by the GEMM), and small calls per block."""
     layout, k = spec.layout((m, n)), spec.n_clusters
     passes = 1 + spec.rounds
-    products = 2 * m * n * n * (passes + CONJUGATE_STEPS * spec.rounds) + n**3 if spec.metric == "activations" else 0
+    products = 2 * m * n * n * (passes + CONJUGATE_STEPS * spec.rounds) + n**3 if spec.needs_moments else 0
     distances = _DISTANCE * k * (layout.count * passes + _CODEBOOK_PASSES * sample_size(k) * spec.codebooks)
     blocks = passes * layout.grid[1] * _BLOCK_SECONDS * -(-m * n // slab_values(m * n))
     return (products + distances) / speed.gemm + blocks

@@ -248,7 +248,7 @@ def test_an_entry_that_does_not_fit_its_matrix_is_refused_by_name(compressed: Pa
     name, entry = next(iter(config["quantization_config"]["tensors"].items()))
     entry["codebooks"] = 7
     (output / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=rf"{name}: .* codebooks 7 do not divide its \d+ rows .*; compress again"):
+    with pytest.raises(CheckpointError, match=rf"{name}: .* codebooks 7 do not divide its \d+ rows"):
         open_model(str(output))
 
 

@@ -72,6 +72,6 @@ def test_a_view_of_the_checkpoint_layout_is_the_matrix(transposed: bool) -> None
 
 
 def test_an_entry_of_no_part_has_no_rows_in_a_fused_matrix() -> None:
-    assert row_blocks_of([FUSED]) == [RowBlocks(8, 4, 12, 2)]
+    assert row_blocks_of([MatrixLocation.from_json(FUSED)]) == [RowBlocks(8, 4, 12, 2)]
     with pytest.raises(ValueError, match="which rows"):
-        row_blocks_of([FUSED, {}])
+        row_blocks_of([MatrixLocation.from_json(FUSED), MatrixLocation()])
