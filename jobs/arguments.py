@@ -1,9 +1,9 @@
 """The arguments of each verb. Nothing here needs torch, Ray or transformers: help and mistakes of a command show at once."""
 
-import argparse
 from collections.abc import Callable
 
-from jobs.flags import MODEL, add_config, add_settings
+from jobs.flags import add_setting, add_settings
+from jobs.parser import Parser
 from pipeline.config import (
     CalibrationSettings,
     ClusterSettings,
@@ -19,106 +19,144 @@ from pipeline.model.extras import ADAPTER
 from pipeline.model.gguf import DTYPE
 from pipeline.task_config import TaskSettings
 
+SHELLS = ("bash", "zsh", "fish")
+_MODEL = "Checkpoint: a directory (local, s3://…, gs://…) with safetensors files, a local GGUF file, or a Hub id ORG/NAME[@REVISION]."
+_WRITTEN = "Directory that compress or restore has written."
+_OUTPUT, _HUB, _EVALUATION = "output", PushSettings.groups[0], "evaluation after the compression"
+_COMPRESSION = (CompressSettings, CalibrationSettings, OutputSettings)
 
-def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(verb: str, parser: Parser) -> None:
     """Give a verb's parser its arguments."""
     _ARGUMENTS[verb](parser)
 
 
-def _demo(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: Parser) -> None:
     parser.add_argument(
-        "--out", metavar="DIR", default="demo-output", help="directory to work in (default: %(default)s)"
+        "--config", metavar="FILE", help="YAML file with settings, named like the flags; flags win over it."
     )
-    parser.add_argument("--fetch-only", action="store_true", help="fetch model and text, and stop there")
+
+
+def _demo(parser: Parser) -> None:
+    output = parser.group(_OUTPUT)
+    output.add_argument(
+        "--out", metavar="DIR", default="demo-output", help="Directory of all files of the demo. [default: %(default)s]"
+    )
+    output.add_argument("--fetch-only", action="store_true", help="Only download the model and the text.")
     add_settings(parser, ClusterSettings)
 
 
-def _plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
-    add_config(parser)
-    add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings)
-    parser.add_argument("--output", metavar="DIR", help="also say whether the disk of DIR has room")
-    parser.add_argument("--json", metavar="FILE", help="also write the plan there")
+def _plan(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    _add_config(parser)
+    add_settings(parser, *_COMPRESSION, ClusterSettings)
+    output = parser.group(_OUTPUT)
+    output.add_argument("--output", metavar="DIR", help="Also check that the disk of DIR has room for the output.")
+    output.add_argument("--json", metavar="FILE", help="Also write the plan to FILE, as JSON.")
 
 
-def _compress(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("output", metavar="OUTPUT", help="directory to write, new or begun by the same command")
-    add_config(parser)
-    add_settings(parser, CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings, SourceSettings)
-    parser.add_argument("--text", help="then evaluate on this text, named as in `swsc evaluate`")
-    parser.add_argument("--push", metavar="REPO_ID", help="at the end, push the output to the Hub, as `swsc push` does")
-    parser.add_argument("--private", action="store_true", help="with --push: as in `swsc push`")
-    for flag in ("--seqlen", "--windows"):
-        parser.add_argument(flag, default=argparse.SUPPRESS, help="with --text: as in `swsc evaluate`")
+def _compress(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument(
+        "output", metavar="OUTPUT", help="Directory to write: a new one, or that of an interrupted run."
+    )
+    _add_config(parser)
+    add_settings(parser, *_COMPRESSION, SourceSettings, ClusterSettings)
+    evaluation, hub = parser.group(_EVALUATION), parser.group(_HUB)
+    evaluation.add_argument(
+        "--text",
+        metavar="TEXT",
+        help="Measure the perplexity of the output on this text, as `swsc evaluate --text` does.",
+    )
+    add_setting(evaluation, EvaluateSettings, "seqlen")
+    add_setting(evaluation, EvaluateSettings, "windows")
+    hub.add_argument("--push", metavar="REPO_ID", help="Push the finished output to the Hub, as `swsc push` does.")
+    hub.add_argument("--private", action="store_true", help="With --push: create the repository as a private one.")
 
 
-def _convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="GGUF file")
-    parser.add_argument("output", metavar="OUTPUT", help="new directory, on this machine")
+def _convert(parser: Parser) -> None:
+    parser.add_argument("file", metavar="FILE", help="GGUF file.")
+    parser.add_argument("output", metavar="OUTPUT", help="New local directory.")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         default=DTYPE,
-        help="of the weights (default: %(default)s)",
+        help="Data type of the weights. [default: %(default)s]",
     )
 
 
-def _verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="OUTPUT", help="directory that compress or restore has written")
+def _verify(parser: Parser) -> None:
+    parser.add_argument("model", metavar="OUTPUT", help=_WRITTEN)
     add_settings(parser, ClusterSettings)
 
 
-def _restore(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="OUTPUT", help="directory of a compressed model")
-    parser.add_argument("dense", metavar="DENSE", help="directory to write")
-    add_settings(parser, ClusterSettings)
-    parser.add_argument(
+def _restore(parser: Parser) -> None:
+    parser.add_argument("model", metavar="OUTPUT", help="Directory of a compressed model.")
+    parser.add_argument("dense", metavar="DENSE", help="Directory to write.")
+    output = parser.group(_OUTPUT)
+    output.add_argument(
         "--adapter",
         action="store_true",
-        help=f"leave the low-rank part to a LoRA adapter, which stock PEFT opens at DENSE/{ADAPTER}",
+        help=f"Write the low-rank factors as a LoRA adapter for PEFT, to DENSE/{ADAPTER}, instead of adding them to the weights.",
     )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that the model brings, where --adapter needs it"
-    )
-    parser.add_argument("--verify", action="store_true", help="first hash OUTPUT's files, as `swsc verify` does")
-    parser.add_argument("--overwrite", action="store_true", help="replace another output, or a damaged one")
+    output.add_argument("--verify", action="store_true", help="Check OUTPUT first, as `swsc verify` does.")
+    add_setting(output, OutputSettings, "overwrite", default=False)
+    add_setting(output, LoadSettings, "trust_remote_code", default=False)
+    add_settings(parser, ClusterSettings)
 
 
-def _evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="directory of a dense, compressed or restored model, a GGUF file or a Hub id"
-    )
+def _evaluate(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=f"{_MODEL} Compressed and restored models are read as well.")
     add_settings(parser, EvaluateSettings, TaskSettings, ClusterSettings, SourceSettings)
-    parser.add_argument("--verify", action="store_true", help="first hash an output's files, as `swsc verify` does")
-    parser.add_argument("--json", metavar="FILE", help="also write the result there")
-    parser.add_argument("--card", action="store_true", help="also write it into the model card of a local output")
-    parser.add_argument(
+    result = parser.group("result")
+    result.add_argument("--json", metavar="FILE", help="Also write the result to FILE, as JSON.")
+    result.add_argument(
+        "--card", action="store_true", help="Also write the perplexity into the model card of a local output."
+    )
+    result.add_argument(
         "--uncompressed",
         metavar="FILE",
-        help="with --card: what --json wrote of the uncompressed model, to stand beside it",
+        help="With --card: result of the uncompressed model, as --json wrote it, to show beside it.",
+    )
+    result.add_argument(
+        "--verify", action="store_true", help="Check the files of an output first, as `swsc verify` does."
     )
 
 
-def _push(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="OUTPUT", help="directory that compress or restore has written")
-    parser.add_argument("repo", metavar="REPO_ID", help="model on the Hub, as ORG/NAME; made if it is not there")
+def _push(parser: Parser) -> None:
+    parser.add_argument("model", metavar="OUTPUT", help=_WRITTEN)
+    parser.add_argument(
+        "repo", metavar="REPO_ID", help="Repository on the Hub, as ORG/NAME; it is created if it does not exist."
+    )
     add_settings(parser, PushSettings, ClusterSettings)
 
 
-def _sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the sweep; configs/ has examples")
-    parser.add_argument("--out", metavar="DIR", required=True, help="directory of the results")
-    parser.add_argument("--model", action="append", default=[], help="a model, in place of the file's; may be repeated")
-    parser.add_argument("--text", help="the text of every evaluation, in place of the file's")
-    for flag in ("--text-column", "--seqlen", "--windows", "--dtype"):
-        parser.add_argument(flag, help="of every evaluation, in place of the file's")
-    parser.add_argument("--calibration", help="the calibration text, in place of the file's")
-    parser.add_argument("--keep-tuned", action="store_true", help=SweepSettings.model_fields["keep_tuned"].description)
+def _sweep(parser: Parser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the sweep; configs/ has examples.")
+    sweep = parser.group("sweep")
+    sweep.add_argument("--out", metavar="DIR", required=True, help="Directory of the results (required).")
+    sweep.add_argument(
+        "--model",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="Model, in place of those in CONFIG; may be repeated.",
+    )
+    add_setting(sweep, SweepSettings, "keep_tuned", default=False)
+    sweep.add_argument("--calibration", metavar="TEXT", help="Calibration text, in place of that in CONFIG.")
+    evaluations = parser.group("all evaluations, in place of the values in CONFIG")
+    evaluations.add_argument("--text", metavar="TEXT", help="Evaluation text, as in `swsc evaluate`.")
+    for name in ("text_column", "seqlen", "windows", "dtype"):
+        shown = EvaluateSettings.model_fields[name].description
+        add_setting(evaluations, EvaluateSettings, name, default=None, help=shown)
     add_settings(parser, LoadSettings, ClusterSettings)
 
 
-_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+def _completion(parser: Parser) -> None:
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=f"Shell: {', '.join(SHELLS)}.")
+
+
+_ARGUMENTS: dict[str, Callable[[Parser], None]] = {
     "demo": _demo,
     "plan": _plan,
     "compress": _compress,
@@ -128,4 +166,5 @@ _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "evaluate": _evaluate,
     "push": _push,
     "sweep": _sweep,
+    "completion": _completion,
 }

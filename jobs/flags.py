@@ -1,45 +1,95 @@
-"""Flags of the command line, made from the settings: one field, one flag, one description."""
+"""Flags of the command line, created from the settings: one field, one flag, one description."""
 
 import argparse
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
+from jobs.parser import Parser
 from pipeline.config import ClusterSettings
 from pipeline.errors import ConfigError, OutputError
 from pipeline.model.places import Place, named, require_apart
 from pipeline.model.store import Store
-from pipeline.validation import Settings, read_config, validated
+from pipeline.validation import Option, Settings, read_config, validated
 
 S = TypeVar("S", bound=Settings)
-MODEL = "directory of a safetensors checkpoint, here or at s3://… or gs://…; a GGUF file, here; or a Hub id"
 
 
-class Parser(argparse.ArgumentParser):
-    """Says a mistake in one line, as all others are said."""
+class Choices(tuple[str, ...]):
+    """Values that help and completion show. Any value passes: the settings check it, and report all mistakes at once."""
 
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see `swsc --help`", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def add_settings(parser: argparse.ArgumentParser, *kinds: type[Settings]) -> None:
-    """A flag for each field, one for what several kinds share. A flag not given leaves no trace: the config file counts."""
-    fields = {name: field for kind in kinds for name, field in kind.model_fields.items()}
-    for name, field in fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        if field.annotation is bool:
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=field.description)
-        else:
-            metavar = name.upper()
-            parser.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS, help=field.description)
+    def __contains__(self, value: object) -> bool:
+        return True
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """`--config FILE`: the same settings from a YAML file; flags win."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of the same settings; flags win over it")
+def add_settings(parser: Parser, *kinds: type[Settings]) -> None:
+    """A flag for each field, in the group of the field. Flags that are not given leave no trace: the config file counts."""
+    for kind in kinds:
+        for heading in kind.groups:
+            parser.group(heading)
+    declared = {name: kind for kind in kinds for name in kind.model_fields}
+    for name, kind in declared.items():
+        add_setting(parser.group(heading_of(kind, name)), kind, name)
+
+
+def add_setting(group: Any, kind: type[Settings], name: str, **replaced: Any) -> None:
+    """The flag of one field.
+
+    Args:
+        replaced: arguments of `add_argument` that differ from those of the field.
+    """
+    field = kind.model_fields[name]
+    given: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_of(field)}
+    if field.annotation is bool:
+        given["action"] = "store_true"
+    elif choices := _choices(field.annotation):
+        given["choices"] = Choices(choices)
+    else:
+        given["metavar"] = _metavar(name, field)
+    given |= replaced
+    group.add_argument(f"--{name.replace('_', '-')}", **given | {"help": given["help"].replace("%", "%%")})
+
+
+def help_of(field: FieldInfo) -> str:
+    """Description and default of a setting."""
+    default = _option(field).default or _written(field.default)
+    return f"{field.description} [default: {default}]" if default else str(field.description)
+
+
+def heading_of(kind: type[Settings], name: str) -> str:
+    """The group of a setting: the one that its field names, else the first of the class which declares it."""
+    bases = [base for base in reversed(kind.__mro__) if issubclass(base, Settings)]
+    declaring = next(base for base in bases if name in base.model_fields)
+    return _option(kind.model_fields[name]).group or declaring.groups[0]
+
+
+def _option(field: FieldInfo) -> Option:
+    return next((one for one in field.metadata if isinstance(one, Option)), Option())
+
+
+def _written(default: object) -> str:
+    """A default as it would be typed; empty for none, for a switch that is off, and for a required setting."""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    if isinstance(default, bool):
+        return "true" if default else ""
+    return f"{default:g}" if isinstance(default, int | float) else default if isinstance(default, str) else ""
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The values of a Literal, wherever it is in an annotation."""
+    if get_origin(annotation) is Literal:
+        return tuple(map(str, get_args(annotation)))
+    return tuple(value for part in get_args(annotation) for value in _choices(part))
+
+
+def _metavar(name: str, field: FieldInfo) -> str:
+    """Placeholder of a value."""
+    types = {field.annotation, *get_args(field.annotation)}
+    return _option(field).metavar or ("N" if int in types else "X" if float in types else name.upper())
 
 
 def settings_of(arguments: argparse.Namespace, *kinds: type[S]) -> list[Any]:

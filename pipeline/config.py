@@ -1,131 +1,163 @@
 """Every setting, once: fields here are flags of the command line and keys of configuration files alike."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.matrix_config import MatrixSettings
-from pipeline.validation import CommaList, Settings
+from pipeline.validation import CommaList, Option, Settings
 
-_TEXT = "text file, table (.jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst, .xz, .bz2) or Hub data set NAME[:CONFIG[:SPLIT]]"
-_COLUMN = Field(
-    None, min_length=1, description="column of a table that holds the text (default: text, or the only one of strings)"
+_TEXT = (
+    "a text file, a table (.jsonl, .json, .csv, .tsv, .parquet), one of these compressed (.gz, .zst, .xz, .bz2), or a data set"
+    " of the Hub as NAME[:CONFIG[:SPLIT]]"
 )
+_Column = Annotated[str | None, Option("NAME", default="text, or the only column of strings")]
+_COLUMN = Field(None, min_length=1, description="Column that holds the text, where a text is a table.")
+_MODEL, _OUTPUT = "loading the model", "output"
 
 
 class LoadSettings(Settings):
     """How a model is loaded, to be calibrated or measured."""
 
+    groups: ClassVar[tuple[str, ...]] = (_MODEL,)
     trust_remote_code: bool = Field(
-        False, description="run the Python code that the model brings along, if it does; read that code first"
+        False,
+        description="Allow transformers to run Python code that the model directory contains; read that code first.",
     )
 
 
 class CalibrationSettings(LoadSettings):
     """Text that second moments are gathered on."""
 
-    calibration: str | None = Field(None, description=f"{_TEXT}, to calibrate on (split by default: train)")
-    text_column: str | None = _COLUMN
-    calibration_windows: int = Field(128, ge=1, description="windows of the calibration text")
-    calibration_seqlen: int = Field(512, ge=2, description="tokens of a calibration window")
-    calibration_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="arithmetic of the model while it is calibrated; auto: as in evaluation"
+    groups: ClassVar[tuple[str, ...]] = ("calibration",)
+    calibration: Annotated[str | None, Option("TEXT")] = Field(
+        None, description=f"Calibration text: {_TEXT} (split train if none is named)."
     )
-    gradient_share: float = Field(
+    text_column: _Column = _COLUMN
+    calibration_windows: int = Field(128, ge=1, description="Number of windows of the calibration text.")
+    calibration_seqlen: int = Field(512, ge=2, description="Tokens per calibration window.")
+    calibration_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Data type of the model during calibration; auto is float32 on a CPU and the checkpoint's on a GPU.",
+    )
+    gradient_share: Annotated[float, Option("SHARE")] = Field(
         0.5,
         ge=0,
         le=1,
-        description="share of gradient-weighted tokens in the second moments; the rest counts all alike",
+        description="Share of gradient-weighted tokens in the Hessian (second moment of the inputs); 0 weights all tokens"
+        " equally.",
     )
-    moment_gib: float = Field(
-        4.0, gt=0, description="GiB of second moments a worker holds at a time; less: more passes"
+    moment_gib: Annotated[float, Option("GIB")] = Field(
+        4.0,
+        gt=0,
+        description="Memory in GiB for the Hessians that a worker accumulates at a time; less takes more passes.",
     )
-    cache_dir: str | None = Field(
-        None, description="directory of all nodes where moments are kept (default: .swsc-cache beside the output)"
+    cache_dir: Annotated[str | None, Option("DIR", default=".swsc-cache beside the output")] = Field(
+        None, description="Directory, visible to all nodes, that keeps calibration results for later runs."
     )
 
 
 class CompressSettings(MatrixSettings):
     """A compression of one model."""
 
-    format: Literal["swsc", "dense"] = Field("swsc", description="compact form, or restored weights for stock loaders")
+    format: Annotated[Literal["swsc", "dense"], Option(group=_OUTPUT)] = Field(
+        "swsc", description="Write the compressed weights (swsc), or restored weights that any loader opens (dense)."
+    )
 
 
 class OutputSettings(Settings):
     """How an output is begun; what it will hold does not depend on it."""
 
-    overwrite: bool = Field(False, description="replace an output of other settings, or a damaged one")
-    require_coverage: float | None = Field(
+    groups: ClassVar[tuple[str, ...]] = (_OUTPUT,)
+    overwrite: bool = Field(
+        False, description="Replace an output that was written with other settings, or a damaged one."
+    )
+    require_coverage: Annotated[float | None, Option("SHARE")] = Field(
         None,
         gt=0,
         le=1,
-        description="refuse to begin if a smaller share of the model's weights than this is compressed",
+        description="Stop before any work if less than this share of the model's weights would be compressed.",
     )
 
 
 class SourceSettings(Settings):
     """How sure one wants to be that a model is the one that was published."""
 
-    verify_source: str | None = Field(
+    groups: ClassVar[tuple[str, ...]] = (_MODEL,)
+    verify_source: Annotated[str | None, Option("hub|FILE")] = Field(
         None,
         min_length=1,
-        description="first hold the model's weight files against known sha256: hub (as the Hub publishes them), or a file as"
-        " `sha256sum` writes it",
+        description="Check the model's weight files against the sha256 that the Hub publishes (hub), or against a FILE as"
+        " sha256sum writes it.",
     )
 
 
 class PushSettings(Settings):
     """Where on the Hub an output goes."""
 
+    groups: ClassVar[tuple[str, ...]] = ("Hugging Face Hub",)
     private: bool = Field(
-        False, description="make the repository a private one; one that is there and public is refused"
+        False, description="Create the repository as a private one; an existing public repository is refused."
     )
-    revision: str | None = Field(None, min_length=1, description="branch to push to (default: main)")
-    message: str | None = Field(None, min_length=1, description="message of the commit")
+    revision: Annotated[str | None, Option("BRANCH", default="main")] = Field(
+        None, min_length=1, description="Branch to push to."
+    )
+    message: Annotated[str | None, Option("MESSAGE")] = Field(None, min_length=1, description="Commit message.")
 
 
 class MeasureSettings(LoadSettings):
     """How a model is run, whatever it is measured by."""
 
-    batch_size: int = Field(1, ge=1, description="windows of a text, or requests of tasks, of one forward pass")
+    groups: ClassVar[tuple[str, ...]] = ("running the model",)
+    batch_size: int = Field(1, ge=1, description="Windows of text, or lm-eval requests, per forward pass.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="arithmetic; auto: float32 on CPU, the checkpoint's own on GPU"
+        "auto", description="Data type of the computation; auto is float32 on a CPU and the checkpoint's on a GPU."
     )
 
 
 class EvaluateSettings(MeasureSettings):
     """Perplexity by the standard protocol."""
 
-    text: str = Field(description=f"{_TEXT} (split by default: test), or wikitext2 for its test split")
-    text_column: str | None = _COLUMN
-    seqlen: int = Field(2048, ge=2, description="tokens of a window")
-    windows: int | None = Field(None, ge=1, description="first N windows only (default: all)")
+    groups: ClassVar[tuple[str, ...]] = ("perplexity",)
+    text: Annotated[str, Option("TEXT")] = Field(
+        description=f"Evaluation text: wikitext2 (its test split), {_TEXT} (split test if none is named)."
+    )
+    text_column: _Column = _COLUMN
+    seqlen: Annotated[int, Option(default="2048, or the model's positions if fewer")] = Field(
+        2048, ge=2, description="Tokens per window."
+    )
+    windows: Annotated[int | None, Option(default="all")] = Field(
+        None, ge=1, description="Evaluate the first N windows only."
+    )
 
 
 class ClusterSettings(Settings):
     """Where the work is done."""
 
-    address: str | None = Field(
-        None, description="Ray cluster; local: one in-process (default: one that runs on this machine, else local)"
+    groups: ClassVar[tuple[str, ...]] = ("workers and cluster",)
+    address: Annotated[str | None, Option("ADDRESS", default="a cluster that runs on this machine, else local")] = (
+        Field(None, description="Address of the Ray cluster; local starts one for this command.")
     )
-    workers: int | None = Field(None, ge=1, description="number of workers (default: what CPUs, GPUs and memory hold)")
-    gpus_per_worker: float | None = Field(
-        None, ge=0, description="at most 1; 0: calculate on CPUs (default: 1 where there are GPUs, else 0)"
+    workers: Annotated[int | None, Option(default="as many as CPUs, GPUs and memory allow")] = Field(
+        None, ge=1, description="Number of workers."
     )
-    gpu_type: str | None = Field(
-        None, min_length=1, description="model of GPU where a cluster has several, as Ray calls it (A100)"
+    gpus_per_worker: Annotated[float | None, Option("F", default="1 if the cluster has GPUs, else 0")] = Field(
+        None, ge=0, description="GPUs per worker, at most 1; 0.5 places two workers on a GPU, 0 computes on CPUs."
     )
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs, and so threads, of a worker; decides the last bit")
-    task_deadline: float | None = Field(
-        None,
-        gt=0,
-        description="seconds after which a task counts as hanging (default: by what its like took, 600 at least)",
+    gpu_type: Annotated[str | None, Option("TYPE")] = Field(
+        None, min_length=1, description="Ray's name of the GPU model to use (such as A100), if the cluster has several."
     )
+    cpus_per_worker: Annotated[float, Option("F")] = Field(
+        1, gt=0, description="CPUs, and so threads, per worker; results are identical to the bit for equal values only."
+    )
+    task_deadline: Annotated[
+        float | None, Option("SECONDS", default="from the time of similar tasks, at least 600")
+    ] = Field(None, gt=0, description="Time after which a task counts as hanging and its worker is replaced.")
     elastic: bool = Field(
         False,
-        description="the cluster grows on demand (Ray's autoscaler): ask for more workers than fit it now, and wait",
+        description="Request more workers than the cluster has room for, and wait for its autoscaler to add nodes.",
     )
-    local: bool = Field(False, description="no Ray: a plain loop with the same bytes")
+    local: bool = Field(False, description="Run without Ray, in this process; the output is identical to the byte.")
 
     @field_validator("gpus_per_worker")
     @classmethod
@@ -143,21 +175,24 @@ class ClusterSettings(Settings):
 class Variant(MatrixSettings):
     """One row of a sweep."""
 
-    name: str = Field(min_length=1, description="unique name of the row")
-    reference: dict[str, float | None] = Field({}, description="published perplexity of this row, by known model")
+    name: str = Field(min_length=1, description="Unique name of the row.")
+    reference: dict[str, float | None] = Field({}, description="Published perplexity of this row, by model.")
 
 
 class SweepSettings(CalibrationSettings):
     """Models × variants × evaluations, run over one pool of workers."""
 
-    models: CommaList = Field((), description="local directories; also by --model")
-    variants: tuple[Variant, ...] = Field(min_length=1, description="what is done to each model")
-    evaluations: tuple[EvaluateSettings, ...] = Field((), description="texts that every variant is measured on")
-    uncompressed: bool = Field(True, description="also measure each model as it is")
-    reference: dict[str, float | None] = Field({}, description="published perplexity of the uncompressed model")
-    matrices: bool = Field(False, description="also print one row a matrix")
+    groups: ClassVar[tuple[str, ...]] = ("sweep",)
+    models: CommaList = Field((), description="Models; --model replaces them.")
+    variants: tuple[Variant, ...] = Field(min_length=1, description="Compressions of each model.")
+    evaluations: tuple[EvaluateSettings, ...] = Field((), description="Texts that every variant is evaluated on.")
+    uncompressed: bool = Field(True, description="Also evaluate each uncompressed model.")
+    reference: dict[str, float | None] = Field(
+        {}, description="Published perplexity of the uncompressed model, by model."
+    )
+    matrices: bool = Field(False, description="Also print one row per matrix.")
     keep_tuned: bool = Field(
-        False, description="keep tuned models in the cache once they are measured, for a later sweep to find again"
+        False, description="Keep tuned models in the cache after their evaluation, for a later sweep."
     )
 
     @model_validator(mode="before")

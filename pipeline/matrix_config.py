@@ -1,10 +1,14 @@
 """Settings that say which matrices are compressed, and how: flags and keys of configuration files as those of config.py are."""
 
-from typing import Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.validation import CommaList, Regex, Settings, Width
+from pipeline.validation import CommaList, Option, Regex, Settings, Width
+
+# headings of the flags in help and docs/cli.md
+_MATRICES, _BUDGET = "matrices to compress", "method and bit budget"
+_PAPER, _RTN = "form of SWSC (--preset paper)", "round to nearest (--method rtn)"
 
 # settings that one method alone understands
 _ONLY_FOR = {
@@ -27,65 +31,111 @@ _TUNED = {"best": 1, "data-free": 1}  # times, by preset
 class MatrixSettings(Settings):
     """Which matrices are compressed, and how."""
 
-    method: Literal["swsc", "rtn"] = Field("swsc", description="the paper's method, or its round-to-nearest baseline")
+    groups: ClassVar[tuple[str, ...]] = (_BUDGET, _MATRICES, _PAPER, _RTN)
+    method: Literal["swsc", "rtn"] = Field(
+        "swsc", description="Compression method: SWSC, or its round-to-nearest (RTN) baseline."
+    )
     preset: Literal["paper", "best", "fast", "data-free"] = Field(
         "paper",
-        description="paper: its form, 3 bits as it counts them unless told; best, fast: --bits alone, all else is chosen by"
-        " calibration; data-free: as best, calibrated on text that the model writes itself",
+        description="Configuration of SWSC: paper is the published method; best and fast choose the form of every matrix"
+        " by calibration, within --bits; data-free is best, calibrated on text that the model generates.",
     )
-    bits: float | None = Field(None, gt=0, le=32, description="budget in bits a weight (rtn: width of a code, 2-8)")
-    count: Literal["true", "paper"] | None = Field(
-        None,
-        description="what bits count: true = stored bytes (default with --bits), paper = Table II (default without)",
+    bits: Annotated[float | None, Option("BITS", default="3 with preset paper, required with the others")] = Field(
+        None, gt=0, le=32, description="Bit budget in bits per weight; for RTN, the width of a code (2 to 8)."
     )
-    cluster_share: float = Field(0.5, ge=0, le=1, description="share of the bits that goes to clusters")
-    clusters: int | None = Field(None, ge=0, description="number of clusters k; in place of --bits")
-    rank: int | None = Field(None, ge=0, description="rank r of the compensation; in place of --bits")
-    channel_axis: Literal["output", "input", "auto"] = Field(
-        "output", description="channels are rows (output) or columns (input); auto: smaller error at equal true bits"
+    count: Annotated[Literal["true", "paper"] | None, Option(group=_PAPER, default="true with --bits, else paper")] = (
+        Field(None, description="What --bits counts: stored bytes (true), or bits as in Table II of the paper (paper).")
     )
-    n_init: int | None = Field(
-        None, ge=1, le=1000, description="starts of K-Means (default: 16, or 4 for large matrices)"
+    cluster_share: Annotated[float, Option("SHARE", group=_PAPER)] = Field(
+        0.5, ge=0, le=1, description="Share of the bit budget for the clusters; the low-rank factors get the rest."
     )
-    metric: Literal["weights", "activations"] = Field(
-        "weights", description="squared errors of the weights (the paper), or of the layers' outputs (--calibration)"
+    clusters: Annotated[int | None, Option("K", group=_PAPER, default="from the bit budget")] = Field(
+        None, ge=0, description="Number of clusters, in place of --bits."
     )
-    segment_size: int | None = Field(
-        None, ge=1, description="weights of a channel that share on their own (default: the whole channel, the paper)"
+    rank: Annotated[int | None, Option("R", group=_PAPER, default="from the bit budget")] = Field(
+        None, ge=0, description="Rank of the SVD compensation, in place of --bits."
     )
-    codebooks: int = Field(1, ge=1, description="groups of rows that have a codebook of --clusters centroids each")
-    scaled: bool = Field(False, description="divide each row by a scale of its own before it shares")
-    feedback: bool = Field(False, description="feed the error of each block of columns into the columns before it")
-    rounds: int | None = Field(
+    channel_axis: Annotated[Literal["output", "input", "auto"], Option(group=_PAPER)] = Field(
+        "output",
+        description="Which channels are clustered: rows of the weight (output), columns (input), or those with the smaller"
+        " error at equal stored bits (auto).",
+    )
+    n_init: Annotated[int | None, Option(group=_PAPER, default="16, or 4 for large matrices")] = Field(
+        None, ge=1, le=1000, description="Number of K-Means initializations."
+    )
+    metric: Annotated[Literal["weights", "activations"], Option(group=_PAPER)] = Field(
+        "weights",
+        description="Error to minimize: squared error of the weights, or of the layer outputs on the --calibration text"
+        " (activations).",
+    )
+    segment_size: Annotated[int | None, Option(group=_PAPER, default="the whole channel")] = Field(
+        None, ge=1, description="Weights per segment, for vector quantization of channel segments."
+    )
+    codebooks: Annotated[int, Option(group=_PAPER)] = Field(
+        1,
+        ge=1,
+        description="Number of codebooks: the rows are split into as many groups, each with --clusters centroids.",
+    )
+    scaled: Annotated[bool, Option(group=_PAPER)] = Field(
+        False, description="Divide each row by its root mean square before clustering, and store the scale."
+    )
+    feedback: Annotated[bool, Option(group=_PAPER)] = Field(
+        False,
+        description="Compensate the error of each block of columns in the columns that are not quantized yet, as GPTQ does;"
+        " needs --metric activations and --segment-size.",
+    )
+    rounds: Annotated[int | None, Option(default="paper 0, fast 1, best and data-free 4")] = Field(
         None,
         ge=0,
         le=100,
-        description="most rounds of refitting, reassigning and decomposing again (default: preset's)",
+        description="Maximum number of refinement rounds: refit the centroids, reassign the segments, recompute the SVD.",
     )
-    centroid_bits: Width | None = Field(None, description="width of stored centroids (default: the storage dtype's)")
-    factor_bits: Width | None = Field(None, description="width of stored factors (default: the storage dtype's)")
+    centroid_bits: Annotated[Width | None, Option(group=_PAPER, default="those of --storage-dtype")] = Field(
+        None, description="Bits per stored centroid value."
+    )
+    factor_bits: Annotated[Width | None, Option(group=_PAPER, default="those of --storage-dtype")] = Field(
+        None, description="Bits per stored value of the low-rank factors."
+    )
     bits_over: Literal["selected", "model"] = Field(
-        "selected", description="but for paper: what --bits is the average of, selected matrices or the whole model"
+        "selected",
+        description="What --bits averages over: the selected matrices or the whole model; not for preset paper.",
     )
     allocation: Literal["measured", "uniform"] = Field(
-        "measured", description="but for paper: bits by measured sensitivity, or the same for every matrix"
+        "measured",
+        description="Distribution of the bits: by measured sensitivity, or equal for all matrices; not for preset paper.",
     )
-    tune: int | None = Field(
+    tune: Annotated[int | None, Option(default="best and data-free 1, others 0")] = Field(
         None,
         ge=0,
         le=100,
-        description="times that stored values are tuned on the calibration text, all matrices together (default: preset's)",
+        description="Passes over the calibration text that tune the stored values of all matrices, so that the model"
+        " predicts what the original predicts.",
     )
-    projectors: CommaList | None = Field(None, description="roles of the matrices to compress (default q,k)")
-    include: Regex = Field(None, description="regular expression of tensor names to compress")
-    exclude: Regex = Field(None, description="regular expression of tensor names to leave alone")
-    granularity: Literal["tensor", "channel", "group"] = Field("channel", description="rtn: what shares one scale")
-    group_size: int = Field(128, ge=1, description="rtn: weights that share a scale, with --granularity group")
-    symmetric: bool = Field(False, description="rtn: no zero points")
-    storage_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
-        None, description="dtype of centroids, factors and scales (default: the source's)"
+    projectors: Annotated[CommaList | None, Option("ROLES", group=_MATRICES, default="q,k, or none with --include")] = (
+        Field(
+            None, description="Roles of the matrices to compress, comma-separated, among q,k,v,o,gate,up,down,experts."
+        )
     )
-    seed: int = Field(0, ge=0, description="seed of the run")
+    include: Annotated[Regex, Option("REGEX", group=_MATRICES)] = Field(
+        None, description="Regular expression: also compress the tensors whose name it matches."
+    )
+    exclude: Annotated[Regex, Option("REGEX", group=_MATRICES)] = Field(
+        None, description="Regular expression: do not compress the tensors whose name it matches."
+    )
+    granularity: Annotated[Literal["tensor", "channel", "group"], Option(group=_RTN)] = Field(
+        "channel",
+        description="Which weights share one scale: all of a tensor, those of a channel, or a group within it.",
+    )
+    group_size: Annotated[int, Option(group=_RTN)] = Field(
+        128, ge=1, description="Weights per group, with --granularity group."
+    )
+    symmetric: Annotated[bool, Option(group=_RTN)] = Field(
+        False, description="Quantize symmetrically, without zero points."
+    )
+    storage_dtype: Annotated[Literal["float32", "float16", "bfloat16"] | None, Option(default="the checkpoint's")] = (
+        Field(None, description="Data type of the stored centroids, factors and scales.")
+    )
+    seed: int = Field(0, ge=0, description="Random seed of the run.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

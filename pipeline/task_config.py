@@ -1,11 +1,11 @@
 """Settings of tasks of lm-evaluation-harness, understood as it understands them."""
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config import MeasureSettings
-from pipeline.validation import CommaList
+from pipeline.validation import CommaList, Option
 
 
 def _four(value: object) -> object:
@@ -20,14 +20,22 @@ Seeds = Annotated[tuple[int, int, int, int], BeforeValidator(_four)]
 class TaskSettings(MeasureSettings):
     """Tasks of lm-evaluation-harness."""
 
-    tasks: CommaList = Field(
-        min_length=1, description="tasks, groups or patterns of lm-eval, or YAML files, separated by commas"
+    groups: ClassVar[tuple[str, ...]] = ("lm-eval tasks",)
+    tasks: Annotated[CommaList, Option("NAMES")] = Field(
+        min_length=1, description="Tasks, groups or patterns of lm-eval, or YAML files of tasks, comma-separated."
     )
-    include_path: str | None = Field(None, description="directory of further tasks as YAML files")
-    num_fewshot: int | None = Field(None, ge=0, description="examples before each question (default: the task's own)")
-    limit: float | None = Field(None, gt=0, description="first N documents of each task; below 1: share of them")
-    seed: Seeds = Field(
-        (0, 1234, 1234, 1234), description="seeds of Python, numpy, torch and few-shot examples; or one for all"
+    include_path: Annotated[str | None, Option("DIR")] = Field(
+        None, description="Directory of further tasks as YAML files."
+    )
+    num_fewshot: Annotated[int | None, Option(default="the task's own")] = Field(
+        None, ge=0, description="Number of few-shot examples before each question."
+    )
+    limit: Annotated[float | None, Option("N", default="all")] = Field(
+        None, gt=0, description="Evaluate the first N documents of each task; below 1, that share of them."
+    )
+    seed: Annotated[Seeds, Option("SEEDS")] = Field(
+        (0, 1234, 1234, 1234),
+        description="Seeds of Python, NumPy, PyTorch and few-shot examples, comma-separated; or one for all.",
     )
 
     @model_validator(mode="after")

@@ -1,8 +1,9 @@
 """How settings are checked: pydantic does, and `validated` turns its findings into one line that names all mistakes at once."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -38,10 +39,30 @@ CommaList = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
 Regex = Annotated[str | None, BeforeValidator(_compiled)]
 
 
+@dataclass(frozen=True)
+class Option:
+    """How help and docs/cli.md show a setting, as metadata of its field.
+
+    Attributes:
+        metavar: placeholder of the value; by default derived from the type.
+        default: what applies if the setting is not given, where the field's own default is None.
+        group: heading under which the flag is listed; by default the first of the class which declares the field.
+    """
+
+    metavar: str = ""
+    default: str = ""
+    group: str = ""
+
+
 class Settings(BaseModel):
-    """Base of all settings: unknown keys are mistakes, values never change."""
+    """Base of all settings: unknown keys are mistakes, values never change.
+
+    Attributes:
+        groups: headings under which help and docs/cli.md list the flags that the class declares, in their order.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    groups: ClassVar[tuple[str, ...]] = ("options",)
 
 
 Width = Annotated[Literal[4, 6, 8], BeforeValidator(_number)]
