@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check clean docs/cli.md
 
 demo: .venv/demo-installed
 	$(BIN)/swsc demo --out demo-output
@@ -23,7 +23,11 @@ check: .venv/test-installed
 	$(BIN)/ruff check . || failed=1; \
 	$(BIN)/ruff format --check . || failed=1; \
 	$(BIN)/mypy || failed=1; \
+	$(BIN)/python -m jobs.docs --check || failed=1; \
 	{ set +x; } 2>/dev/null; exit $$failed
+
+docs/cli.md: .venv/test-installed
+	$(BIN)/python -m jobs.docs
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

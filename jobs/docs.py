@@ -74,8 +74,8 @@ def _row(action: argparse.Action) -> str:
 
 def _keys_of_a_sweep() -> str:
     rows = [
-        f"| `{name}` | {_cell(help_of(field))} |\n"
-        for name, field in SweepSettings.model_fields.items()
+        f"| `{name}` | {_cell(help_of(SweepSettings, name))} |\n"
+        for name in SweepSettings.model_fields
         if name in SweepSettings.__annotations__
     ]
     return (

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic.fields import FieldInfo
-
 from jobs.parser import Parser
 from pipeline.config import ClusterSettings
 from pipeline.errors import ConfigError, OutputError
@@ -41,21 +39,22 @@ def add_setting(group: Any, kind: type[Settings], name: str, **replaced: Any) ->
     Args:
         replaced: arguments of `add_argument` that differ from those of the field.
     """
-    field = kind.model_fields[name]
-    given: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_of(field)}
-    if field.annotation is bool:
+    annotation = kind.model_fields[name].annotation
+    given: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_of(kind, name)}
+    if annotation is bool:
         given["action"] = "store_true"
-    elif choices := _choices(field.annotation):
+    elif choices := _choices(annotation):
         given["choices"] = Choices(choices)
     else:
-        given["metavar"] = _metavar(name, field)
+        given["metavar"] = _metavar(kind, name)
     given |= replaced
     group.add_argument(f"--{name.replace('_', '-')}", **given | {"help": given["help"].replace("%", "%%")})
 
 
-def help_of(field: FieldInfo) -> str:
+def help_of(kind: type[Settings], name: str) -> str:
     """Description and default of a setting."""
-    default = _option(field).default or _written(field.default)
+    field = kind.model_fields[name]
+    default = _option(kind, name).default or _written(field.default)
     return f"{field.description} [default: {default}]" if default else str(field.description)
 
 
@@ -63,11 +62,11 @@ def heading_of(kind: type[Settings], name: str) -> str:
     """The group of a setting: the one that its field names, else the first of the class which declares it."""
     bases = [base for base in reversed(kind.__mro__) if issubclass(base, Settings)]
     declaring = next(base for base in bases if name in base.model_fields)
-    return _option(kind.model_fields[name]).group or declaring.groups[0]
+    return _option(kind, name).group or declaring.groups[0]
 
 
-def _option(field: FieldInfo) -> Option:
-    return next((one for one in field.metadata if isinstance(one, Option)), Option())
+def _option(kind: type[Settings], name: str) -> Option:
+    return next((one for one in kind.model_fields[name].metadata if isinstance(one, Option)), Option())
 
 
 def _written(default: object) -> str:
@@ -86,10 +85,11 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     return tuple(value for part in get_args(annotation) for value in _choices(part))
 
 
-def _metavar(name: str, field: FieldInfo) -> str:
+def _metavar(kind: type[Settings], name: str) -> str:
     """Placeholder of a value."""
-    types = {field.annotation, *get_args(field.annotation)}
-    return _option(field).metavar or ("N" if int in types else "X" if float in types else name.upper())
+    annotation = kind.model_fields[name].annotation
+    types = {annotation, *get_args(annotation)}
+    return _option(kind, name).metavar or ("N" if int in types else "X" if float in types else name.upper())
 
 
 def settings_of(arguments: argparse.Namespace, *kinds: type[S]) -> list[Any]:

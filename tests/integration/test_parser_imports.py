@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jobs.cli import VERBS
+from jobs.verbs import VERBS
 
 HEAVY = {"torch", "transformers", "ray", "pyarrow", "huggingface_hub", "datasets", "safetensors"}
 _RUN = """
@@ -35,6 +35,12 @@ def test_help_of_no_verb_imports_what_takes_seconds() -> None:
     codes, packages = imported(["--help"], *([verb, "--help"] for verb in VERBS))
     assert codes == [0] * (1 + len(VERBS))
     assert not packages & HEAVY
+
+
+def test_the_list_of_verbs_needs_no_settings() -> None:
+    codes, packages = imported(["--help"], ["--version"])
+    assert codes == [0, 0]
+    assert not packages & {*HEAVY, "pydantic", "yaml", "rich", "shtab"}
 
 
 @pytest.mark.parametrize("argv", [["compress"], ["plan", "m", "--nothing"], ["press"], []])

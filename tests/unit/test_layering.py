@@ -67,6 +67,7 @@ DOORS = {
         "pipeline/task_config.py",
         "pipeline/validation.py",
     },
+    "shtab": {"jobs/completion.py"},
     "rich": {"pipeline/run/progress.py", "pipeline/report/tables.py"},
     "vllm": {"swsc_core/serving/vllm.py", "swsc_core/serving/vllm_experts.py"},
     "sglang": {"swsc_core/serving/sglang.py"},
