@@ -8,8 +8,8 @@ demo: .venv/demo-installed
 	$(BIN)/swsc demo --out demo-output
 
 # Two processes for what has no Ray; clusters one after the other, each wants the machine for itself. A part that fails holds up
-# none of the others. Each part ends with its slowest tests. KERNELS=avx2 (sse4, cbwr-avx2, compatible: tests/kernels.py) runs them
-# as on another processor.
+# none of the others. Each part ends with its slowest tests. KERNELS=avx2 (sse4, cbwr-avx2, compatible: tests/support/kernels.py) runs
+# them as on another processor.
 test: export KERNELS := $(or $(KERNELS),native)
 test: SLOWEST := --durations=15 --durations-min=1
 test: .venv/test-installed

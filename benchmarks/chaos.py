@@ -31,9 +31,9 @@ from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.owned import REPORT
 from pipeline.model.parts import DONE
 from pipeline.model.store import Store
-from tests.object_store import BUCKET, ObjectStore, as_client, object_store
-from tests.ray_cluster import ROOT, Cluster, end, ray_cluster, raylet_of, workers_at
-from tests.tiny import make_tiny_model
+from tests.support.object_store import BUCKET, ObjectStore, as_client, object_store
+from tests.support.ray_cluster import ROOT, Cluster, end, ray_cluster, raylet_of, workers_at
+from tests.support.tiny import make_tiny_model
 
 FLAGS = ["--bits", "4", "--n-init", "60"]
 LAYERS = 12

@@ -1,7 +1,7 @@
 """Claim: in aligned memory equal weights give equal logits under the kernels of any processor; elsewhere they agree to 5e-7 of the
 largest logit for windows and 2e-6 for single tokens.
 
-Tiny models of all families, their files shifted by 8, 24 and 40 bytes, under every row of tests/kernels.py, each in a process of
+Tiny models of all families, their files shifted by 8, 24 and 40 bytes, under every row of tests/support/kernels.py, each in a process of
 its own; single tokens and a window. Experiment beside it: which bytes of an output, and which digits of a perplexity, depend on
 the kernels. One thread.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import print_markdown
-from tests.kernels import KERNELS, VARIABLES, variables_of
+from tests.support.kernels import KERNELS, VARIABLES, variables_of
 
 _SHARED = ["--clusters", "16", "--segment-size", "4", "--scaled", "--rank", "2", "--factor-bits", "8"]
 _CALIBRATED = ["--bits", "3", "--calibration-windows", "4", "--calibration-seqlen", "64", "--calibration"]
@@ -55,7 +55,7 @@ def make_inputs(folder: Path) -> None:
     """A model and two texts, once for all: random numbers depend on the kernels, too."""
     import torch
 
-    from tests.tiny import make_text, make_tiny_model
+    from tests.support.tiny import make_text, make_tiny_model
 
     make_tiny_model(folder / "model", dtype=torch.float32)
     make_text(folder / "text.txt"), make_text(folder / "other.txt", seed=7)
@@ -85,8 +85,8 @@ def differences(folder: Path) -> dict[str, float]:
     import torch
 
     from swsc_core import align
-    from tests.families import MODELS
-    from tests.tiny import moved
+    from tests.support.families import MODELS
+    from tests.support.tiny import moved
 
     def passes(model: Any, ids: Any) -> Any:
         with torch.no_grad():

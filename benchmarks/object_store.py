@@ -24,8 +24,8 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.files import files_at
 from pipeline.model.object_files import READ_ONCE
 from pipeline.model.store import Store
-from tests.fault_proxy import FaultProxy
-from tests.object_store import BUCKET, ObjectStore, as_client, object_store
+from tests.support.fault_proxy import FaultProxy
+from tests.support.object_store import BUCKET, ObjectStore, as_client, object_store
 
 LIMITS = {"twice": 2.1, "once": 1.05}
 FLAGS = ["--projectors", "q,k", "--bits", "3", "--local"]

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.common import print_markdown
-from tests.tiny import make_text, make_tiny_model
+from tests.support.tiny import make_text, make_tiny_model
 
 LONGER = 15.0  # seconds that the second one's first output may come later than when it is alone
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.kernels import variables_of
+from tests.support.kernels import variables_of
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -12,8 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.update(variables_of(os.environ.get("KERNELS", "native")))  # before torch is imported, which happens below
 
-from tests.families import family  # noqa: F401 - a fixture
-from tests.tiny import make_text, make_tiny_model
+from tests.support.families import family  # noqa: F401 - a fixture
+from tests.support.tiny import make_text, make_tiny_model
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=10_000)

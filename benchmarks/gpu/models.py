@@ -33,7 +33,7 @@ def models(bench: Bench) -> Iterator[Finding]:
 def _make(path: Path, bench: Bench) -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests.tiny import save_tokenizer
+    from tests.support.tiny import save_tokenizer
 
     torch.manual_seed(0)
     width = bench.size(1024, 64)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ray_cluster import Cluster, ray_cluster
+from tests.support.ray_cluster import Cluster, ray_cluster
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from jobs.cli import main
-from tests.families import FamilyModel
-from tests.ray_cluster import RAY, ROOT, Cluster, ray_cluster, raylet_of, server_of, workers_at
-from tests.tiny import contents, make_text, make_tiny_model
+from tests.support.families import FamilyModel
+from tests.support.ray_cluster import RAY, ROOT, Cluster, ray_cluster, raylet_of, server_of, workers_at
+from tests.support.tiny import contents, make_text, make_tiny_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 FLAGS = ("--bits", "4", "--projectors", "q,k,down")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from tests.ray_cluster import ROOT, Cluster, free_port, ray_cluster
-from tests.tiny import contents
+from tests.support.ray_cluster import ROOT, Cluster, free_port, ray_cluster
+from tests.support.tiny import contents
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -27,7 +27,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "idle_timeout_minutes": 5,
         "provider": {
             "type": "external",
-            "module": "tests.autoscaler.LoopbackProvider",
+            "module": "tests.support.autoscaler.LoopbackProvider",
             "gcs_address": f"127.0.0.1:{port}",
         },
         "available_node_types": {"gpu": gpu, "ray.head.default": head},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray_cluster import ray_cluster
+from tests.support.ray_cluster import ray_cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -23,7 +23,7 @@ from pipeline.run.driver import TaskList, execute
 from pipeline.run.progress import Progress
 from pipeline.run.task import Destination, Task
 from pipeline.tuning.job import KeepState
-from tests.hanging import HangsOnce
+from tests.support.hanging import HangsOnce
 
 address, folder, mark = sys.argv[1:]
 pool = make_pool(ClusterSettings(address=address, workers=1, task_deadline=8), 1, 1)

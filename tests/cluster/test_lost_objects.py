@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray_cluster import ROOT, end, ray_cluster, raylet_of
-from tests.tiny import make_tiny_model
+from tests.support.ray_cluster import ROOT, end, ray_cluster, raylet_of
+from tests.support.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

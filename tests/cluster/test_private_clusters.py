@@ -14,8 +14,8 @@ import pytest
 from benchmarks import two_commands
 from jobs.cli import main
 from pipeline.model.checkpoint import MANIFEST
-from tests.ray_cluster import ROOT
-from tests.tiny import contents
+from tests.support.ray_cluster import ROOT
+from tests.support.tiny import contents
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 FLAGS = ["--projectors", "q,k,down", "--bits", "4"]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from tests.offline_tasks import TASKS, findings, make_tasks
-from tests.ray_cluster import ROOT, Cluster, workers_at
+from tests.support.offline_tasks import TASKS, findings, make_tasks
+from tests.support.ray_cluster import ROOT, Cluster, workers_at
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -32,7 +32,7 @@ from pipeline.run.worker import Worker
 from pipeline.tuning.job import MeasureDivergence, TuneGradients, TuneStep
 from swsc_core import RtnSpec, SwscSpec
 from tests.cuda_stand_in.device import StandIn
-from tests.tiny import save_tokenizer
+from tests.support.tiny import save_tokenizer
 
 LENGTH = 24
 _SMALL = {

@@ -16,7 +16,7 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.matrices import find_matrix
 from pipeline.run.worker import Worker
 from swsc_core import RtnSpec
-from tests.tiny import contents, make_text, make_tiny_model
+from tests.support.tiny import contents, make_text, make_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 NAME = "model.layers.0.self_attn.q_proj.weight"

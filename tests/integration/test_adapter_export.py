@@ -21,7 +21,7 @@ from pipeline.run.task import JobContext
 from pipeline.run.worker import Worker
 from swsc_core import SwscSpec, encode
 from swsc_core.methods import matrix_of
-from tests.tiny import contents, make_tiny_model
+from tests.support.tiny import contents, make_tiny_model
 
 SEGMENTS = ["--clusters", "16", "--segment-size", "4", "--scaled", "--include", "proj"]
 FORMS = {

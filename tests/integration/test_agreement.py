@@ -28,7 +28,7 @@ from pipeline.errors import CheckpointError
 from pipeline.model.agreement import require_agreement
 from pipeline.model.artifact import open_model
 from pipeline.model.weight_files import SINGLE
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 Weights = dict[str, torch.Tensor]
 _COARSE = ["--clusters", "4", "--rank", "2", "--n-init", "1", "--preset", "paper", "--local"]

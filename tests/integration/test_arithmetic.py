@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jobs.cli import main
-from tests.tiny import contents
+from tests.support.tiny import contents
 
 ARGV = ("--bits", "4", "--local")
 GPU = "NVIDIA H200"

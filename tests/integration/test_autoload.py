@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from jobs.cli import main
-from tests.offline_tasks import make_tasks
-from tests.tiny import make_tiny_model
+from tests.support.offline_tasks import make_tasks
+from tests.support.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 LOAD = "from transformers import AutoModelForCausalLM as A; print(type(A.from_pretrained(DIRECTORY).model.layers[0].self_attn.q_proj).__name__)"

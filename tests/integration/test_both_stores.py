@@ -14,8 +14,8 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.files import files_at
 from pipeline.model.mirror import small_files
 from pipeline.model.store import Store
-from tests import google_store, object_store
-from tests.tiny import contents
+from tests.support import google_store, object_store
+from tests.support.tiny import contents
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])

@@ -26,7 +26,7 @@ from pipeline.model.store import Store
 from pipeline.run.local_pool import LocalPool
 from pipeline.run.task import JobContext
 from pipeline.run.worker import Worker
-from tests.tiny import WORDS, contents, make_text, make_tiny_model
+from tests.support.tiny import WORDS, contents, make_text, make_tiny_model
 
 ROLES = "q,k,v,o,gate,up,down"
 SHORT = ["--calibration-windows", "6", "--calibration-seqlen", "32"]

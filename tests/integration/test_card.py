@@ -20,8 +20,8 @@ from pipeline.model import lease, store
 from pipeline.model.amend import amend
 from pipeline.model.checkpoint import MANIFEST, read_header
 from pipeline.model.store import Store
-from tests.faults import FaultyFiles
-from tests.tiny import contents, make_text
+from tests.support.faults import FaultyFiles
+from tests.support.tiny import contents, make_text
 
 OF_THE_SOURCE = """---
 license: other

@@ -9,7 +9,7 @@ import transformers as t
 
 from jobs.cli import main
 from pipeline.model.causality import sees_ahead
-from tests.tiny import make_text, save_tokenizer
+from tests.support.tiny import make_text, save_tokenizer
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,

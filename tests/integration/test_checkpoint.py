@@ -18,7 +18,7 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.parts import read_tensor
 from pipeline.model.plan import make_plan
 from pipeline.model.weight_files import INDEX
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 
 @pytest.fixture

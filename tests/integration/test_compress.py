@@ -25,7 +25,7 @@ from pipeline.model.lease import Ticket
 from pipeline.model.parts import read_tensor
 from pipeline.run import local_pool
 from swsc_core import SwscSpec, encode
-from tests.tiny import contents, make_tiny_model
+from tests.support.tiny import contents, make_tiny_model
 
 
 def compress(model: Path, output: Path, *flags: str) -> dict[str, Any]:

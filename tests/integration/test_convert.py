@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
-from tests.families import tensors_of
-from tests.tiny_gguf import INNER, Q8, make_tiny_gguf, tensors
+from tests.support.families import tensors_of
+from tests.support.tiny_gguf import INNER, Q8, make_tiny_gguf, tensors
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ import jobs.demo
 from jobs.cli import main
 from pipeline.model import places
 from pipeline.model.checkpoint import MANIFEST
-from tests.tiny import make_text, make_tiny_model
-from tests.tiny_gguf import make_tiny_gguf
+from tests.support.tiny import make_text, make_tiny_model
+from tests.support.tiny_gguf import make_tiny_gguf
 
 SMALL = ("--projectors", "q,k", "--clusters", "8", "--rank", "2", "--local")
 CALIBRATED = (

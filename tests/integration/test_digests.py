@@ -15,7 +15,7 @@ from pipeline.model.checkpoint import MANIFEST, open_checkpoint
 from pipeline.model.digests import by_file, digests_of, known_ranges, read_sums, require_same, with_digests
 from pipeline.model.files import LocalFiles
 from pipeline.model.store import Store
-from tests.tiny import contents, make_text
+from tests.support.tiny import contents, make_text
 
 FLAGS = ["--bits", "4", "--local"]
 WEIGHT, COPIED = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"

@@ -21,7 +21,7 @@ from pipeline.model.parts import Payload
 from pipeline.model.store import Store
 from pipeline.run.worker import Worker
 from swsc_core import SwscSpec
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 
 def evaluate(model: Path, text: Path, tmp_path: Path, *flags: str) -> dict[str, Any]:

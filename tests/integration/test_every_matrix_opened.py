@@ -10,8 +10,8 @@ import torch
 import transformers as t
 
 from jobs.cli import main
-from tests.families import MODELS, FamilyModel, tensors_of
-from tests.tiny import make_text, save_tokenizer
+from tests.support.families import MODELS, FamilyModel, tensors_of
+from tests.support.tiny import make_text, save_tokenizer
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

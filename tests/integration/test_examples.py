@@ -14,7 +14,7 @@ from examples import compare_two_models, load_and_chat, lora_recovery
 from jobs.cli import main
 from pipeline.errors import TextError
 from swsc_core import align
-from tests.tiny import make_text, make_tiny_model
+from tests.support.tiny import make_text, make_tiny_model
 
 
 @pytest.fixture(scope="module")

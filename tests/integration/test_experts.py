@@ -23,7 +23,7 @@ from pipeline.measure.calibration import Calibrator
 from pipeline.measure.parameter_lookup import find_parameter
 from pipeline.measure.perplexity import ModelKey
 from pipeline.model.artifact import open_model
-from tests.tiny import WORDS, make_text
+from tests.support.tiny import WORDS, make_text
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

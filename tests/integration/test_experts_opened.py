@@ -14,7 +14,7 @@ from transformers import AutoModel
 import swsc_core.hf.lora  # noqa: F401  # puts adapters on compressed layers
 from jobs.cli import main
 from swsc_core import SwscLinear
-from tests.families import MODELS, FamilyModel, experts_of, tensors_of
+from tests.support.families import MODELS, FamilyModel, experts_of, tensors_of
 
 EXPERTS = ("--projectors", "experts")
 _WIDTHS = ("--centroid-bits", "8", "--factor-bits", "8")

@@ -19,7 +19,7 @@ from jobs.cli import main
 from swsc_core.format import part_name
 from swsc_core.hf.experts import lay_apart, require_eager
 from swsc_core.hf.names import Names
-from tests.families import FamilyModel, experts_of, tensors_of
+from tests.support.families import FamilyModel, experts_of, tensors_of
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from jobs.cli import main
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 TEMPLATES = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
 QK = ["--projectors", "q,k", "--clusters", "8", "--rank", "2", "--local"]

@@ -18,8 +18,8 @@ from pipeline.model.plan import make_plan
 from pipeline.model.weight_files import INDEX
 from swsc_core import decode
 from swsc_core.methods import entry_of
-from tests.families import STACKED, FamilyModel, tensors_of
-from tests.tiny import make_text
+from tests.support.families import STACKED, FamilyModel, tensors_of
+from tests.support.tiny import make_text
 
 # what is no matrix that every token is multiplied by: embeddings, heads, routers, norms, biases, all that looks at pictures
 _OTHERS = re.compile(

@@ -7,7 +7,7 @@ import torch
 
 import swsc_core.hf
 from swsc_core import SwscJoined, SwscLinear
-from tests.families import FamilyModel
+from tests.support.families import FamilyModel
 
 
 @pytest.fixture(scope="module")

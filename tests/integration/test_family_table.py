@@ -11,7 +11,7 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.families import FAMILIES, Family
 from pipeline.model.matrices import matrices_of
 
-# three forms of it in tests/families.py; has no code in transformers; is part of a multimodal one there
+# three forms of it in tests/support/families.py; has no code in transformers; is part of a multimodal one there
 _ELSEWHERE = {"falcon", "internlm2", "qwen3_vl_moe_text"}
 _KINDS = [kind for kind in FAMILIES if kind not in _ELSEWHERE and not kind.endswith("_vl_text")]
 _DENSE = {"qwen3_moe", "olmoe"}  # every layer is a mixture, unless mlp_only_layers says otherwise

@@ -9,8 +9,8 @@ from jobs.cli import main
 from pipeline.model import lease, store
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.files import LocalFiles
-from tests.faults import MODES, FaultyFiles
-from tests.tiny import contents, make_tiny_model
+from tests.support.faults import MODES, FaultyFiles
+from tests.support.tiny import contents, make_tiny_model
 
 FLAGS = ["--local", "--projectors", "q,k", "--clusters", "4", "--rank", "1", "--n-init", "1"]
 

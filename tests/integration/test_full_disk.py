@@ -17,7 +17,7 @@ from pipeline.model import store
 from pipeline.model.files import Bytes, LocalFiles
 from pipeline.run.local_pool import LocalPool
 from pipeline.run.task import Task, as_swsc_error
-from tests.tiny import contents, make_text
+from tests.support.tiny import contents, make_text
 
 COMPRESS = ["--local", "--projectors", "q,k", "--clusters", "4", "--rank", "1", "--n-init", "1"]
 TUNE = ["--local", "--preset", "best", "--bits", "3", "--tune", "1", "--calibration-windows", "12"]

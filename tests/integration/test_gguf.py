@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from tests.tiny import make_text
-from tests.tiny_gguf import make_tiny_gguf
+from tests.support.tiny import make_text
+from tests.support.tiny_gguf import make_tiny_gguf
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--clusters", "4", "--rank", "2", "--local")

@@ -22,7 +22,7 @@ from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.plan import make_plan
 from pipeline.model.weight_files import INDEX, SINGLE
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 MOST_BYTES = 100_000_000  # that opening one may allocate
 MOST_SECONDS = 2.0  # of a core, that opening one may take: a clock on the wall would time the machine

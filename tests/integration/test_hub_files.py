@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from jobs.cli import main
-from tests.tiny import make_text, make_tiny_model
+from tests.support.tiny import make_text, make_tiny_model
 
 SHORT = ["--calibration-windows", "6", "--calibration-seqlen", "32", "--local", "--preset", "best", "--tune", "0"]
 

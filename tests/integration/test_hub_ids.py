@@ -10,8 +10,8 @@ import pytest
 
 from jobs.cli import main
 from pipeline.model.checkpoint import MANIFEST
-from tests.hub_server import REPO, hub
-from tests.tiny import contents
+from tests.support.hub_server import REPO, hub
+from tests.support.tiny import contents
 
 ROOT = Path(__file__).parents[2]
 

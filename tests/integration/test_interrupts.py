@@ -16,8 +16,8 @@ from jobs.cli import main
 from pipeline.model import lease, store
 from pipeline.model.files import LocalFiles
 from pipeline.run import interrupt
-from tests.faults import FaultyFiles
-from tests.tiny import contents, make_tiny_model
+from tests.support.faults import FaultyFiles
+from tests.support.tiny import contents, make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--local", "--projectors", "q,k", "--clusters", "4", "--rank", "1", "--n-init", "1"]

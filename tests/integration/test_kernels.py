@@ -1,7 +1,7 @@
 """Equal bits, on any processor: where a file's header leaves the weights changes nothing that we measure or write.
 
 Kernels that care where an operand begins are not those of every processor; `test_claims_about_bits_hold_under_other_kernels`
-runs these and some of the other claims under the kernels of tests/kernels.py.
+runs these and some of the other claims under the kernels of tests/support/kernels.py.
 """
 
 import json
@@ -19,9 +19,9 @@ from jobs.cli import main
 from pipeline.measure.perplexity import ModelKey, forward, load_model
 from pipeline.model.artifact import open_model
 from swsc_core.alignment import align, is_aligned
-from tests.families import FamilyModel
-from tests.kernels import VARIABLES
-from tests.tiny import contents, make_tiny_model, moved, save_tokenizer
+from tests.support.families import FamilyModel
+from tests.support.kernels import VARIABLES
+from tests.support.tiny import contents, make_tiny_model, moved, save_tokenizer
 
 OFFSETS = (0, 8, 40)
 CLAIMS = (

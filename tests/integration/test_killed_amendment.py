@@ -12,7 +12,7 @@ import pytest
 from jobs.cli import main
 from pipeline.model.amend import amend, settle
 from pipeline.model.store import Store
-from tests.tiny import contents
+from tests.support.tiny import contents
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from jobs.cli import main
 from pipeline.device import require_kind
 from pipeline.run.local_pool import LocalPool
 from pipeline.run.task import TaskResult
-from tests.tiny import contents
+from tests.support.tiny import contents
 
 FLAGS = ["--local", "--projectors", "q,k", "--clusters", "4", "--rank", "1", "--n-init", "1"]
 

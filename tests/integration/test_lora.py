@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import swsc_core.hf.lora
 from jobs.cli import main
 from swsc_core import SwscLinear, align
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 SEGMENTS = ["--include", "proj", "--clusters", "16", "--segment-size", "4", "--scaled"]
 FORMS = {

@@ -13,7 +13,7 @@ from pipeline.flows import calibrate, tune
 from pipeline.run import cluster
 from pipeline.run.local_pool import LocalPool
 from pipeline.run.task import Task, TaskResult
-from tests.tiny import contents, make_text
+from tests.support.tiny import contents, make_text
 
 FLAGS = ["--local", "--calibration-windows", "32", "--calibration-seqlen", "32", "--clusters", "16", "--rank", "2"]
 FLAGS += ["--segment-size", "4", "--scaled", "--centroid-bits", "8", "--projectors", "q,k", "--metric", "activations"]

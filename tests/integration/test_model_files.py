@@ -16,7 +16,7 @@ from pipeline.measure.perplexity import ModelKey, load_model
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.weight_files import INDEX, SINGLE
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 _KEY = "model.layers.0.self_attn.q_proj.weight"
 

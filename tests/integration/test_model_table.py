@@ -23,7 +23,7 @@ from pipeline.model.leftovers import ties_of
 from pipeline.model.plan import make_plan
 from pipeline.model.weight_files import INDEX, SINGLE
 from swsc_core.hf.names import Names, saved_name
-from tests.families import MODELS
+from tests.support.families import MODELS
 
 _QUICK = ("llama 3", "gemma2", "gpt2", "bloom", "qwen3_moe", "gemma3 with vision", "qwen3_vl_moe", "tied gpt_neox")
 EXTRA: dict[str, Callable[[], Any]] = {

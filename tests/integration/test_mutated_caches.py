@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from jobs.cli import main
 from pipeline.model import speed
-from tests.bounded import ends
-from tests.gguf_tree import changed_gguf, parsed
-from tests.mutations import changed_header, changed_json, changed_yaml, patient
-from tests.tiny import make_text, make_tiny_model
-from tests.tiny_gguf import make_tiny_gguf
+from tests.support.bounded import ends
+from tests.support.gguf_tree import changed_gguf, parsed
+from tests.support.mutations import changed_header, changed_json, changed_yaml, patient
+from tests.support.tiny import make_text, make_tiny_model
+from tests.support.tiny_gguf import make_tiny_gguf
 
 DATA_FREE = [
     "--local", "--preset", "data-free", "--bits", "3", "--tune", "1", "--projectors", "q", "--calibration-windows", "4",

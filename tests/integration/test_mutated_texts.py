@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import TextError
 from pipeline.measure.texts import read_text
-from tests.bounded import bounded
-from tests.mutations import changed_bytes, changed_json, patient
+from tests.support.bounded import bounded
+from tests.support.mutations import changed_bytes, changed_json, patient
 
 ROWS = [{"text": "one two", "n": 1}, {"text": "three", "n": None}]
 LINES = "\n".join(map(json.dumps, ROWS)).encode()

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from jobs.cli import main
 from pipeline.errors import ConfigError
 from pipeline.model import lease, speed
-from tests.bounded import MOST_BYTES, bounded, ends
-from tests.gguf_tree import Array, changed_gguf, parsed, written
-from tests.mutations import changed_bytes, changed_json, changed_yaml, patient
-from tests.tiny import make_text, make_tiny_model
-from tests.tiny_gguf import make_tiny_gguf
+from tests.support.bounded import MOST_BYTES, bounded, ends
+from tests.support.gguf_tree import Array, changed_gguf, parsed, written
+from tests.support.mutations import changed_bytes, changed_json, changed_yaml, patient
+from tests.support.tiny import make_text, make_tiny_model
+from tests.support.tiny_gguf import make_tiny_gguf
 
 QK = ["--projectors", "q,k", "--clusters", "8", "--rank", "2", "--local"]
 CONFIG = {"preset": "paper", "projectors": ["q", "k"], "clusters": 8, "rank": 2, "storage-dtype": "float16", "seed": 3}
@@ -74,7 +74,7 @@ def test_bounds_are_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
         b"\1" * (MOST_BYTES + (10 << 20))
     with bounded():
         b"\1" * (MOST_BYTES // 2)
-    monkeypatch.setattr("tests.bounded.MOST_SECONDS", 0.01)
+    monkeypatch.setattr("tests.support.bounded.MOST_SECONDS", 0.01)
     with pytest.raises(AssertionError, match=r"0\.. s"), bounded():
         time.sleep(0.1)
 

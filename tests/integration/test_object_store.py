@@ -15,9 +15,9 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.files import files_at
 from pipeline.model.plan import make_plan
 from pipeline.model.store import Store
-from tests.object_store import BUCKET, ObjectStore, as_client, object_store, stored, upload
-from tests.offline_tasks import findings, make_tasks
-from tests.tiny import contents, make_text
+from tests.support.object_store import BUCKET, ObjectStore, as_client, object_store, stored, upload
+from tests.support.offline_tasks import findings, make_tasks
+from tests.support.tiny import contents, make_text
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pipeline.flows.restore_job import RestoreTensors
 from pipeline.model.checkpoint import MANIFEST, RUN
 from pipeline.model.store import Store
 from pipeline.run.task import JobContext
-from tests.tiny import contents, make_text, make_tiny_model
+from tests.support.tiny import contents, make_text, make_tiny_model
 
 
 def compress(model: Path, output: Path, *flags: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from tests.tiny import make_text
+from tests.support.tiny import make_text
 
 QK = ["--include", "q_proj|k_proj"]  # roles of a family that is not known are not guessed
 _CODE = """

@@ -11,8 +11,8 @@ import pytest
 
 from jobs.cli import main
 from pipeline import VERSION
-from tests.hub_server import PushedHub, Repo, client_of, pushed_hub
-from tests.tiny import contents
+from tests.support.hub_server import PushedHub, Repo, client_of, pushed_hub
+from tests.support.tiny import contents
 
 ROOT = Path(__file__).parents[2]
 TOKEN, REPO = "hf_SecretOfTheTest", "org/tiny-swsc"

@@ -14,7 +14,7 @@ from jobs.cli import main
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.parts import read_tensor
-from tests.families import tensors_of
+from tests.support.families import tensors_of
 
 
 def by_block(weight: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.cli import main
 from pipeline.measure.texts import Text
-from tests.tiny import make_text
+from tests.support.tiny import make_text
 
 ADDRESS = "https://me:secret@host/text.txt?signature=secret"
 

@@ -18,8 +18,8 @@ from pipeline.measure.calibration import Calibrator
 from pipeline.measure.perplexity import ModelKey
 from pipeline.model.artifact import open_model
 from pipeline.model.store import Store
-from tests.families import FamilyModel, tensors_of
-from tests.tiny import make_text
+from tests.support.families import FamilyModel, tensors_of
+from tests.support.tiny import make_text
 
 GATE_UP = {
     "llama4": "model.layers.1.feed_forward.experts.gate_up_proj",

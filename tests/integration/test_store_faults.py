@@ -12,9 +12,9 @@ from pipeline.model import confirmed, lease, object_files
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.object_files import PATIENCE, CredentialsRefused
 from pipeline.model.store import Store
-from tests.fault_proxy import FaultProxy
-from tests.object_store import BUCKET, as_client, object_store, stored, upload
-from tests.tiny import contents, make_tiny_model
+from tests.support.fault_proxy import FaultProxy
+from tests.support.object_store import BUCKET, as_client, object_store, stored, upload
+from tests.support.tiny import contents, make_tiny_model
 
 FLAGS = ["--bits", "4", "--local"]
 

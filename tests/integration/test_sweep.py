@@ -22,7 +22,7 @@ from pipeline.run.local_pool import LocalPool
 from pipeline.run.task import JobContext, Task
 from pipeline.run.worker import Worker
 from pipeline.validation import validated
-from tests.tiny import WORDS, make_tiny_model
+from tests.support.tiny import WORDS, make_tiny_model
 
 VARIANTS: list[dict[str, Any]] = [
     {"name": "q", "projectors": "q", "bits": 4},

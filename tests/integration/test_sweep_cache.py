@@ -17,7 +17,7 @@ from pipeline.measure.tuner import Tuned
 from pipeline.model.files import Bytes, LocalFiles
 from pipeline.run.local_pool import LocalPool
 from pipeline.run.task import Task
-from tests.tiny import make_text, make_tiny_model
+from tests.support.tiny import make_text, make_tiny_model
 
 TUNED = {"preset": "best", "bits": 3, "projectors": "q"}
 

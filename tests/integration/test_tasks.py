@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from jobs.cli import main
-from tests.offline_tasks import TASKS, findings, make_tasks
-from tests.tiny import make_tiny_model
+from tests.support.offline_tasks import TASKS, findings, make_tasks
+from tests.support.tiny import make_tiny_model
 
 
 @pytest.fixture(scope="module")

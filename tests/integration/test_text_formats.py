@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from tests.tiny import contents, make_text
+from tests.support.tiny import contents, make_text
 
 SHORT = ["--calibration-windows", "6", "--calibration-seqlen", "32", "--local"]
 MEASURED = ["--seqlen", "32", "--windows", "4", "--local"]

@@ -18,7 +18,7 @@ import swsc_core.hf
 from jobs.cli import main
 from swsc_core import SwscEmbedding, SwscLinear, align
 from swsc_core.format import FORMAT_VERSION
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 EVERYTHING = ["--include", "proj|embed_tokens"]
 SEGMENTS = ["--clusters", "16", "--segment-size", "4", "--scaled"]

@@ -17,8 +17,8 @@ from pipeline.model.artifact import open_model
 from pipeline.run import local_pool
 from pipeline.run.task import JobContext
 from pipeline.tuning.job import TuneStep
-from tests.families import FamilyModel
-from tests.tiny import contents, make_text
+from tests.support.families import FamilyModel
+from tests.support.tiny import contents, make_text
 
 FLAGS = ["--local", "--calibration-windows", "32", "--calibration-seqlen", "32", "--clusters", "16", "--rank", "2"]
 FLAGS += ["--segment-size", "4", "--scaled", "--centroid-bits", "8", "--factor-bits", "8", "--projectors", "q,k,v,down"]

@@ -14,7 +14,7 @@ from pipeline.model.checkpoint import RUN
 from pipeline.model.files import Bytes
 from pipeline.model.parts import Part, Payload, commit
 from pipeline.model.store import Store
-from tests.tiny import contents
+from tests.support.tiny import contents
 
 
 def compress(model: Path, output: Path, *flags: str) -> int:

@@ -24,11 +24,11 @@ from pipeline.model.checkpoint import MANIFEST, open_checkpoint
 from pipeline.model.digests import digests_of
 from pipeline.model.files import LocalFiles
 from pipeline.model.source_digests import SourceDigests, digests_of_source, verified_as
-from tests.families import MODELS
-from tests.fault_proxy import FaultProxy
-from tests.object_store import BUCKET, as_client, object_store, upload
-from tests.offline_tasks import make_tasks
-from tests.tiny import contents, make_text, make_tiny_model, save_tokenizer
+from tests.support.families import MODELS
+from tests.support.fault_proxy import FaultProxy
+from tests.support.object_store import BUCKET, as_client, object_store, upload
+from tests.support.offline_tasks import make_tasks
+from tests.support.tiny import contents, make_text, make_tiny_model, save_tokenizer
 
 SHORT = ["--local", "--calibration-windows", "8", "--calibration-seqlen", "32"]
 FAST = [*SHORT, "--preset", "fast", "--bits", "4"]  # moments, and curves by which bits are allocated

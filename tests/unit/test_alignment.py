@@ -14,7 +14,7 @@ from pipeline.model.parts import Part, read_tensor, to_part, to_tensor
 from pipeline.model.store import Store
 from swsc_core.alignment import ALIGNMENT, align, aligned, is_aligned
 from swsc_core.safetensors_header import DTYPES
-from tests.tiny import moved
+from tests.support.tiny import moved
 
 
 def placed(values: torch.Tensor, offset: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import CheckpointError
 from pipeline.model.gguf_bounds import require_bounded
-from tests.tiny_gguf import make_tiny_gguf
+from tests.support.tiny_gguf import make_tiny_gguf
 
 HUGE = 2**40
 

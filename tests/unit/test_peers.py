@@ -23,7 +23,7 @@ from benchmarks.peers.rows import DEFAULT, HEADER, PEERS, Row, cells, key, rows_
 from benchmarks.peers.script import CHANNEL, WHOLE_TENSOR, Outcome, Refusal, arguments, description, run, selected
 from pipeline.config import CalibrationSettings
 from pipeline.measure.windows import calibration_windows
-from tests.tiny import make_text, make_tiny_model
+from tests.support.tiny import make_text, make_tiny_model
 
 COMMON = {
     "model": "m", "text": "t", "seqlen": 8, "windows": 1, "dtype": "float32", "include": "q_proj", "calibration": "c",

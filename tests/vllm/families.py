@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from swsc_core import RtnSpec, SwscSpec
 from swsc_core.row_blocks import RowBlocks
 from swsc_core.spec import Spec
-from tests.tiny import save_tokenizer
+from tests.support.tiny import save_tokenizer
 from tests.vllm.checkpoints import compress
 
 OUTPUT, INPUT, RTN = SwscSpec(20, 4), SwscSpec(20, 4, "input"), RtnSpec(4, "group", 16)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from swsc_core import RtnSpec, SwscSpec
 from swsc_core.spec import Spec
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 from tests.vllm.checkpoints import by_vllm, compress, prompts, require_equal_tokens
 
 pytest.importorskip("vllm", reason="vLLM is not installed (docs/vllm.md)")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import WORDS
+from tests.support.tiny import WORDS
 
 TASKS = ["tiny_group", "tiny_rolling", "tiny_write", "tiny_drawn"]
 

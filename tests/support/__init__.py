@@ -1,0 +1,1 @@
+"""Tiny models, stand-ins for services and a real Ray cluster: what tests and benchmarks share."""
