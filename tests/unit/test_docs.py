@@ -14,6 +14,9 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 
+PAGE_OF_FLAGS = ROOT / "docs" / "cli.md"
+PAGES_WITH_OTHER_FLAGS = ("docs/experiments.md", "docs/vllm.md", "benchmarks/README.md")  # those of other tools, too
+
 # Words of the "not" column of the glossary, and the word to use.
 AVOIDED = {
     r"foretells?|foretold|forecasts?": "estimate, predicted",
@@ -81,3 +84,11 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     folders = "swsc_core|pipeline|jobs|tests|configs|examples|benchmarks|deploy|docs|autoload"
     named = re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", page.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _name(page) not in PAGES_WITH_OTHER_FLAGS], ids=_name)
+def test_flags_that_a_page_shows_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    commands = re.findall(r"^ {4}swsc .*(?:\\\n.*)*", text, re.MULTILINE) + re.findall(r"`((?:swsc |--)[^`]*)`", text)
+    shown = {flag for command in commands for flag in re.findall(r"--[a-z][a-z-]*", command.partition(" #")[0])}
+    assert shown - set(re.findall(r"--[a-z][a-z-]*", PAGE_OF_FLAGS.read_text(encoding="utf-8"))) == set()
