@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.finding import Bench, Finding
 from pipeline.calibration.job import GatherMoments
 from pipeline.evaluation.job import MeasureLosses
-from pipeline.measure.perplexity import ModelKey
+from pipeline.measure.loading import ModelKey
 from pipeline.measure.tuner import TuneKey
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.measure.calibration import Calibrator, sums_payload
-from pipeline.measure.perplexity import ModelKey
+from pipeline.measure.loading import ModelKey
 from pipeline.model.digests import Seen
 from pipeline.model.parts import Payload, to_part, to_tensor
 from pipeline.run.task import JobContext, JobOutput

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.measure.perplexity import Evaluator, ModelKey
+from pipeline.measure.loading import ModelKey
+from pipeline.measure.perplexity import Evaluator
 from pipeline.run.task import JobContext, JobOutput
 
 

@@ -18,7 +18,7 @@ from pipeline.device import Arithmetic
 from pipeline.errors import PayloadLost
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.preflight import require_room
-from pipeline.measure.perplexity import ModelKey
+from pipeline.measure.loading import ModelKey
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.digests import Seen
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes, moment_bytes

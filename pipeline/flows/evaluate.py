@@ -9,8 +9,9 @@ import numpy as np
 from pipeline.config import EvaluateSettings, MeasureSettings
 from pipeline.evaluation.job import MeasureLosses, WindowLosses
 from pipeline.flows.compress import PoolMaker, run_alone
+from pipeline.measure.loading import ModelKey
 from pipeline.measure.overlap import require_apart
-from pipeline.measure.perplexity import ModelKey, perplexity
+from pipeline.measure.perplexity import perplexity
 from pipeline.measure.texts import read_text
 from pipeline.measure.windows import Windows, make_windows, require_within
 from pipeline.model.artifact import Model, open_model

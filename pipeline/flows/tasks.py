@@ -13,7 +13,7 @@ from pipeline.evaluation.lm_eval_job import AnswerRequests, RequestAnswers
 from pipeline.flows.compress import PoolMaker
 from pipeline.flows.evaluate import model_key, require_unseen
 from pipeline.measure.harness import harness
-from pipeline.measure.perplexity import ModelKey
+from pipeline.measure.loading import ModelKey
 from pipeline.measure.windows import require_within
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.measure.perplexity import ModelKey, skeleton
+from pipeline.measure.loading import ModelKey, skeleton
 from pipeline.model.artifact import Model
 from swsc_core.codec import checked_matrix_of
 from swsc_core.location import MatrixLocation

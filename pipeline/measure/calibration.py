@@ -19,7 +19,7 @@ import torch
 from pipeline.device import deterministic, ordered_scans
 from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.measure.hooks import Hooks, Sums
-from pipeline.measure.perplexity import ModelKey, forward, load_model
+from pipeline.measure.loading import ModelKey, forward, load_model
 from pipeline.model.artifact import open_model, part_name
 from pipeline.model.digests import Seen
 from pipeline.model.parts import Payload, to_part

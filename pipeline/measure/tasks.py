@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from pipeline.errors import NonFiniteError, SwscError, TaskError, first_line
-from pipeline.measure.perplexity import ModelKey, load_model, skeleton
+from pipeline.measure.loading import ModelKey, load_model, skeleton
 from pipeline.measure.windows import load_tokenizer
 from pipeline.model.artifact import Model, open_model
 from pipeline.task_config import TaskSettings

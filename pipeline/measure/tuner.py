@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.device import deterministic
 from pipeline.errors import CheckpointError, NonFiniteError
+from pipeline.measure.loading import ModelKey, forward, load_model
 from pipeline.measure.parameter_lookup import find_matrix_parameter
-from pipeline.measure.perplexity import ModelKey, forward, load_model
 from pipeline.measure.tune_state import TuneState, Values, from_payload
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import read_header

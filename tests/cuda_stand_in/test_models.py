@@ -23,7 +23,7 @@ from pipeline.calibration.job import GatherMoments, GenerateText
 from pipeline.compression.job import CompressionVariant, CompressVariants
 from pipeline.errors import ClusterError
 from pipeline.evaluation.job import MeasureLosses
-from pipeline.measure.perplexity import ModelKey
+from pipeline.measure.loading import ModelKey
 from pipeline.measure.tuner import TuneKey
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.matrices import find_matrix

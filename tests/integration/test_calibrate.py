@@ -17,7 +17,7 @@ from pipeline.errors import TextError
 from pipeline.flows import calibrate as flow
 from pipeline.flows import preflight
 from pipeline.measure.calibration import Calibrator
-from pipeline.measure.perplexity import ModelKey
+from pipeline.measure.loading import ModelKey
 from pipeline.measure.windows import calibration_windows
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint

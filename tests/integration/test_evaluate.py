@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from jobs.cli import main
 from pipeline.compression.job import CompressionVariant, CompressVariants
 from pipeline.evaluation.job import MeasureLosses
-from pipeline.measure.perplexity import ModelKey, perplexity
+from pipeline.measure.loading import ModelKey
+from pipeline.measure.perplexity import perplexity
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.matrix_info import MatrixInfo, whole_matrix
 from pipeline.model.parts import Payload

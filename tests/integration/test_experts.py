@@ -20,8 +20,8 @@ from transformers import (
 from jobs.cli import main
 from pipeline.errors import CheckpointError
 from pipeline.measure.calibration import Calibrator
+from pipeline.measure.loading import ModelKey
 from pipeline.measure.parameter_lookup import find_parameter
-from pipeline.measure.perplexity import ModelKey
 from pipeline.model.artifact import open_model
 from tests.support.tiny import WORDS, make_text
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.cli import main
-from pipeline.measure.perplexity import ModelKey, forward, load_model
+from pipeline.measure.loading import ModelKey, forward, load_model
 from pipeline.model.artifact import open_model
 from swsc_core.alignment import align, is_aligned
 from tests.support.families import FamilyModel

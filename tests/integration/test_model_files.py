@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import swsc_core.hf  # noqa: F401
 from jobs.cli import main
 from pipeline.errors import CheckpointError
-from pipeline.measure.perplexity import ModelKey, load_model
+from pipeline.measure.loading import ModelKey, load_model
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.weight_files import INDEX, SINGLE

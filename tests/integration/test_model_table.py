@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import swsc_core.hf  # noqa: F401
 from pipeline.errors import CheckpointError
 from pipeline.matrix_config import MatrixSettings
-from pipeline.measure.perplexity import ModelKey, load_model
+from pipeline.measure.loading import ModelKey, load_model
 from pipeline.model.agreement import require_agreement
 from pipeline.model.artifact import Model, open_model
 from pipeline.model.leftovers import ties_of

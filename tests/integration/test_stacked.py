@@ -15,7 +15,7 @@ import swsc_core.hf  # noqa: F401  (teaches transformers the format)
 from jobs.cli import main
 from pipeline.errors import CheckpointError
 from pipeline.measure.calibration import Calibrator
-from pipeline.measure.perplexity import ModelKey
+from pipeline.measure.loading import ModelKey
 from pipeline.model.artifact import open_model
 from pipeline.model.store import Store
 from tests.support.families import FamilyModel, tensors_of

@@ -16,8 +16,8 @@ import transformers as t
 from jobs.cli import main
 from pipeline.errors import StoreError
 from pipeline.flows import compress as flow
-from pipeline.measure import perplexity
-from pipeline.measure.perplexity import ModelKey
+from pipeline.measure import loading
+from pipeline.measure.loading import ModelKey, load_model
 from pipeline.model import object_files
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import MANIFEST, open_checkpoint
@@ -81,7 +81,7 @@ def known(local: Path) -> list[str]:
 @contextmanager
 def flipping(proxy: FaultProxy, location: str, which: int, times: int) -> Iterator[None]:
     """One bit of a block flips in the `which`-th loading of a model, counted from 0, and in those after it; `times` times."""
-    real, count = perplexity._load, iter(range(1 << 30))
+    real, count = loading._load, iter(range(1 << 30))
 
     def load(source: Any, key: ModelKey, *how: Any) -> Any:
         spoils = key.location == location and next(count) >= which and proxy.spoiled < times
@@ -92,7 +92,7 @@ def flipping(proxy: FaultProxy, location: str, which: int, times: int) -> Iterat
             proxy.mode = ""
 
     proxy.strike("")
-    with mock.patch.object(perplexity, "_load", load):
+    with mock.patch.object(loading, "_load", load):
         yield
 
 
@@ -142,7 +142,7 @@ def test_evaluation_of_a_verified_model_reads_nothing_else(
 
 def spoiled_moments(location: str) -> AbstractContextManager[Any]:
     """Calibrations of a model of which one value is another one."""
-    real = perplexity._load
+    real = loading._load
 
     def load(source: Any, key: ModelKey, *how: Any) -> Any:
         model, info = real(source, key, *how)
@@ -150,7 +150,7 @@ def spoiled_moments(location: str) -> AbstractContextManager[Any]:
             model.get_input_embeddings().weight.data[5] += 1.0
         return model, info
 
-    return mock.patch.object(perplexity, "_load", load)
+    return mock.patch.object(loading, "_load", load)
 
 
 def test_moments_that_were_made_of_other_bytes_and_what_rests_on_them_are_not_used_once_the_bytes_are_known(
@@ -226,12 +226,12 @@ def test_no_tensor_of_any_layout_is_loaded_as_other_bytes(family: str, tmp_path:
     t.set_seed(0)
     MODELS[family]().save_pretrained(tmp_path)
     key = ModelKey(str(tmp_path), "float32", 1, known=digests(tmp_path))
-    assert perplexity.load_model(open_model(key.location, key.known), key, "cpu")
+    assert load_model(open_model(key.location, key.known), key, "cpu")
     names = list(open_checkpoint(key.location).tensors)
     for name in (names[0], names[len(names) // 2], names[-1]):
         spoil(tmp_path, name)
         with pytest.raises(StoreError):
-            perplexity.load_model(open_model(key.location, key.known), key, "cpu")
+            load_model(open_model(key.location, key.known), key, "cpu")
         spoil(tmp_path, name)
 
 
@@ -253,27 +253,27 @@ def test_a_config_or_a_tokenizer_that_is_read_as_others_is_refused(tmp_path: Pat
 @contextmanager
 def misread(model: Path, name: str) -> Iterator[None]:
     """Whoever loads the whole model reads one bit of a tensor wrong."""
-    info, real_load, real_read, loading = (
+    info, real_load, real_read, under_way = (
         open_checkpoint(str(model)).tensors[name],
-        perplexity._load,
+        loading._load,
         LocalFiles.read,
         [],
     )
 
     def load(*how: Any) -> Any:
-        loading.append(True)
+        under_way.append(True)
         try:
             return real_load(*how)
         finally:
-            loading.pop()
+            under_way.pop()
 
     def read(self: LocalFiles, path: str, start: int, length: int) -> bytearray:
         data = real_read(self, path, start, length)
-        if loading and Path(path) == model / info.file and start == info.start:
+        if under_way and Path(path) == model / info.file and start == info.start:
             data[6] ^= 4
         return data
 
-    with mock.patch.object(perplexity, "_load", load), mock.patch.object(LocalFiles, "read", read):
+    with mock.patch.object(loading, "_load", load), mock.patch.object(LocalFiles, "read", read):
         yield
 
 

@@ -40,9 +40,9 @@ DOORS = {
         for name in ("actor", "arithmetic", "cluster", "connection", "discovery", "failures", "ray_pool")
     },
     # read and written by byte range (pipeline/model/checkpoint.py says why), but for models that are mapped into memory whole
-    "safetensors": {"pipeline/measure/perplexity.py"},
+    "safetensors": {"pipeline/measure/loading.py"},
     "transformers": {
-        "pipeline/measure/perplexity.py",
+        "pipeline/measure/loading.py",
         "pipeline/measure/windows.py",
         "pipeline/model/gguf_file.py",
         "pipeline/model/skeleton.py",
