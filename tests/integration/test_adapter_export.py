@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,19 +32,22 @@ FORMS = {
     "compensation alone": ["--clusters", "0", "--rank", "5"],
     "with the tied head": ["--clusters", "9", "--rank", "2", "--include", "embed_tokens|q_proj"],
 }
-# what a user without swsc runs: the arguments are the base, the adapter and where to leave the logits
+# What a user without swsc runs, for one line after the other: the base, the adapter and where to leave the logits.
 STOCK = """
-import sys, torch
+import json, sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
 ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    torch.save(model(input_ids=ids).logits, sys.argv[3])
-    torch.save(model.merge_and_unload()(input_ids=ids).logits, sys.argv[4])
-assert not [name for name in sys.modules if name.startswith(("swsc", "pipeline", "jobs"))]
+for line in sys.stdin:
+    base, adapter, on_top, merged = json.loads(line)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=ids).logits, on_top)
+        torch.save(model.merge_and_unload()(input_ids=ids).logits, merged)
+    assert not [name for name in sys.modules if name.startswith(("swsc", "pipeline", "jobs"))]
+    print("done", flush=True)
 """
+Stock = Callable[[Path], list[torch.Tensor]]
 
 
 def restore(*arguments: object) -> int:
@@ -56,12 +60,28 @@ def logits(directory: Path) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(directory)(ids).logits  # type: ignore[no-any-return]
 
 
-def stock(base: Path, place: Path) -> list[torch.Tensor]:
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
     """Logits with the adapter on top, and merged, of a process that knows nothing of this project."""
-    found = [place / "on-top.pt", place / "merged.pt"]
-    command = [sys.executable, "-W", "error::UserWarning", "-c", STOCK, base, base / "swsc_adapter", *found]
-    subprocess.run([str(part) for part in command], check=True, cwd=place, env={"HF_HUB_OFFLINE": "1"}, timeout=200)
-    return [torch.load(file) for file in found]
+    place = tmp_path_factory.mktemp("stock")
+    command = [sys.executable, "-W", "error::UserWarning", "-c", STOCK]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=place, env={"HF_HUB_OFFLINE": "1"}, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(base: Path) -> list[torch.Tensor]:
+            found = [place / "on-top.pt", place / "merged.pt"]
+            print(
+                json.dumps([str(part) for part in (base, base / "swsc_adapter", *found)]),
+                file=process.stdin,
+                flush=True,
+            )
+            assert process.stdout.readline() == "done\n", "its error is on standard error"
+            return [torch.load(file) for file in found]
+
+        yield ask
+        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +89,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", dtype=torch.float32)
 
 
-@pytest.fixture
-def compressed(model: Path, tmp_path: Path) -> Path:
-    assert main(["compress", str(model), str(tmp_path / "out"), "--local", *FORMS["paper"]]) == 0
-    return tmp_path / "out"
+@pytest.fixture(scope="module")
+def compressed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read only."""
+    output = tmp_path_factory.mktemp("compressed") / "out"
+    assert main(["compress", str(model), str(output), "--local", *FORMS["paper"]]) == 0
+    return output
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_stock_peft_gives_what_the_restored_model_gives(
-    model: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+    model: Path, stock: Stock, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, whole, base = (tmp_path / name for name in ("out", "whole", "base"))
     assert main(["compress", str(model), str(out), "--local", *FORMS[form]]) == 0
     assert restore(out, whole) == restore(out, base, "--adapter") == 0
     said = capsys.readouterr().out
     wanted, alone = logits(whole), logits(base)
-    for found in stock(base, tmp_path):
+    for found in stock(base):
         assert (found - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
     assert (alone - wanted).abs().max() > 0.1
     assert ("note: 1 restored whole" in said and "embed_tokens" in said) == (form == "with the tied head")
     assert main(["verify", str(base), "--local"]) == 0
 
 
-def test_ranks_differ_by_layer_and_tensors_without_a_rank_are_left_out(model: Path, tmp_path: Path) -> None:
+def test_ranks_differ_by_layer_and_tensors_without_a_rank_are_left_out(
+    model: Path, stock: Stock, tmp_path: Path
+) -> None:
     """As presets allocate them; here by hand, in a directory that transformers has saved."""
     import swsc_core.hf
 
@@ -109,7 +133,7 @@ def test_ranks_differ_by_layer_and_tensors_without_a_rank_are_left_out(model: Pa
     assert about["target_modules"] == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 2)]
     assert len(about["rank_pattern"]) == 1
     wanted = logits(tmp_path / "whole")
-    for found in stock(tmp_path / "base", tmp_path):
+    for found in stock(tmp_path / "base"):
         assert (found - wanted).abs().max() <= 1e-5 * float(wanted.abs().max())
 
 
@@ -146,7 +170,7 @@ def test_low_rank_parts_that_no_adapter_can_carry_are_refused(
 
 
 def test_fused_experts_are_restored_whole_beside_an_adapter_on_what_is_linear(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     config = MixtralConfig(
@@ -161,7 +185,7 @@ def test_fused_experts_are_restored_whole_beside_an_adapter_on_what_is_linear(
     assert "the low-rank part of 2 of them" in (said := capsys.readouterr().out)
     assert f"note: {2 * 4 * 3} restored whole" in said
     wanted = logits(tmp_path / "whole")
-    for found in stock(tmp_path / "base", tmp_path):
+    for found in stock(tmp_path / "base"):
         assert (found - wanted).abs().max() <= 1e-5 * float(wanted.abs().max())
 
 

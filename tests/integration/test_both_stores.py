@@ -25,7 +25,10 @@ def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         with google_store.google_store():
             yield google_store.BUCKET
     else:
-        with object_store.object_store(tmp_path_factory.mktemp("s3")) as server, object_store.as_client(server):
+        with (
+            object_store.object_store(tmp_path_factory.mktemp("s3")) as server,
+            object_store.as_client(server, alone=True),
+        ):
             yield object_store.BUCKET
 
 

@@ -22,7 +22,7 @@ from tests.support.tiny import contents, make_text
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    with object_store(tmp_path_factory.mktemp("s3")) as running, as_client(running):
+    with object_store(tmp_path_factory.mktemp("s3")) as running, as_client(running, alone=True):
         yield running
 
 

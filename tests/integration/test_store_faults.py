@@ -8,7 +8,7 @@ import pytest
 
 from jobs.cli import main
 from pipeline.errors import StoreError
-from pipeline.model import confirmed, lease, object_files
+from pipeline.model import confirmed, object_files
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.object_files import PATIENCE, CredentialsRefused
 from pipeline.model.store import Store
@@ -24,7 +24,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
     with object_store(tmp_path_factory.mktemp("s3")) as server, mock.patch.object(object_files, "_ATTEMPTS", 2):
         proxy = FaultProxy(server.ports["s3"])
         there = {**server.environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
-        with as_client(dataclasses.replace(server, environment=there)):
+        with as_client(dataclasses.replace(server, environment=there), alone=True):
             yield proxy
         proxy.close()
 
@@ -42,7 +42,6 @@ def models(proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def _mended(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(confirmed, "_PAUSES", (0.0,) * 7)
     monkeypatch.setattr(object_files, "_PAUSE", 0.05)
-    monkeypatch.setattr(lease, "_SETTLED", 0.0)
     monkeypatch.setitem(PATIENCE, CredentialsRefused, 5.0)
     yield
     proxy.strike("")

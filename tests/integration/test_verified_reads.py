@@ -52,8 +52,9 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
     """Of a store from which each byte is read once."""
     with object_store(tmp_path_factory.mktemp("s3")) as server, mock.patch.dict("os.environ", SWSC_READ_ONCE="1"):
         proxy = FaultProxy(server.ports["s3"])
-        there = {**server.environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
-        with mock.patch.object(object_files, "_ATTEMPTS", 2), as_client(dataclasses.replace(server, environment=there)):
+        environment = {**server.environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
+        there = dataclasses.replace(server, environment=environment)
+        with mock.patch.object(object_files, "_ATTEMPTS", 2), as_client(there, alone=True):
             yield proxy
         proxy.close()
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+from pipeline.model import lease
 from pipeline.model.files import files_at
 
 BUCKET = "gs://models"
@@ -18,7 +19,7 @@ BUCKET = "gs://models"
 
 @contextlib.contextmanager
 def google_store() -> Iterator[None]:
-    """Start a server, of which this process and those that it starts are clients as long as the context lasts."""
+    """Start a server, of which this process and those that it starts are clients as long as the context lasts: one at a time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -33,7 +34,8 @@ def google_store() -> Iterator[None]:
     with subprocess.Popen([*command, *flags], **quiet) as server:
         try:
             _wait(server, f"http://127.0.0.1:{port}/")
-            with mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}):
+            there = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}
+            with mock.patch.dict(os.environ, there), mock.patch.object(lease, "_SETTLED", 0.0):
                 files_at.cache_clear()
                 yield
         finally:

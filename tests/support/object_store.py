@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from pipeline.model import lease
 from pipeline.model.files import files_at
 from pipeline.model.store import Store
 
@@ -73,10 +74,10 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
 
 
 @contextlib.contextmanager
-def as_client(server: ObjectStore) -> Iterator[None]:
-    """This process is a client of the server, as long as the context lasts."""
+def as_client(server: ObjectStore, alone: bool = False) -> Iterator[None]:
+    """This process is a client of the server as long as the context lasts; `alone`, so that its leases need not settle."""
     own = {key: value for key, value in server.environment.items() if key.startswith("AWS_")}
-    with mock.patch.dict(os.environ, own):
+    with mock.patch.dict(os.environ, own), mock.patch.object(lease, "_SETTLED", 0.0 if alone else lease._SETTLED):
         files_at.cache_clear()
         try:
             yield
