@@ -18,7 +18,6 @@ from pipeline.config import (
 )
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError
-from pipeline.flows.compress import describe
 from pipeline.flows.preflight import examine, require_cache, require_output, require_unmixed
 from pipeline.flows.prepare import cache_of, prepare
 from pipeline.flows.produce import produce
@@ -30,6 +29,7 @@ from pipeline.model.causality import require_causal
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.forecast import stage_bytes
 from pipeline.model.hub import require_pushable
+from pipeline.model.output_report import compressed_rows
 from pipeline.model.places import Place, named, require_apart
 from pipeline.model.plan import make_plan, require_coverage
 from pipeline.model.store import Store
@@ -124,7 +124,7 @@ def _evaluation_of(arguments: argparse.Namespace, trusted: bool) -> EvaluateSett
 
 def summarise(output: str, report: dict[str, Any]) -> None:
     """A table of the compressed matrices, and one line on the whole."""
-    print_table(describe(report), ["name", "shape", "paper_bits", "bits_per_weight", "relative_error"])
+    print_table(compressed_rows(report), ["name", "shape", "paper_bits", "bits_per_weight", "relative_error"])
     print(
         f"{output}: {report['compressed_bits_per_weight']:.3f} bits a weight over the compressed matrices"
         f" ({report['share_of_weights_compressed']:.1%} of all weights),"

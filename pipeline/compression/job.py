@@ -17,7 +17,7 @@ from pipeline.model.parts import Part, Payload, copy_tensors, to_part
 from pipeline.model.plan import CopyTask, LayerTask
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.heap import peak_rss, return_freed_blocks
-from pipeline.run.task import JobContext, JobOutput
+from pipeline.run.task import JobContext, JobOutput, Task
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
 from swsc_core.spec import Spec, SwscSpec
@@ -161,3 +161,8 @@ def layer_output(
         parts.add_remaining_rows(fused, reader.whole)
     report = LayerReport(tuple(rows), peak_rss(), instructions_of(device))
     return JobOutput(report, (Payload(parts.parts, tuple(rows)),))
+
+
+def copy_task(source: Store, copy: CopyTask, ticket: Ticket) -> Task[Any]:
+    """A task that copies tensors into a file of the output."""
+    return Task(copy.file, CopyTensors(source, copy, ticket), f"copy to {copy.file}", weight=copy.nbytes)

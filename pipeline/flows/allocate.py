@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.allocation.job import MeasureDistortions, MeasureSensitivity, SpecDistortion
-from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes, device_bytes
@@ -25,6 +24,7 @@ from pipeline.model.plan import Decision, Plan, with_specs
 from pipeline.model.records import Curves, of_cache, read_record
 from pipeline.model.specs import budget_bytes, value_bits
 from pipeline.model.tensor_names import tensor_kind
+from pipeline.run.stage import PoolMaker, run_stage
 from pipeline.run.task import Task, TaskResult
 from swsc_core.allocation import Choice, allocate, equal_shares
 from swsc_core.menu import candidates
@@ -141,7 +141,7 @@ def _results(tasks: list[Task[V]], what: str, plan: Plan, make_pool: PoolMaker) 
     def note(done: TaskResult[V]) -> None:
         found[done.task.key] = done.value
 
-    run_alone(tasks, compression_bytes(plan), note, make_pool, what, "tasks", device_bytes(plan))
+    run_stage(tasks, compression_bytes(plan), note, make_pool, what, "tasks", device_bytes(plan))
     return found
 
 

@@ -16,8 +16,6 @@ from pipeline.calibration.job import AddMoments, ExtractMoments, GatherMoments
 from pipeline.config import CalibrationSettings
 from pipeline.device import Arithmetic
 from pipeline.errors import PayloadLost
-from pipeline.flows.compress import PoolMaker
-from pipeline.flows.preflight import require_room
 from pipeline.measure.loading import ModelKey
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.digests import Seen
@@ -27,9 +25,10 @@ from pipeline.model.moments import SOURCE, Moments, layers_of, moment_file, requ
 from pipeline.model.output import begin
 from pipeline.model.records import rebuilt_cache
 from pipeline.model.source_digests import digests_of_source
-from pipeline.model.store import Store
+from pipeline.model.store import Store, require_room
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.progress import Progress, say
+from pipeline.run.stage import PoolMaker
 from pipeline.run.task import Destination, Task, TaskResult
 
 _SHARD_TOKENS = 8192  # tokens of one task

@@ -1,44 +1,36 @@
 """Checkpoint in, complete compressed model directory out."""
 
 import os
-import platform
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.compression.job import CompressLayer, CopyTensors, LayerReport
+from pipeline.compression.job import CompressLayer, LayerReport, copy_task
 from pipeline.config import CompressSettings
 from pipeline.device import Arithmetic
-from pipeline.errors import ClusterError, UserError, WeightsError
+from pipeline.errors import UserError
 from pipeline.flows.card import card_of_compression
+from pipeline.flows.output_stage import run_output_stage
 from pipeline.flows.preflight import begin_with_room, identity_of, names_of, require_unmixed
 from pipeline.flows.resumed import VERIFIED, Ingredients
 from pipeline.measure.tuner import Tuned
-from pipeline.model.addresses import command
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.lease import Ticket
 from pipeline.model.moments import Moments
 from pipeline.model.output import CALIBRATION, Output, abandon, finish
-from pipeline.model.parts import DONE
-from pipeline.model.plan import CopyTask, Plan
+from pipeline.model.output_report import build_report
+from pipeline.model.plan import Plan
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import FileRecord, Store
-from pipeline.run.driver import TaskList, execute
-from pipeline.run.progress import Progress
-from pipeline.run.task import Destination, Job, Pool, Task, TaskResult
+from pipeline.run.stage import PoolMaker
+from pipeline.run.task import Destination, Job, Task, TaskResult
 from pipeline.tuning.job import ApplyTuning
 from swsc_core.format import quantization_config
 from swsc_core.methods import entry_of
-
-# (number of tasks, bytes of memory that a worker needs, bytes of them that must fit a GPU if it has one) -> a pool for them
-PoolMaker = Callable[..., Pool]
-
 
 V = TypeVar("V")
 
@@ -143,8 +135,10 @@ def _carry_out(
     tasks = [
         task for task in _tasks(source, plan, out.ticket, settings, moments, ready) if task.key not in out.finished
     ]
-    run_tasks(tasks, compression_bytes(plan), note, make_pool, out, "compress", 0 if ready else device_bytes(plan))
-    report = _report(plan, rows, time.perf_counter() - started, peaks, settings.format)
+    run_output_stage(
+        tasks, compression_bytes(plan), note, make_pool, out, "compress", 0 if ready else device_bytes(plan)
+    )
+    report = build_report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["left_out"] = dict(source.left_out)
     report["arithmetic"] = {**arithmetic.about, "kernels": sorted(kernels)}
     if source.dequantized:
@@ -171,43 +165,6 @@ def _tuned(tune: Callable[[], TunedModel], out: Output) -> TunedModel:
         raise
 
 
-def run_tasks(
-    tasks: list[Task[V]], memory: int, note: Callable[[TaskResult[V]], None], make_pool: PoolMaker, out: Output, what: str,
-    device: int = 0,
-) -> None:  # fmt: skip
-    """Run tasks on a pool of their own, of workers that need `memory` bytes each, `device` of them on a GPU if they have one.
-
-    A weight that cannot be compressed, which shows on the way only, takes the begun output back; so does a cluster that cannot do it.
-    """
-    try:
-        run_alone(tasks, memory, note, make_pool, what, "files", device)
-    except (WeightsError, ClusterError) as error:
-        if isinstance(error, WeightsError) or not out.store.below(DONE).names():  # a node that joins late may not fit
-            abandon(out)
-        raise
-
-
-def run_alone(
-    tasks: list[Task[V]], memory: int, note: Callable[[TaskResult[V]], None], make_pool: PoolMaker, what: str, unit: str,
-    device: int = 0,
-) -> None:  # fmt: skip
-    """Run tasks, if there are any, on a pool of their own, of workers that need `memory` bytes each.
-
-    Raises:
-        RunError: tasks failed, after all the others ended.
-    """
-    if not tasks:
-        return
-    source = TaskList(tasks, note)
-    pool = make_pool(len(tasks), memory, device)
-    try:
-        with Progress(what, len(tasks), sum(task.weight for task in tasks), unit) as progress:
-            execute(pool, source, progress)
-    finally:
-        pool.close()
-    source.raise_failures()
-
-
 def _tasks(
     source: Checkpoint, plan: Plan, ticket: Ticket, settings: CompressSettings, moments: Moments | None,
     ready: TunedModel | None,
@@ -225,74 +182,8 @@ def _tasks(
     return tasks + [copy_task(source.store, copy, ticket) for copy in plan.copies]
 
 
-def copy_task(source: Store, copy: CopyTask, ticket: Ticket) -> Task[Any]:
-    """A task that copies tensors into a file of the output."""
-    return Task(copy.file, CopyTensors(source, copy, ticket), f"copy to {copy.file}", weight=copy.nbytes)
-
-
 def _config(source: Checkpoint, rows: dict[str, dict[str, Any]], form: str) -> dict[str, Any]:
     if form == "dense":
         return source.config
     entries = {name: entry_of(rows[name]["entry"]) for name in sorted(rows)}
     return {**source.config, "quantization_config": quantization_config(entries)}
-
-
-def _report(
-    plan: Plan, rows: dict[str, dict[str, Any]], seconds: float, peaks: dict[str, int], form: str
-) -> dict[str, Any]:
-    tensors = []
-    for decision in plan.decisions:
-        about: dict[str, Any] = {"name": decision.info.name, "action": decision.action, "reason": decision.reason}
-        about |= {"shape": list(decision.info.shape), "method": None, **decision.location.to_json()}
-        row = {key: value for key, value in rows.get(decision.info.name, {}).items() if key != "entry"}
-        tensors.append({**about, **row})
-    return {
-        "format": form,
-        "tensors": tensors,
-        **whole_bits(plan, rows),
-        "seconds": seconds,
-        "phases": _phases(rows),
-        "peak_rss": {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "workers": peaks},
-        "versions": versions(),
-        "argv": command(),
-    }
-
-
-def whole_bits(plan: Plan, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Bits a weight over the compressed matrices and over the whole model, from stored bytes of the compact form."""
-    stored = sum(row["stored_bytes"] for row in rows.values())
-    count = sum(decision.info.count for decision in plan.compressed)
-    copied = sum(decision.info.nbytes for decision in plan.decisions if decision.action == "copied")
-    return {
-        "compressed_bits_per_weight": 8 * stored / count,
-        "whole_model_bits_per_weight": 8 * (stored + copied) / plan.weights,
-        "share_of_weights_compressed": count / plan.weights,
-    }
-
-
-def _phases(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Seconds of all workers together, by what they were spent on."""
-    phases = {"read": sum(row["read_seconds"] for row in rows.values())}
-    for row in rows.values():
-        for key in ("kmeans_seconds", "svd_seconds", "rtn_seconds"):
-            if key in row["stats"]:
-                name = key.removesuffix("_seconds")
-                phases[name] = phases.get(name, 0.0) + row["stats"][key]
-    return phases
-
-
-def versions() -> dict[str, str]:
-    """What made an output."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in ("swsc", "torch", "ray")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except ImportError:  # run from a checkout, as `ray job submit --working-dir .` does
-        return "not installed"
-
-
-def describe(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of compressed tensors in a report."""
-    return [row for row in report["tensors"] if row["action"] == "compressed"]

@@ -8,7 +8,6 @@ import numpy as np
 
 from pipeline.config import EvaluateSettings, MeasureSettings
 from pipeline.evaluation.job import MeasureLosses, WindowLosses
-from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.loading import ModelKey
 from pipeline.measure.overlap import require_apart
 from pipeline.measure.perplexity import perplexity
@@ -19,6 +18,7 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
 from pipeline.model.output import known_traces
 from pipeline.model.source_digests import SourceDigests, digests_of_source
+from pipeline.run.stage import PoolMaker, run_stage
 from pipeline.run.task import Task, TaskResult
 
 _BATCHES = 4  # of one task: enough to hide its cost, few enough to share the work out evenly
@@ -54,7 +54,7 @@ def evaluate_model(
         losses[done.task.key] = done.value.losses
         dtypes.add(done.value.dtype)
 
-    run_alone(tasks, worker_bytes(model, settings), note, make_pool, "evaluate", "parts", on_gpu_bytes(model, settings))
+    run_stage(tasks, worker_bytes(model, settings), note, make_pool, "evaluate", "parts", on_gpu_bytes(model, settings))
     ordered = [loss for start in sorted(losses) for loss in losses[start]]
     seconds = time.perf_counter() - started
     return result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}

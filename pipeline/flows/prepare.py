@@ -11,7 +11,7 @@ from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError
 from pipeline.flows.allocate import allocate_plan
 from pipeline.flows.calibrate import Calibration
-from pipeline.flows.compress import Calibrated, PoolMaker
+from pipeline.flows.compress import Calibrated
 from pipeline.flows.preflight import OF_SOURCE
 from pipeline.flows.tune import TuneText
 from pipeline.flows.write import written_windows
@@ -27,6 +27,7 @@ from pipeline.model.plan import Plan
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
 from pipeline.run.progress import say
+from pipeline.run.stage import PoolMaker
 
 
 def prepare(

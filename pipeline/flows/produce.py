@@ -8,18 +8,20 @@ from typing import Any
 
 from pipeline.config import CalibrationSettings, CompressSettings, Variant
 from pipeline.device import Arithmetic
-from pipeline.flows.compress import Calibrated, PoolMaker, TunedModel, compress_model, describe
+from pipeline.flows.compress import Calibrated, TunedModel, compress_model
 from pipeline.flows.preflight import STAGED, identity_of
-from pipeline.flows.sweep_runs import Made
 from pipeline.flows.tune import TuneText, Tuning
+from pipeline.flows.tuned_variant import TunedVariant
 from pipeline.matrix_config import MatrixSettings
 from pipeline.model.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from pipeline.model.output_report import compressed_rows
 from pipeline.model.owned import REPORT
 from pipeline.model.plan import Plan
 from pipeline.model.records import rebuilt_cache
 from pipeline.model.store import Store
 from pipeline.model.uses import remove_unless_used, used
 from pipeline.run.progress import say
+from pipeline.run.stage import PoolMaker
 
 VARIANT = "variant"  # how the name of a tuned model in the cache begins that a sweep measures
 
@@ -51,7 +53,7 @@ def produce(
         tuning = Tuning(source, staging, text, calibration, calibrated.cache, arithmetic)
         kept.enter_context(used(tuning.store))
         tuned, about = tuning.run(make_pool)
-        rows = {row["name"]: row for row in describe(Store.at(staging).read_json(REPORT))}
+        rows = {row["name"]: row for row in compressed_rows(Store.at(staging).read_json(REPORT))}
         return TunedModel(tuned, rows, about)
 
     with kept:
@@ -61,14 +63,16 @@ def produce(
 def produce_variant(
     source: Checkpoint, plan: Plan, variant: Variant, calibration: CalibrationSettings, calibrated: Calibrated, arithmetic: Arithmetic,
     make_pool: PoolMaker, kept: ExitStack,
-) -> Made:  # fmt: skip
+) -> TunedVariant:  # fmt: skip
     """A tuned row of a sweep, as a directory in the cache, which is kept there until `kept` is closed."""
     settings = _settings_of(variant)
     output = _place(VARIANT, source, settings, calibrated, arithmetic)
     kept.enter_context(used(Store.at(output)))
     with rebuilt_cache(Store.at(output)):
         report = produce(source, plan, output, settings, calibration, calibrated, arithmetic, make_pool, wait=say)
-    return Made(open_checkpoint(output), {row["name"]: row for row in describe(report)}, report["tuning"])
+    return TunedVariant(
+        open_checkpoint(output), {row["name"]: row for row in compressed_rows(report)}, report["tuning"]
+    )
 
 
 def forget_stages(

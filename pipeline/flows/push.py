@@ -3,13 +3,13 @@
 from pipeline import VERSION
 from pipeline.config import PushSettings
 from pipeline.errors import OutputError
-from pipeline.flows.compress import PoolMaker
 from pipeline.flows.verify import manifest_of, verify_output
 from pipeline.model.amend import settle
 from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.hub import push, require_pushable
 from pipeline.model.owned import REPORT
 from pipeline.model.store import Store
+from pipeline.run.stage import PoolMaker
 
 
 def push_output(location: str, repo: str, settings: PushSettings, make_pool: PoolMaker) -> str:

@@ -7,9 +7,10 @@ PEFT opens: the folder `swsc_adapter`, under the same manifest.
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.compression.job import copy_task
 from pipeline.errors import ConfigError
 from pipeline.flows.card import card_of_restoring
-from pipeline.flows.compress import PoolMaker, copy_task, run_tasks, versions
+from pipeline.flows.output_stage import run_output_stage
 from pipeline.flows.preflight import ALGORITHM, begin_with_room, examine, require_unmixed
 from pipeline.flows.restore_job import ExtractLowRank, RestoreTensors
 from pipeline.measure.adapter import adapter_bytes, adapter_config, carried_by_adapter
@@ -20,12 +21,14 @@ from pipeline.model.forecast import restoring_bytes
 from pipeline.model.gguf import is_gguf
 from pipeline.model.lease import Ticket
 from pipeline.model.output import finish, names_beside
+from pipeline.model.output_report import versions
 from pipeline.model.owned import ADAPTER_FILES
 from pipeline.model.plan import CopyTask
 from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensor_names import layer_of
 from pipeline.model.tensors import TensorInfo
 from pipeline.model.weight_files import tensor_files
+from pipeline.run.stage import PoolMaker
 from pipeline.run.task import Destination, Task, TaskResult
 from swsc_core.format import FORMAT_VERSION
 
@@ -67,7 +70,7 @@ def restore_model(
             records[record.name] = record
 
         todo = [task for task in _tasks(model, out.ticket, carried) if task.key not in out.finished]
-        run_tasks(todo, restoring_bytes(model) + 2 * low_rank, note, make_pool, out, "restore")
+        run_output_stage(todo, restoring_bytes(model) + 2 * low_rank, note, make_pool, out, "restore")
         ordered = [records[name] for name in sorted(records)]
         if carried:
             ordered.append(store.write_json(ADAPTER_FILES[1], adapter_config(model, carried)))

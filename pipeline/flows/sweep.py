@@ -17,7 +17,7 @@ from pipeline.config import EvaluateSettings, SweepSettings, Variant
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError, DiskFull, PayloadLost
 from pipeline.evaluation.job import MeasureLosses, WindowLosses
-from pipeline.flows.compress import Calibrated, PoolMaker
+from pipeline.flows.compress import Calibrated
 from pipeline.flows.evaluate import deal, model_key, on_gpu_bytes, worker_bytes
 from pipeline.flows.prepare import prepare
 from pipeline.flows.produce import forget_stages, produce_variant
@@ -33,6 +33,7 @@ from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.plan import Plan
 from pipeline.run.driver import execute
 from pipeline.run.progress import Progress, about
+from pipeline.run.stage import PoolMaker
 from pipeline.run.task import Pool, Task, TaskResult
 
 _BEGUN_AGAIN = 2  # most times that a run's lost units are made again

@@ -4,11 +4,11 @@ from typing import Any
 
 from pipeline.config import SweepSettings
 from pipeline.errors import NonFiniteError
-from pipeline.flows.compress import whole_bits
 from pipeline.flows.evaluate import result
 from pipeline.flows.sweep_runs import Run, Unit
 from pipeline.measure.windows import Windows
 from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.output_report import bit_totals
 
 Row = dict[str, Any]
 
@@ -57,7 +57,7 @@ def _bits(run: Run, rows: dict[str, Row]) -> Row:
     def total(key: str) -> float:
         return sum(rows[name][key] * count for name, count in counts.items())
 
-    whole = whole_bits(run.plan, rows)
+    whole = bit_totals(run.plan, rows)
     error = total("mean_squared_error") / total("mean_square")
     paper = total("paper_bits") / sum(counts.values())
     values = (paper, whole["compressed_bits_per_weight"], whole["whole_model_bits_per_weight"], error)

@@ -11,6 +11,7 @@ from pipeline.config import SweepSettings, Variant
 from pipeline.errors import ConfigError, UserError
 from pipeline.flows.evaluate import require_measurable
 from pipeline.flows.preflight import examine
+from pipeline.flows.tuned_variant import TunedVariant
 from pipeline.measure.windows import Windows, make_windows
 from pipeline.model.artifact import Model
 from pipeline.model.causality import require_causal
@@ -23,15 +24,6 @@ UNCOMPRESSED = "uncompressed"
 Unit = tuple[int, str, CompressionVariant]  # model, tensor, how it is compressed
 
 
-@dataclass(frozen=True)
-class Made:
-    """A variant as a finished directory in the cache, the rows of its report by tensor, and what the report says of its tuning."""
-
-    checkpoint: Checkpoint
-    rows: dict[str, dict[str, Any]]
-    tuning: dict[str, Any]
-
-
 @dataclass
 class Run:
     """One model × one variant: what it needs, and what has been measured of it."""
@@ -40,7 +32,7 @@ class Run:
     variant: Variant | None  # None: the model as it is
     plan: Plan | None
     moments: Moments | None = None  # of a variant that measures errors by activations
-    made: Made | None = None  # of a variant whose matrices are tuned together: it is no sum of units
+    made: TunedVariant | None = None  # of a variant whose matrices are tuned together: it is no sum of units
     units: dict[str, Unit] = field(default_factory=dict)  # tensor -> unit
     missing: set[Unit] = field(default_factory=set)
     parts: list[Task[Any]] = field(default_factory=list)  # evaluation tasks not yet given out

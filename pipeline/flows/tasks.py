@@ -10,7 +10,6 @@ import numpy as np
 
 from pipeline.errors import ConfigError
 from pipeline.evaluation.lm_eval_job import AnswerRequests, RequestAnswers
-from pipeline.flows.compress import PoolMaker
 from pipeline.flows.evaluate import model_key, require_unseen
 from pipeline.measure.harness import harness
 from pipeline.measure.loading import ModelKey
@@ -20,6 +19,7 @@ from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
 from pipeline.model.source_digests import SourceDigests
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.progress import Progress
+from pipeline.run.stage import PoolMaker
 from pipeline.run.task import Pool, Task, TaskResult
 from pipeline.task_config import TaskSettings
 

@@ -17,7 +17,6 @@ import numpy as np
 from pipeline.config import CalibrationSettings
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError, OutputError, PayloadLost
-from pipeline.flows.compress import PoolMaker
 from pipeline.measure.tuner import Tuned, TuneKey
 from pipeline.model import records
 from pipeline.model.checkpoint import MANIFEST, Checkpoint
@@ -30,6 +29,7 @@ from pipeline.model.store import Store
 from pipeline.model.uses import remove_unless_used
 from pipeline.run.driver import StagedTasks, Stages, execute
 from pipeline.run.progress import Progress, say
+from pipeline.run.stage import PoolMaker
 from pipeline.run.task import Destination, Task, TaskResult
 from pipeline.tuning.job import Divergence, KeepState, MeasureDivergence, ReadState, TuneGradients, TuneStep
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import CheckpointError, DamageError
-from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.flows.verify_job import CheckFile
 from pipeline.model.amend import as_amended
 from pipeline.model.checkpoint import MANIFEST
@@ -13,6 +12,7 @@ from pipeline.model.owned import REPORT, rivals
 from pipeline.model.parts import linked
 from pipeline.model.records import Manifest, Report, read_record
 from pipeline.model.store import Store
+from pipeline.run.stage import PoolMaker, run_stage
 from pipeline.run.task import Task, TaskResult
 
 _NAMED = 8  # findings that an error names
@@ -41,7 +41,7 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
         for name, about in files.items()
         if not linked(store, name)
     ]
-    run_alone(sorted(tasks, key=lambda task: -task.weight), WORKER_BASE, note, make_pool, "verify", "files")
+    run_stage(sorted(tasks, key=lambda task: -task.weight), WORKER_BASE, note, make_pool, "verify", "files")
     damage = [line for name in sorted(findings) for line in findings[name]]
     strange = list(_strange(store, files))
     if damage or strange:

@@ -7,7 +7,6 @@ worker reads later is held against them, too.
 from itertools import chain
 
 from pipeline.errors import ConfigError
-from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.flows.verify_job import HashFile
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.digests import FileDigests, by_file, read_sums, require_equal, require_known
@@ -16,6 +15,7 @@ from pipeline.model.hub import published_hashes
 from pipeline.model.source_digests import SourceDigests, digests_of_source, verified_as
 from pipeline.model.store import Store
 from pipeline.model.tensors import TensorInfo
+from pipeline.run.stage import PoolMaker, run_stage
 from pipeline.run.task import Task, TaskResult
 
 HUB = "hub"
@@ -49,7 +49,7 @@ def verified(source: Checkpoint, hashes: str, make_pool: PoolMaker) -> Checkpoin
         Task(file, HashFile(source.store, file, tuple(own.values())), file, weight=source.store.size(file))
         for file, own in sorted(files.items())
     ]
-    run_alone(tasks, WORKER_BASE, note, make_pool, "verify source", "files")
+    run_stage(tasks, WORKER_BASE, note, make_pool, "verify source", "files")
     return verified_as(source, found)
 
 

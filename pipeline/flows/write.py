@@ -13,12 +13,12 @@ from pipeline.calibration.job import GenerateText
 from pipeline.config import CalibrationSettings
 from pipeline.device import Arithmetic
 from pipeline.flows.calibrate import calibration_key
-from pipeline.flows.compress import PoolMaker, run_alone
 from pipeline.measure.windows import load_tokenizer, opening_of
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes
 from pipeline.model.records import of_cache
 from pipeline.model.store import Store
+from pipeline.run.stage import PoolMaker, run_stage
 from pipeline.run.task import Task, TaskResult
 
 _BATCH = 16  # windows that are written at a time
@@ -56,7 +56,7 @@ def written_windows(
         Task(first, GenerateText(key, min(_BATCH, count - first), length, first, seed, opening), f"text {first}")
         for first in range(0, count, _BATCH)
     ]
-    run_alone(
+    run_stage(
         tasks,
         calibration_bytes(source, length, 0),
         note,

@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
-from pipeline.flows import compress as flow
 from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.lease import Ticket
 from pipeline.model.parts import read_tensor
-from pipeline.run import local_pool
+from pipeline.run import local_pool, stage
 from swsc_core import SwscSpec, encode
 from tests.support.tiny import contents, make_tiny_model
 
@@ -174,7 +173,7 @@ class TestInterruption:
         self.interrupted(tiny_model, tmp_path / "out", monkeypatch, after=2)
         assert not (tmp_path / "out" / "config.json").exists()
         calls: list[str] = []
-        monkeypatch.setattr(flow, "execute", _counting(flow.execute, calls))
+        monkeypatch.setattr(stage, "execute", _counting(stage.execute, calls))
         compress(tiny_model, tmp_path / "out")
         assert calls.count("CompressLayer") == 1  # of three layers
         self.ends_as_if_nothing_had_happened(tiny_model, tmp_path)
