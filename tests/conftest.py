@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.update(variables_of(os.environ.get("KERNELS", "native")))  # before torch is imported, which happens below
 
-from tests.support.families import family  # noqa: F401 - a fixture
+from tests.support.families import families, family  # noqa: F401 - fixtures
 from tests.support.tiny import make_text, make_tiny_model
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure

@@ -1,6 +1,5 @@
 """A run whose storage fails once, at each of its operations in turn: what is broken is never taken for whole."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,6 @@ def compress(model: Path, output: Path) -> int:
 def test_whatever_fails_is_told_of_and_the_same_command_completes_it(
     model: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of runs, and no power cut among the faults
     monkeypatch.setattr(lease, "_BEAT", 60.0)  # no operations of another thread among those that are counted
     number, codes = 0, []
     while True:

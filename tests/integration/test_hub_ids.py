@@ -1,4 +1,4 @@
-"""Models by their Hub id, from a server that stands in for it, in processes of their own: the client reads its settings once."""
+"""Models by their Hub id, from a server that stands in for it."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import pytest
 
 from jobs.cli import main
 from pipeline.model.checkpoint import MANIFEST
-from tests.support.hub_server import REPO, hub
+from tests.support.hub_server import REPO, client_of, hub
 from tests.support.tiny import contents
 
 ROOT = Path(__file__).parents[2]
@@ -54,19 +54,19 @@ def test_a_model_of_the_hub_is_compressed_as_the_same_on_a_disk_and_found_again_
     assert "modeling_tiny.py" in of_hub, "code goes with its model, and was not run"
 
 
-def test_a_downloaded_model_is_held_against_what_the_hub_publishes(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_downloaded_model_is_held_against_what_the_hub_publishes(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv, home = ["--local", "--bits", "4", "--verify-source", "hub"], tmp_path / "home"
-    with hub(tiny_model) as endpoint:
-        good = swsc(home, endpoint, "compress", REPO, str(tmp_path / "good"), *argv)
-        assert good.returncode == 0, good.stderr
+    with hub(tiny_model) as endpoint, client_of(endpoint, home):
+        assert main(["compress", REPO, str(tmp_path / "good"), *argv]) == 0
         shard = next(path for path in home.rglob("model-00002-of-*.safetensors")).resolve()
         data = bytearray(shard.read_bytes())
         data[-3] ^= 1
         shard.chmod(0o644)
         shard.write_bytes(data)
-        bad = swsc(home, endpoint, "compress", REPO, str(tmp_path / "bad"), *argv)
-    assert bad.returncode == 2
-    assert "model-00002-of" in bad.stderr
+        assert main(["compress", REPO, str(tmp_path / "bad"), *argv]) == 2
+    assert "model-00002-of" in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
 
 

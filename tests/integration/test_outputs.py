@@ -1,7 +1,6 @@
 """What happens to an output after it is made, or while two want to make it: verify, overwrite, a second run."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -238,7 +237,6 @@ class TestOverwrite:
         self, tiny_model: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert compress(tiny_model, tmp_path / "straight", "--bits", "5") == 0
-        monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # dozens of runs, and no power cut among them
         real, at = Store.write, 0
 
         def write(self: Store, name: str, pieces: object) -> object:

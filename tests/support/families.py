@@ -210,7 +210,13 @@ def experts_of(model: Any) -> list[SwscExperts]:
     return [module for module in model.modules() if isinstance(module, SwscExperts)]
 
 
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyModel]:
+    """All of them; read only, so that what is made of one for a test is there for the tests of other files."""
+    return {name: FamilyModel(name, tmp_path_factory.mktemp(name.replace(" ", "-"))) for name in MODELS}
+
+
 @pytest.fixture(scope="session", params=MODELS)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FamilyModel:
+def family(request: pytest.FixtureRequest, families: dict[str, FamilyModel]) -> FamilyModel:
     """Each family in turn."""
-    return FamilyModel(request.param, tmp_path_factory.mktemp(request.param.replace(" ", "-")))
+    return families[request.param]

@@ -103,7 +103,7 @@ def test_the_loss_foretold_from_some_rows_is_near_what_a_compression_measures() 
         assert foretold == pytest.approx(compress(weight, spec, metric=metric)[1].energy, rel=0.2)
 
 
-@pytest.mark.parametrize("columns", [90, 96, 100])
+@pytest.mark.parametrize("columns", [90, 96])
 def test_every_spec_of_the_menu_has_a_share_of_a_tall_and_narrow_matrix(columns: int) -> None:
     """Segments that run down the columns want a number of rows that they divide."""
     weight, metric = torch.randn(1000, columns), Metric(torch.eye(columns))

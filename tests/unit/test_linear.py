@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from swsc_core import RtnSpec, SwscEmbedding, SwscLinear, SwscSpec, encode
+from swsc_core import Encoded, RtnSpec, SwscEmbedding, SwscLinear, SwscSpec, encode
 from swsc_core import product as product_module
 from swsc_core.spec import Spec
 
@@ -37,9 +38,25 @@ def dense(seed: int = 0, bias: bool = True) -> nn.Linear:
     return nn.Linear(N, M, bias=bias)
 
 
+@cache
+def encoded(name: str) -> Encoded:
+    """The weight of `dense()`; read only."""
+    return encode(dense().weight.detach(), [SPECS[name]])
+
+
+@cache
+def _compressed(name: str, bias: bool) -> SwscLinear:
+    return SwscLinear.from_linear(dense(bias=bias), SPECS[name])
+
+
+def compressed(name: str, bias: bool = True) -> SwscLinear:
+    """A layer of the test's own; fitting one takes much longer than copying it."""
+    return copy.deepcopy(_compressed(name, bias))
+
+
 @pytest.fixture(params=SPECS, ids=list(SPECS))
 def layer(request: pytest.FixtureRequest) -> SwscLinear:
-    return SwscLinear.from_linear(dense(), SPECS[request.param])
+    return compressed(request.param)
 
 
 def expected(layer: SwscLinear, x: Tensor) -> Tensor:
@@ -82,7 +99,7 @@ def test_half_precision_is_as_close_as_a_dense_layer_is(layer: SwscLinear, dtype
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", SPECS)
 def test_the_input_says_the_dtype_whatever_that_of_the_parts(name: str, bias: bool) -> None:
-    layer, x = SwscLinear.from_linear(dense(bias=bias), SPECS[name]), torch.randn(16, N)
+    layer, x = compressed(name, bias), torch.randn(16, N)
     for dtype, most in ((torch.float64, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 3e-3)):
         found, wanted = layer(x.to(dtype)), expected(layer, x)
         assert found.dtype == dtype
@@ -93,7 +110,7 @@ def test_the_input_says_the_dtype_whatever_that_of_the_parts(name: str, bias: bo
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_under_autocast_it_gives_the_dtype_that_a_dense_layer_gives(name: str, bias: bool, dtype: torch.dtype) -> None:
-    layer, x = SwscLinear.from_linear(dense(bias=bias), SPECS[name]).to(dtype), torch.randn(4, N, dtype=dtype)
+    layer, x = compressed(name, bias).to(dtype), torch.randn(4, N, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == dense(bias=bias).to(dtype)(x).dtype == torch.bfloat16
 
@@ -117,7 +134,7 @@ def test_gradients_of_inputs_are_those_of_the_dense_weight(layer: SwscLinear) ->
 
 
 def test_the_graph_of_segments_does_not_hold_the_dense_weight() -> None:
-    layer = SwscLinear.from_linear(dense(), SPECS["segments"])
+    layer = compressed("segments")
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         layer(torch.randn(2, N, requires_grad=True))
@@ -126,7 +143,7 @@ def test_the_graph_of_segments_does_not_hold_the_dense_weight() -> None:
 
 @pytest.mark.parametrize("name", ["paper, output channels", "paper, input channels", "segments", "codebooks"])
 def test_parts_that_are_asked_to_can_be_tuned(name: str) -> None:
-    layer = SwscLinear.from_linear(dense(), SPECS[name])
+    layer = compressed(name)
     tuned = [
         part for part in ("weight", "scales", "left", "right") if part in layer.parts and layer.parts[part].numel()
     ]
@@ -146,9 +163,10 @@ def test_nothing_but_the_bias_wants_a_gradient_unasked(layer: SwscLinear) -> Non
     assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["bias"]
 
 
-def test_the_state_dict_is_what_is_stored(layer: SwscLinear) -> None:
-    encoded = [encode(dense().weight.detach(), [spec]) for spec in SPECS.values()]
-    stored = next(found.tensors for found in encoded if found.entry == layer.entry)
+@pytest.mark.parametrize("name", SPECS)
+def test_the_state_dict_is_what_is_stored(name: str) -> None:
+    layer, stored = compressed(name), encoded(name).tensors
+    assert layer.entry == encoded(name).entry
     state = layer.state_dict()
     assert state.keys() == {*stored, "bias"}
     assert all(torch.equal(state[part], tensor) for part, tensor in stored.items())
@@ -164,7 +182,7 @@ def whole_graphs(layer: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     "name", ["paper, output channels", "paper, input channels", "segments", "few bits", "rtn, groups"]
 )
 def test_it_compiles_and_exports_as_one_graph(name: str) -> None:
-    layer = SwscLinear.from_linear(dense(), SPECS[name])
+    layer = compressed(name)
     x = torch.randn(3, N)
     with torch.no_grad():
         for graph in whole_graphs(layer):
@@ -175,9 +193,8 @@ def test_it_compiles_and_exports_as_one_graph(name: str) -> None:
 def test_one_compiled_graph_serves_any_number_of_tokens(name: str) -> None:
     """Engines compile once, with the number of tokens unknown, and refuse a graph that fixes it."""
     torch.compiler.reset()
-    encoded = encode(dense().weight.detach(), [SPECS[name]])
-    layer, rows = SwscLinear.from_linear(dense(), SPECS[name]), SwscEmbedding(encoded.entry)
-    rows.load_state_dict(encoded.tensors)
+    layer, rows = compressed(name), SwscEmbedding(encoded(name).entry)
+    rows.load_state_dict(encoded(name).tensors)
     for module, tokens in ((layer, lambda count: torch.randn(count, N)), (rows, lambda count: torch.arange(count) % M)):
         compiled = torch.compile(module, fullgraph=True, backend="eager")
         with torch.no_grad():
@@ -190,29 +207,28 @@ def test_one_compiled_graph_serves_any_number_of_tokens(name: str) -> None:
 @settings(max_examples=25, deadline=None)
 @given(ids=st.lists(st.integers(0, M - 1), min_size=1, max_size=12), name=st.sampled_from(sorted(SPECS)))
 def test_rows_of_an_embedding_are_those_of_the_dense_weight(ids: list[int], name: str) -> None:
-    encoded = encode(dense().weight.detach(), [SPECS[name]])
-    layer = SwscEmbedding(encoded.entry, scale=2.0)
-    layer.load_state_dict(encoded.tensors)
-    wanted = embedding(torch.tensor([ids]), encoded.restored) * 2.0
+    layer = SwscEmbedding(encoded(name).entry, scale=2.0)
+    layer.load_state_dict(encoded(name).tensors)
+    wanted = embedding(torch.tensor([ids]), encoded(name).restored) * 2.0
     assert torch.allclose(layer(torch.tensor([ids])), wanted, atol=1e-6)
 
 
 def test_what_the_layer_holds_is_what_is_stored() -> None:
-    layer = SwscLinear.from_linear(dense(bias=False), SPECS["segments"])
+    layer = compressed("segments", bias=False)
     held = sum(p.numel() * p.element_size() for p in layer.parameters())
     assert held == SPECS["segments"].stored_bytes((M, N), 32)
 
 
 @pytest.mark.parametrize(("part", "damage"), [("labels", lambda t: t[:-1]), ("weight", lambda t: t[:, :-1])])
 def test_parts_of_another_shape_are_refused_by_name(part: str, damage: Callable[[Tensor], Tensor]) -> None:
-    layer = SwscLinear.from_linear(dense(), SPECS["segments"])
+    layer = compressed("segments")
     setattr(layer, part, nn.Parameter(damage(layer.parts[part]), requires_grad=False))
     with pytest.raises(ValueError, match=part):
         layer.dense_weight()
 
 
 def test_a_label_beyond_the_centroids_is_refused() -> None:
-    layer = SwscLinear.from_linear(dense(), SPECS["paper, output channels"])
+    layer = compressed("paper, output channels")
     layer.labels.data.fill_(255)
     with pytest.raises(ValueError, match="label 15 is out of range for 9 centroids"):
         layer.dense_weight()

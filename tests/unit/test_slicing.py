@@ -1,5 +1,7 @@
 """A rank's slice of a compressed matrix is that slice of the dense one, and stays compressed."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,7 +37,9 @@ SPECS: dict[str, Spec] = {
 RANGES = st.tuples(st.integers(0, 1 << 20), st.integers(1, 1 << 20))
 
 
+@cache
 def encoded(name: str) -> Encoded:
+    """A random matrix; read only."""
     torch.manual_seed(0)
     return encode(torch.randn(M, N), [SPECS[name]])
 
