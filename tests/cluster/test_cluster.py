@@ -35,11 +35,11 @@ def ends_well(done: "subprocess.CompletedProcess[str]") -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_ray_run_is_bitwise_equal_to_local_run(
     cluster: Cluster, tiny_model: Path, tmp_path: Path, local: dict[str, bytes], workers: int
 ) -> None:
-    """Three workers fill both nodes: the head has two CPUs, the second node one."""
+    """Three workers fill both nodes: the head has two CPUs, the second node one. (Runs that are cut short have two.)"""
     ends_well(cluster.swsc("compress", tiny_model, tmp_path / "out", *FLAGS, "--workers", workers))
     assert contents(tmp_path / "out") == local
 
@@ -55,12 +55,11 @@ def calibrated(calibration: Path, cache: Path) -> list[object]:
     return ["--preset", "best", "--bits", 3, "--calibration", calibration, "--cache-dir", cache, *windows]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_moments_curves_and_compression_are_bitwise_equal_for_any_number_of_workers(
-    cluster: Cluster, tiny_model: Path, calibration: Path, tmp_path: Path, workers: int
+def test_moments_curves_and_compression_of_two_workers_are_bitwise_equal_to_local_ones(
+    cluster: Cluster, tiny_model: Path, calibration: Path, tmp_path: Path
 ) -> None:
     flags = calibrated(calibration, tmp_path / "cache")
-    ends_well(cluster.swsc("compress", tiny_model, tmp_path / "out", *flags, "--workers", workers))
+    ends_well(cluster.swsc("compress", tiny_model, tmp_path / "out", *flags, "--workers", 2))
     own = [str(flag) for flag in calibrated(calibration, tmp_path / "own")]
     assert main(["compress", str(tiny_model), str(tmp_path / "local"), "--local", *own]) == 0
     ours, theirs = (contents(tmp_path / name) for name in ("local", "out"))
@@ -83,15 +82,6 @@ def test_stacked_experts_are_the_same_for_any_number_of_workers(
     assert main(["compress", str(model.dense), str(tmp_path / "local"), "--local", *own]) == 0
     files = [json.loads((tmp_path / out / "swsc_manifest.json").read_text())["files"] for out in ("local", "out")]
     assert files[0] == files[1]
-
-
-def test_a_cluster_of_its_own_gives_the_same_bytes(tiny_model: Path, tmp_path: Path, local: dict[str, bytes]) -> None:
-    """Two one-thread workers on one node, started in the process itself."""
-    command = [sys.executable, "-m", "jobs", "compress", str(tiny_model), str(tmp_path / "out"), *FLAGS]
-    flags = ["--address", "local", "--workers", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ends_well(subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True))
-    assert contents(tmp_path / "out") == local
 
 
 def test_a_cluster_of_its_own_listens_on_loopback_only(tmp_path: Path) -> None:
@@ -176,10 +166,10 @@ def test_perplexity_is_bit_identical_for_any_number_of_workers(
 ) -> None:
     flags = ("--text", text, "--seqlen", 64, "--json", tmp_path / "e.json")
     found = []
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         ends_well(cluster.swsc("evaluate", tiny_model, *flags, "--workers", workers))
         found.append(json.loads((tmp_path / "e.json").read_text()))
-    assert found[0]["nll_per_window"] == found[1]["nll_per_window"] == found[2]["nll_per_window"]
+    assert found[0]["nll_per_window"] == found[1]["nll_per_window"]
     assert len({result["perplexity"] for result in found}) == 1
 
 
@@ -288,7 +278,7 @@ class TestRunsThatAreCutShort:
     def test_a_worker_that_hangs_is_given_up_and_nothing_differs(
         self, cluster: Cluster, model: Path, tmp_path: Path, straight: dict[str, bytes]
     ) -> None:
-        run = self.begin(cluster, model, tmp_path / "out", "--task-deadline", "15")
+        run = self.begin(cluster, model, tmp_path / "out", "--task-deadline", "10")
         self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
         victim = workers_at("CompressLayer")[0]
         victim.suspend()
