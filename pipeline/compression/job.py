@@ -1,12 +1,13 @@
 """Jobs of compression: one layer into the file of an output, one matrix in several ways, tensors that are copied."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pipeline.compression.layer_output import LayerParts, matrix_row
+from pipeline.compression.layer_output import LayerParts, matrix_result
 from pipeline.device import instructions_of, spoils_the_process
 from pipeline.errors import WeightsError
 from pipeline.model.lease import Ticket
@@ -15,14 +16,13 @@ from pipeline.model.matrix_reader import MatrixReader, SourceMatrix, read_source
 from pipeline.model.moments import Moments
 from pipeline.model.parts import Part, Payload, copy_tensors, to_part
 from pipeline.model.plan import CopyTask, LayerTask
+from pipeline.model.report_rows import MatrixResult
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.heap import peak_rss, return_freed_blocks
 from pipeline.run.task import JobContext, JobOutput, Task
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
-from swsc_core.spec import Spec, SwscSpec
-
-Row = dict[str, Any]
+from swsc_core.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,22 @@ class LayerReport:
     """Measurements of a finished layer.
 
     Attributes:
-        rows: of swsc_report.json, one for each matrix.
+        results: row and entry of each matrix.
         peak_rss: largest resident memory of the worker so far, in bytes.
         kernels: vector instructions of the worker's CPU, or its GPU.
     """
 
-    rows: tuple[Row, ...]
+    results: tuple[MatrixResult, ...]
     peak_rss: int
     kernels: str
+
+
+@dataclass(frozen=True)
+class CompressionFailure:
+    """Why a matrix could not be compressed in one of several ways."""
+
+    name: str
+    error: str
 
 
 @dataclass(frozen=True)
@@ -75,30 +83,30 @@ class CompressLayer:
     moments: Moments | None
 
     def run(self, context: JobContext) -> JobOutput[LayerReport]:
-        reader, parts, rows = MatrixReader(self.source, context.device), LayerParts(self.form), []
+        reader, parts, results = MatrixReader(self.source, context.device), LayerParts(self.form), []
         for info, specs in self.layer.items:
             variant = CompressionVariant(specs, self.seed, self.storage_dtype, self.moments)
-            encoded, row = compress_matrix(reader.read(info), variant, context.device)
+            encoded, result = compress_matrix(reader.read(info), variant, context.device)
             parts.add(info, encoded)
-            rows.append(row)
-        return layer_output(parts, self.layer, reader, rows, context.device)
+            results.append(result)
+        return layer_output(parts, self.layer, reader, results, context.device)
 
 
 @dataclass(frozen=True)
 class CompressVariants:
-    """Compress one matrix, read once, in several ways; one payload for each. The value holds a row for each.
+    """Compress one matrix, read once, in several ways; one payload for each. The value holds a result for each.
 
-    A way that fails gives a row with an `error`, and the others go on, unless the failure leaves the GPU unusable.
+    A way that fails gives a `CompressionFailure`, and the others go on, unless the failure leaves the GPU unusable.
     """
 
     source: Store
     info: MatrixInfo
     variants: tuple[CompressionVariant, ...]
 
-    def run(self, context: JobContext) -> JobOutput[tuple[Row, ...]]:
+    def run(self, context: JobContext) -> JobOutput[tuple[MatrixResult | CompressionFailure, ...]]:
         matrix = read_source_matrix(self.source, self.info, context.device)
-        payloads = tuple(compress_variant(matrix, variant, context.device) for variant in self.variants)
-        return JobOutput(tuple(payload.rows[0] for payload in payloads), payloads)
+        outputs = [compress_variant(matrix, variant, context.device) for variant in self.variants]
+        return JobOutput(tuple(result for result, _ in outputs), tuple(payload for _, payload in outputs))
 
 
 @dataclass(frozen=True)
@@ -113,37 +121,36 @@ class CopyTensors:
         return JobOutput(copy_tensors(self.source, self.copy.infos, self.ticket, self.copy.file))
 
 
-def compress_variant(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> Payload:
-    """Compressed parts and row of a matrix; a failure becomes a row with an `error`, unless it leaves the GPU unusable."""
+def compress_variant(
+    matrix: SourceMatrix, variant: CompressionVariant, device: str
+) -> tuple[MatrixResult | CompressionFailure, Payload]:
+    """Result and stored parts of a matrix; of one that cannot be compressed, why, unless it leaves the GPU unusable."""
     name = matrix.info.name
     try:
-        encoded, row = compress_matrix(matrix, variant, device)
+        encoded, result = compress_matrix(matrix, variant, device)
     except Exception as error:
         if spoils_the_process(error):
             raise
-        return Payload((), ({"name": name, "error": f"{name}: {error}"},))
-    return Payload(_parts(encoded), (row,))
+        return CompressionFailure(name, f"{name}: {error}"), Payload(())
+    return result, Payload(_parts(encoded), (result.to_json(),))
 
 
 def _parts(encoded: Encoded) -> tuple[Part, ...]:
     return tuple(to_part(part, tensor) for part, tensor in encoded.tensors.items())
 
 
-def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> tuple[Encoded, Row]:
-    """Compress one matrix; returns it with its row of the report. Raises WeightsError for NaN or Inf."""
+def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> tuple[Encoded, MatrixResult]:
+    """Compress one matrix; returns it with its row and entry. Raises WeightsError for NaN or Inf."""
     started = time.perf_counter()
-    info, moments = matrix.info, variant.moments
+    info = matrix.info
     # Slabs of segments leave holes in the heap. K-Means over whole channels leaves none, and would pay a third of its time.
-    if any(isinstance(spec, SwscSpec) and spec.segment_size for spec in variant.specs):
+    if any(spec.cuts_channels for spec in variant.specs):
         return_freed_blocks(info.count)
     try:
         encoded = _encoded(matrix, variant, device)
     except WeightError as error:
         raise WeightsError(f"{matrix.path}: {error}") from None
-    row = matrix_row(matrix, encoded, time.perf_counter() - started)
-    if moments:
-        row |= {"calibration_tokens": moments.tokens(info.name), "moments_sha256": moments.sha256(info.name)}
-    return encoded, row
+    return encoded, matrix_result(matrix, encoded, time.perf_counter() - started, variant.moments)
 
 
 def _encoded(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> Encoded:
@@ -154,13 +161,13 @@ def _encoded(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> 
 
 
 def layer_output(
-    parts: LayerParts, layer: LayerTask, reader: MatrixReader, rows: list[Row], device: str
+    parts: LayerParts, layer: LayerTask, reader: MatrixReader, results: Sequence[MatrixResult], device: str
 ) -> JobOutput[LayerReport]:
     """The file of a layer whose matrices are all in `parts`, with the rows of its report."""
     for fused in layer.fused:
         parts.add_remaining_rows(fused, reader.whole)
-    report = LayerReport(tuple(rows), peak_rss(), instructions_of(device))
-    return JobOutput(report, (Payload(parts.parts, tuple(rows)),))
+    report = LayerReport(tuple(results), peak_rss(), instructions_of(device))
+    return JobOutput(report, (Payload(parts.parts, tuple(result.to_json() for result in results)),))
 
 
 def copy_task(source: Store, copy: CopyTask, ticket: Ticket) -> Task[Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +9,9 @@ from torch import Tensor
 from pipeline.model.matrices import FusedTensor
 from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.matrix_reader import SourceMatrix
+from pipeline.model.moments import Moments
 from pipeline.model.parts import Part, to_part
+from pipeline.model.report_rows import CompressedRow, MatrixResult
 from swsc_core import Encoded
 from swsc_core.codec import dtype_name
 from swsc_core.format import part_name
@@ -62,33 +63,35 @@ def _remaining_rows(fused: FusedTensor, read: Callable[[MatrixInfo], Tensor]) ->
     return torch.cat(found)
 
 
-def matrix_row(matrix: SourceMatrix, encoded: Encoded, seconds: float) -> dict[str, Any]:
-    """A row of swsc_report.json; bits are counted from the bytes that are stored."""
-    info, spec = matrix.info, encoded.spec
+def matrix_result(matrix: SourceMatrix, encoded: Encoded, seconds: float, moments: Moments | None) -> MatrixResult:
+    """Row and entry of a matrix that `encode` compressed."""
+    info, spec, cluster_error = matrix.info, encoded.spec, encoded.stats.get("cluster_error")
     assert spec is not None
-    cluster_error = encoded.stats.get("cluster_error")
-    return {
-        "name": info.name,
-        "shape": list(info.shape),
-        "dtype": dtype_name(encoded.restored.dtype),
-        "method": spec.method,
-        "bits_per_weight": 8 * encoded.stored_bytes / info.count,
-        "paper_bits": spec.paper_bits(info.shape),
-        **errors_of(info, encoded),
-        "cluster_mean_squared_error": None if cluster_error is None else cluster_error / info.count,
-        "read_seconds": matrix.seconds,
-        "seconds": seconds,
-        "stored_bytes": encoded.stored_bytes,
-        "entry": replace(encoded.entry, location=info.location).to_json(),
-        "stats": encoded.stats,
-        "source_sha256": matrix.sha256,
-    }
+    row = CompressedRow(
+        info.name,
+        info.shape,
+        dtype_name(encoded.restored.dtype),
+        spec.method,
+        bits_per_weight=8 * encoded.stored_bytes / info.count,
+        paper_bits=spec.paper_bits(info.shape),
+        cluster_mean_squared_error=None if cluster_error is None else cluster_error / info.count,
+        read_seconds=matrix.seconds,
+        seconds=seconds,
+        stored_bytes=encoded.stored_bytes,
+        stats=encoded.stats,
+        source_sha256=matrix.sha256,
+        calibration_tokens=moments.tokens(info.name) if moments else None,
+        moments_sha256=moments.sha256(info.name) if moments else None,
+    )
+    return MatrixResult(with_errors(row, encoded), replace(encoded.entry, location=info.location))
 
 
-def errors_of(info: MatrixInfo, encoded: Encoded) -> dict[str, float]:
-    """Squared error of a compressed matrix, relative and per weight, and the mean square of its weights."""
-    return {
-        "relative_error": encoded.relative_error,
-        "mean_squared_error": encoded.squared_error / info.count,
-        "mean_square": encoded.squared_norm / info.count,
-    }
+def with_errors(row: CompressedRow, encoded: Encoded) -> CompressedRow:
+    """`row` with the errors of `encoded`: relative and per weight, and the mean square of the weights."""
+    count = encoded.restored.numel()
+    return replace(
+        row,
+        relative_error=encoded.relative_error,
+        mean_squared_error=encoded.squared_error / count,
+        mean_square=encoded.squared_norm / count,
+    )

@@ -1,7 +1,7 @@
 """The card of a compression, of a restoring, and what a measurement adds to it."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.config import CompressSettings
@@ -13,15 +13,16 @@ from pipeline.model.card_figures import PROTOCOL, with_evaluation
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.plan import Plan
 from pipeline.model.records import Evaluation, read_record
+from pipeline.model.report_rows import MatrixResult
 from pipeline.model.store import Store
 from pipeline.run.progress import say
 
 
 def card_of_compression(
-    source: Checkpoint, plan: Plan, rows: Mapping[str, Mapping[str, Any]], settings: CompressSettings, calibration: str
+    source: Checkpoint, plan: Plan, results: Iterable[MatrixResult], settings: CompressSettings, calibration: str
 ) -> str:
     """The card of what `compress_model` has made; `calibration`: the text in words, "" without one."""
-    matrices = tuple(Compressed(name, _pair(row["entry"]["shape"]), row["stored_bytes"]) for name, row in rows.items())
+    matrices = tuple(Compressed(one.row.name, one.entry.shape, one.row.stored_bytes) for one in results)
     compact = plan.stored_bytes - sum(one.stored_bytes for one in plan.compressed) + sum(one.nbytes for one in matrices)
     about = About(
         form=settings.format,
@@ -112,10 +113,6 @@ def _made(source: Checkpoint, about: About) -> str:
     if own.problem:
         say(f"note: README.md of the model: {own.problem}: its licence and language are not carried over")
     return make_card(source, own, about)
-
-
-def _pair(shape: list[int]) -> tuple[int, int]:
-    return shape[0], shape[1]
 
 
 def _how(settings: CompressSettings, calibration: str) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,13 +24,13 @@ from pipeline.model.moments import Moments
 from pipeline.model.output import CALIBRATION, Output, abandon, finish
 from pipeline.model.output_report import build_report
 from pipeline.model.plan import Plan
+from pipeline.model.report_rows import CompressedRow, MatrixResult
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import FileRecord, Store
 from pipeline.run.stage import PoolMaker
 from pipeline.run.task import Destination, Job, Task, TaskResult
 from pipeline.tuning.job import ApplyTuning
 from swsc_core.format import quantization_config
-from swsc_core.methods import entry_of
 
 V = TypeVar("V")
 
@@ -71,7 +71,7 @@ class TunedModel:
     """
 
     tuned: Tuned
-    rows: dict[str, dict[str, Any]]
+    rows: dict[str, CompressedRow]
     about: dict[str, Any]
 
 
@@ -118,17 +118,17 @@ def _carry_out(
     ingredients = Ingredients(source, moments, ready.tuned if ready else None)
     out = ingredients.kept(out)
     records = {file: record for file, (record, _) in out.finished.items()}
-    rows = {row["name"]: row for _, found in out.finished.values() for row in found}
+    results = {row["name"]: MatrixResult.from_json(row) for _, found in out.finished.values() for row in found}
     peaks: dict[str, int] = {}
     kernels: set[str] = set()
 
     def note(done: TaskResult[LayerReport | FileRecord]) -> None:
         layer, record = (None, done.value) if isinstance(done.value, FileRecord) else (done.value, done.record)
         assert record is not None  # of a layer, which was committed
-        ingredients.require_calibrated_on(record.tensors, layer.rows if layer else ())
+        ingredients.require_calibrated_on(record.tensors, [one.row for one in layer.results] if layer else ())
         records[record.name] = record
         if layer:
-            rows.update({row["name"]: row for row in layer.rows})
+            results.update({one.row.name: one for one in layer.results})
             kernels.add(layer.kernels)
             peaks[str(done.worker)] = max(layer.peak_rss, peaks.get(str(done.worker), 0))
 
@@ -138,6 +138,7 @@ def _carry_out(
     run_output_stage(
         tasks, compression_bytes(plan), note, make_pool, out, "compress", 0 if ready else device_bytes(plan)
     )
+    rows = {name: one.row for name, one in results.items()}
     report = build_report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["left_out"] = dict(source.left_out)
     report["arithmetic"] = {**arithmetic.about, "kernels": sorted(kernels)}
@@ -151,8 +152,8 @@ def _carry_out(
     ordered = [records[name] for name in sorted(records)]
     if calibrated:
         ordered.append(out.store.write_json(CALIBRATION, calibrated.about))
-    card = card_of_compression(source, plan, rows, settings, calibrated.words if calibrated else "")
-    finish(out, source, ordered, _config(source, rows, settings.format), report, card)
+    card = card_of_compression(source, plan, results.values(), settings, calibrated.words if calibrated else "")
+    finish(out, source, ordered, _config(source, results, settings.format), report, card)
     return report
 
 
@@ -182,8 +183,8 @@ def _tasks(
     return tasks + [copy_task(source.store, copy, ticket) for copy in plan.copies]
 
 
-def _config(source: Checkpoint, rows: dict[str, dict[str, Any]], form: str) -> dict[str, Any]:
+def _config(source: Checkpoint, results: Mapping[str, MatrixResult], form: str) -> dict[str, Any]:
     if form == "dense":
         return source.config
-    entries = {name: entry_of(rows[name]["entry"]) for name in sorted(rows)}
+    entries = {name: results[name].entry for name in sorted(results)}
     return {**source.config, "quantization_config": quantization_config(entries)}

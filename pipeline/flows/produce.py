@@ -18,6 +18,7 @@ from pipeline.model.output_report import compressed_rows
 from pipeline.model.owned import REPORT
 from pipeline.model.plan import Plan
 from pipeline.model.records import rebuilt_cache
+from pipeline.model.report_rows import measured_rows
 from pipeline.model.store import Store
 from pipeline.model.uses import remove_unless_used, used
 from pipeline.run.progress import say
@@ -53,8 +54,7 @@ def produce(
         tuning = Tuning(source, staging, text, calibration, calibrated.cache, arithmetic)
         kept.enter_context(used(tuning.store))
         tuned, about = tuning.run(make_pool)
-        rows = {row["name"]: row for row in compressed_rows(Store.at(staging).read_json(REPORT))}
-        return TunedModel(tuned, rows, about)
+        return TunedModel(tuned, measured_rows(Store.at(staging).read_json(REPORT)), about)
 
     with kept:
         return compress_model(source, plan, output, settings, arithmetic, make_pool, calibrated, tune, overwrite, wait)
@@ -70,9 +70,7 @@ def produce_variant(
     kept.enter_context(used(Store.at(output)))
     with rebuilt_cache(Store.at(output)):
         report = produce(source, plan, output, settings, calibration, calibrated, arithmetic, make_pool, wait=say)
-    return TunedVariant(
-        open_checkpoint(output), {row["name"]: row for row in compressed_rows(report)}, report["tuning"]
-    )
+    return TunedVariant(open_checkpoint(output), compressed_rows(report), report["tuning"])
 
 
 def forget_stages(

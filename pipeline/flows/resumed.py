@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from pipeline.errors import OutputError
 from pipeline.measure.tuner import Tuned
@@ -11,7 +10,9 @@ from pipeline.model.checkpoint import MANIFEST, Checkpoint
 from pipeline.model.digests import Seen, known_ranges, range_of, recorded
 from pipeline.model.moments import Moments, require_same_source, source_of
 from pipeline.model.output import Output
+from pipeline.model.output_report import compressed_rows
 from pipeline.model.owned import REPORT
+from pipeline.model.report_rows import CompressedRow, MatrixResult, measured_rows
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import FileRecord, Store
 
@@ -30,15 +31,16 @@ class Ingredients:
         """An output without the finished files that were made of something else; StoreError as `require_calibrated_on`."""
         known = known_ranges(self.source.tensors)
 
-        def is_of(record: FileRecord, rows: list[dict[str, Any]]) -> bool:
+        def is_of(record: FileRecord, rows: list[CompressedRow]) -> bool:
             return self._copied(record.tensors) if not rows else all(self._is_of(row, known) for row in rows)
 
-        finished = {file: own for file, own in out.finished.items() if is_of(*own)}
-        for record, rows in finished.values():
-            self.require_calibrated_on(record.tensors, rows)
+        rows = {file: [MatrixResult.from_json(row).row for row in found] for file, (_, found) in out.finished.items()}
+        finished = {file: own for file, own in out.finished.items() if is_of(own[0], rows[file])}
+        for file, (record, _) in finished.items():
+            self.require_calibrated_on(record.tensors, rows[file])
         return replace(out, finished=finished)
 
-    def require_calibrated_on(self, tensors: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
+    def require_calibrated_on(self, tensors: Mapping[str, str], rows: Sequence[CompressedRow]) -> None:
         """Raise StoreError if a file was made of other bytes of the source than the calibration has read.
 
         Args:
@@ -47,7 +49,7 @@ class Ingredients:
         """
         if self.moments is None:
             return
-        read = {where: digest for row in rows for where, digest in row.get("source_sha256", {}).items()}
+        read = {where: digest for row in rows for where, digest in row.source_sha256.items()}
         if not rows:
             own = {name: self.source.tensors[name] for name in tensors if name in self.source.tensors}
             read = {range_of(info): tensors[name] for name, info in own.items() if info.fp8 is None}
@@ -62,17 +64,17 @@ class Ingredients:
         own = {name: self.source.tensors[name].sha256 for name in tensors if name in self.source.tensors}
         return all(digests[:1] in ((), (tensors[name],)) for name, digests in own.items())
 
-    def _is_of(self, row: Mapping[str, Any], known: Seen) -> bool:
+    def _is_of(self, row: CompressedRow, known: Seen) -> bool:
         """Whether a compressed matrix was made of these."""
         return (
-            all(known.get(where, digest) == digest for where, digest in row.get("source_sha256", {}).items())
-            and self._same(row, "moments_sha256", self.moments.sha256(row["name"]) if self.moments else None)
-            and self._same(row, "tuned_sha256", self.tuned.sha256 if self.tuned else None)
+            all(known.get(where, digest) == digest for where, digest in row.source_sha256.items())
+            and self._same(row.moments_sha256, self.moments.sha256(row.name) if self.moments else None)
+            and self._same(row.tuned_sha256, self.tuned.sha256 if self.tuned else None)
         )
 
-    def _same(self, row: Mapping[str, Any], key: str, now: str | None) -> bool:
-        """Whether a row says what is so now; one of an earlier release says nothing, which is not enough for a verified source."""
-        return now is None or row.get(key) == now or (key not in row and not self.source.verified)
+    def _same(self, then: str | None, now: str | None) -> bool:
+        """Whether a digest is the present one; a row of an earlier release has none, which is not enough for a verified source."""
+        return now is None or then == now or (then is None and not self.source.verified)
 
     def require_made_of(self, store: Store) -> None:
         """Raise OutputError if a complete output was made of other bytes than a verified source has, or may have been."""
@@ -82,11 +84,13 @@ class Ingredients:
         if report.get(VERIFIED) == known.name:
             return
         ranges = known_ranges(self.source.tensors)
-        rows = [row for row in report["tensors"] if row["action"] == "compressed"]
+        rows = list(measured_rows(report).values())
         # a part of what is stored of a matrix may have its name; of a fused tensor the rest is stored
-        made = {row[key] for row in rows for key in ("name", "tensor") if row.get(key)}
+        made = {row[key] for row in compressed_rows(report) for key in ("name", "tensor") if row.get(key)}
         copied = {name: digest for name, (digest,) in recorded(manifest).items() if name not in made}
-        calibrated = any("moments_sha256" in row or "calibration_tokens" in row for row in rows) or "tuning" in report
+        calibrated = "tuning" in report or any(
+            (row.moments_sha256, row.calibration_tokens) != (None, None) for row in rows
+        )
         if calibrated or not (self._copied(copied) and all(self._is_of(row, ranges) for row in rows)):
             raise OutputError(
                 f"{store.root}: complete, but made without --verify-source, and"

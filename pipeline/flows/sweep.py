@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
-from pipeline.compression.job import CompressVariants
+from pipeline.compression.job import CompressionFailure, CompressVariants
 from pipeline.config import EvaluateSettings, SweepSettings, Variant
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError, DiskFull, PayloadLost
@@ -22,7 +22,7 @@ from pipeline.flows.evaluate import deal, model_key, on_gpu_bytes, worker_bytes
 from pipeline.flows.prepare import prepare
 from pipeline.flows.produce import forget_stages, produce_variant
 from pipeline.flows.sweep_cache import forget_measured, require_cache_room, shares_its_stages
-from pipeline.flows.sweep_rows import run_rows, tensor_rows
+from pipeline.flows.sweep_rows import run_rows, tensor_rows, tensor_table
 from pipeline.flows.sweep_runs import Run, Unit, make_runs, open_models, open_windows
 from pipeline.measure.windows import Windows
 from pipeline.model.artifact import Model
@@ -31,6 +31,7 @@ from pipeline.model.forecast import WORKER_BASE, compression_bytes, device_bytes
 from pipeline.model.matrices import find_matrix
 from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.plan import Plan
+from pipeline.model.report_rows import MatrixResult
 from pipeline.run.driver import execute
 from pipeline.run.progress import Progress, about
 from pipeline.run.stage import PoolMaker
@@ -76,7 +77,7 @@ class Sweep:
         self._runs = make_runs(settings, self._checkpoints)
         self._compressions = self._make_compressions()[::-1]
         self._payloads: dict[Unit, Any] = {}
-        self._rows: dict[Unit, dict[str, Any]] = {}
+        self._results: dict[Unit, MatrixResult] = {}
         self._kept = ExitStack()  # tuned models in the cache, which another sweep may be done with before
         self._loaded: dict[int, Run] = {}  # worker -> the run that it measured last
 
@@ -237,9 +238,10 @@ class Sweep:
     def _compressed(self, done: TaskResult[Any]) -> None:
         _, units = done.task.key
         for number, unit in enumerate(units):
-            error = str(done.error) if done.error else done.value[number].get("error")
-            if not error:
-                self._rows[unit] = done.value[number]
+            result = CompressionFailure(unit[1], str(done.error)) if done.error else done.value[number]
+            error = result.error if isinstance(result, CompressionFailure) else None
+            if isinstance(result, MatrixResult):
+                self._results[unit] = result
                 self._payloads[unit] = done.payloads[number]
             for run in self._runs:
                 if unit in run.missing:
@@ -296,7 +298,8 @@ class Sweep:
         """What has been measured so far."""
         rows, tensors = [], []
         for run in self._runs:
-            found = tensor_rows(run, self._rows)
+            found = tensor_rows(run, self._results)
             rows += run_rows(run, self._settings, self._checkpoints[run.model], self._windows[run.model], found)
-            tensors += [{"model": self._settings.models[run.model], "variant": run.name, **r} for r in found.values()]
+            labels = {"model": self._settings.models[run.model], "variant": run.name}
+            tensors += [labels | row for row in tensor_table(run, self._results)]
         return SweepResult(rows, tensors, time.perf_counter() - self._started)

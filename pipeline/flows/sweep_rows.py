@@ -1,5 +1,6 @@
 """What a sweep found, as rows: one a variant × evaluation, and one a variant × tensor."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config import SweepSettings
@@ -9,19 +10,31 @@ from pipeline.flows.sweep_runs import Run, Unit
 from pipeline.measure.windows import Windows
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.output_report import bit_totals
+from pipeline.model.report_rows import CompressedRow, MatrixResult, rows_by_name
 
 Row = dict[str, Any]
 
 
-def tensor_rows(run: Run, found: dict[Unit, Row]) -> dict[str, Row]:
+def tensor_rows(run: Run, found: Mapping[Unit, MatrixResult]) -> dict[str, CompressedRow]:
     """The measurements of a run's tensors, by name."""
     if run.made:
-        return run.made.rows
-    return {name: found[unit] for name, unit in run.all_units().items() if unit in found}
+        return rows_by_name(CompressedRow.from_json(row) for row in run.made.table)
+    return {name: found[unit].row for name, unit in run.all_units().items() if unit in found}
+
+
+def tensor_table(run: Run, found: Mapping[Unit, MatrixResult]) -> list[Row]:
+    """The same as rows of a table, with all that a report or a record states."""
+    if run.made:
+        return run.made.table
+    return [found[unit].to_json() for unit in run.all_units().values() if unit in found]
 
 
 def run_rows(
-    run: Run, settings: SweepSettings, checkpoint: Checkpoint, windows: list[Windows], tensors: dict[str, Row]
+    run: Run,
+    settings: SweepSettings,
+    checkpoint: Checkpoint,
+    windows: list[Windows],
+    tensors: Mapping[str, CompressedRow],
 ) -> list[Row]:
     """A row for each evaluation of a run; one row without a perplexity if the sweep has no evaluations."""
     model = settings.models[run.model]
@@ -47,7 +60,7 @@ def _own_bits(checkpoint: Checkpoint) -> Row:
     return {"whole_model_bits_per_weight": 8 * checkpoint.nbytes / checkpoint.weights, "relative_error": 0.0}
 
 
-def _bits(run: Run, rows: dict[str, Row]) -> Row:
+def _bits(run: Run, rows: Mapping[str, CompressedRow]) -> Row:
     """Bits and error over all compressed matrices of a run, weighted by their size; None where some are not there."""
     keys = ("paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error")
     if not run.plan or len(rows) < len(run.plan.compressed):
@@ -55,7 +68,7 @@ def _bits(run: Run, rows: dict[str, Row]) -> Row:
     counts = {decision.info.name: decision.info.count for decision in run.plan.compressed}
 
     def total(key: str) -> float:
-        return sum(rows[name][key] * count for name, count in counts.items())
+        return sum(getattr(rows[name], key) * count for name, count in counts.items())
 
     whole = bit_totals(run.plan, rows)
     error = total("mean_squared_error") / total("mean_square")

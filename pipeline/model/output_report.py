@@ -2,22 +2,24 @@
 
 import platform
 import resource
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from pipeline.model.addresses import command
 from pipeline.model.plan import Plan
+from pipeline.model.report_rows import CompressedRow
 
 
 def build_report(
-    plan: Plan, rows: dict[str, dict[str, Any]], seconds: float, peaks: dict[str, int], form: str
+    plan: Plan, rows: Mapping[str, CompressedRow], seconds: float, peaks: dict[str, int], form: str
 ) -> dict[str, Any]:
     tensors = []
     for decision in plan.decisions:
         about: dict[str, Any] = {"name": decision.info.name, "action": decision.action, "reason": decision.reason}
         about |= {"shape": list(decision.info.shape), "method": None, **decision.location.to_json()}
-        row = {key: value for key, value in rows.get(decision.info.name, {}).items() if key != "entry"}
-        tensors.append({**about, **row})
+        row = rows.get(decision.info.name)
+        tensors.append(about | row.to_json() if row else about)
     return {
         "format": form,
         "tensors": tensors,
@@ -30,9 +32,9 @@ def build_report(
     }
 
 
-def bit_totals(plan: Plan, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+def bit_totals(plan: Plan, rows: Mapping[str, CompressedRow]) -> dict[str, float]:
     """Bits a weight over the compressed matrices and over the whole model, from stored bytes of the compact form."""
-    stored = sum(row["stored_bytes"] for row in rows.values())
+    stored = sum(row.stored_bytes for row in rows.values())
     count = sum(decision.info.count for decision in plan.compressed)
     copied = sum(decision.info.nbytes for decision in plan.decisions if decision.action == "copied")
     return {
@@ -42,14 +44,14 @@ def bit_totals(plan: Plan, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _phases(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _phases(rows: Mapping[str, CompressedRow]) -> dict[str, float]:
     """Seconds of all workers together, by what they were spent on."""
-    phases = {"read": sum(row["read_seconds"] for row in rows.values())}
+    phases = {"read": sum(row.read_seconds for row in rows.values())}
     for row in rows.values():
-        for key in ("kmeans_seconds", "svd_seconds", "rtn_seconds"):
-            if key in row["stats"]:
+        for key, value in row.stats.items():
+            if key.endswith("_seconds"):
                 name = key.removesuffix("_seconds")
-                phases[name] = phases.get(name, 0.0) + row["stats"][key]
+                phases[name] = phases.get(name, 0.0) + value
     return phases
 
 
@@ -65,6 +67,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def compressed_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of compressed tensors in a report."""
+def compressed_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of compressed tensors in a report, as JSON."""
     return [row for row in report["tensors"] if row["action"] == "compressed"]

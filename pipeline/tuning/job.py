@@ -1,13 +1,12 @@
 """Jobs of tuning: divergence and gradients of some windows, a step, tuned values into a layer, the state from and to files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipeline.compression.job import LayerReport, layer_output
-from pipeline.compression.layer_output import LayerParts, errors_of
+from pipeline.compression.layer_output import LayerParts, with_errors
 from pipeline.measure.tune_state import TuneState, added, to_payload
 from pipeline.measure.tuner import Tuned, TuneKey, Tuner
 from pipeline.model.checkpoint import read_header
@@ -15,6 +14,7 @@ from pipeline.model.digests import require_same
 from pipeline.model.matrix_reader import MatrixReader
 from pipeline.model.parts import Payload, read_tensor, to_part
 from pipeline.model.plan import LayerTask
+from pipeline.model.report_rows import CompressedRow, MatrixResult
 from pipeline.model.store import Store
 from pipeline.run.task import JobContext, JobOutput
 
@@ -87,19 +87,19 @@ class ApplyTuning:
     layer: LayerTask
     form: str
     tuned: Tuned
-    rows: Mapping[str, dict[str, Any]]
+    rows: Mapping[str, CompressedRow]
 
     def run(self, context: JobContext) -> JobOutput[LayerReport]:
-        reader, parts, rows = MatrixReader(self.source, context.device), LayerParts(self.form), []
+        reader, parts, results = MatrixReader(self.source, context.device), LayerParts(self.form), []
         infos = [info for info, _ in self.layer.items]
         layer = self.tuned.encoded((info.name, reader.read(info).weight) for info in infos)
         for info, encoded in zip(infos, layer, strict=True):
             before = self.rows[info.name]
-            require_same(info.name, before.get("source_sha256", {}), reader.digests)
+            require_same(info.name, before.source_sha256, reader.digests)
             parts.add(info, encoded)
-            tuned = {"entry": encoded.entry.to_json(), "tuned_sha256": self.tuned.sha256}
-            rows.append({**before, **errors_of(info, encoded), **tuned})
-        return layer_output(parts, self.layer, reader, rows, context.device)
+            row = with_errors(replace(before, tuned_sha256=self.tuned.sha256), encoded)
+            results.append(MatrixResult(row, encoded.entry))
+        return layer_output(parts, self.layer, reader, results, context.device)
 
 
 @dataclass(frozen=True)

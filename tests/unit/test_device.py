@@ -128,8 +128,8 @@ def test_a_sweep_does_not_take_an_error_of_the_gpu_for_one_of_a_variant(
     with pytest.raises(RuntimeError):
         compression.compress_variant(matrix, CompressionVariant((), 0), "cpu")
     monkeypatch.setattr(compression, "encode", lambda *_, **__: (_ for _ in ()).throw(ValueError("too few rows")))
-    payload = compression.compress_variant(matrix, CompressionVariant((), 0), "cpu")
-    assert payload.rows[0]["error"] == "w: too few rows"
+    failure, _ = compression.compress_variant(matrix, CompressionVariant((), 0), "cpu")
+    assert failure == compression.CompressionFailure("w", "w: too few rows")
 
 
 def test_a_cpu_is_left_as_it_is() -> None:
