@@ -22,9 +22,6 @@ from swsc_core.methods import matrix_of, method_named
 from swsc_core.metric import Metric
 from swsc_core.spec import Spec
 
-PARTS = (
-    "weight", "labels", "scales", "left", "right", "weight_scales", "left_scales", "right_scales", "zero_points",
-)  # fmt: skip
 _ROWS = 256  # rows that are held in float64 at a time
 
 

@@ -37,7 +37,8 @@ class CompressOptions:
 class CompressedMatrix(ABC):
     """One compressed matrix [m, n] as it is stored.
 
-    A subclass states the name of its method, the class of its specs (`stored_bytes`, `paper_bits`) and that of its entries.
+    A subclass states the class of its specs, that of its entries (which names the method), and the names of all tensors that it may
+    store, "weight" first.
     Methods that are not abstract have an implementation by the restored matrix, or refuse what a method need not offer.
 
     Attributes:
@@ -46,6 +47,7 @@ class CompressedMatrix(ABC):
 
     spec_type: ClassVar[type[Spec]]
     entry_type: ClassVar[type[Entry]]
+    part_names: ClassVar[tuple[str, ...]]
     entry: Any  # an instance of `entry_type`
 
     @classmethod

@@ -20,6 +20,7 @@ class CompressedRtn(CompressedMatrix):
 
     spec_type = RtnSpec
     entry_type = RtnEntry
+    part_names = ("weight", "scales", "zero_points")
     entry: RtnEntry
     matrix: RtnMatrix
 

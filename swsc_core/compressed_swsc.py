@@ -30,6 +30,7 @@ class CompressedSwsc(CompressedMatrix):
 
     spec_type = SwscSpec
     entry_type = SwscEntry
+    part_names = ("weight", "labels", "scales", "left", "right", "weight_scales", "left_scales", "right_scales")
     entry: SwscEntry
     matrix: SwscMatrix
 

@@ -14,8 +14,10 @@ _METHODS: dict[str, type[CompressedMatrix]] = {}
 
 
 def register(method: type[CompressedMatrix]) -> None:
-    """Add a method under the name that its entries state."""
-    _METHODS[method.entry_type.method] = method
+    """Add a method under the name that its entries state; ValueError if another one has it."""
+    name = method.entry_type.method
+    if _METHODS.setdefault(name, method) is not method:
+        raise ValueError(f"method {name!r} is registered already")
 
 
 register(CompressedSwsc)
@@ -32,6 +34,11 @@ def method_named(name: object) -> type[CompressedMatrix]:
 def method_names() -> tuple[str, ...]:
     """Names of all methods, in the order of their registration."""
     return tuple(_METHODS)
+
+
+def part_names() -> tuple[str, ...]:
+    """Names of the stored tensors of all methods, "weight" first."""
+    return tuple(dict.fromkeys(part for method in _METHODS.values() for part in method.part_names))
 
 
 def entry_of(data: Mapping[str, Any], version: int | None = None) -> Entry:

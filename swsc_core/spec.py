@@ -15,7 +15,6 @@ from swsc_core.rtn import Granularity, group_count, group_length
 from swsc_core.values import value_bytes
 
 MetricName = Literal["weights", "activations"]
-DEFAULT_BITS = 3.0  # of the paper's experiments, where no budget is given
 MAX_CLUSTERS = 1 << 16  # labels of more bits are not packed
 
 
@@ -47,8 +46,12 @@ class Spec(ABC):
         return False
 
     @classmethod
-    def of_settings(cls, settings: Any) -> Self:
-        """The spec whose fields are the settings of the same names; others keep their defaults."""
+    def of_settings(cls, settings: Any, bits: float) -> Self:
+        """The spec whose fields are the settings of the same names; others keep their defaults.
+
+        Args:
+            bits: the budget in bits a weight, for a method that has a field for it.
+        """
         names = [one.name for one in fields(cls) if one.name != "method"]  # type: ignore[arg-type]
         return cls(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
 
@@ -146,6 +149,5 @@ class RtnSpec(Spec):
         return float(self.bits)
 
     @classmethod
-    def of_settings(cls, settings: Any) -> Self:
-        bits = int(DEFAULT_BITS if settings.bits is None else settings.bits)
-        return cls(bits, settings.granularity, settings.group_size, settings.symmetric)
+    def of_settings(cls, settings: Any, bits: float) -> Self:
+        return cls(int(bits), settings.granularity, settings.group_size, settings.symmetric)

@@ -22,9 +22,9 @@ from pipeline.model.specs import budget_bytes, require_affordable, resolve, valu
 from pipeline.model.tensor_names import layer_of
 from pipeline.model.tensors import TensorInfo
 from pipeline.model.weight_files import tensor_files
-from swsc_core.codec import PARTS
 from swsc_core.format import part_name
 from swsc_core.location import MatrixLocation
+from swsc_core.methods import part_names
 from swsc_core.spec import Spec
 
 _STORED = ("compressed", "copied")  # actions after which a tensor stands in the output
@@ -149,7 +149,7 @@ def _require_free_names(checkpoint: Checkpoint, decisions: Iterable[Decision]) -
     """Raise CheckpointError if a tensor has a name that a part of a compressed one would be stored under."""
     for decision in decisions:
         name, tensor = decision.info.name, decision.location.tensor or decision.info.name
-        needed = [part_name(name, part) for part in PARTS if part_name(name, part) != tensor]
+        needed = [part_name(name, part) for part in part_names() if part_name(name, part) != tensor]
         taken = [other for other in needed if other in checkpoint.tensors]
         if decision.action == "compressed" and taken:
             raise CheckpointError(

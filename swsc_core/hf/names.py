@@ -16,8 +16,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from swsc_core.codec import PARTS
 from swsc_core.format import part_name, piece_name
+from swsc_core.methods import part_names
 
 
 class Names:
@@ -68,7 +68,7 @@ class Names:
         return all(
             self.renamed(part_name(piece_name(stored, piece), part)) == part_name(piece_name(renamed, piece), part)
             for piece in pieces
-            for part in PARTS
+            for part in part_names()
         )
 
     def filled(self, stored: Iterable[str]) -> set[str]:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from swsc_core.codec import PARTS, decode
+from swsc_core.codec import decode
 from swsc_core.entry import Entry
 from swsc_core.format import CompressedTensor, compressed_tensors, part_name, piece_name
 from swsc_core.hf.names import Names, in_natural_order
 from swsc_core.location import row_blocks_of
+from swsc_core.methods import part_names
 from swsc_core.row_blocks import fuse_rows
 
 Entries = Mapping[str, Entry]
@@ -57,8 +58,8 @@ class Restore(ConversionOps):
         """`input_dict`: pattern -> tensors in natural order of their names, as transformers collected them."""
         found: dict[str, Any] = {}
         for place, names in enumerate(self.sources[full_layer_name]):
-            patterns = source_patterns[place * len(PARTS) : (place + 1) * len(PARTS)]
-            waiting = {part: _listed(input_dict.pop(p, [])) for part, p in zip(PARTS, patterns, strict=True)}
+            patterns = source_patterns[place * len(part_names()) : (place + 1) * len(part_names())]
+            waiting = {part: _listed(input_dict.pop(p, [])) for part, p in zip(part_names(), patterns, strict=True)}
             found[patterns[0]] = [self._dense(name, waiting) for name in names]
         return found if self.merges else {target_patterns[0]: next(iter(found.values()))[0]}
 
@@ -88,7 +89,7 @@ class RestoreJoined(Restore):
     ) -> dict[str, Any]:  # fmt: skip
         """`input_dict`: pattern -> tensors in natural order; patterns: the rest, then each part of all pieces."""
         rest, *parts = (_listed(input_dict.pop(pattern, [])) for pattern in source_patterns)
-        waiting = dict(zip(PARTS, parts, strict=True))
+        waiting = dict(zip(part_names(), parts, strict=True))
         rows = row_blocks_of(entry.location for entry in self.entries.values())
         fused = fuse_rows(next(rest), rows, (self._piece(piece, waiting) for piece in self.entries))
         tensor = self.tensor.location.to_checkpoint_layout(fused).to(self.dtype)
@@ -180,7 +181,7 @@ def _restoring(
         target: [found.get(pattern, []) for pattern in converter.source_patterns] for target, found in sources.items()
     }
     made = WeightConverter(
-        [_pattern(source, part) for source in converter._original_source_patterns for part in PARTS],
+        [_pattern(source, part) for source in converter._original_source_patterns for part in part_names()],
         list(converter._original_target_patterns),
         [Restore(entries, own, dtype, merges=True), *converter.operations],
     )
@@ -194,7 +195,7 @@ def _pattern(source: str, part: str) -> str:
 
 
 def _restorer(name: str, target: str, entries: Entries, names: Names, dtype: torch.dtype) -> Any:
-    patterns = [f"^{re.escape(names.renamed(part_name(name, part)))}$" for part in PARTS]
+    patterns = [f"^{re.escape(names.renamed(part_name(name, part)))}$" for part in part_names()]
     return WeightConverter(patterns, target, [Restore(entries, {target: [[name]]}, dtype, merges=False)])
 
 
@@ -210,7 +211,7 @@ def _joining(tensor: CompressedTensor, converters: Sequence[Any], names: Names, 
     piece = next(iter(pieces))
     stem = re.escape(names.renamed(piece_name(name, piece)).removesuffix(f".{piece}.weight"))
     ordered = {own: pieces[own] for own in in_natural_order(pieces)}
-    patterns = [f"^{re.escape(names.renamed(name))}$", *(rf"^{stem}\..+\.{part}$" for part in PARTS)]
+    patterns = [f"^{re.escape(names.renamed(name))}$", *(rf"^{stem}\..+\.{part}$" for part in part_names())]
     wanted = target if pattern else names.renamed(name)
     return WeightConverter(
         patterns, wanted, [RestoreJoined(CompressedTensor(name, ordered), dtype, merges=bool(follows)), *follows]
