@@ -1,14 +1,29 @@
 """Settings that say which matrices are compressed, and how: flags and keys of configuration files as those of config.py are."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.validation import CommaList, Option, Regex, Settings, Width
 
 # headings of the flags in help and docs/cli.md
 _MATRICES, _BUDGET = "matrices to compress", "method and bit budget"
 _PAPER, _RTN = "form of SWSC (--preset paper)", "round to nearest (--method rtn)"
+
+BuiltIn = Literal["swsc", "rtn"]
+
+
+def _known_method(value: str) -> str:
+    """The name of a method of swsc_core; ValueError for any other."""
+    if value not in get_args(BuiltIn):
+        from swsc_core.methods import method_names  # needs torch, help does not
+
+        if value not in (names := method_names()):
+            raise ValueError(f"choose {' or '.join(map(repr, names))}")
+    return value
+
+
+Method = Annotated[BuiltIn | str, AfterValidator(_known_method)]
 
 # settings that one method alone understands
 _ONLY_FOR = {
@@ -32,9 +47,7 @@ class MatrixSettings(Settings):
     """Which matrices are compressed, and how."""
 
     groups: ClassVar[tuple[str, ...]] = (_BUDGET, _MATRICES, _PAPER, _RTN)
-    method: Literal["swsc", "rtn"] = Field(
-        "swsc", description="Compression method: SWSC, or its round-to-nearest (RTN) baseline."
-    )
+    method: Method = Field("swsc", description="Compression method: SWSC, or its round-to-nearest (RTN) baseline.")
     preset: Literal["paper", "best", "fast", "data-free"] = Field(
         "paper",
         description="Configuration of SWSC: paper is the published method; best and fast choose the form of every matrix"
@@ -140,28 +153,34 @@ class MatrixSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         wrong = []
-        foreign = sorted(self.model_fields_set & _ONLY_FOR[{"rtn": "swsc", "swsc": "rtn"}[self.method]])
+        others = (names for method, names in _ONLY_FOR.items() if method != self.method)
+        foreign = sorted(self.model_fields_set & set().union(*others))
         if foreign:
             wrong.append(
                 f"{', '.join(foreign)} mean nothing to method {self.method}: drop them, or choose another --method"
             )
         if "group_size" in self.model_fields_set and self.granularity != "group":
             wrong.append("group_size counts with granularity group only: add it, or drop group_size")
-        if self.method == "rtn":
-            wrong += self._of_rtn()
-        else:
-            wrong += self._of_the_paper() if self.preset == "paper" else self._allocated()
+        checks = {"swsc": self._of_swsc, "rtn": self._of_rtn}
+        wrong += checks.get(self.method, self._of_one_preset)()
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
 
+    def _of_swsc(self) -> list[str]:
+        return self._of_the_paper() if self.preset == "paper" else self._allocated()
+
     def _of_rtn(self) -> list[str]:
-        wrong = []
+        wrong = self._of_one_preset()
         if self.bits is not None and self.bits not in range(2, 9):
             wrong.append(f"bits {self.bits:g} is out of range for rtn: choose a whole number from 2 to 8")
-        if self.preset != "paper":
-            wrong.append(f"preset {self.preset} means nothing to method rtn: drop it, or choose method swsc")
         return wrong
+
+    def _of_one_preset(self) -> list[str]:
+        """What a method refuses for which specs are settings alone: presets that choose specs matrix by matrix."""
+        if self.preset == "paper":
+            return []
+        return [f"preset {self.preset} means nothing to method {self.method}: drop it, or choose method swsc"]
 
     def _of_the_paper(self) -> list[str]:
         """What does not fit a spec that is given in numbers, or by the paper's split of a budget."""

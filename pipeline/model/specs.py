@@ -1,6 +1,6 @@
 """From settings to the specs of one matrix, and what a budget leaves for all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pipeline.errors import ConfigError
@@ -10,8 +10,9 @@ from pipeline.model.matrix_info import MatrixInfo
 from swsc_core.bits import ChannelAxis, Geometry
 from swsc_core.budget import solve_budget
 from swsc_core.menu import largest_within, uncompensated
+from swsc_core.methods import method_named
 from swsc_core.safetensors_header import DTYPES
-from swsc_core.spec import RtnSpec, Spec, SwscSpec
+from swsc_core.spec import Spec, SwscSpec
 
 _PAPER_PRESET_BITS = 3.0
 
@@ -56,9 +57,16 @@ def _least_bytes(info: MatrixInfo, settings: MatrixSettings) -> int:
 
 def resolve(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> tuple[Spec, ...]:
     """The spec or, for the axis "auto", the specs of one matrix; ConfigError names what does not fit."""
-    if settings.method == "rtn":
-        bits = int(settings.bits if settings.bits is not None else _PAPER_PRESET_BITS)
-        return (RtnSpec(bits, settings.granularity, settings.group_size, settings.symmetric),)
+    spec_type = method_named(settings.method).spec_type
+    resolver = _RESOLVERS.get(spec_type)
+    return (
+        resolver(name, shape, dtype, settings)
+        if resolver
+        else (spec_type.of_settings(settings, settings.bits or _PAPER_PRESET_BITS),)
+    )
+
+
+def _resolve_swsc(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> tuple[Spec, ...]:
     if settings.preset != "paper":
         return (_provisional(name, shape, dtype, settings),)
     if settings.channel_axis != "auto":
@@ -75,6 +83,11 @@ def resolve(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSetti
     except ValueError:  # the budget of the one axis buys nothing on the other: then there is no choice to make
         return (first,)
     return first, _family(SwscSpec(k, r, "input", settings.n_init), settings)
+
+
+Resolver = Callable[[str, tuple[int, int], str, MatrixSettings], tuple[Spec, ...]]
+# of methods whose specs depend on the matrix; those of other methods are settings alone
+_RESOLVERS: dict[type[Spec], Resolver] = {SwscSpec: _resolve_swsc}
 
 
 def _provisional(name: str, shape: tuple[int, int], dtype: str, settings: MatrixSettings) -> SwscSpec:
@@ -123,8 +136,7 @@ def _family(spec: SwscSpec, settings: MatrixSettings, name: str = "", shape: tup
 
 
 def value_bits(dtype: str, settings: MatrixSettings) -> int:
-    """Bits of a value of the storage dtype: centroids and factors, or scales (which are never fp8)."""
+    """Bits of a value of the storage dtype."""
     if settings.storage_dtype:
         return 32 if settings.storage_dtype == "float32" else 16
-    bits = 8 * DTYPES[dtype][1]
-    return max(bits, 16) if settings.method == "rtn" else bits
+    return 8 * DTYPES[dtype][1]

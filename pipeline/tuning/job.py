@@ -95,7 +95,7 @@ class ApplyTuning:
         layer = self.tuned.encoded((info.name, reader.read(info).weight) for info in infos)
         for info, encoded in zip(infos, layer, strict=True):
             before = self.rows[info.name]
-            require_same(info.name, before.source_sha256, reader.digests)
+            require_same(info.name, dict(before.source_sha256), reader.digests)
             parts.add(info, encoded)
             row = with_errors(replace(before, tuned_sha256=self.tuned.sha256), encoded)
             results.append(MatrixResult(row, encoded.entry))

@@ -18,7 +18,7 @@ from swsc_core.compressed_matrix import CompressedMatrix, CompressOptions
 from swsc_core.entry import Entry, PartShape
 from swsc_core.methods import register
 from swsc_core.spec import Spec
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 
 @dataclass(frozen=True)
