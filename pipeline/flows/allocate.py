@@ -6,7 +6,6 @@ each kind of matrix (role and shape) on some rows of one of them. Both are kept 
 matrices: another budget costs nothing.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 from pipeline.allocation.job import MeasureDistortions, MeasureSensitivity, SpecDistortion
 from pipeline.matrix_config import MatrixSettings
+from pipeline.model.cache_key import cache_name, versioned
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.matrix_info import MatrixInfo
@@ -30,7 +30,6 @@ from swsc_core.allocation import Choice, allocate, equal_shares
 from swsc_core.menu import candidates
 from swsc_core.spec import Spec, SwscSpec
 
-_VERSION = 5  # goes up with every change of the menu or of what is measured
 _SHOWN = 200  # characters of a spec that is refused
 
 V = TypeVar("V")
@@ -82,10 +81,11 @@ def _curves(
 ) -> dict[str, Any]:
     """Reach of every matrix and shares of every kind, measured or read again."""
     infos = [decision.matrix for decision in plan.compressed]
-    identity = {"version": _VERSION, "seed": settings.seed, "matrices": sorted(info.name for info in infos)}
-    identity |= {"gradient_share": moments.gradient_share}
-    identity |= {"widths": sorted({value_bits(info.dtype, settings) for info in infos})}
-    file = f"curves-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    identity = versioned("curves", {
+        "seed": settings.seed, "matrices": sorted(info.name for info in infos), "gradient_share": moments.gradient_share,
+        "widths": sorted({value_bits(info.dtype, settings) for info in infos}),
+    })  # fmt: skip
+    file = f"{cache_name('curves', identity)}.json"
     if moments.store.exists(file):
         return of_cache(moments.store, file, lambda: _read(moments, file, infos, settings))
     run = partial(_results, plan=plan, make_pool=make_pool)

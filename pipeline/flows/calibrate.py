@@ -4,7 +4,6 @@ The text is cut into shards of a fixed number of windows; a task gathers one sha
 shards of a layer up in their order, each as soon as it is there. Nothing depends on who did what, and memory is bounded by the range.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pipeline.config import CalibrationSettings
 from pipeline.device import Arithmetic
 from pipeline.errors import PayloadLost
 from pipeline.measure.loading import ModelKey
+from pipeline.model.cache_key import cache_name, versioned, windows_identity
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.digests import Seen
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes, moment_bytes
@@ -34,7 +34,6 @@ from pipeline.run.task import Destination, Task, TaskResult
 _SHARD_TOKENS = 8192  # tokens of one task
 _GATHERINGS = 3  # of a layer whose sums were lost with a node
 _CPU = Arithmetic(1)
-_VERSION = 5  # goes up with every change of what is gathered
 
 
 def calibration_key(source: Checkpoint, settings: CalibrationSettings) -> ModelKey:
@@ -92,8 +91,7 @@ class Calibration:
         self._arithmetic = arithmetic
         self._infos = {info.name: info for info in infos}
         identity = self._identity()
-        digest = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
-        self.store = Store.at(f"{cache}/moments-{digest}")
+        self.store = Store.at(f"{cache}/{cache_name('moments', identity)}")
         with rebuilt_cache(self.store):
             self._out = begin(self.store, identity, wait=say, names=map(moment_file, self._infos))
         self._starts = range(0, len(ids), max(1, _SHARD_TOKENS // ids.shape[1]))  # first window of each shard
@@ -103,10 +101,8 @@ class Calibration:
         self._ranges = self._cut()
 
     def _identity(self) -> dict[str, Any]:
-        ids = hashlib.sha256(self._ids.tobytes()).hexdigest()
-        about: dict[str, Any] = {"source": self._source.fingerprint, "ids": ids, "windows": list(self._ids.shape)}
-        about |= {"version": _VERSION, "seed": self._seed, "dtype": self._settings.calibration_dtype}
-        return about | self._arithmetic.gpu
+        about = {"source": self._source.fingerprint, "seed": self._seed, "dtype": self._settings.calibration_dtype}
+        return versioned("moments", about | windows_identity(self._ids) | self._arithmetic.gpu)
 
     def _cut(self) -> list[_Range]:
         """Layers with matrices that have no moments yet, in ranges of bounded bytes; a layer is never cut."""

@@ -17,6 +17,7 @@ from pipeline.flows.output_stage import run_output_stage
 from pipeline.flows.preflight import begin_with_room, identity_of, names_of, require_unmixed
 from pipeline.flows.resumed import VERIFIED, Ingredients
 from pipeline.measure.tuner import Tuned
+from pipeline.model.cache_key import CALIBRATION_KEY
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import compression_bytes, device_bytes
 from pipeline.model.lease import Ticket
@@ -98,8 +99,9 @@ def compress_model(
     started = time.perf_counter()
     store = Store.at(output)
     require_unmixed(source, store)
-    identity = identity_of(source, settings, arithmetic) | {
-        "calibration": calibrated.fingerprint if calibrated else None
+    identity = {
+        **identity_of(source, settings, arithmetic),
+        CALIBRATION_KEY: calibrated.fingerprint if calibrated else None,
     }
     names, nbytes = names_of(source, plan), plan.stored_bytes_as(settings.format)
     with begin_with_room(store, source, identity, names, nbytes, overwrite, wait) as out:

@@ -9,6 +9,7 @@ from pipeline.device import Arithmetic
 from pipeline.errors import OutputError
 from pipeline.model.agreement import require_agreement
 from pipeline.model.artifact import Model
+from pipeline.model.cache_key import VERSIONS, settings_identity
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.lease import require_idle
 from pipeline.model.output import Output, abandon, begin, changed_since, names_beside
@@ -21,7 +22,6 @@ from pipeline.model.writable_names import require_writable_names
 from pipeline.run.progress import say
 from swsc_core.format import FORMAT_VERSION
 
-ALGORITHM = 10  # goes up with every change that changes bytes: files of two versions are never mixed
 _SHOWN = 4  # names of files in a note
 STAGED = "untuned"  # how the name of a model in the cache begins that is yet to be tuned
 OF_SOURCE = "source-"  # how folders of a cache begin that hold what was made of a verified source
@@ -60,8 +60,8 @@ def examine(model: Model, trusted: bool = False, measured: bool = False) -> None
 
 def identity_of(source: Checkpoint, settings: CompressSettings, arithmetic: Arithmetic) -> dict[str, Any]:
     """What makes two compressions the same, as far as it is known before the calibration."""
-    about = {"source": source.fingerprint, "algorithm": ALGORITHM, "format_version": FORMAT_VERSION}
-    return {**settings.model_dump(mode="json"), **arithmetic.about, **about}
+    about = {"source": source.fingerprint, "algorithm": VERSIONS["output"], "format_version": FORMAT_VERSION}
+    return {**settings_identity(settings), **arithmetic.about, **about}
 
 
 def require_output(

@@ -1,6 +1,5 @@
 """What comes before a compression that needs a text: second moments, the specs that follow from them, windows to tune on."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from pipeline.measure.overlap import require_apart
 from pipeline.measure.texts import read_text
 from pipeline.measure.windows import CalibrationText, calibration_windows, require_within
 from pipeline.model.addresses import published
+from pipeline.model.cache_key import digest_of, spec_identity, windows_identity
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.moments import Moments
 from pipeline.model.output import known_traces
@@ -54,7 +54,7 @@ def prepare(
     cache = cache_of_source(cache_of(calibration, beside), source)
     if settings.preset == "data-free":
         if calibration.calibration:
-            raise ConfigError("calibration means nothing to preset data-free: drop it, or choose preset best")
+            raise ConfigError(f"calibration means nothing to preset {settings.preset}: drop it, or choose preset best")
         require_within(np.zeros((1, calibration.calibration_seqlen), dtype=np.int64), source)
         text = CalibrationText(
             written_windows(source, calibration, cache, settings.seed, make_pool, arithmetic), frozenset()
@@ -90,11 +90,11 @@ def cache_of_source(cache: str, source: Checkpoint) -> str:
 
 
 def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None, calibration: CalibrationSettings) -> str:
-    specs = repr([(decision.info.name, decision.specs) for decision in plan.compressed])
-    # the name of moments says their arithmetic, too; without any it is that of the tuning
-    gathered = f"{moments.store.name} {moments.gradient_share}" if moments else calibration.calibration_dtype
-    ids = hashlib.sha256(text.ids.tobytes()).hexdigest()
-    return hashlib.sha256(f"{gathered} {ids} {text.ids.shape} {specs}".encode()).hexdigest()
+    specs = {one.info.name: [spec_identity(spec) for spec in one.specs] for one in plan.compressed}
+    # The name of moments stands for their arithmetic, too; without moments it is that of the tuning.
+    gathered = {"moments": moments.store.name, "gradient_share": moments.gradient_share} if moments else {}
+    about = gathered or {"dtype": calibration.calibration_dtype}
+    return digest_of({"specs": specs, **about, **windows_identity(text.ids)})
 
 
 def _about(source: Checkpoint, calibration: CalibrationSettings, text: CalibrationText) -> dict[str, Any]:

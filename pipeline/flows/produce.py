@@ -1,7 +1,5 @@
 """A compression from plan to finished directory, tuned or not."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -13,6 +11,7 @@ from pipeline.flows.preflight import STAGED, identity_of
 from pipeline.flows.tune import TuneText, Tuning
 from pipeline.flows.tuned_variant import TunedVariant
 from pipeline.matrix_config import MatrixSettings
+from pipeline.model.cache_key import CALIBRATION_KEY, cache_name
 from pipeline.model.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from pipeline.model.output_report import compressed_rows
 from pipeline.model.owned import REPORT
@@ -110,6 +109,5 @@ def _place(
     kind: str, source: Checkpoint, settings: CompressSettings, calibrated: Calibrated, arithmetic: Arithmetic
 ) -> str:
     """A directory in the cache for one model, made in one way."""
-    identity = identity_of(source, settings, arithmetic) | {"calibration": calibrated.fingerprint}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return f"{calibrated.cache}/{kind}-{digest}"
+    identity = identity_of(source, settings, arithmetic) | {CALIBRATION_KEY: calibrated.fingerprint}
+    return f"{calibrated.cache}/{cache_name(kind, identity)}"

@@ -11,11 +11,12 @@ from pipeline.compression.job import copy_task
 from pipeline.errors import ConfigError
 from pipeline.flows.card import card_of_restoring
 from pipeline.flows.output_stage import run_output_stage
-from pipeline.flows.preflight import ALGORITHM, begin_with_room, examine, require_unmixed
+from pipeline.flows.preflight import begin_with_room, examine, require_unmixed
 from pipeline.flows.restore_job import ExtractLowRank, RestoreTensors
 from pipeline.measure.adapter import adapter_bytes, adapter_config, carried_by_adapter
 from pipeline.model.addresses import command
 from pipeline.model.artifact import Model, open_model
+from pipeline.model.cache_key import VERSIONS
 from pipeline.model.extras import ADAPTER
 from pipeline.model.forecast import restoring_bytes
 from pipeline.model.gguf import is_gguf
@@ -53,7 +54,7 @@ def restore_model(
     require_unmixed(source, store)
     examine(model, trusted)
     carried = carried_by_adapter(model, location, trusted) if adapter else {}
-    identity = {"restored_from": source.fingerprint, "algorithm": ALGORITHM, "format_version": FORMAT_VERSION}
+    identity = {"restored_from": source.fingerprint, "algorithm": VERSIONS["output"], "format_version": FORMAT_VERSION}
     identity |= {"adapter": True} if adapter else {}
     sizes = [model.nbytes(name) for name in model.names]
     report = _report(model, carried)

@@ -7,7 +7,6 @@ then, in a file from which an interrupted tuning goes on. Some windows are held 
 is not applied.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError, OutputError, PayloadLost
 from pipeline.measure.tuner import Tuned, TuneKey
 from pipeline.model import records
+from pipeline.model.cache_key import cache_name, digest_of, versioned, windows_identity
 from pipeline.model.checkpoint import MANIFEST, Checkpoint
 from pipeline.model.forecast import tuning_bytes, tuning_device_bytes
 from pipeline.model.output import Output, begin
@@ -40,7 +40,6 @@ _FAR = 0.5  # nats a token; a closer one takes shorter steps, or they would add 
 _WARM_UP = 0.1  # share of the steps in which the rate rises
 _KEPT_EVERY = 8  # steps after which the state is written
 _STARTS = 3  # of a tuning whose state was lost with a node
-_VERSION = 4  # goes up with every change of the result
 _RESULT = "result.json"
 
 
@@ -80,13 +79,11 @@ class Tuning:
         dtype = settings.calibration_dtype
         self._key = TuneKey(source.store.root, compressed, dtype, settings.trust_remote_code, digests_of_source(source))
         self._batches = text.batches()
-        self.identity = {
+        self.identity = versioned("tuned", {
             "source": source.fingerprint, "compressed": _digest_of(compressed), "epochs": text.epochs, "seed": text.seed,
-            "ids": hashlib.sha256(text.ids.tobytes()).hexdigest(), "dtype": dtype, "version": _VERSION,
-            **arithmetic.gpu,
-        }  # fmt: skip
-        digest = hashlib.sha256(repr(sorted(self.identity.items())).encode()).hexdigest()[:16]
-        self.store = Store.at(f"{cache}/tuned-{digest}")
+            "dtype": dtype, **windows_identity(text.ids), **arithmetic.gpu,
+        })  # fmt: skip
+        self.store = Store.at(f"{cache}/{cache_name('tuned', self.identity)}")
 
     def run(self, make_pool: PoolMaker) -> tuple[Tuned, dict[str, Any]]:
         """Tune, go on with a tuning that was cut short, or find a finished one again.
@@ -216,7 +213,7 @@ def _digest_of(location: str) -> str:
     """Hash of what a finished output's manifest says of its files."""
     store = Store.at(location)
     files = of_cache(store, MANIFEST, lambda: read_record(store, MANIFEST, records.Manifest))["files"]
-    return hashlib.sha256(repr(sorted((name, about["sha256"]) for name, about in files.items())).encode()).hexdigest()
+    return digest_of({name: about["sha256"] for name, about in files.items()})
 
 
 def _mean(results: list[TaskResult[Divergence]]) -> float:

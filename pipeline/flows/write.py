@@ -4,7 +4,6 @@ A model's own samples show its matrices what its inputs look like (Liu et al. 20
 moments; how they are dealt out does not depend on the number of workers.
 """
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from pipeline.config import CalibrationSettings
 from pipeline.device import Arithmetic
 from pipeline.flows.calibrate import calibration_key
 from pipeline.measure.windows import load_tokenizer, opening_of
+from pipeline.model.cache_key import cache_name, versioned
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes
 from pipeline.model.records import of_cache
@@ -22,7 +22,6 @@ from pipeline.run.stage import PoolMaker, run_stage
 from pipeline.run.task import Task, TaskResult
 
 _BATCH = 16  # windows that are written at a time
-_VERSION = 1  # goes up with every change of what is written
 
 
 def written_windows(
@@ -40,10 +39,11 @@ def written_windows(
     """
     count, length = settings.calibration_windows, settings.calibration_seqlen
     opening = opening_of(load_tokenizer(source.store.root, settings.trust_remote_code))
-    identity = [source.fingerprint, count, length, seed, settings.calibration_dtype, opening.tolist(), _VERSION]
-    identity += [arithmetic.gpu] if arithmetic.gpu else []
-    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-    store, name = Store.at(cache), f"written-{digest}.json"
+    identity = versioned("written", {
+        "source": source.fingerprint, "windows": [count, length], "seed": seed, "dtype": settings.calibration_dtype,
+        "opening": opening.tolist(), **arithmetic.gpu,
+    })  # fmt: skip
+    store, name = Store.at(cache), f"{cache_name('written', identity)}.json"
     if store.exists(name):
         return of_cache(store, name, lambda: _windows(store.read_json(name), count, length))
     written: dict[Any, np.ndarray] = {}

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from pipeline.errors import FULL, CheckpointError, DiskFull, OutputError
 from pipeline.model.amend import settle
+from pipeline.model.cache_key import run_digest, spelled_out
 from pipeline.model.card import CARD, SOURCE_CARD
 from pipeline.model.checkpoint import MANIFEST, Checkpoint, read_header
 from pipeline.model.lease import LEASE, Lease, Ticket, acquire
@@ -19,7 +20,7 @@ from pipeline.model.owned import FINISHING, REPORT, WRITTEN, clear, clear_unfini
 from pipeline.model.records import Calibration, Manifest, read_record
 from pipeline.model.standing import (
     Finished,
-    digest_of,
+    begun_identity,
     is_finished,
     require_replaceable,
     what_is_finished,
@@ -65,7 +66,7 @@ class Output:
     def ticket(self) -> Ticket:
         """What a commit must show."""
         assert self.lease is not None
-        return replace(self.lease.ticket, run=digest_of(self.identity))
+        return replace(self.lease.ticket, run=run_digest(self.identity))
 
     @property
     def finished_bytes(self) -> int:
@@ -106,7 +107,8 @@ def begin(
         if not finished_before and is_finished(store, identity, overwrite):  # by the run that we waited for
             lease.release()
             return Output(store, identity, {}, None)
-        return Output(store, identity, what_is_finished(store, identity, overwrite, names), lease, made)
+        finished = what_is_finished(store, identity, overwrite, names)
+        return Output(store, begun_identity(store, identity), finished, lease, made)
     except BaseException:
         lease.release()
         store.below(".swsc").remove_empty()
@@ -211,7 +213,9 @@ def finish(
     clear_unfinished(store, written)  # of workers that were killed, or came late
     clear(store, set(written) - files.keys() - {REPORT})
     output.ticket.require()
-    store.write_json(MANIFEST, {"format_version": FORMAT_VERSION, "identity": output.identity, "files": files})
+    store.write_json(
+        MANIFEST, {"format_version": FORMAT_VERSION, "identity": spelled_out(output.identity), "files": files}
+    )
     _leave(output)
 
 

@@ -4,13 +4,12 @@ Only what is known to be ours is ever removed, and a file counts as finished onl
 are those of the record.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline.errors import OutputError, UnusableOutput, UserError
+from pipeline.model.cache_key import ARITHMETIC, changes, run_digest
 from pipeline.model.checkpoint import MANIFEST, RUN
 from pipeline.model.extras import ADAPTER
 from pipeline.model.lease import is_free
@@ -31,7 +30,6 @@ from pipeline.model.records import CompressionReport, Done, Manifest, Record, Re
 from pipeline.model.store import FileRecord, Store
 
 _REPLACED = ".swsc/replaced.json"  # names of files of an output that this one replaces
-_ARITHMETIC = ("device", "torch")  # keys of an identity that an unfinished output must not change on the way
 _REPLACE = "make the output again by --overwrite"
 _SHOWN = 200  # characters of a value in an error
 _HASHING = 8  # files at a time
@@ -45,7 +43,7 @@ def require_replaceable(
     """Raise OutputError if the directory is not ours, or is another output and must not be replaced.
 
     Args:
-        identity: may be a part of it: that is compared.
+        identity: without `calibration` if that is not known yet.
         names: of the files that will be written; one that is there and is none of the output's is not replaced.
     """
     require_directory(store)
@@ -55,9 +53,9 @@ def require_replaceable(
             f"{store.root}: not empty and not an output of this tool", "choose an empty or new directory"
         )
     if not overwrite and store.exists(MANIFEST):
-        _same_settings(store, _read_own(store, MANIFEST, "identity")["identity"], identity, identity)
+        _same_settings(store, _read_own(store, MANIFEST, "identity")["identity"], identity)
     elif not overwrite and store.exists(RUN):
-        _same(store, _read_own(store, RUN), identity, identity)
+        _same(store, _read_own(store, RUN), identity)
     require_no_others(store, names)
     require_no_rivals(store)
 
@@ -66,12 +64,6 @@ def _require_no_links(store: Store) -> None:
     """Raise OutputError if a folder of our own is a link: it leads to where others' files are."""
     if found := next((name for name in (".swsc", DONE, ADAPTER) if store.is_link(name)), None):
         raise OutputError(f"{store.root}/{found}: a link, which no output of this tool has; take it away")
-
-
-def digest_of(identity: Mapping[str, Any]) -> str:
-    """Hash of the settings of a run. Runs that differ in the arithmetic alone are told apart before it is asked for."""
-    identity = _settings_of(identity)
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def is_finished(store: Store, identity: dict[str, Any], overwrite: bool) -> bool:
@@ -100,7 +92,7 @@ def what_is_finished(store: Store, identity: dict[str, Any], overwrite: bool, na
     if store.exists(RUN) and not store.exists(MANIFEST) and _is_same_run(store, identity, overwrite):
         _clear_replaced(store)
         _note_written(store, [*read_list(store, WRITTEN), *names])
-        return _finished(store, digest_of(identity))
+        return _finished(store, run_digest(_read_own(store, RUN)))
     before = owned(store) if store.exists(RUN) or store.exists(MANIFEST) else set()
     if before:
         store.write_json(_REPLACED, sorted(before))  # first: it is cleared once the run is of the new identity
@@ -109,6 +101,14 @@ def what_is_finished(store: Store, identity: dict[str, Any], overwrite: bool, na
     store.remove(MANIFEST)
     _clear_replaced(store)
     return {}
+
+
+def begun_identity(store: Store, identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity that the run under way was begun with, which compares equal to `identity`, on this run's arithmetic.
+
+    Records of finished files name the digest of that very identity.
+    """
+    return {**_read_own(store, RUN), **{key: identity[key] for key in ARITHMETIC if key in identity}}
 
 
 def _is_same_run(store: Store, identity: dict[str, Any], overwrite: bool) -> bool:
@@ -150,16 +150,12 @@ def _read_own(store: Store, name: str, *keys: str, kind: type[Record] = Record) 
         raise UnusableOutput(f"{store.root}: {name} is damaged ({error})", _REPLACE) from None
 
 
-def _settings_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in identity.items() if key not in _ARITHMETIC}
-
-
-def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str] | None = None) -> None:
+def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise OutputError unless settings and arithmetic are the same; of what an earlier version began, the latter is not known."""
-    _same_settings(store, before, now, keys)
+    _same_settings(store, before, now)
     changed = [
         f"{key} {_shown(before[key])} -> {_shown(now[key])}"
-        for key in _ARITHMETIC
+        for key in ARITHMETIC
         if key in before and key in now and before[key] != now[key]
     ]
     if changed:
@@ -169,17 +165,9 @@ def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any], keys:
         )
 
 
-def _same_settings(
-    store: Store, before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str] | None = None
-) -> None:
+def _same_settings(store: Store, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise OutputError unless the settings are the same. What is finished may have been calculated anywhere."""
-    before, now = _settings_of(before), _settings_of(now)
-    keys = None if keys is None else _settings_of(dict.fromkeys(keys))
-    changed = [
-        f"{key[:_SHOWN]} {_shown(before.get(key))} -> {_shown(now.get(key))}"
-        for key in sorted({*before, *now} if keys is None else keys)
-        if before.get(key) != now.get(key)
-    ]
+    changed = [f"{key[:_SHOWN]} {_shown(old)} -> {_shown(new)}" for key, (old, new) in changes(before, now).items()]
     if changed:
         raise UnusableOutput(
             f"{store.root}: holds an output of other settings ({'; '.join(changed)})",

@@ -23,6 +23,7 @@ from pipeline.device import (
 )
 from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError, WorkerLost
 from pipeline.model import standing
+from pipeline.model.cache_key import run_digest
 from pipeline.model.matrix_info import whole_matrix
 from pipeline.model.matrix_reader import SourceMatrix
 from pipeline.model.skeleton import told
@@ -233,7 +234,7 @@ class TestIdentity:
     def test_what_an_earlier_version_began_is_gone_on_with(self, tmp_path: Path) -> None:
         store, here = self.begun(tmp_path), {**self.SETTINGS, "device": "cpu", "torch": "2.13.0"}
         standing.require_replaceable(store, here, overwrite=False)
-        assert standing.digest_of(here) == standing.digest_of(self.SETTINGS)  # its records are found again
+        assert run_digest(here) == run_digest(self.SETTINGS)  # its records are found again
 
     def test_other_settings_are_told_first(self, tmp_path: Path) -> None:
         store = self.begun(tmp_path, device="cpu")
