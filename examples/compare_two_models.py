@@ -8,7 +8,6 @@ positions at which both models rank the same token first, and the length of the 
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from pipeline.config import ClusterSettings, EvaluateSettings
 from pipeline.errors import SwscError
 from pipeline.flows.evaluate import evaluate_model
 from pipeline.measure.windows import make_windows
-from pipeline.run.cluster import make_pool
+from pipeline.run.worker_pools import worker_pools
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -31,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 1. Perplexity of each model: the function behind `swsc evaluate`, as a local loop.
     settings = EvaluateSettings(text=given.text, seqlen=given.seqlen, windows=given.windows)
-    pools = partial(make_pool, ClusterSettings(local=True))
-    perplexities = [evaluate_model(place, settings, pools)["perplexity"] for place in places]
+    with worker_pools(ClusterSettings(local=True)) as pools:
+        perplexities = [evaluate_model(place, settings, pools)["perplexity"] for place in places]
     for place, value in zip(places, perplexities, strict=True):
         print(f"{place}: perplexity {value:.3f} on {given.windows} windows of {given.seqlen} tokens of {given.text}")
 

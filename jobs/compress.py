@@ -1,7 +1,6 @@
 """`swsc compress MODEL OUTPUT`: compress, and measure too if a text is given."""
 
 import argparse
-from functools import partial
 from typing import Any
 
 from jobs.evaluate import summarise as summarise_evaluation
@@ -18,6 +17,7 @@ from pipeline.config import (
 )
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError
+from pipeline.flows.evaluate import evaluate_model, worker_bytes
 from pipeline.flows.preflight import examine, require_cache, require_output, require_unmixed
 from pipeline.flows.prepare import cache_of, prepare
 from pipeline.flows.produce import produce
@@ -58,30 +58,28 @@ def run(arguments: argparse.Namespace) -> int:
         require_within(make_windows(arguments.model, evaluation).ids, source)
     # late: importing Ray takes a second, and a mistake should show before
     from pipeline.run.arithmetic import arithmetic_of
-    from pipeline.run.cluster import make_pool
+    from pipeline.run.worker_pools import worker_pools
 
-    pools = partial(make_pool, cluster, later=max(stage_bytes(source, plan, settings, calibration).values()))
-    if trust.verify_source:
-        from pipeline.flows.verify_source import verified
+    later = max(stage_bytes(source, plan, settings, calibration).values())
+    measuring = worker_bytes(Model(source, {}), evaluation) if evaluation else 0
+    arithmetic = arithmetic_of(cluster)  # before workers take all GPUs: it may have to ask one
+    with worker_pools(cluster, later, measuring) as pools:
+        if trust.verify_source:
+            from pipeline.flows.verify_source import verified
 
-        source = verified(source, trust.verify_source, pools)
-        plan = make_plan(source, settings, dense=settings.format == "dense")
-    unseen = [evaluation] if evaluation else []
-    arithmetic = arithmetic_of(cluster)
-    plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, arithmetic, unseen)
-    report = produce(
-        source, plan, arguments.output, settings, calibration, calibrated, arithmetic, pools, output.overwrite
-    )
-    summarise(arguments.output, report)
-    if evaluation:
-        from pipeline.flows.evaluate import evaluate_model
-
-        summarise_evaluation(evaluate_model(arguments.output, evaluation, pools))
-    if arguments.push:
-        address = push_output(
-            arguments.output, arguments.push, PushSettings(private=arguments.private), partial(pools, on_cpu=True)
+            source = verified(source, trust.verify_source, pools)
+            plan = make_plan(source, settings, dense=settings.format == "dense")
+        unseen = [evaluation] if evaluation else []
+        plan, calibrated = prepare(source, plan, settings, calibration, arguments.output, pools, arithmetic, unseen)
+        report = produce(
+            source, plan, arguments.output, settings, calibration, calibrated, arithmetic, pools, output.overwrite
         )
-        print(f"{arguments.output}: pushed, {address}")
+        summarise(arguments.output, report)
+        if evaluation:
+            summarise_evaluation(evaluate_model(arguments.output, evaluation, pools))
+        if arguments.push:
+            push = PushSettings(private=arguments.private)
+            print(f"{arguments.output}: pushed, {push_output(arguments.output, arguments.push, push, pools)}")
     return 0
 
 

@@ -8,7 +8,6 @@ import argparse
 import subprocess
 import sys
 import zipfile
-from functools import partial
 from pathlib import Path
 
 from jobs.flags import cluster_of
@@ -42,12 +41,13 @@ def _compress(model: Path, output: Path, cluster: ClusterSettings) -> None:
     from pipeline.model.checkpoint import open_checkpoint
     from pipeline.model.plan import make_plan
     from pipeline.run.arithmetic import arithmetic_of
-    from pipeline.run.cluster import make_pool
+    from pipeline.run.worker_pools import worker_pools
 
     settings, source = CompressSettings(), open_checkpoint(str(model))
     plan = make_plan(source, settings)
-    pools = partial(make_pool, cluster)
-    summarise(str(output), compress_model(source, plan, str(output), settings, arithmetic_of(cluster), pools))
+    with worker_pools(cluster) as pools:
+        report = compress_model(source, plan, str(output), settings, arithmetic_of(cluster), pools)
+    summarise(str(output), report)
 
 
 def _sweep(model: Path, text: Path) -> SweepSettings:

@@ -1,7 +1,6 @@
 """`swsc evaluate MODEL`: perplexity by the standard protocol (`--text`), tasks of lm-evaluation-harness (`--tasks`), or both."""
 
 import argparse
-from functools import partial
 from typing import Any
 
 from jobs.flags import settings_of, writable
@@ -36,24 +35,26 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.flows.tasks import evaluate_tasks, require_harness
     from pipeline.flows.verify import verify_output
     from pipeline.flows.verify_source import verified_digests
-    from pipeline.run.cluster import make_pool
+    from pipeline.run.worker_pools import worker_pools
 
-    pools = partial(make_pool, cluster)
     if "tasks" in settings:
         require_harness(settings["tasks"])
-    if arguments.verify:
-        verify_output(arguments.model, partial(pools, on_cpu=True))
-    known = verified_digests(model.checkpoint, trust.verify_source, pools) if trust.verify_source else None
-    result: dict[str, Any] = {}
-    if "text" in settings:
-        result = evaluate_model(arguments.model, settings["text"], pools, known)
-        _keep(result, target)  # before anything is printed, or measured by something that may fail
-        summarise(result)
-    if "tasks" in settings:
-        found = evaluate_tasks(arguments.model, settings["tasks"], pools, known)
-        result = {"model": found["model"], **result, "lm_eval": found["lm_eval"]}
-        _keep(result, target)
-        print(f"{found['model']}: {', '.join(settings['tasks'].tasks)}, {found['seconds']:.1f} s\n\n{found['tables']}")
+    with worker_pools(cluster) as pools:
+        if arguments.verify:
+            verify_output(arguments.model, pools)
+        known = verified_digests(model.checkpoint, trust.verify_source, pools) if trust.verify_source else None
+        result: dict[str, Any] = {}
+        if "text" in settings:
+            result = evaluate_model(arguments.model, settings["text"], pools, known)
+            _keep(result, target)  # before anything is printed, or measured by something that may fail
+            summarise(result)
+        if "tasks" in settings:
+            found = evaluate_tasks(arguments.model, settings["tasks"], pools, known)
+            result = {"model": found["model"], **result, "lm_eval": found["lm_eval"]}
+            _keep(result, target)
+            print(
+                f"{found['model']}: {', '.join(settings['tasks'].tasks)}, {found['seconds']:.1f} s\n\n{found['tables']}"
+            )
     if arguments.card:
         add_evaluation(arguments.model, result, before)
     return 0

@@ -1,7 +1,6 @@
 """`swsc push OUTPUT ORG/NAME`: an output to the Hugging Face Hub."""
 
 import argparse
-from functools import partial
 
 from jobs.flags import settings_of
 from pipeline.config import ClusterSettings, PushSettings
@@ -10,9 +9,8 @@ from pipeline.flows.push import push_output
 
 def run(arguments: argparse.Namespace) -> int:
     settings, cluster = settings_of(arguments, PushSettings, ClusterSettings)
-    from pipeline.run.cluster import make_pool
+    from pipeline.run.worker_pools import worker_pools
 
-    print(
-        f"{arguments.model}: pushed, {push_output(arguments.model, arguments.repo, settings, partial(make_pool, cluster, on_cpu=True))}"
-    )
+    with worker_pools(cluster) as pools:
+        print(f"{arguments.model}: pushed, {push_output(arguments.model, arguments.repo, settings, pools)}")
     return 0

@@ -1,7 +1,6 @@
 """`swsc restore OUTPUT DENSE`: compressed model in, plain dense checkpoint out."""
 
 import argparse
-from functools import partial
 from typing import Any
 
 from jobs.flags import cluster_of
@@ -12,15 +11,15 @@ from pipeline.model.places import Place, named, require_apart
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pipeline.run.cluster import make_pool
+    from pipeline.run.worker_pools import worker_pools
 
     require_apart(Place.at("DENSE", arguments.dense), named([("OUTPUT", arguments.model)]))
-    pools = partial(make_pool, cluster_of(arguments), on_cpu=True)
-    if arguments.verify:
-        verify_output(arguments.model, pools)
-    report = restore_model(
-        arguments.model, arguments.dense, pools, arguments.overwrite, arguments.adapter, arguments.trust_remote_code
-    )
+    with worker_pools(cluster_of(arguments)) as pools:
+        if arguments.verify:
+            verify_output(arguments.model, pools)
+        report = restore_model(
+            arguments.model, arguments.dense, pools, arguments.overwrite, arguments.adapter, arguments.trust_remote_code
+        )
     restored = [row for row in report["tensors"] if row["action"] == "restored"]
     print(f"{arguments.dense}: {len(restored)} of {len(report['tensors'])} tensors restored, the others copied")
     if arguments.adapter:

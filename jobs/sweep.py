@@ -3,7 +3,6 @@
 import argparse
 import sys
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,12 @@ def _require_places(settings: SweepSettings, out: str) -> None:
 def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, store: Store) -> SweepResult:
     """Run the sweep and write its results, whatever stops it."""
     from pipeline.run.arithmetic import arithmetic_of
-    from pipeline.run.cluster import make_pool
+    from pipeline.run.worker_pools import worker_pools
 
-    with closing(sweep):
-        sweep.calibrate(partial(make_pool, cluster), f"{store.root}/results.json", arithmetic_of(cluster))
-        pool = make_pool(cluster, sweep.total_tasks, sweep.worker_bytes, sweep.device_bytes)
+    arithmetic = arithmetic_of(cluster)  # before workers take all GPUs: it may have to ask one
+    with closing(sweep), worker_pools(cluster, largest=sweep.worker_bytes) as pools:
+        sweep.calibrate(pools, f"{store.root}/results.json", arithmetic)
+        pool = pools(sweep.total_tasks, sweep.stage)
         try:
             sweep.run(pool)
         finally:

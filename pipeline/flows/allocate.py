@@ -24,7 +24,7 @@ from pipeline.model.plan import Decision, Plan, with_specs
 from pipeline.model.records import Curves, of_cache, read_record
 from pipeline.model.specs import budget_bytes, value_bits
 from pipeline.model.tensor_names import tensor_kind
-from pipeline.run.stage import PoolMaker, run_stage
+from pipeline.run.stage import Pools, Stage, run_stage
 from pipeline.run.task import Task, TaskResult
 from swsc_core.allocation import Choice, allocate, equal_shares
 from swsc_core.menu import candidates
@@ -35,11 +35,9 @@ _SHOWN = 200  # characters of a spec that is refused
 V = TypeVar("V")
 
 
-def allocate_plan(
-    source: Checkpoint, plan: Plan, settings: MatrixSettings, moments: Moments, make_pool: PoolMaker
-) -> Plan:
+def allocate_plan(source: Checkpoint, plan: Plan, settings: MatrixSettings, moments: Moments, pools: Pools) -> Plan:
     """`plan` with the specs that lose least within the budget; that it can be met, the plan has made sure."""
-    curves = _curves(source, plan, settings, moments, make_pool)
+    curves = _curves(source, plan, settings, moments, pools)
     choices = [_choices(decision, settings, curves) for decision in plan.compressed]
     specs = _divide(source, plan, choices, settings)
     return with_specs(plan, {d.info.name: (spec,) for d, spec in zip(plan.compressed, specs, strict=True)}, settings)
@@ -76,9 +74,7 @@ def kind_of(info: MatrixInfo) -> str:
     return f"{tensor_kind(info.name)} {list(info.shape)}"
 
 
-def _curves(
-    source: Checkpoint, plan: Plan, settings: MatrixSettings, moments: Moments, make_pool: PoolMaker
-) -> dict[str, Any]:
+def _curves(source: Checkpoint, plan: Plan, settings: MatrixSettings, moments: Moments, pools: Pools) -> dict[str, Any]:
     """Reach of every matrix and shares of every kind, measured or read again."""
     infos = [decision.matrix for decision in plan.compressed]
     identity = versioned("curves", {
@@ -88,7 +84,7 @@ def _curves(
     file = f"{cache_name('curves', identity)}.json"
     if moments.store.exists(file):
         return of_cache(moments.store, file, lambda: _read(moments, file, infos, settings))
-    run = partial(_results, plan=plan, make_pool=make_pool)
+    run = partial(_results, plan=plan, pools=pools)
     reaches: dict[str, float] = run(
         [Task(i.name, MeasureSensitivity(source.store, i, moments), f"sensitivity of {i.name}") for i in infos], "reach"
     )
@@ -134,14 +130,14 @@ def _loss(value: object) -> float:
     return float(value)
 
 
-def _results(tasks: list[Task[V]], what: str, plan: Plan, make_pool: PoolMaker) -> dict[Any, V]:
+def _results(tasks: list[Task[V]], what: str, plan: Plan, pools: Pools) -> dict[Any, V]:
     """What each task returned, by its key."""
     found: dict[Any, V] = {}
 
     def note(done: TaskResult[V]) -> None:
         found[done.task.key] = done.value
 
-    run_stage(tasks, compression_bytes(plan), note, make_pool, what, "tasks", device_bytes(plan))
+    run_stage(pools, Stage(what, compression_bytes(plan), device_bytes(plan)), tasks, note)
     return found
 
 

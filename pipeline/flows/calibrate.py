@@ -27,8 +27,8 @@ from pipeline.model.records import rebuilt_cache
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store, require_room
 from pipeline.run.driver import TaskList, execute
-from pipeline.run.progress import Progress, say
-from pipeline.run.stage import PoolMaker
+from pipeline.run.progress import Progress
+from pipeline.run.stage import Pools, Stage, releasing
 from pipeline.run.task import Destination, Task, TaskResult
 
 _SHARD_TOKENS = 8192  # tokens of one task
@@ -78,7 +78,7 @@ class Calibration:
         self, source: Checkpoint, infos: Sequence[MatrixInfo], ids: np.ndarray, settings: CalibrationSettings, cache: str,
         seed: int, arithmetic: Arithmetic = _CPU,
     ) -> None:  # fmt: skip
-        """Begin, or go on with, a calibration.
+        """A calibration that `run` begins, or goes on with.
 
         Args:
             infos: the matrices whose moments are wanted.
@@ -90,15 +90,10 @@ class Calibration:
         self._source, self._ids, self._settings, self._seed = source, ids, settings, seed
         self._arithmetic = arithmetic
         self._infos = {info.name: info for info in infos}
-        identity = self._identity()
-        self.store = Store.at(f"{cache}/{cache_name('moments', identity)}")
-        with rebuilt_cache(self.store):
-            self._out = begin(self.store, identity, wait=say, names=map(moment_file, self._infos))
+        self.store = Store.at(f"{cache}/{cache_name('moments', self._identity())}")
         self._starts = range(0, len(ids), max(1, _SHARD_TOKENS // ids.shape[1]))  # first window of each shard
         self._folds: dict[tuple[int, int], _Fold] = defaultdict(_Fold)  # (range, place of a layer in it)
         self._written: set[str] = set()  # matrices that this run has finished
-        self._read = source_of(self.store)  # digests of what workers have loaded
-        self._ranges = self._cut()
 
     def _identity(self) -> dict[str, Any]:
         about = {"source": self._source.fingerprint, "seed": self._seed, "dtype": self._settings.calibration_dtype}
@@ -134,17 +129,22 @@ class Calibration:
     def _sum_bytes(self, names: Sequence[str]) -> int:
         return moment_bytes(self._infos[name] for name in names)
 
-    def run(self, make_pool: PoolMaker) -> Moments:
+    def run(self, pools: Pools) -> Moments:
         """Gather what is not there yet.
 
         Raises:
             RunError: tasks failed; finished matrices are kept.
         """
+        with rebuilt_cache(self.store):
+            names = map(moment_file, self._infos)
+            self._out = begin(self.store, self._identity(), wait=releasing(pools), names=names)
         with self._out:
-            self._gather(make_pool)
+            self._read = source_of(self.store)  # digests of what workers have loaded
+            self._ranges = self._cut()
+            self._gather(pools)
         return Moments(self.store, self._settings.gradient_share)
 
-    def _gather(self, make_pool: PoolMaker) -> None:
+    def _gather(self, pools: Pools) -> None:
         self._failures: TaskList[Any] = TaskList([], lambda done: None)
         if not self._ranges:
             return
@@ -153,9 +153,10 @@ class Calibration:
         tasks = len(self._ranges) * len(self._starts)
         length, dtype = self._ids.shape[1], self._settings.calibration_dtype
         on_gpu = calibration_device_bytes(self._source, length, widest, dtype)
-        pool = make_pool(tasks, calibration_bytes(self._source, length, widest), on_gpu)
+        stage = Stage("calibrate", calibration_bytes(self._source, length, widest), on_gpu, keeps_model=True)
+        pool = pools(tasks, stage)
         try:
-            with Progress("calibrate", self._total_tasks, 0, "tasks") as progress:
+            with Progress(stage.name, self._total_tasks, 0, stage.unit) as progress:
                 for _ in range(_GATHERINGS):
                     self._lost: list[TaskResult[Any]] = []
                     self._queue = [task for index in range(len(self._ranges)) for task in self._gathering(index)][::-1]

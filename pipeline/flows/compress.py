@@ -28,7 +28,7 @@ from pipeline.model.plan import Plan
 from pipeline.model.report_rows import CompressedRow, MatrixResult
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import FileRecord, Store
-from pipeline.run.stage import PoolMaker
+from pipeline.run.stage import Pools, Stage
 from pipeline.run.task import Destination, Job, Task, TaskResult
 from pipeline.tuning.job import ApplyTuning
 from swsc_core.format import quantization_config
@@ -77,7 +77,7 @@ class TunedModel:
 
 
 def compress_model(
-    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, arithmetic: Arithmetic, make_pool: PoolMaker,
+    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, arithmetic: Arithmetic, pools: Pools,
     calibrated: Calibrated | None = None, tune: Callable[[], TunedModel] | None = None,
     overwrite: bool = False, wait: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -108,11 +108,11 @@ def compress_model(
         if out.complete:
             Ingredients(source, calibrated.moments if calibrated else None).require_made_of(store)
             return {**store.read_json("swsc_report.json"), "resumed": "complete"}
-        return _carry_out(out, source, plan, settings, make_pool, calibrated, tune, started, arithmetic)
+        return _carry_out(out, source, plan, settings, pools, calibrated, tune, started, arithmetic)
 
 
 def _carry_out(
-    out: Output, source: Checkpoint, plan: Plan, settings: CompressSettings, make_pool: PoolMaker,
+    out: Output, source: Checkpoint, plan: Plan, settings: CompressSettings, pools: Pools,
     calibrated: Calibrated | None, tune: Callable[[], TunedModel] | None, started: float, arithmetic: Arithmetic,
 ) -> dict[str, Any]:  # fmt: skip
     moments = calibrated.moments if calibrated else None
@@ -137,9 +137,8 @@ def _carry_out(
     tasks = [
         task for task in _tasks(source, plan, out.ticket, settings, moments, ready) if task.key not in out.finished
     ]
-    run_output_stage(
-        tasks, compression_bytes(plan), note, make_pool, out, "compress", 0 if ready else device_bytes(plan)
-    )
+    stage = Stage("compress", compression_bytes(plan), 0 if ready else device_bytes(plan), "files")
+    run_output_stage(pools, stage, tasks, note, out)
     rows = {name: one.row for name, one in results.items()}
     report = build_report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["left_out"] = dict(source.left_out)

@@ -18,14 +18,14 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
 from pipeline.model.output import known_traces
 from pipeline.model.source_digests import SourceDigests, digests_of_source
-from pipeline.run.stage import PoolMaker, run_stage
+from pipeline.run.stage import Pools, Stage, run_stage
 from pipeline.run.task import Task, TaskResult
 
 _BATCHES = 4  # of one task: enough to hide its cost, few enough to share the work out evenly
 
 
 def evaluate_model(
-    location: str, settings: EvaluateSettings, make_pool: PoolMaker, known: SourceDigests | None = None
+    location: str, settings: EvaluateSettings, pools: Pools, known: SourceDigests | None = None
 ) -> dict[str, Any]:
     """Perplexity of the dense or compressed model at `location`, by the standard protocol (measure/windows.py).
 
@@ -54,7 +54,8 @@ def evaluate_model(
         losses[done.task.key] = done.value.losses
         dtypes.add(done.value.dtype)
 
-    run_stage(tasks, worker_bytes(model, settings), note, make_pool, "evaluate", "parts", on_gpu_bytes(model, settings))
+    memory, device = worker_bytes(model, settings), on_gpu_bytes(model, settings)
+    run_stage(pools, Stage("evaluate", memory, device, "parts", keeps_model=True), tasks, note)
     ordered = [loss for start in sorted(losses) for loss in losses[start]]
     seconds = time.perf_counter() - started
     return result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}

@@ -6,22 +6,21 @@ from typing import TypeVar
 from pipeline.errors import ClusterError, WeightsError
 from pipeline.model.output import Output, abandon
 from pipeline.model.parts import DONE
-from pipeline.run.stage import PoolMaker, run_stage
+from pipeline.run.stage import Pools, Stage, run_stage
 from pipeline.run.task import Task, TaskResult
 
 V = TypeVar("V")
 
 
 def run_output_stage(
-    tasks: list[Task[V]], memory: int, note: Callable[[TaskResult[V]], None], make_pool: PoolMaker, out: Output, what: str,
-    device: int = 0,
-) -> None:  # fmt: skip
-    """Run tasks on a pool of their own, of workers that need `memory` bytes each, `device` of them on a GPU if they have one.
+    pools: Pools, stage: Stage, tasks: list[Task[V]], note: Callable[[TaskResult[V]], None], out: Output
+) -> None:
+    """Run the tasks that write an output.
 
     A weight that cannot be compressed, which shows on the way only, takes the begun output back; so does a cluster that cannot do it.
     """
     try:
-        run_stage(tasks, memory, note, make_pool, what, "files", device)
+        run_stage(pools, stage, tasks, note)
     except (WeightsError, ClusterError) as error:
         if isinstance(error, WeightsError) or not out.store.below(DONE).names():  # a node that joins late may not fit
             abandon(out)

@@ -27,12 +27,12 @@ from pipeline.model.plan import Plan
 from pipeline.model.source_digests import digests_of_source
 from pipeline.model.store import Store
 from pipeline.run.progress import say
-from pipeline.run.stage import PoolMaker
+from pipeline.run.stage import Pools
 
 
 def prepare(
     source: Checkpoint, plan: Plan, settings: MatrixSettings, calibration: CalibrationSettings, beside: str,
-    make_pool: PoolMaker, arithmetic: Arithmetic, unseen: Sequence[EvaluateSettings] = (),
+    pools: Pools, arithmetic: Arithmetic, unseen: Sequence[EvaluateSettings] = (),
 ) -> tuple[Plan, Calibrated | None]:  # fmt: skip
     """The plan with its final specs, and the calibration that it rests on; both are found again if they were made before.
 
@@ -57,7 +57,7 @@ def prepare(
             raise ConfigError(f"calibration means nothing to preset {settings.preset}: drop it, or choose preset best")
         require_within(np.zeros((1, calibration.calibration_seqlen), dtype=np.int64), source)
         text = CalibrationText(
-            written_windows(source, calibration, cache, settings.seed, make_pool, arithmetic), frozenset()
+            written_windows(source, calibration, cache, settings.seed, pools, arithmetic), frozenset()
         )
     else:
         text = calibration_windows(source.store.root, calibration)
@@ -72,9 +72,9 @@ def prepare(
     moments = None
     if settings.with_moments:
         infos = [decision.matrix for decision in plan.compressed]
-        moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed, arithmetic).run(make_pool)
+        moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed, arithmetic).run(pools)
         if settings.preset != "paper":
-            plan = allocate_plan(source, plan, settings, moments, make_pool)
+            plan = allocate_plan(source, plan, settings, moments, pools)
     return plan, Calibrated(moments, _fingerprint(plan, text, moments, calibration), about, text.ids, cache)
 
 

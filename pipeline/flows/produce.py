@@ -20,15 +20,14 @@ from pipeline.model.records import rebuilt_cache
 from pipeline.model.report_rows import measured_rows
 from pipeline.model.store import Store
 from pipeline.model.uses import remove_unless_used, used
-from pipeline.run.progress import say
-from pipeline.run.stage import PoolMaker
+from pipeline.run.stage import Pools, releasing
 
 VARIANT = "variant"  # how the name of a tuned model in the cache begins that a sweep measures
 
 
 def produce(
     source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, calibration: CalibrationSettings,
-    calibrated: Calibrated | None, arithmetic: Arithmetic, make_pool: PoolMaker, overwrite: bool = False,
+    calibrated: Calibrated | None, arithmetic: Arithmetic, pools: Pools, overwrite: bool = False,
     wait: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out `plan` into `output`, and return the report.
@@ -39,7 +38,7 @@ def produce(
         As `compress_model`; ConfigError: fewer calibration windows than tuning needs.
     """
     if not settings.epochs or calibrated is None:
-        return compress_model(source, plan, output, settings, arithmetic, make_pool, calibrated, None, overwrite, wait)
+        return compress_model(source, plan, output, settings, arithmetic, pools, calibrated, None, overwrite, wait)
     text = TuneText(calibrated.ids, settings.epochs, settings.seed)
     untuned = _untuned(settings)
     staging = _staging(source, settings, calibrated, arithmetic)
@@ -49,26 +48,28 @@ def produce(
     def tune() -> TunedModel:
         kept.enter_context(used(Store.at(staging)))
         with rebuilt_cache(Store.at(staging)):
-            compress_model(source, plan, staging, untuned, arithmetic, make_pool, calibrated, wait=say)
+            compress_model(source, plan, staging, untuned, arithmetic, pools, calibrated, wait=releasing(pools))
         tuning = Tuning(source, staging, text, calibration, calibrated.cache, arithmetic)
         kept.enter_context(used(tuning.store))
-        tuned, about = tuning.run(make_pool)
+        tuned, about = tuning.run(pools)
         return TunedModel(tuned, measured_rows(Store.at(staging).read_json(REPORT)), about)
 
     with kept:
-        return compress_model(source, plan, output, settings, arithmetic, make_pool, calibrated, tune, overwrite, wait)
+        return compress_model(source, plan, output, settings, arithmetic, pools, calibrated, tune, overwrite, wait)
 
 
 def produce_variant(
     source: Checkpoint, plan: Plan, variant: Variant, calibration: CalibrationSettings, calibrated: Calibrated, arithmetic: Arithmetic,
-    make_pool: PoolMaker, kept: ExitStack,
+    pools: Pools, kept: ExitStack,
 ) -> TunedVariant:  # fmt: skip
     """A tuned row of a sweep, as a directory in the cache, which is kept there until `kept` is closed."""
     settings = _settings_of(variant)
     output = _place(VARIANT, source, settings, calibrated, arithmetic)
     kept.enter_context(used(Store.at(output)))
     with rebuilt_cache(Store.at(output)):
-        report = produce(source, plan, output, settings, calibration, calibrated, arithmetic, make_pool, wait=say)
+        report = produce(
+            source, plan, output, settings, calibration, calibrated, arithmetic, pools, wait=releasing(pools)
+        )
     return TunedVariant(open_checkpoint(output), compressed_rows(report), report["tuning"])
 
 

@@ -9,10 +9,10 @@ from pipeline.model.checkpoint import MANIFEST
 from pipeline.model.hub import push, require_pushable
 from pipeline.model.owned import REPORT
 from pipeline.model.store import Store
-from pipeline.run.stage import PoolMaker
+from pipeline.run.stage import Pools
 
 
-def push_output(location: str, repo: str, settings: PushSettings, make_pool: PoolMaker) -> str:
+def push_output(location: str, repo: str, settings: PushSettings, pools: Pools) -> str:
     """Push the output at `location`; returns the address of the commit.
 
     Raises:
@@ -25,7 +25,7 @@ def push_output(location: str, repo: str, settings: PushSettings, make_pool: Poo
     if not store.is_local:
         raise OutputError(f"{location}: pushed from a disk only; copy it into a local directory first")
     settle(store)  # a card and a manifest that belong together
-    verify_output(location, make_pool)
+    verify_output(location, pools)
     names = [*manifest_of(store)["files"], MANIFEST, REPORT]
     if found := next((name for name in names if store.is_link(name)), None):
         raise OutputError(f"{location}: {found} is a link; push a copy with the files themselves (cp -rL)")

@@ -29,13 +29,13 @@ from pipeline.model.store import FileRecord, Store
 from pipeline.model.tensor_names import layer_of
 from pipeline.model.tensors import TensorInfo
 from pipeline.model.weight_files import tensor_files
-from pipeline.run.stage import PoolMaker
+from pipeline.run.stage import Pools, Stage
 from pipeline.run.task import Destination, Task, TaskResult
 from swsc_core.format import FORMAT_VERSION
 
 
 def restore_model(
-    location: str, output: str, make_pool: PoolMaker, overwrite: bool = False, adapter: bool = False, trusted: bool = False
+    location: str, output: str, pools: Pools, overwrite: bool = False, adapter: bool = False, trusted: bool = False
 ) -> dict[str, Any]:  # fmt: skip
     """Restore every compressed tensor of the model at `location` and copy the others, shard by shard.
 
@@ -71,7 +71,8 @@ def restore_model(
             records[record.name] = record
 
         todo = [task for task in _tasks(model, out.ticket, carried) if task.key not in out.finished]
-        run_output_stage(todo, restoring_bytes(model) + 2 * low_rank, note, make_pool, out, "restore")
+        stage = Stage("restore", restoring_bytes(model) + 2 * low_rank, unit="files", on_cpu=True)
+        run_output_stage(pools, stage, todo, note, out)
         ordered = [records[name] for name in sorted(records)]
         if carried:
             ordered.append(store.write_json(ADAPTER_FILES[1], adapter_config(model, carried)))

@@ -34,7 +34,7 @@ from pipeline.model.plan import Plan
 from pipeline.model.report_rows import MatrixResult
 from pipeline.run.driver import execute
 from pipeline.run.progress import Progress, about
-from pipeline.run.stage import PoolMaker
+from pipeline.run.stage import Pools, Stage
 from pipeline.run.task import Pool, Task, TaskResult
 
 _BEGUN_AGAIN = 2  # most times that a run's lost units are made again
@@ -81,7 +81,7 @@ class Sweep:
         self._kept = ExitStack()  # tuned models in the cache, which another sweep may be done with before
         self._loaded: dict[int, Run] = {}  # worker -> the run that it measured last
 
-    def calibrate(self, make_pool: PoolMaker, beside: str, arithmetic: Arithmetic) -> None:
+    def calibrate(self, pools: Pools, beside: str, arithmetic: Arithmetic) -> None:
         """Give variants that measure errors by activations their moments and final specs; make those that are tuned.
 
         Raises:
@@ -92,7 +92,7 @@ class Sweep:
             if run.plan is None or run.variant is None or not run.variant.calibrated:
                 continue
             with about(f"{self._settings.models[run.model]}, {run.name}"):
-                made = self._prepare(run, run.variant, run.plan, make_pool, beside, arithmetic)
+                made = self._prepare(run, run.variant, run.plan, pools, beside, arithmetic)
                 if made and run.made:
                     settings, shared = (
                         self._settings.for_preset(run.variant.preset),
@@ -104,15 +104,13 @@ class Sweep:
         self._compressions = self._make_compressions()[::-1]
 
     def _prepare(
-        self, run: Run, variant: Variant, plan: Plan, make_pool: PoolMaker, beside: str, arithmetic: Arithmetic
+        self, run: Run, variant: Variant, plan: Plan, pools: Pools, beside: str, arithmetic: Arithmetic
     ) -> Calibrated | None:
         """Final specs of a run, and the model itself where its matrices are tuned together."""
         source, settings = self._checkpoints[run.model], self._settings.for_preset(variant.preset)
-        run.plan, made = prepare(
-            source, plan, variant, settings, beside, make_pool, arithmetic, self._settings.evaluations
-        )
+        run.plan, made = prepare(source, plan, variant, settings, beside, pools, arithmetic, self._settings.evaluations)
         if made and variant.epochs:
-            run.made = produce_variant(source, run.plan, variant, settings, made, arithmetic, make_pool, self._kept)
+            run.made = produce_variant(source, run.plan, variant, settings, made, arithmetic, pools, self._kept)
         return made
 
     def forget_measured(self) -> None:
@@ -143,6 +141,11 @@ class Sweep:
     def total_tasks(self) -> int:
         parts = sum(len(deal(w.ids, e)) for run in self._runs for w, e in self._measurements(run))
         return len(self._compressions) + parts
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that does all of it."""
+        return Stage("sweep", self.worker_bytes, self.device_bytes, keeps_model=True)
 
     @property
     def worker_bytes(self) -> int:

@@ -19,7 +19,7 @@ from pipeline.model.forecast import evaluation_bytes, evaluation_device_bytes
 from pipeline.model.source_digests import SourceDigests
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.progress import Progress
-from pipeline.run.stage import PoolMaker
+from pipeline.run.stage import Pools, Stage
 from pipeline.run.task import Pool, Task, TaskResult
 from pipeline.task_config import TaskSettings
 
@@ -36,7 +36,7 @@ def require_harness(settings: TaskSettings) -> None:
 
 
 def evaluate_tasks(
-    location: str, settings: TaskSettings, make_pool: PoolMaker, known: SourceDigests | None = None
+    location: str, settings: TaskSettings, pools: Pools, known: SourceDigests | None = None
 ) -> dict[str, Any]:
     """What lm-eval finds of the dense or compressed model at `location`.
 
@@ -51,7 +51,7 @@ def evaluate_tasks(
     lm_eval = harness()
     model = open_model(location, known)
     key = model_key(model.checkpoint, settings)
-    with PooledAnswers(model, key, settings, make_pool) as answers:
+    with PooledAnswers(model, key, settings, pools) as answers:
         results = lm_eval.run_tasks(settings, lm_eval.Asker(model, key, answers))
     return {
         "model": location,
@@ -64,11 +64,11 @@ def evaluate_tasks(
 class PooledAnswers:
     """Has requests answered by a pool, which is begun by the first of them; a context manager."""
 
-    def __init__(self, model: Model, key: ModelKey, settings: TaskSettings, make_pool: PoolMaker) -> None:
+    def __init__(self, model: Model, key: ModelKey, settings: TaskSettings, pools: Pools) -> None:
         self.dtype = ""
-        self._model, self._key, self._settings, self._make_pool = model, key, settings, make_pool
+        self._model, self._key, self._settings, self._pools = model, key, settings, pools
         self._pool: Pool | None = None
-        self._made_for: tuple[int, ...] = (0, 0, 0)  # tasks, bytes, bytes on a GPU
+        self._made_for = (0, 0, 0)  # tasks, bytes, bytes on a GPU
 
     def __enter__(self) -> Self:
         return self
@@ -112,12 +112,14 @@ class PooledAnswers:
         source.raise_failures()
         return [answers for start in sorted(found) for answers in found[start]]
 
-    def _pool_for(self, *needs: int) -> Pool:
+    def _pool_for(self, tasks: int, memory: int, device: int) -> Pool:
         """The pool that is there, with its loaded models, or a larger one where it was made for less."""
-        if self._pool is None or any(need > made for need, made in zip(needs, self._made_for, strict=True)):
+        needs, before = (tasks, memory, device), self._made_for
+        if self._pool is None or any(need > size for need, size in zip(needs, before, strict=True)):
             if self._pool:
                 self._pool.close()
                 self._pool = None
-            self._made_for = tuple(map(max, needs, self._made_for))
-            self._pool = self._make_pool(*self._made_for)
+            self._made_for = max(tasks, before[0]), max(memory, before[1]), max(device, before[2])
+            tasks, memory, device = self._made_for
+            self._pool = self._pools(tasks, Stage("tasks", memory, device, "parts", keeps_model=True))
         return self._pool

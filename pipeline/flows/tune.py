@@ -29,7 +29,7 @@ from pipeline.model.store import Store
 from pipeline.model.uses import remove_unless_used
 from pipeline.run.driver import StagedTasks, Stages, execute
 from pipeline.run.progress import Progress, say
-from pipeline.run.stage import PoolMaker
+from pipeline.run.stage import Pools, Stage, releasing
 from pipeline.run.task import Destination, Task, TaskResult
 from pipeline.tuning.job import Divergence, KeepState, MeasureDivergence, ReadState, TuneGradients, TuneStep
 
@@ -85,7 +85,7 @@ class Tuning:
         })  # fmt: skip
         self.store = Store.at(f"{cache}/{cache_name('tuned', self.identity)}")
 
-    def run(self, make_pool: PoolMaker) -> tuple[Tuned, dict[str, Any]]:
+    def run(self, pools: Pools) -> tuple[Tuned, dict[str, Any]]:
         """Tune, go on with a tuning that was cut short, or find a finished one again.
 
         Returns what came of it, and the divergence on the held-out windows before and after, in nats a token; it is
@@ -96,10 +96,10 @@ class Tuning:
         """
         if not self.store.exists(_RESULT):
             with rebuilt_cache(self.store):
-                begun = begin(self.store, self.identity, wait=say, names=self._states())
+                begun = begin(self.store, self.identity, wait=releasing(pools), names=self._states())
             with begun as out:
                 if not self.store.exists(_RESULT):  # the run that we waited for has made it
-                    self._move(out, make_pool)
+                    self._move(out, pools)
         about = of_cache(self.store, _RESULT, lambda: read_record(self.store, _RESULT, records.Tuning))
         return Tuned(self._key.compressed, self.store, self._whole(about["steps"]) if about["applied"] else None), about
 
@@ -119,7 +119,7 @@ class Tuning:
         """Remove what was found: whoever needs it again has to tune again."""
         remove_unless_used(self.store)
 
-    def _move(self, out: Output, make_pool: PoolMaker) -> None:
+    def _move(self, out: Output, pools: Pools) -> None:
         """Go on from the last state that was written; again, if the present one is lost with its node."""
         self._ticket = out.ticket
         self._kept = max(
@@ -127,17 +127,18 @@ class Tuning:
         )
         for _ in range(_STARTS - 1):
             try:
-                return self._go_on(self._kept, make_pool)
+                return self._go_on(self._kept, pools)
             except PayloadLost as error:
                 say(f"tune: {error}; going on from step {self._kept}")
-        return self._go_on(self._kept, make_pool)
+        return self._go_on(self._kept, pools)
 
-    def _go_on(self, done: int, make_pool: PoolMaker) -> None:
+    def _go_on(self, done: int, pools: Pools) -> None:
         length = self._text.ids.shape[1]
         on_gpu = tuning_device_bytes(self._source, length, self._key.dtype)
-        pool = make_pool(len(self._batches[0]), tuning_bytes(self._source, length), on_gpu)
+        stage = Stage("tune", tuning_bytes(self._source, length), on_gpu)
+        pool = pools(len(self._batches[0]), stage)
         try:
-            with Progress("tune", self._tasks_after(done), 0, "tasks") as progress:
+            with Progress(stage.name, self._tasks_after(done), 0, stage.unit) as progress:
                 execute(pool, StagedTasks(self._stages(done)), progress)
         finally:
             pool.close()

@@ -12,7 +12,7 @@ from pipeline.model.owned import REPORT, rivals
 from pipeline.model.parts import linked
 from pipeline.model.records import Manifest, Report, read_record
 from pipeline.model.store import Store
-from pipeline.run.stage import PoolMaker, run_stage
+from pipeline.run.stage import Pools, Stage, run_stage
 from pipeline.run.task import Task, TaskResult
 
 _NAMED = 8  # findings that an error names
@@ -20,7 +20,7 @@ _AGAIN = "make it again by --overwrite"
 _AWAY = "move away what is not one of its files (and put those in the place of links to them)"
 
 
-def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
+def verify_output(location: str, pools: Pools) -> dict[str, Any]:
     """Hash the files of the output at `location` over the workers, each file read in pieces.
 
     Returns {"files": number, "bytes": number} of what was found whole.
@@ -41,7 +41,8 @@ def verify_output(location: str, make_pool: PoolMaker) -> dict[str, Any]:
         for name, about in files.items()
         if not linked(store, name)
     ]
-    run_stage(sorted(tasks, key=lambda task: -task.weight), WORKER_BASE, note, make_pool, "verify", "files")
+    stage = Stage("verify", WORKER_BASE, unit="files", on_cpu=True)
+    run_stage(pools, stage, sorted(tasks, key=lambda task: -task.weight), note)
     damage = [line for name in sorted(findings) for line in findings[name]]
     strange = list(_strange(store, files))
     if damage or strange:

@@ -15,13 +15,13 @@ from pipeline.model.hub import published_hashes
 from pipeline.model.source_digests import SourceDigests, digests_of_source, verified_as
 from pipeline.model.store import Store
 from pipeline.model.tensors import TensorInfo
-from pipeline.run.stage import PoolMaker, run_stage
+from pipeline.run.stage import Pools, Stage, run_stage
 from pipeline.run.task import Task, TaskResult
 
 HUB = "hub"
 
 
-def verified(source: Checkpoint, hashes: str, make_pool: PoolMaker) -> Checkpoint:
+def verified(source: Checkpoint, hashes: str, pools: Pools) -> Checkpoint:
     """The same checkpoint, of which every tensor is held against what was verified whenever it is read.
 
     Args:
@@ -49,13 +49,13 @@ def verified(source: Checkpoint, hashes: str, make_pool: PoolMaker) -> Checkpoin
         Task(file, HashFile(source.store, file, tuple(own.values())), file, weight=source.store.size(file))
         for file, own in sorted(files.items())
     ]
-    run_stage(tasks, WORKER_BASE, note, make_pool, "verify source", "files")
+    run_stage(pools, Stage("verify source", WORKER_BASE, unit="files"), tasks, note)
     return verified_as(source, found)
 
 
-def verified_digests(source: Checkpoint, hashes: str, make_pool: PoolMaker) -> SourceDigests | None:
+def verified_digests(source: Checkpoint, hashes: str, pools: Pools) -> SourceDigests | None:
     """Digests of the source for those who open it themselves; raises as `verified`."""
-    return digests_of_source(verified(source, hashes, make_pool))
+    return digests_of_source(verified(source, hashes, pools))
 
 
 def _text_of(name: str) -> str:

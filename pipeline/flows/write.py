@@ -18,7 +18,7 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.forecast import calibration_bytes, calibration_device_bytes
 from pipeline.model.records import of_cache
 from pipeline.model.store import Store
-from pipeline.run.stage import PoolMaker, run_stage
+from pipeline.run.stage import Pools, Stage, run_stage
 from pipeline.run.task import Task, TaskResult
 
 _BATCH = 16  # windows that are written at a time
@@ -29,7 +29,7 @@ def written_windows(
     settings: CalibrationSettings,
     cache: str,
     seed: int,
-    make_pool: PoolMaker,
+    pools: Pools,
     arithmetic: Arithmetic,
 ) -> np.ndarray:
     """Windows of the model's own text, int64 [windows, seqlen]; read again if they were written before.
@@ -56,15 +56,9 @@ def written_windows(
         Task(first, GenerateText(key, min(_BATCH, count - first), length, first, seed, opening), f"text {first}")
         for first in range(0, count, _BATCH)
     ]
-    run_stage(
-        tasks,
-        calibration_bytes(source, length, 0),
-        note,
-        make_pool,
-        "write text",
-        "parts",
-        calibration_device_bytes(source, length, 0, settings.calibration_dtype),
-    )
+    memory = calibration_bytes(source, length, 0)
+    device = calibration_device_bytes(source, length, 0, settings.calibration_dtype)
+    run_stage(pools, Stage("write text", memory, device, "parts"), tasks, note)
     ids = np.concatenate([written[first] for first in sorted(written)])
     store.write_json(name, ids.tolist())
     return ids

@@ -7,6 +7,7 @@ import ray
 from pipeline.device import Device, take_device
 from pipeline.errors import ClusterError
 from pipeline.model.parts import Payload
+from pipeline.run.heap import reset_peak_rss
 from pipeline.run.task import Job
 from pipeline.run.worker import Worker
 
@@ -29,6 +30,12 @@ class ActorWorker(Worker):
         """As Ray stores it: the value, followed by the payloads as objects of their own if there are any."""
         output = self.run(job, *inputs)
         return (output.value, *output.payloads) if output.payloads else output.value
+
+    def begin_stage(self, keeps_model: bool) -> None:
+        """Drop the loaded model unless the next stage loads models, too, and measure peak memory from here on."""
+        if not keeps_model:
+            self.forget_model()
+        reset_peak_rss()
 
     def place(self) -> tuple[str, Device]:
         """Ray's name of the node that it is on, and its device. Raises ClusterError: one that is not fit for use."""

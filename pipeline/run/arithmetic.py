@@ -10,7 +10,7 @@ from pipeline.config import ClusterSettings
 from pipeline.device import Arithmetic, name_of, take_device
 from pipeline.errors import ClusterError
 from pipeline.run import interrupt
-from pipeline.run.cluster import Need, _local_device, _need, _nodes, _waiting_for
+from pipeline.run.cluster import WorkerResources, alive_nodes, local_device, resources_of, waiting_for
 from pipeline.run.connection import connect, joinable
 from pipeline.run.progress import say
 
@@ -32,24 +32,24 @@ def _device_kind(settings: ClusterSettings) -> str:
     if settings.gpus_per_worker == 0:
         return "cpu"
     if settings.local:
-        return name_of(_local_device(settings))
+        return name_of(local_device(settings))
     if not ray.is_initialized():
         where = joinable(settings.address or os.environ.get("RAY_ADDRESS"))
         if where is None:  # one will be started on this machine
-            return name_of(_local_device(settings))
+            return name_of(local_device(settings))
         connect(where)
-    need = _need(settings, _nodes(), 0)
+    need = resources_of(settings, alive_nodes(), 0)
     return _probed_kind(need) if need.gpus else "cpu"
 
 
-def _probed_kind(need: Need) -> str:
+def _probed_kind(need: WorkerResources) -> str:
     """The kind of device that a worker gets, as one says that is begun for this alone."""
     probe = ray.remote(max_retries=3)(take_device).options(**need.options())
     ref, patience = probe.remote(need.gpus), time.monotonic() + _SECONDS_OF_PATIENCE
     while not ray.wait([ref], timeout=1.0)[0]:
         interrupt.check()
         if time.monotonic() > patience:
-            say(f"no worker is up yet, waiting for one: {_waiting_for(need)}")
+            say(f"no worker is up yet, waiting for one: {waiting_for(need)}")
             patience = time.monotonic() + 6 * _SECONDS_OF_PATIENCE
     try:
         return str(ray.get(ref)[1].kind)

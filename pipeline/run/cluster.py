@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 # Ray reads these when it is imported. A cluster that is started in this process listens on loopback only and needs no
@@ -15,22 +14,16 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 
 from pipeline.config import ClusterSettings
-from pipeline.device import require_gpu
 from pipeline.errors import ClusterError
 from pipeline.run.actor import GPU_ENVIRONMENT
 from pipeline.run.connection import connect as _connect
-from pipeline.run.local_pool import LocalPool
-from pipeline.run.ray_pool import RayPool
-from pipeline.run.task import Pool
-from pipeline.run.worker import Worker
 
 _TYPE = "accelerator_type:"  # how Ray's names of resources begin that stand for models of GPUs
-# What CUDA takes beside what is calculated with: its context and workspaces on the GPU, its libraries in the host's memory.
-_CUDA_DEVICE, _CUDA_HOST = 1_000_000_000, 2_500_000_000
+_CUDA_HOST = 2_500_000_000  # bytes of host memory that CUDA's libraries take in each process
 
 
 @dataclass(frozen=True)
-class Need:
+class WorkerResources:
     """What one worker takes of a node."""
 
     cpus: float
@@ -42,6 +35,10 @@ class Need:
         """Workers that fit one node: none ever spans two."""
         wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory, **self._type}
         return min(int(node.get(name, 0) / amount) for name, amount in wanted.items() if amount)
+
+    def covers(self, other: "WorkerResources") -> bool:
+        """Whether a worker of this size may do what one of the `other` size is meant for, on the same kind of device."""
+        return replace(self, memory=0) == replace(other, memory=0) and self.memory >= other.memory
 
     def options(self) -> dict[str, Any]:
         """As Ray's actors want to be told."""
@@ -60,46 +57,7 @@ class Need:
         return f"{self.cpus:g} CPUs, {self.gpus:g} GPUs{kind}{memory}"
 
 
-def make_pool(
-    settings: ClusterSettings, tasks: int, memory: int, device: int = 0, later: int = 0, on_cpu: bool = False
-) -> Pool:
-    """A pool for `tasks` tasks: local, or actors on the cluster that `settings` names.
-
-    As many workers are made as fit; a number of workers that the user gave stands whatever the forecast says.
-
-    Args:
-        memory: bytes that a worker is foretold to need.
-        device: those of them that lie on its GPU, if it has one; 0: not foretold.
-        later: `memory` of pools to come, that must fit as well.
-        on_cpu: the tasks touch no device: their workers take no GPU.
-
-    Raises:
-        ClusterError: no cluster at the address, or one that can never hold a worker; a GPU that is too small.
-    """
-    if on_cpu:
-        settings = settings.model_copy(update={"gpus_per_worker": 0.0, "gpu_type": None})
-    device += _CUDA_DEVICE if device else 0
-    if settings.local:
-        import torch
-
-        where = _local_device(settings)
-        require_gpu(device, torch.cuda.get_device_properties(0).total_memory if where == "cuda" else 0)
-        return LocalPool(Worker(settings.threads_per_worker, where))
-    started_here = _connect(settings.address)
-    _need(settings, _nodes(), max(memory, later))
-    need = _need(settings, _nodes(), memory)
-    return RayPool(
-        room=partial(_workers, settings, need, tasks),
-        options=need.options(),
-        threads=settings.threads_per_worker,
-        started_here=started_here,
-        deadline=settings.task_deadline,
-        waiting_for=partial(_waiting_for, need),
-        device=device,
-    )
-
-
-def _local_device(settings: ClusterSettings) -> str:
+def local_device(settings: ClusterSettings) -> str:
     """torch's name of the device of a worker on this machine; ClusterError if a GPU was asked for and there is none."""
     import torch
 
@@ -116,7 +74,7 @@ def _local_device(settings: ClusterSettings) -> str:
     return "cpu"
 
 
-def _require_one_type(need: Need, nodes: list[dict[str, float]]) -> None:
+def _require_one_type(need: WorkerResources, nodes: list[dict[str, float]]) -> None:
     """Raise ClusterError if workers may get GPUs of several models: their bytes would differ."""
     types = sorted(
         {name.removeprefix(_TYPE) for node in nodes if need.fitting(node) for name in node if name.startswith(_TYPE)}
@@ -129,20 +87,20 @@ def _require_one_type(need: Need, nodes: list[dict[str, float]]) -> None:
 
 
 def workers_for(settings: ClusterSettings, tasks: int, memory: int, later: int = 0) -> int:
-    """How many workers `make_pool` would begin; raises ClusterError as it would."""
+    """How many workers a stage of so many tasks would get; raises ClusterError as it would."""
     started_here = _connect(settings.address)
     try:
-        _need(settings, _nodes(), max(memory, later))
-        return _workers(settings, _need(settings, _nodes(), memory), tasks)
+        resources_of(settings, alive_nodes(), max(memory, later))
+        return count_workers(settings, resources_of(settings, alive_nodes(), memory), tasks)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def _need(settings: ClusterSettings, nodes: list[dict[str, float]], memory: int) -> Need:
+def resources_of(settings: ClusterSettings, nodes: list[dict[str, float]], memory: int) -> WorkerResources:
     """What a worker asks for. Raises ClusterError if the cluster cannot hold as many as were asked for, and will not grow."""
     gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(_most(nodes, "GPU") > 0)
-    bare = Need(settings.cpus_per_worker, gpus, gpu_type=settings.gpu_type)
+    bare = WorkerResources(settings.cpus_per_worker, gpus, gpu_type=settings.gpu_type)
     if gpus:
         _require_one_type(bare, nodes)
     elif settings.gpu_type:
@@ -171,21 +129,21 @@ def _need(settings: ClusterSettings, nodes: list[dict[str, float]], memory: int)
     return need
 
 
-def _workers(settings: ClusterSettings, need: Need, tasks: int) -> int:
+def count_workers(settings: ClusterSettings, need: WorkerResources, tasks: int) -> int:
     """How many there may be now. An autoscaler adds nodes for workers that wait, so as many again are asked for of it."""
-    room = sum(map(need.fitting, _nodes()))
+    room = sum(map(need.fitting, alive_nodes()))
     return settings.workers or min(2 * max(1, room) if settings.elastic else room, max(1, tasks))
 
 
-def _waiting_for(need: Need) -> str:
+def waiting_for(need: WorkerResources) -> str:
     free = ray.available_resources()
     return (
-        f"each needs {need}, the cluster has {_sum(_nodes())},"
+        f"each needs {need}, the cluster has {_sum(alive_nodes())},"
         f" {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs of them free"
     )
 
 
-def _nodes() -> list[dict[str, float]]:
+def alive_nodes() -> list[dict[str, float]]:
     """Resources of the nodes that are alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 

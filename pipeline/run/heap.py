@@ -4,6 +4,7 @@ glibc serves blocks of up to 32 MiB from a heap of which it gives back the end o
 and after some rounds the holes between them took as much as two copies of a large matrix (benchmarks/memory.py).
 """
 
+import contextlib
 import ctypes
 import resource
 import sys
@@ -25,6 +26,12 @@ def return_freed_blocks(weights: int) -> None:
         mallopt(_M_TRIM_THRESHOLD, _MAPPED)
 
 
+def reset_peak_rss() -> None:
+    """Let `peak_rss` begin anew, where the kernel permits it."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # proc(5): reset the peak resident set size
+
+
 def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
+    """Largest resident memory of this process so far, or since it was reset, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,6 @@
-"""Actors of Ray that do tasks, payloads as objects, commits as tasks beside the objects.
+"""One stage of a command on workers of Ray: payloads are objects, commits are tasks on the node that holds the object.
 
-Ray's own retries are off (`max_restarts=0`, `max_task_retries=0`): they stay bound to the dead actor. A worker that died, hangs
-or cannot use its GPU any more is replaced here, and the driver decides about its task.
+A worker that died, hangs or cannot use its GPU any more is replaced, and the driver decides about its task.
 """
 
 import time
@@ -11,20 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from pipeline import device as gpu
-from pipeline.errors import RunError, SwscError, WorkerLost
+from pipeline.errors import RunError, WorkerLost
 from pipeline.model.parts import commit
-from pipeline.run import interrupt
-from pipeline.run.actor import ActorWorker
 from pipeline.run.failures import Cause, Failure, Phase, classify
+from pipeline.run.ray_workers import RayWorkers
 from pipeline.run.task import Task, TaskResult
 
 _WAIT_SECONDS = 1.0
 _COMMITS_PER_WORKER = 2  # payloads waiting to be written; bounds what lies in the object store
 _CLOSE_SECONDS = 30.0  # longest wait for commits under way
-_DEATHS, _DEATHS_PER_WORKER = 30, 5  # in a row, without a task that ended well: the larger of both ends a run
 _LOOK_SECONDS = 10.0  # between two looks at what has joined the cluster
 # A task hangs if it takes _TIMES as long as the longest of its kind so far, and no less than _LEAST_SECONDS:
 _TIMES, _LEAST_SECONDS = 20.0, 600.0
@@ -33,7 +30,6 @@ _OUT_OF_MEMORY_IN_A_ROW = 3 * _OUT_OF_MEMORY  # of any tasks, without one that e
 _COMMITS, _FIRST_COMMIT_SECONDS = "commit", 180.0  # the kind that commits are, and how long one may be foreseen to take
 
 
-_ACTOR = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")(ActorWorker)
 _COMMIT = ray.remote(num_cpus=0, max_retries=3)(commit)  # no CPU: workers hold them all, and it must not wait for one
 
 
@@ -50,73 +46,61 @@ class _Flight:
     started: float = field(default_factory=time.monotonic)
 
 
+@dataclass(frozen=True)
+class StageLimits:
+    """What bounds a stage.
+
+    Attributes:
+        room: how many workers there may be, asked again and again.
+        waiting_for: what a worker needs and what there is of it, in words.
+        deadline: seconds of a task, if the user set any.
+        device: bytes that a worker is predicted to need of its GPU, if it has one.
+    """
+
+    room: Callable[[], int]
+    waiting_for: Callable[[], str]
+    deadline: float | None = None
+    device: int = 0
+
+
 class RayPool:
-    """Actors of Ray, one task at a time each; as many as the cluster has room for, also when it grows."""
+    """Runs tasks on workers of Ray, one task at a time each; on as many as the cluster has room for, also when it grows."""
 
-    def __init__(
-        self,
-        room: Callable[[], int],
-        options: dict[str, Any],
-        threads: int,
-        started_here: bool,
-        deadline: float | None,
-        waiting_for: Callable[[], str],
-        device: int = 0,
-        kind: str | None = None,
-    ) -> None:
-        """Begin all workers.
+    def __init__(self, workers: RayWorkers, stage: StageLimits, keeps_model: bool = True) -> None:
+        """Begin a stage; without `keeps_model` workers drop the model of the one before.
 
-        Args:
-            room: how many there may be, asked again and again.
-            options: of an actor: CPUs, GPUs, memory.
-            threads: of a worker.
-            started_here: whether Ray ends with this pool.
-            deadline: seconds of a task, if the user set any.
-            waiting_for: what a worker needs and what there is of it, in words.
-            device: bytes that a worker is foretold to need of its GPU, if it has one.
-            kind: of device that every worker must have; None: that of the first one.
+        Raises ClusterError if the GPU of a worker that is up is too small for it.
         """
-        self.size = room()
-        self._room, self._looked = room, time.monotonic()
-        self._deadline, self._device = deadline, device
-        self._waiting_for = waiting_for
+        self._workers, self._stage = workers, stage
+        for worker in workers.up():
+            gpu.require_gpu(stage.device, workers.devices[worker].nbytes)
+        workers.begin_stage(keeps_model)
+        self._looked = time.monotonic()
+        workers.grow_to(stage.room())
         self._longest: dict[str, float] = {}  # seconds of a finished task, by kind
-        self._options = options
-        self._kind = kind  # of the device of every worker
-        self.capabilities: set[str] = set()  # of the CPUs of the workers
         self._out_of_memory: Counter[Any] = Counter()  # tries of a task, by its key
         self._out_of_memory_in_a_row = 0
-        self._threads = threads
-        self._started_here = started_here
-        self._coming: dict[Any, int] = {}  # what tells that a worker is up -> the worker
-        self._nodes: dict[int, str] = {}  # worker -> Ray's name of its node
-        self._actors = [self._spawn(worker) for worker in range(self.size)]
         self._working: dict[int, _Flight] = {}
         self._committing: list[_Flight] = []
-        self._deaths = 0  # of workers, since a task ended well
 
-    def _spawn(self, worker: int) -> Any:
-        """A new actor. It gets no task before it is up: it may be one that finds no place for hours, or ever."""
-        actor: Any = _ACTOR.options(**self._options).remote(self._threads)
-        self._coming[actor.place.remote()] = worker
-        return actor
+    @property
+    def size(self) -> int:
+        return self._workers.size
 
     def _grow(self) -> None:
-        """Workers for what has joined the cluster; those of nodes that left stay, and wait for a place."""
+        """Start workers for what has joined the cluster; those of nodes that left stay, and wait for a place."""
         if time.monotonic() - self._looked < _LOOK_SECONDS:
             return
         self._looked = time.monotonic()
         try:
-            room = self._room()
+            room = self._stage.room()
         except (RayError, RuntimeError, ConnectionError):
             return  # the head does not answer; workers may well go on without it
-        for worker in range(self.size, room):
-            self._actors.append(self._spawn(worker))
-            self.size += 1
+        self._workers.grow_to(room)
 
     def waiting_for(self) -> str:
         try:
-            return self._waiting_for()
+            return self._stage.waiting_for()
         except (RayError, RuntimeError, ConnectionError):
             return "the cluster's head does not answer"
 
@@ -124,12 +108,13 @@ class RayPool:
         self._grow()
         if len(self._committing) >= _COMMITS_PER_WORKER * self.size:
             return []
-        absent = self._working.keys() | set(self._coming.values())
-        return [worker for worker in range(self.size) if worker not in absent]
+        return [worker for worker in self._workers.up() if worker not in self._working]
 
     def start(self, worker: int, task: Task[Any]) -> None:
         # the name is part of the process's title, so that `ps` and `ray summary` show what a worker does
-        call = self._actors[worker].run_task.options(name=f"ActorWorker.{task.kind}", num_returns=1 + task.outputs)
+        call = self._workers.actors[worker].run_task.options(
+            name=f"ActorWorker.{task.kind}", num_returns=1 + task.outputs
+        )
         refs = call.remote(task.job, *task.payloads)
         report, payloads = (refs[0], tuple(refs[1:])) if task.outputs else (refs, ())
         where = task.commit_to
@@ -139,20 +124,21 @@ class RayPool:
     def wait(self) -> TaskResult[Any] | None:
         flights = {flight.report: flight for flight in self._working.values()}
         flights |= {flight.record: flight for flight in self._committing}
-        ready, _ = ray.wait([*flights, *self._coming], num_returns=1, timeout=_WAIT_SECONDS, fetch_local=False)
+        coming = self._workers.coming
+        ready, _ = ray.wait([*flights, *coming], num_returns=1, timeout=_WAIT_SECONDS, fetch_local=False)
         if overdue := self._overdue():
             return overdue
         if not ready:
             return None
-        if ready[0] in self._coming:
-            self._arrived(ready[0])
+        if ready[0] in coming:
+            self._workers.arrived(ready[0], self._stage.device)
             return None
         flight, ref = flights[ready[0]], ready[0]
         try:
             result = ray.get(ref)
         except RayError as error:
             return self._failed(flight, Phase.COMMIT if ref == flight.record else Phase.JOB, error)
-        self._deaths = self._out_of_memory_in_a_row = 0
+        self._workers.deaths = self._out_of_memory_in_a_row = 0
         self._note_time(flight, _COMMITS if ref == flight.record else flight.task.kind)
         if ref == flight.record:
             self._committing.remove(flight)
@@ -170,7 +156,7 @@ class RayPool:
         for flight in self._working.values():
             if self._hangs(flight, flight.report, flight.task.kind):
                 del self._working[flight.worker]
-                self._replace(flight.worker, flight.task.label)
+                self._workers.replace(flight.worker, flight.task.label)
                 return _given_up(flight, "hangs")
         for flight in self._committing:
             if self._hangs(flight, flight.record, _COMMITS):
@@ -182,37 +168,23 @@ class RayPool:
     def _hangs(self, flight: _Flight, ref: Any, kind: str) -> bool:
         longest = self._longest.get(kind, _FIRST_COMMIT_SECONDS if kind == _COMMITS else None)
         foreseen = max(_LEAST_SECONDS, _TIMES * longest) if longest else None
-        limit, seconds = self._deadline or foreseen, time.monotonic() - flight.started
+        limit, seconds = self._stage.deadline or foreseen, time.monotonic() - flight.started
         return bool(limit and seconds > limit and not ray.wait([ref], timeout=0, fetch_local=False)[0])
 
     def _note_time(self, flight: _Flight, kind: str) -> None:
         seconds = time.monotonic() - flight.started
         self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
 
-    def _arrived(self, ref: Any) -> None:
-        worker = self._coming.pop(ref)
-        try:
-            self._nodes[worker], device = ray.get(ref)
-            gpu.require_gpu(self._device, device.nbytes)
-            self._kind = gpu.require_kind(self._kind, device.kind)
-            self.capabilities.add(device.capability)
-        except RayTaskError as error:
-            if isinstance(error.cause, SwscError):
-                raise error.cause from None
-            raise RunError(f"a worker cannot start: {' '.join(str(error.cause).split())}") from None
-        except RayError as error:
-            self._replace(worker, f"start ({type(error).__name__})")
-
     def _failed(self, flight: _Flight, phase: Phase, error: RayError) -> TaskResult[Any]:
         """Carry out what follows from a failure."""
         worker, label = flight.worker, flight.task.label
-        failure = classify(error, phase, label, phase is Phase.JOB and _is_gone(self._nodes[worker]))
+        failure = classify(error, phase, label, phase is Phase.JOB and _is_gone(self._workers.nodes[worker]))
         if phase is Phase.COMMIT:
             self._committing.remove(flight)
         else:
             del self._working[worker]
         if failure.replaces_worker:
-            self._replace(worker, label if failure.blames_worker else "")
+            self._workers.replace(worker, label if failure.blames_worker else "")
         if failure.cause is Cause.GPU_MEMORY:
             failure = self._out_of_gpu_memory(flight.task, failure)
         return TaskResult(flight.task, error=failure.error, worker=worker)
@@ -231,29 +203,17 @@ class RayPool:
             return Failure(failure.cause, WorkerLost(str(failure.error).removesuffix(f"; {gpu.ROOM}")))
         return failure
 
-    def _replace(self, worker: int, at: str = "") -> None:
-        """A new worker in the place of one; `at`: what this one died of, if it is to be blamed."""
-        self._deaths += bool(at)
-        if self._deaths > max(_DEATHS, _DEATHS_PER_WORKER * self.size):
-            raise RunError(
-                f"workers died {self._deaths} times in a row, the last one at {at}; look at their memory and GPUs"
-            )
-        ray.kill(self._actors[worker])
-        self._actors[worker] = self._spawn(worker)
-
     def close(self) -> None:
-        """End workers, and wait for commits under way: nothing is written after this."""
+        """End the stage: stop workers that are at a task, and wait for commits under way. Nothing is written after this."""
         try:
-            for actor in self._actors:
-                ray.kill(actor)
+            for worker in self._working:
+                self._workers.stop(worker)
             pending = [flight.record for flight in (*self._committing, *self._working.values()) if flight.record]
             if pending:
                 ray.wait(pending, num_returns=len(pending), timeout=_CLOSE_SECONDS, fetch_local=False)
         except RayError:
-            pass  # Ray itself is gone; what made it so is on its way to the user
-        if self._started_here:
-            with interrupt.held():
-                ray.shutdown()
+            pass  # Ray itself is gone; the error that says why is on its way to the user
+        self._working, self._committing = {}, []
 
 
 def _is_gone(node: str) -> bool:

@@ -141,7 +141,9 @@ class TaskResult(Generic[V]):
 class Pool(Protocol):
     """A number of workers, each with at most one task at a time."""
 
-    size: int
+    @property
+    def size(self) -> int:
+        """Number of workers, those that are not up yet included."""
 
     def idle(self) -> list[int]:
         """Workers that are up and may be given a task now."""
@@ -156,7 +158,7 @@ class Pool(Protocol):
         """What workers that are not up yet need, and what there is of it."""
 
     def close(self) -> None:
-        """Stop the workers."""
+        """End the stage."""
 
 
 def as_swsc_error(error: BaseException, label: str) -> SwscError:

@@ -1,8 +1,9 @@
-"""A worker: runs jobs on one device. `ray_actor.ActorWorker` wraps it in an actor, `local_pool.LocalPool` calls it directly.
+"""A worker: runs jobs on one device. `actor.ActorWorker` wraps it in an actor, `local_pool.LocalPool` calls it directly.
 
 A worker belongs to no model and no run: each job brings what it needs. Between two jobs a worker keeps at most one loaded model.
 """
 
+import gc
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,11 @@ class Worker:
         fix_arithmetic(device)
         self.device, self.threads = device, threads
         self._models = ModelSlot()
+
+    def forget_model(self) -> None:
+        """Drop the loaded model and free its memory."""
+        self._models.clear()
+        gc.collect()  # modules of transformers hold each other
 
     def run(self, job: Job[V], *inputs: Payload) -> JobOutput[V]:
         """Run one job, with the payloads that it needs."""

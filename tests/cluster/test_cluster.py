@@ -88,8 +88,10 @@ def test_a_cluster_of_its_own_listens_on_loopback_only(tmp_path: Path) -> None:
     script = (
         "import psutil\n"
         "from pipeline.config import ClusterSettings\n"
-        "from pipeline.run.cluster import make_pool\n"
-        "pool = make_pool(ClusterSettings(address='local', workers=1), 1, 1)\n"
+        "from pipeline.run.stage import Stage\n"
+        "from pipeline.run.worker_pools import worker_pools\n"
+        "pools = worker_pools(ClusterSettings(address='local', workers=1)).__enter__()\n"
+        "pool = pools(1, Stage('test', 1))\n"
         "while not pool.idle():\n"
         "    pool.wait()\n"
         "me = psutil.Process()\n"
@@ -97,7 +99,7 @@ def test_a_cluster_of_its_own_listens_on_loopback_only(tmp_path: Path) -> None:
         "    for found in process.net_connections():\n"
         "        if found.status == psutil.CONN_LISTEN:\n"
         "            print('swsc:', process.name(), found.laddr.ip.removeprefix('::ffff:'))\n"
-        "pool.close()\n"
+        "pools.__exit__(None, None, None)\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -202,13 +204,13 @@ def test_no_more_workers_are_made_than_the_memory_of_each_node_holds(cluster: Cl
     script = (
         "import ray\n"
         "from pipeline.config import ClusterSettings\n"
-        "from pipeline.run.cluster import make_pool\n"
+        "from pipeline.run.stage import Stage\n"
+        "from pipeline.run.worker_pools import worker_pools\n"
         f"ray.init('{cluster.address}', log_to_driver=False)\n"
         "node = min(int(node['Resources']['memory']) for node in ray.nodes())\n"
         "for memory, workers in ((1, None), (node * 2 // 3, None), (node * 2 // 3, 3)):\n"
-        "    pool = make_pool(ClusterSettings(workers=workers), 9, memory)\n"
-        "    print(pool.size)\n"
-        "    pool.close()\n"
+        "    with worker_pools(ClusterSettings(workers=workers)) as pools:\n"
+        "        print(pools(9, Stage('test', memory)).size)\n"
     )
     done = cluster.run(sys.executable, "-c", script)
     ends_well(done)

@@ -18,15 +18,17 @@ from pipeline.config import ClusterSettings
 from pipeline.model.lease import acquire
 from pipeline.model.parts import Part, Payload
 from pipeline.model.store import Store
-from pipeline.run.cluster import make_pool
 from pipeline.run.driver import TaskList, execute
 from pipeline.run.progress import Progress
+from pipeline.run.stage import Stage
 from pipeline.run.task import Destination, Task
+from pipeline.run.worker_pools import worker_pools
 from pipeline.tuning.job import KeepState
 from tests.support.hanging import HangsOnce
 
 address, folder, mark = sys.argv[1:]
-pool = make_pool(ClusterSettings(address=address, workers=1, task_deadline=8), 1, 1)
+pools = worker_pools(ClusterSettings(address=address, workers=1, task_deadline=8))
+pool = pools(1, Stage("test", 1))
 payload = Payload(HangsOnce((Part("w", "F32", (1,), np.zeros(4, dtype=np.uint8)),), mark))
 with acquire(Store.at(folder)) as lease:
     done = []
@@ -35,6 +37,7 @@ with acquire(Store.at(folder)) as lease:
     with Progress("test", 1, 0) as progress:
         execute(pool, tasks, progress)
     pool.close()
+    pools.release()
 tasks.raise_failures()
 print("swsc:", done[0].record.name)
 """

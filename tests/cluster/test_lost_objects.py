@@ -16,8 +16,9 @@ import sys
 from pipeline.config import ClusterSettings
 from pipeline.errors import WorkerLost
 from pipeline.model.store import Store
-from pipeline.run.cluster import make_pool
+from pipeline.run.stage import Stage
 from pipeline.run.task import Task
+from pipeline.run.worker_pools import worker_pools
 from pipeline.tuning.job import KeepState, ReadState
 
 def result_of(task):
@@ -29,7 +30,8 @@ def result_of(task):
     return done
 
 address, folder, file = sys.argv[1:]
-pool = make_pool(ClusterSettings(address=address, workers=1), 2, 1)
+pools = worker_pools(ClusterSettings(address=address, workers=1))
+pool = pools(2, Stage("test", 1))
 made = result_of(Task("make", ReadState(Store.at(folder), file), "made", outputs=1))
 print(made.error, flush=True)
 input()

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from jobs.cli import main
+from pipeline.config import ClusterSettings
 from pipeline.errors import CheckpointError
 from pipeline.flows.restore import restore_model
 from pipeline.flows.restore_job import ExtractLowRank
 from pipeline.model.checkpoint import MANIFEST
-from pipeline.run.local_pool import LocalPool
-from pipeline.run.task import JobContext
-from pipeline.run.worker import Worker
+from pipeline.run.stage import Stage
+from pipeline.run.task import JobContext, Pool
+from pipeline.run.worker_pools import LocalPools
 from swsc_core import SwscSpec, encode
 from swsc_core.methods import matrix_of
 from tests.support.tiny import contents, make_tiny_model
@@ -240,10 +241,12 @@ def test_workers_that_stand_elsewhere_find_a_model_that_was_named_from_here(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(compressed.parent)
 
-    def elsewhere(tasks: int, memory: int, device: int = 0) -> LocalPool:
-        monkeypatch.chdir(tmp_path / "elsewhere")
-        return LocalPool(Worker(1, "cpu"))
+    class Elsewhere(LocalPools):
+        def __call__(self, tasks: int, stage: Stage) -> Pool:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+            return super().__call__(tasks, stage)
 
-    restore_model(compressed.name, str(tmp_path / "dense"), elsewhere, adapter=adapter)
+    there = Elsewhere(ClusterSettings(local=True))
+    restore_model(compressed.name, str(tmp_path / "dense"), there, adapter=adapter)
     monkeypatch.chdir(tmp_path)
     assert main(["verify", str(tmp_path / "dense"), "--local"]) == 0

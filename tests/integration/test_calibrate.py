@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
 from pipeline.calibration.job import ExtractMoments
-from pipeline.config import CalibrationSettings
+from pipeline.config import CalibrationSettings, ClusterSettings
 from pipeline.errors import TextError
 from pipeline.flows import calibrate as flow
 from pipeline.flows import preflight
@@ -23,9 +23,8 @@ from pipeline.model.artifact import open_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.moments import Moments, blend
 from pipeline.model.store import Store
-from pipeline.run.local_pool import LocalPool
 from pipeline.run.task import JobContext
-from pipeline.run.worker import Worker
+from pipeline.run.worker_pools import LocalPools
 from tests.support.tiny import WORDS, contents, make_text, make_tiny_model
 
 ROLES = "q,k,v,o,gate,up,down"
@@ -107,7 +106,7 @@ def test_moments_do_not_depend_on_shards_ranges_or_the_matrices_asked_for(
     )
     ids = calibration_windows(str(tiny_model), settings).ids
     names = [name for name in source.tensors if name.endswith("proj.weight")]
-    local = lambda tasks, memory, device=0: LocalPool(Worker(1, "cpu"))  # noqa: E731
+    local = LocalPools(ClusterSettings(local=True))
     monkeypatch.setattr(flow, "_SHARD_TOKENS", 64)
 
     def gather(place: str, names: list[str], gib: float) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ import yaml
 from jobs.cli import main
 from pipeline.errors import PayloadLost
 from pipeline.flows import calibrate, tune
-from pipeline.run import cluster
+from pipeline.run import worker_pools
 from pipeline.run.local_pool import LocalPool
 from pipeline.run.task import Task, TaskResult
 from tests.support.tiny import contents, make_text
@@ -39,7 +39,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "_SHARD_TOKENS", 128)
     monkeypatch.setattr(tune, "_STEP_TOKENS", 64)
     monkeypatch.setattr(tune, "_KEPT_EVERY", 3)
-    monkeypatch.setattr(cluster, "LocalPool", Forgetful)
+    monkeypatch.setattr(worker_pools, "LocalPool", Forgetful)
     monkeypatch.setattr(Forgetful, "met", 0)
 
 

@@ -29,11 +29,12 @@ from pipeline.model.matrix_reader import SourceMatrix
 from pipeline.model.skeleton import told
 from pipeline.model.store import Store
 from pipeline.model.tensors import TensorInfo
-from pipeline.run import ray_pool
 from pipeline.run.arithmetic import arithmetic_of
-from pipeline.run.cluster import Need, _require_one_type
+from pipeline.run.cluster import WorkerResources, _require_one_type
 from pipeline.run.failures import Cause, Failure
 from pipeline.run.local_pool import LocalPool
+from pipeline.run.ray_pool import RayPool, StageLimits
+from pipeline.run.ray_workers import RayWorkers
 from pipeline.run.task import JobContext, JobOutput, Task, as_swsc_error
 from pipeline.run.worker import Worker
 
@@ -190,10 +191,10 @@ def test_workers_on_unlike_devices_are_refused() -> None:
 def test_a_cluster_with_gpus_of_two_models_wants_one_named() -> None:
     nodes = [{"CPU": 8, "GPU": 1, f"accelerator_type:{model}": 1.0} for model in ("A100", "L4")]
     with pytest.raises(ClusterError, match=r"A100, L4.*--gpu-type"):
-        _require_one_type(Need(1, 1), nodes)
-    _require_one_type(Need(1, 1), nodes[:1])
-    _require_one_type(Need(1, 1), [{"CPU": 8, "GPU": 1}, *nodes[:1]])  # one that Ray has no name for
-    chosen = Need(1, 1, gpu_type="L4")
+        _require_one_type(WorkerResources(1, 1), nodes)
+    _require_one_type(WorkerResources(1, 1), nodes[:1])
+    _require_one_type(WorkerResources(1, 1), [{"CPU": 8, "GPU": 1}, *nodes[:1]])  # one that Ray has no name for
+    chosen = WorkerResources(1, 1, gpu_type="L4")
     _require_one_type(chosen, nodes)
     assert [chosen.fitting(node) for node in nodes] == [0, 1]
     assert chosen.options()["resources"] == {"accelerator_type:L4": 0.001}
@@ -247,8 +248,7 @@ class TestIdentity:
 
 
 def test_out_of_memory_is_tried_twice_and_never_goes_on_and_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_pool.RayPool, "_spawn", lambda self, worker: None)
-    pool = ray_pool.RayPool(lambda: 1, {}, 1, False, None, lambda: "nothing")
+    pool = RayPool(RayWorkers({}, 1), StageLimits(lambda: 0, lambda: "nothing"))
 
     def fails(key: str) -> Any:
         failure = Failure(Cause.GPU_MEMORY, as_swsc_error(FULL[0], key))

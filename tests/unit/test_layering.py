@@ -37,7 +37,17 @@ PLUG_IN_DOORS = {
 DOORS = {
     "ray": {
         f"pipeline/run/{name}.py"
-        for name in ("actor", "arithmetic", "cluster", "connection", "discovery", "failures", "ray_pool")
+        for name in (
+            "actor",
+            "arithmetic",
+            "cluster",
+            "connection",
+            "discovery",
+            "failures",
+            "ray_pool",
+            "ray_workers",
+            "worker_pools",
+        )
     },
     # read and written by byte range (pipeline/model/checkpoint.py says why), but for models that are mapped into memory whole
     "safetensors": {"pipeline/measure/loading.py"},
