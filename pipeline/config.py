@@ -211,7 +211,7 @@ class SweepSettings(CalibrationSettings):
         twice = sorted({name for name in names if names.count(name) > 1 or name == "uncompressed"})
         if twice:
             raise ValueError(f"variants share a name, or have a reserved one: {', '.join(twice)}")
-        wanting = [v.name for v in self.variants if v.calibrated and v.preset != "data-free"]
+        wanting = [v.name for v in self.variants if v.calibrated and not v.means.generates_text]
         if wanting and self.calibration is None:
             raise ValueError(f"variants {', '.join(wanting)} want a calibration text: name it as calibration")
         again = sorted({model for model in self.models if self.models.count(model) > 1})
@@ -219,6 +219,6 @@ class SweepSettings(CalibrationSettings):
             raise ValueError(f"models are named twice: {', '.join(again)}")
         return self
 
-    def for_preset(self, preset: str) -> CalibrationSettings:
-        """What a variant of `preset` is calibrated on."""
-        return self.model_copy(update={"calibration": None}) if preset == "data-free" else self
+    def calibration_of(self, variant: Variant) -> CalibrationSettings:
+        """How a variant is calibrated: without a text, if its preset generates one."""
+        return self.model_copy(update={"calibration": None}) if variant.means.generates_text else self

@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
+from pipeline.settings.presets import PAPER, PRESETS, Preset
 from pipeline.validation import CommaList, Option, Regex, Settings, Width
 
 # headings of the flags in help and docs/cli.md
@@ -33,14 +34,8 @@ _ONLY_FOR = {
     },
     "rtn": {"granularity", "group_size", "symmetric"},
 }  # fmt: skip
-# settings that presets other than "paper" choose by themselves, matrix by matrix
-_CHOSEN = {
-    "clusters", "rank", "cluster_share", "channel_axis", "n_init", "count", "metric", "segment_size", "codebooks", "scaled",
-    "feedback", "centroid_bits", "factor_bits",
-}  # fmt: skip
 # settings that change what clusters and rank cost
 _BESIDE_NUMBERS = {"segment_size", "codebooks", "scaled", "centroid_bits", "factor_bits"}
-_TUNED = {"best": 1, "data-free": 1}  # times, by preset
 
 
 class MatrixSettings(Settings):
@@ -168,7 +163,7 @@ class MatrixSettings(Settings):
         return self
 
     def _of_swsc(self) -> list[str]:
-        return self._of_the_paper() if self.preset == "paper" else self._allocated()
+        return self._allocated() if self.means.allocates else self._of_the_paper()
 
     def _of_rtn(self) -> list[str]:
         wrong = self._of_one_preset()
@@ -178,7 +173,7 @@ class MatrixSettings(Settings):
 
     def _of_one_preset(self) -> list[str]:
         """What a method refuses for which specs are settings alone: presets that choose specs matrix by matrix."""
-        if self.preset == "paper":
+        if self.means is PAPER:
             return []
         return [f"preset {self.preset} means nothing to method {self.method}: drop it, or choose method swsc"]
 
@@ -199,8 +194,8 @@ class MatrixSettings(Settings):
             wrong.append("feedback works in metric activations only: add metric activations, or drop it")
         elif self.feedback and self.segment_size is None:
             wrong.append("feedback goes from one block of columns to the next: add segment_size, or drop it")
-        if idle := sorted({"bits_over", "allocation"} & given):
-            wrong.append(f"{', '.join(idle)} mean nothing to preset paper: choose another preset, or drop them")
+        if idle := sorted(self.means.ignores & given):
+            wrong.append(f"{', '.join(idle)} mean nothing to preset {self.preset}: choose another preset, or drop them")
         return wrong
 
     def _of_numbers(self) -> list[str]:
@@ -223,21 +218,39 @@ class MatrixSettings(Settings):
     def _allocated(self) -> list[str]:
         """What does not fit a preset that chooses by itself."""
         wrong = []
-        if idle := sorted(_CHOSEN & self.model_fields_set):
+        if idle := sorted(self.means.chooses & self.model_fields_set):
             wrong.append(f"{', '.join(idle)} are chosen by preset {self.preset}: drop them, or choose preset paper")
-        if self.bits is None:
+        if self.bits is None and self.means.bits is None:
             wrong.append(f"preset {self.preset} wants bits: give the budget in bits a weight")
         return wrong
 
     @property
+    def means(self) -> Preset:
+        """What the preset means."""
+        return PRESETS[self.preset]
+
+    @property
+    def budget_bits(self) -> float:
+        """--bits, or the preset's own budget; ValueError if there is neither."""
+        bits = self.means.bits if self.bits is None else self.bits
+        if bits is None:
+            raise ValueError(f"preset {self.preset} wants bits")
+        return bits
+
+    @property
+    def max_rounds(self) -> int:
+        """Rounds of refitting and reassigning at most."""
+        return self.means.rounds if self.rounds is None else self.rounds
+
+    @property
     def with_moments(self) -> bool:
         """Whether second moments are needed."""
-        return self.preset != "paper" or self.metric == "activations"
+        return self.means.allocates or self.metric == "activations"
 
     @property
     def epochs(self) -> int:
-        """Times that stored values are tuned on the calibration text."""
-        return self.tune if self.tune is not None else _TUNED.get(self.preset, 0)
+        """Passes of tuning over the calibration text."""
+        return self.means.epochs if self.tune is None else self.tune
 
     @property
     def calibrated(self) -> bool:

@@ -60,13 +60,8 @@ def _choices(decision: Decision, settings: MatrixSettings, curves: dict[str, Any
     return [
         Choice(spec, spec.stored_bytes(shape, width), reach * share)
         for values, share in curves["shares"][kind_of(info)]
-        for spec in [replace(SwscSpec(**values), rounds=rounds_of(settings))]
+        for spec in [replace(SwscSpec(**values), rounds=settings.max_rounds)]
     ]
-
-
-def rounds_of(settings: MatrixSettings) -> int:
-    """Rounds of a preset, unless told."""
-    return settings.rounds if settings.rounds is not None else {"paper": 0, "fast": 1}.get(settings.preset, 4)
 
 
 def kind_of(info: MatrixInfo) -> str:

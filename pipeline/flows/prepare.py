@@ -52,7 +52,7 @@ def prepare(
             )
         return plan, None
     cache = cache_of_source(cache_of(calibration, beside), source)
-    if settings.preset == "data-free":
+    if settings.means.generates_text:
         if calibration.calibration:
             raise ConfigError(f"calibration means nothing to preset {settings.preset}: drop it, or choose preset best")
         require_within(np.zeros((1, calibration.calibration_seqlen), dtype=np.int64), source)
@@ -73,7 +73,7 @@ def prepare(
     if settings.with_moments:
         infos = [decision.matrix for decision in plan.compressed]
         moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed, arithmetic).run(pools)
-        if settings.preset != "paper":
+        if settings.means.allocates:
             plan = allocate_plan(source, plan, settings, moments, pools)
     return plan, Calibrated(moments, _fingerprint(plan, text, moments, calibration), about, text.ids, cache)
 

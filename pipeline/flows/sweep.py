@@ -95,7 +95,7 @@ class Sweep:
                 made = self._prepare(run, run.variant, run.plan, pools, beside, arithmetic)
                 if made and run.made:
                     settings, shared = (
-                        self._settings.for_preset(run.variant.preset),
+                        self._settings.calibration_of(run.variant),
                         shares_its_stages(run, self._runs[number + 1 :]),
                     )
                     forget_stages(self._checkpoints[run.model], run.variant, settings, made, arithmetic, shared)
@@ -107,7 +107,7 @@ class Sweep:
         self, run: Run, variant: Variant, plan: Plan, pools: Pools, beside: str, arithmetic: Arithmetic
     ) -> Calibrated | None:
         """Final specs of a run, and the model itself where its matrices are tuned together."""
-        source, settings = self._checkpoints[run.model], self._settings.for_preset(variant.preset)
+        source, settings = self._checkpoints[run.model], self._settings.calibration_of(variant)
         run.plan, made = prepare(source, plan, variant, settings, beside, pools, arithmetic, self._settings.evaluations)
         if made and variant.epochs:
             run.made = produce_variant(source, run.plan, variant, settings, made, arithmetic, pools, self._kept)

@@ -18,7 +18,7 @@ from pipeline.model.matrix_info import MatrixInfo
 from pipeline.model.quantized import REASON
 from pipeline.model.quantized_names import require_unquantized
 from pipeline.model.selection import Selected, select
-from pipeline.model.specs import budget_bytes, require_affordable, resolve, value_bits
+from pipeline.model.specs import Budget, budget_of, resolve, value_bits
 from pipeline.model.tensor_names import layer_of
 from pipeline.model.tensors import TensorInfo
 from pipeline.model.weight_files import tensor_files
@@ -127,13 +127,9 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings, dense: bool = Fa
     """
     require_unquantized(checkpoint.store.root, checkpoint.tensors, checkpoint.config)
     selected = select(checkpoint, settings, dense)
-    if settings.preset != "paper":
-        matrices = [one.info for one in selected if one.chosen and isinstance(one.info, MatrixInfo)]
-        budget = budget_bytes(checkpoint, matrices, settings)
-        require_affordable(matrices, budget, settings)
-        bits = 8 * budget / max(1, sum(info.count for info in matrices))
-        settings = settings.model_copy(update={"bits": bits})
-    decisions = [_decide(one, settings) for one in selected]
+    matrices = [one.info for one in selected if one.chosen and isinstance(one.info, MatrixInfo)]
+    budget = budget_of(checkpoint, matrices, settings)
+    decisions = [_decide(one, settings, budget) for one in selected]
     if not any(decision.action == "compressed" for decision in decisions):
         raise ConfigError(
             f"{checkpoint.store.root}: no tensor is selected{_first_left(decisions)}; select others by --projectors or --include"
@@ -163,14 +159,14 @@ def _first_left(decisions: Iterable[Decision]) -> str:
     return f" ({found.info.name}: {found.reason})" if found else ""
 
 
-def _decide(selected: Selected, settings: MatrixSettings) -> Decision:
+def _decide(selected: Selected, settings: MatrixSettings, budget: Budget) -> Decision:
     info, reason = selected.info, selected.reason
     if not selected.chosen:
         return Decision(info, "copied", reason, info.nbytes)
     if not isinstance(info, MatrixInfo):
         what = f"{info.dtype} {list(info.shape)} is not a matrix of a dtype that is compressed"
         return Decision(info, "copied", f"{reason}, but {what}", info.nbytes)
-    return _compressed(info, reason, resolve(info.name, info.shape, info.dtype, settings), settings)
+    return _compressed(info, reason, resolve(info, settings, budget), settings)
 
 
 def require_coverage(plan: Plan, share: float | None) -> None:

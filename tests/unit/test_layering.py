@@ -13,6 +13,7 @@ WINGS = (
     "bounded_yaml",
     "device",
     "validation",
+    "settings",
     "matrix_config",
     "config",
     "task_config",
