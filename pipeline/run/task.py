@@ -34,9 +34,11 @@ class ModelSlot:
             self._model, self._key = load(key, device), (load, key)
         return cast(M, self._model)
 
-    def clear(self) -> None:
-        """Drop the model."""
+    def clear(self) -> bool:
+        """Drop the model; returns whether there was one."""
+        held = self._model is not None
         self._key = self._model = None
+        return held
 
 
 @dataclass(frozen=True)
