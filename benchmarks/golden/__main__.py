@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
 def machine() -> dict[str, Any]:
     """What bytes depend on beside the settings."""
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": sys.version.split()[0],

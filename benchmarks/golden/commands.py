@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.golden.digests import digests_of, stable
 from benchmarks.golden.settings import Setting
@@ -73,7 +74,7 @@ def _evaluate(setting: Setting, text: str) -> Any:
 
 
 def _open(setting: Setting, text: str) -> Any:
-    """What transformers computes with the output, and the files that `save_pretrained` writes of it."""
+    """What transformers computes with the output, and the tensors that `save_pretrained` writes of it, in an order of its own."""
     import transformers
 
     import swsc_core.hf  # noqa: F401 - registers the format
@@ -83,8 +84,14 @@ def _open(setting: Setting, text: str) -> Any:
     model = getattr(transformers, config["architectures"][0]).from_pretrained("out").eval()
     model.save_pretrained("again")
     with torch.no_grad():
-        logits = model(input_ids=torch.arange(1, 25)[None]).logits.float().contiguous()
-    return {"logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(), "saved": digests_of(Path("again"))}
+        logits = model(input_ids=torch.arange(1, 25)[None]).logits.float()
+    tensors = {name: _bytes_digest(tensor) for name, tensor in load_file("again/model.safetensors").items()}
+    saved = {**digests_of(Path("again")), "model.safetensors": tensors}
+    return {"logits": _bytes_digest(logits), "saved": saved}
+
+
+def _bytes_digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 _STEPS: dict[str, Callable[[Setting, str], Any]] = {
