@@ -21,8 +21,8 @@ Generated from the settings by `python -m jobs.docs`; edit the descriptions ther
 |---|---|
 """
 _COMMON = """
-`swsc VERB --help` shows the same; `swsc --version` prints the version. `python -m jobs VERB …` is the same command, for submitted Ray jobs. Flags may be
-abbreviated as long as they stay unambiguous.
+`swsc VERB --help` shows the same; `swsc --version` prints the version. `python -m jobs VERB …` is the same command,
+for submitted Ray jobs. Flags may be abbreviated as long as they stay unambiguous.
 
 Exit codes: 0 done · 1 the run failed, and what is finished is kept · 2 a mistake in the command or in a file that it names,
 in one line on standard error that begins with `error:`; nothing is written · 130 interrupted.

@@ -14,6 +14,14 @@ from pipeline.model.report_rows import CompressedRow
 def build_report(
     plan: Plan, rows: Mapping[str, CompressedRow], seconds: float, peaks: dict[str, int], form: str
 ) -> dict[str, Any]:
+    """The report of a compression.
+
+    Args:
+        rows: matrix -> what was measured of it.
+        seconds: of the whole run.
+        peaks: worker -> its peak resident memory, in bytes.
+        form: of the output, "swsc" or "dense".
+    """
     tensors = []
     for decision in plan.decisions:
         about: dict[str, Any] = {"name": decision.info.name, "action": decision.action, "reason": decision.reason}

@@ -1,7 +1,7 @@
-"""Experts that lie stacked in the file: one tensor [experts, …] for gate and up of all of them, one for down.
+"""Experts that are stacked in the file: one tensor [experts, …] for gate and up of all of them, one for down.
 
-Families differ in the way an expert's matrix lies (outputs × inputs, or turned round for `bmm`), and in how gate and up are
-joined in it. Both are held against config.json: a stack is cut into matrices only where its shape is the one that it says.
+Families store an expert's matrix as [outputs, inputs], or transposed for `bmm`, and differ in how they fuse gate and up in it. Both
+are compared with config.json: a stack is cut into matrices only where it has the shape that the config gives.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class StackedExperts:
     Attributes:
         name: of the tensor, without `.weight`, whether it has that or not.
         roles: what a matrix fuses; empty for down alone.
-        transposed: whether a matrix lies as [inputs, outputs]; None: whichever of both fits the config.
+        transposed: whether a matrix is stored as [inputs, outputs]; None: whichever of both fits the config.
         layout: of the rows of gate and up in a matrix.
         width: what the config calls the number of an expert's inner values.
     """
@@ -30,7 +30,7 @@ class StackedExperts:
     width: str
 
     def is_transposed(self, shape: tuple[int, ...], config: Config) -> bool:
-        """Whether the matrices of a tensor of this shape lie as [inputs, outputs].
+        """Whether the matrices of a tensor of this shape are stored as [inputs, outputs].
 
         Raises:
             ValueError: the config does not give the sizes of experts, or gives others.

@@ -413,7 +413,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an entry that cannot be": (entry_of("segment_size", 5), "segment_size 5 does not divide"),
     "an entry of an unknown method": (entry_of("method", "magic"), rf"{Q}: .*method 'magic' is not known"),
     "an entry of an unknown dtype": (entry_of("dtype", "magic"), rf"{Q}: .*dtype is magic"),
-    "an entry that lies the other way round": (entry_of("transposed", True), rf"{Q} .*transposed"),
+    "a transposed entry": (entry_of("transposed", True), rf"{Q} .*transposed"),
     "an entry is gone": (
         lambda p: config_of(p, lambda c: c["quantization_config"]["tensors"].pop(Q)),
         r"q_proj.labels is stored, and config.json has no entry for it",
