@@ -11,7 +11,8 @@ from jobs.flags import cluster_of
 from pipeline.config import ClusterSettings, SweepSettings
 from pipeline.errors import ConfigError, OutputError, RunError
 from pipeline.flows.preflight import require_cache
-from pipeline.flows.sweep import Sweep, SweepResult
+from pipeline.flows.sweep import Sweep
+from pipeline.flows.sweep_rows import SweepResult
 from pipeline.model.addresses import command, published_values
 from pipeline.model.files import meant_by
 from pipeline.model.lease import acquire

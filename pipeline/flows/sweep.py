@@ -8,7 +8,6 @@ written as a model.
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -22,7 +21,7 @@ from pipeline.flows.evaluate import deal, model_key, on_gpu_bytes, worker_bytes
 from pipeline.flows.prepare import prepare
 from pipeline.flows.produce import forget_stages, produce_variant
 from pipeline.flows.sweep_cache import forget_measured, require_cache_room, shares_its_stages
-from pipeline.flows.sweep_rows import run_rows, tensor_rows, tensor_table
+from pipeline.flows.sweep_rows import SweepResult, run_rows, tensor_rows, tensor_table
 from pipeline.flows.sweep_runs import Run, Unit, make_runs, open_models, open_windows
 from pipeline.measure.windows import Windows
 from pipeline.model.artifact import Model
@@ -38,24 +37,6 @@ from pipeline.run.stage import Pools, Stage
 from pipeline.run.task import Pool, Task, TaskResult
 
 _BEGUN_AGAIN = 2  # most times that a run's lost units are made again
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """Rows for people and files: one a variant × evaluation, and one a variant × tensor."""
-
-    rows: list[dict[str, Any]]
-    tensors: list[dict[str, Any]]
-    seconds: float
-
-    @property
-    def measured(self) -> int:
-        """Number of rows that hold what was asked for."""
-        return len(self.rows) - len(self.failed)
-
-    @property
-    def failed(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["error"]]
 
 
 class Sweep:

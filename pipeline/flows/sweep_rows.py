@@ -1,6 +1,7 @@
 """What a sweep found, as rows: one a variant × evaluation, and one a variant × tensor."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import SweepSettings
@@ -13,6 +14,24 @@ from pipeline.model.output_report import bit_totals
 from pipeline.model.report_rows import CompressedRow, MatrixResult, rows_by_name
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Rows for people and files: one a variant × evaluation, and one a variant × tensor."""
+
+    rows: list[Row]
+    tensors: list[Row]
+    seconds: float
+
+    @property
+    def measured(self) -> int:
+        """Number of rows that hold what was asked for."""
+        return len(self.rows) - len(self.failed)
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if row["error"]]
 
 
 def tensor_rows(run: Run, found: Mapping[Unit, MatrixResult]) -> dict[str, CompressedRow]:

@@ -4,6 +4,7 @@ Workers get the memory of the largest stage that is known from the start, if the
 workers are started anew for the first stage that needs larger ones, or that could have more if they were smaller.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -31,7 +32,7 @@ from pipeline.run.stage import Stage
 from pipeline.run.task import Pool
 from pipeline.run.worker import Worker
 
-_CUDA_DEVICE = 1_000_000_000  # bytes of a GPU that CUDA's context and workspaces take in each process
+_CUDA_DEVICE = 1_000_000_000  # bytes of a GPU that CUDA's context and libraries take in each process
 
 
 def worker_pools(settings: ClusterSettings, later: int = 0, largest: int = 0) -> "LocalPools | RayPools":
@@ -66,7 +67,27 @@ def _device_bytes(stage: Stage) -> int:
     return stage.device + (_CUDA_DEVICE if stage.device else 0)
 
 
-class LocalPools:
+class _CommandPools(ABC):
+    """Pools that end with the command which entered them."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Stop the workers; the next stage starts new ones."""
+
+    def close(self) -> None:
+        """End everything that was started."""
+        self.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class LocalPools(_CommandPools):
     """One worker in this process for all stages."""
 
     def __init__(self, settings: ClusterSettings) -> None:
@@ -90,16 +111,8 @@ class LocalPools:
         for worker in self._workers.values():
             worker.forget_model()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-class RayPools:
+class RayPools(_CommandPools):
     """Workers of Ray that stay from stage to stage."""
 
     def __init__(self, settings: ClusterSettings, later: int, largest: int) -> None:
@@ -151,12 +164,8 @@ class RayPools:
             self._workers.stop_all()
         self._workers = self._resources = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Stop the workers, and Ray if it was started here."""
         self.release()
         if self._started_here:
             with interrupt.held():

@@ -39,8 +39,7 @@ class MeasureDivergence:
     windows: np.ndarray
 
     def run(self, context: JobContext) -> JobOutput[Divergence]:
-        tuner = context.model(Tuner, self.key)
-        tuner.become(self.step, *context.inputs)
+        tuner = _tuner_at(self.key, self.step, context)
         return JobOutput(Divergence(tuner.divergence(self.windows), self.windows.size))
 
 
@@ -53,10 +52,16 @@ class TuneGradients:
     windows: np.ndarray
 
     def run(self, context: JobContext) -> JobOutput[Divergence]:
-        tuner = context.model(Tuner, self.key)
-        tuner.become(self.step, *context.inputs)
+        tuner = _tuner_at(self.key, self.step, context)
         divergence, gradients = tuner.gradients(self.windows)
         return JobOutput(Divergence(divergence, self.windows.size), (to_payload(gradients, "gradients"),))
+
+
+def _tuner_at(key: TuneKey, step: int, context: JobContext) -> Tuner:
+    """The worker's tuner with the values after `step` steps, which are the job's input unless it is the first."""
+    tuner = context.model(Tuner, key)
+    tuner.become(step, *context.inputs)
+    return tuner
 
 
 @dataclass(frozen=True)
