@@ -26,11 +26,11 @@ from pathlib import Path
 import psutil
 
 from benchmarks.common import contents, print_markdown
+from pipeline.checkpoints.checkpoint import MANIFEST
+from pipeline.checkpoints.tensor_io import DONE
 from pipeline.errors import SwscError
-from pipeline.model.checkpoint import MANIFEST
-from pipeline.model.owned import REPORT
-from pipeline.model.parts import DONE
-from pipeline.model.store import Store
+from pipeline.outputs.owned_files import REPORT
+from pipeline.storage.store import Store
 from tests.support.object_store import BUCKET, ObjectStore, as_client, object_store
 from tests.support.ray_cluster import ROOT, Cluster, end, ray_cluster, raylet_of, workers_at
 from tests.support.tiny import make_tiny_model

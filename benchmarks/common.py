@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.model.owned import REPORT
-from pipeline.model.store import Store
+from pipeline.outputs.owned_files import REPORT
+from pipeline.storage.store import Store
 
 T = TypeVar("T")
 

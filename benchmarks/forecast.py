@@ -2,7 +2,7 @@
 
     python -m benchmarks.forecast
 
-The constants (pipeline/model/forecast.py) were fitted to the 4096×4096 matrices of benchmarks/llama7b_shape.py. Here are matrices
+The constants (pipeline/planning/cost_model.py) were fitted to the 4096×4096 matrices of benchmarks/llama7b_shape.py. Here are matrices
 of other models' shapes, square and not, at other bits, on the other axis and in segments: each is planned, then compressed by
 `--local`, and both times stand side by side.
 """
@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.common import print_markdown, structured_weight
 from jobs.cli import main as swsc
-from pipeline.model.store import Store
-from pipeline.model.weight_files import SINGLE
-from swsc_core.safetensors_header import build_header
+from pipeline.checkpoints.weight_files import SINGLE
+from pipeline.storage.store import Store
+from swsc_core.storage.safetensors_header import build_header
 
 LIMIT = 1.5
 

@@ -20,13 +20,13 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from benchmarks.common import print_markdown, timed
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.families import Family
-from pipeline.model.matrices import matrices_of
-from pipeline.model.parts import read_matrix
+from pipeline.architectures.families import Family
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.tensor_io import read_matrix
+from pipeline.models.matrices import matrices_of
 from swsc_core import kmeans
-from swsc_core.bits import Geometry
-from swsc_core.budget import solve_budget
+from swsc_core.allocation.budget import solve_budget
+from swsc_core.storage.bits import Geometry
 
 LIMIT = 1.01  # inertia, ours over theirs
 AXES = ("output", "input")

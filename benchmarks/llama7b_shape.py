@@ -65,7 +65,7 @@ def pieces(group: Shapes, block: bytes) -> Iterator[bytes | memoryview]:
     import torch
 
     from benchmarks.common import structured_weight
-    from swsc_core.safetensors_header import build_header
+    from swsc_core.storage.safetensors_header import build_header
 
     yield build_header((name, "BF16", shape, nbytes(shape)) for name, shape in group.items())
     for name, shape in group.items():
@@ -81,8 +81,8 @@ def make(directory: str, layers: int) -> int:
     """Write the checkpoint, a shard at a time."""
     import torch
 
-    from pipeline.model.store import Store
-    from pipeline.model.weight_files import INDEX
+    from pipeline.checkpoints.weight_files import INDEX
+    from pipeline.storage.store import Store
 
     started, store = time.perf_counter(), Store.at(directory)
     block = (0.02 * torch.randn(4 << 20, generator=torch.Generator().manual_seed(0))).bfloat16()

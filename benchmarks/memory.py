@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import print_markdown, timed
+from pipeline.calibration.moment_store import Moments, moment_file
+from pipeline.checkpoints.checkpoint import RUN, read_header
+from pipeline.checkpoints.matrix_info import whole_matrix
+from pipeline.checkpoints.tensor_io import DONE
 from pipeline.compression.job import CompressLayer
-from pipeline.model.checkpoint import RUN, read_header
-from pipeline.model.matrix_info import whole_matrix
-from pipeline.model.moments import Moments, moment_file
-from pipeline.model.parts import DONE
-from pipeline.model.plan import LayerTask
-from pipeline.model.store import Store
-from pipeline.run.worker import Worker
+from pipeline.engine.worker import Worker
+from pipeline.planning.plan import LayerTask
+from pipeline.storage.store import Store
 from swsc_core import SwscSpec
 
 _LIMIT = 6.0

@@ -1,6 +1,6 @@
 """Claim: a model compresses to the same bytes from and to an object store, which gives out ≤ 1.05 × the bytes of its tensors.
 
-Over plain http, where nothing else would tell that a bit has flipped on the way, each is read twice (pipeline/model/confirmed.py): ≤ 2.1 ×.
+Over plain http, where nothing else would tell that a bit has flipped on the way, each is read twice (pipeline/storage/confirmed.py): ≤ 2.1 ×.
 
     python -m benchmarks.object_store MODEL
 
@@ -20,10 +20,10 @@ from unittest import mock
 
 from benchmarks.common import contents, print_markdown, timed
 from jobs.cli import main as swsc
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.files import files_at
-from pipeline.model.object_files import READ_ONCE
-from pipeline.model.store import Store
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.storage.filesystems import files_at
+from pipeline.storage.object_stores import READ_ONCE
+from pipeline.storage.store import Store
 from tests.support.fault_proxy import FaultProxy
 from tests.support.object_store import BUCKET, ObjectStore, as_client, object_store
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.common import print_markdown
-from swsc_core.safetensors_header import build_header
+from swsc_core.storage.safetensors_header import build_header
 
 ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 5_000_000_000

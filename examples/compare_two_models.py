@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import swsc_core.hf  # noqa: F401  registers the format with transformers
-from pipeline.config import ClusterSettings, EvaluateSettings
+from pipeline.engine.ray_backend.worker_pools import worker_pools
 from pipeline.errors import SwscError
-from pipeline.flows.evaluate import evaluate_model
-from pipeline.measure.windows import make_windows
-from pipeline.run.worker_pools import worker_pools
+from pipeline.evaluation.flow import evaluate_model
+from pipeline.settings.base import ClusterSettings, EvaluateSettings
+from pipeline.texts.windows import make_windows
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

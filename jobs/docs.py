@@ -7,7 +7,7 @@ from pathlib import Path
 from jobs.flags import help_of
 from jobs.parser import Parser, command_parser
 from jobs.verbs import VERBS
-from pipeline.config import SweepSettings
+from pipeline.settings.base import SweepSettings
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 _FULL = "compress"  # the verb with most options

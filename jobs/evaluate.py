@@ -4,15 +4,15 @@ import argparse
 from typing import Any
 
 from jobs.flags import settings_of, writable
-from pipeline.config import ClusterSettings, EvaluateSettings, MeasureSettings, SourceSettings
+from pipeline.architectures.model_config import positions_of
 from pipeline.errors import ConfigError
-from pipeline.flows.card import add_evaluation, read_result, require_card
-from pipeline.flows.preflight import examine
-from pipeline.model.artifact import open_model
-from pipeline.model.causality import require_causal
-from pipeline.model.model_config import positions_of
-from pipeline.model.store import Store
-from pipeline.task_config import TaskSettings
+from pipeline.models.causality import require_causal
+from pipeline.models.stored_model import open_model
+from pipeline.outputs.card_content import add_evaluation, read_result, require_card
+from pipeline.outputs.preflight import examine
+from pipeline.settings.base import ClusterSettings, EvaluateSettings, MeasureSettings, SourceSettings
+from pipeline.settings.lm_eval import TaskSettings
+from pipeline.storage.store import Store
 
 _ASKED_BY: dict[str, type[MeasureSettings]] = {
     "text": EvaluateSettings,
@@ -31,11 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
     if "text" in settings:
         settings["text"] = within_positions(settings["text"], model.config)
     before = _before(arguments)
-    from pipeline.flows.evaluate import evaluate_model
-    from pipeline.flows.tasks import evaluate_tasks, require_harness
-    from pipeline.flows.verify import verify_output
-    from pipeline.flows.verify_source import verified_digests
-    from pipeline.run.worker_pools import worker_pools
+    from pipeline.engine.ray_backend.worker_pools import worker_pools
+    from pipeline.evaluation.flow import evaluate_model
+    from pipeline.evaluation.lm_eval import evaluate_tasks, require_harness
+    from pipeline.verification.flow import verify_output
+    from pipeline.verification.source import verified_digests
 
     if "tasks" in settings:
         require_harness(settings["tasks"])

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from jobs.parser import Parser
-from pipeline.config import ClusterSettings
 from pipeline.errors import ConfigError, OutputError
-from pipeline.model.places import Place, named, require_apart
-from pipeline.model.store import Store
-from pipeline.validation import Option, Settings, read_config, validated
+from pipeline.settings.base import ClusterSettings
+from pipeline.settings.validation import Option, Settings, read_config, validated
+from pipeline.storage.paths import Place, named, require_apart
+from pipeline.storage.store import Store
 
 S = TypeVar("S", bound=Settings)
 

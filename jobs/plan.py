@@ -7,16 +7,16 @@ from collections import Counter
 from typing import Any
 
 from jobs.flags import settings_of, writable
-from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, OutputSettings
+from pipeline.checkpoints.sources.gguf_headers import open_headers
 from pipeline.errors import OutputError
-from pipeline.flows.preflight import examine
-from pipeline.model.artifact import Model
-from pipeline.model.forecast import cached_bytes, forecast, stage_bytes
-from pipeline.model.gguf_headers import open_headers
-from pipeline.model.plan import Decision, Plan, make_plan, require_coverage
-from pipeline.model.speed import measure_speed
-from pipeline.model.store import Store
+from pipeline.models.stored_model import Model
+from pipeline.outputs.preflight import examine
+from pipeline.planning.cost_model import cached_bytes, forecast, stage_bytes
+from pipeline.planning.machine_speed import measure_speed
+from pipeline.planning.plan import Decision, Plan, make_plan, require_coverage
 from pipeline.report.tables import print_table
+from pipeline.settings.base import CalibrationSettings, ClusterSettings, CompressSettings, OutputSettings
+from pipeline.storage.store import Store
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def _workers(cluster: ClusterSettings, plan: Plan, stages: dict[str, int]) -> in
     """Those that the cluster has room for if one is named, else those that were asked for, else one a core of this machine."""
     tasks = len(plan.layers) + len(plan.copies)
     if cluster.address:
-        from pipeline.run.cluster import workers_for
+        from pipeline.engine.ray_backend.cluster import workers_for
 
         return workers_for(cluster, tasks, stages["compress"], later=max(stages.values()))
     return 1 if cluster.local else cluster.workers or min(tasks, len(os.sched_getaffinity(0)))

@@ -3,13 +3,13 @@
 import argparse
 
 from jobs.flags import settings_of
-from pipeline.config import ClusterSettings, PushSettings
-from pipeline.flows.push import push_output
+from pipeline.settings.base import ClusterSettings, PushSettings
+from pipeline.verification.push import push_output
 
 
 def run(arguments: argparse.Namespace) -> int:
     settings, cluster = settings_of(arguments, PushSettings, ClusterSettings)
-    from pipeline.run.worker_pools import worker_pools
+    from pipeline.engine.ray_backend.worker_pools import worker_pools
 
     with worker_pools(cluster) as pools:
         print(f"{arguments.model}: pushed, {push_output(arguments.model, arguments.repo, settings, pools)}")

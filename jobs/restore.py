@@ -4,14 +4,14 @@ import argparse
 from typing import Any
 
 from jobs.flags import cluster_of
-from pipeline.flows.restore import restore_model
-from pipeline.flows.verify import verify_output
-from pipeline.model.extras import ADAPTER
-from pipeline.model.places import Place, named, require_apart
+from pipeline.checkpoints.extra_files import ADAPTER
+from pipeline.restoring.flow import restore_model
+from pipeline.storage.paths import Place, named, require_apart
+from pipeline.verification.flow import verify_output
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pipeline.run.worker_pools import worker_pools
+    from pipeline.engine.ray_backend.worker_pools import worker_pools
 
     require_apart(Place.at("DENSE", arguments.dense), named([("OUTPUT", arguments.model)]))
     with worker_pools(cluster_of(arguments)) as pools:

@@ -8,21 +8,21 @@ from typing import Any
 
 from jobs.evaluate import protocol
 from jobs.flags import cluster_of
-from pipeline.config import ClusterSettings, SweepSettings
+from pipeline.engine.progress import say
 from pipeline.errors import ConfigError, OutputError, RunError
-from pipeline.flows.preflight import require_cache
-from pipeline.flows.sweep import Sweep
-from pipeline.flows.sweep_rows import SweepResult
-from pipeline.model.addresses import command, published_values
-from pipeline.model.files import meant_by
-from pipeline.model.lease import acquire
-from pipeline.model.owned import clear_unfinished
-from pipeline.model.places import Place, named, require_apart, require_directory
-from pipeline.model.store import Store
-from pipeline.report.files import RESULTS, write_results
+from pipeline.outputs.owned_files import clear_unfinished
+from pipeline.outputs.preflight import require_cache
+from pipeline.report.result_files import RESULTS, write_results
 from pipeline.report.tables import print_table
-from pipeline.run.progress import say
-from pipeline.validation import read_config, validated
+from pipeline.settings.base import ClusterSettings, SweepSettings
+from pipeline.settings.validation import read_config, validated
+from pipeline.storage.addresses import command, published_values
+from pipeline.storage.filesystems import meant_by
+from pipeline.storage.lease import acquire
+from pipeline.storage.paths import Place, named, require_apart, require_directory
+from pipeline.storage.store import Store
+from pipeline.sweep.rows import SweepResult
+from pipeline.sweep.sweep import Sweep
 
 _INTERRUPTED = "interrupted"  # folder of what a sweep measured that was stopped
 _MARK = ".swsc-sweep"  # an empty file, by which a directory of results is known
@@ -66,8 +66,8 @@ def _require_places(settings: SweepSettings, out: str) -> None:
 
 def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, store: Store) -> SweepResult:
     """Run the sweep and write its results, whatever stops it."""
-    from pipeline.run.arithmetic import arithmetic_of
-    from pipeline.run.worker_pools import worker_pools
+    from pipeline.engine.ray_backend.arithmetic import arithmetic_of
+    from pipeline.engine.ray_backend.worker_pools import worker_pools
 
     arithmetic = arithmetic_of(cluster)  # before workers take all GPUs: it may have to ask one
     with closing(sweep), worker_pools(cluster, largest=sweep.worker_bytes) as pools:

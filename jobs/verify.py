@@ -3,11 +3,11 @@
 import argparse
 
 from jobs.flags import cluster_of
-from pipeline.flows.verify import verify_output
+from pipeline.verification.flow import verify_output
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pipeline.run.worker_pools import worker_pools
+    from pipeline.engine.ray_backend.worker_pools import worker_pools
 
     with worker_pools(cluster_of(arguments)) as pools:
         found = verify_output(arguments.model, pools)

@@ -4,18 +4,18 @@ Pure PyTorch: one matrix in, one compressed matrix out. No Ray, no files, no log
 no choice of device: everything runs where the given tensor lies.
 """
 
-from swsc_core.alignment import align, aligned
-from swsc_core.codec import Encoded, decode, encode
-from swsc_core.entry import Entry, RtnEntry, SwscEntry
-from swsc_core.experts import SwscExperts
-from swsc_core.kmeans import KMeansResult, kmeans
-from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
-from swsc_core.lowrank import LowRank, truncated_svd
-from swsc_core.matrix import SwscMatrix, restore
-from swsc_core.metric import Metric
-from swsc_core.rtn import RtnMatrix, dequantize, quantize
-from swsc_core.spec import RtnSpec, Spec, SwscSpec
-from swsc_core.swsc import compress
+from swsc_core.compressed.codec import Encoded, decode, encode
+from swsc_core.compressed.entry import Entry, RtnEntry, SwscEntry
+from swsc_core.layers.experts import SwscExperts
+from swsc_core.layers.linear import SwscEmbedding, SwscJoined, SwscLinear
+from swsc_core.method.compress import compress
+from swsc_core.method.kmeans import KMeansResult, kmeans
+from swsc_core.method.metric import Metric
+from swsc_core.method.rtn import RtnMatrix, dequantize, quantize
+from swsc_core.method.spec import RtnSpec, Spec, SwscSpec
+from swsc_core.method.svd import LowRank, truncated_svd
+from swsc_core.method.swsc_matrix import SwscMatrix, restore
+from swsc_core.storage.alignment import align, aligned
 
 __all__ = [
     "Encoded",

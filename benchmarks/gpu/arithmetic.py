@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.gpu.finding import Bench, Finding
 from pipeline.device import fix_arithmetic
-from swsc_core.codebook import nearest
-from swsc_core.lowrank import by_eigenvectors
+from swsc_core.method.codebook import nearest
+from swsc_core.method.svd import by_eigenvectors
 
 _ASSERT = "torch.zeros(4, device='cuda')[torch.tensor([9], device='cuda')].sum().item()"
 _FULL = "torch.empty(1 << 50, dtype=torch.uint8, device='cuda')"

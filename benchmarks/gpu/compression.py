@@ -8,12 +8,12 @@ from torch import Tensor
 
 from benchmarks.common import structured_weight
 from benchmarks.gpu.finding import Bench, Finding
-from pipeline.model.forecast import matrix_device_bytes
-from pipeline.model.matrix_info import whole_matrix
-from pipeline.model.tensors import TensorInfo
+from pipeline.architectures.tensor_info import TensorInfo
+from pipeline.checkpoints.matrix_info import whole_matrix
+from pipeline.planning.cost_model import matrix_device_bytes
 from swsc_core import Encoded, Metric, SwscSpec, decode, encode
-from swsc_core.linear import SwscLinear
-from swsc_core.sharing import Sharing
+from swsc_core.layers.linear import SwscLinear
+from swsc_core.method.codebook_fit import Sharing
 
 BEST: dict[str, Any] = {
     "segment_size": 4, "scaled": True, "metric": "activations", "feedback": True, "rounds": 4, "centroid_bits": 8,

@@ -9,15 +9,15 @@ import torch
 
 from benchmarks.gpu.finding import Bench, Finding
 from pipeline.calibration.job import GatherMoments
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.tensor_io import Payload, to_tensor
+from pipeline.engine.worker import Worker
 from pipeline.evaluation.job import MeasureLosses
-from pipeline.measure.loading import ModelKey
-from pipeline.measure.tuner import TuneKey
-from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.forecast import calibration_device_bytes, evaluation_device_bytes, moment_bytes
-from pipeline.model.parts import Payload, to_tensor
-from pipeline.run.worker import Worker
+from pipeline.models.loading import ModelKey
+from pipeline.models.stored_model import open_model
+from pipeline.planning.cost_model import calibration_device_bytes, evaluation_device_bytes, moment_bytes
 from pipeline.tuning.job import TuneGradients, TuneStep
+from pipeline.tuning.tuner import TuneKey
 
 _LENGTH = 64
 

@@ -20,10 +20,10 @@ from benchmarks.peers.calibration import calibration_tokens
 from benchmarks.peers.environments import EnvironmentFailure
 from benchmarks.peers.rows import HEADER, Row, cells, rows_of
 from benchmarks.peers.script import Refusal, Shapes, selected
+from pipeline.architectures.families import Family
+from pipeline.checkpoints.checkpoint import open_checkpoint
 from pipeline.errors import SwscError
-from pipeline.measure.texts import read_text
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.families import Family
+from pipeline.texts.texts import read_text
 
 
 def main() -> int:

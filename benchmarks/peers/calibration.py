@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import CalibrationSettings
-from pipeline.measure.overlap import require_apart
-from pipeline.measure.texts import read_text
-from pipeline.measure.windows import calibration_windows
-from pipeline.validation import validated
+from pipeline.settings.base import CalibrationSettings
+from pipeline.settings.validation import validated
+from pipeline.texts.contamination import require_apart
+from pipeline.texts.texts import read_text
+from pipeline.texts.windows import calibration_windows
 
 
 def calibration_tokens(

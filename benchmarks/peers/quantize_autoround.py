@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.peers.script import CHANNEL, SCALE_BYTES, Outcome, Shapes, arguments, run
-from swsc_core.packing import packed_bytes
+from swsc_core.storage.packing import packed_bytes
 
 
 def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:

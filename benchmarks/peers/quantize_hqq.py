@@ -15,7 +15,7 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import Tensor
 
 from benchmarks.peers.script import CHANNEL, SCALE_BYTES, Outcome, Refusal, Shapes, arguments, run, tensors
-from swsc_core.packing import packed_bytes
+from swsc_core.storage.packing import packed_bytes
 
 
 def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:

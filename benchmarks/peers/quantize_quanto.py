@@ -13,7 +13,7 @@ from optimum.quanto import HqqOptimizer, qint2, qint4, qtype, quantize_weight
 from torch import Tensor
 
 from benchmarks.peers.script import CHANNEL, SCALE_BYTES, Outcome, Refusal, Shapes, arguments, run, tensors
-from swsc_core.packing import packed_bytes
+from swsc_core.storage.packing import packed_bytes
 
 KINDS = {2: qint2, 3: qint4, 4: qint4}
 

@@ -1,4 +1,4 @@
-"""Ours: round to nearest (swsc_core/rtn.py), asymmetric, one scale a matrix, a row or a group.
+"""Ours: round to nearest (swsc_core/method/rtn.py), asymmetric, one scale a matrix, a row or a group.
 
 Counted: codes and zero points packed without gaps at their width, scales in 16 bits.
 """
@@ -8,8 +8,8 @@ import argparse
 import torch
 
 from benchmarks.peers.script import CHANNEL, WHOLE_TENSOR, Outcome, Shapes, arguments, run, tensors
-from swsc_core.rtn import Granularity, RtnMatrix, dequantize
-from swsc_core.rtn import quantize as round_to_nearest
+from swsc_core.method.rtn import Granularity, RtnMatrix, dequantize
+from swsc_core.method.rtn import quantize as round_to_nearest
 
 GRANULARITIES: dict[int, Granularity] = {WHOLE_TENSOR: "tensor", CHANNEL: "channel"}
 

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from pipeline.model.matrix_info import MatrixInfo
-from pipeline.model.matrix_reader import read_source_matrix
-from pipeline.model.moments import Moments
-from pipeline.model.store import Store
-from pipeline.run.task import JobContext, JobOutput
-from swsc_core.curve import reach, share_left
-from swsc_core.spec import SwscSpec
+from pipeline.calibration.moment_store import Moments
+from pipeline.checkpoints.matrix_info import MatrixInfo
+from pipeline.engine.task import JobContext, JobOutput
+from pipeline.models.matrix_reader import read_source_matrix
+from pipeline.storage.store import Store
+from swsc_core.allocation.sensitivity import reach, share_left
+from swsc_core.method.spec import SwscSpec
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.measure.calibration import Calibrator, sums_payload
-from pipeline.measure.loading import ModelKey
-from pipeline.model.digests import Seen
-from pipeline.model.parts import Payload, to_part, to_tensor
-from pipeline.run.task import JobContext, JobOutput
-from swsc_core.format import part_name
+from pipeline.calibration.gather import Calibrator, sums_payload
+from pipeline.checkpoints.integrity.digests import Seen
+from pipeline.checkpoints.tensor_io import Payload, to_part, to_tensor
+from pipeline.engine.task import JobContext, JobOutput
+from pipeline.models.loading import ModelKey
+from swsc_core.compressed.config_json import part_name
 
 
 @dataclass(frozen=True)

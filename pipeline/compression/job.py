@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 
+from pipeline.calibration.moment_store import Moments
+from pipeline.checkpoints.matrix_info import MatrixInfo
+from pipeline.checkpoints.tensor_io import Part, Payload, copy_tensors, to_part
 from pipeline.compression.layer_output import LayerParts, matrix_result
 from pipeline.device import instructions_of, spoils_the_process
+from pipeline.engine.malloc import peak_rss, return_freed_blocks
+from pipeline.engine.task import JobContext, JobOutput, Task
 from pipeline.errors import WeightsError
-from pipeline.model.lease import Ticket
-from pipeline.model.matrix_info import MatrixInfo
-from pipeline.model.matrix_reader import MatrixReader, SourceMatrix, read_source_matrix
-from pipeline.model.moments import Moments
-from pipeline.model.parts import Part, Payload, copy_tensors, to_part
-from pipeline.model.plan import CopyTask, LayerTask
-from pipeline.model.report_rows import MatrixResult
-from pipeline.model.store import FileRecord, Store
-from pipeline.run.heap import peak_rss, return_freed_blocks
-from pipeline.run.task import JobContext, JobOutput, Task
+from pipeline.models.matrix_reader import MatrixReader, SourceMatrix, read_source_matrix
+from pipeline.outputs.report_rows import MatrixResult
+from pipeline.planning.plan import CopyTask, LayerTask
+from pipeline.storage.lease import Ticket
+from pipeline.storage.store import FileRecord, Store
 from swsc_core import Encoded, encode
 from swsc_core.checks import WeightError
-from swsc_core.spec import Spec
+from swsc_core.method.spec import Spec
 
 
 @dataclass(frozen=True)

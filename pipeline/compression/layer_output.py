@@ -6,17 +6,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.model.matrices import FusedTensor
-from pipeline.model.matrix_info import MatrixInfo
-from pipeline.model.matrix_reader import SourceMatrix
-from pipeline.model.moments import Moments
-from pipeline.model.parts import Part, to_part
-from pipeline.model.report_rows import CompressedRow, MatrixResult
+from pipeline.calibration.moment_store import Moments
+from pipeline.checkpoints.matrix_info import MatrixInfo
+from pipeline.checkpoints.tensor_io import Part, to_part
+from pipeline.models.matrices import FusedTensor
+from pipeline.models.matrix_reader import SourceMatrix
+from pipeline.outputs.report_rows import CompressedRow, MatrixResult
 from swsc_core import Encoded
-from swsc_core.codec import dtype_name
-from swsc_core.format import part_name
-from swsc_core.row_blocks import fuse_rows, remaining_rows
-from swsc_core.safetensors_header import DTYPES
+from swsc_core.compressed.codec import dtype_name
+from swsc_core.compressed.config_json import part_name
+from swsc_core.storage.row_blocks import fuse_rows, remaining_rows
+from swsc_core.storage.safetensors_header import DTYPES
 
 
 class LayerParts:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.measure.loading import ModelKey
-from pipeline.measure.perplexity import Evaluator
-from pipeline.run.task import JobContext, JobOutput
+from pipeline.engine.task import JobContext, JobOutput
+from pipeline.evaluation.perplexity import Evaluator
+from pipeline.models.loading import ModelKey
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.measure.harness import harness
-from pipeline.measure.loading import ModelKey
-from pipeline.run.task import JobContext, JobOutput
+from pipeline.engine.task import JobContext, JobOutput
+from pipeline.evaluation.lm_eval_harness import harness
+from pipeline.models.loading import ModelKey
 
 
 @dataclass(frozen=True)

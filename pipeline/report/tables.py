@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.model.tensor_names import tensor_kind
+from pipeline.architectures.tensor_names import tensor_kind
 
 _MOST = 300  # rows about tensors; more of them are shown kind by kind
 _WIDTH = 200  # columns where there is no terminal that says how wide it is

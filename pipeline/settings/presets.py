@@ -1,7 +1,7 @@
 """What each value of --preset means: one object says all of it.
 
-The paper's form is given in numbers (--clusters, --rank), or by its split of a bit budget between them (swsc_core/budget.py).
-The other presets allocate: every matrix gets one of the candidate specs (swsc_core/menu.py), by measured sensitivity.
+The paper's form is given in numbers (--clusters, --rank), or by its split of a bit budget between them (swsc_core/allocation/budget.py).
+The other presets allocate: every matrix gets one of the candidate specs (swsc_core/allocation/candidate_specs.py), by measured sensitivity.
 """
 
 from collections.abc import Mapping

@@ -5,18 +5,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipeline.checkpoints.checkpoint import read_header
+from pipeline.checkpoints.integrity.digests import require_same
+from pipeline.checkpoints.tensor_io import Payload, read_tensor, to_part
 from pipeline.compression.job import LayerReport, layer_output
 from pipeline.compression.layer_output import LayerParts, with_errors
-from pipeline.measure.tune_state import TuneState, added, to_payload
-from pipeline.measure.tuner import Tuned, TuneKey, Tuner
-from pipeline.model.checkpoint import read_header
-from pipeline.model.digests import require_same
-from pipeline.model.matrix_reader import MatrixReader
-from pipeline.model.parts import Payload, read_tensor, to_part
-from pipeline.model.plan import LayerTask
-from pipeline.model.report_rows import CompressedRow, MatrixResult
-from pipeline.model.store import Store
-from pipeline.run.task import JobContext, JobOutput
+from pipeline.engine.task import JobContext, JobOutput
+from pipeline.models.matrix_reader import MatrixReader
+from pipeline.outputs.report_rows import CompressedRow, MatrixResult
+from pipeline.planning.plan import LayerTask
+from pipeline.storage.store import Store
+from pipeline.tuning.state import TuneState, added, to_payload
+from pipeline.tuning.tuner import Tuned, TuneKey, Tuner
 
 
 @dataclass(frozen=True)

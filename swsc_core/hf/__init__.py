@@ -6,7 +6,7 @@ because the first part of each matrix stands under the matrix' own name.
 
 from transformers.quantizers import auto
 
-from swsc_core.format import QUANT_METHOD
+from swsc_core.compressed.config_json import QUANT_METHOD
 from swsc_core.hf.config import SwscConfig
 from swsc_core.hf.quantizer import SwscQuantizer
 

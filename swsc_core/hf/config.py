@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from swsc_core.entry import Entry
-from swsc_core.format import QUANT_METHOD, entries_of, quantization_config
+from swsc_core.compressed.config_json import QUANT_METHOD, entries_of, quantization_config
+from swsc_core.compressed.entry import Entry
 
 Form = Literal["segments", "paper"]
 _OWN = ("quant_method", "format_version", "tensors")

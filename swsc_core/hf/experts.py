@@ -16,9 +16,9 @@ from torch import nn
 from transformers.core_model_loading import Concatenate, MergeModulelist
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from swsc_core.experts import REMEDY, SwscExperts, refusal
-from swsc_core.hf.names import Names
-from swsc_core.hf.placing import put_layer
+from swsc_core.hf.layer_replacement import put_layer
+from swsc_core.hf.weight_names import Names
+from swsc_core.layers.experts import REMEDY, SwscExperts, refusal
 
 _LEAF = re.compile(r"\.\*\.(\w+)\\?\.weight\$?$")
 # the code that every class decorated so runs as its forward pass; a subclass with a forward pass of its own runs another

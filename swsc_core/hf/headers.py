@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from swsc_core import safetensors_header
-from swsc_core.entry import Entry
-from swsc_core.format import part_name
+from swsc_core.compressed.config_json import part_name
+from swsc_core.compressed.entry import Entry
+from swsc_core.storage import safetensors_header
 
 Header = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
 

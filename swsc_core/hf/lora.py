@@ -12,8 +12,8 @@ from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel, PeftType
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_adapters_to_merge
 
-from swsc_core.experts import SwscExperts
-from swsc_core.linear import SwscLinear
+from swsc_core.layers.experts import SwscExperts
+from swsc_core.layers.linear import SwscLinear
 
 _STARTS = (True, False, "gaussian", "orthogonal")  # of A and B, that need no dense weight
 _REMEDY = "use it unmerged, or merge it into the model that `swsc restore` writes"

@@ -12,18 +12,18 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
-from swsc_core.entry import Entry
-from swsc_core.format import FORMAT_VERSION, CompressedTensor, compressed_tensors
-from swsc_core.hf.checking import require_all, require_labels, require_place, require_shapes, require_unwrapped
-from swsc_core.hf.compressing import compress_loaded
+from swsc_core.compressed.config_json import FORMAT_VERSION, CompressedTensor, compressed_tensors
+from swsc_core.compressed.entry import Entry
+from swsc_core.hf.compress_on_load import compress_loaded
 from swsc_core.hf.config import SwscConfig
 from swsc_core.hf.dense_layers import DenseLayers, embeddings_of
 from swsc_core.hf.experts import implementations, join, lay_apart, require_eager
 from swsc_core.hf.headers import read_headers, require_parts, require_rest
-from swsc_core.hf.names import Names, saved_name, without
-from swsc_core.hf.placing import make_dense, place
-from swsc_core.hf.restoring import with_restoring
-from swsc_core.linear import CompressedWeight, SwscJoined
+from swsc_core.hf.layer_replacement import make_dense, place
+from swsc_core.hf.model_checks import require_all, require_labels, require_place, require_shapes, require_unwrapped
+from swsc_core.hf.restore_on_load import with_restoring
+from swsc_core.hf.weight_names import Names, saved_name, without
+from swsc_core.layers.linear import CompressedWeight, SwscJoined
 
 
 class SwscQuantizer(HfQuantizer):

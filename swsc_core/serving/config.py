@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from swsc_core.entry import Entry
-from swsc_core.format import compressed_tensors, entries_of
-from swsc_core.serving.loading import CheckpointTensor
+from swsc_core.compressed.config_json import compressed_tensors, entries_of
+from swsc_core.compressed.entry import Entry
+from swsc_core.serving.weight_loader import CheckpointTensor
 
 HEADS = ("lm_head", "embed_out", "output")  # last names of heads, which share the shape of the embedding
 

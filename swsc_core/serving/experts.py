@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from swsc_core.codec import decode
-from swsc_core.entry import Entry
-from swsc_core.serving.loading import REMEDY, require_whole
+from swsc_core.compressed.codec import decode
+from swsc_core.compressed.entry import Entry
+from swsc_core.serving.weight_loader import REMEDY, require_whole
 
 Expert = tuple[int, str]  # its number, and the engine's name of the matrix ("w1", "w2", "w3")
 

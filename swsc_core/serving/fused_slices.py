@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from swsc_core.compressed_matrix import CompressedMatrix, Range
-from swsc_core.entry import Entry
-from swsc_core.location import row_blocks_of
-from swsc_core.row_blocks import RowBlocks, remaining_rows, require_partition
+from swsc_core.compressed.compressed_matrix import CompressedMatrix, Range
+from swsc_core.compressed.entry import Entry
 from swsc_core.serving.shard_slices import LinearShard
+from swsc_core.storage.location import row_blocks_of
+from swsc_core.storage.row_blocks import RowBlocks, remaining_rows, require_partition
 
 Cuts = tuple[
     list[CompressedMatrix | Tensor], Tensor | None

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swsc_core.compressed_matrix import CompressedMatrix
-from swsc_core.serving.loading import CheckpointTensor, Loading
+from swsc_core.compressed.compressed_matrix import CompressedMatrix
 from swsc_core.serving.modules import ServedEmbedding, ServedLinear
 from swsc_core.serving.shard_slices import EmbeddingShard, LinearShard
+from swsc_core.serving.weight_loader import CheckpointTensor, Loading
 
 
 class ServedMethod:

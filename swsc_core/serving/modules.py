@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from swsc_core.compressed_matrix import CompressedMatrix
-from swsc_core.linear import SwscEmbedding, SwscLinear
-from swsc_core.methods import can_fuse, fuse
+from swsc_core.compressed.compressed_matrix import CompressedMatrix
+from swsc_core.compressed.registry import can_fuse, fuse
+from swsc_core.layers.linear import SwscEmbedding, SwscLinear
 
 
 class ServedLinear(nn.Module):

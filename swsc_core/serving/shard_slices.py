@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swsc_core.compressed_matrix import Range
-from swsc_core.row_blocks import RowBlocks
+from swsc_core.compressed.compressed_matrix import Range
+from swsc_core.storage.row_blocks import RowBlocks
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from swsc_core.serving.config import ServedConfig
-from swsc_core.serving.loading import CheckpointTensor
 from swsc_core.serving.methods import ServedEmbeddingMethod, ServedMethod
 from swsc_core.serving.vllm_experts import SwscExpertsMethod
+from swsc_core.serving.weight_loader import CheckpointTensor
 
 
 class SwscLinearMethod(ServedMethod, LinearMethodBase):

@@ -87,9 +87,9 @@ def test_stacked_experts_are_the_same_for_any_number_of_workers(
 def test_a_cluster_of_its_own_listens_on_loopback_only(tmp_path: Path) -> None:
     script = (
         "import psutil\n"
-        "from pipeline.config import ClusterSettings\n"
-        "from pipeline.run.stage import Stage\n"
-        "from pipeline.run.worker_pools import worker_pools\n"
+        "from pipeline.settings.base import ClusterSettings\n"
+        "from pipeline.engine.stage import Stage\n"
+        "from pipeline.engine.ray_backend.worker_pools import worker_pools\n"
         "pools = worker_pools(ClusterSettings(address='local', workers=1)).__enter__()\n"
         "pool = pools(1, Stage('test', 1))\n"
         "while not pool.idle():\n"
@@ -112,7 +112,7 @@ def test_a_cluster_of_its_own_listens_on_loopback_only(tmp_path: Path) -> None:
 def test_order_of_tasks_does_not_matter(
     tiny_model: Path, tmp_path: Path, local: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.flows import compress as flow
+    from pipeline.variants import compress as flow
 
     def shuffled(*arguments: object) -> list[object]:
         tasks = list(real(*arguments))  # type: ignore[arg-type]
@@ -203,9 +203,9 @@ def test_a_worker_that_no_node_has_the_memory_for_is_refused_with_the_forecast(
 def test_no_more_workers_are_made_than_the_memory_of_each_node_holds(cluster: Cluster) -> None:
     script = (
         "import ray\n"
-        "from pipeline.config import ClusterSettings\n"
-        "from pipeline.run.stage import Stage\n"
-        "from pipeline.run.worker_pools import worker_pools\n"
+        "from pipeline.settings.base import ClusterSettings\n"
+        "from pipeline.engine.stage import Stage\n"
+        "from pipeline.engine.ray_backend.worker_pools import worker_pools\n"
         f"ray.init('{cluster.address}', log_to_driver=False)\n"
         "node = min(int(node['Resources']['memory']) for node in ray.nodes())\n"
         "for memory, workers in ((1, None), (node * 2 // 3, None), (node * 2 // 3, 3)):\n"

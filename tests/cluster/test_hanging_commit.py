@@ -14,15 +14,15 @@ SCRIPT = """
 import sys
 import numpy as np
 import ray
-from pipeline.config import ClusterSettings
-from pipeline.model.lease import acquire
-from pipeline.model.parts import Part, Payload
-from pipeline.model.store import Store
-from pipeline.run.driver import TaskList, execute
-from pipeline.run.progress import Progress
-from pipeline.run.stage import Stage
-from pipeline.run.task import Destination, Task
-from pipeline.run.worker_pools import worker_pools
+from pipeline.settings.base import ClusterSettings
+from pipeline.storage.lease import acquire
+from pipeline.checkpoints.tensor_io import Part, Payload
+from pipeline.storage.store import Store
+from pipeline.engine.scheduler import TaskList, execute
+from pipeline.engine.progress import Progress
+from pipeline.engine.stage import Stage
+from pipeline.engine.task import Destination, Task
+from pipeline.engine.ray_backend.worker_pools import worker_pools
 from pipeline.tuning.job import KeepState
 from tests.support.hanging import HangsOnce
 

@@ -13,12 +13,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 SCRIPT = """
 import sys
-from pipeline.config import ClusterSettings
+from pipeline.settings.base import ClusterSettings
 from pipeline.errors import WorkerLost
-from pipeline.model.store import Store
-from pipeline.run.stage import Stage
-from pipeline.run.task import Task
-from pipeline.run.worker_pools import worker_pools
+from pipeline.storage.store import Store
+from pipeline.engine.stage import Stage
+from pipeline.engine.task import Task
+from pipeline.engine.ray_backend.worker_pools import worker_pools
 from pipeline.tuning.job import KeepState, ReadState
 
 def result_of(task):

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import two_commands
 from jobs.cli import main
-from pipeline.model.checkpoint import MANIFEST
+from pipeline.checkpoints.checkpoint import MANIFEST
 from tests.support.ray_cluster import ROOT
 from tests.support.tiny import contents
 
@@ -69,7 +69,8 @@ def test_a_signal_at_any_moment_is_not_lost_and_leaves_no_process_behind(tiny_mo
 SLOW_START = """
 import os, signal, time
 import ray
-from pipeline.run import connection, interrupt
+from pipeline.engine.ray_backend import connection
+from pipeline.engine import signals as interrupt
 
 start = ray.init
 

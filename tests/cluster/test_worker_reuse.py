@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 SCRIPT = """
 import sys
 from jobs.cli import main
-from pipeline.run.ray_workers import RayWorkers
+from pipeline.engine.ray_backend.workers import RayWorkers
 
 started, spawn = [], RayWorkers._spawn
 RayWorkers._spawn = lambda self, worker: (started.append(worker), spawn(self, worker))

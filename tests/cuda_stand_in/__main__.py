@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.common import print_markdown
-from swsc_core.sharing import Sharing
+from swsc_core.method.codebook_fit import Sharing
 from tests.cuda_stand_in.device import StandIn
 from tests.cuda_stand_in.test_core import BEST, metric, weight
 

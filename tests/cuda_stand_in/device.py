@@ -287,7 +287,7 @@ def _tf32() -> bool:
 
 
 def _line() -> str:
-    """The innermost line of the project: "swsc_core/sharing.py:120 _assign"."""
+    """The innermost line of the project: "swsc_core/method/codebook_fit.py:120 _assign"."""
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename

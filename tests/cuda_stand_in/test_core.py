@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from swsc_core import SwscSpec, decode, dequantize, encode, kmeans, quantize, truncated_svd
-from swsc_core.codec import Encoded
-from swsc_core.curve import reach, share_left
-from swsc_core.linear import SwscEmbedding, SwscJoined, SwscLinear
-from swsc_core.location import MatrixLocation
-from swsc_core.methods import matrix_of
-from swsc_core.metric import Metric
-from swsc_core.row_blocks import RowBlocks, fuse_rows
-from swsc_core.rtn import Granularity
-from swsc_core.sharing import Sharing
-from swsc_core.spec import RtnSpec
-from swsc_core.swsc import compress
-from swsc_core.tuning import adam_step, unit_of, values_of
+from swsc_core.allocation.sensitivity import reach, share_left
+from swsc_core.compressed.codec import Encoded
+from swsc_core.compressed.registry import matrix_of
+from swsc_core.finetune import adam_step, unit_of, values_of
+from swsc_core.layers.linear import SwscEmbedding, SwscJoined, SwscLinear
+from swsc_core.method.codebook_fit import Sharing
+from swsc_core.method.compress import compress
+from swsc_core.method.metric import Metric
+from swsc_core.method.rtn import Granularity
+from swsc_core.method.spec import RtnSpec
+from swsc_core.storage.location import MatrixLocation
+from swsc_core.storage.row_blocks import RowBlocks, fuse_rows
 from tests.cuda_stand_in.device import CUDA, CudaTensor, MixError, OrderError, StandIn
 
 

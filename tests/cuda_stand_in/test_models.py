@@ -20,17 +20,17 @@ from transformers import (
 
 from jobs.cli import main
 from pipeline.calibration.job import GatherMoments, GenerateText
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.tensor_io import to_tensor
 from pipeline.compression.job import CompressionVariant, CompressVariants
+from pipeline.engine.worker import Worker
 from pipeline.errors import ClusterError
 from pipeline.evaluation.job import MeasureLosses
-from pipeline.measure.loading import ModelKey
-from pipeline.measure.tuner import TuneKey
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.matrices import find_matrix
-from pipeline.model.parts import to_tensor
-from pipeline.model.report_rows import MatrixResult
-from pipeline.run.worker import Worker
+from pipeline.models.loading import ModelKey
+from pipeline.models.matrices import find_matrix
+from pipeline.outputs.report_rows import MatrixResult
 from pipeline.tuning.job import MeasureDivergence, TuneGradients, TuneStep
+from pipeline.tuning.tuner import TuneKey
 from swsc_core import RtnSpec, SwscSpec
 from tests.cuda_stand_in.device import StandIn
 from tests.support.tiny import save_tokenizer
@@ -217,6 +217,6 @@ def test_without_the_guard_gradients_of_attention_have_no_order(
     """The stand-in sees what the guard is for."""
     from contextlib import nullcontext
 
-    monkeypatch.setattr("pipeline.measure.calibration.deterministic", lambda device: nullcontext())
+    monkeypatch.setattr("pipeline.calibration.gather.deterministic", lambda device: nullcontext())
     calibrated(models["llama"], "llama")
     assert any("attention" in line for line in gpu.counts.unordered)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.checkpoints.checkpoint import open_checkpoint
 from pipeline.compression.job import CompressionVariant, CompressVariants
 from pipeline.device import is_out_of_memory, spoils_the_process
+from pipeline.engine.worker import Worker
 from pipeline.errors import TextError
-from pipeline.measure.windows import require_within
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.matrices import find_matrix
-from pipeline.run.worker import Worker
+from pipeline.models.matrices import find_matrix
+from pipeline.texts.windows import require_within
 from swsc_core import RtnSpec
 from tests.support.tiny import contents, make_text, make_tiny_model
 

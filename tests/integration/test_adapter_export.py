@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from jobs.cli import main
-from pipeline.config import ClusterSettings
+from pipeline.checkpoints.checkpoint import MANIFEST
+from pipeline.engine.ray_backend.worker_pools import LocalPools
+from pipeline.engine.stage import Stage
+from pipeline.engine.task import JobContext, Pool
 from pipeline.errors import CheckpointError
-from pipeline.flows.restore import restore_model
-from pipeline.flows.restore_job import ExtractLowRank
-from pipeline.model.checkpoint import MANIFEST
-from pipeline.run.stage import Stage
-from pipeline.run.task import JobContext, Pool
-from pipeline.run.worker_pools import LocalPools
+from pipeline.restoring.flow import restore_model
+from pipeline.restoring.job import ExtractLowRank
+from pipeline.settings.base import ClusterSettings
 from swsc_core import SwscSpec, encode
-from swsc_core.methods import matrix_of
+from swsc_core.compressed.registry import matrix_of
 from tests.support.tiny import contents, make_tiny_model
 
 SEGMENTS = ["--clusters", "16", "--segment-size", "4", "--scaled", "--include", "proj"]

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from jobs.cli import main
+from pipeline.checkpoints.weight_files import SINGLE
 from pipeline.errors import CheckpointError
-from pipeline.model.agreement import require_agreement
-from pipeline.model.artifact import open_model
-from pipeline.model.weight_files import SINGLE
+from pipeline.models.agreement import require_agreement
+from pipeline.models.stored_model import open_model
 from tests.support.tiny import make_tiny_model
 
 Weights = dict[str, torch.Tensor]

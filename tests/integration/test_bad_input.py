@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
-from pipeline.model.weight_files import INDEX
+from pipeline.checkpoints.weight_files import INDEX
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from pipeline.model import object_files
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.files import files_at
-from pipeline.model.mirror import small_files
-from pipeline.model.store import Store
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.sources.local_files import small_files
+from pipeline.storage import object_stores as object_files
+from pipeline.storage.filesystems import files_at
+from pipeline.storage.store import Store
 from tests.support import google_store, object_store
 from tests.support.tiny import contents
 

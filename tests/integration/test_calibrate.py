@@ -11,20 +11,20 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
+from pipeline.calibration import flow
+from pipeline.calibration.gather import Calibrator
 from pipeline.calibration.job import ExtractMoments
-from pipeline.config import CalibrationSettings, ClusterSettings
+from pipeline.calibration.moment_store import Moments, blend
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.engine.ray_backend.worker_pools import LocalPools
+from pipeline.engine.task import JobContext
 from pipeline.errors import TextError
-from pipeline.flows import calibrate as flow
-from pipeline.flows import preflight
-from pipeline.measure.calibration import Calibrator
-from pipeline.measure.loading import ModelKey
-from pipeline.measure.windows import calibration_windows
-from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.moments import Moments, blend
-from pipeline.model.store import Store
-from pipeline.run.task import JobContext
-from pipeline.run.worker_pools import LocalPools
+from pipeline.models.loading import ModelKey
+from pipeline.models.stored_model import open_model
+from pipeline.outputs import preflight
+from pipeline.settings.base import CalibrationSettings, ClusterSettings
+from pipeline.storage.store import Store
+from pipeline.texts.windows import calibration_windows
 from tests.support.tiny import WORDS, contents, make_text, make_tiny_model
 
 ROLES = "q,k,v,o,gate,up,down"

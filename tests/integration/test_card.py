@@ -14,12 +14,12 @@ import pytest
 from huggingface_hub import ModelCard
 
 from jobs.cli import main
+from pipeline.checkpoints.checkpoint import MANIFEST, read_header
 from pipeline.errors import OutputError, SwscError
-from pipeline.flows.card import add_evaluation, require_card
-from pipeline.model import lease, store
-from pipeline.model.amend import amend
-from pipeline.model.checkpoint import MANIFEST, read_header
-from pipeline.model.store import Store
+from pipeline.outputs.atomic_edit import amend
+from pipeline.outputs.card_content import add_evaluation, require_card
+from pipeline.storage import lease, store
+from pipeline.storage.store import Store
 from tests.support.faults import FaultyFiles
 from tests.support.tiny import contents, make_text
 

@@ -8,7 +8,7 @@ import torch
 import transformers as t
 
 from jobs.cli import main
-from pipeline.model.causality import sees_ahead
+from pipeline.models.causality import sees_ahead
 from tests.support.tiny import make_text, save_tokenizer
 
 _SHAPE: dict[str, Any] = {

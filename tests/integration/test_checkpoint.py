@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.tensor_io import read_tensor
+from pipeline.checkpoints.weight_files import INDEX
 from pipeline.errors import CheckpointError, SwscError
-from pipeline.matrix_config import MatrixSettings
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.parts import read_tensor
-from pipeline.model.plan import make_plan
-from pipeline.model.weight_files import INDEX
+from pipeline.planning.plan import make_plan
+from pipeline.settings.matrix import MatrixSettings
 from tests.support.tiny import make_tiny_model
 
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
-from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.lease import Ticket
-from pipeline.model.parts import read_tensor
-from pipeline.run import local_pool, stage
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.tensor_io import read_tensor
+from pipeline.engine import local_pool, stage
+from pipeline.models.stored_model import open_model
+from pipeline.storage.lease import Ticket
 from swsc_core import SwscSpec, encode
 from tests.support.tiny import contents, make_tiny_model
 

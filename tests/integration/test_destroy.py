@@ -18,8 +18,8 @@ import yaml
 
 import jobs.demo
 from jobs.cli import main
-from pipeline.model import places
-from pipeline.model.checkpoint import MANIFEST
+from pipeline.checkpoints.checkpoint import MANIFEST
+from pipeline.storage import paths as places
 from tests.support.tiny import make_text, make_tiny_model
 from tests.support.tiny_gguf import make_tiny_gguf
 
@@ -374,7 +374,7 @@ class TestOverwrite:
     def test_an_old_output_stays_where_there_is_no_room_for_the_new_one(
         self, place: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipeline.model.files.LocalFiles.free_bytes", lambda self, path: 0)
+        monkeypatch.setattr("pipeline.storage.filesystems.LocalFiles.free_bytes", lambda self, path: 0)
         before = tree(place.root)
         assert main(["restore", f"{place.read}/dense/../out", str(place.read / "dense"), "--local", "--overwrite"]) in (
             0,

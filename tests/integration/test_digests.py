@@ -10,11 +10,18 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from pipeline.flows import compress as flow
-from pipeline.model.checkpoint import MANIFEST, open_checkpoint
-from pipeline.model.digests import by_file, digests_of, known_ranges, read_sums, require_same, with_digests
-from pipeline.model.files import LocalFiles
-from pipeline.model.store import Store
+from pipeline.checkpoints.checkpoint import MANIFEST, open_checkpoint
+from pipeline.checkpoints.integrity.digests import (
+    by_file,
+    digests_of,
+    known_ranges,
+    read_sums,
+    require_same,
+    with_digests,
+)
+from pipeline.storage.filesystems import LocalFiles
+from pipeline.storage.store import Store
+from pipeline.variants import compress as flow
 from tests.support.tiny import contents, make_text
 
 FLAGS = ["--bits", "4", "--local"]
@@ -175,7 +182,7 @@ def test_digests_of_a_stack_are_those_of_its_matrices_too(tmp_path: Path) -> Non
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.model.checkpoint import read_header
+    from pipeline.checkpoints.checkpoint import read_header
 
     save_file({"experts": torch.randn(3, 4, 5), "bias": torch.randn(7)}, tmp_path / "model.safetensors")
     store = Store.at(str(tmp_path))

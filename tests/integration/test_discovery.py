@@ -18,8 +18,8 @@ import ray
 from ray._private.utils import validate_socket_filepath
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+from pipeline.engine.ray_backend import connection, discovery
 from pipeline.errors import ClusterError
-from pipeline.run import connection, discovery
 
 OURS = {"ray_version": ray.__version__, "python_version": platform.python_version(), "ray_init_cluster": False}
 
@@ -189,8 +189,8 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets(
 ) -> None:
     """That of a batch system is passed over with a note; the one that is chosen for Ray is refused."""
     given: list[dict[str, object]] = []
-    monkeypatch.setattr("pipeline.run.connection.joinable", lambda where: None)
-    monkeypatch.setattr("pipeline.run.connection._init", lambda address, **more: given.append(more))
+    monkeypatch.setattr("pipeline.engine.ray_backend.connection.joinable", lambda where: None)
+    monkeypatch.setattr("pipeline.engine.ray_backend.connection._init", lambda address, **more: given.append(more))
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/tmp")
     connection.connect(None)
@@ -207,8 +207,8 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets(
 def test_a_temporary_folder_of_which_sockets_just_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray accepts it, with what it adds: its session is named by the number of the driver's process."""
     given: list[dict[str, object]] = []
-    monkeypatch.setattr("pipeline.run.connection.joinable", lambda where: None)
-    monkeypatch.setattr("pipeline.run.connection._init", lambda address, **more: given.append(more))
+    monkeypatch.setattr("pipeline.engine.ray_backend.connection.joinable", lambda where: None)
+    monkeypatch.setattr("pipeline.engine.ray_backend.connection._init", lambda address, **more: given.append(more))
     monkeypatch.setattr("os.getpid", lambda: 12345)
     folder = "/" + "t" * 40
     validate_socket_filepath(f"{folder}/ray/session_2026-01-01_00-00-00_000000_12345/sockets/plasma_store")

@@ -12,15 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.matrix_info import MatrixInfo, whole_matrix
+from pipeline.checkpoints.tensor_io import Payload
 from pipeline.compression.job import CompressionVariant, CompressVariants
+from pipeline.engine.worker import Worker
 from pipeline.evaluation.job import MeasureLosses
-from pipeline.measure.loading import ModelKey
-from pipeline.measure.perplexity import perplexity
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.matrix_info import MatrixInfo, whole_matrix
-from pipeline.model.parts import Payload
-from pipeline.model.store import Store
-from pipeline.run.worker import Worker
+from pipeline.evaluation.perplexity import perplexity
+from pipeline.models.loading import ModelKey
+from pipeline.storage.store import Store
 from swsc_core import SwscSpec
 from tests.support.tiny import make_tiny_model
 

@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from jobs.cli import main
+from pipeline.calibration.gather import Calibrator
 from pipeline.errors import CheckpointError
-from pipeline.measure.calibration import Calibrator
-from pipeline.measure.loading import ModelKey
-from pipeline.measure.parameter_lookup import find_parameter
-from pipeline.model.artifact import open_model
+from pipeline.models.loading import ModelKey
+from pipeline.models.parameter_lookup import find_parameter
+from pipeline.models.stored_model import open_model
 from tests.support.tiny import WORDS, make_text
 
 SHAPE: dict[str, Any] = {

@@ -16,9 +16,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import swsc_core.hf.lora  # noqa: F401  # puts adapters on compressed layers
 from jobs.cli import main
-from swsc_core.format import part_name
+from swsc_core.compressed.config_json import part_name
 from swsc_core.hf.experts import lay_apart, require_eager
-from swsc_core.hf.names import Names
+from swsc_core.hf.weight_names import Names
 from tests.support.families import FamilyModel, experts_of, tensors_of
 
 

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from transformers import GPTNeoXForCausalLM
 
 from jobs.cli import main
-from pipeline.config import CompressSettings
-from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.plan import make_plan
-from pipeline.model.weight_files import INDEX
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.weight_files import INDEX
+from pipeline.models.stored_model import open_model
+from pipeline.planning.plan import make_plan
+from pipeline.settings.base import CompressSettings
 from swsc_core import decode
-from swsc_core.methods import entry_of
+from swsc_core.compressed.registry import entry_of
 from tests.support.families import STACKED, FamilyModel, tensors_of
 from tests.support.tiny import make_text
 

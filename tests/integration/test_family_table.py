@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.families import FAMILIES, Family
-from pipeline.model.matrices import matrices_of
+from pipeline.architectures.families import FAMILIES, Family
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.models.matrices import matrices_of
 
 # three forms of it in tests/support/families.py; has no code in transformers; is part of a multimodal one there
 _ELSEWHERE = {"falcon", "internlm2", "qwen3_vl_moe_text"}

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from pipeline.model import lease, store
-from pipeline.model.checkpoint import MANIFEST
-from pipeline.model.files import LocalFiles
+from pipeline.checkpoints.checkpoint import MANIFEST
+from pipeline.storage import lease, store
+from pipeline.storage.filesystems import LocalFiles
 from tests.support.faults import MODES, FaultyFiles
 from tests.support.tiny import contents, make_tiny_model
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
+from pipeline.engine.local_pool import LocalPool
+from pipeline.engine.task import Task, as_swsc_error
 from pipeline.errors import DiskFull, RunError
-from pipeline.model import store
-from pipeline.model.files import Bytes, LocalFiles
-from pipeline.run.local_pool import LocalPool
-from pipeline.run.task import Task, as_swsc_error
+from pipeline.storage import store
+from pipeline.storage.filesystems import Bytes, LocalFiles
 from tests.support.tiny import contents, make_text
 
 COMPRESS = ["--local", "--projectors", "q,k", "--clusters", "4", "--rank", "1", "--n-init", "1"]

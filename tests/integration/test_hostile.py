@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.cli import main
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.weight_files import INDEX, SINGLE
 from pipeline.errors import CheckpointError, SwscError
-from pipeline.matrix_config import MatrixSettings
-from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.plan import make_plan
-from pipeline.model.weight_files import INDEX, SINGLE
+from pipeline.models.stored_model import open_model
+from pipeline.planning.plan import make_plan
+from pipeline.settings.matrix import MatrixSettings
 from tests.support.tiny import make_tiny_model
 
 MOST_BYTES = 100_000_000  # that opening one may allocate

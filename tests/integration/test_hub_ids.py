@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from pipeline.model.checkpoint import MANIFEST
+from pipeline.checkpoints.checkpoint import MANIFEST
 from tests.support.hub_server import REPO, client_of, hub
 from tests.support.tiny import contents
 

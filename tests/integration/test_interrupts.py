@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from pipeline.model import lease, store
-from pipeline.model.files import LocalFiles
-from pipeline.run import interrupt
+from pipeline.engine import signals as interrupt
+from pipeline.storage import lease, store
+from pipeline.storage.filesystems import LocalFiles
 from tests.support.faults import FaultyFiles
 from tests.support.tiny import contents, make_tiny_model
 
@@ -172,7 +172,7 @@ def test_a_command_that_is_still_being_imported_or_planned_ends(
 def test_a_second_signal_ends_a_process_that_calculates_without_looking_at_signals() -> None:
     code = (
         "import time, torch, sys\n"
-        "from pipeline.run import interrupt\n"
+        "from pipeline.engine import signals as interrupt\n"
         "torch.set_num_threads(1)\n"
         "weight = torch.randn(3000, 3000, dtype=torch.float64)\n"
         "with interrupt.listening():\n"
@@ -194,7 +194,7 @@ def test_a_second_signal_ends_a_process_that_calculates_without_looking_at_signa
 def test_one_signal_is_one_although_the_thread_that_hears_it_runs_after_everything_is_over() -> None:
     code = (
         "import signal, sys, time\n"
-        "from pipeline.run import interrupt\n"
+        "from pipeline.engine import signals as interrupt\n"
         "sys.setswitchinterval(5)\n"
         "with interrupt.listening(to_the_end=True):\n"
         "    try:\n"
@@ -215,7 +215,7 @@ def test_one_signal_is_one_although_the_thread_that_hears_it_runs_after_everythi
 def test_an_alarm_that_a_library_sets_for_a_signal_is_cancelled(busy: str) -> None:
     program = f"""
 import os, signal, time
-from pipeline.run import interrupt
+from pipeline.engine import signals as interrupt
 
 with interrupt.listening():
     try:

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.cli import main
-from pipeline.measure.loading import ModelKey, forward, load_model
-from pipeline.model.artifact import open_model
-from swsc_core.alignment import align, is_aligned
+from pipeline.models.loading import ModelKey, forward, load_model
+from pipeline.models.stored_model import open_model
+from swsc_core.storage.alignment import align, is_aligned
 from tests.support.families import FamilyModel
 from tests.support.kernels import VARIABLES
 from tests.support.tiny import contents, make_tiny_model, moved, save_tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from pipeline.model.amend import amend, settle
-from pipeline.model.store import Store
+from pipeline.outputs.atomic_edit import amend, settle
+from pipeline.storage.store import Store
 from tests.support.tiny import contents
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from jobs.cli import main
 from pipeline.device import require_kind
-from pipeline.run.local_pool import LocalPool
-from pipeline.run.task import TaskResult
+from pipeline.engine.local_pool import LocalPool
+from pipeline.engine.task import TaskResult
 from tests.support.tiny import contents
 
 FLAGS = ["--local", "--projectors", "q,k", "--clusters", "4", "--rank", "1", "--n-init", "1"]

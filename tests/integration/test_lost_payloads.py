@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from jobs.cli import main
+from pipeline.calibration import flow as calibrate
+from pipeline.engine.local_pool import LocalPool
+from pipeline.engine.ray_backend import worker_pools
+from pipeline.engine.task import Task, TaskResult
 from pipeline.errors import PayloadLost
-from pipeline.flows import calibrate, tune
-from pipeline.run import worker_pools
-from pipeline.run.local_pool import LocalPool
-from pipeline.run.task import Task, TaskResult
+from pipeline.tuning import flow as tune
 from tests.support.tiny import contents, make_text
 
 FLAGS = ["--local", "--calibration-windows", "32", "--calibration-seqlen", "32", "--clusters", "16", "--rank", "2"]

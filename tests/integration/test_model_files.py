@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import swsc_core.hf  # noqa: F401
 from jobs.cli import main
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.weight_files import INDEX, SINGLE
 from pipeline.errors import CheckpointError
-from pipeline.measure.loading import ModelKey, load_model
-from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.weight_files import INDEX, SINGLE
+from pipeline.models.loading import ModelKey, load_model
+from pipeline.models.stored_model import open_model
 from tests.support.tiny import make_tiny_model
 
 _KEY = "model.layers.0.self_attn.q_proj.weight"

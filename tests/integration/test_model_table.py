@@ -14,15 +14,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import swsc_core.hf  # noqa: F401
+from pipeline.checkpoints.redundant_tensors import ties_of
+from pipeline.checkpoints.weight_files import INDEX, SINGLE
 from pipeline.errors import CheckpointError
-from pipeline.matrix_config import MatrixSettings
-from pipeline.measure.loading import ModelKey, load_model
-from pipeline.model.agreement import require_agreement
-from pipeline.model.artifact import Model, open_model
-from pipeline.model.leftovers import ties_of
-from pipeline.model.plan import make_plan
-from pipeline.model.weight_files import INDEX, SINGLE
-from swsc_core.hf.names import Names, saved_name
+from pipeline.models.agreement import require_agreement
+from pipeline.models.loading import ModelKey, load_model
+from pipeline.models.stored_model import Model, open_model
+from pipeline.planning.plan import make_plan
+from pipeline.settings.matrix import MatrixSettings
+from swsc_core.hf.weight_names import Names, saved_name
 from tests.support.families import MODELS
 
 _QUICK = ("llama 3", "gemma2", "gpt2", "bloom", "qwen3_moe", "gemma3 with vision", "qwen3_vl_moe", "tied gpt_neox")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.cli import main
-from pipeline.model import speed
+from pipeline.planning import machine_speed as speed
 from tests.support.bounded import ends
 from tests.support.gguf_tree import changed_gguf, parsed
 from tests.support.mutations import changed_header, changed_json, changed_yaml, patient

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import TextError
-from pipeline.measure.texts import read_text
+from pipeline.texts.texts import read_text
 from tests.support.bounded import bounded
 from tests.support.mutations import changed_bytes, changed_json, patient
 

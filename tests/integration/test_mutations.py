@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from jobs.cli import main
 from pipeline.errors import ConfigError
-from pipeline.model import lease, speed
+from pipeline.planning import machine_speed as speed
+from pipeline.storage import lease
 from tests.support.bounded import MOST_BYTES, bounded, ends
 from tests.support.gguf_tree import Array, changed_gguf, parsed, written
 from tests.support.mutations import changed_bytes, changed_json, changed_yaml, patient
@@ -137,7 +138,7 @@ def _cut(folder: Path) -> Path:
 
     out = folder / "cut-off"
     if not out.exists():
-        with mock.patch("pipeline.flows.compress.finish", side_effect=KeyboardInterrupt):
+        with mock.patch("pipeline.variants.compress.finish", side_effect=KeyboardInterrupt):
             assert main(["compress", str(folder / "model"), str(out), *QK]) == 130
     return out
 
@@ -152,8 +153,8 @@ def test_settings_in_a_file(folder: Path, data: st.DataObject) -> None:
 @patient()
 @given(data=st.data())
 def test_the_card_of_a_model(folder: Path, data: st.DataObject) -> None:
-    from pipeline.model.card import read_source_card
-    from pipeline.model.checkpoint import open_checkpoint
+    from pipeline.checkpoints.checkpoint import open_checkpoint
+    from pipeline.outputs.model_card import read_source_card
 
     content = data.draw(changed_yaml(CARD))
     with replaced(folder / "model" / "README.md", b"---\n" + content + b"---\n# Tiny\n"), bounded():
@@ -215,7 +216,7 @@ def test_files_that_a_card_is_written_by(folder: Path, data: st.DataObject, name
 @patient()
 @given(data=st.data())
 def test_a_result_that_stands_beside_another(folder: Path, data: st.DataObject) -> None:
-    from pipeline.flows.card import read_result
+    from pipeline.outputs.card_content import read_result
 
     whole = b'{"perplexity": 12.5, "text_sha256": "00", "seqlen": 32, "windows": 2, "bos": "none", "dtype": "float32"}'
     with replaced(folder / "result.json", data.draw(changed_json(whole))), contextlib.suppress(ConfigError):

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
+from pipeline.checkpoints.checkpoint import open_checkpoint
 from pipeline.errors import StoreError
-from pipeline.matrix_config import MatrixSettings
-from pipeline.model import object_files, places
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.files import files_at
-from pipeline.model.plan import make_plan
-from pipeline.model.store import Store
+from pipeline.planning.plan import make_plan
+from pipeline.settings.matrix import MatrixSettings
+from pipeline.storage import object_stores as object_files
+from pipeline.storage import paths as places
+from pipeline.storage.filesystems import files_at
+from pipeline.storage.store import Store
 from tests.support.object_store import BUCKET, ObjectStore, as_client, object_store, stored, upload
 from tests.support.offline_tasks import findings, make_tasks
 from tests.support.tiny import contents, make_text

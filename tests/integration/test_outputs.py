@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
+from pipeline.checkpoints.checkpoint import MANIFEST, RUN
+from pipeline.engine.task import JobContext
 from pipeline.errors import CheckpointError
-from pipeline.flows.restore_job import RestoreTensors
-from pipeline.model.checkpoint import MANIFEST, RUN
-from pipeline.model.store import Store
-from pipeline.run.task import JobContext
+from pipeline.restoring.job import RestoreTensors
+from pipeline.storage.store import Store
 from tests.support.tiny import contents, make_text, make_tiny_model
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.engine.ray_backend import connection
 from pipeline.errors import ClusterError
-from pipeline.run import connection
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "from swsc_command import main; raise SystemExit(main())"

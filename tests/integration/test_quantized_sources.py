@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import FineGrainedFP8Config, Qwen3Config, Qwen3ForCausalLM
 
 from jobs.cli import main
-from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.parts import read_tensor
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.tensor_io import read_tensor
+from pipeline.models.stored_model import open_model
 from tests.support.families import tensors_of
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from pipeline.measure.texts import Text
+from pipeline.texts.texts import Text
 from tests.support.tiny import make_text
 
 ADDRESS = "https://me:secret@host/text.txt?signature=secret"
@@ -16,8 +16,8 @@ def test_signed_addresses_and_passwords_stand_in_no_file(
     tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents = iter([make_text(tmp_path / "other.txt", 3000, seed=5).read_text(), text.read_text()])
-    monkeypatch.setattr("pipeline.measure.windows.open_text", lambda *_, **__: Text(next(contents)))
-    monkeypatch.setattr("pipeline.flows.evaluate.read_text", lambda *_: text.read_text())
+    monkeypatch.setattr("pipeline.texts.windows.open_text", lambda *_, **__: Text(next(contents)))
+    monkeypatch.setattr("pipeline.evaluation.flow.read_text", lambda *_: text.read_text())
     output, result = tmp_path / "out", tmp_path / "result.json"
     windows = ("--calibration-windows", "4", "--calibration-seqlen", "32")
     argv = ["compress", str(tiny_model), str(output), "--preset", "fast", "--bits", "3", "--calibration", ADDRESS]

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConf
 
 import swsc_core.hf  # noqa: F401  (teaches transformers the format)
 from jobs.cli import main
+from pipeline.calibration.gather import Calibrator
 from pipeline.errors import CheckpointError
-from pipeline.measure.calibration import Calibrator
-from pipeline.measure.loading import ModelKey
-from pipeline.model.artifact import open_model
-from pipeline.model.store import Store
+from pipeline.models.loading import ModelKey
+from pipeline.models.stored_model import open_model
+from pipeline.storage.store import Store
 from tests.support.families import FamilyModel, tensors_of
 from tests.support.tiny import make_text
 

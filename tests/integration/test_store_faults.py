@@ -7,11 +7,12 @@ from unittest import mock
 import pytest
 
 from jobs.cli import main
+from pipeline.checkpoints.checkpoint import MANIFEST
 from pipeline.errors import StoreError
-from pipeline.model import confirmed, object_files
-from pipeline.model.checkpoint import MANIFEST
-from pipeline.model.object_files import PATIENCE, CredentialsRefused
-from pipeline.model.store import Store
+from pipeline.storage import confirmed
+from pipeline.storage import object_stores as object_files
+from pipeline.storage.object_stores import PATIENCE, CredentialsRefused
+from pipeline.storage.store import Store
 from tests.support.fault_proxy import FaultProxy
 from tests.support.object_store import BUCKET, as_client, object_store, stored, upload
 from tests.support.tiny import contents, make_tiny_model

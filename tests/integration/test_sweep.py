@@ -12,16 +12,16 @@ import yaml
 from jobs.cli import main
 from pipeline.compression import job as compression
 from pipeline.compression.job import CompressVariants
-from pipeline.config import SweepSettings
+from pipeline.engine.local_pool import LocalPool
+from pipeline.engine.task import JobContext, Task
+from pipeline.engine.worker import Worker
 from pipeline.evaluation.job import MeasureLosses
-from pipeline.flows.sweep import Sweep
-from pipeline.flows.sweep_rows import known_model
-from pipeline.model.lease import acquire
-from pipeline.model.store import Store
-from pipeline.run.local_pool import LocalPool
-from pipeline.run.task import JobContext, Task
-from pipeline.run.worker import Worker
-from pipeline.validation import validated
+from pipeline.settings.base import SweepSettings
+from pipeline.settings.validation import validated
+from pipeline.storage.lease import acquire
+from pipeline.storage.store import Store
+from pipeline.sweep.rows import known_model
+from pipeline.sweep.sweep import Sweep
 from tests.support.tiny import WORDS, make_tiny_model
 
 VARIANTS: list[dict[str, Any]] = [

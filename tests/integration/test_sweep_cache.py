@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from jobs.cli import main
-from pipeline.flows.tune import Tuning
-from pipeline.measure.tuner import Tuned
-from pipeline.model.files import Bytes, LocalFiles
-from pipeline.run.local_pool import LocalPool
-from pipeline.run.task import Task
+from pipeline.engine.local_pool import LocalPool
+from pipeline.engine.task import Task
+from pipeline.storage.filesystems import Bytes, LocalFiles
+from pipeline.tuning.flow import Tuning
+from pipeline.tuning.tuner import Tuned
 from tests.support.tiny import make_text, make_tiny_model
 
 TUNED = {"preset": "best", "bits": 3, "projectors": "q"}
@@ -194,7 +194,7 @@ def test_results_that_no_disk_takes_are_printed_at_least(
 def test_of_a_damaged_part_of_the_cache_it_is_said_what_to_remove_and_that_helps(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("pipeline.flows.sweep.forget_stages", lambda *_: None)
+    monkeypatch.setattr("pipeline.sweep.sweep.forget_stages", lambda *_: None)
     assert main([*command, "--keep-tuned"]) == 0
     for place in (tmp_path / "cache").iterdir():
         if place.name.startswith(kind):

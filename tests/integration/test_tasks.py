@@ -170,7 +170,7 @@ def test_a_task_that_asks_for_what_its_data_lack_is_refused(
 def test_documents_that_the_model_was_calibrated_on_are_refused(
     model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.measure.overlap import traces
+    from pipeline.texts.contamination import traces
 
     texts = [json.loads(line)["text"] for line in (tasks / "texts.jsonl").read_text().splitlines()]
     seen = shutil.copytree(model, tmp_path / "seen")
@@ -196,6 +196,6 @@ def test_a_model_whose_answers_are_not_numbers_fails_the_run(
 def test_without_lm_eval_the_extra_is_named(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "pipeline.measure.tasks", raising=False)
+    monkeypatch.delitem(sys.modules, "pipeline.evaluation.lm_eval_tasks", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "pip install 'swsc[lm-eval]'" in refused(capsys, model, "--tasks", "tiny_choice")

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 import swsc_core.hf  # noqa: F401  (registers the quantizer)
 from jobs.cli import main
 from swsc_core import SwscLinear, align
-from swsc_core.compressed_matrix import CompressedMatrix, CompressOptions
-from swsc_core.entry import Entry, PartShape
-from swsc_core.methods import register
-from swsc_core.spec import Spec
+from swsc_core.compressed.compressed_matrix import CompressedMatrix, CompressOptions
+from swsc_core.compressed.entry import Entry, PartShape
+from swsc_core.compressed.registry import register
+from swsc_core.method.spec import Spec
 from tests.support.tiny import make_tiny_model
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import swsc_core.hf
 from jobs.cli import main
 from swsc_core import SwscEmbedding, SwscLinear, align
-from swsc_core.format import FORMAT_VERSION
+from swsc_core.compressed.config_json import FORMAT_VERSION
 from tests.support.tiny import make_tiny_model
 
 EVERYTHING = ["--include", "proj|embed_tokens"]

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from jobs.cli import main
-from pipeline.flows import tune as flow
-from pipeline.measure.tuner import TuneKey, Tuner
-from pipeline.model.artifact import open_model
-from pipeline.run import local_pool
-from pipeline.run.task import JobContext
+from pipeline.engine import local_pool
+from pipeline.engine.task import JobContext
+from pipeline.models.stored_model import open_model
+from pipeline.tuning import flow
 from pipeline.tuning.job import TuneStep
+from pipeline.tuning.tuner import TuneKey, Tuner
 from tests.support.families import FamilyModel
 from tests.support.tiny import contents, make_text
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline.model import lease
-from pipeline.model import output as outputs
-from pipeline.model.checkpoint import RUN
-from pipeline.model.files import Bytes
-from pipeline.model.parts import Part, Payload, commit
-from pipeline.model.store import Store
+from pipeline.checkpoints.checkpoint import RUN
+from pipeline.checkpoints.tensor_io import Part, Payload, commit
+from pipeline.outputs import transaction as outputs
+from pipeline.storage import lease
+from pipeline.storage.filesystems import Bytes
+from pipeline.storage.store import Store
 from tests.support.tiny import contents
 
 

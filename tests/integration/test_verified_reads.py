@@ -14,16 +14,16 @@ import pytest
 import transformers as t
 
 from jobs.cli import main
+from pipeline.checkpoints.checkpoint import MANIFEST, open_checkpoint
+from pipeline.checkpoints.integrity.digests import digests_of
+from pipeline.checkpoints.integrity.source_digests import SourceDigests, digests_of_source, verified_as
 from pipeline.errors import StoreError
-from pipeline.flows import compress as flow
-from pipeline.measure import loading
-from pipeline.measure.loading import ModelKey, load_model
-from pipeline.model import object_files
-from pipeline.model.artifact import open_model
-from pipeline.model.checkpoint import MANIFEST, open_checkpoint
-from pipeline.model.digests import digests_of
-from pipeline.model.files import LocalFiles
-from pipeline.model.source_digests import SourceDigests, digests_of_source, verified_as
+from pipeline.models import loading
+from pipeline.models.loading import ModelKey, load_model
+from pipeline.models.stored_model import open_model
+from pipeline.storage import object_stores as object_files
+from pipeline.storage.filesystems import LocalFiles
+from pipeline.variants import compress as flow
 from tests.support.families import MODELS
 from tests.support.fault_proxy import FaultProxy
 from tests.support.object_store import BUCKET, as_client, object_store, upload

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
-from pipeline.model.etag import PartDigest
-from pipeline.model.files import Bytes, Files
+from pipeline.storage.etag import PartDigest
+from pipeline.storage.filesystems import Bytes, Files
 
 _WRITES = frozenset({"write", "create"})
 _CHANGES = _WRITES | {"remove", "remove_empty"}

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from pipeline.model import lease
-from pipeline.model.files import files_at
+from pipeline.storage import lease
+from pipeline.storage.filesystems import files_at
 
 BUCKET = "gs://models"
 

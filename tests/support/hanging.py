@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.model.parts import Part
+from pipeline.checkpoints.tensor_io import Part
 
 
 @dataclass(frozen=True)

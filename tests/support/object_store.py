@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from pipeline.model import lease
-from pipeline.model.files import files_at
-from pipeline.model.store import Store
+from pipeline.storage import lease
+from pipeline.storage.filesystems import files_at
+from pipeline.storage.store import Store
 
 BUCKET = "s3://models"
 

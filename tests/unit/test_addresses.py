@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.model.addresses import published, published_values
+from pipeline.storage.addresses import published, published_values
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.model.checkpoint import read_header
-from pipeline.model.parts import Part, read_tensor, to_part, to_tensor
-from pipeline.model.store import Store
-from swsc_core.alignment import ALIGNMENT, align, aligned, is_aligned
-from swsc_core.safetensors_header import DTYPES
+from pipeline.checkpoints.checkpoint import read_header
+from pipeline.checkpoints.tensor_io import Part, read_tensor, to_part, to_tensor
+from pipeline.storage.store import Store
+from swsc_core.storage.alignment import ALIGNMENT, align, aligned, is_aligned
+from swsc_core.storage.safetensors_header import DTYPES
 from tests.support.tiny import moved
 
 

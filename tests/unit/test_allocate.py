@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import CompressSettings
+from pipeline.allocation.flow import allocate_plan, kind_of
+from pipeline.calibration.moment_store import Moments
+from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.errors import OutputError
-from pipeline.flows.allocate import allocate_plan, kind_of
-from pipeline.model.cache_key import cache_name, versioned
-from pipeline.model.matrix_info import whole_matrix
-from pipeline.model.moments import Moments
-from pipeline.model.plan import Plan, make_plan
-from pipeline.model.store import Store
-from swsc_core.menu import candidates
+from pipeline.planning.plan import Plan, make_plan
+from pipeline.settings.base import CompressSettings
+from pipeline.storage.cache_key import cache_name, versioned
+from pipeline.storage.store import Store
+from swsc_core.allocation.candidate_specs import candidates
 from tests.unit.test_plan import checkpoint_of
 
 SHAPE = (256, 128)

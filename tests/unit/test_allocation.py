@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swsc_core import Metric, SwscSpec, compress, curve
-from swsc_core.allocation import Choice, allocate, equal_shares, lower_hull
-from swsc_core.curve import reach, share_left
-from swsc_core.menu import candidates, largest_within, uncompensated
+from swsc_core import Metric, SwscSpec, compress
+from swsc_core.allocation import sensitivity as curve
+from swsc_core.allocation.allocate import Choice, allocate, equal_shares, lower_hull
+from swsc_core.allocation.candidate_specs import candidates, largest_within, uncompensated
+from swsc_core.allocation.sensitivity import reach, share_left
 
 SPEC = SwscSpec(2, 0)
 

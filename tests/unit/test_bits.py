@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swsc_core import SwscSpec
-from swsc_core.bits import Geometry, label_bits
-from swsc_core.budget import solve_budget
+from swsc_core.allocation.budget import solve_budget
+from swsc_core.storage.bits import Geometry, label_bits
 
 LLAMA = (4096, 4096)
 AXES = st.sampled_from(["output", "input"])

@@ -8,9 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.bounded_yaml import compose, load
 from pipeline.errors import ConfigError
-from pipeline.validation import read_config
+from pipeline.settings.bounded_yaml import compose, load
+from pipeline.settings.validation import read_config
 
 LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8) | st.dates()
 VALUE = st.recursive(

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import CompressSettings
 from pipeline.device import Arithmetic
 from pipeline.errors import OutputError
-from pipeline.flows.preflight import identity_of
-from pipeline.model import standing
-from pipeline.model.cache_key import (
+from pipeline.outputs import existing_output as standing
+from pipeline.outputs.preflight import identity_of
+from pipeline.outputs.transaction import begin
+from pipeline.settings.base import CompressSettings
+from pipeline.storage.cache_key import (
     cache_name,
     changes,
     digest_of,
@@ -22,9 +23,8 @@ from pipeline.model.cache_key import (
     spelled_out,
     windows_identity,
 )
-from pipeline.model.output import begin
-from pipeline.model.store import Store
-from swsc_core.spec import RtnSpec, SwscSpec
+from pipeline.storage.store import Store
+from swsc_core.method.spec import RtnSpec, SwscSpec
 
 
 class LaterSettings(CompressSettings):

@@ -14,7 +14,13 @@ from jobs.flags import settings_of
 from jobs.parser import Parser, command_parser
 from jobs.verbs import VERBS
 from pipeline import VERSION
-from pipeline.config import CalibrationSettings, ClusterSettings, CompressSettings, OutputSettings, SourceSettings
+from pipeline.settings.base import (
+    CalibrationSettings,
+    ClusterSettings,
+    CompressSettings,
+    OutputSettings,
+    SourceSettings,
+)
 
 EXAMPLES = [example for verb in VERBS.values() for example in verb.examples]
 

@@ -3,8 +3,8 @@
 import pytest
 from transformers import CONFIG_MAPPING
 
+from pipeline.architectures.config_bounds import require_buildable
 from pipeline.errors import CheckpointError
-from pipeline.model.config_bounds import require_buildable
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.model import confirmed
-from pipeline.model.confirmed import Unequal, confirm
-from pipeline.model.etag import PART, PartDigest, proves
+from pipeline.storage import confirmed
+from pipeline.storage.confirmed import Unequal, confirm
+from pipeline.storage.etag import PART, PartDigest, proves
 
 
 def _object(size: int) -> bytes:

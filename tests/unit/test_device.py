@@ -8,9 +8,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.architectures.tensor_info import TensorInfo
+from pipeline.checkpoints.matrix_info import whole_matrix
+from pipeline.checkpoints.skeleton import told
 from pipeline.compression import job as compression
 from pipeline.compression.job import CompressionVariant
-from pipeline.config import ClusterSettings
 from pipeline.device import (
     Arithmetic,
     cumulative_sum,
@@ -21,22 +23,20 @@ from pipeline.device import (
     require_kind,
     spoils_the_process,
 )
+from pipeline.engine.local_pool import LocalPool
+from pipeline.engine.ray_backend.arithmetic import arithmetic_of
+from pipeline.engine.ray_backend.cluster import WorkerResources, _require_one_type
+from pipeline.engine.ray_backend.failures import Cause, Failure
+from pipeline.engine.ray_backend.pool import RayPool, StageLimits
+from pipeline.engine.ray_backend.workers import RayWorkers
+from pipeline.engine.task import JobContext, JobOutput, Task, as_swsc_error
+from pipeline.engine.worker import Worker
 from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError, WorkerLost
-from pipeline.model import standing
-from pipeline.model.cache_key import run_digest
-from pipeline.model.matrix_info import whole_matrix
-from pipeline.model.matrix_reader import SourceMatrix
-from pipeline.model.skeleton import told
-from pipeline.model.store import Store
-from pipeline.model.tensors import TensorInfo
-from pipeline.run.arithmetic import arithmetic_of
-from pipeline.run.cluster import WorkerResources, _require_one_type
-from pipeline.run.failures import Cause, Failure
-from pipeline.run.local_pool import LocalPool
-from pipeline.run.ray_pool import RayPool, StageLimits
-from pipeline.run.ray_workers import RayWorkers
-from pipeline.run.task import JobContext, JobOutput, Task, as_swsc_error
-from pipeline.run.worker import Worker
+from pipeline.models.matrix_reader import SourceMatrix
+from pipeline.outputs import existing_output as standing
+from pipeline.settings.base import ClusterSettings
+from pipeline.storage.cache_key import run_digest
+from pipeline.storage.store import Store
 
 BROKEN = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),

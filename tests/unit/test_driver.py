@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 
+from pipeline.engine import signals as interrupt
+from pipeline.engine.progress import Progress
+from pipeline.engine.scheduler import StagedTasks, Stages, TaskList, execute
+from pipeline.engine.task import JobContext, JobOutput, Task, TaskResult
 from pipeline.errors import CheckpointError, NodeLost, RunError, StoreError, StoreGone, SwscError, WorkerLost
-from pipeline.model.lease import LeaseLost
-from pipeline.run import interrupt
-from pipeline.run.driver import StagedTasks, Stages, TaskList, execute
-from pipeline.run.progress import Progress
-from pipeline.run.task import JobContext, JobOutput, Task, TaskResult
+from pipeline.storage.lease import LeaseLost
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoints.extra_files import Extras, extras_of
 from pipeline.errors import CheckpointError
-from pipeline.model.extras import Extras, extras_of
-from pipeline.model.store import Store
+from pipeline.storage.store import Store
 
 WEIGHTS = ["model.safetensors"]
 COPIED = (

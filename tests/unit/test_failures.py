@@ -15,6 +15,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from pipeline.engine.ray_backend.failures import Cause, Phase, classify
 from pipeline.errors import (
     CheckpointError,
     DiskFull,
@@ -25,7 +26,6 @@ from pipeline.errors import (
     SwscError,
     WorkerLost,
 )
-from pipeline.run.failures import Cause, Phase, classify
 
 LOST = ObjectLostError("00" * 28, None, "")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

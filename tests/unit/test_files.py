@@ -10,8 +10,8 @@ import pyarrow.fs as arrow
 import pytest
 
 from pipeline.errors import StoreError, StoreGone
-from pipeline.model import object_files
-from pipeline.model.store import Store
+from pipeline.storage import object_stores as object_files
+from pipeline.storage.store import Store
 
 
 def test_a_file_is_durable_before_it_appears_and_so_are_the_directories_that_lead_to_it(

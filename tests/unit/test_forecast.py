@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.model.artifact import Model
-from pipeline.model.forecast import calibration_bytes, core_seconds, evaluation_bytes, forecast, moment_bytes
-from pipeline.model.speed import Speed
+from pipeline.models.stored_model import Model
+from pipeline.planning.cost_model import calibration_bytes, core_seconds, evaluation_bytes, forecast, moment_bytes
+from pipeline.planning.machine_speed import Speed
 from tests.unit.test_plan import checkpoint_of, plan_of
 
 SPEED = Speed(gemm=5e10, additions=7e8, stream=4e8)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from swsc_core import decode
-from swsc_core.entry import SwscEntry
-from swsc_core.format import FORMAT_VERSION, entries_of, part_name, quantization_config
-from swsc_core.methods import entry_of
-from swsc_core.packing import pack
+from swsc_core.compressed.config_json import FORMAT_VERSION, entries_of, part_name, quantization_config
+from swsc_core.compressed.entry import SwscEntry
+from swsc_core.compressed.registry import entry_of
+from swsc_core.storage.packing import pack
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 RTN = {"method": "rtn", "shape": [4, 4], "dtype": "float32", "bits": 4, "granularity": "channel", "symmetric": False}

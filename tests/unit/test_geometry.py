@@ -9,13 +9,13 @@ from transformers import FalconConfig
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomConfig
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
+from pipeline.architectures.families import Family
+from pipeline.architectures.tensor_info import TensorInfo
+from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError
-from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.families import Family
-from pipeline.model.matrices import find_matrix, matrices_of
-from pipeline.model.store import Store
-from pipeline.model.tensors import TensorInfo
-from swsc_core.row_blocks import RowBlocks, apply_view, fuse_rows, remaining_rows, require_partition
+from pipeline.models.matrices import find_matrix, matrices_of
+from pipeline.storage.store import Store
+from swsc_core.storage.row_blocks import RowBlocks, apply_view, fuse_rows, remaining_rows, require_partition
 
 N = 5  # inputs
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.checkpoints.sources.gguf_bounds import require_bounded
 from pipeline.errors import CheckpointError
-from pipeline.model.gguf_bounds import require_bounded
 from tests.support.tiny_gguf import make_tiny_gguf
 
 HUGE = 2**40

@@ -9,7 +9,7 @@ _MIB = 1 << 20
 _HOLES = f"""
 import os
 import sys
-from pipeline.run.heap import return_freed_blocks
+from pipeline.engine.malloc import return_freed_blocks
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 from swsc_core import kmeans
-from swsc_core import points as points_module
-from swsc_core.points import PointSpace
+from swsc_core.method import pairwise as points_module
+from swsc_core.method.pairwise import PointSpace
 
-module = import_module("swsc_core.kmeans")  # the package has a function of the same name
+module = import_module("swsc_core.method.kmeans")  # the package has a function of the same name
 
 
 def points_of(seed: int, n: int, d: int) -> torch.Tensor:

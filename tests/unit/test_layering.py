@@ -10,34 +10,37 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("swsc_core", "pipeline", "jobs")
 WINGS = (
     "errors",
-    "bounded_yaml",
     "device",
-    "validation",
     "settings",
-    "matrix_config",
-    "config",
-    "task_config",
-    "model",
-    "run",
-    "measure",
+    "storage",
+    "architectures",
+    "checkpoints",
+    "engine",
+    "models",
+    "planning",
+    "outputs",
+    "texts",
     "calibration",
     "allocation",
     "compression",
     "tuning",
     "evaluation",
-    "flows",
+    "restoring",
+    "verification",
+    "variants",
+    "sweep",
     "report",
 )  # each knows only those before it
 FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 PLUG_IN = ("swsc_core", "hf")  # what transformers calls: the one part of the core that knows it
 PLUG_IN_DOORS = {
     f"swsc_core/hf/{name}.py"
-    for name in ("__init__", "config", "experts", "names", "placing", "quantizer", "restoring")
+    for name in ("__init__", "config", "experts", "weight_names", "layer_replacement", "quantizer", "restore_on_load")
 }
 # foreign library -> the files through whose door it comes in
 DOORS = {
     "ray": {
-        f"pipeline/run/{name}.py"
+        f"pipeline/engine/ray_backend/{name}.py"
         for name in (
             "actor",
             "arithmetic",
@@ -45,41 +48,45 @@ DOORS = {
             "connection",
             "discovery",
             "failures",
-            "ray_pool",
-            "ray_workers",
+            "pool",
             "worker_pools",
+            "workers",
         )
     },
-    # read and written by byte range (pipeline/model/checkpoint.py says why), but for models that are mapped into memory whole
-    "safetensors": {"pipeline/measure/loading.py"},
+    # read and written by byte range (pipeline/checkpoints/checkpoint.py says why), but for models that are mapped into memory whole
+    "safetensors": {"pipeline/models/loading.py"},
     "transformers": {
-        "pipeline/measure/loading.py",
-        "pipeline/measure/windows.py",
-        "pipeline/model/gguf_file.py",
-        "pipeline/model/skeleton.py",
+        "pipeline/models/loading.py",
+        "pipeline/texts/windows.py",
+        "pipeline/checkpoints/sources/gguf_reader.py",
+        "pipeline/checkpoints/skeleton.py",
         *PLUG_IN_DOORS,
     },
-    "gguf": {"pipeline/model/gguf_file.py"},
+    "gguf": {"pipeline/checkpoints/sources/gguf_reader.py"},
     # what comes and goes over the network, in hub.py alone; front matters
-    "huggingface_hub": {"pipeline/model/hub.py", "pipeline/model/card.py", "pipeline/model/card_figures.py"},
-    "lm_eval": {"pipeline/measure/tasks.py"},
+    "huggingface_hub": {
+        "pipeline/checkpoints/sources/hub.py",
+        "pipeline/outputs/model_card.py",
+        "pipeline/outputs/card_metrics.py",
+    },
+    "lm_eval": {"pipeline/evaluation/lm_eval_tasks.py"},
     "peft": {"swsc_core/hf/lora.py"},
-    "datasets": {"pipeline/measure/texts.py"},
+    "datasets": {"pipeline/texts/texts.py"},
     "pyarrow": {
-        "pipeline/measure/tables.py",
-        "pipeline/measure/decompress.py",
-        "pipeline/report/files.py",
-        "pipeline/model/object_files.py",
+        "pipeline/texts/tables.py",
+        "pipeline/texts/decompress.py",
+        "pipeline/report/result_files.py",
+        "pipeline/storage/object_stores.py",
     },
     "pydantic": {
-        "pipeline/config.py",
-        "pipeline/matrix_config.py",
-        "pipeline/model/records.py",
-        "pipeline/task_config.py",
-        "pipeline/validation.py",
+        "pipeline/settings/base.py",
+        "pipeline/settings/matrix.py",
+        "pipeline/storage/records.py",
+        "pipeline/settings/lm_eval.py",
+        "pipeline/settings/validation.py",
     },
     "shtab": {"jobs/completion.py"},
-    "rich": {"pipeline/run/progress.py", "pipeline/report/tables.py"},
+    "rich": {"pipeline/engine/progress.py", "pipeline/report/tables.py"},
     "vllm": {"swsc_core/serving/vllm.py", "swsc_core/serving/vllm_experts.py"},
     "sglang": {"swsc_core/serving/sglang.py"},
 }
@@ -113,8 +120,8 @@ def test_a_foreign_library_comes_in_through_its_doors_only(library: str) -> None
 
 
 def test_the_engine_imports_no_feature() -> None:
-    engine = [file for file in FILES if file.parts[:2] == ("pipeline", "run")]
-    allowed = {*WINGS[: WINGS.index("run") + 1]}
+    engine = [file for file in FILES if file.parts[:2] == ("pipeline", "engine")]
+    allowed = {*WINGS[: WINGS.index("engine") + 1]}
     assert engine
     for file in engine:
         own = {name.split(".")[1] for name in imports_of(file) if name.startswith("pipeline.")}

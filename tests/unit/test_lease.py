@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import OutputError, RunError, StoreGone
-from pipeline.model.lease import LEASE, LeaseLost, Ticket, _machine, acquire
-from pipeline.model.store import Store
+from pipeline.storage.lease import LEASE, LeaseLost, Ticket, _machine, acquire
+from pipeline.storage.store import Store
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_one_that_does_is_waited_for_if_that_is_wanted(store: Store) -> None:
 
 
 def test_a_process_of_this_machine_that_is_gone_is_replaced_at_once(store: Store) -> None:
-    script = f"from pipeline.model.lease import *; acquire(Store({store.root!r})); import os; os._exit(9)"
+    script = f"from pipeline.storage.lease import *; acquire(Store({store.root!r})); import os; os._exit(9)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2]).returncode == 9
     assert store.exists(LEASE)
     time = Seconds()
@@ -108,7 +108,7 @@ def test_a_node_that_does_not_see_the_directory_says_so(store: Store) -> None:
 def test_of_many_that_come_at_the_same_moment_one_has_it(
     store: Store, left: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.model.lease._BEAT", 0.002)
+    monkeypatch.setattr("pipeline.storage.lease._BEAT", 0.002)
     many, found, patience = 6, [], threading.Event()
     for _ in range(20):
         if left != "nothing":
@@ -133,7 +133,7 @@ def test_of_many_that_come_at_the_same_moment_one_has_it(
 def test_a_run_that_was_asleep_until_its_successor_was_done_does_not_sign_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.model.lease._BEAT", 0.2)
+    monkeypatch.setattr("pipeline.storage.lease._BEAT", 0.2)
     lease = acquire(store, sleep=Seconds())
     store.remove(LEASE)
     threading.Event().wait(0.5)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from swsc_core import Encoded, RtnSpec, SwscEmbedding, SwscLinear, SwscSpec, encode
-from swsc_core import product as product_module
-from swsc_core.spec import Spec
+from swsc_core.compressed import matmul as product_module
+from swsc_core.method.spec import Spec
 
 SPECS: dict[str, Spec] = {
     "paper, output channels": SwscSpec(9, 4),

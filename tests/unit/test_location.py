@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from swsc_core.location import KEYS, MatrixLocation, row_blocks_of
-from swsc_core.row_blocks import RowBlocks, apply_view
+from swsc_core.storage.location import KEYS, MatrixLocation, row_blocks_of
+from swsc_core.storage.row_blocks import RowBlocks, apply_view
 
 FUSED = {"tensor": "h.0.attn.c_attn.weight", "rows": [8, 4, 12, 2]}
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import swsc_core.lowrank as module
+import swsc_core.method.svd as module
 from swsc_core import kmeans, truncated_svd
-from swsc_core.lowrank import by_eigenvectors
+from swsc_core.method.svd import by_eigenvectors
 
 
 def matrix_of(seed: int, m: int, n: int) -> torch.Tensor:

@@ -4,14 +4,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.model.checkpoint import read_header
-from pipeline.model.digests import range_of, ranges_of
-from pipeline.model.matrix_info import MatrixInfo, expert_matrix, whole_matrix
-from pipeline.model.parts import read_matrix
-from pipeline.model.store import Store
-from pipeline.model.tensors import TensorInfo
-from swsc_core.location import MatrixLocation
-from swsc_core.row_blocks import RowBlocks
+from pipeline.architectures.tensor_info import TensorInfo
+from pipeline.checkpoints.checkpoint import read_header
+from pipeline.checkpoints.integrity.digests import range_of, ranges_of
+from pipeline.checkpoints.matrix_info import MatrixInfo, expert_matrix, whole_matrix
+from pipeline.checkpoints.tensor_io import read_matrix
+from pipeline.storage.store import Store
+from swsc_core.storage.location import MatrixLocation
+from swsc_core.storage.row_blocks import RowBlocks
 
 DENSE = {"a.weight": torch.randn(12, 5), "experts": torch.randn(3, 8, 5)}
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.model.model_config import ALIASES, find_number, number_of, positions_of, text_config, text_part
+from pipeline.architectures.model_config import ALIASES, find_number, number_of, positions_of, text_config, text_part
 
 NAMES = [(key, name) for key, others in ALIASES.items() for name in (key, *others)]
 

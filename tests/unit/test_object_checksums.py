@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.model import object_files
-from pipeline.model.etag import PartDigest
-from pipeline.model.object_files import ObjectFiles
+from pipeline.storage import object_stores as object_files
+from pipeline.storage.etag import PartDigest
+from pipeline.storage.object_stores import ObjectFiles
 
 CONTENT = b"content" * 100
 MD5 = hashlib.md5(CONTENT)

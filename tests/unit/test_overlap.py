@@ -5,7 +5,7 @@ import random
 import pytest
 
 from pipeline.errors import TextError
-from pipeline.measure.overlap import require_apart, traces
+from pipeline.texts.contamination import require_apart, traces
 
 
 def words(seed: int, count: int) -> list[str]:

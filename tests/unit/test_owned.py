@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoints.checkpoint import MANIFEST
 from pipeline.errors import OutputError
-from pipeline.model.checkpoint import MANIFEST
-from pipeline.model.owned import WRITTEN, clear, clear_unfinished, owned, require_no_others
-from pipeline.model.store import Store
+from pipeline.outputs.owned_files import WRITTEN, clear, clear_unfinished, owned, require_no_others
+from pipeline.storage.store import Store
 
 
 def fill(folder: Path, *names: str) -> Store:

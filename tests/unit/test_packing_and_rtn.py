@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import swsc_core.packing as packing
+import swsc_core.storage.packing as packing
 from swsc_core import RtnSpec, dequantize, quantize
-from swsc_core.packing import pack, packed_bytes, unpack
+from swsc_core.storage.packing import pack, packed_bytes, unpack
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
-from pipeline.measure.parameter_lookup import ParameterView, find_parameter
-from swsc_core.row_blocks import RowBlocks
+from pipeline.models.parameter_lookup import ParameterView, find_parameter
+from swsc_core.storage.row_blocks import RowBlocks
 
 STACK = torch.randn(3, 8, 5)
 

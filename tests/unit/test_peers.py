@@ -21,8 +21,8 @@ from benchmarks.peers.calibration import calibration_tokens
 from benchmarks.peers.quantize_rtn import quantize
 from benchmarks.peers.rows import DEFAULT, HEADER, PEERS, Row, cells, key, rows_of
 from benchmarks.peers.script import CHANNEL, WHOLE_TENSOR, Outcome, Refusal, arguments, description, run, selected
-from pipeline.config import CalibrationSettings
-from pipeline.measure.windows import calibration_windows
+from pipeline.settings.base import CalibrationSettings
+from pipeline.texts.windows import calibration_windows
 from tests.support.tiny import make_text, make_tiny_model
 
 COMMON = {

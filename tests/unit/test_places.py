@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import OutputError, UserError
-from pipeline.model import places
-from pipeline.model.places import Place, holds, is_blob, leads_out, named, require_apart
-from pipeline.model.store import Store
+from pipeline.storage import paths as places
+from pipeline.storage.paths import Place, holds, is_blob, leads_out, named, require_apart
+from pipeline.storage.store import Store
 
 
 def at(path: object) -> Store:

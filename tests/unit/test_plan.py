@@ -4,16 +4,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import CompressSettings
+from pipeline.architectures.tensor_info import TensorInfo
+from pipeline.architectures.tensor_names import layer_of
+from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.model import plan as module
-from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.plan import Plan, make_plan
-from pipeline.model.store import Store
-from pipeline.model.tensor_names import layer_of
-from pipeline.model.tensors import TensorInfo
-from swsc_core.safetensors_header import DTYPES
-from swsc_core.spec import RtnSpec, SwscSpec
+from pipeline.planning import plan as module
+from pipeline.planning.plan import Plan, make_plan
+from pipeline.settings.base import CompressSettings
+from pipeline.storage.store import Store
+from swsc_core.method.spec import RtnSpec, SwscSpec
+from swsc_core.storage.safetensors_header import DTYPES
 
 
 def checkpoint_of(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", **config: Any) -> Checkpoint:

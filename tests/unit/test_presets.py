@@ -5,8 +5,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import CompressSettings, SweepSettings, Variant
-from pipeline.matrix_config import MatrixSettings
+from pipeline.settings.base import CompressSettings, SweepSettings, Variant
+from pipeline.settings.matrix import MatrixSettings
 from pipeline.settings.presets import BEST, DATA_FREE, FAST, PAPER, PRESETS
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.model.records import DoneRow, ReportRow, Tuning, checked
+from pipeline.storage.records import DoneRow, ReportRow, Tuning, checked
 
 ENTRY = {
     "centroid_bits": None,

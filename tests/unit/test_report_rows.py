@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from pipeline.model.report_rows import CompressedRow, MatrixResult, measured_rows
+from pipeline.outputs.report_rows import CompressedRow, MatrixResult, measured_rows
 from swsc_core import SwscSpec, encode
 
 ROW = CompressedRow("w", (4, 6), "float32", "swsc", 3.5, 3.0, stored_bytes=12, stats={"energy": 1.0})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from swsc_core.safetensors_header import (
+from swsc_core.storage.safetensors_header import (
     HEADER_LIMIT,
     HeaderEntry,
     build_header,

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import CompressSettings
+from pipeline.architectures.families import FAMILIES, MULTIMODAL, ROLES, Family
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.model.families import FAMILIES, MULTIMODAL, ROLES, Family
-from pipeline.model.plan import Plan, make_plan
+from pipeline.planning.plan import Plan, make_plan
+from pipeline.settings.base import CompressSettings
 from tests.unit.test_plan import checkpoint_of
 
 PHI: dict[str, tuple[int, ...]] = {

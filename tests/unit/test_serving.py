@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from swsc_core import RtnSpec, SwscSpec, encode
+from swsc_core.method.spec import Spec
 from swsc_core.serving.config import ServedConfig
 from swsc_core.serving.methods import ServedEmbeddingMethod, ServedMethod
-from swsc_core.spec import Spec
 
 HIDDEN, VOCABULARY = 48, 100
 ROWS = {

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from swsc_core import SwscSpec, encode
-from swsc_core.row_blocks import RowBlocks, remaining_rows
+from swsc_core.method.spec import Spec
 from swsc_core.serving.experts import RestoredExperts
-from swsc_core.spec import Spec
+from swsc_core.storage.row_blocks import RowBlocks, remaining_rows
 from tests.unit.test_serving import CODED, HIDDEN, INPUT, OUTPUT, RTN, SEGMENTS, Config, Linear, applied
 
 # pieces of four heads of 16 and two of keys and values, and how an engine's layer for them splits

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from pipeline import errors
-from pipeline.config import CompressSettings, SweepSettings
 from pipeline.errors import ConfigError, SwscError
-from pipeline.validation import read_config, validated
+from pipeline.settings.base import CompressSettings, SweepSettings
+from pipeline.settings.validation import read_config, validated
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

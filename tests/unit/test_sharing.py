@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from swsc_core import Metric, SwscSpec, compress, decode, encode, restore
 from swsc_core.checks import WeightError
-from swsc_core.methods import entry_of
-from swsc_core.sharing import Sharing
+from swsc_core.compressed.registry import entry_of
+from swsc_core.method.codebook_fit import Sharing
 
 Axis = Literal["output", "input"]
 SEGMENTED = SwscSpec(
@@ -158,8 +158,8 @@ def test_feedback_matches_its_definition_column_by_column() -> None:
 def test_slabs_and_lazy_updates_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, metric = weight_of(18, 24, 32), Metric(moment_of(19, 32))
     whole = encode(weight, [SEGMENTED], metric=metric)
-    monkeypatch.setattr("swsc_core.sharing.slab_values", lambda count: 32 * 5)
-    monkeypatch.setattr("swsc_core.sharing._LAZY_COLUMNS", 6)
+    monkeypatch.setattr("swsc_core.method.codebook_fit.slab_values", lambda count: 32 * 5)
+    monkeypatch.setattr("swsc_core.method.codebook_fit._LAZY_COLUMNS", 6)
     pieces = encode(weight, [SEGMENTED], metric=metric)
     assert pieces.stats["energy"] == pytest.approx(whole.stats["energy"], rel=0.05)
     assert metric.energy(pieces.restored - whole.restored) < 0.2 * whole.stats["weight_energy"]

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swsc_core import RtnEntry, RtnSpec, SwscSpec, encode
-from swsc_core.codec import Encoded, require_parts
-from swsc_core.compressed_matrix import CompressedMatrix
-from swsc_core.methods import matrix_of
-from swsc_core.packing import pack, packed_slice, unpack
-from swsc_core.spec import Spec
+from swsc_core.compressed.codec import Encoded, require_parts
+from swsc_core.compressed.compressed_matrix import CompressedMatrix
+from swsc_core.compressed.registry import matrix_of
+from swsc_core.method.spec import Spec
+from swsc_core.storage.packing import pack, packed_slice, unpack
 
 M, N = 48, 60
 SPECS: dict[str, Spec] = {

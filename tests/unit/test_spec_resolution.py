@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoints.matrix_info import MatrixInfo, whole_matrix
 from pipeline.errors import ConfigError
-from pipeline.matrix_config import MatrixSettings
-from pipeline.model.matrix_info import MatrixInfo, whole_matrix
-from pipeline.model.specs import Budget, budget_bytes, budget_of, resolve, value_bits
-from swsc_core.spec import RtnSpec, SwscSpec
+from pipeline.planning.spec_resolution import Budget, budget_bytes, budget_of, resolve, value_bits
+from pipeline.settings.matrix import MatrixSettings
+from swsc_core.method.spec import RtnSpec, SwscSpec
 from tests.unit.test_plan import checkpoint_of
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (256, 128), "b": (128, 512), "rest": (1000, 128)}

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swsc_core import RtnSpec, SwscSpec, compress, decode, encode, restore
-from swsc_core.bits import label_bits
 from swsc_core.checks import WeightError
-from swsc_core.methods import entry_of
-from swsc_core.packing import unpack
+from swsc_core.compressed.registry import entry_of
+from swsc_core.storage.bits import label_bits
+from swsc_core.storage.packing import unpack
 
 AXES = ("output", "input")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.model.tensor_names import layer_number, layer_of, tensor_kind
+from pipeline.architectures.tensor_names import layer_number, layer_of, tensor_kind
 
 EXPERT = "model.layers.3.mlp.experts.12.w1.weight"
 

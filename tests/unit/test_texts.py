@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import TextError
-from pipeline.measure import tables, texts
-from pipeline.measure.texts import has_columns, open_text, read_text
+from pipeline.texts import tables, texts
+from pipeline.texts.texts import has_columns, open_text, read_text
 
 DOCUMENTS = ["one two", 'a line\nbreak, "quoted"\ttab', "", "ünï \u2028 {x}"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from swsc_core import Metric, SwscMatrix, SwscSpec, compress, restore
-from swsc_core.tuning import Tunable, adam_step, unit_of, values_of
+from swsc_core.finetune import Tunable, adam_step, unit_of, values_of
 
 SPECS = {
     "paper": SwscSpec(5, 3),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.model import lease
-from pipeline.model.store import Store
-from pipeline.model.uses import remove_unless_used, used
+from pipeline.storage import lease
+from pipeline.storage.store import Store
+from pipeline.storage.uses import remove_unless_used, used
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.architectures.families import has_position_table
 from pipeline.errors import TextError
-from pipeline.measure.windows import require_within
-from pipeline.model.families import has_position_table
+from pipeline.texts.windows import require_within
 
 
 def source(names: list[str], **config: Any) -> Any:

@@ -1,10 +1,10 @@
 """Which workers a stage gets: those that are there, as long as they do and it gets no fewer of them."""
 
-from pipeline.config import ClusterSettings
-from pipeline.run.cluster import WorkerResources
-from pipeline.run.stage import Stage
-from pipeline.run.task import JobContext, JobOutput, Task
-from pipeline.run.worker_pools import LocalPools, choose_resources
+from pipeline.engine.ray_backend.cluster import WorkerResources
+from pipeline.engine.ray_backend.worker_pools import LocalPools, choose_resources
+from pipeline.engine.stage import Stage
+from pipeline.engine.task import JobContext, JobOutput, Task
+from pipeline.settings.base import ClusterSettings
 
 NODES = [{"CPU": 4, "memory": 16}, {"CPU": 4, "memory": 16}]
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swsc_core import SwscSpec, encode
-from swsc_core.metric import Metric
-from swsc_core.row_blocks import RowBlocks, remaining_rows
-from swsc_core.spec import Spec
+from swsc_core.method.metric import Metric
+from swsc_core.method.spec import Spec
+from swsc_core.storage.row_blocks import RowBlocks, remaining_rows
 
 
 def compress(

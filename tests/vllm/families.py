@@ -10,8 +10,8 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 
 from swsc_core import RtnSpec, SwscSpec
-from swsc_core.row_blocks import RowBlocks
-from swsc_core.spec import Spec
+from swsc_core.method.spec import Spec
+from swsc_core.storage.row_blocks import RowBlocks
 from tests.support.tiny import save_tokenizer
 from tests.vllm.checkpoints import compress
 

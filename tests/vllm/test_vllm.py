@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swsc_core import RtnSpec, SwscSpec
-from swsc_core.spec import Spec
+from swsc_core.method.spec import Spec
 from tests.support.tiny import make_tiny_model
 from tests.vllm.checkpoints import by_vllm, compress, prompts, require_equal_tokens
 

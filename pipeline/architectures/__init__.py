@@ -1,0 +1,1 @@
+"""Model families: names of their matrices, fused layouts, stacked experts, keys of their configs."""

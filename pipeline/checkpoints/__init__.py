@@ -1,0 +1,1 @@
+"""Checkpoints: headers, tensors, and the files that belong to a model."""

@@ -1,0 +1,101 @@
+"""A matrix of a checkpoint: what is compressed, and where it is read from."""
+
+from dataclasses import dataclass, replace
+
+from pipeline.architectures.tensor_info import TensorInfo
+from swsc_core.compressed.config_json import piece_name
+from swsc_core.storage.location import MatrixLocation
+from swsc_core.storage.row_blocks import RowBlocks
+from swsc_core.storage.safetensors_header import BITS
+
+
+@dataclass(frozen=True)
+class MatrixInfo:
+    """A matrix [outputs, inputs] of a checkpoint: a whole tensor, some rows of one, an expert's matrix or some rows of that.
+
+    Attributes:
+        name: under which it is compressed: the tensor's, or that of a part of it (`swsc_core.compressed.config_json.piece_name`).
+        shape: [m, n].
+        tensor: the tensor that holds it.
+        location: where it lies in that.
+        role: what the model uses it for ("q", "down"); None: no role that is known.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    tensor: TensorInfo
+    location: MatrixLocation
+    role: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of the dtype."""
+        return self.tensor.dtype
+
+    @property
+    def file(self) -> str:
+        """The file that holds the tensor."""
+        return self.tensor.file
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return self.count * BITS[self.dtype] // 8
+
+    @property
+    def expert(self) -> int | None:
+        """Number of the expert that it belongs to; None if the tensor is no stack."""
+        return self.location.expert(self._fused_rows)
+
+    @property
+    def rows(self) -> RowBlocks | None:
+        """Its rows of the `fused` matrix; None: all of them."""
+        rows = self.location.rows_in_expert(self._fused_rows)
+        return None if self.expert is not None and rows == RowBlocks(0, *2 * (self._fused_rows,), 1) else rows
+
+    @property
+    def fused(self) -> "MatrixInfo":
+        """The matrix that is read at once: the whole tensor, or the whole matrix of the expert; itself if it is that."""
+        if self.rows is None:
+            return self
+        if self.expert is None:
+            return whole_matrix(self.tensor, self.location.transposed)
+        return expert_matrix(self.tensor, self.expert, self.location.transposed)
+
+    @property
+    def read_from(self) -> TensorInfo:
+        """The bytes that it is read from: the tensor, or those of one expert's matrix."""
+        return self.tensor if self.expert is None else self.tensor.expert(self.expert)
+
+    @property
+    def _fused_rows(self) -> int:
+        a, b = self.tensor.shape[-2:]
+        return b if self.location.transposed else a
+
+    def part(self, name: str, rows: RowBlocks, role: str | None) -> "MatrixInfo":
+        """Some rows of it, which are counted from its first row."""
+        fused = self.location
+        first = fused.row_blocks.first if fused.row_blocks else 0
+        location = replace(fused, tensor=self.tensor.name, row_blocks=rows.shifted(first))
+        return MatrixInfo(piece_name(self.name, name), (rows.total, self.shape[1]), self.tensor, location, role)
+
+
+def whole_matrix(tensor: TensorInfo, transposed: bool = False, role: str | None = None) -> MatrixInfo:
+    """The matrix that a tensor with two dimensions is."""
+    a, b = tensor.shape
+    return MatrixInfo(
+        tensor.name, (b, a) if transposed else (a, b), tensor, MatrixLocation(transposed=transposed), role
+    )
+
+
+def expert_matrix(tensor: TensorInfo, number: int, transposed: bool, role: str | None = None) -> MatrixInfo:
+    """The matrix of one expert of a stack [experts, …]."""
+    experts, a, b = tensor.shape
+    m, n = (b, a) if transposed else (a, b)
+    location = MatrixLocation(tensor.name, transposed, RowBlocks(number * m, m, m, 1), experts)
+    return MatrixInfo(piece_name(tensor.name, str(number)), (m, n), tensor, location, role)

@@ -1,0 +1,1 @@
+"""From a location to a checkpoint directory: the Hub, GGUF files. The only modules with side effects on reading."""

@@ -1,0 +1,1 @@
+"""Tasks, jobs, pools and workers. The engine knows no feature."""

@@ -1,1 +1,0 @@
-"""What a user asks for, from start to end: compress, restore, evaluate, sweep."""

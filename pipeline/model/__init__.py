@@ -1,1 +1,0 @@
-"""What is read and written, and where: stores, checkpoints, compressed artifacts."""

@@ -1,0 +1,1 @@
+"""Output directories: begin, commit and replace them; manifest, report and model card."""

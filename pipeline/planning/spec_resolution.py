@@ -1,0 +1,179 @@
+"""From settings to the specs of one matrix, and what a budget leaves for all of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.checkpoints.matrix_info import MatrixInfo
+from pipeline.errors import ConfigError
+from pipeline.settings.matrix import MatrixSettings
+from swsc_core.allocation.budget import Count, solve_budget
+from swsc_core.allocation.candidate_specs import largest_within, uncompensated
+from swsc_core.compressed.registry import method_named
+from swsc_core.method.spec import Spec, SwscSpec
+from swsc_core.storage.bits import ChannelAxis, Geometry
+from swsc_core.storage.safetensors_header import DTYPES
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a matrix may take, in bits per weight, and what these count: stored bytes, or as in the paper's Table II."""
+
+    bits: float
+    count: Count = "true"
+
+
+def budget_of(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], settings: MatrixSettings) -> Budget:
+    """The budget of each of `matrices`; of a preset that allocates, the mean of what --bits leaves for all of them.
+
+    Raises:
+        ConfigError: the smallest candidates of all matrices are larger than the budget, or nothing is left for them.
+    """
+    if settings.means.allocates:
+        nbytes = budget_bytes(checkpoint, matrices, settings)
+        _require_affordable(matrices, nbytes, settings)
+        return Budget(8 * nbytes / max(1, sum(info.count for info in matrices)))
+    by_default: Count = settings.means.bits_counted if settings.bits is None else "true"
+    return Budget(settings.budget_bits, settings.count or by_default)
+
+
+def budget_bytes(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], settings: MatrixSettings) -> int:
+    """Bytes that --bits leaves for the matrices that are compressed.
+
+    Raises:
+        ConfigError: over the whole model, what is not compressed takes all of them.
+    """
+    bits, count = settings.budget_bits, sum(info.count for info in matrices)
+    if settings.bits_over == "selected":
+        return int(bits * count / 8)
+    others = checkpoint.nbytes - sum(info.nbytes for info in matrices)
+    budget = int(bits * checkpoint.weights / 8) - others
+    if budget <= 0:
+        raise ConfigError(
+            f"bits {bits:g} over the model: tensors that are not compressed take"
+            f" {8 * others / checkpoint.weights:.3f} bits a weight alone; compress more of them, or raise --bits"
+        )
+    return budget
+
+
+def _require_affordable(matrices: Sequence[MatrixInfo], budget: int, settings: MatrixSettings) -> None:
+    """Raise ConfigError if even the smallest candidates are larger than `budget` bytes."""
+    least = {info: _least_bytes(info, settings) for info in matrices}
+    if sum(least.values()) > budget:
+        count = sum(info.count for info in matrices)
+        worst = max(matrices, key=lambda info: least[info] / info.count)
+        raise ConfigError(
+            f"bits {settings.budget_bits:g} over the {settings.bits_over}: {8 * budget / count:.3f} bits a weight are left for"
+            f" the selected matrices, the least is {8 * sum(least.values()) / count:.3f} ({worst.name}, shape"
+            f" {list(worst.shape)}: {8 * least[worst] / worst.count:.3f}); raise --bits, or --exclude what takes most"
+        )
+
+
+def _least_bytes(info: MatrixInfo, settings: MatrixSettings) -> int:
+    smallest = _candidates(info, settings)[0]
+    return smallest.stored_bytes(info.shape, value_bits(info.dtype, settings))
+
+
+def resolve(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> tuple[Spec, ...]:
+    """The spec of one matrix or, for the axis "auto", the specs of which the better one is kept.
+
+    Args:
+        budget: for a spec that is not given in numbers.
+
+    Raises:
+        ConfigError: the numbers or the budget do not fit the matrix.
+    """
+    spec_type = method_named(settings.method).spec_type
+    resolver = _RESOLVERS.get(spec_type)
+    return resolver(info, settings, budget) if resolver else (spec_type.of_settings(settings, budget.bits),)
+
+
+def _resolve_swsc(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> tuple[Spec, ...]:
+    if settings.means.allocates:
+        return (_provisional(info, settings, budget),)
+    if settings.channel_axis != "auto":
+        return (_on_axis(info, settings.channel_axis, settings, budget),)
+    return _on_both_axes(info, settings, budget)
+
+
+Resolver = Callable[[MatrixInfo, MatrixSettings, Budget], tuple[Spec, ...]]
+# of methods whose specs depend on the matrix; those of other methods are settings alone
+_RESOLVERS: dict[type[Spec], Resolver] = {SwscSpec: _resolve_swsc}
+
+
+def _provisional(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> SwscSpec:
+    """The largest candidate within the budget, or the smallest one: an estimate until allocation chooses by measurement."""
+    specs = _candidates(info, settings)
+    return largest_within(specs, info.shape, value_bits(info.dtype, settings), budget.bits) or specs[0]
+
+
+def _candidates(info: MatrixInfo, settings: MatrixSettings) -> tuple[SwscSpec, ...]:
+    """Candidates without compensation, smallest first; ConfigError if the matrix is too small for any."""
+    specs = uncompensated(info.shape, value_bits(info.dtype, settings))
+    if not specs:
+        raise ConfigError(f"{info.name}: shape {list(info.shape)} is too small to share by segments; --exclude it")
+    return specs
+
+
+def _on_both_axes(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> tuple[Spec, ...]:
+    """The spec on the output axis, and that of equal stored bytes on the input axis."""
+    shape, width, share = info.shape, value_bits(info.dtype, settings), settings.cluster_share
+    first = _on_axis(info, "output", settings, budget)
+    nbytes = first.stored_bytes(shape, width)
+    if _is_in_numbers(settings):
+        share = replace(first, rank=0).stored_bytes(shape, width) / nbytes
+    try:
+        k, r = solve_budget(Geometry(*shape, "input"), 8 * nbytes / info.count, cluster_share=share, value_bits=width)
+    except ValueError:  # what the output axis takes buys nothing on the input axis: there is no choice
+        return (first,)
+    return first, _in_form(SwscSpec(k, r, "input", settings.n_init), settings)
+
+
+def _on_axis(info: MatrixInfo, axis: ChannelAxis, settings: MatrixSettings, budget: Budget) -> SwscSpec:
+    if _is_in_numbers(settings):
+        return _of_numbers(info, axis, settings)
+    geometry, width = Geometry(*info.shape, axis), value_bits(info.dtype, settings)
+    try:
+        k, r = solve_budget(
+            geometry, budget.bits, cluster_share=settings.cluster_share, value_bits=width, count=budget.count
+        )
+    except ValueError as error:
+        raise ConfigError(f"{info.name}: {error}; raise --bits") from None
+    return _in_form(SwscSpec(k, r, axis, settings.n_init), settings)
+
+
+def _is_in_numbers(settings: MatrixSettings) -> bool:
+    return settings.clusters is not None or settings.rank is not None
+
+
+def _of_numbers(info: MatrixInfo, axis: ChannelAxis, settings: MatrixSettings) -> SwscSpec:
+    """The spec of --clusters and --rank; ConfigError if it does not fit the matrix."""
+    k, r, channels = settings.clusters or 0, settings.rank or 0, Geometry(*info.shape, axis).channels
+    if settings.segment_size is None and k >= channels:
+        raise ConfigError(
+            f"{info.name}: clusters {k} is out of range for {channels} {axis} channels; choose 0 to {channels - 1}"
+        )
+    if r > min(info.shape):
+        raise ConfigError(
+            f"{info.name}: rank {r} is out of range for shape {list(info.shape)}; choose 0 to {min(info.shape)}"
+        )
+    spec = _in_form(SwscSpec(k, r, axis, settings.n_init), settings)
+    if refusal := spec.refusal(info.shape):
+        raise ConfigError(f"{info.name}: {refusal}")
+    return spec
+
+
+def _in_form(spec: SwscSpec, settings: MatrixSettings) -> SwscSpec:
+    """The spec with what the settings say beyond clusters, rank and axis."""
+    return replace(
+        spec, segment_size=settings.segment_size, codebooks=settings.codebooks, scaled=settings.scaled,
+        metric=settings.metric, feedback=settings.feedback, rounds=settings.max_rounds,
+        centroid_bits=settings.centroid_bits, factor_bits=settings.factor_bits,
+    )  # fmt: skip
+
+
+def value_bits(dtype: str, settings: MatrixSettings) -> int:
+    """Bits of a value of the storage dtype."""
+    if settings.storage_dtype:
+        return 32 if settings.storage_dtype == "float32" else 16
+    return 8 * DTYPES[dtype][1]

@@ -1,1 +1,0 @@
-"""How work is planned, dealt out and carried out."""

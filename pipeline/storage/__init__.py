@@ -1,0 +1,1 @@
+"""File systems, stores, leases and typed records."""

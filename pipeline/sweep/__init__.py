@@ -1,0 +1,1 @@
+"""Many models × variants × evaluations over one pool of workers."""

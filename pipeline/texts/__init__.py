@@ -1,0 +1,1 @@
+"""Texts: reading them, windows of tokens, contamination of test text."""

@@ -1,0 +1,35 @@
+"""Jobs that hash files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.architectures.tensor_info import TensorInfo
+from pipeline.checkpoints.integrity.digests import FileDigests, digests_of
+from pipeline.checkpoints.tensor_io import differences
+from pipeline.engine.task import JobContext, JobOutput
+from pipeline.storage.store import Store
+
+
+@dataclass(frozen=True)
+class CheckFile:
+    """What is wrong with a file of an output, in sentences; `about` is its record in the manifest."""
+
+    store: Store
+    file: str
+    about: Mapping[str, Any]
+
+    def run(self, context: JobContext) -> JobOutput[list[str]]:
+        return JobOutput(differences(self.store, self.file, self.about))
+
+
+@dataclass(frozen=True)
+class HashFile:
+    """sha256 of a file, and of each of its tensors."""
+
+    store: Store
+    file: str
+    infos: tuple[TensorInfo, ...]
+
+    def run(self, context: JobContext) -> JobOutput[FileDigests]:
+        return JobOutput(digests_of(self.store, self.file, self.infos))

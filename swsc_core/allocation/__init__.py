@@ -1,0 +1,1 @@
+"""Dividing a bit budget over matrices."""

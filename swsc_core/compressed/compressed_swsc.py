@@ -1,0 +1,139 @@
+"""Method "swsc": shared weights (K-Means over channels or vector quantization of segments) plus a low-rank compensation.
+
+Stored tensors: weight = centroids [codebooks * k, size], labels, scales (with `scaled`), left [r, m] and right [r, n]; centroids
+or factors of few bits are packed codes with weight_scales, or left_scales and right_scales, beside them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swsc_core.compressed.compressed_matrix import CompressedMatrix, CompressOptions, Range
+from swsc_core.compressed.entry import Entry, SwscEntry
+from swsc_core.compressed.fusing import can_fuse, fuse
+from swsc_core.compressed.matmul import product
+from swsc_core.compressed.slicing import columns_of, rows_of
+from swsc_core.finetune import Tunable
+from swsc_core.method.compress import compress
+from swsc_core.method.spec import SwscSpec
+from swsc_core.method.stored_values import Values
+from swsc_core.method.swsc_matrix import SwscMatrix, restore, restore_rows
+from swsc_core.storage.location import MatrixLocation
+
+
+@dataclass(frozen=True)
+class CompressedSwsc(CompressedMatrix):
+    """A `SwscMatrix` and its entry."""
+
+    spec_type = SwscSpec
+    entry_type = SwscEntry
+    part_names = ("weight", "labels", "scales", "left", "right", "weight_scales", "left_scales", "right_scales")
+    entry: SwscEntry
+    matrix: SwscMatrix
+
+    @classmethod
+    def of(cls, matrix: SwscMatrix, dtype: str, location: MatrixLocation | None = None) -> "CompressedSwsc":
+        """A matrix with the entry that states it; ValueError if it cannot be stored."""
+        layout = matrix.layout
+        entry = SwscEntry(
+            shape=(layout.m, layout.n),
+            dtype=dtype,
+            n_clusters=matrix.n_clusters,
+            rank=matrix.left.shape[0],
+            channel_axis=layout.channel_axis,
+            segment_size=layout.size,
+            codebooks=matrix.codebooks,
+            scaled=matrix.scales is not None,
+            centroid_bits=matrix.centroids.bits,
+            factor_bits=matrix.left.bits,
+            location=location or MatrixLocation(),
+        )
+        return cls(entry, matrix)
+
+    @classmethod
+    def compress(
+        cls, weight: Tensor, spec: SwscSpec, options: CompressOptions
+    ) -> tuple["CompressedSwsc", dict[str, Any]]:
+        matrix, measured = compress(
+            weight,
+            spec,
+            metric=options.metric if spec.needs_moments else None,
+            seed=options.seed,
+            storage_dtype=options.storage_dtype,
+            name=options.name,
+        )
+        return cls.of(matrix, str(weight.dtype).removeprefix("torch.")), asdict(measured)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], entry: SwscEntry) -> "CompressedSwsc":
+        (m, n), layout = entry.shape, entry.layout
+
+        def values(part: str, rows: int, columns: int, bits: int | None) -> Values:
+            return Values((rows, columns), tensors[part], tensors.get(f"{part}_scales"), bits)
+
+        matrix = SwscMatrix(
+            layout,
+            entry.codebooks,
+            values("weight", entry.codebooks * entry.n_clusters, layout.size, entry.centroid_bits),
+            tensors["labels"],
+            tensors.get("scales"),
+            values("left", entry.rank, m, entry.factor_bits),
+            values("right", entry.rank, n, entry.factor_bits),
+        )
+        return cls(entry, matrix)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        matrix = self.matrix
+        parts = {"labels": matrix.labels} | ({} if matrix.scales is None else {"scales": matrix.scales})
+        for part, values in (("weight", matrix.centroids), ("left", matrix.left), ("right", matrix.right)):
+            parts |= {part: values.data} | ({} if values.scales is None else {f"{part}_scales": values.scales})
+        return parts
+
+    def restore(self) -> Tensor:
+        return restore(self.matrix, self.entry.torch_dtype)
+
+    def restore_rows(self, rows: Tensor) -> Tensor:
+        return restore_rows(self.matrix, rows)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = product(x, self.matrix)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def require_valid(self) -> None:
+        self.matrix.require_labels()
+
+    def slice(self, rows: Range, columns: Range) -> "CompressedSwsc":
+        return self.of(columns_of(rows_of(self.matrix, *rows), *columns), self.entry.dtype)
+
+    @classmethod
+    def can_fuse(cls, entries: Sequence[Entry]) -> bool:
+        swsc = [entry for entry in entries if isinstance(entry, SwscEntry)]
+        return len(swsc) == len(entries) and can_fuse(swsc)
+
+    @classmethod
+    def fuse(cls, matrices: Sequence["CompressedSwsc"]) -> "CompressedSwsc":
+        if len(matrices) == 1:
+            return matrices[0]
+        return cls.of(fuse([one.matrix for one in matrices]), matrices[0].entry.dtype)
+
+    def low_rank_part(self) -> tuple[Tensor, Tensor]:
+        return _exact(self.matrix.left), _exact(self.matrix.right)
+
+    def without_low_rank(self) -> Tensor:
+        m, n = self.entry.shape
+        left, right = (Values((0, side), torch.empty(0, side)) for side in (m, n))
+        return restore(replace(self.matrix, left=left, right=right), self.entry.torch_dtype)
+
+    def tunable(self) -> Tunable:
+        return Tunable(self.matrix)
+
+    def with_values(self, values: Mapping[str, Tensor]) -> "CompressedSwsc":
+        return replace(self, matrix=self.tunable().stored(values))
+
+
+def _exact(values: Values) -> Tensor:
+    return values.data if values.bits is None and values.data.itemsize > 1 else values.expand()

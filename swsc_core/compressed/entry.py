@@ -1,0 +1,201 @@
+"""What config.json states about one compressed matrix: one frozen dataclass per method, checked when it is constructed.
+
+An entry and the tensors that it names determine the dense weight. docs/format.md describes the JSON form.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+
+from swsc_core.method.rtn import Granularity, group_count, group_length
+from swsc_core.method.segmentation import Layout
+from swsc_core.method.spec import SwscSpec
+from swsc_core.method.stored_values import GROUP
+from swsc_core.storage.bits import ChannelAxis, label_bits
+from swsc_core.storage.json_fields import FLAG, integer, integers, json_field, one_of, read_fields, written_fields
+from swsc_core.storage.location import MatrixLocation
+from swsc_core.storage.packing import packed_bytes
+
+_DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_VALUE_BITS = one_of(None, 4, 6, 8)
+_POSITIVE = "a positive number"
+
+
+class PartShape(NamedTuple):
+    """Shape of a stored tensor, and whether it holds floating point values; else it holds packed uint8."""
+
+    shape: tuple[int, ...]
+    is_float: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Base class of all entries; a method adds its own fields by `json_field`.
+
+    Attributes:
+        shape: [outputs, inputs] of the matrix.
+        dtype: torch's name of the dtype that a restored matrix is rounded to.
+        location: where the matrix lies in a dense checkpoint.
+
+    Raises:
+        ValueError: values that do not fit each other.
+    """
+
+    method: ClassVar[str]
+    shape: tuple[int, int] = json_field(integers(2, 1), "two positive numbers")
+    dtype: str = json_field(one_of(*_DTYPES), f"one of {', '.join(_DTYPES)}")
+    location: MatrixLocation = field(default=MatrixLocation(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.location.require_rows(self.shape[0])
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of a restored matrix."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    @property
+    def low_rank(self) -> int:
+        """Rank of the low-rank part that is stored beside the rest; 0 for a method without one."""
+        return 0
+
+    def part_shapes(self) -> dict[str, PartShape]:
+        """Stored tensors of the matrix: part name ("weight", "labels", …) -> shape and kind."""
+        raise NotImplementedError
+
+    def low_rank_refusal(self, added: int) -> str | None:
+        """Why the rank of the low-rank part cannot grow by `added`; None if it can."""
+        return f"a matrix of method {self.method} has no low-rank part"
+
+    def with_low_rank(self, rank: int) -> Self:
+        """The entry of the same matrix with a low-rank part of rank `rank`."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of config.json."""
+        return {"method": self.method, **written_fields(self), **self.location.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], version: int | None = None) -> Self:
+        """Inverse of `to_json`; unknown keys are ignored.
+
+        Args:
+            version: of the format that `data` was written in; None for the present one.
+
+        Raises:
+            ValueError: a value that is missing, of the wrong kind, or that does not fit the others; names the key.
+        """
+        values = read_fields(cls, cls._upgraded(data) if version == 1 else data)
+        return cls(**values, location=MatrixLocation.from_json(data))
+
+    @staticmethod
+    def _upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An entry of version 1 with the keys of the present version."""
+        return data
+
+
+@dataclass(frozen=True)
+class SwscEntry(Entry):
+    """Entry of method "swsc": what a matrix of `SwscSpec` became.
+
+    Attributes:
+        n_clusters: centroids of a codebook.
+        segment_size: weights of a segment; the whole channel in the paper's form.
+        centroid_bits, factor_bits: width of stored values; None for floating point values.
+    """
+
+    method: ClassVar[str] = "swsc"
+    n_clusters: int = json_field(integer(0), "a number")
+    rank: int = json_field(integer(0), "a number")
+    channel_axis: ChannelAxis = json_field(one_of("output", "input"), "output or input")
+    segment_size: int = json_field(integer(1), _POSITIVE)
+    codebooks: int = json_field(integer(1), _POSITIVE)
+    scaled: bool = json_field(FLAG, "true or false")
+    centroid_bits: int | None = json_field(_VALUE_BITS, "null, 4, 6 or 8")
+    factor_bits: int | None = json_field(_VALUE_BITS, "null, 4, 6 or 8")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        spec = SwscSpec(self.n_clusters, self.rank, self.channel_axis, None, self.segment_size, self.codebooks)
+        if wrong := spec.refusal(self.shape):
+            raise ValueError(f"a matrix of {self.shape[0]}×{self.shape[1]}: {wrong}")
+
+    @property
+    def layout(self) -> Layout:
+        """How the matrix is cut into segments."""
+        return Layout(*self.shape, self.channel_axis, self.segment_size)
+
+    @property
+    def low_rank(self) -> int:
+        return self.rank
+
+    def part_shapes(self) -> dict[str, PartShape]:
+        (m, n), layout = self.shape, self.layout
+        labels = packed_bytes(layout.count, label_bits(self.n_clusters))
+        parts = {"labels": PartShape((labels,), False)}
+        if self.scaled:
+            parts["scales"] = PartShape((m,), True)
+        parts |= _value_shapes("weight", (self.codebooks * self.n_clusters, layout.size), self.centroid_bits)
+        parts |= _value_shapes("left", (self.rank, m), self.factor_bits)
+        return parts | _value_shapes("right", (self.rank, n), self.factor_bits)
+
+    @staticmethod
+    def _upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Version 1 knew whole channels alone, and no values of few bits."""
+        shape = data.get("shape")
+        if not isinstance(shape, list) or len(shape) != 2:
+            return data  # which is refused
+        length = shape[1 if data.get("channel_axis") == "output" else 0]
+        added = {"segment_size": length, "codebooks": 1, "scaled": False, "centroid_bits": None, "factor_bits": None}
+        return {**added, **data}
+
+    def low_rank_refusal(self, added: int) -> str | None:
+        if self.factor_bits is not None:
+            return f"its low-rank part is stored in {self.factor_bits} bits a value"
+        rank, most = self.rank + added, min(self.shape)
+        return f"its low-rank part would have rank {rank}, the largest useful rank is {most}" if rank > most else None
+
+    def with_low_rank(self, rank: int) -> "SwscEntry":
+        return replace(self, rank=rank)
+
+
+def _value_shapes(part: str, shape: tuple[int, int], bits: int | None) -> dict[str, PartShape]:
+    if bits is None:
+        return {part: PartShape(shape, True)}
+    count = shape[0] * shape[1]
+    groups = group_count((1, count), min(GROUP, count))
+    return {part: PartShape((packed_bytes(count, bits),), False), f"{part}_scales": PartShape((groups,), True)}
+
+
+@dataclass(frozen=True)
+class RtnEntry(Entry):
+    """Entry of method "rtn", round to nearest; `group_size` is given for granularity "group"."""
+
+    method: ClassVar[str] = "rtn"
+    bits: int = json_field(one_of(*range(2, 9)), "2 to 8")
+    granularity: Granularity = json_field(one_of("tensor", "channel", "group"), "tensor, channel or group")
+    symmetric: bool = json_field(FLAG, "true or false")
+    group_size: int | None = json_field(integer(1), _POSITIVE, default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.granularity == "group" and self.group_size is None:
+            raise ValueError("group_size is missing")
+
+    @property
+    def group_length(self) -> int:
+        """Consecutive weights that share a scale."""
+        return group_length(self.shape, self.granularity, self.group_size or 0)
+
+    def part_shapes(self) -> dict[str, PartShape]:
+        groups = group_count(self.shape, self.group_length)
+        codes = packed_bytes(self.shape[0] * self.shape[1], self.bits)
+        zeros = 0 if self.symmetric else packed_bytes(groups, self.bits)
+        return {
+            "weight": PartShape((codes,), False),
+            "scales": PartShape((groups,), True),
+            "zero_points": PartShape((zeros,), False),
+        }

@@ -1,0 +1,1 @@
+"""Modules of PyTorch whose weights stay compressed."""

@@ -1,0 +1,1 @@
+"""How values are stored: packed integers, fp8, locations in tensors, headers of safetensors files."""
