@@ -23,11 +23,11 @@ check: .venv/test-installed
 	$(BIN)/ruff check . || failed=1; \
 	$(BIN)/ruff format --check . || failed=1; \
 	$(BIN)/mypy || failed=1; \
-	$(BIN)/python -m jobs.docs --check || failed=1; \
+	$(BIN)/python -m jobs.command_line.docs --check || failed=1; \
 	{ set +x; } 2>/dev/null; exit $$failed
 
 docs/cli.md: .venv/test-installed
-	$(BIN)/python -m jobs.docs
+	$(BIN)/python -m jobs.command_line.docs
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

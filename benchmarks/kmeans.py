@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.common import print_markdown, timed
 from pipeline.architectures.families import Family
-from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.tensor_io import read_matrix
 from pipeline.models.matrices import matrices_of
 from swsc_core import kmeans

@@ -20,7 +20,7 @@ from unittest import mock
 
 from benchmarks.common import contents, print_markdown, timed
 from jobs.cli import main as swsc
-from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.storage.filesystems import files_at
 from pipeline.storage.object_stores import READ_ONCE
 from pipeline.storage.store import Store

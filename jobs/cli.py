@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from jobs.parser import command_parser
-from jobs.streams import lasting
+from jobs.command_line.command import command_parser
+from jobs.command_line.streams import lasting
 from pipeline.engine import signals as interrupt
 from pipeline.errors import FULL, DiskFull, SwscError
 

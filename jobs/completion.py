@@ -4,8 +4,9 @@ import argparse
 
 import shtab
 
-from jobs.parser import Parser, command_parser
-from jobs.verbs import VERBS
+from jobs.command_line.command import command_parser
+from jobs.command_line.parser import Parser
+from jobs.command_line.verbs import VERBS
 
 _FILES = {"FILE", "CONFIG", "TEXT", "hub|FILE"}
 _DIRECTORIES = {"DIR", "MODEL", "OUTPUT", "DENSE"}

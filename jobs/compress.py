@@ -3,10 +3,10 @@
 import argparse
 from typing import Any
 
+from jobs.command_line.flags import settings_of
 from jobs.evaluate import summarise as summarise_evaluation
 from jobs.evaluate import within_positions
-from jobs.flags import settings_of
-from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.sources.hub import require_pushable
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError

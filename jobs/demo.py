@@ -10,7 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from jobs.flags import cluster_of
+from jobs.command_line.flags import cluster_of
 from pipeline.checkpoints.sources.gguf import convert_gguf
 from pipeline.errors import RunError
 from pipeline.settings.base import ClusterSettings, CompressSettings, SweepSettings
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _compress(model: Path, output: Path, cluster: ClusterSettings) -> None:
     from jobs.compress import summarise
-    from pipeline.checkpoints.checkpoint import open_checkpoint
+    from pipeline.checkpoints.source import open_checkpoint
     from pipeline.engine.ray_backend.arithmetic import arithmetic_of
     from pipeline.engine.ray_backend.worker_pools import worker_pools
     from pipeline.planning.plan import make_plan

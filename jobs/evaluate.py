@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jobs.flags import settings_of, writable
+from jobs.command_line.flags import settings_of, writable
 from pipeline.architectures.model_config import positions_of
 from pipeline.errors import ConfigError
 from pipeline.models.causality import require_causal

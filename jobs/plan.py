@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from typing import Any
 
-from jobs.flags import settings_of, writable
+from jobs.command_line.flags import settings_of, writable
 from pipeline.checkpoints.sources.gguf_headers import open_headers
 from pipeline.errors import OutputError
 from pipeline.models.stored_model import Model

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jobs.flags import settings_of
+from jobs.command_line.flags import settings_of
 from pipeline.settings.base import ClusterSettings, PushSettings
 from pipeline.verification.push import push_output
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jobs.flags import cluster_of
+from jobs.command_line.flags import cluster_of
 from pipeline.checkpoints.extra_files import ADAPTER
 from pipeline.restoring.flow import restore_model
 from pipeline.storage.paths import Place, named, require_apart

@@ -6,19 +6,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from jobs.command_line.flags import cluster_of
 from jobs.evaluate import protocol
-from jobs.flags import cluster_of
 from pipeline.engine.progress import say
 from pipeline.errors import ConfigError, OutputError, RunError
 from pipeline.outputs.owned_files import clear_unfinished
 from pipeline.outputs.preflight import require_cache
+from pipeline.redaction import redacted_argv, redacted_values
 from pipeline.report.result_files import RESULTS, write_results
 from pipeline.report.tables import print_table
 from pipeline.settings.base import ClusterSettings, SweepSettings
 from pipeline.settings.validation import read_config, validated
-from pipeline.storage.addresses import command, published_values
-from pipeline.storage.filesystems import meant_by
 from pipeline.storage.lease import acquire
+from pipeline.storage.local_files import meant_by
 from pipeline.storage.paths import Place, named, require_apart, require_directory
 from pipeline.storage.store import Store
 from pipeline.sweep.rows import SweepResult
@@ -78,8 +78,8 @@ def _measured(sweep: Sweep, settings: SweepSettings, cluster: ClusterSettings, s
         finally:
             result = sweep.result()
             if result.measured or sys.exc_info()[0] is None:
-                about = {"settings": published_values(settings.model_dump(mode="json")), "seconds": result.seconds}
-                about["argv"] = command()
+                about = {"settings": redacted_values(settings.model_dump(mode="json")), "seconds": result.seconds}
+                about["argv"] = redacted_argv()
                 _write(_place_of(store, result), settings, result, about)
         sweep.forget_measured()
     return result

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jobs.flags import cluster_of
+from jobs.command_line.flags import cluster_of
 from pipeline.verification.flow import verify_output
 
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.finding import Bench, Finding
 from pipeline.calibration.job import GatherMoments
-from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.tensor_io import Payload, to_tensor
 from pipeline.engine.worker import Worker
 from pipeline.evaluation.job import MeasureLosses

@@ -21,7 +21,7 @@ from benchmarks.peers.environments import EnvironmentFailure
 from benchmarks.peers.rows import HEADER, Row, cells, rows_of
 from benchmarks.peers.script import Refusal, Shapes, selected
 from pipeline.architectures.families import Family
-from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.errors import SwscError
 from pipeline.texts.texts import read_text
 

@@ -26,7 +26,6 @@ from pipeline.checkpoints.integrity.fingerprint import fingerprint_of
 from pipeline.checkpoints.redundant_tensors import Tie, find_copies, is_buffer, untied
 from pipeline.checkpoints.sources.gguf import read_note
 from pipeline.checkpoints.sources.gguf_reader import Dequantized
-from pipeline.checkpoints.sources.hub import local_copy
 from pipeline.checkpoints.weight_files import INDEX, JSON_LIMIT, SINGLE, PassedOver, weight_files
 from pipeline.errors import CheckpointError
 from pipeline.storage.store import Store
@@ -86,14 +85,16 @@ class Checkpoint:
         return sum(info.count for info in self.tensors.values())
 
 
-def open_checkpoint(location: str) -> Checkpoint:
-    """Read the headers of the checkpoint at `location`.
+def read_checkpoint(location: str) -> Checkpoint:
+    """Read the headers of the checkpoint in the directory `location`, on a disk or in an object store.
+
+    Nothing is downloaded or converted; `source.open_checkpoint` does that first.
 
     Raises:
         CheckpointError: no checkpoint there, a shard missing, truncated or corrupt, an index that names an absent file or
             one outside the directory, a tensor in two shards, or a pickle checkpoint.
     """
-    store = Store.at(local_copy(location))
+    store = Store.at(location)
     entries = store.entries()
     for name in sorted({SINGLE, INDEX, "config.json"} & entries.keys()):
         require_readable(store, name)

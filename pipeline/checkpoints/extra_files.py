@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pipeline.checkpoints.weight_files import INDEX, PICKLES, PassedOver, is_adapter
 from pipeline.errors import CheckpointError
-from pipeline.storage.filesystems import TEMPORARY
+from pipeline.storage.local_files import TEMPORARY
 from pipeline.storage.paths import leads_out
 from pipeline.storage.store import Store, is_inside
 

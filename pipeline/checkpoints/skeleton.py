@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.architectures.families import Family
-from pipeline.checkpoints.sources.local_files import require_no_code, small_files
-from pipeline.device import spoils_the_process
-from pipeline.errors import CheckpointError, SwscError, first_line
+from pipeline.errors import CheckpointError, first_line
 
 _MESSAGE = 300  # letters of what transformers says of a config
 
@@ -27,25 +25,6 @@ class Skeleton(NamedTuple):
 
 class Unknown(Exception):
     """transformers has no code for the model, or lacks a package that its code needs: nothing can be said of its parameters."""
-
-
-def skeleton_at(location: str, trusted: bool) -> Skeleton:
-    """The model at `location` as it is measured: a causal LM, with the model's own code if that is trusted.
-
-    Raises:
-        Exception: whatever transformers, or code that a model brings, may raise; `told` makes a CheckpointError of it.
-    """
-    from transformers import AutoConfig, GenerationConfig
-
-    folder = small_files(location)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = _auto_class(config).from_config(config, trust_remote_code=trusted)
-    if Path(folder, "generation_config.json").exists():  # how the model generates is read from a directory alone
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return Skeleton(model, config if isinstance(config, type(model.config)) else config.get_text_config())
 
 
 def skeletons_of(config: Mapping[str, Any], where: str, tensors: int) -> list[Skeleton]:
@@ -123,7 +102,7 @@ def stored_ties(names: Iterable[str], config: Mapping[str, Any], where: str) -> 
 def _classes(about: Mapping[str, Any], config: Any) -> list[Any]:
     """The class that config.json names, if transformers has it, then the one that predicts tokens, if that is another."""
     named = _named(about)
-    mapping = _auto_class(config)._model_mapping
+    mapping = auto_class(config)._model_mapping
     if type(config) not in mapping:
         if not named:
             raise Unknown(f"{type(config).__name__} has no model that predicts tokens")
@@ -168,7 +147,7 @@ def _empty(kind: Any, config: Any) -> Skeleton:
         return Skeleton(kind._from_config(own), own)
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """What loads a model that predicts tokens: of some multimodal families only the class that sees pictures, too."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -180,20 +159,6 @@ def _auto_class(config: Any) -> Any:
     kind = type(config)
     only_seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if only_seeing else AutoModelForCausalLM
-
-
-@contextmanager
-def told(location: str) -> Iterator[None]:
-    """What transformers says, as a CheckpointError."""
-    try:
-        yield
-    except SwscError:
-        raise  # of ours, and said already: a store that does not answer is asked again
-    except Exception as error:  # code that a model brings may raise anything
-        if spoils_the_process(error):
-            raise  # a GPU that is full or broken says nothing about the checkpoint
-        require_no_code(location, error)
-        raise CheckpointError(f"{location}: transformers cannot load it: {first_line(error)}") from None
 
 
 @contextmanager

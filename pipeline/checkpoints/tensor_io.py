@@ -17,7 +17,7 @@ from pipeline.checkpoints.checkpoint import read_header
 from pipeline.checkpoints.integrity.digests import Seen, checked
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.errors import CheckpointError
-from pipeline.storage.filesystems import Bytes
+from pipeline.storage.files import Bytes
 from pipeline.storage.lease import Ticket
 from pipeline.storage.paths import is_blob
 from pipeline.storage.records import Done, of_cache, read_record

@@ -21,11 +21,10 @@ from pipeline.checkpoints.skeleton import (
     class_is_named,
     names_in_relatives,
     quiet,
-    skeleton_at,
     skeletons_of,
-    told,
 )
 from pipeline.errors import CheckpointError, first_line
+from pipeline.models.skeleton_at import loading_errors, skeleton_at
 from pipeline.models.stored_model import Model
 
 # segments that wrappers leave in the names of a model's parameters -> who does, and how the model inside is saved
@@ -83,7 +82,7 @@ def require_agreement(model: Model, trusted: bool = False, measured: bool = Fals
 def _own(where: str, measured: bool) -> Skeleton:
     """The model by the code that it brings; Unknown if that has none that predicts tokens, which needs not be so unless measured."""
     try:
-        with told(where):
+        with loading_errors(where):
             return skeleton_at(where, trusted=True)
     except CheckpointError as error:
         if measured:

@@ -12,9 +12,9 @@ from pipeline.architectures.model_config import positions_of
 from pipeline.architectures.tensor_info import FLOATS, TensorInfo
 from pipeline.checkpoints.integrity.digests import Seen
 from pipeline.checkpoints.integrity.source_digests import SourceDigests
-from pipeline.checkpoints.skeleton import skeleton_at, told
 from pipeline.checkpoints.tensor_io import read_tensor
 from pipeline.errors import CheckpointError, TextError
+from pipeline.models.skeleton_at import loading_errors, skeleton_at
 from pipeline.models.stored_model import Model
 from pipeline.storage.store import Store
 from swsc_core import align
@@ -63,7 +63,7 @@ def load_model(source: Model, key: ModelKey, device: str, digests: Seen | None =
 
     logging.disable_progress_bar()
     dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
-    with told(key.location):
+    with loading_errors(key.location):
         model, info = _load(source, key, dtype, digests)
     absent = sorted(info["missing_keys"])
     if absent:  # transformers only warns, and fills them with random numbers
@@ -78,7 +78,7 @@ def load_model(source: Model, key: ModelKey, device: str, digests: Seen | None =
 
 def skeleton(key: ModelKey) -> Any:
     """The same model on torch's meta device: its class, config and shapes, and not a byte of weights."""
-    with told(key.location):
+    with loading_errors(key.location):
         return skeleton_at(key.location, key.trusted).model
 
 

@@ -6,9 +6,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeline.architectures.tensor_info import TORCH_TO_SAFETENSORS, TensorInfo
-from pipeline.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.source_digests import SourceDigests, held_against
 from pipeline.checkpoints.quantized_names import require_unquantized
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.tensor_io import read_matrix, read_tensor
 from pipeline.errors import CheckpointError
 from swsc_core.compressed.config_json import entries_of, part_name

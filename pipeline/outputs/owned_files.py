@@ -10,7 +10,7 @@ from pipeline.checkpoints.extra_files import ADAPTER
 from pipeline.checkpoints.tensor_io import DONE, differences
 from pipeline.checkpoints.weight_files import INDEX, SINGLE, is_adapter
 from pipeline.errors import OutputError, UserError
-from pipeline.storage.filesystems import meant_by
+from pipeline.storage.local_files import meant_by
 from pipeline.storage.store import Store, is_inside
 
 REPORT = "swsc_report.json"

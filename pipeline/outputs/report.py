@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.outputs.report_rows import CompressedRow
 from pipeline.planning.plan import Plan
-from pipeline.storage.addresses import command
+from pipeline.redaction import redacted_argv
 
 
 def build_report(
@@ -36,7 +36,7 @@ def build_report(
         "phases": _phases(rows),
         "peak_rss": {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "workers": peaks},
         "versions": versions(),
-        "argv": command(),
+        "argv": redacted_argv(),
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, OutputError
-from pipeline.storage.filesystems import TEMPORARY
+from pipeline.storage.local_files import TEMPORARY
 from pipeline.storage.store import Store, is_inside
 
 _NAME_BYTES, _PATH_BYTES = 255, 4095  # most that file systems take

@@ -26,8 +26,8 @@ from pipeline.outputs.stage import run_output_stage
 from pipeline.outputs.transaction import finish, names_beside
 from pipeline.planning.cost_model import restoring_bytes
 from pipeline.planning.plan import CopyTask
+from pipeline.redaction import redacted_argv
 from pipeline.restoring.job import ExtractLowRank, RestoreTensors
-from pipeline.storage.addresses import command
 from pipeline.storage.cache_key import VERSIONS
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import FileRecord, Store
@@ -95,7 +95,7 @@ def _report(model: Model, carried: Mapping[str, str]) -> dict[str, Any]:
         done = _done(model, name, carried)
         rows.append({"name": name, "action": done[0], "reason": done[1], "shape": list(model.shape(name))})
     left_out = dict(model.checkpoint.left_out)
-    return {"format": "dense", "tensors": rows, "left_out": left_out, "versions": versions(), "argv": command()}
+    return {"format": "dense", "tensors": rows, "left_out": left_out, "versions": versions(), "argv": redacted_argv()}
 
 
 def _files(model: Model) -> list[str]:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from pipeline.errors import StoreError, StoreGone, Unanswered
 from pipeline.storage.confirmed import Unequal, confirm
 from pipeline.storage.etag import PartDigest, proves
-from pipeline.storage.filesystems import Bytes, filled
+from pipeline.storage.files import Bytes, filled
 
 _ATTEMPTS = 6  # of one request, with growing pauses and jitter between them
 _CONNECT_SECONDS, _REQUEST_SECONDS = 10.0, 60.0

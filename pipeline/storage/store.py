@@ -13,7 +13,8 @@ from typing import Any
 
 from pipeline.errors import OutputError, StoreError, UserError
 from pipeline.storage.etag import PartDigest
-from pipeline.storage.filesystems import SCHEMES, Bytes, Files, files_at
+from pipeline.storage.files import Bytes, Files
+from pipeline.storage.filesystems import SCHEMES, files_at
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MOST_JSON = 1 << 28  # bytes: a report of 100,000 tensors has a quarter of that

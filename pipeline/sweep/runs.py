@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.calibration.moment_store import Moments
-from pipeline.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.compression.job import CompressionVariant
 from pipeline.engine.task import Task
 from pipeline.errors import ConfigError, UserError

@@ -15,8 +15,8 @@ from pipeline.architectures.model_config import find_number, positions_of
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.sources.local_files import require_no_code, small_files
 from pipeline.errors import SwscError, TextError, first_line
+from pipeline.redaction import redacted
 from pipeline.settings.base import CalibrationSettings, EvaluateSettings
-from pipeline.storage.addresses import published
 from pipeline.texts.contamination import traces
 from pipeline.texts.texts import open_text
 
@@ -60,7 +60,7 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
     starts_with_bos = bos_token is not None and len(ids) and ids[0] == bos_token
     return Windows(
         ids=ids[: count * length].reshape(count, length),
-        text=published(settings.text),
+        text=redacted(settings.text),
         text_sha256=hashlib.sha256(text.content.encode()).hexdigest(),
         text_tokens=len(ids),
         bos="once, at the start of the text" if starts_with_bos else "none",

@@ -18,9 +18,9 @@ from pipeline.errors import ConfigError
 from pipeline.outputs.preflight import OF_SOURCE
 from pipeline.outputs.transaction import known_traces
 from pipeline.planning.plan import Plan
+from pipeline.redaction import redacted
 from pipeline.settings.base import CalibrationSettings, EvaluateSettings, LoadSettings
 from pipeline.settings.matrix import MatrixSettings
-from pipeline.storage.addresses import published
 from pipeline.storage.cache_key import digest_of, spec_identity, windows_identity
 from pipeline.storage.store import Store
 from pipeline.texts.contamination import require_apart
@@ -99,5 +99,5 @@ def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None, cal
 
 def _about(source: Checkpoint, calibration: CalibrationSettings, text: CalibrationText) -> dict[str, Any]:
     """What swsc_calibration.json says: this text's name, and traces of it and of what the source was calibrated on before."""
-    name = calibration.calibration and published(calibration.calibration)
+    name = calibration.calibration and redacted(calibration.calibration)
     return {"text": name, "traces": sorted(text.traces | known_traces(source.store))}

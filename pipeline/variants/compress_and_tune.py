@@ -4,7 +4,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.device import Arithmetic
 from pipeline.engine.stage import Pools, releasing
 from pipeline.outputs.owned_files import REPORT

@@ -20,8 +20,8 @@ from ray.autoscaler._private.local.config import LOCAL_CLUSTER_NODE_TYPE
 from ray.autoscaler._private.util import prepare_config, validate_config, with_envs
 
 from pipeline import VERSION
+from tests.support.project import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [
     "cluster.yaml", "deploy/kuberay-rayjob.yaml", "deploy/networkpolicy.yaml", "deploy/Dockerfile", "deploy/README.md",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from transformers import (
 
 from jobs.cli import main
 from pipeline.calibration.job import GatherMoments, GenerateText
-from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.tensor_io import to_tensor
 from pipeline.compression.job import CompressionVariant, CompressVariants
 from pipeline.engine.worker import Worker

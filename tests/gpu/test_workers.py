@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.compression.job import CompressionVariant, CompressVariants
 from pipeline.device import is_out_of_memory, spoils_the_process
 from pipeline.engine.worker import Worker
@@ -16,6 +16,7 @@ from pipeline.errors import TextError
 from pipeline.models.matrices import find_matrix
 from pipeline.texts.windows import require_within
 from swsc_core import RtnSpec
+from tests.support.project import ROOT
 from tests.support.tiny import contents, make_text, make_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -48,7 +49,7 @@ def test_two_workers_on_one_gpu_give_the_bytes_of_one(tmp_path: Path) -> None:
     ):
         flags = [*how, *where, "--cache-dir", str(tmp_path / f"cache-{name}")]
         command = [sys.executable, "-m", "jobs", "compress", str(model), str(tmp_path / name), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         outs.append(contents(tmp_path / name))
     assert outs[0] == outs[1]

@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def no_fsync() -> Iterator[None]:
-    """tests/unit/test_files.py claims what is synchronized, and in which order."""
+    """tests/unit/pipeline/storage/test_local_files.py claims what is synchronized, and in which order."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

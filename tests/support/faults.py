@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
 from pipeline.storage.etag import PartDigest
-from pipeline.storage.filesystems import Bytes, Files
+from pipeline.storage.files import Bytes, Files
 
 _WRITES = frozenset({"write", "create"})
 _CHANGES = _WRITES | {"remove", "remove_empty"}

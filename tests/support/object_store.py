@@ -17,6 +17,12 @@ from pipeline.storage.filesystems import files_at
 from pipeline.storage.store import Store
 
 BUCKET = "s3://models"
+_LOG = "server.log"
+_STARTS = 3  # with other ports each time: another process may have taken one since it was found free
+
+
+class DoesNotStart(RuntimeError):
+    """The server ended, or does not answer; holds the end of its log."""
 
 
 @dataclass
@@ -42,7 +48,7 @@ class ObjectStore:
         """Until it answers."""
         import pyarrow.fs as arrow
 
-        for _ in range(120):
+        for _ in range(240):
             with contextlib.suppress(OSError):
                 system = arrow.S3FileSystem(
                     endpoint_override=self.environment["AWS_ENDPOINT_URL"], region="us-east-1",
@@ -54,23 +60,40 @@ class ObjectStore:
             if self.process.poll() is not None:
                 break
             time.sleep(0.25)
-        raise RuntimeError("the object store does not come up")
+        raise DoesNotStart((self.folder / _LOG).read_text(errors="replace")[-2000:])
 
 
 @contextlib.contextmanager
 def object_store(folder: Path) -> Iterator[ObjectStore]:
     """Start a server that keeps its data in `folder`, and stop it."""
+    server = _started(folder)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def _started(folder: Path) -> ObjectStore:
+    for attempt in range(1, _STARTS + 1):
+        server = _new(folder / str(attempt))
+        try:
+            server.wait()
+            return server
+        except DoesNotStart:
+            server.kill()
+            if attempt == _STARTS:
+                raise
+    raise AssertionError
+
+
+def _new(folder: Path) -> ObjectStore:
+    folder.mkdir()
     ports = dict(zip(("master", "volume", "filer", "s3", "admin"), _free_ports(5), strict=True))
     environment = {
         **os.environ, "AWS_ACCESS_KEY_ID": "swsc-tests", "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-tests",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}", "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
-    server = ObjectStore(folder, ports, environment, _start(folder, ports, environment))
-    try:
-        server.wait()
-        yield server
-    finally:
-        server.kill()
+    return ObjectStore(folder, ports, environment, _start(folder, ports, environment))
 
 
 @contextlib.contextmanager
@@ -105,15 +128,17 @@ def _start(folder: Path, ports: dict[str, int], environment: dict[str, str]) -> 
         "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
         *(f"-{name}.port={port}" for name, port in ports.items()),
     ]  # fmt: skip
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([str(Path(sys.executable).with_name("weed")), "mini", *flags], env=environment, **quiet)
+    with (folder / _LOG).open("ab") as log:
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("weed")), "mini", *flags], env=environment, stdout=log, stderr=log
+        )
 
 
 def _free_ports(count: int) -> Sequence[int]:
-    """Ports whose twins for gRPC, 10000 higher, are free, too."""
+    """Ports whose twins for gRPC, 10000 higher, are free as well; both below those that Linux gives to clients (32768)."""
     found: list[int] = []
     while len(found) < count:
-        port = random.SystemRandom().randrange(20000, 50000)
+        port = random.SystemRandom().randrange(11000, 22700)
         with contextlib.suppress(OSError):
             for number in (port, port + 10000):
                 with socket.socket() as probe:

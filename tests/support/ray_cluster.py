@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parents[2]
+from tests.support.project import ROOT
+
 # A node counts as dead after three seconds without an answer, in place of fourteen.
 _HEALTH = {f"RAY_health_check_{name}": value for name, value in (("period_ms", "1000"), ("timeout_ms", "1000"))}
 _HEALTH["RAY_health_check_failure_threshold"] = "3"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from swsc_core import RtnSpec, SwscSpec
 from swsc_core.method.spec import Spec
+from tests.support.project import ROOT
 from tests.support.tiny import make_tiny_model
 from tests.vllm.checkpoints import by_vllm, compress, prompts, require_equal_tokens
 
@@ -102,7 +103,7 @@ class TestWhatCannotBeServed:
 
 
 def test_the_example_finds_the_same_tokens_compiled(model: tuple[Path, Path]) -> None:
-    example = Path(__file__).parents[2] / "examples" / "serve_with_vllm.py"
+    example = ROOT / "examples" / "serve_with_vllm.py"
     flags = ["--compile", "--tokens", "8", "--prompt", "w1 w22 w3", "--prompt", "w4 w55 w6 w7 w8"]
     done = subprocess.run(
         [sys.executable, str(example), str(model[0]), "--against", str(model[1]), *flags],

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.errors import CheckpointError, ConfigError, StoreError
-from pipeline.storage.filesystems import Bytes
+from pipeline.storage.files import Bytes
 from pipeline.storage.store import Store
 
 Seen = dict[str, str]  # range of a file, as `range_of` writes it -> sha256 of the bytes that were read there

@@ -7,13 +7,13 @@ The same checkpoint has the same fingerprint on a disk and in an object store.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.architectures.tensor_info import TensorInfo
+from pipeline.storage.store import Store
 
 _Range = tuple[str, int, int]  # file, first byte, bytes
 _SAMPLES, _SAMPLE_BYTES, _LEAST_SAMPLE = 16, 65536, 64  # of a file
@@ -22,7 +22,24 @@ _SHARE = 100  # at most this part of a small file or tensor is read, so that lit
 _REQUESTS = 64  # at a time, of an object store: a sample costs a journey there and back
 
 
-def fingerprint_of(checkpoint: "Checkpoint") -> str:
+class Headers(Protocol):
+    """What a fingerprint is calculated from: a `Checkpoint`, whose module uses this one."""
+
+    @property
+    def store(self) -> Store: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def buffers(self) -> tuple[TensorInfo, ...]: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def extras(self) -> tuple[str, ...]: ...
+    @property
+    def headers_sha256(self) -> str: ...
+
+
+def fingerprint_of(checkpoint: Headers) -> str:
     """The fingerprint of a checkpoint, of which the headers were read already."""
     store, digest = checkpoint.store, hashlib.sha256(checkpoint.headers_sha256.encode())
     files = sorted({info.file for info in (*checkpoint.tensors.values(), *checkpoint.buffers)})
@@ -39,7 +56,7 @@ def fingerprint_of(checkpoint: "Checkpoint") -> str:
     return digest.hexdigest()
 
 
-def _ranges(checkpoint: "Checkpoint", files: list[str]) -> Iterator[_Range]:
+def _ranges(checkpoint: Headers, files: list[str]) -> Iterator[_Range]:
     for file in files:
         yield from _of_file(file, checkpoint.store.size(file))
     for info in chain.from_iterable(info.stored for info in checkpoint.tensors.values()):

@@ -24,8 +24,8 @@ from pipeline.checkpoints.sources.gguf_reader import (
     require_gguf,
 )
 from pipeline.errors import CheckpointError, OutputError, first_line
-from pipeline.storage.filesystems import TEMPORARY
 from pipeline.storage.lease import LEASE, acquire
+from pipeline.storage.local_files import TEMPORARY
 from pipeline.storage.paths import require_directory
 from pipeline.storage.records import Note, read_record
 from pipeline.storage.store import Store, require_room

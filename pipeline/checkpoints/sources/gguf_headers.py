@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.architectures.tensor_info import TORCH_TO_SAFETENSORS, TensorInfo
-from pipeline.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.sources.gguf import is_gguf, is_kept, warn
 from pipeline.checkpoints.sources.gguf_reader import (
     NOT_WHOLE,

@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import Any
 
 from pipeline.checkpoints.extra_files import UNWANTED, WANTED, is_weights
-from pipeline.checkpoints.sources.gguf import is_gguf, kept_checkpoint
 from pipeline.errors import CheckpointError, ConfigError, StoreError, first_line
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
@@ -23,17 +22,17 @@ _SNAPSHOT = re.compile(
 )  # where the cache has a model
 
 
-def local_copy(location: str) -> str:
-    """`location` itself, or the directory that holds the Hub's model ORG/NAME[@REVISION], or what a GGUF file stands for.
+def downloaded(location: str) -> str | None:
+    """The directory of the Hub's cache with the model ORG/NAME[@REVISION], downloaded first if it is absent.
+
+    None if `location` exists on this machine or is not the id of a model.
 
     Raises:
-        CheckpointError: neither a directory nor a model that can be had. OutputError: no room for a GGUF file's weights.
+        CheckpointError: the Hub does not have the model, or cannot be reached.
     """
-    if is_gguf(location):
-        return kept_checkpoint(location)
     match = _HUB_ID.fullmatch(location)
     if match is None or os.path.exists(location):
-        return location
+        return None
     return _downloaded(match["repo"], match["revision"])
 
 

@@ -5,8 +5,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from pipeline.checkpoints.checkpoint import open_checkpoint
-from pipeline.checkpoints.sources.hub import local_copy
+from pipeline.checkpoints.source import local_copy, open_checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.storage.store import Store
 

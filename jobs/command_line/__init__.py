@@ -1,0 +1,1 @@
+"""Parser, flags, help and the generated page of the command line."""

@@ -1,0 +1,33 @@
+"""A parser with groups of arguments that reports a mistake in one line. It needs no library."""
+
+import argparse
+import sys
+from collections.abc import Collection
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake in one line, as every other error of the command is reported."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self._headings: dict[str, Any] = {}
+
+    def group(self, heading: str) -> Any:
+        """The argument group with this heading, created when it is first used."""
+        if heading not in self._headings:
+            self._headings[heading] = self.add_argument_group(heading)
+        return self._headings[heading]
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` in one line and exit with code 2."""
+        print(f"error: {message}; see `{self.prog} --help`", file=sys.stderr)
+        raise SystemExit(2)
+
+    def reject(self, unknown: Collection[str]) -> NoReturn:
+        """Report arguments that the parser does not know, with the most similar flag of each."""
+        known = list(self._option_string_actions)
+        similar = [match for word in unknown for match in get_close_matches(word.partition("=")[0], known, 1)]
+        hint = f"; similar: {', '.join(similar)}" if similar else ""
+        self.error(f"unknown arguments: {' '.join(unknown)}{hint}")

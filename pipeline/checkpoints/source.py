@@ -1,0 +1,26 @@
+"""From the location of a model to a checkpoint: downloads from the Hub and conversions of GGUF files happen here only."""
+
+from pipeline.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from pipeline.checkpoints.sources.gguf import is_gguf, kept_checkpoint
+from pipeline.checkpoints.sources.hub import downloaded
+
+
+def open_checkpoint(location: str) -> Checkpoint:
+    """Headers and config of the model at `location`: a directory, an object store, a Hub id or a GGUF file.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged one; the Hub does not have it; transformers cannot read the GGUF
+            file. OutputError: no room for the dequantized weights of a GGUF file.
+    """
+    return read_checkpoint(local_copy(location))
+
+
+def local_copy(location: str) -> str:
+    """`location` itself, or the directory that the Hub's model was downloaded to or a GGUF file was converted to.
+
+    Raises:
+        CheckpointError, OutputError: as `open_checkpoint`.
+    """
+    if is_gguf(location):
+        return kept_checkpoint(location)
+    return downloaded(location) or location

@@ -1,0 +1,108 @@
+"""Two runs on one output: one at a time, and never a mixture of both."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.cli import main
+from pipeline.checkpoints.checkpoint import RUN
+from pipeline.checkpoints.tensor_io import Part, Payload, commit
+from pipeline.outputs import transaction as outputs
+from pipeline.storage import lease
+from pipeline.storage.files import Bytes
+from pipeline.storage.store import Store
+from tests.support.tiny import contents
+
+
+def compress(model: Path, output: Path, *flags: str) -> int:
+    return main(["compress", str(model), str(output), "--local", *flags])
+
+
+def test_the_second_is_refused_and_the_first_is_not_disturbed(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.at(str(tmp_path / "out"))
+    monkeypatch.setattr(lease, "_BEAT", 0.2)
+    first = lease.acquire(store)
+    assert compress(tiny_model, tmp_path / "out") == 2
+    assert "is writing there; wait for it, or stop it" in capsys.readouterr().err
+    first.ticket.require()
+    first.release()
+    assert compress(tiny_model, tmp_path / "out") == 0
+
+
+def test_a_run_whose_place_was_taken_writes_no_more(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = outputs.acquire, []
+
+    def acquire(store: Store, *rest: object) -> lease.Lease:
+        own = real(store, *rest)  # type: ignore[arg-type]
+        calls.append(own)
+        store.write_json(lease.LEASE, {"owner": "another", "machine": "far", "pid": 1, "beat": 1})
+        return own
+
+    monkeypatch.setattr(outputs, "acquire", acquire)
+    assert compress(tiny_model, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "a run on far (process 1) has taken over" in error
+    assert error.count("has taken over") == 1, "the first refusal ends it: the other layers are not compressed"
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert (tmp_path / "out" / RUN).exists()
+
+
+def test_files_of_a_run_that_lost_its_place_are_not_taken_for_work_of_its_successor(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with 5 bits hangs in its last moment before a commit; one with 3 bits takes its place; then it goes on."""
+    assert compress(tiny_model, tmp_path / "straight", "--bits", "3") == 0
+    place, real = tmp_path / "out", Store.write
+
+    def cut_short(self: Store, name: str, pieces: Iterable[Bytes]) -> object:
+        if name == "config.json":
+            raise KeyboardInterrupt
+        return real(self, name, pieces)
+
+    monkeypatch.setattr(Store, "write", cut_short)
+    assert compress(tiny_model, place, "--bits", "5") == 130
+    names = ["model-00001-of-00007.safetensors", ".swsc/done/model-00001-of-00007.safetensors.json"]
+    late = {name: (place / name).read_bytes() for name in names}
+    assert compress(tiny_model, place, "--bits", "3", "--overwrite") == 130
+    monkeypatch.undo()
+    for name, data in late.items():
+        (place / name).write_bytes(data)
+    assert compress(tiny_model, place, "--bits", "3") == 0
+    assert contents(place) == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("moment", ["in the middle of its file", "after its file"])
+def test_a_commit_looks_again_whether_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    store = Store.at(str(tmp_path / "out"))
+    own = lease.acquire(store)
+    real = Store.write
+
+    def lost() -> None:
+        store.put(lease.LEASE, json.dumps({"owner": "another", "machine": "far", "pid": 1, "beat": 1}).encode())
+
+    def meanwhile(pieces: Iterator[Bytes]) -> Iterator[Bytes]:
+        yield next(pieces)
+        lost()
+        yield from pieces
+
+    def write(self: Store, name: str, pieces: Iterable[Bytes]) -> object:
+        if moment == "in the middle of its file":
+            return real(self, name, meanwhile(iter(pieces)))
+        record = real(self, name, pieces)
+        lost()
+        return record
+
+    monkeypatch.setattr(Store, "write", write)
+    part = Part("w", "F32", (1,), np.zeros(4, dtype=np.uint8))
+    with pytest.raises(lease.LeaseLost):
+        commit(own.ticket, "model-00001-of-00001.safetensors", Payload((part,)))
+    assert not store.below(".swsc/done").names()
+    assert bool(store.names()) == (moment == "after its file")
+    own.release()

@@ -1,0 +1,83 @@
+"""How a plan gets its specs from losses that were measured before: no worker is asked."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.allocation.flow import allocate_plan, kind_of
+from pipeline.calibration.moment_store import Moments
+from pipeline.checkpoints.matrix_info import whole_matrix
+from pipeline.errors import OutputError
+from pipeline.planning.plan import Plan, make_plan
+from pipeline.settings.base import CompressSettings
+from pipeline.storage.cache_key import cache_name, versioned
+from pipeline.storage.store import Store
+from swsc_core.allocation.candidate_specs import candidates
+from tests.unit.pipeline.planning.test_plan import checkpoint_of
+
+SHAPE = (256, 128)
+NAMES = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
+SOURCE = checkpoint_of(dict.fromkeys(NAMES, SHAPE))
+
+
+def no_pool(*_: object) -> Any:
+    raise AssertionError("losses are measured again")
+
+
+def measured(folder: Path, settings: CompressSettings, reach: list[float]) -> Moments:
+    """Moments beside which losses lie: `reach` of each matrix, of which a spec leaves the less the more bytes it takes."""
+    moments = Moments(Store.at(str(folder)), 0.5)
+    shares = [(asdict(spec), 1 / spec.stored_bytes(SHAPE, 16)) for spec in candidates(SHAPE, 16)]
+    identity = versioned(
+        "curves", {"seed": settings.seed, "matrices": NAMES, "gradient_share": 0.5, "widths": [16]}
+    )  # fmt: skip
+    curves = {
+        "identity": identity,
+        "reach": dict(zip(NAMES, reach, strict=True)),
+        "shares": {kind_of(whole_matrix(SOURCE.tensors[NAMES[0]])): shares},
+    }
+    moments.store.write_json(f"{cache_name('curves', identity)}.json", curves)
+    return moments
+
+
+def allocated(folder: Path, reach: list[float], **given: Any) -> tuple[CompressSettings, Plan]:
+    settings = CompressSettings.model_validate({"preset": "best", "projectors": "q", **given})
+    plan = make_plan(SOURCE, settings)
+    return settings, allocate_plan(SOURCE, plan, settings, measured(folder, settings, reach), no_pool)
+
+
+def sizes(plan: Plan) -> list[int]:
+    by_name = {decision.info.name: decision.stored_bytes for decision in plan.compressed}
+    return [by_name[name] for name in NAMES]
+
+
+def test_the_matrix_that_loses_more_gets_more_bytes_within_the_budget(tmp_path: Path) -> None:
+    _, plan = allocated(tmp_path, [1.0, 50.0], bits=4)
+    first, second = sizes(plan)
+    assert first < second
+    assert 8 * (first + second) <= 4 * 2 * SHAPE[0] * SHAPE[1]
+
+
+def test_uniform_allocation_gives_alike_matrices_the_same(tmp_path: Path) -> None:
+    _, plan = allocated(tmp_path, [1.0, 50.0], bits=4, allocation="uniform")
+    first, second = sizes(plan)
+    assert first == second <= 4 * SHAPE[0] * SHAPE[1] / 8
+
+
+@pytest.mark.parametrize(("given", "rounds"), [({}, 4), ({"preset": "fast"}, 1), ({"rounds": 7}, 7)])
+def test_specs_have_the_rounds_of_the_preset_unless_they_are_given(
+    tmp_path: Path, given: dict[str, Any], rounds: int
+) -> None:
+    _, plan = allocated(tmp_path, [1.0, 2.0], bits=3, **given)
+    specs = [spec for decision in plan.compressed for spec in decision.specs]
+    assert {spec.rounds for spec in specs} == {rounds}
+    assert {replace(spec, rounds=0) for spec in specs} <= set(candidates(SHAPE, 16))
+
+
+def test_losses_that_are_no_numbers_are_refused_by_file(tmp_path: Path) -> None:
+    settings = CompressSettings(preset="best", bits=3, projectors=("q",))
+    moments = measured(tmp_path, settings, [1.0, -float("inf")])
+    with pytest.raises(OutputError, match="curves-"):
+        allocate_plan(SOURCE, make_plan(SOURCE, settings), settings, moments, no_pool)
