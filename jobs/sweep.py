@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.command_line.flags import cluster_of
 from jobs.evaluate import protocol
-from pipeline.engine.progress import say
+from pipeline.console import log
 from pipeline.errors import ConfigError, OutputError, RunError
 from pipeline.outputs.owned_files import clear_unfinished
 from pipeline.outputs.preflight import require_cache
@@ -90,7 +90,7 @@ def _place_of(store: Store, result: SweepResult) -> Store:
     if sys.exc_info()[0] is None or result.measured >= _measured_before(store):
         return store
     place = store.below(_INTERRUPTED)
-    say(f"note: {store.root} holds more results of an earlier sweep, which stay; this one's go to {place.root}")
+    log(f"note: {store.root} holds more results of an earlier sweep, which stay; this one's go to {place.root}")
     return place
 
 

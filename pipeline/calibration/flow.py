@@ -164,7 +164,7 @@ class Calibration:
                     if not self._lost:
                         break
                     self._ranges, self._folds = self._cut(), defaultdict(_Fold)
-                    progress.say(f"{self._lost[0].error}; layers that are not finished are gathered again")
+                    progress.log(f"{self._lost[0].error}; layers that are not finished are gathered again")
                     progress.add(self._total_tasks)
         finally:
             pool.close()

@@ -2,9 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from types import TracebackType
 from typing import Self
 
@@ -13,27 +10,16 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from pipeline.console import prefixed
+
 _SECONDS_BETWEEN_LINES = 5.0
-
-
-_subject: ContextVar[str] = ContextVar("subject", default="")
-
-
-@contextmanager
-def about(subject: str) -> Iterator[None]:
-    """Every line that is said in the context begins with what it is about."""
-    token = _subject.set(f"{subject}: ")
-    try:
-        yield
-    finally:
-        _subject.reset(token)
 
 
 class Progress:
     """Counts tasks and the bytes that they stand for; a context manager."""
 
     def __init__(self, what: str, tasks: int, nbytes: int, unit: str = "tasks") -> None:
-        self._what, self._tasks, self._bytes, self._unit = f"{_subject.get()}{what}", tasks, nbytes, unit
+        self._what, self._tasks, self._bytes, self._unit = prefixed(what), tasks, nbytes, unit
         self._done, self._done_bytes = 0, 0
         self._started = self._spoke = time.monotonic()
         self._console = Console(stderr=True)
@@ -74,7 +60,7 @@ class Progress:
         if not self._bar and time.monotonic() - self._spoke >= _SECONDS_BETWEEN_LINES:
             self._line()
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Something that a person wants to know now."""
         self._console.print(f"{self._what}: {line}", highlight=False, markup=False, soft_wrap=True)
 
@@ -87,9 +73,4 @@ class Progress:
         share = self._done_bytes / self._bytes if self._bytes else self._done / max(self._tasks, 1)
         left = f", about {seconds / share - seconds:.0f} s left" if 0 < share < 1 else ""
         size = f", {self._size()}" if self._bytes else ""
-        self.say(f"{self._done} of {self._tasks} {self._unit}{size}, {seconds:.0f} s{left}")
-
-
-def say(line: str) -> None:
-    """Something that a person wants to know now, outside of any progress."""
-    print(f"{_subject.get()}{line}", file=sys.stderr, flush=True)
+        self.log(f"{self._done} of {self._tasks} {self._unit}{size}, {seconds:.0f} s{left}")

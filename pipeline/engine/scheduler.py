@@ -117,14 +117,14 @@ def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
         progress.tick()
         if done is None:
             if not running and time.monotonic() > patience:
-                progress.say(f"no worker is up yet, waiting for one: {pool.waiting_for()}")
+                progress.log(f"no worker is up yet, waiting for one: {pool.waiting_for()}")
                 patience = time.monotonic() + 6 * _SECONDS_OF_PATIENCE
             continue
         running -= 1
         attempts[done.task.key] += _OF_A_NODE if isinstance(done.error, NodeLost) else 1
         lost = isinstance(done.error, (WorkerLost, StoreError)) and not isinstance(done.error, StoreGone)
         if lost and attempts[done.task.key] < _ATTEMPTS:
-            progress.say(f"{done.error}; starting it again")
+            progress.log(f"{done.error}; starting it again")
             (again if attempts[done.task.key] <= 1 else last).append(done.task)
             continue
         progress.advance(done.task.weight)

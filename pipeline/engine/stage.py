@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from pipeline.engine.progress import Progress, say
+from pipeline.console import log
+from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import TaskList, execute
 from pipeline.engine.task import Pool, Task, TaskResult
 
@@ -62,10 +63,10 @@ def run_stage(pools: Pools, stage: Stage, tasks: list[Task[V]], on_done: Callabl
 
 
 def releasing(pools: Pools) -> Callable[[str], None]:
-    """`say`, for a run that waits for another one: its idle workers are stopped, because the other may need what they take."""
+    """`log`, for a run that waits for another one: its idle workers are stopped, because the other may need what they take."""
 
-    def say_and_release(line: str) -> None:
-        say(line)
+    def log_and_release(line: str) -> None:
+        log(line)
         pools.release()
 
-    return say_and_release
+    return log_and_release

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.checkpoints.checkpoint import Checkpoint
-from pipeline.engine.progress import say
+from pipeline.console import log
 from pipeline.errors import ConfigError, DamageError, OutputError, first_line
 from pipeline.models.stored_model import Model
 from pipeline.outputs.atomic_edit import amend, require_amendable
@@ -76,7 +76,7 @@ def add_evaluation(location: str, result: Mapping[str, Any], uncompressed: Mappi
     require_card(location)
     before = None if uncompressed is None else _comparable(result, uncompressed)
     try:
-        amend(Store.at(location), CARD, lambda card: with_evaluation(card, result, before), wait=say)
+        amend(Store.at(location), CARD, lambda card: with_evaluation(card, result, before), wait=log)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a card by another hand, listed as ours
         reason = first_line(error)
         raise DamageError(
@@ -111,7 +111,7 @@ def read_result(location: str) -> dict[str, Any]:
 def _made(source: Checkpoint, about: About) -> str:
     own = read_source_card(source)
     if own.problem:
-        say(f"note: README.md of the model: {own.problem}: its licence and language are not carried over")
+        log(f"note: README.md of the model: {own.problem}: its licence and language are not carried over")
     return make_card(source, own, about)
 
 

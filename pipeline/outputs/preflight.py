@@ -6,8 +6,8 @@ from typing import Any
 
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.quantized_names import require_unquantized
+from pipeline.console import log
 from pipeline.device import Arithmetic
-from pipeline.engine.progress import say
 from pipeline.errors import OutputError
 from pipeline.models.agreement import require_agreement
 from pipeline.models.stored_model import Model
@@ -34,7 +34,7 @@ def note_left_out(source: Checkpoint) -> None:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        say(f"note: {source.store.root}: left out: {shown}: {reason}")
+        log(f"note: {source.store.root}: left out: {shown}: {reason}")
 
 
 def examine(model: Model, trusted: bool = False, measured: bool = False) -> None:
@@ -50,12 +50,12 @@ def examine(model: Model, trusted: bool = False, measured: bool = False) -> None
     if model.checkpoint.dequantized and not model.checkpoint.files:
         return  # transformers made the headers of the config
     for one, other in model.checkpoint.untied:
-        say(
+        log(
             f"note: {model.checkpoint.store.root}: {one} and {other} hold other values, so they stay two weights, as in transformers,"
             " although config.json ties them"
         )
     for note in require_agreement(model, trusted, measured):
-        say(f"note: {model.checkpoint.store.root}: {note}")
+        log(f"note: {model.checkpoint.store.root}: {note}")
 
 
 def identity_of(source: Checkpoint, settings: CompressSettings, arithmetic: Arithmetic) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def begin_with_room(
     changed = changed_since(store, source) if wait is None else []  # in a cache only the weights are looked at
     out = begin(store, identity, overwrite, wait, names, source.store, overwrite and bool(changed))
     if out.complete and changed:
-        say(
+        log(
             f"note: {store.root}: {changed[0]} of {source.store.root} ({len(changed)} files in all) was changed after this output was"
             " made, which holds the earlier one; copy it in by making the output again: --overwrite"
         )

@@ -14,8 +14,9 @@ from typing import Any
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.compression.job import CompressionFailure, CompressVariants
+from pipeline.console import log_prefix
 from pipeline.device import Arithmetic
-from pipeline.engine.progress import Progress, about
+from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import execute
 from pipeline.engine.stage import Pools, Stage
 from pipeline.engine.task import Pool, Task, TaskResult
@@ -72,7 +73,7 @@ class Sweep:
         for number, run in enumerate(self._runs):
             if run.plan is None or run.variant is None or not run.variant.calibrated:
                 continue
-            with about(f"{self._settings.models[run.model]}, {run.name}"):
+            with log_prefix(f"{self._settings.models[run.model]}, {run.name}"):
                 made = self._prepare(run, run.variant, run.plan, pools, beside, arithmetic)
                 if made and run.made:
                     settings, shared = (
@@ -259,7 +260,7 @@ class Sweep:
 
     def _make_again(self, run: Run) -> None:
         """Have all units of a run compressed again, some of which were lost with a node; what was measured stays."""
-        self._progress.say(f"{run.lost}; the matrices of {run.name} are compressed again")
+        self._progress.log(f"{run.lost}; the matrices of {run.name} are compressed again")
         run.lost, run.begun_again = None, run.begun_again + 1
         checkpoint = self._checkpoints[run.model]
         for tensor, unit in run.units.items():

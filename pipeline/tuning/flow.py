@@ -16,8 +16,9 @@ import numpy as np
 from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.checkpoints.tensor_io import DONE, differences
+from pipeline.console import log
 from pipeline.device import Arithmetic
-from pipeline.engine.progress import Progress, say
+from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import StagedTasks, Stages, execute
 from pipeline.engine.stage import Pools, Stage, releasing
 from pipeline.engine.task import Destination, Task, TaskResult
@@ -131,7 +132,7 @@ class Tuning:
             try:
                 return self._go_on(self._kept, pools)
             except PayloadLost as error:
-                say(f"tune: {error}; going on from step {self._kept}")
+                log(f"tune: {error}; going on from step {self._kept}")
         return self._go_on(self._kept, pools)
 
     def _go_on(self, done: int, pools: Pools) -> None:

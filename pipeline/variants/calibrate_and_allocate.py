@@ -11,8 +11,8 @@ from pipeline.calibration.moment_store import Moments
 from pipeline.calibration.self_generated_text import written_windows
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
+from pipeline.console import log
 from pipeline.device import Arithmetic
-from pipeline.engine.progress import say
 from pipeline.engine.stage import Pools
 from pipeline.errors import ConfigError
 from pipeline.outputs.preflight import OF_SOURCE
@@ -62,7 +62,7 @@ def prepare(
     else:
         text = calibration_windows(source.store.root, calibration)
         if text.origin:
-            say(f"note: calibration {calibration.calibration}: {text.origin}")
+            log(f"note: calibration {calibration.calibration}: {text.origin}")
     require_within(text.ids, source)
     about = _about(source, calibration, text)
     for measured in unseen:

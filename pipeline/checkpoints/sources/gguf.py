@@ -9,7 +9,6 @@ sees the file sees too.
 import errno
 import hashlib
 import os
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pipeline.checkpoints.sources.gguf_reader import (
     quiet_transformers,
     require_gguf,
 )
+from pipeline.console import log
 from pipeline.errors import CheckpointError, OutputError, first_line
 from pipeline.storage.lease import LEASE, acquire
 from pipeline.storage.local_files import TEMPORARY
@@ -95,7 +95,7 @@ def read_note(store: Store) -> Dequantized | None:
 def warn(location: str, about: Dequantized) -> None:
     """Say what figures of a model that was dequantized are figures of; once in a process."""
     if about.baseline:
-        _say_once(
+        _log_once(
             f"note: {location}: figures are those of a dequantized baseline of type {about.baseline}, not of the model that was"
             " quantized"
         )
@@ -146,7 +146,7 @@ def _made(file: Path, store: Store, dtype: str, kept: bool = False) -> Dequantiz
             f"{beside.root}: is there, and not of an unfinished conversion; move it, or give another place"
         )
     try:
-        lease = acquire(beside, wait=_say)
+        lease = acquire(beside, wait=log)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -175,7 +175,7 @@ def _keep(made: Store, store: Store) -> None:
     """List the files of a checkpoint that is to be kept, and remove a damaged one from its place."""
     made.write_json(KEPT, {name: made.size(name) for name in made.names()})
     if store.entries():
-        _say(f"{store.root}: was damaged, and is replaced")
+        log(f"{store.root}: was damaged, and is replaced")
         store.parent.remove(store.name)
 
 
@@ -185,7 +185,7 @@ def _write(file: Path, beside: Store, dtype: str) -> None:
     about, weights = header_of(file)
     beside.remove("whole")
     require_room(beside, weights * (4 if dtype == "float32" else 2))
-    _say(f"{file}: is dequantized to {dtype}, into {beside.root.removesuffix(TEMPORARY)}")
+    log(f"{file}: is dequantized to {dtype}, into {beside.root.removesuffix(TEMPORARY)}")
     whole = beside.below("whole")
     for part in load(file, dtype, weights):
         _save(part, whole.root)
@@ -207,8 +207,4 @@ def _save(part: Any, folder: str) -> None:
         ) from None
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-_say_once = lru_cache(_say)
+_log_once = lru_cache(log)

@@ -6,9 +6,9 @@ import time
 import ray
 from ray.exceptions import RayTaskError
 
+from pipeline.console import log
 from pipeline.device import Arithmetic, name_of, take_device
 from pipeline.engine import signals as interrupt
-from pipeline.engine.progress import say
 from pipeline.engine.ray_backend.cluster import WorkerResources, alive_nodes, local_device, resources_of, waiting_for
 from pipeline.engine.ray_backend.connection import connect, joinable
 from pipeline.errors import ClusterError
@@ -49,7 +49,7 @@ def _probed_kind(need: WorkerResources) -> str:
     while not ray.wait([ref], timeout=1.0)[0]:
         interrupt.check()
         if time.monotonic() > patience:
-            say(f"no worker is up yet, waiting for one: {waiting_for(need)}")
+            log(f"no worker is up yet, waiting for one: {waiting_for(need)}")
             patience = time.monotonic() + 6 * _SECONDS_OF_PATIENCE
     try:
         return str(ray.get(ref)[1].kind)

@@ -16,8 +16,8 @@ from ray._private import utils as ray_utils
 from ray.exceptions import RayError
 
 import pipeline
+from pipeline.console import log
 from pipeline.engine import signals as interrupt
-from pipeline.engine.progress import say
 from pipeline.engine.ray_backend.discovery import found_here, require_joinable
 from pipeline.errors import ClusterError
 
@@ -70,7 +70,7 @@ def _temporary() -> dict[str, str]:
         raise ClusterError(
             f"RAY_TMPDIR: {folder} is too long for the names of Ray's sockets; give one of at most {longest - len('/ray')} bytes"
         )
-    say(
+    log(
         f"note: {folder} (TMPDIR) is too long for the names of Ray's sockets, it uses /tmp/ray; RAY_TMPDIR chooses another"
     )
     return {"_temp_dir": "/tmp/ray"}
@@ -105,9 +105,9 @@ def joinable(where: str | None) -> str | None:
     if where == "local":
         return None
     if where is None:
-        return found_here(say)
+        return found_here(log)
     if where == "auto":
-        if found := found_here(say):
+        if found := found_here(log):
             return found
         raise ClusterError("no Ray cluster on this machine: start one by `ray start --head`, or leave --address out")
     if where.startswith(("http://", "https://")):

@@ -14,6 +14,7 @@ PACKAGES = ("swsc_core", "pipeline", "jobs")
 FOLDERS = (
     "errors",
     "redaction",
+    "console",
     "device",
     "settings",
     "storage",
