@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import print_markdown, timed
-from pipeline.calibration.moment_store import Moments, moment_file
+from pipeline.calibration.hessian_store import Hessians, hessian_file
 from pipeline.checkpoints.checkpoint import RUN, read_header
 from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.checkpoints.tensor_io import DONE
@@ -44,7 +44,7 @@ def write(folder: Path, name: str, m: int, n: int) -> None:
         folder / f"{name}-model.safetensors",
     )
     parts = {"plain": moment, "weighted": moment.clone(), "rows": torch.ones(m)}
-    file = moment_file(f"{name}.weight")
+    file = hessian_file(f"{name}.weight")
     save_file({f"{name}.{part}": tensor for part, tensor in parts.items()}, folder / file)
     row = {"name": f"{name}.weight", "owner": f"{name}.weight", "tokens": 4096}
     store = Store(str(folder))
@@ -67,11 +67,11 @@ def measure(folder: Path, m: int, n: int, rank: int) -> None:
         )
         for name in ("small", "large")
     )
-    moments = Moments(store, gradient_share=0.5)
-    worker.run(CompressLayer(store, small, "swsc", 0, None, moments))  # libraries allocate on their first call
+    hessians = Hessians(store, gradient_share=0.5)
+    worker.run(CompressLayer(store, small, "swsc", 0, None, hessians))  # libraries allocate on their first call
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    _, seconds = timed(lambda: worker.run(CompressLayer(store, large, "swsc", 0, None, moments)))
+    _, seconds = timed(lambda: worker.run(CompressLayer(store, large, "swsc", 0, None, hessians)))
     print((resident("VmHWM") - before - 4 * n * n) / (4 * m * n), seconds)
 
 

@@ -10,7 +10,7 @@ from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.sources.hub import require_pushable
 from pipeline.device import Arithmetic
 from pipeline.errors import ConfigError
-from pipeline.evaluation.flow import evaluate_model, worker_bytes
+from pipeline.evaluation.flow import evaluate_model, evaluator_bytes
 from pipeline.models.causality import require_causal
 from pipeline.models.stored_model import Model
 from pipeline.outputs.preflight import examine, require_cache, require_output, require_unmixed
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.engine.ray_backend.worker_pools import worker_pools
 
     later = max(stage_bytes(source, plan, settings, calibration).values())
-    measuring = worker_bytes(Model(source, {}), evaluation) if evaluation else 0
+    measuring = evaluator_bytes(Model(source, {}), evaluation) if evaluation else 0
     arithmetic = arithmetic_of(cluster)  # before workers take all GPUs: it may have to ask one
     with worker_pools(cluster, later, measuring) as pools:
         if trust.verify_source:

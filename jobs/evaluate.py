@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     before = _before(arguments)
     from pipeline.engine.ray_backend.worker_pools import worker_pools
     from pipeline.evaluation.flow import evaluate_model
-    from pipeline.evaluation.lm_eval import evaluate_tasks, require_harness
+    from pipeline.evaluation.lm_eval import evaluate_lm_eval, require_harness
     from pipeline.verification.flow import verify_output
     from pipeline.verification.source import verified_digests
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             _keep(result, target)  # before anything is printed, or measured by something that may fail
             summarise(result)
         if "tasks" in settings:
-            found = evaluate_tasks(arguments.model, settings["tasks"], pools, known)
+            found = evaluate_lm_eval(arguments.model, settings["tasks"], pools, known)
             result = {"model": found["model"], **result, "lm_eval": found["lm_eval"]}
             _keep(result, target)
             print(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.finding import Bench, Finding
-from pipeline.calibration.job import GatherMoments
+from pipeline.calibration.job import GatherHessians
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.tensor_io import Payload, to_tensor
 from pipeline.engine.worker import Worker
@@ -59,7 +59,7 @@ def _calibrations(where: str, bench: Bench) -> Iterator[Finding]:
     infos = [info for name, info in source.tensors.items() if "_proj" in name and "layers.0." in name]
     names = [info.name for info in infos]
     found: list[Payload] = []
-    job = GatherMoments(key, (tuple(names),), _windows(4), 0, 0)
+    job = GatherHessians(key, (tuple(names),), _windows(4), 0, 0)
     gather = lambda: found.extend(Worker(1, bench.device).run(job).payloads)  # noqa: E731
     peak = bench.peak(gather)
     gather()

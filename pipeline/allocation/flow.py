@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pipeline.allocation.job import MeasureDistortions, MeasureSensitivity, SpecDistortion
 from pipeline.architectures.tensor_names import tensor_kind
-from pipeline.calibration.moment_store import Moments
+from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.engine.stage import Pools, Stage, run_stage
@@ -35,9 +35,9 @@ _SHOWN = 200  # characters of a spec that is refused
 V = TypeVar("V")
 
 
-def allocate_plan(source: Checkpoint, plan: Plan, settings: MatrixSettings, moments: Moments, pools: Pools) -> Plan:
+def allocate_plan(source: Checkpoint, plan: Plan, settings: MatrixSettings, hessians: Hessians, pools: Pools) -> Plan:
     """`plan` with the specs that lose least within the budget; that it can be met, the plan has made sure."""
-    curves = _curves(source, plan, settings, moments, pools)
+    curves = _curves(source, plan, settings, hessians, pools)
     choices = [_choices(decision, settings, curves) for decision in plan.compressed]
     specs = _divide(source, plan, choices, settings)
     return with_specs(plan, {d.info.name: (spec,) for d, spec in zip(plan.compressed, specs, strict=True)}, settings)
@@ -59,48 +59,53 @@ def _choices(decision: Decision, settings: MatrixSettings, curves: dict[str, Any
     reach = curves["reach"][info.name]
     return [
         Choice(spec, spec.stored_bytes(shape, width), reach * share)
-        for values, share in curves["shares"][kind_of(info)]
+        for values, share in curves["shares"][curve_key(info)]
         for spec in [replace(SwscSpec(**values), rounds=settings.max_rounds)]
     ]
 
 
-def kind_of(info: MatrixInfo) -> str:
+def curve_key(info: MatrixInfo) -> str:
     """Matrices that share a curve: those whose names differ in numbers only."""
     return f"{tensor_kind(info.name)} {list(info.shape)}"
 
 
-def _curves(source: Checkpoint, plan: Plan, settings: MatrixSettings, moments: Moments, pools: Pools) -> dict[str, Any]:
+def _curves(
+    source: Checkpoint, plan: Plan, settings: MatrixSettings, hessians: Hessians, pools: Pools
+) -> dict[str, Any]:
     """Reach of every matrix and shares of every kind, measured or read again."""
     infos = [decision.matrix for decision in plan.compressed]
     identity = versioned("curves", {
-        "seed": settings.seed, "matrices": sorted(info.name for info in infos), "gradient_share": moments.gradient_share,
+        "seed": settings.seed, "matrices": sorted(info.name for info in infos), "gradient_share": hessians.gradient_share,
         "widths": sorted({value_bits(info.dtype, settings) for info in infos}),
     })  # fmt: skip
     file = f"{cache_name('curves', identity)}.json"
-    if moments.store.exists(file):
-        return of_cache(moments.store, file, lambda: _read(moments, file, infos, settings))
+    if hessians.store.exists(file):
+        return of_cache(hessians.store, file, lambda: _read(hessians, file, infos, settings))
     run = partial(_results, plan=plan, pools=pools)
     reaches: dict[str, float] = run(
-        [Task(i.name, MeasureSensitivity(source.store, i, moments), f"sensitivity of {i.name}") for i in infos], "reach"
+        [Task(i.name, MeasureSensitivity(source.store, i, hessians), f"sensitivity of {i.name}") for i in infos],
+        "reach",
     )
     found: dict[tuple[str, int], tuple[SpecDistortion, ...]] = run(
-        _share_tasks(source, infos, settings, moments, reaches), "curves"
+        _share_tasks(source, infos, settings, hessians, reaches), "curves"
     )
     shares: dict[str, list[Any]] = {}
     for kind, place in sorted(found):
         shares.setdefault(kind, []).extend((asdict(one.spec), one.share) for one in found[kind, place])
     curves = {"identity": identity, "reach": reaches, "shares": shares}
-    moments.store.write_json(file, curves)
+    hessians.store.write_json(file, curves)
     return curves
 
 
-def _read(moments: Moments, file: str, infos: Sequence[MatrixInfo], settings: MatrixSettings) -> dict[str, Any]:
+def _read(hessians: Hessians, file: str, infos: Sequence[MatrixInfo], settings: MatrixSettings) -> dict[str, Any]:
     """Curves as they were written, of all these matrices: of specs on the menu, and of losses that are numbers."""
-    kept = read_record(moments.store, file, Curves)
+    kept = read_record(hessians.store, file, Curves)
     offered = {_offered(info, settings) for info in infos}
     menu = {_text(spec) for shape, bits in offered for spec in candidates(shape, bits)}
     reach = {info.name: _loss(kept["reach"][info.name]) for info in infos}
-    shares = {kind: [(values, _loss(share)) for values, share in kept["shares"][kind]] for kind in map(kind_of, infos)}
+    shares = {
+        kind: [(values, _loss(share)) for values, share in kept["shares"][kind]] for kind in map(curve_key, infos)
+    }
     for values, _ in (choice for own in shares.values() for choice in own):
         if json.dumps(values, sort_keys=True) not in menu:
             raise ValueError(f"shares: no spec that is chosen among: {str(values)[:_SHOWN]}")
@@ -140,28 +145,28 @@ def _share_tasks(
     source: Checkpoint,
     infos: Sequence[MatrixInfo],
     settings: MatrixSettings,
-    moments: Moments,
+    hessians: Hessians,
     reaches: dict[str, float],
 ) -> list[Task[tuple[SpecDistortion, ...]]]:
     kinds: dict[str, list[MatrixInfo]] = {}
     for info in infos:
-        kinds.setdefault(kind_of(info), []).append(info)
+        kinds.setdefault(curve_key(info), []).append(info)
     tasks = []
     for kind, members in kinds.items():
-        middle = _typical(members, moments, reaches)
+        middle = _typical(members, hessians, reaches)
         specs = list(candidates(*_offered(middle, settings)))
         for place, some in enumerate(_dealt(specs)):
-            job = MeasureDistortions(source.store, middle, moments, tuple(some), settings.seed)
+            job = MeasureDistortions(source.store, middle, hessians, tuple(some), settings.seed)
             tasks.append(Task((kind, place), job, f"curve of {middle.name}"))
     return tasks
 
 
-def _typical(members: Sequence[MatrixInfo], moments: Moments, reaches: dict[str, float]) -> MatrixInfo:
+def _typical(members: Sequence[MatrixInfo], hessians: Hessians, reaches: dict[str, float]) -> MatrixInfo:
     """The middle one of those that most tokens reached and that have anything to lose.
 
     An expert that got no token, or a matrix of zeros, says nothing of the others.
     """
-    rank = {info: (reaches[info.name] > 0, moments.tokens(info.name)) for info in members}
+    rank = {info: (reaches[info.name] > 0, hessians.tokens(info.name)) for info in members}
     telling = [info for info in members if rank[info] == max(rank.values())]
     return telling[len(telling) // 2]
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.calibration.moment_store import Moments
+from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.engine.task import JobContext, JobOutput
 from pipeline.models.matrix_reader import read_source_matrix
@@ -17,10 +17,10 @@ class MeasureSensitivity:
 
     source: Store
     info: MatrixInfo
-    moments: Moments
+    hessians: Hessians
 
     def run(self, context: JobContext) -> JobOutput[float]:
-        metric, unit = self.moments.metric(self.info.name, context.device)
+        metric, unit = self.hessians.metric(self.info.name, context.device)
         return JobOutput(unit * reach(read_source_matrix(self.source, self.info, context.device).weight, metric))
 
 
@@ -38,12 +38,12 @@ class MeasureDistortions:
 
     source: Store
     info: MatrixInfo
-    moments: Moments
+    hessians: Hessians
     specs: tuple[SwscSpec, ...]
     seed: int
 
     def run(self, context: JobContext) -> JobOutput[tuple[SpecDistortion, ...]]:
         weight = read_source_matrix(self.source, self.info, context.device).weight
-        metric, _ = self.moments.metric(self.info.name, context.device)
+        metric, _ = self.hessians.metric(self.info.name, context.device)
         shares = (share_left(weight, spec, metric, self.seed, self.info.name) for spec in self.specs)
         return JobOutput(tuple(map(SpecDistortion, self.specs, shares)))

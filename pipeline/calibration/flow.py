@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.calibration.job import AddMoments, ExtractMoments, GatherMoments
-from pipeline.calibration.moment_store import SOURCE, Moments, layers_of, moment_file, require_same_source, source_of
+from pipeline.calibration.hessian_store import SOURCE, Hessians, hessian_file, layers_of, require_same_source, source_of
+from pipeline.calibration.job import AddHessians, ExtractHessian, GatherHessians
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.digests import Seen
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
@@ -122,27 +122,27 @@ class Calibration:
         return owner is not None and self._owner(owner) == owner
 
     def _owner(self, name: str) -> str | None:
-        _, rows = self._out.finished.get(moment_file(name), (None, [{"owner": None}]))
+        _, rows = self._out.finished.get(hessian_file(name), (None, [{"owner": None}]))
         owner: str | None = rows[0]["owner"]
         return owner
 
     def _sum_bytes(self, names: Sequence[str]) -> int:
         return moment_bytes(self._infos[name] for name in names)
 
-    def run(self, pools: Pools) -> Moments:
+    def run(self, pools: Pools) -> Hessians:
         """Gather what is not there yet.
 
         Raises:
             RunError: tasks failed; finished matrices are kept.
         """
         with rebuilt_cache(self.store):
-            names = map(moment_file, self._infos)
+            names = map(hessian_file, self._infos)
             self._out = begin(self.store, self._identity(), wait=releasing(pools), names=names)
         with self._out:
             self._read = source_of(self.store)  # digests of what workers have loaded
             self._ranges = self._cut()
             self._gather(pools)
-        return Moments(self.store, self._settings.gradient_share)
+        return Hessians(self.store, self._settings.gradient_share)
 
     def _gather(self, pools: Pools) -> None:
         self._failures: TaskList[Any] = TaskList([], lambda done: None)
@@ -184,7 +184,7 @@ class Calibration:
         layers = tuple(map(tuple, part.layers.values()))
         return [
             Task(
-                ("gather", index, start), GatherMoments(key, layers, ids[start : start + size], start, self._seed),
+                ("gather", index, start), GatherHessians(key, layers, ids[start : start + size], start, self._seed),
                 f"calibration windows {start} to {start + size - 1}", outputs=len(part.layers),
             )
             for start in self._starts
@@ -230,14 +230,14 @@ class Calibration:
             fold.busy = True
             key = ("fold", index, place, fold.added)
             pair = (fold.total, fold.shards.pop(self._starts[fold.added]))
-            self._queue.append(Task(key, AddMoments(), "sum of moments", pair, outputs=1))
+            self._queue.append(Task(key, AddHessians(), "sum of Hessians", pair, outputs=1))
 
     def _writings(self, index: int, place: int, total: Any) -> list[Task[Any]]:
         names = list(self._ranges[index].layers.values())[place]
         return [
             Task(
-                ("write", index, name), ExtractMoments(name), f"moments of {name}", (total,), outputs=1,
-                commit_to=Destination(self._out.ticket, moment_file(name)),
+                ("write", index, name), ExtractHessian(name), f"moments of {name}", (total,), outputs=1,
+                commit_to=Destination(self._out.ticket, hessian_file(name)),
             )
             for name in names
         ]  # fmt: skip

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
-from pipeline.calibration.moment_hooks import Hooks, Sums
+from pipeline.calibration.hessian_hooks import Hooks, Sums
 from pipeline.checkpoints.integrity.digests import Seen
 from pipeline.checkpoints.tensor_io import Payload, to_part
 from pipeline.device import deterministic, ordered_scans

@@ -13,7 +13,7 @@ from swsc_core.compressed.config_json import part_name
 
 
 @dataclass(frozen=True)
-class GatherMoments:
+class GatherHessians:
     """Sums of second moments over some windows, for the matrices of some layers: one payload a layer.
 
     X.weighted, X.plain and X.rows are sums over tokens, float32; `AddMoments` adds those of all windows up. The value holds digests of
@@ -40,7 +40,7 @@ class GatherMoments:
 
 
 @dataclass(frozen=True)
-class AddMoments:
+class AddHessians:
     """Inputs: sums over some shards of a layer, and those over one more; the payload is their sum."""
 
     def run(self, context: JobContext) -> JobOutput[None]:
@@ -53,7 +53,7 @@ class AddMoments:
 
 
 @dataclass(frozen=True)
-class ExtractMoments:
+class ExtractHessian:
     """Input: the sums of a layer; the payload holds those of the matrix `name`, and says which matrix holds its `plain`."""
 
     name: str

@@ -24,7 +24,7 @@ from pipeline.texts.windows import load_tokenizer, opening_of
 _BATCH = 16  # windows that are written at a time
 
 
-def written_windows(
+def self_generated_windows(
     source: Checkpoint,
     settings: CalibrationSettings,
     cache: str,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.calibration.moment_store import Moments
+from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.checkpoints.tensor_io import Part, Payload, copy_tensors, to_part
 from pipeline.compression.layer_output import LayerParts, matrix_result
@@ -39,7 +39,7 @@ class CompressionVariant:
     specs: tuple[Spec, ...]
     seed: int
     storage_dtype: str | None = None
-    moments: Moments | None = None
+    hessians: Hessians | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class CompressLayer:
     form: str
     seed: int
     storage_dtype: str | None
-    moments: Moments | None
+    hessians: Hessians | None
 
     def run(self, context: JobContext) -> JobOutput[LayerReport]:
         reader, parts, results = MatrixReader(self.source, context.device), LayerParts(self.form), []
         for info, specs in self.layer.items:
-            variant = CompressionVariant(specs, self.seed, self.storage_dtype, self.moments)
+            variant = CompressionVariant(specs, self.seed, self.storage_dtype, self.hessians)
             encoded, result = compress_matrix(reader.read(info), variant, context.device)
             parts.add(info, encoded)
             results.append(result)
@@ -150,13 +150,13 @@ def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: s
         encoded = _encoded(matrix, variant, device)
     except WeightError as error:
         raise WeightsError(f"{matrix.path}: {error}") from None
-    return encoded, matrix_result(matrix, encoded, time.perf_counter() - started, variant.moments)
+    return encoded, matrix_result(matrix, encoded, time.perf_counter() - started, variant.hessians)
 
 
 def _encoded(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> Encoded:
     name = matrix.info.name
     dtype = getattr(torch, variant.storage_dtype) if variant.storage_dtype else None
-    metric = variant.moments.metric(name, device)[0] if variant.moments else None
+    metric = variant.hessians.metric(name, device)[0] if variant.hessians else None
     return encode(matrix.weight, variant.specs, name=name, seed=variant.seed, storage_dtype=dtype, metric=metric)
 
 

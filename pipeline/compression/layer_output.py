@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.calibration.moment_store import Moments
+from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.checkpoints.tensor_io import Part, to_part
 from pipeline.models.matrices import FusedTensor
@@ -63,7 +63,7 @@ def _remaining_rows(fused: FusedTensor, read: Callable[[MatrixInfo], Tensor]) ->
     return torch.cat(found)
 
 
-def matrix_result(matrix: SourceMatrix, encoded: Encoded, seconds: float, moments: Moments | None) -> MatrixResult:
+def matrix_result(matrix: SourceMatrix, encoded: Encoded, seconds: float, hessians: Hessians | None) -> MatrixResult:
     """Row and entry of a matrix that `encode` compressed."""
     info, spec, cluster_error = matrix.info, encoded.spec, encoded.stats.get("cluster_error")
     assert spec is not None
@@ -80,8 +80,8 @@ def matrix_result(matrix: SourceMatrix, encoded: Encoded, seconds: float, moment
         stored_bytes=encoded.stored_bytes,
         stats=encoded.stats,
         source_sha256=matrix.sha256,
-        calibration_tokens=moments.tokens(info.name) if moments else None,
-        moments_sha256=moments.sha256(info.name) if moments else None,
+        calibration_tokens=hessians.tokens(info.name) if hessians else None,
+        moments_sha256=hessians.sha256(info.name) if hessians else None,
     )
     return MatrixResult(with_errors(row, encoded), replace(encoded.entry, location=info.location))
 

@@ -47,18 +47,18 @@ def evaluate_model(
     dtypes: set[str] = set()
     tasks = [
         Task(start, MeasureLosses(key, part), f"windows {start} to {start + len(part) - 1}")
-        for start, part in deal(windows.ids, settings)
+        for start, part in batch_parts(windows.ids, settings)
     ]
 
     def note(done: TaskResult[WindowLosses]) -> None:
         losses[done.task.key] = done.value.losses
         dtypes.add(done.value.dtype)
 
-    memory, device = worker_bytes(model, settings), on_gpu_bytes(model, settings)
+    memory, device = evaluator_bytes(model, settings), evaluator_device_bytes(model, settings)
     run_stage(pools, Stage("evaluate", memory, device, "parts", keeps_model=True), tasks, note)
     ordered = [loss for start in sorted(losses) for loss in losses[start]]
     seconds = time.perf_counter() - started
-    return result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}
+    return evaluation_result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}
 
 
 def require_measurable(model: Model, windows: Windows, settings: EvaluateSettings) -> None:
@@ -73,12 +73,12 @@ def require_unseen(model: Model, read: Callable[[], str], name: str) -> None:
         require_apart(found, read(), name)
 
 
-def worker_bytes(model: Model, settings: EvaluateSettings) -> int:
+def evaluator_bytes(model: Model, settings: EvaluateSettings) -> int:
     """Peak memory of a worker that measures `model`."""
     return evaluation_bytes(model, settings.dtype, settings.batch_size * settings.seqlen)
 
 
-def on_gpu_bytes(model: Model, settings: EvaluateSettings) -> int:
+def evaluator_device_bytes(model: Model, settings: EvaluateSettings) -> int:
     """What of it lies on a GPU, if the worker has one."""
     return evaluation_device_bytes(model, settings.dtype, settings.batch_size * settings.seqlen)
 
@@ -89,13 +89,13 @@ def model_key(checkpoint: Checkpoint, settings: MeasureSettings) -> ModelKey:
     return ModelKey(checkpoint.store.root, settings.dtype, settings.batch_size, settings.trust_remote_code, known)
 
 
-def deal(ids: np.ndarray, settings: EvaluateSettings) -> list[tuple[int, np.ndarray]]:
+def batch_parts(ids: np.ndarray, settings: EvaluateSettings) -> list[tuple[int, np.ndarray]]:
     """Parts of the windows with the index of their first: whole batches, cut alike for any number of workers."""
     size = settings.batch_size * _BATCHES if len(ids) > 2 * _BATCHES * settings.batch_size else settings.batch_size
     return [(start, ids[start : start + size]) for start in range(0, len(ids), size)]
 
 
-def result(
+def evaluation_result(
     location: str, losses: list[float], windows: Windows, settings: EvaluateSettings, dtype: str
 ) -> dict[str, Any]:
     """What is said of a measurement; raises NonFiniteError for a window that has no finite loss."""

@@ -36,7 +36,7 @@ class MeasureLosses:
     def run(self, context: JobContext) -> JobOutput[WindowLosses]:
         evaluator = context.model(Evaluator, self.key)
         try:
-            evaluator.become(self.variant, dict(zip(self.names, context.inputs, strict=True)))
+            evaluator.load_weights(self.variant, dict(zip(self.names, context.inputs, strict=True)))
             return JobOutput(WindowLosses(tuple(evaluator.losses(self.windows)), evaluator.dtype))
         except BaseException:
             context.models.clear()  # half swapped, it would contaminate the next measurement

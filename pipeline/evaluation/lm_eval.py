@@ -35,7 +35,7 @@ def require_harness(settings: TaskSettings) -> None:
         )
 
 
-def evaluate_tasks(
+def evaluate_lm_eval(
     location: str, settings: TaskSettings, pools: Pools, known: SourceDigests | None = None
 ) -> dict[str, Any]:
     """What lm-eval finds of the dense or compressed model at `location`.
@@ -52,7 +52,7 @@ def evaluate_tasks(
     model = open_model(location, known)
     key = model_key(model.checkpoint, settings)
     with PooledAnswers(model, key, settings, pools) as answers:
-        results = lm_eval.run_tasks(settings, lm_eval.Asker(model, key, answers))
+        results = lm_eval.run_lm_eval(settings, lm_eval.Asker(model, key, answers))
     return {
         "model": location,
         "lm_eval": results,

@@ -191,7 +191,7 @@ def _unwarned() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def run_tasks(settings: TaskSettings, asker: Asker) -> dict[str, Any]:
+def run_lm_eval(settings: TaskSettings, asker: Asker) -> dict[str, Any]:
     """lm-eval's own results, as it would write them.
 
     Raises:

@@ -52,7 +52,7 @@ class Evaluator:
         """torch's name of the model's arithmetic."""
         return str(self._model.dtype).removeprefix("torch.")
 
-    def become(self, variant: str, weights: Mapping[str, Payload]) -> None:
+    def load_weights(self, variant: str, weights: Mapping[str, Payload]) -> None:
         """Hold exactly `weights` (matrix name -> compressed parts) in place of the model's own; "" is the model as is.
 
         Weights of an earlier variant are read again from the checkpoint: a second copy is never kept.

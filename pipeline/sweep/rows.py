@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import NonFiniteError
-from pipeline.evaluation.flow import result
+from pipeline.evaluation.flow import evaluation_result
 from pipeline.outputs.report import bit_totals
 from pipeline.outputs.report_rows import CompressedRow, MatrixResult, rows_by_name
 from pipeline.settings.base import SweepSettings
@@ -67,7 +67,9 @@ def run_rows(
         row = about | {"text": cut.text, "seqlen": text.seqlen, "windows": len(cut.ids), "error": run.error}
         losses = [loss for part in sorted(p for p in run.losses if p[0] == number) for loss in run.losses[part]]
         try:
-            row |= {"perplexity": None} if run.error else result(model, losses, cut, text, run.dtypes[number])
+            row |= (
+                {"perplexity": None} if run.error else evaluation_result(model, losses, cut, text, run.dtypes[number])
+            )
         except NonFiniteError as error:
             row |= {"perplexity": None, "error": str(error)}
         rows.append(row)

@@ -6,7 +6,7 @@ A unit is one tensor of one model compressed in one way. Q at 3 bits is the same
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.calibration.moment_store import Moments
+from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.compression.job import CompressionVariant
@@ -32,7 +32,7 @@ class Run:
     model: int
     variant: Variant | None  # None: the model as it is
     plan: Plan | None
-    moments: Moments | None = None  # of a variant that measures errors by activations
+    hessians: Hessians | None = None  # of a variant that measures errors by activations
     made: TunedVariant | None = None  # of a variant whose matrices are tuned together: it is no sum of units
     units: dict[str, Unit] = field(default_factory=dict)  # tensor -> unit
     missing: set[Unit] = field(default_factory=set)
@@ -58,7 +58,7 @@ class Run:
             decision.info.name: (
                 self.model,
                 decision.info.name,
-                CompressionVariant(decision.specs, seed, dtype, self.moments),
+                CompressionVariant(decision.specs, seed, dtype, self.hessians),
             )
             for decision in self.plan.compressed
         }

@@ -21,7 +21,7 @@ from pipeline.engine.scheduler import execute
 from pipeline.engine.stage import Pools, Stage
 from pipeline.engine.task import Pool, Task, TaskResult
 from pipeline.errors import ConfigError, DiskFull, PayloadLost
-from pipeline.evaluation.flow import deal, model_key, on_gpu_bytes, worker_bytes
+from pipeline.evaluation.flow import batch_parts, evaluator_bytes, evaluator_device_bytes, model_key
 from pipeline.evaluation.job import MeasureLosses, WindowLosses
 from pipeline.models.matrices import find_matrix
 from pipeline.models.stored_model import Model
@@ -81,7 +81,7 @@ class Sweep:
                         shares_its_stages(run, self._runs[number + 1 :]),
                     )
                     forget_stages(self._checkpoints[run.model], run.variant, settings, made, arithmetic, shared)
-            run.moments = made.moments if made else None
+            run.hessians = made.hessians if made else None
             run.begin()
         self._compressions = self._make_compressions()[::-1]
 
@@ -121,7 +121,7 @@ class Sweep:
 
     @property
     def total_tasks(self) -> int:
-        parts = sum(len(deal(w.ids, e)) for run in self._runs for w, e in self._measurements(run))
+        parts = sum(len(batch_parts(w.ids, e)) for run in self._runs for w, e in self._measurements(run))
         return len(self._compressions) + parts
 
     @property
@@ -135,7 +135,7 @@ class Sweep:
         plans = [run.plan for run in self._runs if run.plan]
         compressing = max(compression_bytes(plan) for plan in plans)
         models = [Model(checkpoint, {}) for checkpoint in self._checkpoints]
-        measuring = [worker_bytes(model, text) for model in models for text in self._settings.evaluations]
+        measuring = [evaluator_bytes(model, text) for model in models for text in self._settings.evaluations]
         return compressing + max(measuring, default=WORKER_BASE) - WORKER_BASE
 
     @property
@@ -143,7 +143,7 @@ class Sweep:
         """What of it lies on a GPU, if the worker has one."""
         compressing = max(device_bytes(run.plan) for run in self._runs if run.plan)
         models = [Model(checkpoint, {}) for checkpoint in self._checkpoints]
-        measuring = [on_gpu_bytes(model, text) for model in models for text in self._settings.evaluations]
+        measuring = [evaluator_device_bytes(model, text) for model in models for text in self._settings.evaluations]
         return compressing + max(measuring, default=0)
 
     def _measurements(self, run: Run) -> list[tuple[Windows, EvaluateSettings]]:
@@ -186,7 +186,7 @@ class Sweep:
                     ("measure", id(run), number, start), MeasureLosses(key, part, variant, names), payloads=payloads,
                     label=f"{run.name} on {self._settings.models[run.model]}, window {start}",
                 )
-                for start, part in deal(windows.ids, text)
+                for start, part in batch_parts(windows.ids, text)
                 if (number, start) not in run.losses
             ]  # fmt: skip
         run.outstanding = len(run.parts)

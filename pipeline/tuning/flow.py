@@ -32,7 +32,7 @@ from pipeline.storage.records import of_cache, read_record, rebuilt_cache
 from pipeline.storage.store import Store
 from pipeline.storage.uses import remove_unless_used
 from pipeline.tuning.job import Divergence, KeepState, MeasureDivergence, ReadState, TuneGradients, TuneStep
-from pipeline.tuning.tuner import Tuned, TuneKey
+from pipeline.tuning.tuner import TunedValues, TuneKey
 
 _STEP_TOKENS = 2048  # of the windows of one step
 _HELD_OUT = 8  # one window of so many
@@ -47,7 +47,7 @@ _RESULT = "result.json"
 
 
 @dataclass(frozen=True)
-class TuneText:
+class TuningWindows:
     """What is tuned on: int64 windows [count, length], how many times each, and in which order."""
 
     ids: np.ndarray
@@ -75,7 +75,7 @@ class Tuning:
     """One tuning of one compressed model; what it finds is kept in `cache` for every later run of the same."""
 
     def __init__(
-        self, source: Checkpoint, compressed: str, text: TuneText, settings: CalibrationSettings, cache: str,
+        self, source: Checkpoint, compressed: str, text: TuningWindows, settings: CalibrationSettings, cache: str,
         arithmetic: Arithmetic,
     ) -> None:  # fmt: skip
         self._source, self._text = source, text
@@ -88,7 +88,7 @@ class Tuning:
         })  # fmt: skip
         self.store = Store.at(f"{cache}/{cache_name('tuned', self.identity)}")
 
-    def run(self, pools: Pools) -> tuple[Tuned, dict[str, Any]]:
+    def run(self, pools: Pools) -> tuple[TunedValues, dict[str, Any]]:
         """Tune, go on with a tuning that was cut short, or find a finished one again.
 
         Returns what came of it, and the divergence on the held-out windows before and after, in nats a token; it is
@@ -104,7 +104,9 @@ class Tuning:
                 if not self.store.exists(_RESULT):  # the run that we waited for has made it
                     self._move(out, pools)
         about = of_cache(self.store, _RESULT, lambda: read_record(self.store, _RESULT, records.Tuning))
-        return Tuned(self._key.compressed, self.store, self._whole(about["steps"]) if about["applied"] else None), about
+        return TunedValues(
+            self._key.compressed, self.store, self._whole(about["steps"]) if about["applied"] else None
+        ), about
 
     def _whole(self, steps: int) -> str:
         """File of the state after `steps` steps; OutputError if its bytes are not those that were written."""

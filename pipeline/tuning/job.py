@@ -16,7 +16,7 @@ from pipeline.outputs.report_rows import CompressedRow, MatrixResult
 from pipeline.planning.plan import LayerTask
 from pipeline.storage.store import Store
 from pipeline.tuning.state import TuneState, added, to_payload
-from pipeline.tuning.tuner import Tuned, TuneKey, Tuner
+from pipeline.tuning.tuner import TunedValues, TuneKey, Tuner
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TuneGradients:
 def _tuner_at(key: TuneKey, step: int, context: JobContext) -> Tuner:
     """The worker's tuner with the values after `step` steps, which are the job's input unless it is the first."""
     tuner = context.model(Tuner, key)
-    tuner.become(step, *context.inputs)
+    tuner.load_weights(step, *context.inputs)
     return tuner
 
 
@@ -91,7 +91,7 @@ class ApplyTuning:
     source: Store
     layer: LayerTask
     form: str
-    tuned: Tuned
+    tuned: TunedValues
     rows: Mapping[str, CompressedRow]
 
     def run(self, context: JobContext) -> JobOutput[LayerReport]:

@@ -62,7 +62,7 @@ class Tuner:
         """The values that are stored."""
         return TuneState.start({name: values_of(tunable.matrix) for name, tunable in self._tunables.items()})
 
-    def become(self, step: int, *state: Payload) -> None:
+    def load_weights(self, step: int, *state: Payload) -> None:
         """Take on the values after `step` steps, or the stored ones if there is no `state`; not again if it has them."""
         if step == self._step:
             return
@@ -143,7 +143,7 @@ class Tuner:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TunedValues:
     """What came of a tuning: a compressed model and, if tuning helped, the file of the state whose values replace its own."""
 
     compressed: str

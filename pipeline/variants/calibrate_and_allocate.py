@@ -7,8 +7,8 @@ import numpy as np
 
 from pipeline.allocation.flow import allocate_plan
 from pipeline.calibration.flow import Calibration
-from pipeline.calibration.moment_store import Moments
-from pipeline.calibration.self_generated_text import written_windows
+from pipeline.calibration.hessian_store import Hessians
+from pipeline.calibration.self_generated_text import self_generated_windows
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.console import log
@@ -26,7 +26,7 @@ from pipeline.storage.store import Store
 from pipeline.texts.contamination import require_apart
 from pipeline.texts.texts import read_text
 from pipeline.texts.windows import CalibrationText, calibration_windows, require_within
-from pipeline.tuning.flow import TuneText
+from pipeline.tuning.flow import TuningWindows
 from pipeline.variants.compress import Calibrated
 
 
@@ -57,7 +57,7 @@ def prepare(
             raise ConfigError(f"calibration means nothing to preset {settings.preset}: drop it, or choose preset best")
         require_within(np.zeros((1, calibration.calibration_seqlen), dtype=np.int64), source)
         text = CalibrationText(
-            written_windows(source, calibration, cache, settings.seed, pools, arithmetic), frozenset()
+            self_generated_windows(source, calibration, cache, settings.seed, pools, arithmetic), frozenset()
         )
     else:
         text = calibration_windows(source.store.root, calibration)
@@ -68,14 +68,14 @@ def prepare(
     for measured in unseen:
         require_apart(frozenset(about["traces"]), read_text(measured.text, measured.text_column), measured.text)
     if settings.epochs:
-        TuneText(text.ids, settings.epochs, settings.seed)  # too few windows are told of before hours of work
-    moments = None
+        TuningWindows(text.ids, settings.epochs, settings.seed)  # too few windows are told of before hours of work
+    hessians = None
     if settings.with_moments:
         infos = [decision.matrix for decision in plan.compressed]
-        moments = Calibration(source, infos, text.ids, calibration, cache, settings.seed, arithmetic).run(pools)
+        hessians = Calibration(source, infos, text.ids, calibration, cache, settings.seed, arithmetic).run(pools)
         if settings.means.allocates:
-            plan = allocate_plan(source, plan, settings, moments, pools)
-    return plan, Calibrated(moments, _fingerprint(plan, text, moments, calibration), about, text.ids, cache)
+            plan = allocate_plan(source, plan, settings, hessians, pools)
+    return plan, Calibrated(hessians, _fingerprint(plan, text, hessians, calibration), about, text.ids, cache)
 
 
 def cache_of(calibration: CalibrationSettings, beside: str) -> str:
@@ -89,10 +89,10 @@ def cache_of_source(cache: str, source: Checkpoint) -> str:
     return Store.at(cache).below(f"{OF_SOURCE}{known.name}").root if known else cache
 
 
-def _fingerprint(plan: Plan, text: CalibrationText, moments: Moments | None, calibration: CalibrationSettings) -> str:
+def _fingerprint(plan: Plan, text: CalibrationText, hessians: Hessians | None, calibration: CalibrationSettings) -> str:
     specs = {one.info.name: [spec_identity(spec) for spec in one.specs] for one in plan.compressed}
     # The name of moments stands for their arithmetic, too; without moments it is that of the tuning.
-    gathered = {"moments": moments.store.name, "gradient_share": moments.gradient_share} if moments else {}
+    gathered = {"moments": hessians.store.name, "gradient_share": hessians.gradient_share} if hessians else {}
     about = gathered or {"dtype": calibration.calibration_dtype}
     return digest_of({"specs": specs, **about, **windows_identity(text.ids)})
 

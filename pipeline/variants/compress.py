@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.calibration.moment_store import Moments
+from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.compression.job import CompressLayer, LayerReport, copy_task
@@ -29,7 +29,7 @@ from pipeline.storage.cache_key import CALIBRATION_KEY
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import FileRecord, Store
 from pipeline.tuning.job import ApplyTuning
-from pipeline.tuning.tuner import Tuned
+from pipeline.tuning.tuner import TunedValues
 from pipeline.variants.resumed import VERIFIED, Ingredients
 from swsc_core.compressed.config_json import quantization_config
 
@@ -48,7 +48,7 @@ class Calibrated:
         cache: directory that all nodes see, where work in progress is kept.
     """
 
-    moments: Moments | None
+    hessians: Hessians | None
     fingerprint: str
     about: dict[str, Any]
     ids: np.ndarray
@@ -71,7 +71,7 @@ class TunedModel:
         about: what the report says of the tuning.
     """
 
-    tuned: Tuned
+    tuned: TunedValues
     rows: dict[str, CompressedRow]
     about: dict[str, Any]
 
@@ -106,7 +106,7 @@ def compress_model(
     names, nbytes = names_of(source, plan), plan.stored_bytes_as(settings.format)
     with begin_with_room(store, source, identity, names, nbytes, overwrite, wait) as out:
         if out.complete:
-            Ingredients(source, calibrated.moments if calibrated else None).require_made_of(store)
+            Ingredients(source, calibrated.hessians if calibrated else None).require_made_of(store)
             return {**store.read_json("swsc_report.json"), "resumed": "complete"}
         return _carry_out(out, source, plan, settings, pools, calibrated, tune, started, arithmetic)
 
@@ -115,9 +115,9 @@ def _carry_out(
     out: Output, source: Checkpoint, plan: Plan, settings: CompressSettings, pools: Pools,
     calibrated: Calibrated | None, tune: Callable[[], TunedModel] | None, started: float, arithmetic: Arithmetic,
 ) -> dict[str, Any]:  # fmt: skip
-    moments = calibrated.moments if calibrated else None
+    hessians = calibrated.hessians if calibrated else None
     ready = _tuned(tune, out) if tune else None
-    ingredients = Ingredients(source, moments, ready.tuned if ready else None)
+    ingredients = Ingredients(source, hessians, ready.tuned if ready else None)
     out = ingredients.kept(out)
     records = {file: record for file, (record, _) in out.finished.items()}
     results = {row["name"]: MatrixResult.from_json(row) for _, found in out.finished.values() for row in found}
@@ -135,7 +135,7 @@ def _carry_out(
             peaks[str(done.worker)] = max(layer.peak_rss, peaks.get(str(done.worker), 0))
 
     tasks = [
-        task for task in _tasks(source, plan, out.ticket, settings, moments, ready) if task.key not in out.finished
+        task for task in _tasks(source, plan, out.ticket, settings, hessians, ready) if task.key not in out.finished
     ]
     stage = Stage("compress", compression_bytes(plan), 0 if ready else device_bytes(plan), "files")
     run_output_stage(pools, stage, tasks, note, out)
@@ -168,7 +168,7 @@ def _tuned(tune: Callable[[], TunedModel], out: Output) -> TunedModel:
 
 
 def _tasks(
-    source: Checkpoint, plan: Plan, ticket: Ticket, settings: CompressSettings, moments: Moments | None,
+    source: Checkpoint, plan: Plan, ticket: Ticket, settings: CompressSettings, hessians: Hessians | None,
     ready: TunedModel | None,
 ) -> list[Task[LayerReport | FileRecord]]:  # fmt: skip
     tasks: list[Task[Any]] = []
@@ -178,7 +178,7 @@ def _tasks(
             before = {info.name: ready.rows[info.name] for info, _ in layer.items}
             job = ApplyTuning(source.store, layer, settings.format, ready.tuned, before)
         else:
-            job = CompressLayer(source.store, layer, settings.format, settings.seed, settings.storage_dtype, moments)
+            job = CompressLayer(source.store, layer, settings.format, settings.seed, settings.storage_dtype, hessians)
         where = Destination(ticket, layer.file)
         tasks.append(Task(layer.file, job, layer.layer, outputs=1, commit_to=where, weight=layer.nbytes))
     return tasks + [copy_task(source.store, copy, ticket) for copy in plan.copies]

@@ -19,7 +19,7 @@ from pipeline.storage.cache_key import CALIBRATION_KEY, cache_name
 from pipeline.storage.records import rebuilt_cache
 from pipeline.storage.store import Store
 from pipeline.storage.uses import remove_unless_used, used
-from pipeline.tuning.flow import TuneText, Tuning
+from pipeline.tuning.flow import Tuning, TuningWindows
 from pipeline.variants.compress import Calibrated, TunedModel, compress_model
 from pipeline.variants.tuned_variant import TunedVariant
 
@@ -40,7 +40,7 @@ def produce(
     """
     if not settings.epochs or calibrated is None:
         return compress_model(source, plan, output, settings, arithmetic, pools, calibrated, None, overwrite, wait)
-    text = TuneText(calibrated.ids, settings.epochs, settings.seed)
+    text = TuningWindows(calibrated.ids, settings.epochs, settings.seed)
     untuned = _untuned(settings)
     staging = _staging(source, settings, calibrated, arithmetic)
 
@@ -87,7 +87,7 @@ def forget_stages(
     with used(Store.at(staging)):
         if not Store.at(staging).exists(MANIFEST):
             return
-        text = TuneText(calibrated.ids, settings.epochs, settings.seed)
+        text = TuningWindows(calibrated.ids, settings.epochs, settings.seed)
         Tuning(source, staging, text, calibration, calibrated.cache, arithmetic).forget()
     if not shared:
         remove_unless_used(Store.at(staging))

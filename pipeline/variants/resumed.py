@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from pipeline.calibration.moment_store import Moments, require_same_source, source_of
+from pipeline.calibration.hessian_store import Hessians, require_same_source, source_of
 from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint
 from pipeline.checkpoints.integrity.digests import Seen, known_ranges, range_of, recorded
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
@@ -14,7 +14,7 @@ from pipeline.outputs.report import compressed_rows
 from pipeline.outputs.report_rows import CompressedRow, MatrixResult, measured_rows
 from pipeline.outputs.transaction import Output
 from pipeline.storage.store import FileRecord, Store
-from pipeline.tuning.tuner import Tuned
+from pipeline.tuning.tuner import TunedValues
 
 VERIFIED = "verified_source"  # in a report: name of the digests that all readings of the run were held against
 
@@ -24,8 +24,8 @@ class Ingredients:
     """What an output is made of in this run."""
 
     source: Checkpoint
-    moments: Moments | None
-    tuned: Tuned | None = None
+    hessians: Hessians | None
+    tuned: TunedValues | None = None
 
     def kept(self, out: Output) -> Output:
         """An output without the finished files that were made of something else; StoreError as `require_calibrated_on`."""
@@ -47,17 +47,17 @@ class Ingredients:
             tensors: digests of what stands in the file, by name; as in the source, if there are no rows.
             rows: of the matrices that were compressed into it.
         """
-        if self.moments is None:
+        if self.hessians is None:
             return
         read = {where: digest for row in rows for where, digest in row.source_sha256.items()}
         if not rows:
             own = {name: self.source.tensors[name] for name in tensors if name in self.source.tensors}
             read = {range_of(info): tensors[name] for name, info in own.items() if info.fp8 is None}
-        require_same_source(self.moments.store, self._calibrated_on, read)
+        require_same_source(self.hessians.store, self._calibrated_on, read)
 
     @cached_property
     def _calibrated_on(self) -> Seen:
-        return source_of(self.moments.store) if self.moments else {}
+        return source_of(self.hessians.store) if self.hessians else {}
 
     def _copied(self, tensors: Mapping[str, str]) -> bool:
         """Whether tensors that stayed as they are have the digests that are known of them."""
@@ -68,7 +68,7 @@ class Ingredients:
         """Whether a compressed matrix was made of these."""
         return (
             all(known.get(where, digest) == digest for where, digest in row.source_sha256.items())
-            and self._same(row.moments_sha256, self.moments.sha256(row.name) if self.moments else None)
+            and self._same(row.moments_sha256, self.hessians.sha256(row.name) if self.hessians else None)
             and self._same(row.tuned_sha256, self.tuned.sha256 if self.tuned else None)
         )
 

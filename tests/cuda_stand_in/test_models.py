@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from jobs.cli import main
-from pipeline.calibration.job import GatherMoments, GenerateText
+from pipeline.calibration.job import GatherHessians, GenerateText
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.tensor_io import to_tensor
 from pipeline.compression.job import CompressionVariant, CompressVariants
@@ -98,7 +98,7 @@ def windows(count: int = 2) -> np.ndarray:
 def calibrated(model: Path, family: str, dtype: str = "auto") -> dict[str, torch.Tensor]:
     """Sums of a fresh worker, by part."""
     key = ModelKey(str(model), dtype, 1)
-    (payload,) = Worker(1, "cuda").run(GatherMoments(key, (tuple(MATRICES[family]),), windows(), 0, 7)).payloads
+    (payload,) = Worker(1, "cuda").run(GatherHessians(key, (tuple(MATRICES[family]),), windows(), 0, 7)).payloads
     return {part.name: to_tensor(part) for part in payload.parts}
 
 
@@ -116,7 +116,7 @@ def test_two_calibrations_give_the_same_bits_and_no_sum_lacks_an_order(
 def test_a_calibration_is_that_of_a_cpu(models: dict[str, Path]) -> None:
     """But for the last bits: other kernels of attention."""
     key = ModelKey(str(models["llama"]), "float32", 1)
-    (payload,) = Worker(1, "cpu").run(GatherMoments(key, (tuple(MATRICES["llama"]),), windows(), 0, 7)).payloads
+    (payload,) = Worker(1, "cpu").run(GatherHessians(key, (tuple(MATRICES["llama"]),), windows(), 0, 7)).payloads
     with StandIn():
         here = calibrated(models["llama"], "llama", "float32")
     for part in payload.parts:

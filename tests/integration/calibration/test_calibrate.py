@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from jobs.cli import main
 from pipeline.calibration import flow
 from pipeline.calibration.gather import Calibrator
-from pipeline.calibration.job import ExtractMoments
-from pipeline.calibration.moment_store import Moments, blend
+from pipeline.calibration.hessian_store import Hessians, blend
+from pipeline.calibration.job import ExtractHessian
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.engine.ray_backend.worker_pools import LocalPools
 from pipeline.engine.task import JobContext
@@ -50,9 +50,9 @@ def best(tiny_model: Path, calibration: Path, tmp_path_factory: pytest.TempPathF
     return output
 
 
-def moments_beside(output: Path) -> Moments:
+def moments_beside(output: Path) -> Hessians:
     (cache,) = (output.parent / ".swsc-cache").iterdir()
-    return Moments(Store.at(str(cache)), 0.5)
+    return Hessians(Store.at(str(cache)), 0.5)
 
 
 def test_moments_are_those_of_a_loop_written_out(tiny_model: Path) -> None:
@@ -112,8 +112,8 @@ def test_moments_do_not_depend_on_shards_ranges_or_the_matrices_asked_for(
     def gather(place: str, names: list[str], gib: float) -> dict[str, list[float]]:
         own = settings.model_copy(update={"moment_gib": gib})
         infos = [source.tensors[name] for name in names]
-        moments = flow.Calibration(source, infos, ids, own, str(tmp_path / place), 0).run(local)
-        metrics = {name: moments.metric(name, "cpu") for name in names}
+        hessians = flow.Calibration(source, infos, ids, own, str(tmp_path / place), 0).run(local)
+        metrics = {name: hessians.metric(name, "cpu") for name in names}
         assert all(metric.moment is not None for metric, _ in metrics.values())
         return {name: [unit, *metric.moment.flatten().tolist()] for name, (metric, unit) in metrics.items()}  # type: ignore[union-attr]
 
@@ -130,15 +130,15 @@ def test_moments_whose_owner_was_never_written_are_gathered_again(
 ) -> None:
     """Q, which has the inputs' moment for K and V, too, is lost; the next run wants V alone."""
     flags = ["--preset", "fast", "--bits", "3", "--cache-dir", str(tmp_path / "cache"), "--projectors"]
-    whole = ExtractMoments.run
+    whole = ExtractHessian.run
 
-    def without_queries(self: ExtractMoments, context: JobContext) -> Any:
+    def without_queries(self: ExtractHessian, context: JobContext) -> Any:
         if "q_proj" in self.name:
             raise RuntimeError("the power went")
         return whole(self, context)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ExtractMoments, "run", without_queries)
+        patch.setattr(ExtractHessian, "run", without_queries)
         argv = [
             "compress",
             str(tiny_model),
@@ -183,9 +183,9 @@ def test_measured_allocation_foretells_less_loss_than_a_uniform_one(
         flags = ["--preset", "fast", "--bits", "3", "--projectors", ROLES, "--allocation", allocation]
         output = tmp_path / allocation
         report = compress(tiny_model, output, calibration, *flags)
-        moments = moments_beside(output)
+        hessians = moments_beside(output)
         losses[allocation] = sum(
-            moments.metric(row["name"], "cpu")[1] * row["stats"]["energy"]
+            hessians.metric(row["name"], "cpu")[1] * row["stats"]["energy"]
             for row in report["tensors"]
             if row["action"] == "compressed"
         )
@@ -210,10 +210,10 @@ def test_activations_beat_the_papers_form_at_equal_numbers_in_perplexity_of_the_
     flags = ["--clusters", "12", "--rank", "4"]
     whitened = compress(tiny_model, tmp_path / "a", calibration, *flags, "--metric", "activations")
     assert main(["compress", str(tiny_model), str(tmp_path / "b"), "--local", *flags]) == 0
-    moments, plain = moments_beside(tmp_path / "a"), open_model(str(tmp_path / "b"))
+    hessians, plain = moments_beside(tmp_path / "a"), open_model(str(tmp_path / "b"))
     for row in (row for row in whitened["tensors"] if row["action"] == "compressed"):
         dense = open_model(str(tiny_model)).read(row["name"]).float()
-        paper = moments.metric(row["name"], "cpu")[0].energy(dense - plain.read(row["name"]).float())
+        paper = hessians.metric(row["name"], "cpu")[0].energy(dense - plain.read(row["name"]).float())
         assert row["stats"]["energy"] < paper
 
 

@@ -92,7 +92,7 @@ def test_a_sum_that_is_lost_again_and_again_ends_the_run_and_is_named(
 ) -> None:
     forget(monkeypatch, "AddMoments", 1, more=10**6)
     assert compress(tiny_model, tmp_path / "out", calibration) == 1
-    assert "sum of moments: gone" in capsys.readouterr().err
+    assert "sum of Hessians: gone" in capsys.readouterr().err
     forget(monkeypatch, "", 0)
     assert compress(tiny_model, tmp_path / "out", calibration) == 0
 

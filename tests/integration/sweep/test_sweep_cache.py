@@ -17,7 +17,7 @@ from pipeline.engine.task import Task
 from pipeline.storage.files import Bytes
 from pipeline.storage.local_files import LocalFiles
 from pipeline.tuning.flow import Tuning
-from pipeline.tuning.tuner import Tuned
+from pipeline.tuning.tuner import TunedValues
 from tests.support.tiny import make_text, make_tiny_model
 
 TUNED = {"preset": "best", "bits": 3, "projectors": "q"}
@@ -136,9 +136,9 @@ def test_a_tuning_that_was_not_applied_is_shown(
 ) -> None:
     real = Tuning.run
 
-    def run(self: Tuning, make_pool: Any) -> tuple[Tuned, dict[str, Any]]:
+    def run(self: Tuning, make_pool: Any) -> tuple[TunedValues, dict[str, Any]]:
         tuned, about = real(self, make_pool)
-        return Tuned(tuned.compressed, tuned.store, None), {**about, "applied": False}
+        return TunedValues(tuned.compressed, tuned.store, None), {**about, "applied": False}
 
     monkeypatch.setattr(Tuning, "run", run)
     assert main(command) == 0

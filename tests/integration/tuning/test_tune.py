@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_a_small_move(tiny_model: Path, tuned: Path) -> 
     """In float32, along the gradient of one matrix' scales, against the divergence itself."""
     tuner = Tuner(TuneKey(str(tiny_model), str(staging(tuned)), "float32"), "cpu")
     windows = np.arange(24)[None] % 250
-    tuner.become(1)
+    tuner.load_weights(1)
     base, gradients = tuner.gradients(windows)
     assert base == pytest.approx(tuner.divergence(windows), rel=1e-5)
     name = next(iter(gradients))

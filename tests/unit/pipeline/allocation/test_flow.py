@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.allocation.flow import allocate_plan, kind_of
-from pipeline.calibration.moment_store import Moments
+from pipeline.allocation.flow import allocate_plan, curve_key
+from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.errors import OutputError
 from pipeline.planning.plan import Plan, make_plan
@@ -26,9 +26,9 @@ def no_pool(*_: object) -> Any:
     raise AssertionError("losses are measured again")
 
 
-def measured(folder: Path, settings: CompressSettings, reach: list[float]) -> Moments:
+def measured(folder: Path, settings: CompressSettings, reach: list[float]) -> Hessians:
     """Moments beside which losses lie: `reach` of each matrix, of which a spec leaves the less the more bytes it takes."""
-    moments = Moments(Store.at(str(folder)), 0.5)
+    hessians = Hessians(Store.at(str(folder)), 0.5)
     shares = [(asdict(spec), 1 / spec.stored_bytes(SHAPE, 16)) for spec in candidates(SHAPE, 16)]
     identity = versioned(
         "curves", {"seed": settings.seed, "matrices": NAMES, "gradient_share": 0.5, "widths": [16]}
@@ -36,10 +36,10 @@ def measured(folder: Path, settings: CompressSettings, reach: list[float]) -> Mo
     curves = {
         "identity": identity,
         "reach": dict(zip(NAMES, reach, strict=True)),
-        "shares": {kind_of(whole_matrix(SOURCE.tensors[NAMES[0]])): shares},
+        "shares": {curve_key(whole_matrix(SOURCE.tensors[NAMES[0]])): shares},
     }
-    moments.store.write_json(f"{cache_name('curves', identity)}.json", curves)
-    return moments
+    hessians.store.write_json(f"{cache_name('curves', identity)}.json", curves)
+    return hessians
 
 
 def allocated(folder: Path, reach: list[float], **given: Any) -> tuple[CompressSettings, Plan]:
@@ -78,6 +78,6 @@ def test_specs_have_the_rounds_of_the_preset_unless_they_are_given(
 
 def test_losses_that_are_no_numbers_are_refused_by_file(tmp_path: Path) -> None:
     settings = CompressSettings(preset="best", bits=3, projectors=("q",))
-    moments = measured(tmp_path, settings, [1.0, -float("inf")])
+    hessians = measured(tmp_path, settings, [1.0, -float("inf")])
     with pytest.raises(OutputError, match="curves-"):
-        allocate_plan(SOURCE, make_plan(SOURCE, settings), settings, moments, no_pool)
+        allocate_plan(SOURCE, make_plan(SOURCE, settings), settings, hessians, no_pool)

@@ -51,13 +51,13 @@ def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
     return layers
 
 
-def moment_file(name: str) -> str:
+def hessian_file(name: str) -> str:
     """File of the sums of one matrix."""
     return f"{name}.safetensors"
 
 
 @dataclass(frozen=True)
-class Moments:
+class Hessians:
     """Sums of a calibration and how they are blended; a value, so that workers on other nodes can hold it too."""
 
     store: Store
@@ -85,7 +85,7 @@ class Moments:
 
     def sha256(self, name: str) -> str:
         """Stands for what `metric` is made of: the file of a matrix, and the one that has its `plain`."""
-        files = dict.fromkeys((moment_file(name), moment_file(self._row(name)["owner"] or name)))
+        files = dict.fromkeys((hessian_file(name), hessian_file(self._row(name)["owner"] or name)))
         return hashlib.sha256(" ".join(finished_sha256(self.store, file) for file in files).encode()).hexdigest()
 
     def _text_tokens(self) -> int:
@@ -94,12 +94,12 @@ class Moments:
         return int(windows * length)
 
     def _row(self, name: str) -> dict[str, Any]:
-        file = f"{DONE}/{moment_file(name)}.json"
+        file = f"{DONE}/{hessian_file(name)}.json"
         row: dict[str, Any] = of_cache(self.store, file, lambda: read_record(self.store, file, Done)["rows"][0])
         return row
 
     def _read(self, name: str, part: str) -> Tensor:
-        infos = {info.name: info for info in read_header(self.store, moment_file(name))[1]}
+        infos = {info.name: info for info in read_header(self.store, hessian_file(name))[1]}
         return read_tensor(self.store, infos[part_name(name, part)])
 
 
