@@ -5,9 +5,9 @@ asked, and a list of 10**9 experts is built for ever. Real models are orders of 
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
+from pipeline.architectures.model_config import ModelConfig
 from pipeline.errors import CheckpointError
 
 _BOUNDS = (
@@ -24,7 +24,7 @@ _FREE = re.compile(
 _DEEP = 20  # objects inside each other
 
 
-def require_buildable(where: str, config: Mapping[str, Any]) -> None:
+def require_buildable(where: str, config: ModelConfig) -> None:
     """Raise CheckpointError that names a number of a config, or of the header of a GGUF file, which no model has.
 
     Args:
@@ -40,9 +40,9 @@ def require_buildable(where: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def _numbers(about: Mapping[str, Any], depth: int) -> Iterator[tuple[str, int | float]]:
+def _numbers(config: ModelConfig, depth: int) -> Iterator[tuple[str, int | float]]:
     """Key -> number, of a config and of the configs in it; of a list each number by the list's key."""
-    for key, value in about.items():
+    for key, value in config.items():
         if key == "quantization_config" or not isinstance(key, str):
             continue
         if isinstance(value, dict) and depth < _DEEP:

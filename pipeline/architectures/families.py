@@ -7,7 +7,6 @@ it has no roles: what to compress of it is said by `--include REGEX`, never gues
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.architectures.fused_layouts import (
     FusedLayout,
@@ -19,7 +18,7 @@ from pipeline.architectures.fused_layouts import (
     interleaved,
     latent,
 )
-from pipeline.architectures.model_config import find_number, text_part
+from pipeline.architectures.model_config import ModelConfig, find_number, text_part
 from pipeline.architectures.stacked_experts import StackedExperts, stacks
 from pipeline.architectures.tensor_names import layer_number
 from pipeline.errors import ConfigError
@@ -107,7 +106,7 @@ class Role:
 class Family:
     """The line of the table that a model's config names."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         """A model that the table does not know has no roles."""
         kind = str(config.get("model_type"))
         self._inside, own = MULTIMODAL.get(kind, ("", kind))
@@ -166,7 +165,7 @@ def require_roles(roles: tuple[str, ...]) -> None:
         )
 
 
-def has_position_table(config: Mapping[str, Any], names: Iterable[str]) -> bool:
+def has_position_table(config: ModelConfig, names: Iterable[str]) -> bool:
     """Whether a model of these tensors looks positions up in a table, beyond the end of which there are none."""
     tables = filter(_POSITION_TABLE.search, names)
     return config.get("model_type") in _POSITION_BUFFERS or not all(map(_NOT_TEXT.search, tables))

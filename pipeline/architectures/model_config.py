@@ -1,18 +1,24 @@
-"""What a model's config.json says: one table of the names that families use, one place that looks into `text_config`.
+"""A model's config.json: its type, the aliases of its keys, and the values that describe the language part.
 
-Values here are those of the language part: a multimodal model describes it in `text_config`, and what is missing there is
-taken from the outer level. No value is trusted: a key counts only if its value is a positive integer.
+A multimodal model describes its language part in `text_config`; keys that are missing there are taken from the outer level.
+Values are not trusted: a number counts only if it is a positive integer.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
-Config = Mapping[str, Any]
+ModelConfig: TypeAlias = Mapping[str, Any]
+"""Contents of a model's config.json, or of an object nested in it, as read from JSON; never modified in place.
+
+Its keys belong to transformers and to the model family, so no class of this project lists them. Read numbers with
+`find_number` and `number_of`, which know the aliases.
+"""
+
 TEXT = "text_config"
-# the name that most families use -> other names of the same number
+# Key that most families use -> other keys for the same number.
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("n_layer", "num_layers"),
-    # n_embed is in old BLOOM configs
+    # n_embed occurs in old BLOOM configs.
     "hidden_size": ("n_embed", "n_embd", "d_model"),
     "num_attention_heads": ("n_head",),
     "num_key_value_heads": ("num_kv_heads",),
@@ -21,31 +27,31 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def text_part(config: Config) -> Config:
-    """The `text_config` of a multimodal model; empty if the model has none."""
+def text_part(config: ModelConfig) -> ModelConfig:
+    """Return the `text_config` of a multimodal model; empty if the model has none."""
     return config.get(TEXT) or {}
 
 
-def text_config(config: Config) -> dict[str, Any]:
-    """All that describes the language part: `config`, overridden by its `text_config`."""
+def text_config(config: ModelConfig) -> ModelConfig:
+    """Return the configuration of the language part: `config`, overridden by its `text_config`."""
     return {**config, **text_part(config)}
 
 
-def find_number(config: Config, key: str) -> int | None:
-    """A positive integer of the language part, under `key` or an alias of it; None if the config does not give it."""
+def find_number(config: ModelConfig, key: str) -> int | None:
+    """Return the positive integer under `key`, or an alias of it, in the language part; None if it is missing."""
     keys = (key, *ALIASES.get(key, ()))
     values = (part.get(name) for part in (text_part(config), config) for name in keys)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def number_of(config: Config, key: str) -> int:
-    """As `find_number`; ValueError if the config does not give it."""
+def number_of(config: ModelConfig, key: str) -> int:
+    """Like `find_number`, but raise ValueError if the number is missing."""
     value = find_number(config, key)
     if value is None:
         raise ValueError(f"config.json does not give {' or '.join((key, *ALIASES.get(key, ())))}")
     return value
 
 
-def positions_of(config: Config) -> int | None:
-    """Number of positions that a model was made for, if its config says."""
+def positions_of(config: ModelConfig) -> int | None:
+    """Return the longest sequence, in tokens, that the model was trained for; None if the config does not state it."""
     return find_number(config, "max_position_embeddings")

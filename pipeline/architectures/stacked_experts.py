@@ -7,7 +7,7 @@ are compared with config.json: a stack is cut into matrices only where it has th
 from dataclasses import dataclass
 
 from pipeline.architectures.fused_layouts import FusedLayout, halves
-from pipeline.architectures.model_config import Config, number_of
+from pipeline.architectures.model_config import ModelConfig, number_of
 from pipeline.architectures.tensor_info import FLOATS, TensorInfo
 
 
@@ -29,7 +29,7 @@ class StackedExperts:
     layout: FusedLayout
     width: str
 
-    def is_transposed(self, shape: tuple[int, ...], config: Config) -> bool:
+    def is_transposed(self, shape: tuple[int, ...], config: ModelConfig) -> bool:
         """Whether the matrices of a tensor of this shape are stored as [inputs, outputs].
 
         Raises:

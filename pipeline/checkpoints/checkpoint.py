@@ -7,10 +7,9 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from pipeline.architectures.config_bounds import require_buildable
-from pipeline.architectures.model_config import TEXT, text_part
+from pipeline.architectures.model_config import TEXT, ModelConfig, text_part
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.checkpoints.extra_files import (
     ADAPTER,
@@ -31,6 +30,7 @@ from pipeline.errors import CheckpointError
 from pipeline.storage.store import Store
 from swsc_core.storage import safetensors_header
 
+WEIGHTS_KEY = "transformers_weights"
 MANIFEST = "swsc_manifest.json"  # of an output: written last
 RUN = ".swsc/run.json"  # of an output under way: what was asked for
 
@@ -54,7 +54,7 @@ class Checkpoint:
 
     store: Store
     tensors: dict[str, TensorInfo]
-    config: dict[str, Any]
+    config: ModelConfig
     extras: tuple[str, ...] = field(default=())
     headers_sha256: str = ""
     buffers: tuple[TensorInfo, ...] = ()
@@ -105,8 +105,9 @@ def read_checkpoint(location: str) -> Checkpoint:
     if store.exists(RUN) and not store.exists(MANIFEST):
         raise CheckpointError(f"{location}: an unfinished output; run the command that began it again")
     config = _config(store) if "config.json" in names else {}
-    # of the source's files alone: in a config that goes on into an output it would name a file that is not there
-    files, weight_map, passed_over = weight_files(store, names, config.pop("transformers_weights", None))
+    files, weight_map, passed_over = weight_files(store, names, config.get(WEIGHTS_KEY))
+    # The key names a file of the source, which an output does not have.
+    config = {key: value for key, value in config.items() if key != WEIGHTS_KEY}
     for name in (*files, "config.json"):
         require_inside(store, name)
     extras = extras_of(store, {*files, *dict(passed_over)})
@@ -185,7 +186,7 @@ def _info(where: str, file: str, entry: safetensors_header.HeaderEntry) -> Tenso
     return TensorInfo(entry.name, entry.dtype, entry.shape, file, entry.start, entry.nbytes)
 
 
-def _config(store: Store) -> dict[str, Any]:
+def _config(store: Store) -> ModelConfig:
     try:
         config = store.read_json("config.json", JSON_LIMIT)
     except ValueError as error:
@@ -200,7 +201,7 @@ def _config(store: Store) -> dict[str, Any]:
     return config
 
 
-def _require_names(store: Store, config: dict[str, Any]) -> None:
+def _require_names(store: Store, config: ModelConfig) -> None:
     """Raise CheckpointError for a model type or a quantization method that is not a string."""
     inner = text_part(config)
     methods = config.get("quantization_config"), config.get("compression_config"), inner.get("quantization_config")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.architectures.model_config import ModelConfig
 from pipeline.architectures.tensor_info import Fp8Weight, TensorInfo
 from pipeline.checkpoints.quantized_names import refusal
 from pipeline.errors import CheckpointError
@@ -29,14 +30,14 @@ REASON = "a scale of fp8 weights, which are read as bfloat16"
 
 
 def read_as_bfloat16(
-    where: str, tensors: Mapping[str, TensorInfo], config: dict[str, Any]
-) -> tuple[dict[str, TensorInfo], dict[str, Any], tuple[TensorInfo, ...]]:
+    where: str, tensors: Mapping[str, TensorInfo], config: ModelConfig
+) -> tuple[dict[str, TensorInfo], ModelConfig, tuple[TensorInfo, ...]]:
     """Tensors, config and consumed scales of a checkpoint that may be in fp8; as they are, if it is not.
 
     Raises:
         CheckpointError: fp8 weights without scales, or scales that do not fit them.
     """
-    about: Mapping[str, Any] = config.get("quantization_config") or {}
+    about: ModelConfig = config.get("quantization_config") or {}
     pairs = {} if about.get("quant_method") not in _READ else _pairs(tensors)
     if not pairs:
         return dict(tensors), config, ()
@@ -67,7 +68,7 @@ def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     }
 
 
-def _dequantized(where: str, info: TensorInfo, scales: TensorInfo, about: Mapping[str, Any]) -> TensorInfo:
+def _dequantized(where: str, info: TensorInfo, scales: TensorInfo, about: ModelConfig) -> TensorInfo:
     block = _block(info.shape, scales.shape, about)
     if scales.dtype in ("F8_E8M0", "U8"):  # powers of two, one for 32 values
         raise CheckpointError(f"{where}: {refusal('mxfp8', f'the scales of {info.name} are {scales.dtype}')}")
@@ -79,7 +80,7 @@ def _dequantized(where: str, info: TensorInfo, scales: TensorInfo, about: Mappin
     return replace(info, dtype="BF16", nbytes=info.count * DTYPES["BF16"][1], fp8=Fp8Weight(info, scales, block))
 
 
-def _block(shape: tuple[int, ...], scales: tuple[int, ...], about: Mapping[str, Any]) -> tuple[int, int] | None:
+def _block(shape: tuple[int, ...], scales: tuple[int, ...], about: ModelConfig) -> tuple[int, int] | None:
     """Rows and columns that share a scale; None if the scales do not fit."""
     if len(shape) != 2:
         return None
@@ -94,7 +95,7 @@ def _block(shape: tuple[int, ...], scales: tuple[int, ...], about: Mapping[str, 
     return (size[0], size[1]) if scales == (-(-m // size[0]), -(-n // size[1])) else None
 
 
-def _group_block(about: Mapping[str, Any]) -> Any:
+def _group_block(about: ModelConfig) -> Any:
     """The block size of compressed-tensors, if all groups of weights have the same."""
     groups = about.get("config_groups")
     own = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []

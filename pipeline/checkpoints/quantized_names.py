@@ -5,9 +5,8 @@ The name comes from config.json, or from what the methods call their tensors: a 
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
-from pipeline.architectures.model_config import text_part
+from pipeline.architectures.model_config import ModelConfig, text_part
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.errors import CheckpointError
 
@@ -34,7 +33,7 @@ _CONFIGS = {
 _DEQUANTIZED = ("bitsandbytes", "higgs")  # methods whose loaded model transformers can dequantize
 
 
-def require_unquantized(where: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
+def require_unquantized(where: str, tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
     """Raise CheckpointError for a checkpoint that is quantized in a way that is not read here."""
     about = _said(config)
     method, found = about.get("quant_method"), ""
@@ -67,7 +66,7 @@ def _else(method: object) -> str:
     return ": transformers cannot dequantize this one"
 
 
-def _said(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _said(config: ModelConfig) -> ModelConfig:
     """What a config says of a quantization, in the places where it may say so."""
     inner = text_part(config).get("quantization_config")
     found = config.get("quantization_config") or config.get("compression_config") or inner

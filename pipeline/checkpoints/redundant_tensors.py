@@ -6,9 +6,9 @@ and under which names they are tied is what transformers' class of the model say
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.architectures.model_config import TEXT, text_config, text_part
+from pipeline.architectures.model_config import TEXT, ModelConfig, text_config, text_part
 from pipeline.errors import CheckpointError
 from pipeline.storage.store import Store
 
@@ -36,7 +36,7 @@ class Copies(NamedTuple):
     different: tuple[Tie, ...]
 
 
-def ties_of(names: Iterable[str], config: Mapping[str, Any], where: str) -> list[Tie]:
+def ties_of(names: Iterable[str], config: ModelConfig, where: str) -> list[Tie]:
     """The ties of the model that a config.json describes, whichever of their names are among the stored `names`."""
     from pipeline.checkpoints.skeleton import Unknown, stored_ties
 
@@ -48,7 +48,7 @@ def ties_of(names: Iterable[str], config: Mapping[str, Any], where: str) -> list
         return [Tie(_HEAD, embedding)] if text_config(config).get(_SAID) and embedding else []
 
 
-def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: Mapping[str, Any]) -> Copies:
+def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: ModelConfig) -> Copies:
     """Tied tensors that are stored twice. No code of transformers is loaded unless two tensors of one shape call for it.
 
     Where one pair holds unlike values config.json's ties go (`untied`), and with them those of the equal ones.
@@ -60,7 +60,7 @@ def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: Mappi
     return Copies(() if different else tuple(ties), tuple(different))
 
 
-def untied(config: dict[str, Any]) -> dict[str, Any]:
+def untied(config: ModelConfig) -> ModelConfig:
     """A config.json that says what transformers does with a head that is stored with values of its own: it is not tied."""
     text = text_part(config)
     return {**config, _SAID: False, **({TEXT: {**text, _SAID: False}} if text else {})}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.architectures.families import Family
+from pipeline.architectures.model_config import ModelConfig
 from pipeline.errors import CheckpointError, first_line
 
 _MESSAGE = 300  # letters of what transformers says of a config
@@ -27,7 +28,7 @@ class Unknown(Exception):
     """transformers has no code for the model, or lacks a package that its code needs: nothing can be said of its parameters."""
 
 
-def skeletons_of(config: Mapping[str, Any], where: str, tensors: int) -> list[Skeleton]:
+def skeletons_of(config: ModelConfig, where: str, tensors: int) -> list[Skeleton]:
     """The models of transformers' own code that a config.json may describe: of the class that it names, and as it is measured.
 
     Args:
@@ -74,7 +75,7 @@ def _remedy(error: Exception) -> str:
     return "repair it"
 
 
-def stored_ties(names: Iterable[str], config: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
+def stored_ties(names: Iterable[str], config: ModelConfig, where: str) -> list[tuple[str, str]]:
     """Tied names by the model's class, in the words of checkpoints: one of a pair, and the one that it shares.
 
     The latter is that which is stored, if one is: transformers ties both ways.
@@ -99,7 +100,7 @@ def stored_ties(names: Iterable[str], config: Mapping[str, Any], where: str) -> 
     return [(one, other) if other in stored else (other, one) for one, other in ties]
 
 
-def _classes(about: Mapping[str, Any], config: Any) -> list[Any]:
+def _classes(about: ModelConfig, config: Any) -> list[Any]:
     """The class that config.json names, if transformers has it, then the one that predicts tokens, if that is another."""
     named = _named(about)
     mapping = auto_class(config)._model_mapping
@@ -127,12 +128,12 @@ def names_in_relatives(config: Any) -> set[str]:
     return found
 
 
-def class_is_named(config: Mapping[str, Any]) -> bool:
+def class_is_named(config: ModelConfig) -> bool:
     """Whether config.json says which class of transformers the files are of; if not, they may hold another head, or none."""
     return bool(_named(config))
 
 
-def _named(about: Mapping[str, Any]) -> list[Any]:
+def _named(about: ModelConfig) -> list[Any]:
     import transformers
 
     named = [getattr(transformers, name, None) for name in about.get("architectures") or [] if isinstance(name, str)]

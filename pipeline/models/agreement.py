@@ -6,13 +6,14 @@ its own loading code is run on empty tensors of the same names and shapes, befor
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pipeline.architectures.families import Family
+from pipeline.architectures.model_config import ModelConfig
 from pipeline.architectures.tensor_names import tensor_kind
 from pipeline.checkpoints.redundant_tensors import is_buffer
 from pipeline.checkpoints.skeleton import (
@@ -128,7 +129,7 @@ def _is_weight(name: str, model: Any) -> bool:
     return name.rpartition(".")[2] in {"weight", "bias", *(own.rpartition(".")[2] for own in model.state_dict())}
 
 
-def _unknown(where: str, config: Mapping[str, Any], reason: str, measured: bool) -> str:
+def _unknown(where: str, config: ModelConfig, reason: str, measured: bool) -> str:
     """Why nothing can be compared; CheckpointError if nothing can be measured then, either."""
     if "auto_map" not in config:
         if measured:

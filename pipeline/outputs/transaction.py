@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from pipeline.architectures.model_config import ModelConfig
 from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint, read_header
 from pipeline.checkpoints.weight_files import INDEX, TENSOR_FILE
 from pipeline.errors import FULL, CheckpointError, DiskFull, OutputError
@@ -175,7 +176,7 @@ def names_beside(source: Checkpoint) -> list[str]:
 
 
 def finish(
-    output: Output, source: Checkpoint, records: list[FileRecord], config: dict[str, Any], report: dict[str, Any], card: str
+    output: Output, source: Checkpoint, records: list[FileRecord], config: ModelConfig, report: dict[str, Any], card: str
 ) -> None:  # fmt: skip
     """Write everything that makes finished tensor files a model; the manifest last.
 

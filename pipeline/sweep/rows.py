@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.architectures.model_config import ModelConfig
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import NonFiniteError
 from pipeline.evaluation.flow import evaluation_result
@@ -98,7 +99,7 @@ def _bits(run: Run, rows: Mapping[str, CompressedRow]) -> Row:
     return dict(zip(keys, values, strict=True))
 
 
-def known_model(config: Row) -> str | None:
+def known_model(config: ModelConfig) -> str | None:
     """Name of a model that published figures are compared with, told by its shape."""
     keys = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
     return "Llama-2-7B" if tuple(config.get(key) for key in keys) == ("llama", 4096, 32, 11008, 32000) else None

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pipeline.architectures.model_config import ModelConfig
 from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
@@ -184,7 +185,7 @@ def _tasks(
     return tasks + [copy_task(source.store, copy, ticket) for copy in plan.copies]
 
 
-def _config(source: Checkpoint, results: Mapping[str, MatrixResult], form: str) -> dict[str, Any]:
+def _config(source: Checkpoint, results: Mapping[str, MatrixResult], form: str) -> ModelConfig:
     if form == "dense":
         return source.config
     entries = {name: results[name].entry for name in sorted(results)}

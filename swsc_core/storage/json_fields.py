@@ -4,9 +4,15 @@ config.json may come from anywhere: a count of blocks that is a billion, say, wo
 before an object is made of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
-from typing import Any
+from typing import Any, TypeAlias
+
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | JsonObject | None"
+"""A value that JSON can hold; for values that this project writes and whose keys no dataclass lists."""
+
+JsonObject: TypeAlias = Mapping[str, JsonValue]
+"""A JSON object."""
 
 Check = Callable[[Any], bool]
 _SHOWN = 40  # characters of a refused value in an error

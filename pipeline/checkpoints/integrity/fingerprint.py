@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol
 
+from pipeline.architectures.model_config import ModelConfig
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.storage.store import Store
 
@@ -32,7 +33,7 @@ class Headers(Protocol):
     @property
     def buffers(self) -> tuple[TensorInfo, ...]: ...
     @property
-    def config(self) -> Mapping[str, Any]: ...
+    def config(self) -> ModelConfig: ...
     @property
     def extras(self) -> tuple[str, ...]: ...
     @property
