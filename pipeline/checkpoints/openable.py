@@ -14,20 +14,20 @@ Refusal = Callable[[str, bool], str | None]
 def refusal_of(checkpoint: Checkpoint) -> Refusal:
     """What says of each tensor why it has to stay as it is; of models that transformers has no code for nothing is said."""
     from pipeline.checkpoints.skeleton import Unknown, skeletons_of
-    from swsc_core.hf.restore_on_load import refusal
-    from swsc_core.hf.weight_names import Names
+    from swsc_core.hf.restore_on_load import why_not_restorable
+    from swsc_core.hf.weight_names import WeightNames
 
     try:
         models = [one.model for one in skeletons_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))]
     except (Unknown, CheckpointError):  # code of its own, or a config that agreement.py refuses
         return lambda *_: None
-    names = [Names(model) for model in models]
+    names = [WeightNames(model) for model in models]
     idle = _without_place(checkpoint, models[0], names[0])
 
     def why(tensor: str, joined: bool) -> str | None:
         if tensor in idle:
             return f"{type(models[0]).__name__} of transformers has no place for it"
-        return next(filter(None, (refusal(tensor, joined, own) for own in names)), None)
+        return next(filter(None, (why_not_restorable(tensor, joined, own) for own in names)), None)
 
     return why
 
@@ -39,7 +39,7 @@ def _without_place(checkpoint: Checkpoint, model: Any, names: Any) -> frozenset[
     """
     own = type(model).__name__ in (checkpoint.config.get("architectures") or [])
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or []]
-    found = [name for name in checkpoint.tensors if not names.has(names.target(name)[0])]
+    found = [name for name in checkpoint.tensors if not names.has_parameter(names.target(name)[0])]
     if not own or "auto_map" in checkpoint.config or 2 * len(found) > len(checkpoint.tensors):
         return frozenset()  # agreement.py says what is wrong
     return frozenset(name for name in found if not any(pattern.search(name) for pattern in ignored))

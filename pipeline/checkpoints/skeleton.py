@@ -83,14 +83,14 @@ def stored_ties(names: Iterable[str], config: ModelConfig, where: str) -> list[t
     Raises:
         As `skeletons_of`.
     """
-    from swsc_core.hf.weight_names import Names, saved_name
+    from swsc_core.hf.weight_names import WeightNames, saved_name
 
     stored = dict.fromkeys(names)
     model = skeletons_of(config, where, len(stored))[0].model
     pairs: Mapping[str, str] = model.all_tied_weights_keys
     if not pairs:
         return []
-    targets = Names(model)
+    targets = WeightNames(model)
     by_parameter = {targets.target(name)[0]: name for name in stored}
 
     def name_of(parameter: str) -> str:

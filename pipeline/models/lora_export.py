@@ -25,13 +25,13 @@ def carried_by_adapter(model: Model, location: str, trusted: bool) -> dict[str, 
         CheckpointError: transformers does not know the model.
         ConfigError: there is nothing that an adapter could carry.
     """
-    from swsc_core.hf.weight_names import Names
+    from swsc_core.hf.weight_names import WeightNames
 
     ranked = [name for name, entry in model.entries.items() if entry.low_rank and entry.location == MatrixLocation()]
     if not ranked:
         raise ConfigError(f"{location}: no matrix has a low-rank part that an adapter could carry; drop --adapter")
     empty = skeleton(ModelKey(location, "auto", 1, trusted))
-    names = Names(empty)
+    names = WeightNames(empty)
     found = {name: _linear(empty, *names.target(name), list(model.entries[name].shape)) for name in ranked}
     carried = {name: path for name, path in found.items() if path}
     if not carried:

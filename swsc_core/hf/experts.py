@@ -17,7 +17,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from swsc_core.hf.layer_replacement import put_layer
-from swsc_core.hf.weight_names import Names
+from swsc_core.hf.weight_names import WeightNames
 from swsc_core.layers.experts import REMEDY, SwscExperts, refusal
 
 _LEAF = re.compile(r"\.\*\.(\w+)\\?\.weight\$?$")
@@ -42,7 +42,7 @@ class FusedExperts:
     patterns: frozenset[str]
 
 
-def lay_apart(model: Any, tensors: Iterable[str], stored: Iterable[str], names: Names) -> frozenset[str]:
+def unfuse_experts(model: Any, tensors: Iterable[str], stored: Iterable[str], names: WeightNames) -> frozenset[str]:
     """Lay experts apart, on the meta device, where one of `tensors` is joined with others; all that the same merges join.
 
     Args:
@@ -73,14 +73,14 @@ def _pass_over(block: Any) -> None:
         block._is_hf_initialized = True
 
 
-def _merges(tensors: Iterable[str], names: Names) -> Iterator[tuple[str, str]]:
+def _merges(tensors: Iterable[str], names: WeightNames) -> Iterator[tuple[str, str]]:
     """Of each of `tensors` that is merged: the module whose parameter it becomes part of, and the pattern of the merge."""
     for target, pattern in map(names.target, tensors):
-        if pattern and names.has(target):
+        if pattern and names.has_parameter(target):
             yield target.rpartition(".")[0], pattern
 
 
-def _stacks(model: Any, names: Names) -> Iterator[FusedExperts]:
+def _stacks(model: Any, names: WeightNames) -> Iterator[FusedExperts]:
     for path, module in model.named_modules():
         if not _hands_over(module):
             continue
@@ -103,7 +103,7 @@ def _hands_over(module: nn.Module) -> bool:
     return found
 
 
-def _sources(names: Names, parameter: str) -> dict[str, str]:
+def _sources(names: WeightNames, parameter: str) -> dict[str, str]:
     """Name of an expert's matrix -> pattern, of the merge that does nothing but put all experts into `parameter`; else none."""
     path = parameter.rpartition(".")[0]
     for converter in names.converters:

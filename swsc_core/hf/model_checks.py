@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from swsc_core.hf.headers import Header
-from swsc_core.hf.weight_names import Names
+from swsc_core.hf.weight_names import WeightNames
 from swsc_core.layers.linear import CompressedWeight
 
 
@@ -20,7 +20,7 @@ def require_place(model: Any, tensor: str, where: str) -> None:
         raise ValueError(f"{where}: {tensor} has no place in this model; take the config.json that belongs to it")
 
 
-def require_all(model: Any, names: Names, stored: Iterable[str], where: str) -> None:
+def require_all(model: Any, names: WeightNames, stored: Iterable[str], where: str) -> None:
     """Raise ValueError if a parameter is in no file: transformers would warn and go on with whatever lies in memory.
 
     A class that is not the checkpoint's own brings a head of its own, which is to be trained: what it shares has to be there.
@@ -36,7 +36,7 @@ def require_all(model: Any, names: Names, stored: Iterable[str], where: str) -> 
 
 
 def require_shapes(
-    model: Any, names: Names, headers: Mapping[str, Header], restored: Collection[str], where: str
+    model: Any, names: WeightNames, headers: Mapping[str, Header], restored: Collection[str], where: str
 ) -> None:
     """Raise ValueError if a tensor has another shape than its parameter, which transformers 5.19 takes as it is.
 

@@ -17,12 +17,12 @@ from swsc_core.compressed.entry import Entry
 from swsc_core.hf.compress_on_load import compress_loaded
 from swsc_core.hf.config import SwscConfig
 from swsc_core.hf.dense_layers import DenseLayers, embeddings_of
-from swsc_core.hf.experts import implementations, join, lay_apart, require_eager
+from swsc_core.hf.experts import implementations, join, require_eager, unfuse_experts
 from swsc_core.hf.headers import read_headers, require_parts, require_rest
 from swsc_core.hf.layer_replacement import make_dense, place
 from swsc_core.hf.model_checks import require_all, require_labels, require_place, require_shapes, require_unwrapped
 from swsc_core.hf.restore_on_load import with_restoring
-from swsc_core.hf.weight_names import Names, saved_name, without
+from swsc_core.hf.weight_names import WeightNames, saved_name, without
 from swsc_core.layers.linear import CompressedWeight, SwscJoined
 
 
@@ -55,7 +55,7 @@ class SwscQuantizer(HfQuantizer):
                     "SwscConfig: dequantize: this checkpoint is not compressed; open it without SwscConfig"
                 )
             return
-        self._dtype, self._names = dtype or torch.get_default_dtype(), Names(model)
+        self._dtype, self._names = dtype or torch.get_default_dtype(), WeightNames(model)
         where = model.config.name_or_path
         if checkpoint_files:
             headers = read_headers(checkpoint_files)
@@ -66,14 +66,14 @@ class SwscQuantizer(HfQuantizer):
         dense = DenseLayers(model)
         for tensor, compressed in compressed_tensors(entries).items():
             target, pattern = self._names.target(tensor)
-            if not self._names.has(target):
+            if not self._names.has_parameter(target):
                 require_place(model, tensor, where)
             elif config.dequantize or pattern or not self._places(model, target, compressed, dense):
                 self._restored.append(tensor)
             elif checkpoint_files and compressed.is_fused:
                 require_rest(headers, tensor, model.get_submodule(target.removesuffix(".weight")), where)
         if checkpoint_files:
-            require_all(model, Names(model, self._apart), headers, where)
+            require_all(model, WeightNames(model, self._apart), headers, where)
             require_shapes(model, self._names, headers, self._restored, where)
         self._kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
@@ -82,9 +82,11 @@ class SwscQuantizer(HfQuantizer):
         return self._names.lead_beside(tensor.name, tensor.entries) and place(model, target, tensor, self._dtype, dense)
 
     def _lay_apart(self, model: Any) -> None:
-        self._apart = lay_apart(model, compressed_tensors(self.quantization_config.tensors), self._stored, self._names)
+        self._apart = unfuse_experts(
+            model, compressed_tensors(self.quantization_config.tensors), self._stored, self._names
+        )
         if self._apart:
-            self._names, self._implementations = Names(model, self._apart), implementations(model.config)
+            self._names, self._implementations = WeightNames(model, self._apart), implementations(model.config)
             require_eager(model, self._asked)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:

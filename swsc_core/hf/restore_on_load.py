@@ -18,7 +18,7 @@ from swsc_core.compressed.codec import decode
 from swsc_core.compressed.config_json import CompressedTensor, compressed_tensors, part_name, piece_name
 from swsc_core.compressed.entry import Entry
 from swsc_core.compressed.registry import part_names
-from swsc_core.hf.weight_names import Names, in_natural_order
+from swsc_core.hf.weight_names import WeightNames, in_natural_order
 from swsc_core.storage.location import row_blocks_of
 from swsc_core.storage.row_blocks import fuse_rows
 
@@ -111,7 +111,7 @@ def _listed(tensors: Any) -> Iterator[Tensor]:
     return iter(tensors if isinstance(tensors, list) else [tensors])
 
 
-def refusal(tensor: str, joined: bool, names: Names) -> str | None:
+def why_not_restorable(tensor: str, joined: bool, names: WeightNames) -> str | None:
     """Why a compressed tensor that transformers converts while loading could not be restored before that; None if it can.
 
     Args:
@@ -130,9 +130,9 @@ def refusal(tensor: str, joined: bool, names: Names) -> str | None:
     return None
 
 
-def require_restorable(tensor: str, joined: bool, names: Names) -> None:
-    """Raise ValueError for what `refusal` names."""
-    if why := refusal(tensor, joined, names):
+def require_restorable(tensor: str, joined: bool, names: WeightNames) -> None:
+    """Raise ValueError for what `why_not_restorable` names."""
+    if why := why_not_restorable(tensor, joined, names):
         raise ValueError(f"{tensor} cannot be opened compressed: {why}; use `swsc restore`, or compress again")
 
 
@@ -141,7 +141,7 @@ def with_restoring(
     restored: Collection[str],
     entries: Entries,
     stored: Iterable[str],
-    names: Names,
+    names: WeightNames,
     dtype: torch.dtype,
 ) -> list[Any]:
     """`converters` that restore the tensors `restored` before they do what they did, and one more for each without any.
@@ -194,12 +194,12 @@ def _pattern(source: str, part: str) -> str:
     return re.sub(r"weight\$?$", f"{part}$", source)
 
 
-def _restorer(name: str, target: str, entries: Entries, names: Names, dtype: torch.dtype) -> Any:
+def _restorer(name: str, target: str, entries: Entries, names: WeightNames, dtype: torch.dtype) -> Any:
     patterns = [f"^{re.escape(names.renamed(part_name(name, part)))}$" for part in part_names()]
     return WeightConverter(patterns, target, [Restore(entries, {target: [[name]]}, dtype, merges=False)])
 
 
-def _joining(tensor: CompressedTensor, converters: Sequence[Any], names: Names, dtype: torch.dtype) -> Any:
+def _joining(tensor: CompressedTensor, converters: Sequence[Any], names: WeightNames, dtype: torch.dtype) -> Any:
     """What restores the fused tensor, and then does what transformers does to such a tensor (transposes it, say).
 
     A stack of experts has hundreds of matrices, so that a stored part of all of them is one pattern.

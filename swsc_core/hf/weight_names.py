@@ -20,7 +20,7 @@ from swsc_core.compressed.config_json import part_name, piece_name
 from swsc_core.compressed.registry import part_names
 
 
-class Names:
+class WeightNames:
     """Where the tensors of a checkpoint go in `model`, which may still be empty.
 
     Args:
@@ -50,7 +50,7 @@ class Names:
         found: tuple[str, str | None] = rename_source_key(renamed, [], self.converters, self._prefix, self._state)
         return found
 
-    def has(self, parameter: str) -> bool:
+    def has_parameter(self, parameter: str) -> bool:
         """Whether the model had such a parameter before any was replaced."""
         return parameter in self._state
 

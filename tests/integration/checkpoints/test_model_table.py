@@ -22,7 +22,7 @@ from pipeline.models.loading import ModelKey, load_model
 from pipeline.models.stored_model import Model, open_model
 from pipeline.planning.plan import make_plan
 from pipeline.settings.matrix import MatrixSettings
-from swsc_core.hf.weight_names import Names, saved_name
+from swsc_core.hf.weight_names import WeightNames, saved_name
 from tests.support.families import MODELS
 
 _QUICK = ("llama 3", "gemma2", "gpt2", "bloom", "qwen3_moe", "gemma3 with vision", "qwen3_vl_moe", "tied gpt_neox")
@@ -59,7 +59,7 @@ class Lying:
 
     def with_copies(self, change: float = 0.0) -> list[str]:
         """Every tied tensor is stored under its other name, too, plus `change`; returns these names."""
-        names = Names(self.model)
+        names = WeightNames(self.model)
         stored = {names.target(name)[0]: name for name in self.weights}
         copies = {
             saved_name(self.model, one): self.weights[stored[other]].clone() + change

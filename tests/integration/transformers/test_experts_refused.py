@@ -17,8 +17,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import swsc_core.hf.lora  # noqa: F401  # puts adapters on compressed layers
 from jobs.cli import main
 from swsc_core.compressed.config_json import part_name
-from swsc_core.hf.experts import lay_apart, require_eager
-from swsc_core.hf.weight_names import Names
+from swsc_core.hf.experts import require_eager, unfuse_experts
+from swsc_core.hf.weight_names import WeightNames
 from tests.support.families import FamilyModel, experts_of, tensors_of
 
 
@@ -143,10 +143,10 @@ def test_experts_whose_forward_pass_is_their_own_are_not_laid_apart(mixtral: Fam
     model = empty(mixtral)
     for layer in model.model.layers[1:]:
         layer.mlp.experts.__class__ = OwnForward
-    assert not lay_apart(model, names[:3], names, Names(model))
+    assert not unfuse_experts(model, names[:3], names, WeightNames(model))
     assert not experts_of(model)
     model = empty(mixtral)
-    assert lay_apart(model, names[:3], names, Names(model))
+    assert unfuse_experts(model, names[:3], names, WeightNames(model))
     assert len(experts_of(model)) == 2
 
 
@@ -165,7 +165,7 @@ def test_neither_are_those_with_parameters_of_another_kind(mixtral: FamilyModel)
     names = [name for name in tensors_of(mixtral.dense) if ".experts." in name]
     model = empty(mixtral)
     model.model.layers[0].mlp.experts.register_buffer("scale", torch.ones(4, device="meta"))
-    assert not lay_apart(model, names, names, Names(model))
+    assert not unfuse_experts(model, names, names, WeightNames(model))
 
 
 def test_experts_that_are_multiplied_all_at_once_are_not_laid_apart() -> None:
@@ -178,4 +178,4 @@ def test_experts_that_are_multiplied_all_at_once_are_not_laid_apart() -> None:
         )  # fmt: skip
     names = list(model.state_dict())
     assert any("experts" in name for name in names)
-    assert not lay_apart(model, names, names, Names(model))
+    assert not unfuse_experts(model, names, names, WeightNames(model))
