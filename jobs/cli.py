@@ -8,7 +8,7 @@ from importlib import import_module
 
 from jobs.command_line.command import command_parser
 from jobs.command_line.streams import lasting
-from pipeline.engine import signals as interrupt
+from pipeline.engine import signals
 from pipeline.errors import FULL, DiskFull, SwscError
 
 _OF_THE_USER = {
@@ -34,17 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _listening(given: list[str], to_the_end: bool) -> int:
-    with interrupt.listening(to_the_end=to_the_end):
+    with signals.handle_signals(until_exit=to_the_end):
         try:
             code = _run(given)
-            interrupt.check()
+            signals.raise_if_interrupted()
             return code
         except BaseException as error:
-            if not (isinstance(error, KeyboardInterrupt) or interrupt.is_noted()):
+            if not (isinstance(error, KeyboardInterrupt) or signals.is_interrupted()):
                 raise
-            interrupt.forget()
+            signals.clear()
             print(f"interrupted{_kept(given)}", file=sys.stderr)
-            return interrupt.EXIT_CODE
+            return signals.EXIT_CODE
 
 
 def _run(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from pipeline.checkpoints.sources.gguf_headers import open_headers
 from pipeline.errors import OutputError
 from pipeline.models.stored_model import Model
 from pipeline.outputs.preflight import examine
-from pipeline.planning.cost_model import cached_bytes, forecast, stage_bytes
+from pipeline.planning.cost_model import cached_bytes, estimate_cost, stage_bytes
 from pipeline.planning.machine_speed import measure_speed
 from pipeline.planning.plan import Decision, Plan, make_plan, require_coverage
 from pipeline.report.tables import print_table
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = make_plan(source, settings, dense=settings.format == "dense")
     examine(Model(source, {}), calibration.trust_remote_code)
     stages = stage_bytes(source, plan, settings, calibration)
-    foretold = forecast(plan, settings.format, measure_speed(source), _workers(cluster, plan, stages))
+    foretold = estimate_cost(plan, settings.format, measure_speed(source), _workers(cluster, plan, stages))
     foretold |= {f"{stage}_peak_bytes": nbytes for stage, nbytes in stages.items() if stage != "compress"}
     foretold["disk_bytes"] = foretold["output_bytes"] + cached_bytes(plan, settings)
     free = Store.at(arguments.output).free_bytes() if arguments.output else None

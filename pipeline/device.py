@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return _is_of_torch(error) and bool(_TOO_SMALL.search(str(error)))
 
 
-def spoils_the_process(error: BaseException) -> bool:
+def requires_new_process(error: BaseException) -> bool:
     """Whether a process can do nothing, or not enough, on its GPU after this: another one may, and it is no fault of the task."""
     import torch
 
@@ -166,29 +166,29 @@ class Arithmetic:
     device: str | None = "cpu"
 
     @property
-    def about(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What an output's identity says of it, as far as it is known."""
         kind = {"device": self.device, "torch": version("torch").split("+")[0]} if self.device else {}
         return {"threads": self.threads, **kind}
 
     @property
-    def gpu(self) -> dict[str, Any]:
+    def gpu_identity(self) -> dict[str, Any]:
         """What names in a cache say of it: nothing of CPUs, whose results have always been found again."""
-        return {} if self.device == "cpu" else self.about
+        return {} if self.device == "cpu" else self.identity
 
 
-def name_of(device: str) -> str:
+def device_name(device: str) -> str:
     """The kind of a device: "cpu", or as CUDA calls the GPU."""
     import torch
 
     return "cpu" if device == "cpu" else str(torch.cuda.get_device_name(0))
 
 
-def instructions_of(device: str) -> str:
+def vector_instructions(device: str) -> str:
     """Vector instructions that torch uses on this machine's CPU, or as CUDA calls the GPU."""
     import torch
 
-    return torch.backends.cpu.get_cpu_capability() if device == "cpu" else name_of(device)
+    return torch.backends.cpu.get_cpu_capability() if device == "cpu" else device_name(device)
 
 
 def take_device(gpus: float) -> tuple[str, Device]:
@@ -211,10 +211,10 @@ def take_device(gpus: float) -> tuple[str, Device]:
     if share < 1:
         torch.cuda.set_per_process_memory_fraction(share)
     total = torch.cuda.get_device_properties(0).total_memory
-    return "cuda", Device(name_of("cuda"), int(share * total), capability)
+    return "cuda", Device(device_name("cuda"), int(share * total), capability)
 
 
-def require_gpu(needed: int, nbytes: int) -> None:
+def require_gpu_memory(needed: int, nbytes: int) -> None:
     """Raise ClusterError if a GPU of `nbytes` bytes (0: none) is too small for the estimate."""
     if 0 < nbytes < needed:
         raise ClusterError(
@@ -223,7 +223,7 @@ def require_gpu(needed: int, nbytes: int) -> None:
         )
 
 
-def require_kind(wanted: str | None, kind: str) -> str:
+def require_same_kind(wanted: str | None, kind: str) -> str:
     """The kind of device of all workers; ClusterError for one that has another: their bytes would differ."""
     if wanted is not None and kind != wanted:
         raise ClusterError(

@@ -19,7 +19,7 @@ import torch
 from benchmarks.common import print_markdown
 from benchmarks.gpu import arithmetic, compression, models
 from benchmarks.gpu.finding import Bench, Finding
-from pipeline.device import fix_arithmetic, name_of
+from pipeline.device import device_name, fix_arithmetic
 
 _SECONDS = 440.0  # after which no further part is begun
 PARTS: tuple[Callable[[Bench], Iterator[Finding]], ...] = (
@@ -55,7 +55,7 @@ def main() -> int:
     bench = Bench(arguments.device, arguments.device == "cpu")
     fix_arithmetic(bench.device)
     found = run(bench)
-    about = {"device": name_of(bench.device), "torch": torch.__version__, "cuda": torch.version.cuda}
+    about = {"device": device_name(bench.device), "torch": torch.__version__, "cuda": torch.version.cuda}
     words = {True: "holds", False: "FAILS", None: ""}
     print(f"{about['device']}, torch {about['torch']}, CUDA {about['cuda']}\n")
     print_markdown(["what", "found", "unit", "claim"], [(f.what, f.value, f.unit, words[f.ok]) for f in found])

@@ -13,7 +13,7 @@ from swsc_core.method.svd import by_eigenvectors
 
 _ASSERT = "torch.zeros(4, device='cuda')[torch.tensor([9], device='cuda')].sum().item()"
 _FULL = "torch.empty(1 << 50, dtype=torch.uint8, device='cuda')"
-_AFTER = "try:\n    torch.cuda.set_per_process_memory_fraction(0.5)\n    {}\nexcept BaseException as error:\n    print(spoils_the_process(error), is_out_of_memory(error), type(error).__name__)"
+_AFTER = "try:\n    torch.cuda.set_per_process_memory_fraction(0.5)\n    {}\nexcept BaseException as error:\n    print(requires_new_process(error), is_out_of_memory(error), type(error).__name__)"
 _HALF = "total = torch.cuda.get_device_properties(0).total_memory; torch.empty(int(0.6 * total), dtype=torch.uint8, device='cuda')"
 
 
@@ -68,7 +68,7 @@ def errors(bench: Bench) -> Iterator[Finding]:
         ("more memory than there is", _FULL, "True True"),
         ("more than a share of one half", _HALF, "True True"),
     ):
-        script = "import torch\nfrom pipeline.device import is_out_of_memory, spoils_the_process\n" + _AFTER.format(
+        script = "import torch\nfrom pipeline.device import is_out_of_memory, requires_new_process\n" + _AFTER.format(
             statement
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

@@ -15,7 +15,7 @@ from pipeline.engine.worker import Worker
 from pipeline.evaluation.job import MeasureLosses
 from pipeline.models.loading import ModelKey
 from pipeline.models.stored_model import open_model
-from pipeline.planning.cost_model import calibration_device_bytes, evaluation_device_bytes, moment_bytes
+from pipeline.planning.cost_model import calibration_device_bytes, evaluation_device_bytes, hessian_bytes
 from pipeline.tuning.job import TuneGradients, TuneStep
 from pipeline.tuning.tuner import TuneKey
 
@@ -66,7 +66,7 @@ def _calibrations(where: str, bench: Bench) -> Iterator[Finding]:
     equal = _equal(*found)
     yield Finding("calibration twice", "equal" if equal else "unlike", ok=equal)
     if bench.on_gpu:
-        share = peak / calibration_device_bytes(source, _LENGTH, moment_bytes(infos), "auto")
+        share = peak / calibration_device_bytes(source, _LENGTH, hessian_bytes(infos), "auto")
         yield Finding("memory of a calibration over the estimate", share, "×", share <= 1)
 
 

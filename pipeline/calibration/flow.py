@@ -20,12 +20,12 @@ from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.device import Arithmetic
 from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import TaskList, execute
-from pipeline.engine.stage import Pools, Stage, releasing
+from pipeline.engine.stage import Pools, Stage, log_and_release
 from pipeline.engine.task import Destination, Task, TaskResult
 from pipeline.errors import PayloadLost
 from pipeline.models.loading import ModelKey
 from pipeline.outputs.transaction import begin
-from pipeline.planning.cost_model import calibration_bytes, calibration_device_bytes, moment_bytes
+from pipeline.planning.cost_model import calibration_bytes, calibration_device_bytes, hessian_bytes
 from pipeline.settings.base import CalibrationSettings
 from pipeline.storage.cache_key import cache_name, versioned, windows_identity
 from pipeline.storage.records import rebuilt_cache
@@ -97,7 +97,7 @@ class Calibration:
 
     def _identity(self) -> dict[str, Any]:
         about = {"source": self._source.fingerprint, "seed": self._seed, "dtype": self._settings.calibration_dtype}
-        return versioned("moments", about | windows_identity(self._ids) | self._arithmetic.gpu)
+        return versioned("moments", about | windows_identity(self._ids) | self._arithmetic.gpu_identity)
 
     def _cut(self) -> list[_Range]:
         """Layers with matrices that have no moments yet, in ranges of bounded bytes; a layer is never cut."""
@@ -127,7 +127,7 @@ class Calibration:
         return owner
 
     def _sum_bytes(self, names: Sequence[str]) -> int:
-        return moment_bytes(self._infos[name] for name in names)
+        return hessian_bytes(self._infos[name] for name in names)
 
     def run(self, pools: Pools) -> Hessians:
         """Gather what is not there yet.
@@ -137,7 +137,7 @@ class Calibration:
         """
         with rebuilt_cache(self.store):
             names = map(hessian_file, self._infos)
-            self._out = begin(self.store, self._identity(), wait=releasing(pools), names=names)
+            self._out = begin(self.store, self._identity(), on_wait=log_and_release(pools), names=names)
         with self._out:
             self._read = source_of(self.store)  # digests of what workers have loaded
             self._ranges = self._cut()

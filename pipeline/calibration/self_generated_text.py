@@ -41,7 +41,7 @@ def self_generated_windows(
     opening = opening_of(load_tokenizer(source.store.root, settings.trust_remote_code))
     identity = versioned("written", {
         "source": source.fingerprint, "windows": [count, length], "seed": seed, "dtype": settings.calibration_dtype,
-        "opening": opening.tolist(), **arithmetic.gpu,
+        "opening": opening.tolist(), **arithmetic.gpu_identity,
     })  # fmt: skip
     store, name = Store.at(cache), f"{cache_name('written', identity)}.json"
     if store.exists(name):

@@ -13,12 +13,14 @@ Refusal = Callable[[str, bool], str | None]
 
 def refusal_of(checkpoint: Checkpoint) -> Refusal:
     """What says of each tensor why it has to stay as it is; of models that transformers has no code for nothing is said."""
-    from pipeline.checkpoints.skeleton import Unknown, skeletons_of
+    from pipeline.checkpoints.meta_model import Unknown, meta_models_of
     from swsc_core.hf.restore_on_load import why_not_restorable
     from swsc_core.hf.weight_names import WeightNames
 
     try:
-        models = [one.model for one in skeletons_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))]
+        models = [
+            one.model for one in meta_models_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))
+        ]
     except (Unknown, CheckpointError):  # code of its own, or a config that agreement.py refuses
         return lambda *_: None
     names = [WeightNames(model) for model in models]

@@ -38,7 +38,7 @@ class Copies(NamedTuple):
 
 def ties_of(names: Iterable[str], config: ModelConfig, where: str) -> list[Tie]:
     """The ties of the model that a config.json describes, whichever of their names are among the stored `names`."""
-    from pipeline.checkpoints.skeleton import Unknown, stored_ties
+    from pipeline.checkpoints.meta_model import Unknown, stored_ties
 
     names = list(names)
     try:

@@ -11,7 +11,7 @@ from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.checkpoints.tensor_io import Part, Payload, copy_tensors, to_part
 from pipeline.compression.layer_output import LayerParts, matrix_result
-from pipeline.device import instructions_of, spoils_the_process
+from pipeline.device import requires_new_process, vector_instructions
 from pipeline.engine.malloc import peak_rss, return_freed_blocks
 from pipeline.engine.task import JobContext, JobOutput, Task
 from pipeline.errors import WeightsError
@@ -129,7 +129,7 @@ def compress_variant(
     try:
         encoded, result = compress_matrix(matrix, variant, device)
     except Exception as error:
-        if spoils_the_process(error):
+        if requires_new_process(error):
             raise
         return CompressionFailure(name, f"{name}: {error}"), Payload(())
     return result, Payload(_parts(encoded), (result.to_json(),))
@@ -166,7 +166,7 @@ def layer_output(
     """The file of a layer whose matrices are all in `parts`, with the rows of its report."""
     for fused in layer.fused:
         parts.add_remaining_rows(fused, reader.whole)
-    report = LayerReport(tuple(results), peak_rss(), instructions_of(device))
+    report = LayerReport(tuple(results), peak_rss(), vector_instructions(device))
     return JobOutput(report, (Payload(parts.parts, tuple(result.to_json() for result in results)),))
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.checkpoints.tensor_io import commit
-from pipeline.device import is_out_of_memory, spoils_the_process
+from pipeline.device import is_out_of_memory, requires_new_process
 from pipeline.engine.task import Task, TaskResult, as_swsc_error
 from pipeline.engine.worker import Worker
 from pipeline.errors import RunError
@@ -32,7 +32,7 @@ class LocalPool:
             record = commit(where.ticket, where.file, output.payloads[0]) if where else None
         except Exception as error:
             failure = as_swsc_error(error, task.label)
-            if spoils_the_process(error) and not is_out_of_memory(error):
+            if requires_new_process(error) and not is_out_of_memory(error):
                 raise RunError(
                     f"{failure}: the GPU is unusable for this process from now on; run the same command again"
                 ) from None

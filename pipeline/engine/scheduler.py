@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
-from pipeline.engine import signals as interrupt
+from pipeline.engine import signals
 from pipeline.engine.progress import Progress
 from pipeline.engine.task import Pool, Task, TaskResult
 from pipeline.errors import DiskFull, NodeLost, RunError, StoreError, StoreGone, UserError, WorkerLost
@@ -58,13 +58,13 @@ class TaskList(Generic[V]):
 
 
 # Yields tasks, and is sent their results in the same order.
-Stages = Generator[list[Task[Any]], list[TaskResult[Any]], None]
+Rounds = Generator[list[Task[Any]], list[TaskResult[Any]], None]
 
 
-class StagedTasks:
-    """Stages of tasks, each made from what came of the one before. The first task that fails ends all."""
+class TaskRounds:
+    """Rounds of tasks, each made from what came of the one before. The first task that fails ends all."""
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: Rounds) -> None:
         self._stages = stages
         self._found: dict[object, TaskResult[Any]] = {}
         self._keys: list[object] = []
@@ -103,7 +103,7 @@ def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
     running = 0
     patience = time.monotonic() + _SECONDS_OF_PATIENCE
     while True:
-        interrupt.check()
+        signals.raise_if_interrupted()
         for worker in pool.idle():
             task = again.pop() if again else source.next(worker)
             if task is None and last:

@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM that are never lost.
+"""Interrupts by SIGINT and SIGTERM that no library can swallow.
 
-Python raises KeyboardInterrupt wherever it happens to be, and drops it when that is a finalizer, a callback at a fork or a library
-that swallows exceptions. So it is noted, too, and whoever begins something looks at the note. The first signal ends the run in an
-orderly way; a second one ends the process at once, also while it calculates in a library that looks at no signals.
+Python raises KeyboardInterrupt at an arbitrary point of the main thread, and drops it if that point is a finalizer, a fork callback
+or a library that catches all exceptions. The handlers of this module therefore also record the interrupt, and long-running code
+checks the record. The first signal ends the run in an orderly way. A second signal ends the process at once, even while it
+computes in a library that never returns to the interpreter.
 """
 
 import os
@@ -16,124 +17,134 @@ from types import FrameType
 
 EXIT_CODE = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SAME = 0.5  # seconds in which two signals count as one: `timeout` and process managers send theirs twice
-_ENDING = float("-inf")  # in place of the time of the first signal: whatever comes now is a second one
-_first: float | None = None  # when the handler ran
-_heard: float | None = None  # when the signal came, which may be long before a handler can run
-_held = 0
+# Two signals within this time count as one, because `timeout` and process managers send theirs twice.
+_SAME_SIGNAL_SECONDS = 0.5
+# Stands for the time of the first signal once the command has ended: the next signal counts as the second one.
+_ALWAYS_AGO = float("-inf")
+# Time at which the handler ran.
+_handled_at: float | None = None
+# Time at which the signal arrived, which may be long before a handler can run.
+_arrived_at: float | None = None
+_deferrals = 0
 
 
 @contextmanager
-def listening(to_the_end: bool = False) -> Iterator[None]:
-    """Note SIGINT and SIGTERM, which `ray job stop` and cluster managers send, and raise KeyboardInterrupt.
+def handle_signals(until_exit: bool = False) -> Iterator[None]:
+    """Record SIGINT and SIGTERM, which `ray job stop` and cluster managers send, and raise KeyboardInterrupt.
+
+    Outside the main thread this context does nothing.
 
     Args:
-        to_the_end: handlers stay, and any signal after this context ends the process at once: it has nothing left to do.
+        until_exit: the handlers stay after the context, and the next signal ends the process at once, because no work is left.
     """
-    global _first, _heard
+    global _handled_at, _arrived_at
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    ear, mouth = os.pipe()
-    os.set_blocking(mouth, False)
-    woken = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-    threading.Thread(target=_hear, args=(ear,), daemon=True).start()
-    forget()
-    listen()
+    previous_handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    previous_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(read_end,), daemon=True).start()
+    clear()
+    install_handlers()
     try:
         yield
     finally:
-        if to_the_end:
-            _first = _ENDING
-            os.write(mouth, b"\0")  # behind the signals that came before: the thread may not have read them yet
+        if until_exit:
+            _handled_at = _ALWAYS_AGO
+            # Written behind earlier signals, which the thread may not have read yet.
+            os.write(write_end, b"\0")
         else:
-            forget()
-            for number, handler in before.items():
+            clear()
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
-            signal.set_wakeup_fd(woken)
-            os.close(mouth)
+            signal.set_wakeup_fd(previous_wakeup)
+            os.close(write_end)
 
 
-def listen() -> None:
-    """Put the handlers in place, again if another library has replaced them; what was noted stays."""
+def install_handlers() -> None:
+    """Install the handlers, or reinstall them after a library has replaced them. A recorded interrupt stays recorded."""
+    # Python accepts handlers from the main thread only.
     if threading.current_thread() is not threading.main_thread():
-        return  # signals are the main thread's, and so is Python's way to handle them
+        return
     for number in _SIGNALS:
-        signal.signal(number, _note)
+        signal.signal(number, _on_signal)
 
 
-def check() -> None:
-    """Raise KeyboardInterrupt if one was noted: it may have been dropped on its way."""
-    if is_noted():
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt if one was recorded, because a library may have dropped the exception itself."""
+    if is_interrupted():
         raise KeyboardInterrupt
 
 
-def is_noted() -> bool:
-    """Whether a signal has come. Libraries in C or Rust raise errors of their own for a KeyboardInterrupt in what they call."""
-    return _first is not None
+def is_interrupted() -> bool:
+    """Return whether an interrupt was recorded. Libraries in C or Rust may turn a KeyboardInterrupt into errors of their own."""
+    return _handled_at is not None
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """What must not be cut in two: a signal is noted at once, and raised at the end of the context."""
-    global _held
-    _held += 1
+def deferred() -> Iterator[None]:
+    """Protect a section that must not be left half done: a signal is recorded at once and raised at the end of the context."""
+    global _deferrals
+    _deferrals += 1
     try:
         yield
     finally:
-        _held -= 1
-        if not _held:
-            check()
+        _deferrals -= 1
+        if not _deferrals:
+            raise_if_interrupted()
 
 
-def forget() -> None:
-    """It has arrived."""
-    global _first, _heard
-    _first = _heard = None
-    exec(
-        ""
-    )  # Python remembers an interrupt in code that came as a string, as a dataclass does, and would end by SIGINT for it
+def clear() -> None:
+    """Forget the recorded interrupt, after it was handled."""
+    global _handled_at, _arrived_at
+    _handled_at = _arrived_at = None
+    # CPython remembers an interrupt of code compiled from a string (dataclasses compile some) and would end the process by SIGINT.
+    # Running any such code resets that.
+    exec("")
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    global _first
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _handled_at
     _cancel_alarm()
     now = time.monotonic()
-    if _first is not None:
-        if now - _first >= _SAME:
-            _end()
+    if _handled_at is not None:
+        if now - _handled_at >= _SAME_SIGNAL_SECONDS:
+            _exit_now()
         return
-    _first = now
-    if not _held:
+    _handled_at = now
+    if not _deferrals:
         raise KeyboardInterrupt
 
 
-def _hear(ear: int) -> None:
-    """A thread's loop, until the other end of the pipe is closed: it hears a signal also while the main thread calculates."""
-    global _heard
-    while number := os.read(ear, 1):
+def _watch(read_end: int) -> None:
+    """Read signal numbers in a thread until the pipe is closed, so that a signal counts while the main thread computes."""
+    global _arrived_at
+    while number := os.read(read_end, 1):
         if number == b"\0":
-            _heard = _ENDING
+            _arrived_at = _ALWAYS_AGO
         if number[0] not in _SIGNALS:
             continue
         _cancel_alarm()
         now = time.monotonic()
-        if _heard is None:
-            _heard = now
-        elif now - _heard >= _SAME:
-            _end()
-    os.close(ear)
+        if _arrived_at is None:
+            _arrived_at = now
+        elif now - _arrived_at >= _SAME_SIGNAL_SECONDS:
+            _exit_now()
+    os.close(read_end)
 
 
 def _cancel_alarm() -> None:
-    """Cancel the alarm that Ray's C++ signal handler sets: while Ray starts it gets SIGTERM first, passes it on, and aborts 3 s later."""
-    if signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:  # no alarm of the program's own
+    """Cancel the alarm of Ray's C++ signal handler, which gets SIGTERM first while Ray starts, passes it on and aborts 3 s later."""
+    # A handler other than the default would mean that the program itself has set the alarm.
+    if signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
         signal.alarm(0)
 
 
-def _end() -> None:
-    """End the process now; files appear whole or not at all, so nothing that is finished is lost."""
-    shown = b"\x1b[?25h" if sys.__stderr__ and sys.__stderr__.isatty() else b""  # a progress bar has hidden the cursor
-    os.write(2, shown + b"interrupted twice: ended at once\n")
+def _exit_now() -> None:
+    """End the process. Finished files are safe, because each file is renamed into place once it is complete."""
+    # A progress bar has hidden the cursor.
+    show_cursor = b"\x1b[?25h" if sys.__stderr__ and sys.__stderr__.isatty() else b""
+    os.write(2, show_cursor + b"interrupted twice: ended at once\n")
     os._exit(EXIT_CODE)

@@ -62,7 +62,7 @@ def run_stage(pools: Pools, stage: Stage, tasks: list[Task[V]], on_done: Callabl
     source.raise_failures()
 
 
-def releasing(pools: Pools) -> Callable[[str], None]:
+def log_and_release(pools: Pools) -> Callable[[str], None]:
     """`log`, for a run that waits for another one: its idle workers are stopped, because the other may need what they take."""
 
     def log_and_release(line: str) -> None:

@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from pipeline.errors import NonFiniteError, SwscError, TaskError, first_line
-from pipeline.models.loading import ModelKey, load_model, skeleton
+from pipeline.models.loading import ModelKey, load_model, meta_model
 from pipeline.models.stored_model import Model, open_model
 from pipeline.settings.lm_eval import TaskSettings
 from pipeline.texts.windows import load_tokenizer
@@ -58,7 +58,7 @@ class Asker(HFLM):
     """What lm-eval takes for the model."""
 
     def __init__(self, source: Model, key: ModelKey, answers: Answers) -> None:
-        empty = skeleton(key)
+        empty = meta_model(key)
         empty.config._name_or_path = key.location  # what stands in lm-eval's results
         with _unwarned():
             super().__init__(empty, **_manner(key))

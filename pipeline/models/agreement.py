@@ -15,17 +15,17 @@ import torch
 from pipeline.architectures.families import Family
 from pipeline.architectures.model_config import ModelConfig
 from pipeline.architectures.tensor_names import tensor_kind
-from pipeline.checkpoints.redundant_tensors import is_buffer
-from pipeline.checkpoints.skeleton import (
-    Skeleton,
+from pipeline.checkpoints.meta_model import (
+    MetaModel,
     Unknown,
     class_is_named,
+    meta_models_of,
     names_in_relatives,
     quiet,
-    skeletons_of,
 )
+from pipeline.checkpoints.redundant_tensors import is_buffer
 from pipeline.errors import CheckpointError, first_line
-from pipeline.models.skeleton_at import loading_errors, skeleton_at
+from pipeline.models.meta_loading import load_meta_model, loading_errors
 from pipeline.models.stored_model import Model
 
 # segments that wrappers leave in the names of a model's parameters -> who does, and how the model inside is saved
@@ -70,44 +70,44 @@ def require_agreement(model: Model, trusted: bool = False, measured: bool = Fals
     where, config = model.checkpoint.store.root, model.checkpoint.config
     try:
         if trusted and "auto_map" in config:
-            skeletons = [_own(where, measured)]
+            meta_models = [_own(where, measured)]
         else:
-            skeletons = skeletons_of(config, where, len(model.checkpoint.tensors))
-        stands_in = "auto_map" in config and type(skeletons[0].model).__module__.startswith("transformers.")
-        return _compared(model, skeletons, measured, stands_in and not (trusted and measured))
+            meta_models = meta_models_of(config, where, len(model.checkpoint.tensors))
+        stands_in = "auto_map" in config and type(meta_models[0].model).__module__.startswith("transformers.")
+        return _compared(model, meta_models, measured, stands_in and not (trusted and measured))
     except Unknown as error:
         why = str(error) if trusted else _unknown(where, config, str(error), measured)
         return [f"its weights are not compared with config.json ({why})"]
 
 
-def _own(where: str, measured: bool) -> Skeleton:
+def _own(where: str, measured: bool) -> MetaModel:
     """The model by the code that it brings; Unknown if that has none that predicts tokens, which needs not be so unless measured."""
     try:
         with loading_errors(where):
-            return skeleton_at(where, trusted=True)
+            return load_meta_model(where, trusted=True)
     except CheckpointError as error:
         if measured:
             raise
         raise Unknown(str(error)) from None
 
 
-def _compared(model: Model, skeletons: list[Skeleton], measured: bool, stands_in: bool) -> list[str]:
+def _compared(model: Model, meta_models: list[MetaModel], measured: bool, stands_in: bool) -> list[str]:
     """As `require_agreement`.
 
     Args:
         stands_in: a class of transformers for one that the model brings, whose weights the files may be: Unknown if they do not fit.
     """
-    first, *others = [_verdict(model.checkpoint.store.root, model, one) for one in skeletons]
-    known = {name for one in skeletons[1:] for name in one.model.state_dict()}
+    first, *others = [_verdict(model.checkpoint.store.root, model, one) for one in meta_models]
+    known = {name for one in meta_models[1:] for name in one.model.state_dict()}
     unknown = [name for name in first.unknown if name not in known]
-    weights = [name for name in unknown if _is_weight(name, skeletons[0].model)]
+    weights = [name for name in unknown if _is_weight(name, meta_models[0].model)]
     if weights:
-        weights = sorted({*weights} - names_in_relatives(skeletons[0].config))
+        weights = sorted({*weights} - names_in_relatives(meta_models[0].config))
     wanted = Verdict(first.kind, first.missing, weights, first.mismatched)
     if not measured and not class_is_named(model.checkpoint.config):
-        wanted = _of_body(wanted, skeletons[0].model)
-    _require(model, wanted, skeletons[0], stands_in)
-    for other, one in zip(others, skeletons[1:], strict=True):
+        wanted = _of_body(wanted, meta_models[0].model)
+    _require(model, wanted, meta_models[0], stands_in)
+    for other, one in zip(others, meta_models[1:], strict=True):
         if measured:
             _require(model, Verdict(other.kind, other.missing, [], other.mismatched), one, stands_in)
     return (
@@ -142,25 +142,25 @@ def _unknown(where: str, config: ModelConfig, reason: str, measured: bool) -> st
     return "that needs code of its own: --trust-remote-code"
 
 
-def _verdict(where: str, model: Model, skeleton: Skeleton) -> Verdict:
+def _verdict(where: str, model: Model, meta_model: MetaModel) -> Verdict:
     """What transformers' own loading finds, on tensors that have names and shapes alone."""
     kind = torch.float32
     own = {name: torch.empty(model.shape(name), dtype=kind, device="meta") for name in model.names}
     own |= {info.name: torch.empty(info.shape, dtype=kind, device="meta") for info in model.checkpoint.buffers}
     try:
         with quiet():
-            _, info = type(skeleton.model).from_pretrained(
-                None, config=skeleton.config, state_dict=own, dtype=kind, device_map="meta", output_loading_info=True,
+            _, info = type(meta_model.model).from_pretrained(
+                None, config=meta_model.config, state_dict=own, dtype=kind, device_map="meta", output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )  # fmt: skip
     except RuntimeError as error:
         raise CheckpointError(
-            f"{where}: the files do not hold the {type(skeleton.model).__name__} that config.json describes ({first_line(error)});"
+            f"{where}: the files do not hold the {type(meta_model.model).__name__} that config.json describes ({first_line(error)});"
             " repair config.json"
         ) from None
     mismatched = [(name, list(found), list(wanted)) for name, found, wanted in sorted(info["mismatched_keys"])]
     unknown = [name for name in sorted(info["unexpected_keys"]) if not _is_known(name, model)]
-    return Verdict(type(skeleton.model).__name__, sorted(info["missing_keys"]), unknown, mismatched)
+    return Verdict(type(meta_model.model).__name__, sorted(info["missing_keys"]), unknown, mismatched)
 
 
 def _is_known(name: str, model: Model) -> bool:
@@ -182,14 +182,14 @@ def _layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _require(model: Model, verdict: Verdict, skeleton: Skeleton, stands_in: bool) -> None:
+def _require(model: Model, verdict: Verdict, meta_model: MetaModel, stands_in: bool) -> None:
     """Raise CheckpointError that says what of config.json and files is at fault, and what helps.
 
     Unknown: nothing explains the difference but that the class `stands_in` for the model's own.
     """
     if not (verdict.missing or verdict.unknown or verdict.mismatched):
         return
-    reasons = (_wrapped(verdict), _other_layers(model, verdict), _other_sizes(verdict), _no_head(verdict, skeleton))
+    reasons = (_wrapped(verdict), _other_layers(model, verdict), _other_sizes(verdict), _no_head(verdict, meta_model))
     found = next(filter(None, reasons), None)
     if found is None and stands_in and not _are_incomplete(model, verdict):
         raise Unknown(f"they are not those of transformers' own {verdict.kind}")
@@ -255,9 +255,11 @@ def _other_sizes(verdict: Verdict) -> str | None:
     )
 
 
-def _no_head(verdict: Verdict, skeleton: Skeleton) -> str | None:
-    head = skeleton.model.get_output_embeddings()
-    names = {f"{path}.weight" for path, module in skeleton.model.named_modules() if module is head and head is not None}
+def _no_head(verdict: Verdict, meta_model: MetaModel) -> str | None:
+    head = meta_model.model.get_output_embeddings()
+    names = {
+        f"{path}.weight" for path, module in meta_model.model.named_modules() if module is head and head is not None
+    }
     if verdict.unknown or not verdict.missing or not names >= {*verdict.missing}:
         return None
     return (

@@ -5,7 +5,7 @@ transformers opens encoders as causal models, too, and only logs that they are n
 
 from typing import Any
 
-from pipeline.checkpoints.skeleton import Unknown, skeletons_of
+from pipeline.checkpoints.meta_model import Unknown, meta_models_of
 from pipeline.errors import CheckpointError
 from pipeline.models.stored_model import Model
 
@@ -16,7 +16,7 @@ def require_causal(model: Model, trusted: bool = False) -> None:
     if (trusted and "auto_map" in checkpoint.config) or not checkpoint.files:
         return
     try:
-        measured = skeletons_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))[-1].model
+        measured = meta_models_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))[-1].model
     except Unknown:
         return
     if setting := sees_ahead(measured):

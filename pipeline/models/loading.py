@@ -14,7 +14,7 @@ from pipeline.checkpoints.integrity.digests import Seen
 from pipeline.checkpoints.integrity.source_digests import SourceDigests
 from pipeline.checkpoints.tensor_io import read_tensor
 from pipeline.errors import CheckpointError, TextError
-from pipeline.models.skeleton_at import loading_errors, skeleton_at
+from pipeline.models.meta_loading import load_meta_model, loading_errors
 from pipeline.models.stored_model import Model
 from pipeline.storage.store import Store
 from swsc_core import align
@@ -76,10 +76,10 @@ def load_model(source: Model, key: ModelKey, device: str, digests: Seen | None =
     return model
 
 
-def skeleton(key: ModelKey) -> Any:
+def meta_model(key: ModelKey) -> Any:
     """The same model on torch's meta device: its class, config and shapes, and not a byte of weights."""
     with loading_errors(key.location):
-        return skeleton_at(key.location, key.trusted).model
+        return load_meta_model(key.location, key.trusted).model
 
 
 def _own_dtype(source: Model, config: Any) -> str:
@@ -92,7 +92,7 @@ def _own_dtype(source: Model, config: Any) -> str:
 
 def _load(source: Model, key: ModelKey, dtype: str, digests: Seen | None) -> Any:
     """The weights of `source`, those and no others: given a directory, transformers would choose files and apply adapters itself."""
-    empty, config = skeleton_at(key.location, key.trusted)  # from_pretrained of the Auto class insists on files
+    empty, config = load_meta_model(key.location, key.trusted)  # from_pretrained of the Auto class insists on files
     if dtype == "auto":
         dtype = _own_dtype(source, config)
     with _weights(source, digests) as weights:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.models.loading import ModelKey, skeleton
+from pipeline.models.loading import ModelKey, meta_model
 from pipeline.models.stored_model import Model
 from swsc_core.compressed.codec import checked_matrix_of
 from swsc_core.storage.location import MatrixLocation
@@ -30,7 +30,7 @@ def carried_by_adapter(model: Model, location: str, trusted: bool) -> dict[str, 
     ranked = [name for name, entry in model.entries.items() if entry.low_rank and entry.location == MatrixLocation()]
     if not ranked:
         raise ConfigError(f"{location}: no matrix has a low-rank part that an adapter could carry; drop --adapter")
-    empty = skeleton(ModelKey(location, "auto", 1, trusted))
+    empty = meta_model(ModelKey(location, "auto", 1, trusted))
     names = WeightNames(empty)
     found = {name: _linear(empty, *names.target(name), list(model.entries[name].shape)) for name in ranked}
     carried = {name: path for name, path in found.items() if path}

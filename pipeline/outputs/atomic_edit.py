@@ -32,16 +32,16 @@ def require_amendable(store: Store, name: str) -> None:
         _checked(store, name)
 
 
-def amend(store: Store, name: str, change: Callable[[str], str], wait: Callable[[str], None] | None = None) -> None:
+def amend(store: Store, name: str, change: Callable[[str], str], on_wait: Callable[[str], None] | None = None) -> None:
     """Replace the text of the file `name` by what `change` makes of it.
 
     Args:
-        wait: told that another run is at work there, for which we then wait; None: that is refused.
+        on_wait: told that another run is at work there, for which we then wait; None: that is refused.
 
     Raises:
         OutputError, DamageError: as `require_amendable`; OutputError: another run writes there.
     """
-    lease = acquire(store, wait)
+    lease = acquire(store, on_wait)
     try:
         _settle(store)
         manifest = _checked(store, name)

@@ -76,7 +76,7 @@ def add_evaluation(location: str, result: Mapping[str, Any], uncompressed: Mappi
     require_card(location)
     before = None if uncompressed is None else _comparable(result, uncompressed)
     try:
-        amend(Store.at(location), CARD, lambda card: with_evaluation(card, result, before), wait=log)
+        amend(Store.at(location), CARD, lambda card: with_evaluation(card, result, before), on_wait=log)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a card by another hand, listed as ours
         reason = first_line(error)
         raise DamageError(

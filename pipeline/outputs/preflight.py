@@ -61,7 +61,7 @@ def examine(model: Model, trusted: bool = False, measured: bool = False) -> None
 def identity_of(source: Checkpoint, settings: CompressSettings, arithmetic: Arithmetic) -> dict[str, Any]:
     """What makes two compressions the same, as far as it is known before the calibration."""
     about = {"source": source.fingerprint, "algorithm": VERSIONS["output"], "format_version": FORMAT_VERSION}
-    return {**settings_identity(settings), **arithmetic.about, **about}
+    return {**settings_identity(settings), **arithmetic.identity, **about}
 
 
 def require_output(
@@ -111,13 +111,13 @@ def names_of(source: Checkpoint, plan: Plan) -> list[str]:
 
 def begin_with_room(
     store: Store, source: Checkpoint, identity: dict[str, Any], names: Iterable[str], nbytes: int, overwrite: bool = False,
-    wait: Callable[[str], None] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> Output:  # fmt: skip
     """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
     if store.is_local:  # before anything is replaced
         require_room(store, nbytes - sum(store.size(name) for name in store.names()))
-    changed = changed_since(store, source) if wait is None else []  # in a cache only the weights are looked at
-    out = begin(store, identity, overwrite, wait, names, source.store, overwrite and bool(changed))
+    changed = changed_since(store, source) if on_wait is None else []  # in a cache only the weights are looked at
+    out = begin(store, identity, overwrite, on_wait, names, source.store, overwrite and bool(changed))
     if out.complete and changed:
         log(
             f"note: {store.root}: {changed[0]} of {source.store.root} ({len(changed)} files in all) was changed after this output was"

@@ -75,14 +75,14 @@ class Output:
 
 
 def begin(
-    store: Store, identity: dict[str, Any], overwrite: bool = False, wait: Callable[[str], None] | None = None,
+    store: Store, identity: dict[str, Any], overwrite: bool = False, on_wait: Callable[[str], None] | None = None,
     names: Iterable[str] = (), source: Store | None = None, anew: bool = False,
 ) -> Output:  # fmt: skip
     """Open an output directory for a run, or find out how far an earlier run of it came.
 
     Args:
         overwrite: an output of other settings, or a damaged one, is replaced.
-        wait: told that another run is at work there, for which we then wait; None: that is refused.
+        on_wait: told that another run is at work there, for which we then wait; None: that is refused.
         names: of the files that the run writes; nothing else is ever replaced or removed.
         source: what the output is made of.
         anew: a finished output of this very identity is replaced, too.
@@ -99,7 +99,7 @@ def begin(
         return Output(store, identity, {}, None)
     require_replaceable(store, identity, overwrite, names)
     made = not store.is_there
-    lease = acquire(store, wait)
+    lease = acquire(store, on_wait)
     try:
         if source and lease.is_seen_in(source):
             raise OutputError(

@@ -44,7 +44,7 @@ _WEIGHT_SECONDS = 7e-8  # restoring, measuring and packing a weight; RTN, too
 _START_SECONDS = 10.0  # until a worker is up
 
 
-def forecast(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, Any]:
+def estimate_cost(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, Any]:
     """What `swsc plan` prints. Times are those of compression; calibration, curves and tuning come on top."""
     compressed = sum(decision.stored_bytes for decision in plan.compressed)
     count = sum(decision.info.count for decision in plan.compressed)
@@ -67,7 +67,7 @@ def stage_bytes(
     """Peak memory of a worker in each stage of a compression; one that does not fit is to be told of before the first."""
     stages = {"compress": compression_bytes(plan)}
     if settings.with_moments:
-        sums = moment_bytes([decision.matrix for decision in plan.compressed])
+        sums = hessian_bytes([decision.matrix for decision in plan.compressed])
         at_a_time = min(sums, int(calibration.moment_gib * 2**30))
         stages["calibrate"] = calibration_bytes(source, calibration.calibration_seqlen, at_a_time)
     if settings.epochs:
@@ -77,11 +77,11 @@ def stage_bytes(
 
 def cached_bytes(plan: Plan, settings: MatrixSettings) -> int:
     """Bytes on disk beside the output: second moments, and the model that is yet to be tuned."""
-    moments = moment_bytes(decision.matrix for decision in plan.compressed) if settings.with_moments else 0
+    moments = hessian_bytes(decision.matrix for decision in plan.compressed) if settings.with_moments else 0
     return moments + (plan.stored_bytes_as("swsc") if settings.epochs else 0)
 
 
-def moment_bytes(infos: Iterable[MatrixInfo]) -> int:
+def hessian_bytes(infos: Iterable[MatrixInfo]) -> int:
     """Bytes of the sums of some matrices: a weighted second moment each, and a plain one for every two of the same layer and
     width, in float32. One that is alone, as `down` is, has its own."""
     alike = Counter((layer_of(info.name), info.shape[1]) for info in infos)

@@ -100,18 +100,18 @@ class Lease:
 
 
 def acquire(
-    store: Store, wait: Callable[[str], None] | None = None, sleep: Callable[[float], None] = time.sleep
+    store: Store, on_wait: Callable[[str], None] | None = None, sleep: Callable[[float], None] = time.sleep
 ) -> Lease:
     """The right to write into `store`, as soon as no other run has it.
 
     Args:
-        wait: told, in a line, that and for whom we wait; None: do not wait for a run that is alive.
+        on_wait: told, in a line, that and for whom we wait; None: do not wait for a run that is alive.
 
     Raises:
         OutputError: another run is at work there.
     """
     while True:
-        left = _await_silence(store, wait, sleep)
+        left = _await_silence(store, on_wait, sleep)
         ticket = Ticket(store, uuid4().hex)
         _held.add(ticket.owner)
         try:
@@ -119,7 +119,7 @@ def acquire(
             return Lease(ticket)
         except BaseException as error:
             _held.discard(ticket.owner)
-            if wait is None or not isinstance(
+            if on_wait is None or not isinstance(
                 error, OutputError
             ):  # of two that came at the same moment the other one has it
                 raise
@@ -169,17 +169,17 @@ def _signed(ticket: Ticket, beat: int) -> bytes:
     return json.dumps(about).encode()
 
 
-def _await_silence(store: Store, wait: Callable[[str], None] | None, sleep: Callable[[float], None]) -> bytes | None:
+def _await_silence(store: Store, on_wait: Callable[[str], None] | None, sleep: Callable[[float], None]) -> bytes | None:
     """The lease of a run that is gone, as soon as it is; None if there is no lease."""
     before, waited, told = _read(store), 0.0, False
     while (about := _understood(before)) is not None and not _is_gone(about) and waited < _SILENT:
         sleep(1.0)
         found, waited = _read(store), waited + 1.0
         if found not in (None, before):
-            if wait is None:
+            if on_wait is None:
                 raise _taken(store)
             if not told:
-                wait(f"{store.root}: {_who(_understood(found) or {})} is making the same; waiting for it")
+                on_wait(f"{store.root}: {_who(_understood(found) or {})} is making the same; waiting for it")
             told, waited = True, 0.0
         before = found
     return before

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pipeline.outputs.preflight import STAGED
-from pipeline.planning.cost_model import moment_bytes
+from pipeline.planning.cost_model import hessian_bytes
 from pipeline.settings.base import SweepSettings
 from pipeline.storage.store import Store, require_room
 from pipeline.storage.uses import remove_unless_used
@@ -32,7 +32,7 @@ def _moments(runs: Sequence[Run]) -> int:
         for decision in run.plan.compressed
     }
     models = {model for model, _ in infos}
-    return sum(moment_bytes(info for (owner, _), info in infos.items() if owner == model) for model in models)
+    return sum(hessian_bytes(info for (owner, _), info in infos.items() if owner == model) for model in models)
 
 
 def _there(cache: Store) -> int:

@@ -19,8 +19,8 @@ from pipeline.checkpoints.tensor_io import DONE, differences
 from pipeline.console import log
 from pipeline.device import Arithmetic
 from pipeline.engine.progress import Progress
-from pipeline.engine.scheduler import StagedTasks, Stages, execute
-from pipeline.engine.stage import Pools, Stage, releasing
+from pipeline.engine.scheduler import Rounds, TaskRounds, execute
+from pipeline.engine.stage import Pools, Stage, log_and_release
 from pipeline.engine.task import Destination, Task, TaskResult
 from pipeline.errors import ConfigError, OutputError, PayloadLost
 from pipeline.outputs.transaction import Output, begin
@@ -84,7 +84,7 @@ class Tuning:
         self._batches = text.batches()
         self.identity = versioned("tuned", {
             "source": source.fingerprint, "compressed": _digest_of(compressed), "epochs": text.epochs, "seed": text.seed,
-            "dtype": dtype, **windows_identity(text.ids), **arithmetic.gpu,
+            "dtype": dtype, **windows_identity(text.ids), **arithmetic.gpu_identity,
         })  # fmt: skip
         self.store = Store.at(f"{cache}/{cache_name('tuned', self.identity)}")
 
@@ -99,7 +99,7 @@ class Tuning:
         """
         if not self.store.exists(_RESULT):
             with rebuilt_cache(self.store):
-                begun = begin(self.store, self.identity, wait=releasing(pools), names=self._states())
+                begun = begin(self.store, self.identity, on_wait=log_and_release(pools), names=self._states())
             with begun as out:
                 if not self.store.exists(_RESULT):  # the run that we waited for has made it
                     self._move(out, pools)
@@ -144,7 +144,7 @@ class Tuning:
         pool = pools(len(self._batches[0]), stage)
         try:
             with Progress(stage.name, self._tasks_after(done), 0, stage.unit) as progress:
-                execute(pool, StagedTasks(self._stages(done)), progress)
+                execute(pool, TaskRounds(self._stages(done)), progress)
         finally:
             pool.close()
 
@@ -156,7 +156,7 @@ class Tuning:
     def _is_kept(self, step: int) -> bool:
         return step % _KEPT_EVERY == 0 or step == len(self._batches)
 
-    def _stages(self, step: int) -> Stages:
+    def _stages(self, step: int) -> Rounds:
         before = yield self._measurements(0, ())
         state: tuple[Any, ...] = ()
         course: list[tuple[int, float]] = []  # of this run: a resumed one has no memory of earlier steps

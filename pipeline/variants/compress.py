@@ -80,7 +80,7 @@ class TunedModel:
 def compress_model(
     source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, arithmetic: Arithmetic, pools: Pools,
     calibrated: Calibrated | None = None, tune: Callable[[], TunedModel] | None = None,
-    overwrite: bool = False, wait: Callable[[str], None] | None = None,
+    overwrite: bool = False, on_wait: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out `plan` into the directory `output`; returns the report that stands in swsc_report.json.
 
@@ -90,7 +90,7 @@ def compress_model(
     is anything to do, gives the matrices ready made, but for their values.
 
     A directory that an interrupted run of the same settings left is gone on with; one that is complete is left alone; one of
-    other settings is replaced if `overwrite` says so. If another run is at work there, `wait` is told and it is waited for.
+    other settings is replaced if `overwrite` says so. If another run is at work there, `on_wait` is told and it is waited for.
 
     Raises:
         OutputError: the directory holds something else, another run writes there, or the disk has not enough room.
@@ -105,7 +105,7 @@ def compress_model(
         CALIBRATION_KEY: calibrated.fingerprint if calibrated else None,
     }
     names, nbytes = names_of(source, plan), plan.stored_bytes_as(settings.format)
-    with begin_with_room(store, source, identity, names, nbytes, overwrite, wait) as out:
+    with begin_with_room(store, source, identity, names, nbytes, overwrite, on_wait) as out:
         if out.complete:
             Ingredients(source, calibrated.hessians if calibrated else None).require_made_of(store)
             return {**store.read_json("swsc_report.json"), "resumed": "complete"}
@@ -143,7 +143,7 @@ def _carry_out(
     rows = {name: one.row for name, one in results.items()}
     report = build_report(plan, rows, time.perf_counter() - started, peaks, settings.format)
     report["left_out"] = dict(source.left_out)
-    report["arithmetic"] = {**arithmetic.about, "kernels": sorted(kernels)}
+    report["arithmetic"] = {**arithmetic.identity, "kernels": sorted(kernels)}
     if source.dequantized:
         report["dequantized_from"] = vars(source.dequantized)
     report["files_of_an_earlier_run"] = len(out.finished)

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.device import Arithmetic
-from pipeline.engine.stage import Pools, releasing
+from pipeline.engine.stage import Pools, log_and_release
 from pipeline.outputs.owned_files import REPORT
 from pipeline.outputs.preflight import STAGED, identity_of
 from pipeline.outputs.report import compressed_rows
@@ -29,7 +29,7 @@ VARIANT = "variant"  # how the name of a tuned model in the cache begins that a 
 def produce(
     source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, calibration: CalibrationSettings,
     calibrated: Calibrated | None, arithmetic: Arithmetic, pools: Pools, overwrite: bool = False,
-    wait: Callable[[str], None] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out `plan` into `output`, and return the report.
 
@@ -39,7 +39,7 @@ def produce(
         As `compress_model`; ConfigError: fewer calibration windows than tuning needs.
     """
     if not settings.epochs or calibrated is None:
-        return compress_model(source, plan, output, settings, arithmetic, pools, calibrated, None, overwrite, wait)
+        return compress_model(source, plan, output, settings, arithmetic, pools, calibrated, None, overwrite, on_wait)
     text = TuningWindows(calibrated.ids, settings.epochs, settings.seed)
     untuned = _untuned(settings)
     staging = _staging(source, settings, calibrated, arithmetic)
@@ -49,14 +49,16 @@ def produce(
     def tune() -> TunedModel:
         kept.enter_context(used(Store.at(staging)))
         with rebuilt_cache(Store.at(staging)):
-            compress_model(source, plan, staging, untuned, arithmetic, pools, calibrated, wait=releasing(pools))
+            compress_model(
+                source, plan, staging, untuned, arithmetic, pools, calibrated, on_wait=log_and_release(pools)
+            )
         tuning = Tuning(source, staging, text, calibration, calibrated.cache, arithmetic)
         kept.enter_context(used(tuning.store))
         tuned, about = tuning.run(pools)
         return TunedModel(tuned, measured_rows(Store.at(staging).read_json(REPORT)), about)
 
     with kept:
-        return compress_model(source, plan, output, settings, arithmetic, pools, calibrated, tune, overwrite, wait)
+        return compress_model(source, plan, output, settings, arithmetic, pools, calibrated, tune, overwrite, on_wait)
 
 
 def produce_variant(
@@ -69,7 +71,7 @@ def produce_variant(
     kept.enter_context(used(Store.at(output)))
     with rebuilt_cache(Store.at(output)):
         report = produce(
-            source, plan, output, settings, calibration, calibrated, arithmetic, pools, wait=releasing(pools)
+            source, plan, output, settings, calibration, calibrated, arithmetic, pools, on_wait=log_and_release(pools)
         )
     return TunedVariant(open_checkpoint(output), compressed_rows(report), report["tuning"])
 

@@ -70,7 +70,7 @@ SLOW_START = """
 import os, signal, time
 import ray
 from pipeline.engine.ray_backend import connection
-from pipeline.engine import signals as interrupt
+from pipeline.engine import signals
 
 start = ray.init
 
@@ -82,7 +82,7 @@ def slow(**settings):
 
 
 ray.init = slow
-with interrupt.listening():
+with signals.handle_signals():
     try:
         connection.connect("local")
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.compression.job import CompressionVariant, CompressVariants
-from pipeline.device import is_out_of_memory, spoils_the_process
+from pipeline.device import is_out_of_memory, requires_new_process
 from pipeline.engine.worker import Worker
 from pipeline.errors import TextError
 from pipeline.models.matrices import find_matrix
@@ -28,7 +28,7 @@ def test_a_sweep_hands_on_that_its_gpu_is_full(tiny_model: Path, monkeypatch: py
     monkeypatch.setattr("pipeline.compression.job.encode", lambda *_, **__: torch.empty(1 << 50, device="cuda"))
     with pytest.raises(torch.OutOfMemoryError) as error:
         Worker(1, "cuda").run(CompressVariants(source.store, find_matrix(source, NAME), (way,)))
-    assert spoils_the_process(error.value)
+    assert requires_new_process(error.value)
     assert is_out_of_memory(error.value)
 
 

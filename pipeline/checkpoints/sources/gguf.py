@@ -146,7 +146,7 @@ def _made(file: Path, store: Store, dtype: str, kept: bool = False) -> Dequantiz
             f"{beside.root}: is there, and not of an unfinished conversion; move it, or give another place"
         )
     try:
-        lease = acquire(beside, wait=log)
+        lease = acquire(beside, on_wait=log)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise

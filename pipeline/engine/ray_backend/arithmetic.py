@@ -7,8 +7,8 @@ import ray
 from ray.exceptions import RayTaskError
 
 from pipeline.console import log
-from pipeline.device import Arithmetic, name_of, take_device
-from pipeline.engine import signals as interrupt
+from pipeline.device import Arithmetic, device_name, take_device
+from pipeline.engine import signals
 from pipeline.engine.ray_backend.cluster import WorkerResources, alive_nodes, local_device, resources_of, waiting_for
 from pipeline.engine.ray_backend.connection import connect, joinable
 from pipeline.errors import ClusterError
@@ -32,11 +32,11 @@ def _device_kind(settings: ClusterSettings) -> str:
     if settings.gpus_per_worker == 0:
         return "cpu"
     if settings.local:
-        return name_of(local_device(settings))
+        return device_name(local_device(settings))
     if not ray.is_initialized():
         where = joinable(settings.address or os.environ.get("RAY_ADDRESS"))
         if where is None:  # one will be started on this machine
-            return name_of(local_device(settings))
+            return device_name(local_device(settings))
         connect(where)
     need = resources_of(settings, alive_nodes(), 0)
     return _probed_kind(need) if need.gpus else "cpu"
@@ -47,7 +47,7 @@ def _probed_kind(need: WorkerResources) -> str:
     probe = ray.remote(max_retries=3)(take_device).options(**need.options())
     ref, patience = probe.remote(need.gpus), time.monotonic() + _SECONDS_OF_PATIENCE
     while not ray.wait([ref], timeout=1.0)[0]:
-        interrupt.check()
+        signals.raise_if_interrupted()
         if time.monotonic() > patience:
             log(f"no worker is up yet, waiting for one: {waiting_for(need)}")
             patience = time.monotonic() + 6 * _SECONDS_OF_PATIENCE

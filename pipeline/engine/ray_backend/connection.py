@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 import pipeline
 from pipeline.console import log
-from pipeline.engine import signals as interrupt
+from pipeline.engine import signals
 from pipeline.engine.ray_backend.discovery import found_here, require_joinable
 from pipeline.errors import ClusterError
 
@@ -34,8 +34,8 @@ _PACKAGES = ("pipeline", "swsc_core")  # that workers import
 
 def connect(address: str | None) -> bool:
     """Connect to the cluster named, to one of this machine, or start one; True if started here."""
-    interrupt.check()
-    interrupt.listen()
+    signals.raise_if_interrupted()
+    signals.install_handlers()
     require_own_packages(_working_directory())
     if ray.is_initialized():
         return False
@@ -45,7 +45,7 @@ def connect(address: str | None) -> bool:
         if joined:
             _init(joined)
         else:
-            with interrupt.held(), _loopback_only():
+            with signals.deferred(), _loopback_only():
                 _init("local", include_dashboard=False, **_temporary())
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split())
@@ -131,8 +131,8 @@ def _init(address: str, **more: Any) -> None:
         with _no_handler_of_rays():
             ray.init(address=address, **quiet, **more)
     finally:
-        interrupt.listen()  # its C++ part puts one there, too, that ends the process with a stack trace
-        interrupt.check()
+        signals.install_handlers()  # its C++ part puts one there, too, that ends the process with a stack trace
+        signals.raise_if_interrupted()
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def classify(error: RayError, phase: Phase, label: str, node_is_gone: bool) -> F
         return Failure(Cause.DISK_FULL, DiskFull(full))
     if isinstance(raised, BaseException) and gpu.is_out_of_memory(raised):
         return Failure(Cause.GPU_MEMORY, as_swsc_error(raised, label))
-    if isinstance(raised, BaseException) and not gpu.spoils_the_process(raised):
+    if isinstance(raised, BaseException) and not gpu.requires_new_process(raised):
         return Failure(Cause.ERROR, as_swsc_error(raised, label))
     reason = f"{type(raised).__name__}: {first_line(raised)}" if raised else type(error).__name__
     return _lost(error, phase, label, node_is_gone, reason)

@@ -73,7 +73,7 @@ class RayPool:
         """
         self._workers, self._stage = workers, stage
         for worker in workers.up():
-            gpu.require_gpu(stage.device, workers.devices[worker].nbytes)
+            gpu.require_gpu_memory(stage.device, workers.devices[worker].nbytes)
         workers.begin_stage(keeps_model)
         self._looked = time.monotonic()
         workers.grow_to(stage.room())

@@ -13,8 +13,8 @@ from typing import Self
 
 import ray
 
-from pipeline.device import require_gpu
-from pipeline.engine import signals as interrupt
+from pipeline.device import require_gpu_memory
+from pipeline.engine import signals
 from pipeline.engine.local_pool import LocalPool
 from pipeline.engine.ray_backend.cluster import (
     WorkerResources,
@@ -99,7 +99,9 @@ class LocalPools(_CommandPools):
         import torch
 
         device = local_device(without_devices(self._settings) if stage.on_cpu else self._settings)
-        require_gpu(_device_bytes(stage), torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0)
+        require_gpu_memory(
+            _device_bytes(stage), torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
+        )
         if device not in self._workers:
             self._workers[device] = Worker(self._settings.threads_per_worker, device)
         if not stage.keeps_model:
@@ -168,5 +170,5 @@ class RayPools(_CommandPools):
         """Stop the workers, and Ray if it was started here."""
         self.release()
         if self._started_here:
-            with interrupt.held():
+            with signals.deferred():
                 ray.shutdown()

@@ -82,8 +82,8 @@ class RayWorkers:
         except RayError as error:
             self.replace(worker, f"start ({type(error).__name__})")
             return
-        gpu.require_gpu(device, self.devices[worker].nbytes)
-        self.kind = gpu.require_kind(self.kind, self.devices[worker].kind)
+        gpu.require_gpu_memory(device, self.devices[worker].nbytes)
+        self.kind = gpu.require_same_kind(self.kind, self.devices[worker].kind)
 
     def replace(self, worker: int, at: str = "") -> None:
         """Start a new worker in place of one.

@@ -20,7 +20,7 @@ def begun_on_a_gpu(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise KeyboardInterrupt
 
     with monkeypatch.context() as there:
-        there.setattr("pipeline.engine.ray_backend.arithmetic.name_of", lambda device: GPU)
+        there.setattr("pipeline.engine.ray_backend.arithmetic.device_name", lambda device: GPU)
         there.setattr("pipeline.variants.compress.finish", cut_off)
         assert main(["compress", str(model), str(out), *ARGV]) == 130
 
@@ -37,7 +37,7 @@ def test_an_unfinished_output_is_not_gone_on_with_on_another_device(
     assert "Traceback" not in said
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
     with monkeypatch.context() as there:
-        there.setattr("pipeline.engine.ray_backend.arithmetic.name_of", lambda device: GPU)
+        there.setattr("pipeline.engine.ray_backend.arithmetic.device_name", lambda device: GPU)
         assert main(["compress", str(tiny_model), str(out), *ARGV]) == 0
     assert json.loads((out / "swsc_report.json").read_text())["files_of_an_earlier_run"] > 0
 
@@ -56,7 +56,7 @@ def test_a_finished_one_is_left_alone_whatever_made_it(
     out = tmp_path / "out"
     assert main(["compress", str(tiny_model), str(out), *ARGV]) == 0
     before = contents(out)
-    monkeypatch.setattr("pipeline.engine.ray_backend.arithmetic.name_of", lambda device: GPU)
+    monkeypatch.setattr("pipeline.engine.ray_backend.arithmetic.device_name", lambda device: GPU)
     assert main(["compress", str(tiny_model), str(out), *ARGV]) == 0
     assert contents(out) == before
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from pipeline.engine import signals as interrupt
+from pipeline.engine import signals
 from pipeline.storage import lease, store
 from pipeline.storage.local_files import LocalFiles
 from tests.support.faults import FaultyFiles
@@ -71,7 +71,7 @@ def test_a_signal_at_any_operation_ends_the_run_and_the_same_command_completes_i
         assert compress(model, place) == 0
         assert contents(place) == expected
         number += 5
-    assert codes == {interrupt.EXIT_CODE}
+    assert codes == {signals.EXIT_CODE}
     assert number > 30
 
 
@@ -85,23 +85,23 @@ def test_what_is_held_is_whole_before_a_signal_arrives() -> None:
     steps = []
 
     def work() -> None:
-        with interrupt.held():
+        with signals.deferred():
             signal.raise_signal(signal.SIGINT)
-            with interrupt.held():
+            with signals.deferred():
                 steps.append("inner")
             steps.append("outer")
 
-    with interrupt.listening():
+    with signals.handle_signals():
         with pytest.raises(KeyboardInterrupt):
             work()
         with pytest.raises(KeyboardInterrupt):
-            interrupt.check()
+            signals.raise_if_interrupted()
     assert steps == ["inner", "outer"]
 
 
 def test_two_signals_at_once_are_one() -> None:
     """`timeout` sends to the process and to its group."""
-    with interrupt.listening():
+    with signals.handle_signals():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)  # while the first one is being cleaned up after
@@ -120,7 +120,7 @@ def test_what_a_library_raises_in_place_of_an_interrupt_is_one(
             raise instead("failed to import") from None
 
     monkeypatch.setattr("jobs.cli._parse", parse)
-    assert compress(model, tmp_path / "out") == interrupt.EXIT_CODE
+    assert compress(model, tmp_path / "out") == signals.EXIT_CODE
     assert "run the same command again" in capsys.readouterr().err
 
 
@@ -163,7 +163,7 @@ def test_a_command_that_is_still_being_imported_or_planned_ends(
         time.sleep(delay)
         running.send_signal(number)
         out, err = running.communicate(timeout=60)
-    assert running.returncode == interrupt.EXIT_CODE, out + err
+    assert running.returncode == signals.EXIT_CODE, out + err
     assert "Traceback" not in err
     assert "run the same command again" in err
 
@@ -172,10 +172,10 @@ def test_a_command_that_is_still_being_imported_or_planned_ends(
 def test_a_second_signal_ends_a_process_that_calculates_without_looking_at_signals() -> None:
     code = (
         "import time, torch, sys\n"
-        "from pipeline.engine import signals as interrupt\n"
+        "from pipeline.engine import signals\n"
         "torch.set_num_threads(1)\n"
         "weight = torch.randn(3000, 3000, dtype=torch.float64)\n"
-        "with interrupt.listening():\n"
+        "with signals.handle_signals():\n"
         "    print('now', flush=True)\n"
         "    torch.linalg.svd(weight)\n"
     )
@@ -183,24 +183,24 @@ def test_a_second_signal_ends_a_process_that_calculates_without_looking_at_signa
         assert running.stdout
         running.stdout.readline()
         running.send_signal(signal.SIGINT)
-        time.sleep(interrupt._SAME + 0.1)
+        time.sleep(signals._SAME_SIGNAL_SECONDS + 0.1)
         assert running.poll() is None, "the first one waits for the calculation"
         running.send_signal(signal.SIGINT)
         started = time.monotonic()
-        assert running.wait(20) == interrupt.EXIT_CODE
+        assert running.wait(20) == signals.EXIT_CODE
         assert time.monotonic() - started < 5
 
 
 def test_one_signal_is_one_although_the_thread_that_hears_it_runs_after_everything_is_over() -> None:
     code = (
         "import signal, sys, time\n"
-        "from pipeline.engine import signals as interrupt\n"
+        "from pipeline.engine import signals\n"
         "sys.setswitchinterval(5)\n"
-        "with interrupt.listening(to_the_end=True):\n"
+        "with signals.handle_signals(until_exit=True):\n"
         "    try:\n"
         "        signal.raise_signal(signal.SIGTERM)\n"
         "    except KeyboardInterrupt:\n"
-        "        interrupt.forget()\n"
+        "        signals.clear()\n"
         "time.sleep(0.2)\n"
         "print('orderly')\n"
         "signal.raise_signal(signal.SIGTERM)\n"
@@ -208,18 +208,18 @@ def test_one_signal_is_one_although_the_thread_that_hears_it_runs_after_everythi
     command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == "orderly\n", done.stderr
-    assert done.returncode == interrupt.EXIT_CODE  # of the second one
+    assert done.returncode == signals.EXIT_CODE  # of the second one
 
 
 @pytest.mark.parametrize("busy", ["time.sleep(2)", "sum(range(10**8))"], ids=["idle", "calculates"])
 def test_an_alarm_that_a_library_sets_for_a_signal_is_cancelled(busy: str) -> None:
     program = f"""
 import os, signal, time
-from pipeline.engine import signals as interrupt
+from pipeline.engine import signals
 
-with interrupt.listening():
+with signals.handle_signals():
     try:
-        with interrupt.held():
+        with signals.deferred():
             signal.alarm(1)
             os.kill(os.getpid(), signal.SIGTERM)
             {busy}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from pipeline.device import require_kind
+from pipeline.device import require_same_kind
 from pipeline.engine.local_pool import LocalPool
 from pipeline.engine.task import TaskResult
 from tests.support.tiny import contents
@@ -20,7 +20,7 @@ def refused_after(finished: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wait(self: LocalPool) -> TaskResult[Any] | None:
         if next(count) == finished:
-            require_kind("NVIDIA A100", "NVIDIA L4")
+            require_same_kind("NVIDIA A100", "NVIDIA L4")
         return real(self)
 
     monkeypatch.setattr(LocalPool, "wait", wait)

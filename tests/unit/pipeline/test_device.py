@@ -18,9 +18,9 @@ from pipeline.device import (
     deterministic,
     fix_arithmetic,
     is_out_of_memory,
-    require_gpu,
-    require_kind,
-    spoils_the_process,
+    require_gpu_memory,
+    require_same_kind,
+    requires_new_process,
 )
 from pipeline.engine.local_pool import LocalPool
 from pipeline.engine.ray_backend.arithmetic import arithmetic_of
@@ -32,7 +32,7 @@ from pipeline.engine.task import JobContext, JobOutput, Task, as_swsc_error
 from pipeline.engine.worker import Worker
 from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError, WorkerLost
 from pipeline.models.matrix_reader import SourceMatrix
-from pipeline.models.skeleton_at import loading_errors
+from pipeline.models.meta_loading import loading_errors
 from pipeline.outputs import existing_output as standing
 from pipeline.settings.base import ClusterSettings
 from pipeline.storage.cache_key import run_digest
@@ -67,20 +67,20 @@ HARMLESS: list[Exception] = [
 
 @pytest.mark.parametrize("error", [*BROKEN, *FULL], ids=str)
 def test_an_error_of_the_gpu_wants_a_fresh_process(error: Exception) -> None:
-    assert spoils_the_process(error)
+    assert requires_new_process(error)
     assert is_out_of_memory(error) == (error in FULL)
 
 
 @pytest.mark.parametrize("error", HARMLESS, ids=str)
 def test_an_error_of_the_tasks_own_wants_none(error: Exception) -> None:
-    assert not spoils_the_process(error)
+    assert not requires_new_process(error)
 
 
 def test_a_gpu_that_is_too_small_is_told_of_and_no_gpu_is_no_matter() -> None:
-    require_gpu(8_000_000_000, 8_000_000_000)
-    require_gpu(8_000_000_000, 0)
+    require_gpu_memory(8_000_000_000, 8_000_000_000)
+    require_gpu_memory(8_000_000_000, 0)
     with pytest.raises(ClusterError, match=r"8\.0 GB of a GPU, a worker has 6\.0 GB of one; use larger GPUs"):
-        require_gpu(8_000_000_000, 6_000_000_000)
+        require_gpu_memory(8_000_000_000, 6_000_000_000)
 
 
 def test_out_of_memory_is_the_tasks_own_failure_and_says_what_helps() -> None:
@@ -181,11 +181,11 @@ def test_tf32_that_torch_cannot_see_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_workers_on_unlike_devices_are_refused() -> None:
-    assert require_kind(None, "cpu") == "cpu"
-    assert require_kind("NVIDIA H200", "NVIDIA H200") == "NVIDIA H200"
+    assert require_same_kind(None, "cpu") == "cpu"
+    assert require_same_kind("NVIDIA H200", "NVIDIA H200") == "NVIDIA H200"
     for kind in ("cpu", "NVIDIA A100-SXM4-80GB"):
         with pytest.raises(ClusterError, match="NVIDIA H200 and"):
-            require_kind("NVIDIA H200", kind)
+            require_same_kind("NVIDIA H200", kind)
 
 
 def test_a_cluster_with_gpus_of_two_models_wants_one_named() -> None:
@@ -208,7 +208,7 @@ def test_several_gpus_a_worker_are_refused(gpus: float) -> None:
 
 def test_cpus_need_no_probe() -> None:
     assert arithmetic_of(ClusterSettings(gpus_per_worker=0, cpus_per_worker=2)) == Arithmetic(2, "cpu")
-    assert arithmetic_of(ClusterSettings(local=True, gpus_per_worker=0)).about["device"] == "cpu"
+    assert arithmetic_of(ClusterSettings(local=True, gpus_per_worker=0)).identity["device"] == "cpu"
 
 
 class TestIdentity:
@@ -243,8 +243,8 @@ class TestIdentity:
             standing.require_replaceable(store, {"bits": 4, "threads": 1, "device": "NVIDIA H200"}, False)
 
     def test_names_in_a_cache_say_nothing_of_cpus(self) -> None:
-        assert Arithmetic(1).gpu == {}
-        assert Arithmetic(1, "NVIDIA H200").gpu["device"] == "NVIDIA H200"
+        assert Arithmetic(1).gpu_identity == {}
+        assert Arithmetic(1, "NVIDIA H200").gpu_identity["device"] == "NVIDIA H200"
 
 
 def test_out_of_memory_is_tried_twice_and_never_goes_on_and_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,10 +62,10 @@ DOORS = {
     "safetensors": {"pipeline/models/loading.py"},
     "transformers": {
         "pipeline/models/loading.py",
-        "pipeline/models/skeleton_at.py",
+        "pipeline/models/meta_loading.py",
         "pipeline/texts/windows.py",
         "pipeline/checkpoints/sources/gguf_reader.py",
-        "pipeline/checkpoints/skeleton.py",
+        "pipeline/checkpoints/meta_model.py",
         *PLUG_IN_DOORS,
     },
     "gguf": {"pipeline/checkpoints/sources/gguf_reader.py"},

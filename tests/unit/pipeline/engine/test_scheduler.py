@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipeline.engine import signals as interrupt
+from pipeline.engine import signals
 from pipeline.engine.progress import Progress
-from pipeline.engine.scheduler import StagedTasks, Stages, TaskList, execute
+from pipeline.engine.scheduler import Rounds, TaskList, TaskRounds, execute
 from pipeline.engine.task import JobContext, JobOutput, Task, TaskResult
 from pipeline.errors import CheckpointError, NodeLost, RunError, StoreError, StoreGone, SwscError, WorkerLost
 from pipeline.storage.lease import LeaseLost
@@ -143,7 +143,7 @@ def test_a_users_mistake_stops_the_run_at_once() -> None:
         run("abcdef", {"a": [CheckpointError("a holds NaN")]})
 
 
-def staged(log: list[list[str]]) -> Stages:
+def staged(log: list[list[str]]) -> Rounds:
     """Three stages: what came of each is noted."""
     for names in ("abc", "d", "ef"):
         found = yield [Task(name, Work()) for name in names]
@@ -153,7 +153,7 @@ def staged(log: list[list[str]]) -> Stages:
 def test_a_stage_begins_when_the_one_before_has_ended_and_gets_its_results_in_order() -> None:
     pool, log = ScriptedPool({"b": [WorkerLost("gone")]}), []
     with Progress("test", 6, 0) as progress:
-        execute(pool, StagedTasks(staged(log)), progress)
+        execute(pool, TaskRounds(staged(log)), progress)
     assert log == [["a", "b", "c"], ["d"], ["e", "f"]]
     assert pool.started == list("abbcdef") or pool.started == list("abcbdef")
 
@@ -161,7 +161,7 @@ def test_a_stage_begins_when_the_one_before_has_ended_and_gets_its_results_in_or
 def test_a_stage_that_fails_is_the_last() -> None:
     pool, log = ScriptedPool({"d": [RunError("d: no luck")]}), []
     with Progress("test", 6, 0) as progress, pytest.raises(RunError, match="d: no luck"):
-        execute(pool, StagedTasks(staged(log)), progress)
+        execute(pool, TaskRounds(staged(log)), progress)
     assert log == [["a", "b", "c"]]
     assert "e" not in pool.started
 
@@ -176,9 +176,9 @@ class InterruptedWhenFreed:
 @pytest.fixture
 def listening() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    interrupt.listen()
+    signals.install_handlers()
     yield
-    interrupt.forget()
+    signals.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.models.stored_model import Model
-from pipeline.planning.cost_model import calibration_bytes, core_seconds, evaluation_bytes, forecast, moment_bytes
+from pipeline.planning.cost_model import calibration_bytes, core_seconds, estimate_cost, evaluation_bytes, hessian_bytes
 from pipeline.planning.machine_speed import Speed
 from tests.unit.pipeline.planning.test_plan import checkpoint_of, plan_of
 
@@ -38,13 +38,13 @@ def test_more_work_is_foretold_to_take_longer(less: dict[str, object], more: dic
 def test_twice_the_layers_take_twice_the_time_and_no_more_memory() -> None:
     twice = SQUARE | {"model.layers.1.self_attn.q_proj.weight": (2048, 2048)}
     assert seconds(twice, bits=3) == pytest.approx(2 * seconds(bits=3))
-    one, two = (forecast(plan_of(shapes, projectors="q", bits=3), "swsc", SPEED, 2) for shapes in (SQUARE, twice))
+    one, two = (estimate_cost(plan_of(shapes, projectors="q", bits=3), "swsc", SPEED, 2) for shapes in (SQUARE, twice))
     assert one["worker_peak_bytes"] == two["worker_peak_bytes"]
     assert two["output_bytes"] == 2 * one["output_bytes"]
 
 
 def test_dense_output_is_foretold_at_its_full_size() -> None:
-    assert forecast(plan_of(SQUARE, projectors="q", bits=3), "dense", SPEED, 2)["output_bytes"] == 2 * 2048**2
+    assert estimate_cost(plan_of(SQUARE, projectors="q", bits=3), "dense", SPEED, 2)["output_bytes"] == 2 * 2048**2
 
 
 def test_evaluation_holds_the_weights_as_read_and_as_calculated_with_and_the_logits() -> None:
@@ -64,7 +64,8 @@ def test_the_vocabulary_of_a_multimodal_model_is_that_of_its_text_part() -> None
 def test_moments_take_memory_beside_the_matrices() -> None:
     plain, metric = (plan_of(SQUARE, projectors="q", clusters=64, metric=m) for m in ("weights", "activations"))
     extra = (
-        forecast(metric, "swsc", SPEED, 2)["worker_peak_bytes"] - forecast(plain, "swsc", SPEED, 2)["worker_peak_bytes"]
+        estimate_cost(metric, "swsc", SPEED, 2)["worker_peak_bytes"]
+        - estimate_cost(plain, "swsc", SPEED, 2)["worker_peak_bytes"]
     )
     assert extra == 2 * 4 * 2048**2  # the moment and its root
 
@@ -75,14 +76,14 @@ def test_a_matrix_whose_input_no_other_one_has_holds_two_moments() -> None:
         f"model.layers.{n}.x.{name}.weight": (32, w) for name, w in widths.items() for n in (0, 1)
     }
     infos = checkpoint_of(shapes).tensors.values()
-    assert moment_bytes(infos) == 2 * 4 * (3 * 64**2 + 2 * 96**2)  # by layers; Q and K share the moment of their input
+    assert hessian_bytes(infos) == 2 * 4 * (3 * 64**2 + 2 * 96**2)  # by layers; Q and K share the moment of their input
 
 
 def test_segments_are_worked_through_in_less_memory_than_whole_channels() -> None:
     whole, segmented = (plan_of(SQUARE, projectors="q", clusters=64, segment_size=size) for size in (None, 4))
     assert (
-        forecast(segmented, "swsc", SPEED, 2)["worker_peak_bytes"]
-        < forecast(whole, "swsc", SPEED, 2)["worker_peak_bytes"]
+        estimate_cost(segmented, "swsc", SPEED, 2)["worker_peak_bytes"]
+        < estimate_cost(whole, "swsc", SPEED, 2)["worker_peak_bytes"]
     )
 
 
@@ -98,7 +99,7 @@ def test_calibration_holds_the_activations_of_all_layers_whatever_the_config_cal
 def test_time_is_shared_by_workers_down_to_what_the_largest_layer_takes_alone() -> None:
     layers = {f"model.layers.{n}.self_attn.q_proj.weight": (2048, 2048) for n in range(8)}
     plan = plan_of(layers | {"model.embed_tokens.weight": (32000, 2048)}, projectors="q", bits=3)
-    seconds = [forecast(plan, "swsc", SPEED, workers)["seconds"] - 10.0 for workers in (1, 2, 8, 100)]
+    seconds = [estimate_cost(plan, "swsc", SPEED, workers)["seconds"] - 10.0 for workers in (1, 2, 8, 100)]
     assert seconds[1] == pytest.approx(seconds[0] / 2)
     assert seconds[2] < seconds[1]
     assert seconds[3] == pytest.approx(core_seconds(plan, SPEED) / 8)
@@ -107,7 +108,7 @@ def test_time_is_shared_by_workers_down_to_what_the_largest_layer_takes_alone() 
 def test_what_is_copied_takes_time_by_its_bytes() -> None:
     q = {"model.layers.0.self_attn.q_proj.weight": (512, 512)}
     small, large = (
-        forecast(plan_of(q | {"model.embed_tokens.weight": (rows, 512)}, projectors="q", bits=3), "swsc", SPEED, 1)
+        estimate_cost(plan_of(q | {"model.embed_tokens.weight": (rows, 512)}, projectors="q", bits=3), "swsc", SPEED, 1)
         for rows in (1000, 11000)
     )
     assert large["core_seconds"] - small["core_seconds"] == pytest.approx(2 * 512 * 10000 / SPEED.stream)

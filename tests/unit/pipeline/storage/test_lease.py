@@ -73,7 +73,7 @@ def test_one_that_does_is_waited_for_if_that_is_wanted(store: Store) -> None:
     told: list[str] = []
     signs = [lambda: foreign(store, beat=2), lambda: foreign(store, beat=3), lambda: store.remove(LEASE)]
     time = Seconds(*signs)
-    lease = acquire(store, wait=told.append, sleep=time)
+    lease = acquire(store, on_wait=told.append, sleep=time)
     assert time.passed == 3
     assert told == [f"{store.root}: a run on far (process 1) is making the same; waiting for it"]
     lease.release()
@@ -173,7 +173,7 @@ def test_of_two_that_sign_at_the_same_moment_one_waits_for_the_other_if_that_is_
     monkeypatch.setattr(Store, "locked", locked)
     signs = [lambda: foreign(store, beat=2), lambda: store.remove(LEASE)]
     told: list[str] = []
-    lease = acquire(store, wait=told.append, sleep=Seconds(*signs))
+    lease = acquire(store, on_wait=told.append, sleep=Seconds(*signs))
     lease.ticket.require()
     assert len(told) == 1
     lease.release()

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoints.skeleton import Skeleton, auto_class
+from pipeline.checkpoints.meta_model import MetaModel, auto_class
 from pipeline.checkpoints.sources.local_files import require_no_code, small_files
-from pipeline.device import spoils_the_process
+from pipeline.device import requires_new_process
 from pipeline.errors import CheckpointError, SwscError, first_line
 
 
-def skeleton_at(location: str, trusted: bool) -> Skeleton:
+def load_meta_model(location: str, trusted: bool) -> MetaModel:
     """The model at `location` as it is measured: a causal LM, with the model's own code if that is trusted.
 
     Raises:
@@ -28,7 +28,7 @@ def skeleton_at(location: str, trusted: bool) -> Skeleton:
         model = auto_class(config).from_config(config, trust_remote_code=trusted)
     if Path(folder, "generation_config.json").exists():  # how the model generates is read from a directory alone
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return Skeleton(model, config if isinstance(config, type(model.config)) else config.get_text_config())
+    return MetaModel(model, config if isinstance(config, type(model.config)) else config.get_text_config())
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def loading_errors(location: str) -> Iterator[None]:
     except SwscError:
         raise  # of ours, and said already: a store that does not answer is asked again
     except Exception as error:  # code that a model brings may raise anything
-        if spoils_the_process(error):
+        if requires_new_process(error):
             raise  # a GPU that is full or broken says nothing about the checkpoint
         require_no_code(location, error)
         raise CheckpointError(f"{location}: transformers cannot load it: {first_line(error)}") from None

@@ -17,7 +17,7 @@ from pipeline.errors import CheckpointError, first_line
 _MESSAGE = 300  # letters of what transformers says of a config
 
 
-class Skeleton(NamedTuple):
+class MetaModel(NamedTuple):
     """A model without weights, and its config: as it was read, or the part of it that is the text model's if that is what it is."""
 
     model: Any
@@ -28,7 +28,7 @@ class Unknown(Exception):
     """transformers has no code for the model, or lacks a package that its code needs: nothing can be said of its parameters."""
 
 
-def skeletons_of(config: ModelConfig, where: str, tensors: int) -> list[Skeleton]:
+def meta_models_of(config: ModelConfig, where: str, tensors: int) -> list[MetaModel]:
     """The models of transformers' own code that a config.json may describe: of the class that it names, and as it is measured.
 
     Args:
@@ -44,11 +44,11 @@ def skeletons_of(config: ModelConfig, where: str, tensors: int) -> list[Skeleton
             f"{where}: config.json says {layers} layers, the files hold {tensors} tensors in all; repair config.json"
         )
     own = {key: value for key, value in config.items() if key != "quantization_config"}
-    return _skeletons_of(json.dumps(own, sort_keys=True), where)
+    return _meta_models_of(json.dumps(own, sort_keys=True), where)
 
 
 @lru_cache(maxsize=4)
-def _skeletons_of(text: str, where: str) -> list[Skeleton]:
+def _meta_models_of(text: str, where: str) -> list[MetaModel]:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     about = json.loads(text)
@@ -81,12 +81,12 @@ def stored_ties(names: Iterable[str], config: ModelConfig, where: str) -> list[t
     The latter is that which is stored, if one is: transformers ties both ways.
 
     Raises:
-        As `skeletons_of`.
+        As `meta_models_of`.
     """
     from swsc_core.hf.weight_names import WeightNames, saved_name
 
     stored = dict.fromkeys(names)
-    model = skeletons_of(config, where, len(stored))[0].model
+    model = meta_models_of(config, where, len(stored))[0].model
     pairs: Mapping[str, str] = model.all_tied_weights_keys
     if not pairs:
         return []
@@ -140,12 +140,12 @@ def _named(about: ModelConfig) -> list[Any]:
     return [kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
 
 
-def _empty(kind: Any, config: Any) -> Skeleton:
+def _empty(kind: Any, config: Any) -> MetaModel:
     """The config is that of the class but where the class is that of the text model, as in transformers' Auto classes."""
     text = None if isinstance(config, kind.config_class) else config.get_text_config()
     own = text if isinstance(text, kind.config_class) else config
     with torch.device("meta"):
-        return Skeleton(kind._from_config(own), own)
+        return MetaModel(kind._from_config(own), own)
 
 
 def auto_class(config: Any) -> Any:
