@@ -18,7 +18,8 @@ import swsc_core.hf  # noqa: F401  registers the format with transformers
 from pipeline.engine.ray_backend.worker_pools import worker_pools
 from pipeline.errors import SwscError
 from pipeline.evaluation.flow import evaluate_model
-from pipeline.settings.base import ClusterSettings, EvaluateSettings
+from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.evaluation import EvaluateSettings
 from pipeline.texts.windows import make_windows
 
 

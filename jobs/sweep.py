@@ -15,7 +15,8 @@ from pipeline.outputs.preflight import require_cache
 from pipeline.redaction import redacted_argv, redacted_values
 from pipeline.report.result_files import RESULTS, write_results
 from pipeline.report.tables import print_table
-from pipeline.settings.base import ClusterSettings, SweepSettings
+from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.sweep import SweepSettings
 from pipeline.settings.validation import read_config, validated
 from pipeline.storage.lease import acquire
 from pipeline.storage.local_files import meant_by

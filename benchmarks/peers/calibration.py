@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.settings.base import CalibrationSettings
+from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.validation import validated
 from pipeline.texts.contamination import require_apart
 from pipeline.texts.texts import read_text

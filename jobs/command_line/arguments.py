@@ -6,18 +6,14 @@ from jobs.command_line.flags import add_setting, add_settings
 from jobs.command_line.parser import Parser
 from pipeline.checkpoints.extra_files import ADAPTER
 from pipeline.checkpoints.sources.gguf import DTYPE
-from pipeline.settings.base import (
-    CalibrationSettings,
-    ClusterSettings,
-    CompressSettings,
-    EvaluateSettings,
-    LoadSettings,
-    OutputSettings,
-    PushSettings,
-    SourceSettings,
-    SweepSettings,
-)
-from pipeline.settings.lm_eval import TaskSettings
+from pipeline.settings.calibration import CalibrationSettings
+from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.compression import CompressSettings, OutputSettings
+from pipeline.settings.evaluation import EvaluateSettings
+from pipeline.settings.lm_eval import LmEvalSettings
+from pipeline.settings.loading import LoadSettings, SourceSettings
+from pipeline.settings.push import PushSettings
+from pipeline.settings.sweep import SweepSettings
 
 SHELLS = ("bash", "zsh", "fish")
 _MODEL = "Checkpoint: a directory (local, s3://…, gs://…) with safetensors files, a local GGUF file, or a Hub id ORG/NAME[@REVISION]."
@@ -107,7 +103,7 @@ def _restore(parser: Parser) -> None:
 
 def _evaluate(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help=f"{_MODEL} Compressed and restored models are read as well.")
-    add_settings(parser, EvaluateSettings, TaskSettings, ClusterSettings, SourceSettings)
+    add_settings(parser, EvaluateSettings, LmEvalSettings, ClusterSettings, SourceSettings)
     result = parser.group("result")
     result.add_argument("--json", metavar="FILE", help="Also write the result to FILE, as JSON.")
     result.add_argument(

@@ -8,7 +8,7 @@ from jobs.command_line.command import command_parser
 from jobs.command_line.flags import help_of
 from jobs.command_line.parser import Parser
 from jobs.command_line.verbs import VERBS
-from pipeline.settings.base import SweepSettings
+from pipeline.settings.sweep import SweepSettings
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 _FULL = "compress"  # the verb with most options

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from jobs.command_line.parser import Parser
 from pipeline.errors import ConfigError, OutputError
-from pipeline.settings.base import ClusterSettings
+from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.validation import Option, Settings, read_config, validated
 from pipeline.storage.paths import Place, named, require_apart
 from pipeline.storage.store import Store

@@ -26,7 +26,7 @@ from pipeline.errors import PayloadLost
 from pipeline.models.loading import ModelKey
 from pipeline.outputs.transaction import begin
 from pipeline.planning.cost_model import calibration_bytes, calibration_device_bytes, hessian_bytes
-from pipeline.settings.base import CalibrationSettings
+from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage.cache_key import cache_name, versioned, windows_identity
 from pipeline.storage.records import rebuilt_cache
 from pipeline.storage.store import Store, require_room

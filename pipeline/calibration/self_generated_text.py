@@ -15,7 +15,7 @@ from pipeline.device import Arithmetic
 from pipeline.engine.stage import Pools, Stage, run_stage
 from pipeline.engine.task import Task, TaskResult
 from pipeline.planning.cost_model import calibration_bytes, calibration_device_bytes
-from pipeline.settings.base import CalibrationSettings
+from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage.cache_key import cache_name, versioned
 from pipeline.storage.records import of_cache
 from pipeline.storage.store import Store

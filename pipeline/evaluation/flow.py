@@ -16,7 +16,7 @@ from pipeline.models.loading import ModelKey
 from pipeline.models.stored_model import Model, open_model
 from pipeline.outputs.transaction import known_traces
 from pipeline.planning.cost_model import evaluation_bytes, evaluation_device_bytes
-from pipeline.settings.base import EvaluateSettings, MeasureSettings
+from pipeline.settings.evaluation import EvaluateSettings, MeasureSettings
 from pipeline.texts.contamination import require_apart
 from pipeline.texts.texts import read_text
 from pipeline.texts.windows import Windows, make_windows, require_within

@@ -20,13 +20,13 @@ from pipeline.evaluation.lm_eval_job import AnswerRequests, RequestAnswers
 from pipeline.models.loading import ModelKey
 from pipeline.models.stored_model import Model, open_model
 from pipeline.planning.cost_model import evaluation_bytes, evaluation_device_bytes
-from pipeline.settings.lm_eval import TaskSettings
+from pipeline.settings.lm_eval import LmEvalSettings
 from pipeline.texts.windows import require_within
 
 _PARTS = 256  # that requests are dealt out in: enough for many workers, few enough to cost nothing themselves
 
 
-def require_harness(settings: TaskSettings) -> None:
+def require_harness(settings: LmEvalSettings) -> None:
     """Raise ConfigError if lm-eval is not installed, or if there is no such directory of tasks."""
     harness()
     if settings.include_path is not None and not Path(settings.include_path).is_dir():
@@ -36,7 +36,7 @@ def require_harness(settings: TaskSettings) -> None:
 
 
 def evaluate_lm_eval(
-    location: str, settings: TaskSettings, pools: Pools, known: SourceDigests | None = None
+    location: str, settings: LmEvalSettings, pools: Pools, known: SourceDigests | None = None
 ) -> dict[str, Any]:
     """What lm-eval finds of the dense or compressed model at `location`.
 
@@ -64,7 +64,7 @@ def evaluate_lm_eval(
 class PooledAnswers:
     """Has requests answered by a pool, which is begun by the first of them; a context manager."""
 
-    def __init__(self, model: Model, key: ModelKey, settings: TaskSettings, pools: Pools) -> None:
+    def __init__(self, model: Model, key: ModelKey, settings: LmEvalSettings, pools: Pools) -> None:
         self.dtype = ""
         self._model, self._key, self._settings, self._pools = model, key, settings, pools
         self._pool: Pool | None = None

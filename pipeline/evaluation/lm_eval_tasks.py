@@ -29,7 +29,7 @@ from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 from pipeline.errors import NonFiniteError, SwscError, TaskError, first_line
 from pipeline.models.loading import ModelKey, load_model, meta_model
 from pipeline.models.stored_model import Model, open_model
-from pipeline.settings.lm_eval import TaskSettings
+from pipeline.settings.lm_eval import LmEvalSettings
 from pipeline.texts.windows import load_tokenizer
 
 SCORES, WRITES = (
@@ -191,7 +191,7 @@ def _unwarned() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def run_lm_eval(settings: TaskSettings, asker: Asker) -> dict[str, Any]:
+def run_lm_eval(settings: LmEvalSettings, asker: Asker) -> dict[str, Any]:
     """lm-eval's own results, as it would write them.
 
     Raises:

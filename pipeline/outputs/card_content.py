@@ -13,7 +13,7 @@ from pipeline.outputs.card_metrics import PROTOCOL, with_evaluation
 from pipeline.outputs.model_card import CARD, About, Compressed, make_card, read_source_card
 from pipeline.outputs.report_rows import MatrixResult
 from pipeline.planning.plan import Plan
-from pipeline.settings.base import CompressSettings
+from pipeline.settings.compression import CompressSettings
 from pipeline.storage.records import Evaluation, read_record
 from pipeline.storage.store import Store
 

@@ -15,7 +15,7 @@ from pipeline.outputs.existing_output import require_replaceable
 from pipeline.outputs.transaction import Output, abandon, begin, changed_since, names_beside
 from pipeline.outputs.writable_names import require_writable_names
 from pipeline.planning.plan import Plan
-from pipeline.settings.base import CompressSettings
+from pipeline.settings.compression import CompressSettings
 from pipeline.storage.cache_key import VERSIONS, settings_identity
 from pipeline.storage.lease import require_idle
 from pipeline.storage.paths import Place, require_apart, require_outside
@@ -71,7 +71,7 @@ def require_output(
     """Raise OutputError for an output that `compress_model` would refuse in the end: hours of calibration may lie between."""
     store = Store.at(output)
     require_unmixed(source, store)
-    if settings.calibrated:
+    if settings.needs_calibration:
         require_cache(cache, [Place("OUTPUT", store), Place("MODEL", source.store)])
     require_replaceable(store, identity_of(source, settings, arithmetic), overwrite, names_of(source, plan))
     require_idle(store)

@@ -13,7 +13,7 @@ from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.models.stored_model import Model
 from pipeline.planning.machine_speed import Speed
 from pipeline.planning.plan import Plan
-from pipeline.settings.base import CalibrationSettings
+from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.matrix import MatrixSettings
 from swsc_core.method.codebook import sample_size
 from swsc_core.method.codebook_fit import CONJUGATE_STEPS
@@ -66,7 +66,7 @@ def stage_bytes(
 ) -> dict[str, int]:
     """Peak memory of a worker in each stage of a compression; one that does not fit is to be told of before the first."""
     stages = {"compress": compression_bytes(plan)}
-    if settings.with_moments:
+    if settings.needs_hessians:
         sums = hessian_bytes([decision.matrix for decision in plan.compressed])
         at_a_time = min(sums, int(calibration.moment_gib * 2**30))
         stages["calibrate"] = calibration_bytes(source, calibration.calibration_seqlen, at_a_time)
@@ -77,7 +77,7 @@ def stage_bytes(
 
 def cached_bytes(plan: Plan, settings: MatrixSettings) -> int:
     """Bytes on disk beside the output: second moments, and the model that is yet to be tuned."""
-    moments = hessian_bytes(decision.matrix for decision in plan.compressed) if settings.with_moments else 0
+    moments = hessian_bytes(decision.matrix for decision in plan.compressed) if settings.needs_hessians else 0
     return moments + (plan.stored_bytes_as("swsc") if settings.epochs else 0)
 
 

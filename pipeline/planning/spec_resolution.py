@@ -29,11 +29,11 @@ def budget_of(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], settings: 
     Raises:
         ConfigError: the smallest candidates of all matrices are larger than the budget, or nothing is left for them.
     """
-    if settings.means.allocates:
+    if settings.preset_definition.allocates:
         nbytes = budget_bytes(checkpoint, matrices, settings)
         _require_affordable(matrices, nbytes, settings)
         return Budget(8 * nbytes / max(1, sum(info.count for info in matrices)))
-    by_default: Count = settings.means.bits_counted if settings.bits is None else "true"
+    by_default: Count = settings.preset_definition.bits_counted if settings.bits is None else "true"
     return Budget(settings.budget_bits, settings.count or by_default)
 
 
@@ -89,7 +89,7 @@ def resolve(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> tuple
 
 
 def _resolve_swsc(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> tuple[Spec, ...]:
-    if settings.means.allocates:
+    if settings.preset_definition.allocates:
         return (_provisional(info, settings, budget),)
     if settings.channel_axis != "auto":
         return (_on_axis(info, settings.channel_axis, settings, budget),)

@@ -1,1 +1,1 @@
-"""Settings: what a run is asked to do. Fields are flags of the command line and keys of configuration files alike."""
+"""Settings of a command. Each field is a flag of the command line and a key of configuration files."""

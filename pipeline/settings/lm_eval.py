@@ -1,23 +1,23 @@
-"""Settings of tasks of lm-evaluation-harness, understood as it understands them."""
+"""Settings of an evaluation on tasks of lm-evaluation-harness, with the meaning that the library gives them."""
 
 from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.settings.base import MeasureSettings
+from pipeline.settings.evaluation import MeasureSettings
 from pipeline.settings.validation import CommaList, Option
 
 
-def _four(value: object) -> object:
-    """One seed for all, or four."""
+def _four_seeds(value: object) -> object:
+    """Repeat a single seed four times."""
     seeds = value.split(",") if isinstance(value, str) else value
     return seeds * 4 if isinstance(seeds, list) and len(seeds) == 1 else seeds
 
 
-Seeds = Annotated[tuple[int, int, int, int], BeforeValidator(_four)]
+Seeds = Annotated[tuple[int, int, int, int], BeforeValidator(_four_seeds)]
 
 
-class TaskSettings(MeasureSettings):
+class LmEvalSettings(MeasureSettings):
     """Tasks of lm-evaluation-harness."""
 
     groups: ClassVar[tuple[str, ...]] = ("lm-eval tasks",)
@@ -27,7 +27,7 @@ class TaskSettings(MeasureSettings):
     include_path: Annotated[str | None, Option("DIR")] = Field(
         None, description="Directory of further tasks as YAML files."
     )
-    num_fewshot: Annotated[int | None, Option(default="the task's own")] = Field(
+    num_fewshot: Annotated[int | None, Option(default="the number that the task defines")] = Field(
         None, ge=0, description="Number of few-shot examples before each question."
     )
     limit: Annotated[float | None, Option("N", default="all")] = Field(
@@ -39,8 +39,8 @@ class TaskSettings(MeasureSettings):
     )
 
     @model_validator(mode="after")
-    def _each_once(self) -> Self:
-        twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
-        if twice:
-            raise ValueError(f"tasks are named twice: {', '.join(twice)}")
+    def _require_unique_tasks(self) -> Self:
+        repeated = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
+        if repeated:
+            raise ValueError(f"tasks are named twice: {', '.join(repeated)}")
         return self

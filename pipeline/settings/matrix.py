@@ -1,41 +1,40 @@
-"""Settings that say which matrices are compressed, and how: flags and keys of configuration files as those of config.py are."""
+"""Settings that select matrices, and the method and form of their compression."""
 
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from collections.abc import Collection
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.settings.presets import PAPER, PRESETS, Preset
+from pipeline.settings.presets import PAPER, PRESET_SETTINGS, PRESETS, Preset, by_preset
 from pipeline.settings.validation import CommaList, Option, Regex, Settings, Width
 
-# headings of the flags in help and docs/cli.md
+if TYPE_CHECKING:
+    from swsc_core.method.spec import Spec
+
+# Headings of the flags in help and docs/cli.md.
 _MATRICES, _BUDGET = "matrices to compress", "method and bit budget"
 _PAPER, _RTN = "form of SWSC (--preset paper)", "round to nearest (--method rtn)"
 
-BuiltIn = Literal["swsc", "rtn"]
+# Settings that change what clusters and rank cost.
+_BESIDE_NUMBERS = frozenset({"segment_size", "codebooks", "scaled", "centroid_bits", "factor_bits"})
+# Fields of specs that are not settings of one method.
+_SHARED_FIELDS = {"method", "bits"}
+
+# Methods that help and completion list; swsc_core may have more.
+BuiltInMethod = Literal["swsc", "rtn"]
 
 
-def _known_method(value: str) -> str:
-    """The name of a method of swsc_core; ValueError for any other."""
-    if value not in get_args(BuiltIn):
-        from swsc_core.compressed.registry import method_names  # needs torch, help does not
+def _require_method(value: str) -> str:
+    """Return the name of a method of swsc_core; raise ValueError for any other name."""
+    from swsc_core.compressed.registry import method_names  # here, because it imports torch, and --help must not
 
-        if value not in (names := method_names()):
-            raise ValueError(f"choose {' or '.join(map(repr, names))}")
+    if value not in (names := method_names()):
+        raise ValueError(f"choose {' or '.join(map(repr, names))}")
     return value
 
 
-Method = Annotated[BuiltIn | str, AfterValidator(_known_method)]
-
-# settings that one method alone understands
-_ONLY_FOR = {
-    "swsc": {
-        "clusters", "rank", "cluster_share", "channel_axis", "n_init", "count", "metric", "segment_size", "codebooks",
-        "scaled", "feedback", "rounds", "centroid_bits", "factor_bits", "bits_over", "allocation", "tune",
-    },
-    "rtn": {"granularity", "group_size", "symmetric"},
-}  # fmt: skip
-# settings that change what clusters and rank cost
-_BESIDE_NUMBERS = {"segment_size", "codebooks", "scaled", "centroid_bits", "factor_bits"}
+Method = Annotated[BuiltInMethod | str, AfterValidator(_require_method)]
 
 
 class MatrixSettings(Settings):
@@ -45,12 +44,12 @@ class MatrixSettings(Settings):
     method: Method = Field("swsc", description="Compression method: SWSC, or its round-to-nearest (RTN) baseline.")
     preset: Literal["paper", "best", "fast", "data-free"] = Field(
         "paper",
-        description="Configuration of SWSC: paper is the published method; best and fast choose the form of every matrix"
-        " by calibration, within --bits; data-free is best, calibrated on text that the model generates.",
+        description="Configuration of SWSC: paper is the published method; best and fast choose the form of every"
+        " matrix by calibration, within --bits; data-free is best, calibrated on text that the model generates.",
     )
-    bits: Annotated[float | None, Option("BITS", default="3 with preset paper, required with the others")] = Field(
-        None, gt=0, le=32, description="Bit budget in bits per weight; for RTN, the width of a code (2 to 8)."
-    )
+    bits: Annotated[
+        float | None, Option("BITS", default=f"{PAPER.bits:g} with preset paper, required with the others")
+    ] = Field(None, gt=0, le=32, description="Bit budget in bits per weight; for RTN, the width of a code (2 to 8).")
     count: Annotated[Literal["true", "paper"] | None, Option(group=_PAPER, default="true with --bits, else paper")] = (
         Field(None, description="What --bits counts: stored bytes (true), or bits as in Table II of the paper (paper).")
     )
@@ -65,8 +64,8 @@ class MatrixSettings(Settings):
     )
     channel_axis: Annotated[Literal["output", "input", "auto"], Option(group=_PAPER)] = Field(
         "output",
-        description="Which channels are clustered: rows of the weight (output), columns (input), or those with the smaller"
-        " error at equal stored bits (auto).",
+        description="Which channels are clustered: rows of the weight (output), columns (input), or those with the"
+        " smaller error at equal stored bits (auto).",
     )
     n_init: Annotated[int | None, Option(group=_PAPER, default="16, or 4 for large matrices")] = Field(
         None, ge=1, le=1000, description="Number of K-Means initializations."
@@ -89,14 +88,15 @@ class MatrixSettings(Settings):
     )
     feedback: Annotated[bool, Option(group=_PAPER)] = Field(
         False,
-        description="Compensate the error of each block of columns in the columns that are not quantized yet, as GPTQ does;"
-        " needs --metric activations and --segment-size.",
+        description="Compensate the error of each block of columns in the columns that are not quantized yet, as GPTQ"
+        " does; needs --metric activations and --segment-size.",
     )
-    rounds: Annotated[int | None, Option(default="paper 0, fast 1, best and data-free 4")] = Field(
+    rounds: Annotated[int | None, Option(default=by_preset("rounds"))] = Field(
         None,
         ge=0,
         le=100,
-        description="Maximum number of refinement rounds: refit the centroids, reassign the segments, recompute the SVD.",
+        description="Maximum number of refinement rounds: refit the centroids, reassign the segments, recompute the"
+        " SVD.",
     )
     centroid_bits: Annotated[Width | None, Option(group=_PAPER, default="those of --storage-dtype")] = Field(
         None, description="Bits per stored centroid value."
@@ -106,13 +106,14 @@ class MatrixSettings(Settings):
     )
     bits_over: Literal["selected", "model"] = Field(
         "selected",
-        description="What --bits averages over: the selected matrices or the whole model; not for preset paper.",
+        description="What --bits averages over: the selected matrices or the whole model; not with preset paper.",
     )
     allocation: Literal["measured", "uniform"] = Field(
         "measured",
-        description="Distribution of the bits: by measured sensitivity, or equal for all matrices; not for preset paper.",
+        description="Distribution of the bits: by measured sensitivity, or equal for all matrices; not with preset"
+        " paper.",
     )
-    tune: Annotated[int | None, Option(default="best and data-free 1, others 0")] = Field(
+    tune: Annotated[int | None, Option(default=by_preset("epochs"))] = Field(
         None,
         ge=0,
         le=100,
@@ -146,113 +147,133 @@ class MatrixSettings(Settings):
     seed: int = Field(0, ge=0, description="Random seed of the run.")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        wrong = []
-        others = (names for method, names in _ONLY_FOR.items() if method != self.method)
-        foreign = sorted(self.model_fields_set & set().union(*others))
-        if foreign:
-            wrong.append(
-                f"{', '.join(foreign)} mean nothing to method {self.method}: drop them, or choose another --method"
-            )
+    def _require_consistency(self) -> Self:
+        from swsc_core.compressed.registry import method_named  # here, because it imports torch, and --help must not
+
+        spec_type = method_named(self.method).spec_type
+        mistakes = self._settings_of_other_methods()
         if "group_size" in self.model_fields_set and self.granularity != "group":
-            wrong.append("group_size counts with granularity group only: add it, or drop group_size")
-        checks = {"swsc": self._of_swsc, "rtn": self._of_rtn}
-        wrong += checks.get(self.method, self._of_one_preset)()
-        if wrong:
-            raise ValueError("; ".join(wrong))
+            mistakes.append("group_size: applies to granularity group only (add it, or omit group_size)")
+        if spec_type.has_presets:
+            mistakes += self._preset_mistakes() if self.preset_definition.allocates else self._paper_mistakes()
+        elif self.preset_definition is not PAPER:
+            mistakes.append(
+                f"preset: {self.preset} is not applicable to method {self.method} (omit, or choose method swsc)"
+            )
+        try:
+            spec_type.require_bits(self.bits)
+        except ValueError as error:
+            mistakes.append(str(error))
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
         return self
 
-    def _of_swsc(self) -> list[str]:
-        return self._allocated() if self.means.allocates else self._of_the_paper()
+    def _settings_of_other_methods(self) -> list[str]:
+        from swsc_core.compressed.registry import method_named, method_names
 
-    def _of_rtn(self) -> list[str]:
-        wrong = self._of_one_preset()
-        if self.bits is not None and self.bits not in range(2, 9):
-            wrong.append(f"bits {self.bits:g} is out of range for rtn: choose a whole number from 2 to 8")
-        return wrong
+        by_method = {name: _settings_of(method_named(name).spec_type) for name in method_names()}
+        foreign = self.model_fields_set & frozenset().union(*by_method.values()) - by_method[self.method]
+        return _refused(foreign, f"not applicable to method {self.method} (omit, or choose another --method)")
 
-    def _of_one_preset(self) -> list[str]:
-        """What a method refuses for which specs are settings alone: presets that choose specs matrix by matrix."""
-        if self.means is PAPER:
-            return []
-        return [f"preset {self.preset} means nothing to method {self.method}: drop it, or choose method swsc"]
-
-    def _of_the_paper(self) -> list[str]:
-        """What does not fit a spec that is given in numbers, or by the paper's split of a budget."""
-        wrong = []
-        given, explicit = self.model_fields_set, self.clusters is not None or self.rank is not None
-        if explicit and (idle := sorted({"count", "cluster_share"} & given)):
-            wrong.append(f"{', '.join(idle)} mean nothing beside clusters or rank: drop them, or give bits")
-        if explicit and self.bits is not None:
-            wrong.append("bits stands beside clusters or rank: give a budget or the numbers, not both")
-        elif explicit and not self.clusters and not self.rank:
-            wrong.append("clusters and rank are both zero, which stores nothing: raise one of them")
-        if not explicit and (odd := sorted(_BESIDE_NUMBERS & given)):
-            wrong.append(f"{', '.join(odd)} want clusters and rank: a paper budget counts whole channels in 16 bits")
-        wrong += self._of_numbers() if explicit else []
+    def _paper_mistakes(self) -> list[str]:
+        """Mistakes in a spec that is given by --clusters and --rank, or by the paper's split of a bit budget."""
+        given = self.model_fields_set
+        in_numbers = self.clusters is not None or self.rank is not None
+        mistakes = self._mistakes_in_numbers() if in_numbers else self._mistakes_in_budget()
         if self.feedback and self.metric == "weights":
-            wrong.append("feedback works in metric activations only: add metric activations, or drop it")
+            mistakes.append("feedback: needs metric activations (add it, or omit feedback)")
         elif self.feedback and self.segment_size is None:
-            wrong.append("feedback goes from one block of columns to the next: add segment_size, or drop it")
-        if idle := sorted(self.means.ignores & given):
-            wrong.append(f"{', '.join(idle)} mean nothing to preset {self.preset}: choose another preset, or drop them")
-        return wrong
+            mistakes.append(
+                "feedback: passes errors between blocks of columns, which need segment_size (add it, or omit feedback)"
+            )
+        ignored = self.preset_definition.ignores & given
+        return mistakes + _refused(ignored, f"not applicable to preset {self.preset} (omit, or choose another preset)")
 
-    def _of_numbers(self) -> list[str]:
-        """What has no meaning beside these clusters and this rank."""
-        wrong = []
-        known = type(self).model_fields
-        changed = {name for name in {*_BESIDE_NUMBERS, "n_init"} if getattr(self, name) != known[name].default}
-        if not self.clusters and (idle := sorted(changed - {"factor_bits"})):
-            wrong.append(f"{', '.join(idle)} mean nothing without clusters: add clusters, or drop them")
-        if not self.rank and "factor_bits" in changed:
-            wrong.append("factor_bits mean nothing without rank: add rank, or drop them")
+    def _mistakes_in_budget(self) -> list[str]:
+        """Mistakes in the paper's form of a bit budget."""
+        odd = _BESIDE_NUMBERS & self.model_fields_set
+        return _refused(odd, "needs clusters and rank (a bit budget of preset paper counts whole channels in 16 bits)")
+
+    def _mistakes_in_numbers(self) -> list[str]:
+        """Mistakes beside given numbers of clusters and rank."""
+        mistakes = _refused(
+            {"count", "cluster_share"} & self.model_fields_set,
+            "not applicable beside clusters or rank (omit, or give bits instead of them)",
+        )
+        if self.bits is not None:
+            mistakes.append("bits: given beside clusters or rank (give a budget or the numbers, not both)")
+        elif not self.clusters and not self.rank:
+            mistakes.append("clusters, rank: both are zero, which stores nothing (raise one of them)")
+        defaults = type(self).model_fields
+        changed = {name for name in (*_BESIDE_NUMBERS, "n_init") if getattr(self, name) != defaults[name].default}
+        return mistakes + self._mistakes_in_form(changed)
+
+    def _mistakes_in_form(self, changed: set[str]) -> list[str]:
+        """Mistakes among the `changed` settings beside numbers of clusters and rank."""
+        mistakes = []
+        if not self.clusters:
+            mistakes += _refused(changed - {"factor_bits"}, "not applicable without clusters (omit, or add clusters)")
+        if not self.rank:
+            mistakes += _refused(changed & {"factor_bits"}, "not applicable without rank (omit, or add rank)")
         if self.channel_axis == "auto" and (odd := sorted(_BESIDE_NUMBERS & changed)):
-            wrong.append(
-                f"channel_axis auto compares whole channels in 16 bits: choose output or input beside {', '.join(odd)}"
+            mistakes.append(
+                f"channel_axis: auto compares whole channels in 16 bits (choose output or input with {', '.join(odd)})"
             )
         if "n_init" in changed and changed & {"segment_size", "codebooks"}:
-            wrong.append("n_init counts for one codebook of whole channels: drop it beside segment_size or codebooks")
-        return wrong
+            mistakes.append(
+                "n_init: applies to one codebook of whole channels (omit it beside segment_size or codebooks)"
+            )
+        return mistakes
 
-    def _allocated(self) -> list[str]:
-        """What does not fit a preset that chooses by itself."""
-        wrong = []
-        if idle := sorted(self.means.chooses & self.model_fields_set):
-            wrong.append(f"{', '.join(idle)} are chosen by preset {self.preset}: drop them, or choose preset paper")
-        if self.bits is None and self.means.bits is None:
-            wrong.append(f"preset {self.preset} wants bits: give the budget in bits a weight")
-        return wrong
+    def _preset_mistakes(self) -> list[str]:
+        """Mistakes beside a preset that chooses the form of each matrix."""
+        chosen = self.preset_definition.chooses & self.model_fields_set
+        mistakes = _refused(chosen, f"chosen by preset {self.preset} (omit, or choose preset paper)")
+        if self.bits is None and self.preset_definition.bits is None:
+            mistakes.append(f"bits: required by preset {self.preset} (give the budget in bits per weight)")
+        return mistakes
 
     @property
-    def means(self) -> Preset:
-        """What the preset means."""
+    def preset_definition(self) -> Preset:
+        """The object that defines the preset."""
         return PRESETS[self.preset]
 
     @property
     def budget_bits(self) -> float:
-        """--bits, or the preset's own budget; ValueError if there is neither."""
-        bits = self.means.bits if self.bits is None else self.bits
+        """--bits, or the default budget of the preset; raises ValueError if there is neither."""
+        bits = self.preset_definition.bits if self.bits is None else self.bits
         if bits is None:
-            raise ValueError(f"preset {self.preset} wants bits")
+            raise ValueError(f"preset {self.preset} requires bits")
         return bits
 
     @property
     def max_rounds(self) -> int:
-        """Rounds of refitting and reassigning at most."""
-        return self.means.rounds if self.rounds is None else self.rounds
+        """Maximum number of refinement rounds."""
+        return self.preset_definition.rounds if self.rounds is None else self.rounds
 
     @property
-    def with_moments(self) -> bool:
-        """Whether second moments are needed."""
-        return self.means.allocates or self.metric == "activations"
+    def needs_hessians(self) -> bool:
+        """Whether Hessians (second moments of layer inputs) are required."""
+        return self.preset_definition.allocates or self.metric == "activations"
 
     @property
     def epochs(self) -> int:
-        """Passes of tuning over the calibration text."""
-        return self.means.epochs if self.tune is None else self.tune
+        """Tuning passes over the calibration text."""
+        return self.preset_definition.epochs if self.tune is None else self.tune
 
     @property
-    def calibrated(self) -> bool:
-        """Whether a calibration text is needed."""
-        return self.with_moments or self.epochs > 0
+    def needs_calibration(self) -> bool:
+        """Whether a calibration text is required."""
+        return self.needs_hessians or self.epochs > 0
+
+
+def _refused(names: Collection[str], reason: str) -> list[str]:
+    """The message that settings `names` are refused, or no message if there are none."""
+    return [f"{', '.join(sorted(names))}: {reason}"] if names else []
+
+
+def _settings_of(spec_type: "type[Spec]") -> frozenset[str]:
+    """Names of the settings that apply to a method, beyond those that apply to all."""
+    if spec_type.has_presets:
+        return PRESET_SETTINGS
+    return frozenset(field.name for field in fields(spec_type)) - _SHARED_FIELDS  # type: ignore[arg-type]

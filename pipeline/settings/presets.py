@@ -1,34 +1,52 @@
-"""What each value of --preset means: one object says all of it.
+"""Presets: one object per value of --preset defines all of its meaning.
 
-The paper's form is given in numbers (--clusters, --rank), or by its split of a bit budget between them (swsc_core/allocation/budget.py).
-The other presets allocate: every matrix gets one of the candidate specs (swsc_core/allocation/candidate_specs.py), by measured sensitivity.
+Preset `paper` takes its form from numbers (--clusters, --rank) or splits a bit budget between them
+(swsc_core/allocation/budget.py). The other presets allocate: each matrix gets one of the candidate specs
+(swsc_core/allocation/candidate_specs.py), chosen by measured sensitivity.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-# settings that define the form of a spec, which a preset that allocates chooses for each matrix
-_FORM = frozenset({
-    "clusters", "rank", "cluster_share", "channel_axis", "n_init", "count", "metric", "segment_size", "codebooks", "scaled",
-    "feedback", "centroid_bits", "factor_bits",
-})  # fmt: skip
+# Settings that define the form of a spec. A preset that allocates chooses them for each matrix.
+_FORM = frozenset(
+    {
+        "clusters",
+        "rank",
+        "cluster_share",
+        "channel_axis",
+        "n_init",
+        "count",
+        "metric",
+        "segment_size",
+        "codebooks",
+        "scaled",
+        "feedback",
+        "centroid_bits",
+        "factor_bits",
+    }
+)
+# Settings of an allocation, which preset `paper` does not use.
+_ALLOCATION = frozenset({"bits_over", "allocation"})
+# All settings that apply only to a method that has presets.
+PRESET_SETTINGS = _FORM | _ALLOCATION | {"rounds", "tune"}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The meaning of a preset.
+    """The definition of a preset.
 
     Attributes:
-        allocates: specs are chosen among candidates, within --bits, from second moments that a calibration gathers; otherwise
-            the settings say the spec.
-        chooses: settings that it chooses itself, so that they cannot be given.
-        ignores: settings without a meaning for it.
-        bits: bit budget if --bits is not given; None: --bits is required.
-        bits_counted: what `bits` counts, stored bytes ("true") or as in the paper's Table II.
-        rounds: of refitting and reassigning, unless --rounds is given.
-        epochs: passes of tuning over the calibration text, unless --tune is given.
-        generates_text: the model writes the calibration text itself.
+        allocates: specs are chosen among candidates, within --bits, by Hessians that a calibration gathers. Otherwise
+            the settings define the spec.
+        chooses: settings that the preset chooses itself and that therefore cannot be given.
+        ignores: settings that do not apply to the preset.
+        bits: bit budget if --bits is not given; None if --bits is required.
+        bits_counted: what `bits` counts: stored bytes ("true") or bits as in the paper's Table II ("paper").
+        rounds: maximum number of refinement rounds if --rounds is not given.
+        epochs: tuning passes over the calibration text if --tune is not given.
+        generates_text: the model generates the calibration text itself.
     """
 
     name: str
@@ -46,7 +64,7 @@ PAPER = Preset(
     "paper",
     allocates=False,
     chooses=frozenset(),
-    ignores=frozenset({"bits_over", "allocation"}),
+    ignores=_ALLOCATION,
     bits=3.0,
     bits_counted="paper",
     rounds=0,
@@ -56,3 +74,8 @@ BEST = Preset("best")
 FAST = replace(BEST, name="fast", rounds=1, epochs=0)
 DATA_FREE = replace(BEST, name="data-free", generates_text=True)
 PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in (PAPER, BEST, FAST, DATA_FREE)}
+
+
+def by_preset(attribute: str) -> str:
+    """The value of an attribute for each preset, in the words of a default in help."""
+    return ", ".join(f"{name} {getattr(preset, attribute)}" for name, preset in PRESETS.items())

@@ -1,4 +1,4 @@
-"""How settings are checked: pydantic does, and `validated` turns its findings into one line that names all mistakes at once."""
+"""Types of settings, and their validation by pydantic: one ConfigError of one line names all mistakes at once."""
 
 import re
 from dataclasses import dataclass
@@ -10,16 +10,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pipeline.errors import ConfigError
 from pipeline.settings import bounded_yaml
 
-_MOST = 1 << 20  # bytes of a configuration file
-_NO_TEXT = re.compile("[\\0\ud800-\udfff]")
-_SHOWN = 60  # characters of a value that is refused
+# Largest configuration file in bytes.
+_MAX_BYTES = 1 << 20
+# Characters that no path may have: null and unpaired surrogates.
+_INVALID_CHARACTER = re.compile("[\\0\ud800-\udfff]")
+# Characters of a refused value that an error shows.
+_SHOWN = 60
 
 
-def _comma_list(value: object) -> object:
+def _split_at_commas(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _compiled(value: object) -> object:
+def _require_regex(value: object) -> object:
     if value is None:
         return value
     if not isinstance(value, str):
@@ -31,22 +34,23 @@ def _compiled(value: object) -> object:
     return value
 
 
-def _number(value: object) -> object:
+def _to_int(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-CommaList = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
-Regex = Annotated[str | None, BeforeValidator(_compiled)]
+CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
+Regex = Annotated[str | None, BeforeValidator(_require_regex)]
+Width = Annotated[Literal[4, 6, 8], BeforeValidator(_to_int)]
 
 
 @dataclass(frozen=True)
 class Option:
-    """How help and docs/cli.md show a setting, as metadata of its field.
+    """How help and docs/cli.md show a setting; metadata of its field.
 
     Attributes:
-        metavar: placeholder of the value; by default derived from the type.
-        default: what applies if the setting is not given, where the field's own default is None.
-        group: heading under which the flag is listed; by default the first of the class which declares the field.
+        metavar: placeholder of the value; derived from the type if empty.
+        default: what applies if the setting is not given, for a field whose own default is None.
+        group: heading under which the flag is listed; the first one of the declaring class if empty.
     """
 
     metavar: str = ""
@@ -55,7 +59,7 @@ class Option:
 
 
 class Settings(BaseModel):
-    """Base of all settings: unknown keys are mistakes, values never change.
+    """Base class of all settings: immutable, without unknown keys.
 
     Attributes:
         groups: headings under which help and docs/cli.md list the flags that the class declares, in their order.
@@ -65,61 +69,69 @@ class Settings(BaseModel):
     groups: ClassVar[tuple[str, ...]] = ("options",)
 
 
-Width = Annotated[Literal[4, 6, 8], BeforeValidator(_number)]
-
 S = TypeVar("S", bound=Settings)
 
 
 def validated(kind: type[S], values: dict[str, Any], source: str = "settings") -> S:
-    """`kind(**values)`, or a ConfigError of one line that names every mistake."""
+    """Return `kind(**values)`.
+
+    Raises:
+        ConfigError: one line that begins with `source` and names every mistake.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        # A list whose only member is wrong counts as too short as well: one mistake, one finding.
+        # pydantic counts a list whose only member is wrong as too short as well: one mistake, one message.
         wrong_inside = {item["loc"][0] for item in error.errors() if len(item["loc"]) > 1}
         items = [i for i in error.errors() if i["type"] != "too_short" or i["loc"][0] not in wrong_inside]
-        found = "; ".join(_finding(kind, item) for item in items)
-        raise ConfigError(f"{source}: {found}") from None
+        raise ConfigError(f"{source}: {'; '.join(_message(kind, item) for item in items)}") from None
 
 
-def _finding(kind: type[Settings], item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"])
+def _message(kind: type[Settings], item: Any) -> str:
+    """One mistake in words; `item`: an entry of `ValidationError.errors()`."""
+    key = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        return (
-            f"{place}: unknown key; known are {', '.join(kind.model_fields)}"
-            if "." not in place
-            else f"{place}: unknown key"
-        )
+        choices = "" if "." in key else f"; choose from {', '.join(kind.model_fields)}"
+        return f"{key}: unknown key{choices}"
     if item["type"] == "missing":
-        return f"{place}: missing"
-    return f"{place}: {message}, got {item['input']!r}" if place else message
+        return f"{key}: missing"
+    return f"{key}: {message}, got {item['input']!r}" if key else message
 
 
-def _require_plain(value: object) -> None:
-    """Raise ValueError for what no setting is: bytes, sets, and text with a null character or an unpaired surrogate, which no path may have."""
-    if isinstance(value, str) and _NO_TEXT.search(value):
-        raise ValueError(f"{value[:_SHOWN]!r}: a null character or an unpaired surrogate in a text")
+def _require_plain_value(value: object) -> None:
+    """Raise ValueError for a value that no setting has.
+
+    Settings are text, numbers, lists and mappings. Text must not hold null characters or unpaired surrogates, which no
+    path may have.
+    """
+    if isinstance(value, str) and _INVALID_CHARACTER.search(value):
+        raise ValueError(f"{value[:_SHOWN]!r}: a text with a null character or an unpaired surrogate")
     if isinstance(value, bytes | set | tuple):
-        raise ValueError(f"{str(value)[:_SHOWN]}: wanted text, numbers, lists and mappings")
-    for one in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _require_plain(one)
+        raise ValueError(f"{str(value)[:_SHOWN]}: expected text, numbers, lists and mappings")
+    members = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for member in members:
+        _require_plain_value(member)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Keys and values of a YAML file; those of the top level may be spelled as flags."""
+    """Read keys and values of a YAML file; keys of the top level may be spelled with "-" as flags are.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large, or is not a YAML mapping of plain values.
+    """
     try:
-        if (size := path.stat().st_size) > _MOST:
-            raise ConfigError(f"config file {path}: {size:,} bytes, at most {_MOST:,} are read; give another")
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise ConfigError(f"config file {path}: {size:,} bytes, more than the limit of {_MAX_BYTES:,}; shorten it")
         loaded = bounded_yaml.load(path.read_text(encoding="utf-8"), unique=True)
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror}; check the path") from None
     except ValueError as error:
         raise ConfigError(f"config file {path}: not YAML: {' '.join(str(error).split())}; correct it") from None
     try:
-        _require_plain(loaded)
+        _require_plain_value(loaded)
     except ValueError as error:
         raise ConfigError(f"config file {path}: {error}; correct it") from None
     if not isinstance(loaded, dict):
-        raise ConfigError(f"config file {path}: wanted a mapping of settings, got {type(loaded).__name__}")
+        raise ConfigError(f"config file {path}: expected a mapping of settings, got {type(loaded).__name__}")
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}

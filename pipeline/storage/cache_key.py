@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.settings.base import CompressSettings
+from pipeline.settings.compression import CompressSettings
 from pipeline.settings.validation import Settings
 from swsc_core.method.spec import Spec
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pipeline.outputs.preflight import STAGED
 from pipeline.planning.cost_model import hessian_bytes
-from pipeline.settings.base import SweepSettings
+from pipeline.settings.sweep import SweepSettings
 from pipeline.storage.store import Store, require_room
 from pipeline.storage.uses import remove_unless_used
 from pipeline.sweep.runs import Run
@@ -28,7 +28,7 @@ def _moments(runs: Sequence[Run]) -> int:
     infos = {
         (run.model, decision.matrix.name): decision.matrix
         for run in runs
-        if run.plan and run.variant and run.variant.with_moments
+        if run.plan and run.variant and run.variant.needs_hessians
         for decision in run.plan.compressed
     }
     models = {model for model, _ in infos}

@@ -10,7 +10,7 @@ from pipeline.errors import NonFiniteError
 from pipeline.evaluation.flow import evaluation_result
 from pipeline.outputs.report import bit_totals
 from pipeline.outputs.report_rows import CompressedRow, MatrixResult, rows_by_name
-from pipeline.settings.base import SweepSettings
+from pipeline.settings.sweep import SweepSettings
 from pipeline.sweep.runs import Run, Unit
 from pipeline.texts.windows import Windows
 

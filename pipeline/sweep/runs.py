@@ -17,7 +17,7 @@ from pipeline.models.causality import require_causal
 from pipeline.models.stored_model import Model
 from pipeline.outputs.preflight import examine
 from pipeline.planning.plan import Plan, make_plan
-from pipeline.settings.base import SweepSettings, Variant
+from pipeline.settings.sweep import SweepSettings, Variant
 from pipeline.texts.windows import Windows, make_windows
 from pipeline.variants.tuned_variant import TunedVariant
 

@@ -28,7 +28,8 @@ from pipeline.models.stored_model import Model
 from pipeline.outputs.report_rows import MatrixResult
 from pipeline.planning.cost_model import WORKER_BASE, compression_bytes, device_bytes
 from pipeline.planning.plan import Plan
-from pipeline.settings.base import EvaluateSettings, SweepSettings, Variant
+from pipeline.settings.evaluation import EvaluateSettings
+from pipeline.settings.sweep import SweepSettings, Variant
 from pipeline.sweep.cache import forget_measured, require_cache_room, shares_its_stages
 from pipeline.sweep.rows import SweepResult, run_rows, tensor_rows, tensor_table
 from pipeline.sweep.runs import Run, Unit, make_runs, open_models, open_windows
@@ -71,7 +72,7 @@ class Sweep:
         """
         require_cache_room(self._runs, self._settings, beside)
         for number, run in enumerate(self._runs):
-            if run.plan is None or run.variant is None or not run.variant.calibrated:
+            if run.plan is None or run.variant is None or not run.variant.needs_calibration:
                 continue
             with log_prefix(f"{self._settings.models[run.model]}, {run.name}"):
                 made = self._prepare(run, run.variant, run.plan, pools, beside, arithmetic)

@@ -16,7 +16,8 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.sources.local_files import require_no_code, small_files
 from pipeline.errors import SwscError, TextError, first_line
 from pipeline.redaction import redacted
-from pipeline.settings.base import CalibrationSettings, EvaluateSettings
+from pipeline.settings.calibration import CalibrationSettings
+from pipeline.settings.evaluation import EvaluateSettings
 from pipeline.texts.contamination import traces
 from pipeline.texts.texts import open_text
 

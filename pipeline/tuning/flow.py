@@ -25,7 +25,7 @@ from pipeline.engine.task import Destination, Task, TaskResult
 from pipeline.errors import ConfigError, OutputError, PayloadLost
 from pipeline.outputs.transaction import Output, begin
 from pipeline.planning.cost_model import tuning_bytes, tuning_device_bytes
-from pipeline.settings.base import CalibrationSettings
+from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage import records
 from pipeline.storage.cache_key import cache_name, digest_of, versioned, windows_identity
 from pipeline.storage.records import of_cache, read_record, rebuilt_cache

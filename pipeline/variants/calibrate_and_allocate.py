@@ -19,7 +19,9 @@ from pipeline.outputs.preflight import OF_SOURCE
 from pipeline.outputs.transaction import known_traces
 from pipeline.planning.plan import Plan
 from pipeline.redaction import redacted
-from pipeline.settings.base import CalibrationSettings, EvaluateSettings, LoadSettings
+from pipeline.settings.calibration import CalibrationSettings
+from pipeline.settings.evaluation import EvaluateSettings
+from pipeline.settings.loading import LoadSettings
 from pipeline.settings.matrix import MatrixSettings
 from pipeline.storage.cache_key import digest_of, spec_identity, windows_identity
 from pipeline.storage.store import Store
@@ -44,7 +46,7 @@ def prepare(
         ConfigError: a calibration that nothing needs, or a budget that cannot be met.
         TextError: a text that is missing or too short, or that shares passages with `unseen`.
     """
-    if not settings.calibrated:
+    if not settings.needs_calibration:
         own = CalibrationSettings.model_fields.keys() - LoadSettings.model_fields.keys()
         if idle := sorted(calibration.model_fields_set & (own - ({"text_column"} if unseen else set()))):
             raise ConfigError(
@@ -52,7 +54,7 @@ def prepare(
             )
         return plan, None
     cache = cache_of_source(cache_of(calibration, beside), source)
-    if settings.means.generates_text:
+    if settings.preset_definition.generates_text:
         if calibration.calibration:
             raise ConfigError(f"calibration means nothing to preset {settings.preset}: drop it, or choose preset best")
         require_within(np.zeros((1, calibration.calibration_seqlen), dtype=np.int64), source)
@@ -70,10 +72,10 @@ def prepare(
     if settings.epochs:
         TuningWindows(text.ids, settings.epochs, settings.seed)  # too few windows are told of before hours of work
     hessians = None
-    if settings.with_moments:
+    if settings.needs_hessians:
         infos = [decision.matrix for decision in plan.compressed]
         hessians = Calibration(source, infos, text.ids, calibration, cache, settings.seed, arithmetic).run(pools)
-        if settings.means.allocates:
+        if settings.preset_definition.allocates:
             plan = allocate_plan(source, plan, settings, hessians, pools)
     return plan, Calibrated(hessians, _fingerprint(plan, text, hessians, calibration), about, text.ids, cache)
 

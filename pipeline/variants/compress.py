@@ -25,7 +25,7 @@ from pipeline.outputs.stage import run_output_stage
 from pipeline.outputs.transaction import CALIBRATION, Output, abandon, finish
 from pipeline.planning.cost_model import compression_bytes, device_bytes
 from pipeline.planning.plan import Plan
-from pipeline.settings.base import CompressSettings
+from pipeline.settings.compression import CompressSettings
 from pipeline.storage.cache_key import CALIBRATION_KEY
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import FileRecord, Store

@@ -13,8 +13,10 @@ from pipeline.outputs.preflight import STAGED, identity_of
 from pipeline.outputs.report import compressed_rows
 from pipeline.outputs.report_rows import measured_rows
 from pipeline.planning.plan import Plan
-from pipeline.settings.base import CalibrationSettings, CompressSettings, Variant
+from pipeline.settings.calibration import CalibrationSettings
+from pipeline.settings.compression import CompressSettings
 from pipeline.settings.matrix import MatrixSettings
+from pipeline.settings.sweep import Variant
 from pipeline.storage.cache_key import CALIBRATION_KEY, cache_name
 from pipeline.storage.records import rebuilt_cache
 from pipeline.storage.store import Store

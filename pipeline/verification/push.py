@@ -7,7 +7,7 @@ from pipeline.engine.stage import Pools
 from pipeline.errors import OutputError
 from pipeline.outputs.atomic_edit import settle
 from pipeline.outputs.owned_files import REPORT
-from pipeline.settings.base import PushSettings
+from pipeline.settings.push import PushSettings
 from pipeline.storage.store import Store
 from pipeline.verification.flow import manifest_of, verify_output
 

@@ -6,7 +6,7 @@ A spec is resolved: cluster counts and ranks stand as numbers. The pipeline make
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from swsc_core.method.rtn import Granularity, group_count, group_length
 from swsc_core.method.segmentation import Layout
@@ -23,9 +23,11 @@ class Spec(ABC):
 
     Attributes:
         method: name of the method.
+        has_presets: True for a method whose specs the presets of the pipeline choose or restrict.
     """
 
     method: str
+    has_presets: ClassVar[bool] = False
 
     @abstractmethod
     def stored_bytes(self, shape: tuple[int, int], value_bits: int) -> int:
@@ -44,6 +46,12 @@ class Spec(ABC):
     def needs_moments(self) -> bool:
         """Whether errors are weighed by second moments of the layer's inputs."""
         return False
+
+    @classmethod
+    def require_bits(cls, bits: float | None) -> None:
+        """Raise ValueError for a bit budget, in bits per weight, that the method cannot use; None: no budget is given."""
+        if bits is not None and bits <= 0:
+            raise ValueError(f"bits: {bits:g} is out of range (choose more than 0)")
 
     @classmethod
     def of_settings(cls, settings: Any, bits: float) -> Self:
@@ -87,6 +95,7 @@ class SwscSpec(Spec):
     centroid_bits: int | None = None
     factor_bits: int | None = None
     method: Literal["swsc"] = "swsc"
+    has_presets = True
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         """How a matrix of `shape` is cut into segments."""
@@ -147,6 +156,11 @@ class RtnSpec(Spec):
     def paper_bits(self, shape: tuple[int, int]) -> float:
         """The width of a code: scales are left out."""
         return float(self.bits)
+
+    @classmethod
+    def require_bits(cls, bits: float | None) -> None:
+        if bits is not None and bits not in range(2, 9):
+            raise ValueError(f"bits: {bits:g} is out of range for rtn (choose a whole number from 2 to 8)")
 
     @classmethod
     def of_settings(cls, settings: Any, bits: float) -> Self:

@@ -87,7 +87,7 @@ def test_stacked_experts_are_the_same_for_any_number_of_workers(
 def test_a_cluster_of_its_own_listens_on_loopback_only(tmp_path: Path) -> None:
     script = (
         "import psutil\n"
-        "from pipeline.settings.base import ClusterSettings\n"
+        "from pipeline.settings.cluster import ClusterSettings\n"
         "from pipeline.engine.stage import Stage\n"
         "from pipeline.engine.ray_backend.worker_pools import worker_pools\n"
         "pools = worker_pools(ClusterSettings(address='local', workers=1)).__enter__()\n"
@@ -203,7 +203,7 @@ def test_a_worker_that_no_node_has_the_memory_for_is_refused_with_the_forecast(
 def test_no_more_workers_are_made_than_the_memory_of_each_node_holds(cluster: Cluster) -> None:
     script = (
         "import ray\n"
-        "from pipeline.settings.base import ClusterSettings\n"
+        "from pipeline.settings.cluster import ClusterSettings\n"
         "from pipeline.engine.stage import Stage\n"
         "from pipeline.engine.ray_backend.worker_pools import worker_pools\n"
         f"ray.init('{cluster.address}', log_to_driver=False)\n"

@@ -14,7 +14,7 @@ SCRIPT = """
 import sys
 import numpy as np
 import ray
-from pipeline.settings.base import ClusterSettings
+from pipeline.settings.cluster import ClusterSettings
 from pipeline.storage.lease import acquire
 from pipeline.checkpoints.tensor_io import Part, Payload
 from pipeline.storage.store import Store

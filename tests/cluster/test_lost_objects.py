@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 SCRIPT = """
 import sys
-from pipeline.settings.base import ClusterSettings
+from pipeline.settings.cluster import ClusterSettings
 from pipeline.errors import WorkerLost
 from pipeline.storage.store import Store
 from pipeline.engine.stage import Stage

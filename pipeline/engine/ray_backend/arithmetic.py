@@ -12,7 +12,7 @@ from pipeline.engine import signals
 from pipeline.engine.ray_backend.cluster import WorkerResources, alive_nodes, local_device, resources_of, waiting_for
 from pipeline.engine.ray_backend.connection import connect, joinable
 from pipeline.errors import ClusterError
-from pipeline.settings.base import ClusterSettings
+from pipeline.settings.cluster import ClusterSettings
 
 _SECONDS_OF_PATIENCE = 20.0  # of waiting for a worker's device until a line says so
 

@@ -16,7 +16,7 @@ import ray
 from pipeline.engine.ray_backend.actor import GPU_ENVIRONMENT
 from pipeline.engine.ray_backend.connection import connect as _connect
 from pipeline.errors import ClusterError
-from pipeline.settings.base import ClusterSettings
+from pipeline.settings.cluster import ClusterSettings
 
 _TYPE = "accelerator_type:"  # how Ray's names of resources begin that stand for models of GPUs
 _CUDA_HOST = 2_500_000_000  # bytes of host memory that CUDA's libraries take in each process

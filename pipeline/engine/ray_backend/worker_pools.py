@@ -30,7 +30,7 @@ from pipeline.engine.ray_backend.workers import RayWorkers
 from pipeline.engine.stage import Stage
 from pipeline.engine.task import Pool
 from pipeline.engine.worker import Worker
-from pipeline.settings.base import ClusterSettings
+from pipeline.settings.cluster import ClusterSettings
 
 _CUDA_DEVICE = 1_000_000_000  # bytes of a GPU that CUDA's context and libraries take in each process
 

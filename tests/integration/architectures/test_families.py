@@ -15,7 +15,7 @@ from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.weight_files import INDEX
 from pipeline.models.stored_model import open_model
 from pipeline.planning.plan import make_plan
-from pipeline.settings.base import CompressSettings
+from pipeline.settings.compression import CompressSettings
 from swsc_core import decode
 from swsc_core.compressed.registry import entry_of
 from tests.support.families import STACKED, FamilyModel, tensors_of

@@ -22,7 +22,8 @@ from pipeline.errors import TextError
 from pipeline.models.loading import ModelKey
 from pipeline.models.stored_model import open_model
 from pipeline.outputs import preflight
-from pipeline.settings.base import CalibrationSettings, ClusterSettings
+from pipeline.settings.calibration import CalibrationSettings
+from pipeline.settings.cluster import ClusterSettings
 from pipeline.storage.store import Store
 from pipeline.texts.windows import calibration_windows
 from tests.support.tiny import WORDS, contents, make_text, make_tiny_model

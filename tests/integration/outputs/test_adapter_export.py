@@ -20,7 +20,7 @@ from pipeline.engine.task import JobContext, Pool
 from pipeline.errors import CheckpointError
 from pipeline.restoring.flow import restore_model
 from pipeline.restoring.job import ExtractLowRank
-from pipeline.settings.base import ClusterSettings
+from pipeline.settings.cluster import ClusterSettings
 from swsc_core import SwscSpec, encode
 from swsc_core.compressed.registry import matrix_of
 from tests.support.tiny import contents, make_tiny_model

@@ -16,7 +16,7 @@ from pipeline.engine.local_pool import LocalPool
 from pipeline.engine.task import JobContext, Task
 from pipeline.engine.worker import Worker
 from pipeline.evaluation.job import MeasureLosses
-from pipeline.settings.base import SweepSettings
+from pipeline.settings.sweep import SweepSettings
 from pipeline.settings.validation import validated
 from pipeline.storage.lease import acquire
 from pipeline.storage.store import Store

@@ -21,7 +21,7 @@ from benchmarks.peers.calibration import calibration_tokens
 from benchmarks.peers.quantize_rtn import quantize
 from benchmarks.peers.rows import DEFAULT, HEADER, PEERS, Row, cells, key, rows_of
 from benchmarks.peers.script import CHANNEL, WHOLE_TENSOR, Outcome, Refusal, arguments, description, run, selected
-from pipeline.settings.base import CalibrationSettings
+from pipeline.settings.calibration import CalibrationSettings
 from pipeline.texts.windows import calibration_windows
 from tests.support.tiny import make_text, make_tiny_model
 

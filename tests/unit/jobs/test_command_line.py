@@ -15,13 +15,10 @@ from jobs.command_line.flags import settings_of
 from jobs.command_line.parser import Parser
 from jobs.command_line.verbs import VERBS
 from pipeline import VERSION
-from pipeline.settings.base import (
-    CalibrationSettings,
-    ClusterSettings,
-    CompressSettings,
-    OutputSettings,
-    SourceSettings,
-)
+from pipeline.settings.calibration import CalibrationSettings
+from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.compression import CompressSettings, OutputSettings
+from pipeline.settings.loading import SourceSettings
 
 EXAMPLES = [example for verb in VERBS.values() for example in verb.examples]
 

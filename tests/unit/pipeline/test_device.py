@@ -34,7 +34,7 @@ from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError
 from pipeline.models.matrix_reader import SourceMatrix
 from pipeline.models.meta_loading import loading_errors
 from pipeline.outputs import existing_output as standing
-from pipeline.settings.base import ClusterSettings
+from pipeline.settings.cluster import ClusterSettings
 from pipeline.storage.cache_key import run_digest
 from pipeline.storage.store import Store
 

@@ -85,11 +85,22 @@ DOORS = {
         "pipeline/storage/object_stores.py",
     },
     "pydantic": {
-        "pipeline/settings/base.py",
-        "pipeline/settings/matrix.py",
         "pipeline/storage/records.py",
-        "pipeline/settings/lm_eval.py",
-        "pipeline/settings/validation.py",
+        *(
+            f"pipeline/settings/{name}.py"
+            for name in (
+                "calibration",
+                "cluster",
+                "compression",
+                "evaluation",
+                "lm_eval",
+                "loading",
+                "matrix",
+                "push",
+                "sweep",
+                "validation",
+            )
+        ),
     },
     "shtab": {"jobs/completion.py"},
     "rich": {"pipeline/engine/progress.py", "pipeline/report/tables.py"},

@@ -11,7 +11,7 @@ from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.errors import OutputError
 from pipeline.planning.plan import Plan, make_plan
-from pipeline.settings.base import CompressSettings
+from pipeline.settings.compression import CompressSettings
 from pipeline.storage.cache_key import cache_name, versioned
 from pipeline.storage.store import Store
 from swsc_core.allocation.candidate_specs import candidates

@@ -4,7 +4,7 @@ from pipeline.engine.ray_backend.cluster import WorkerResources
 from pipeline.engine.ray_backend.worker_pools import LocalPools, choose_resources
 from pipeline.engine.stage import Stage
 from pipeline.engine.task import JobContext, JobOutput, Task
-from pipeline.settings.base import ClusterSettings
+from pipeline.settings.cluster import ClusterSettings
 
 NODES = [{"CPU": 4, "memory": 16}, {"CPU": 4, "memory": 16}]
 

@@ -10,7 +10,7 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.planning import plan as module
 from pipeline.planning.plan import Plan, make_plan
-from pipeline.settings.base import CompressSettings
+from pipeline.settings.compression import CompressSettings
 from pipeline.storage.store import Store
 from swsc_core.method.spec import RtnSpec, SwscSpec
 from swsc_core.storage.safetensors_header import DTYPES

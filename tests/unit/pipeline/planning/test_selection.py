@@ -8,7 +8,7 @@ import pytest
 from pipeline.architectures.families import FAMILIES, MULTIMODAL, ROLES, Family
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.planning.plan import Plan, make_plan
-from pipeline.settings.base import CompressSettings
+from pipeline.settings.compression import CompressSettings
 from tests.unit.pipeline.planning.test_plan import checkpoint_of
 
 PHI: dict[str, tuple[int, ...]] = {

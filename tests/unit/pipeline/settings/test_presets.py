@@ -5,9 +5,10 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from pipeline.settings.base import CompressSettings, SweepSettings, Variant
+from pipeline.settings.compression import CompressSettings
 from pipeline.settings.matrix import MatrixSettings
 from pipeline.settings.presets import BEST, DATA_FREE, FAST, PAPER, PRESETS
+from pipeline.settings.sweep import SweepSettings, Variant
 
 
 def settings(**given: Any) -> MatrixSettings:
@@ -27,14 +28,14 @@ def test_every_value_of_the_setting_is_a_preset_and_its_fields_are_settings() ->
 )
 def test_presets_as_documented(name: str, calibrated: bool, rounds: int, epochs: int) -> None:
     chosen = settings(preset=name, bits=3)
-    assert (chosen.calibrated, chosen.max_rounds, chosen.epochs) == (calibrated, rounds, epochs)
-    assert chosen.with_moments == chosen.means.allocates == calibrated
+    assert (chosen.needs_calibration, chosen.max_rounds, chosen.epochs) == (calibrated, rounds, epochs)
+    assert chosen.needs_hessians == chosen.preset_definition.allocates == calibrated
 
 
 def test_rounds_and_epochs_that_are_given_count() -> None:
     chosen = settings(preset="best", bits=3, rounds=0, tune=0)
     assert (chosen.max_rounds, chosen.epochs) == (0, 0)
-    assert settings(tune=2).calibrated
+    assert settings(tune=2).needs_calibration
 
 
 def test_only_the_preset_of_the_paper_has_a_budget_of_its_own() -> None:
@@ -77,4 +78,4 @@ def test_a_preset_that_generates_its_text_is_calibrated_without_one() -> None:
 
 
 def test_the_settings_of_a_compression_have_the_same_presets() -> None:
-    assert CompressSettings(preset="best", bits=3).means is BEST
+    assert CompressSettings(preset="best", bits=3).preset_definition is BEST

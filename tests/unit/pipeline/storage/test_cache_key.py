@@ -12,7 +12,7 @@ from pipeline.errors import OutputError
 from pipeline.outputs import existing_output as standing
 from pipeline.outputs.preflight import identity_of
 from pipeline.outputs.transaction import begin
-from pipeline.settings.base import CompressSettings
+from pipeline.settings.compression import CompressSettings
 from pipeline.storage.cache_key import (
     cache_name,
     changes,

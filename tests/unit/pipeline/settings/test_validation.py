@@ -8,7 +8,8 @@ import yaml
 
 from pipeline import errors
 from pipeline.errors import ConfigError, SwscError
-from pipeline.settings.base import CompressSettings, SweepSettings
+from pipeline.settings.compression import CompressSettings
+from pipeline.settings.sweep import SweepSettings
 from pipeline.settings.validation import read_config, validated
 from tests.support.project import ROOT
 
@@ -64,5 +65,5 @@ def test_every_error_survives_pickling(kind: type[SwscError]) -> None:
 
 
 def test_unknown_keys_name_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"settings: bitz: unknown key; known are method, preset, bits"):
+    with pytest.raises(ConfigError, match=r"settings: bitz: unknown key; choose from method, preset, bits"):
         validated(CompressSettings, {"bitz": 3})
