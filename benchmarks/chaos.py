@@ -27,7 +27,7 @@ import psutil
 
 from benchmarks.common import contents, print_markdown
 from pipeline.checkpoints.checkpoint import MANIFEST
-from pipeline.checkpoints.tensor_io import DONE
+from pipeline.checkpoints.tensor_io import FINISHED_FOLDER
 from pipeline.errors import SwscError
 from pipeline.outputs.owned_files import REPORT
 from pipeline.storage.store import Store
@@ -182,7 +182,7 @@ class Records:
     """The records of finished files as they were last seen: one that changes tells that its file was made again."""
 
     def __init__(self, output: Store) -> None:
-        self._store = output.below(DONE)
+        self._store = output.below(FINISHED_FOLDER)
         self._seen: dict[str, bytes] = {}
         self.changed = 0
 

@@ -17,7 +17,7 @@ from benchmarks.common import print_markdown, timed
 from pipeline.calibration.hessian_store import Hessians, hessian_file
 from pipeline.checkpoints.checkpoint import RUN, read_header
 from pipeline.checkpoints.matrix_info import whole_matrix
-from pipeline.checkpoints.tensor_io import DONE
+from pipeline.checkpoints.tensor_io import FINISHED_FOLDER
 from pipeline.compression.job import CompressLayer
 from pipeline.engine.worker import Worker
 from pipeline.planning.plan import LayerTask
@@ -48,7 +48,7 @@ def write(folder: Path, name: str, m: int, n: int) -> None:
     save_file({f"{name}.{part}": tensor for part, tensor in parts.items()}, folder / file)
     row = {"name": f"{name}.weight", "owner": f"{name}.weight", "tokens": 4096}
     store = Store(str(folder))
-    store.write_json(f"{DONE}/{file}.json", {"rows": [row]})
+    store.write_json(f"{FINISHED_FOLDER}/{file}.json", {"rows": [row]})
     store.write_json(RUN, {"windows": [8, 512]})
 
 

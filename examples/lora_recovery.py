@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Fine-tune, evaluate and save; return the perplexities before and after, and the minutes of training."""
     given = _arguments(argv)
     logging.disable_progress_bar()
-    read = places.named([("COMPRESSED", given.model), ("--teacher", given.teacher)])
+    read = places.user_paths([("COMPRESSED", given.model), ("--teacher", given.teacher)])
     for what, folder in (("ADAPTER", given.adapter), ("--merged", given.merged or given.adapter)):
-        places.require_apart(places.Place.at(what, folder), read)
+        places.require_disjoint_paths(places.UserPath.at(what, folder), read)
 
     # 1. Two texts. Shared passages are refused, because a perplexity on training text would be too low.
     test = make_windows(given.model, EvaluateSettings(text=given.text, seqlen=given.seqlen, windows=given.windows))

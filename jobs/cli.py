@@ -9,7 +9,7 @@ from importlib import import_module
 from jobs.command_line.command import command_parser
 from jobs.command_line.streams import lasting
 from pipeline.engine import signals
-from pipeline.errors import FULL, DiskFull, SwscError
+from pipeline.errors import DISK_FULL_ERRNOS, DiskFull, SwscError
 
 _OF_THE_USER = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
@@ -56,7 +56,7 @@ def _run(argv: list[str]) -> int:
         return error.exit_code
     except OSError as error:
         where = error.filename or "system"
-        if error.errno in FULL:
+        if error.errno in DISK_FULL_ERRNOS:
             print(f"error: {DiskFull.of(error)}", file=sys.stderr)
             return DiskFull.exit_code
         if error.errno in _OF_THE_USER:

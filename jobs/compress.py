@@ -25,7 +25,7 @@ from pipeline.settings.evaluation import EvaluateSettings
 from pipeline.settings.loading import SourceSettings
 from pipeline.settings.push import PushSettings
 from pipeline.settings.validation import validated
-from pipeline.storage.paths import Place, named, require_apart
+from pipeline.storage.paths import UserPath, require_disjoint_paths, user_paths
 from pipeline.storage.store import Store
 from pipeline.texts.texts import has_columns
 from pipeline.texts.windows import make_windows, require_within
@@ -95,7 +95,7 @@ def _require_places(
     arguments: argparse.Namespace, settings: CompressSettings, calibration: CalibrationSettings, trust: SourceSettings
 ) -> None:  # fmt: skip
     """Raise OutputError if what is written would change what is read, before anything is opened."""
-    read = named(
+    read = user_paths(
         [
             ("MODEL", arguments.model),
             ("--text", arguments.text),
@@ -104,8 +104,8 @@ def _require_places(
             ("--verify-source", trust.verify_source),
         ]
     )
-    output = Place.at("OUTPUT", arguments.output)
-    require_apart(output, read)
+    output = UserPath.at("OUTPUT", arguments.output)
+    require_disjoint_paths(output, read)
     if settings.needs_calibration or calibration.cache_dir:
         require_cache(cache_of(calibration, arguments.output), [output, *read])
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from pipeline.checkpoints.sources.gguf import convert_gguf
 from pipeline.errors import OutputError
-from pipeline.storage.paths import Place, named, require_apart
+from pipeline.storage.paths import UserPath, require_disjoint_paths, user_paths
 
 
 def run(arguments: argparse.Namespace) -> int:
     if "://" in arguments.output:
         raise OutputError(f"{arguments.output}: convert writes on this machine only; give a directory and copy it then")
-    require_apart(Place.at("OUTPUT", arguments.output), named([("FILE", arguments.file)]))
+    require_disjoint_paths(UserPath.at("OUTPUT", arguments.output), user_paths([("FILE", arguments.file)]))
     made = convert_gguf(Path(arguments.file), arguments.output, arguments.dtype)
     what = ", ".join(f"{count} {kind}" for kind, count in sorted(made.types.items()))
     print(f"{arguments.output}: {sum(made.types.values())} tensors ({what}) as {arguments.dtype} safetensors")

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from jobs.command_line.flags import settings_of, writable
-from pipeline.architectures.model_config import ModelConfig, positions_of
+from pipeline.architectures.model_config import ModelConfig, max_positions
 from pipeline.errors import ConfigError
 from pipeline.models.causality import require_causal
 from pipeline.models.stored_model import open_model
@@ -102,7 +102,7 @@ def _asked(given: dict[str, Any]) -> dict[str, type[MeasureSettings]]:
 
 def within_positions(settings: EvaluateSettings, config: ModelConfig) -> EvaluateSettings:
     """Windows of the default length are cut to what the model was made for; of one that was asked for it is said."""
-    positions = positions_of(config)
+    positions = max_positions(config)
     if not positions or settings.seqlen <= positions:
         return settings
     if "seqlen" in settings.model_fields_set:

@@ -4,16 +4,16 @@ import argparse
 from typing import Any
 
 from jobs.command_line.flags import cluster_of
-from pipeline.checkpoints.extra_files import ADAPTER
+from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
 from pipeline.restoring.flow import restore_model
-from pipeline.storage.paths import Place, named, require_apart
+from pipeline.storage.paths import UserPath, require_disjoint_paths, user_paths
 from pipeline.verification.flow import verify_output
 
 
 def run(arguments: argparse.Namespace) -> int:
     from pipeline.engine.ray_backend.worker_pools import worker_pools
 
-    require_apart(Place.at("DENSE", arguments.dense), named([("OUTPUT", arguments.model)]))
+    require_disjoint_paths(UserPath.at("DENSE", arguments.dense), user_paths([("OUTPUT", arguments.model)]))
     with worker_pools(cluster_of(arguments)) as pools:
         if arguments.verify:
             verify_output(arguments.model, pools)
@@ -29,8 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _tell_of_adapter(dense: str, restored: list[dict[str, Any]]) -> None:
     """Without the adapter the model is not what was compressed: that is said, and what the adapter does not hold."""
-    carried = sum(ADAPTER in row["reason"] for row in restored)
+    carried = sum(ADAPTER_FOLDER in row["reason"] for row in restored)
     whole = [row["name"] for row in restored if "whole" in row["reason"]]
-    print(f"{dense}/{ADAPTER}: the low-rank part of {carried} of them, as a LoRA adapter that belongs on top (PEFT)")
+    print(
+        f"{dense}/{ADAPTER_FOLDER}: the low-rank part of {carried} of them, as a LoRA adapter that belongs on top (PEFT)"
+    )
     if whole:
         print(f"note: {len(whole)} restored whole, as an adapter sits on linear layers alone: {', '.join(whole[:4])}")

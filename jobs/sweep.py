@@ -18,9 +18,9 @@ from pipeline.report.tables import print_table
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.sweep import SweepSettings
 from pipeline.settings.validation import read_config, validated
-from pipeline.storage.lease import acquire
-from pipeline.storage.local_files import meant_by
-from pipeline.storage.paths import Place, named, require_apart, require_directory
+from pipeline.storage.lease import acquire_lease
+from pipeline.storage.local_files import final_name
+from pipeline.storage.paths import UserPath, require_directory, require_disjoint_paths, user_paths
 from pipeline.storage.store import Store
 from pipeline.sweep.rows import SweepResult
 from pipeline.sweep.sweep import Sweep
@@ -31,7 +31,7 @@ _MARK = ".swsc-sweep"  # an empty file, by which a directory of results is known
 
 def run(arguments: argparse.Namespace) -> int:
     settings, cluster = sweep_settings(arguments), cluster_of(arguments)
-    require_apart(Place.at("--out", arguments.out), named([("CONFIG", arguments.config)]))
+    require_disjoint_paths(UserPath.at("--out", arguments.out), user_paths([("CONFIG", arguments.config)]))
     return carry_out(settings, cluster, arguments.out)
 
 
@@ -44,7 +44,7 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
     _require_places(settings, out)
     sweep = Sweep(settings)
     store = begin(out)
-    with acquire(store):
+    with acquire_lease(store):
         clear_unfinished(store, [*RESULTS, _MARK])  # of a sweep that was killed while it wrote them
         result = _measured(sweep, settings, cluster, store)
     store.below(".swsc").remove_empty()
@@ -58,9 +58,11 @@ def carry_out(settings: SweepSettings, cluster: ClusterSettings, out: str) -> in
 
 def _require_places(settings: SweepSettings, out: str) -> None:
     """Raise OutputError if what is written would change what is read."""
-    models = named(("model", model) for model in settings.models)
+    models = user_paths(("model", model) for model in settings.models)
     texts = [("text", one.text) for one in settings.evaluations]
-    require_apart(Place.at("--out", out), [*models, *named([*texts, ("calibration", settings.calibration)])])
+    require_disjoint_paths(
+        UserPath.at("--out", out), [*models, *user_paths([*texts, ("calibration", settings.calibration)])]
+    )
     if settings.cache_dir:
         require_cache(settings.cache_dir, models)
 
@@ -116,7 +118,7 @@ def begin(out: str) -> Store:
     """The store of the results; a directory that cannot be written, or is not ours, is told of before any work."""
     store = Store.at(out)
     require_directory(store)
-    strange = [name for name in store.entries() if meant_by(name) != _MARK]
+    strange = [name for name in store.entries() if final_name(name) != _MARK]
     if strange and not store.exists(_MARK):
         raise OutputError(f"{out}: not empty and not the results of a sweep; choose an empty or new directory")
     store.write(_MARK, [])

@@ -6,7 +6,7 @@ Each carries one finished sentence for the user, and nothing else, so that it su
 
 import errno
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # of a disk that takes nothing more
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # of a disk that takes nothing more
 
 
 class SwscError(Exception):
@@ -29,7 +29,7 @@ class CheckpointError(UserError):
     """A source checkpoint that is missing, damaged, hostile or of a kind that is not read."""
 
 
-class WeightsError(CheckpointError):
+class UncompressibleWeight(CheckpointError):
     """A selected weight that cannot be compressed, because it holds NaN, Inf or values that overflow."""
 
 
@@ -52,7 +52,7 @@ class TextError(UserError):
     """A text that cannot be evaluated on."""
 
 
-class TaskError(UserError):
+class LmEvalTaskError(UserError):
     """A task of lm-eval that is not there, or cannot be carried out."""
 
 
@@ -72,11 +72,11 @@ class StoreError(RunError):
     """A disk or an object store that does not answer, or refuses."""
 
 
-class Unanswered(StoreError):
+class StoreUnavailable(StoreError):
     """An object store that does not answer, or refuses who asks: asking again at once does not help."""
 
 
-class StoreGone(Unanswered):
+class StoreOutage(StoreUnavailable):
     """An object store that has given no good answer for a while: no other task would fare better, and the run ends at once."""
 
 
@@ -91,7 +91,7 @@ class DiskFull(RunError):
         return cls(f"{where}{error.strerror}; {remedy}, run the same command again: what is finished is kept")
 
 
-class NonFiniteError(RunError):
+class NonFiniteLoss(RunError):
     """A window whose loss is NaN or Inf; it is never dropped."""
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from jobs.command_line.flags import add_setting, add_settings
 from jobs.command_line.parser import Parser
-from pipeline.checkpoints.extra_files import ADAPTER
-from pipeline.checkpoints.sources.gguf import DTYPE
+from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
+from pipeline.checkpoints.sources.gguf import DEFAULT_DTYPE
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.compression import CompressSettings, OutputSettings
@@ -76,7 +76,7 @@ def _convert(parser: Parser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        default=DTYPE,
+        default=DEFAULT_DTYPE,
         help="Data type of the weights. [default: %(default)s]",
     )
 
@@ -93,7 +93,7 @@ def _restore(parser: Parser) -> None:
     output.add_argument(
         "--adapter",
         action="store_true",
-        help=f"Write the low-rank factors as a LoRA adapter for PEFT, to DENSE/{ADAPTER}, instead of adding them to the weights.",
+        help=f"Write the low-rank factors as a LoRA adapter for PEFT, to DENSE/{ADAPTER_FOLDER}, instead of adding them to the weights.",
     )
     output.add_argument("--verify", action="store_true", help="Check OUTPUT first, as `swsc verify` does.")
     add_setting(output, OutputSettings, "overwrite", default=False)

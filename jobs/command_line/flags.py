@@ -10,7 +10,7 @@ from jobs.command_line.parser import Parser
 from pipeline.errors import ConfigError, OutputError
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.validation import Option, Settings, read_config, validated
-from pipeline.storage.paths import Place, named, require_apart
+from pipeline.storage.paths import UserPath, require_disjoint_paths, user_paths
 from pipeline.storage.store import Store
 
 S = TypeVar("S", bound=Settings)
@@ -131,7 +131,7 @@ def writable(path: str, others: Iterable[tuple[str, str | None]] = ()) -> Store:
         raise OutputError(f"{path}: is no plain file; give another")
     if target.is_local and os.path.islink(target.root):
         target = Store(os.path.realpath(target.root))  # what is written is what the link leads to, as by any other tool
-    require_apart(Place("--json", target), named(others))
+    require_disjoint_paths(UserPath("--json", target), user_paths(others))
     if target.is_local:
         if not target.parent.is_there:
             raise OutputError(f"{path}: No such file or directory; give a file in a directory that is there")

@@ -25,7 +25,7 @@ from pipeline.planning.plan import Decision, Plan, with_specs
 from pipeline.planning.spec_resolution import budget_bytes, value_bits
 from pipeline.settings.matrix import MatrixSettings
 from pipeline.storage.cache_key import cache_name, versioned
-from pipeline.storage.records import Curves, of_cache, read_record
+from pipeline.storage.records import CurvesRecord, read_cached, read_record
 from swsc_core.allocation.allocate import Choice, allocate, equal_shares
 from swsc_core.allocation.candidate_specs import candidates
 from swsc_core.method.spec import Spec, SwscSpec
@@ -80,7 +80,7 @@ def _curves(
     })  # fmt: skip
     file = f"{cache_name('curves', identity)}.json"
     if hessians.store.exists(file):
-        return of_cache(hessians.store, file, lambda: _read(hessians, file, infos, settings))
+        return read_cached(hessians.store, file, lambda: _read(hessians, file, infos, settings))
     run = partial(_results, plan=plan, pools=pools)
     reaches: dict[str, float] = run(
         [Task(i.name, MeasureSensitivity(source.store, i, hessians), f"sensitivity of {i.name}") for i in infos],
@@ -99,7 +99,7 @@ def _curves(
 
 def _read(hessians: Hessians, file: str, infos: Sequence[MatrixInfo], settings: MatrixSettings) -> dict[str, Any]:
     """Curves as they were written, of all these matrices: of specs on the menu, and of losses that are numbers."""
-    kept = read_record(hessians.store, file, Curves)
+    kept = read_record(hessians.store, file, CurvesRecord)
     offered = {_offered(info, settings) for info in infos}
     menu = {_text(spec) for shape, bits in offered for spec in candidates(shape, bits)}
     reach = {info.name: _loss(kept["reach"][info.name]) for info in infos}

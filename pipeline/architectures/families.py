@@ -27,27 +27,35 @@ ROLES = ("q", "k", "v", "o", "gate", "up", "down", "experts")
 
 # role -> names of modules, N standing for any number; roles that one tensor joins -> (its name, how they lie in it);
 # experts that lie stacked -> their tensors (stacks.py)
-Names = Mapping[str, str | tuple[str, FusedLayout] | tuple[StackedExperts, StackedExperts]]
-_ATTENTION: Names = {role: f"{role}_proj" for role in ("q", "k", "v", "o")}
-_MLP: Names = {role: f"{role}_proj" for role in ("gate", "up", "down")}
-_SHARED: Names = {role: f"mlp.{role}_proj|mlp.shared_experts?.{role}_proj" for role in ("gate", "up", "down")}
-_EXPERTS: Names = {"experts": r"mlp.experts.N.(gate|up|down)_proj"}
-_LLAMA: Names = {**_ATTENTION, **_MLP}
-_MOE: Names = {**_ATTENTION, **_SHARED, **_EXPERTS}
-_MIXTRAL: Names = {**_ATTENTION, "experts": r"(block_sparse_moe|mlp).experts.N.(w1|w2|w3)"}
-_MLA: Names = {
+FamilyTable = Mapping[str, str | tuple[str, FusedLayout] | tuple[StackedExperts, StackedExperts]]
+_ATTENTION: FamilyTable = {role: f"{role}_proj" for role in ("q", "k", "v", "o")}
+_MLP: FamilyTable = {role: f"{role}_proj" for role in ("gate", "up", "down")}
+_SHARED: FamilyTable = {role: f"mlp.{role}_proj|mlp.shared_experts?.{role}_proj" for role in ("gate", "up", "down")}
+_EXPERTS: FamilyTable = {"experts": r"mlp.experts.N.(gate|up|down)_proj"}
+_LLAMA: FamilyTable = {**_ATTENTION, **_MLP}
+_MOE: FamilyTable = {**_ATTENTION, **_SHARED, **_EXPERTS}
+_MIXTRAL: FamilyTable = {**_ATTENTION, "experts": r"(block_sparse_moe|mlp).experts.N.(w1|w2|w3)"}
+_MLA: FamilyTable = {
     **_SHARED, **_EXPERTS, "q": "q_proj|q_a_proj|q_b_proj", "k": "kv_a_proj_with_mqa", "k+v": ("kv_b_proj", latent), "o": "o_proj",
 }  # fmt: skip
-_LLAMA4: Names = {
+_LLAMA4: FamilyTable = {
     **_ATTENTION, **{role: f"feed_forward.{role}_proj|feed_forward.shared_expert.{role}_proj" for role in ("gate", "up", "down")},
     "experts": stacks("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj", transposed=True),
 }  # fmt: skip
 _STACKED = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-_GRANITE: Names = {**_ATTENTION, "experts": stacks("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")}
-_GPT2: Names = {"q+k+v": ("attn.c_attn", concatenated), "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
-_FC: Names = {"up": "mlp.fc1", "down": "mlp.fc2"}
-_H4H: Names = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
-FAMILIES: dict[str, Names] = {
+_GRANITE: FamilyTable = {
+    **_ATTENTION,
+    "experts": stacks("block_sparse_moe.input_linear", "block_sparse_moe.output_linear"),
+}
+_GPT2: FamilyTable = {
+    "q+k+v": ("attn.c_attn", concatenated),
+    "o": "attn.c_proj",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+}
+_FC: FamilyTable = {"up": "mlp.fc1", "down": "mlp.fc2"}
+_H4H: FamilyTable = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
+FAMILIES: dict[str, FamilyTable] = {
     **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _LLAMA),
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "granite", "cohere", "cohere2", "olmo"), _LLAMA),
     **dict.fromkeys(("olmo2", "olmo3", "smollm3", "stablelm", "exaone4", "seed_oss", "hunyuan_v1_dense", "ernie4_5"), _LLAMA),
@@ -157,7 +165,7 @@ def _lines(
     return [(_pattern(stack.name, r"(\.weight)?"), Role((roles,), stack=stack)) for stack in name]
 
 
-def require_roles(roles: tuple[str, ...]) -> None:
+def require_known_roles(roles: tuple[str, ...]) -> None:
     """Raise ConfigError for a role that no family has."""
     if unknown := [role for role in roles if role not in ROLES]:
         raise ConfigError(

@@ -14,7 +14,7 @@ Its keys belong to transformers and to the model family, so no class of this pro
 `find_number` and `number_of`, which know the aliases.
 """
 
-TEXT = "text_config"
+TEXT_CONFIG = "text_config"
 # Key that most families use -> other keys for the same number.
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("n_layer", "num_layers"),
@@ -29,7 +29,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 
 def text_part(config: ModelConfig) -> ModelConfig:
     """Return the `text_config` of a multimodal model; empty if the model has none."""
-    return config.get(TEXT) or {}
+    return config.get(TEXT_CONFIG) or {}
 
 
 def text_config(config: ModelConfig) -> ModelConfig:
@@ -52,6 +52,6 @@ def number_of(config: ModelConfig, key: str) -> int:
     return value
 
 
-def positions_of(config: ModelConfig) -> int | None:
+def max_positions(config: ModelConfig) -> int | None:
     """Return the longest sequence, in tokens, that the model was trained for; None if the config does not state it."""
     return find_number(config, "max_position_embeddings")

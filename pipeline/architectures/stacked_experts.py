@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.architectures.fused_layouts import FusedLayout, halves
 from pipeline.architectures.model_config import ModelConfig, number_of
-from pipeline.architectures.tensor_info import FLOATS, TensorInfo
+from pipeline.architectures.tensor_info import FLOAT_DTYPES, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,4 @@ def stacks(
 def is_stack(info: TensorInfo) -> bool:
     """Whether a tensor is a stack of matrices, each of which can be compressed: kernels of convolutions are none."""
     kernel = "conv" in info.name or info.name.endswith("bias")
-    return len(info.shape) == 3 and min(info.shape) > 1 and info.dtype in FLOATS and not kernel
+    return len(info.shape) == 3 and min(info.shape) > 1 and info.dtype in FLOAT_DTYPES and not kernel

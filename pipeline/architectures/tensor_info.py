@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from swsc_core.storage.safetensors_header import DTYPES
 
 TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
 
 
 @dataclass(frozen=True)

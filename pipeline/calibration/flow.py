@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.calibration.hessian_store import SOURCE, Hessians, hessian_file, layers_of, require_same_source, source_of
 from pipeline.calibration.job import AddHessians, ExtractHessian, GatherHessians
 from pipeline.checkpoints.checkpoint import Checkpoint
-from pipeline.checkpoints.integrity.digests import Seen
+from pipeline.checkpoints.integrity.digests import RangeDigests
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.device import Arithmetic
@@ -28,8 +28,8 @@ from pipeline.outputs.transaction import begin
 from pipeline.planning.cost_model import calibration_bytes, calibration_device_bytes, hessian_bytes
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage.cache_key import cache_name, versioned, windows_identity
-from pipeline.storage.records import rebuilt_cache
-from pipeline.storage.store import Store, require_room
+from pipeline.storage.records import report_damaged_cache
+from pipeline.storage.store import Store, require_free_space
 
 _SHARD_TOKENS = 8192  # tokens of one task
 _GATHERINGS = 3  # of a layer whose sums were lost with a node
@@ -135,7 +135,7 @@ class Calibration:
         Raises:
             RunError: tasks failed; finished matrices are kept.
         """
-        with rebuilt_cache(self.store):
+        with report_damaged_cache(self.store):
             names = map(hessian_file, self._infos)
             self._out = begin(self.store, self._identity(), on_wait=log_and_release(pools), names=names)
         with self._out:
@@ -148,7 +148,7 @@ class Calibration:
         self._failures: TaskList[Any] = TaskList([], lambda done: None)
         if not self._ranges:
             return
-        require_room(self.store, sum(self._sum_bytes(part.names) for part in self._ranges))
+        require_free_space(self.store, sum(self._sum_bytes(part.names) for part in self._ranges))
         widest = max(self._sum_bytes(part.names) for part in self._ranges)
         tasks = len(self._ranges) * len(self._starts)
         length, dtype = self._ids.shape[1], self._settings.calibration_dtype
@@ -212,7 +212,7 @@ class Calibration:
             self._folds[index, rest[0]].take(done.payloads[0])
             self._go_on(index, rest[0])
 
-    def _note_source(self, read: Seen) -> None:
+    def _note_source(self, read: RangeDigests) -> None:
         """All workers, and those of earlier runs, must have loaded the same bytes; raises StoreError."""
         require_same_source(self.store, self._read, read)
         if read.keys() - self._read.keys():

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from pipeline.calibration.hessian_hooks import Hooks, Sums
-from pipeline.checkpoints.integrity.digests import Seen
-from pipeline.checkpoints.tensor_io import Payload, to_part
+from pipeline.checkpoints.integrity.digests import RangeDigests
+from pipeline.checkpoints.tensor_io import Payload, to_stored_tensor
 from pipeline.device import deterministic, ordered_scans
-from pipeline.errors import CheckpointError, NonFiniteError
+from pipeline.errors import CheckpointError, NonFiniteLoss
 from pipeline.models.loading import ModelKey, forward, load_model
 from pipeline.models.stored_model import open_model, part_name
 
@@ -31,7 +31,7 @@ class Calibrator:
     def __init__(self, key: ModelKey, device: str) -> None:
         self.key = key
         self._source = open_model(key.location, key.known)
-        self.read: Seen = {}
+        self.read: RangeDigests = {}
         self._model = load_model(self._source, key, device, self.read)
         self._model.requires_grad_(False)
         self._device = device
@@ -45,7 +45,7 @@ class Calibrator:
         Raises:
             CheckpointError: a name that is no matrix of a linear layer, expert or embedding of the loaded model, or that
                 text never reaches.
-            NonFiniteError: a window whose gradients are NaN or Inf.
+            NonFiniteLoss: a window whose gradients are NaN or Inf.
         """
         sums: dict[str, Sums] = {}
         hooks = Hooks(self._model, self._source, sums)
@@ -95,7 +95,7 @@ class Calibrator:
 def sums_payload(sums: dict[str, Sums]) -> Payload:
     """The sums of some matrices, to be handed on."""
     parts = [
-        to_part(part_name(name, part), tensor)
+        to_stored_tensor(part_name(name, part), tensor)
         for name, own in sums.items()
         for part, tensor in (("weighted", own.weighted), ("plain", own.plain), ("rows", own.rows))
         if tensor is not None
@@ -107,4 +107,4 @@ def sums_payload(sums: dict[str, Sums]) -> Payload:
 def _require_finite(sums: Mapping[str, Sums], window: int) -> None:
     for name, own in sums.items():
         if not bool(torch.isfinite(own.weighted.diagonal()).all() & torch.isfinite(own.rows).all()):
-            raise NonFiniteError(f"{name}: NaN or Inf in calibration window {window}; calibrate in a wider dtype")
+            raise NonFiniteLoss(f"{name}: NaN or Inf in calibration window {window}; calibrate in a wider dtype")

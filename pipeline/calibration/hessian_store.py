@@ -14,10 +14,16 @@ from torch import Tensor
 
 from pipeline.architectures.tensor_names import layer_of
 from pipeline.checkpoints.checkpoint import RUN, read_header
-from pipeline.checkpoints.integrity.digests import Seen
-from pipeline.checkpoints.tensor_io import DONE, finished_sha256, read_tensor
+from pipeline.checkpoints.integrity.digests import RangeDigests
+from pipeline.checkpoints.tensor_io import FINISHED_FOLDER, finished_sha256, read_tensor
 from pipeline.errors import StoreError
-from pipeline.storage.records import CalibrationRun, CalibrationSource, Done, of_cache, read_record
+from pipeline.storage.records import (
+    CalibrationRunRecord,
+    CalibrationSourceRecord,
+    FinishedFileRecord,
+    read_cached,
+    read_record,
+)
 from pipeline.storage.store import Store
 from swsc_core import Metric
 from swsc_core.compressed.config_json import part_name
@@ -25,15 +31,17 @@ from swsc_core.compressed.config_json import part_name
 SOURCE = "source.json"  # beside them: digests of what they were gathered from, by range of a file
 
 
-def source_of(store: Store) -> Seen:
+def source_of(store: Store) -> RangeDigests:
     """Digests of what the moments in `store` were gathered from; none, if nothing was or an earlier release did."""
     if not store.exists(SOURCE):
         return {}
-    found: Seen = of_cache(store, SOURCE, lambda: read_record(store, SOURCE, CalibrationSource)["ranges"])
+    found: RangeDigests = read_cached(
+        store, SOURCE, lambda: read_record(store, SOURCE, CalibrationSourceRecord)["ranges"]
+    )
     return found
 
 
-def require_same_source(store: Store, before: Seen, read: Seen) -> None:
+def require_same_source(store: Store, before: RangeDigests, read: RangeDigests) -> None:
     """Raise StoreError if what is read of a model is not what the moments in `store` were gathered from, `before`."""
     if differing := sorted(where for where in before.keys() & read.keys() if before[where] != read[where]):
         raise StoreError(
@@ -90,12 +98,16 @@ class Hessians:
 
     def _text_tokens(self) -> int:
         """Number of tokens of the text; an expert sees some of them."""
-        windows, length = of_cache(self.store, RUN, lambda: read_record(self.store, RUN, CalibrationRun))["windows"]
+        windows, length = read_cached(self.store, RUN, lambda: read_record(self.store, RUN, CalibrationRunRecord))[
+            "windows"
+        ]
         return int(windows * length)
 
     def _row(self, name: str) -> dict[str, Any]:
-        file = f"{DONE}/{hessian_file(name)}.json"
-        row: dict[str, Any] = of_cache(self.store, file, lambda: read_record(self.store, file, Done)["rows"][0])
+        file = f"{FINISHED_FOLDER}/{hessian_file(name)}.json"
+        row: dict[str, Any] = read_cached(
+            self.store, file, lambda: read_record(self.store, file, FinishedFileRecord)["rows"][0]
+        )
         return row
 
     def _read(self, name: str, part: str) -> Tensor:

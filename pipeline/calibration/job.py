@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.calibration.gather import Calibrator, sums_payload
-from pipeline.checkpoints.integrity.digests import Seen
-from pipeline.checkpoints.tensor_io import Payload, to_part, to_tensor
+from pipeline.checkpoints.integrity.digests import RangeDigests
+from pipeline.checkpoints.tensor_io import Payload, to_stored_tensor, to_tensor
 from pipeline.engine.task import JobContext, JobOutput
 from pipeline.models.loading import ModelKey
 from swsc_core.compressed.config_json import part_name
@@ -31,7 +31,7 @@ class GatherHessians:
     first: int
     seed: int
 
-    def run(self, context: JobContext) -> JobOutput[Seen]:
+    def run(self, context: JobContext) -> JobOutput[RangeDigests]:
         calibrator = context.model(Calibrator, self.key)
         names = [name for layer in self.layers for name in layer]
         sums = calibrator.gather(names, self.windows, self.first, self.seed)
@@ -46,7 +46,7 @@ class AddHessians:
     def run(self, context: JobContext) -> JobOutput[None]:
         before, shard = context.inputs
         pairs = zip(before.parts, shard.parts, strict=True)
-        total = tuple(to_part(old.name, to_tensor(old) + to_tensor(new)) for old, new in pairs)
+        total = tuple(to_stored_tensor(old.name, to_tensor(old) + to_tensor(new)) for old, new in pairs)
         rows = zip(before.rows, shard.rows, strict=True)
         counted = tuple(old | {"tokens": old["tokens"] + new["tokens"]} for old, new in rows)
         return JobOutput(None, (Payload(total, counted),))

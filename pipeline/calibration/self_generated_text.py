@@ -17,7 +17,7 @@ from pipeline.engine.task import Task, TaskResult
 from pipeline.planning.cost_model import calibration_bytes, calibration_device_bytes
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage.cache_key import cache_name, versioned
-from pipeline.storage.records import of_cache
+from pipeline.storage.records import read_cached
 from pipeline.storage.store import Store
 from pipeline.texts.windows import load_tokenizer, opening_of
 
@@ -45,7 +45,7 @@ def self_generated_windows(
     })  # fmt: skip
     store, name = Store.at(cache), f"{cache_name('written', identity)}.json"
     if store.exists(name):
-        return of_cache(store, name, lambda: _windows(store.read_json(name), count, length))
+        return read_cached(store, name, lambda: _windows(store.read_json(name), count, length))
     written: dict[Any, np.ndarray] = {}
 
     def note(done: TaskResult[np.ndarray]) -> None:

@@ -9,23 +9,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from pipeline.architectures.config_bounds import require_buildable
-from pipeline.architectures.model_config import TEXT, ModelConfig, text_part
+from pipeline.architectures.model_config import TEXT_CONFIG, ModelConfig, text_part
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.checkpoints.extra_files import (
-    ADAPTER,
-    POINTER,
-    extras_of,
-    require_inside,
-    require_no_pointer,
+    ADAPTER_FOLDER,
+    LFS_POINTER,
+    find_extra_files,
+    require_link_inside,
+    require_no_lfs_pointer,
     require_readable,
 )
 from pipeline.checkpoints.fp8_source import read_as_bfloat16
-from pipeline.checkpoints.integrity.digests import recorded, with_digests
+from pipeline.checkpoints.integrity.digests import manifest_digests, with_digests
 from pipeline.checkpoints.integrity.fingerprint import fingerprint_of
-from pipeline.checkpoints.redundant_tensors import Tie, find_copies, is_buffer, untied
-from pipeline.checkpoints.sources.gguf import read_note
-from pipeline.checkpoints.sources.gguf_reader import Dequantized
-from pipeline.checkpoints.weight_files import INDEX, JSON_LIMIT, SINGLE, PassedOver, weight_files
+from pipeline.checkpoints.redundant_tensors import Tie, find_copies, is_buffer, untied_config
+from pipeline.checkpoints.sources.gguf import read_gguf_origin
+from pipeline.checkpoints.sources.gguf_reader import GgufOrigin
+from pipeline.checkpoints.weight_files import INDEX, JSON_LIMIT, SINGLE, IgnoredFile, weight_files
 from pipeline.errors import CheckpointError
 from pipeline.storage.store import Store
 from swsc_core.storage import safetensors_header
@@ -59,9 +59,9 @@ class Checkpoint:
     headers_sha256: str = ""
     buffers: tuple[TensorInfo, ...] = ()
     scales: tuple[TensorInfo, ...] = ()
-    dequantized: Dequantized | None = None
-    passed_over: tuple[PassedOver, ...] = ()
-    left_out: tuple[PassedOver, ...] = ()
+    dequantized: GgufOrigin | None = None
+    passed_over: tuple[IgnoredFile, ...] = ()
+    left_out: tuple[IgnoredFile, ...] = ()
     copies: tuple[Tie, ...] = ()
     untied: tuple[Tie, ...] = ()
     verified: bool = False
@@ -109,8 +109,8 @@ def read_checkpoint(location: str) -> Checkpoint:
     # The key names a file of the source, which an output does not have.
     config = {key: value for key, value in config.items() if key != WEIGHTS_KEY}
     for name in (*files, "config.json"):
-        require_inside(store, name)
-    extras = extras_of(store, {*files, *dict(passed_over)})
+        require_link_inside(store, name)
+    extras = find_extra_files(store, {*files, *dict(passed_over)})
     tensors, headers_sha256 = _headers(location, store, files)
     _check_index(location, weight_map, tensors)
     if MANIFEST in names:
@@ -122,11 +122,11 @@ def read_checkpoint(location: str) -> Checkpoint:
     twice = {tie.name for tie in copies.equal}
     own = {name: info for name, info in tensors.items() if not is_buffer(info) and name not in twice}
     if copies.different:
-        config = untied(config)
+        config = untied_config(config)
     own, config, scales = read_as_bfloat16(location, own, config)
-    note = read_note(store)
+    note = read_gguf_origin(store)
     left_out = (*passed_over, *extras.left_out)
-    passed_over += tuple(one for one in extras.left_out if one.name == f"{ADAPTER}/")
+    passed_over += tuple(one for one in extras.left_out if one.name == f"{ADAPTER_FOLDER}/")
     return Checkpoint(
         store, own, config, extras.copied, headers_sha256, buffers, scales, note, passed_over, left_out, *copies
     )
@@ -151,7 +151,7 @@ def _headers(location: str, store: Store, files: Iterable[str]) -> tuple[dict[st
 def _recorded(store: Store) -> dict[str, tuple[str, ...]]:
     """Digests that an output keeps of its tensors."""
     try:
-        return recorded(store.read_json(MANIFEST))
+        return manifest_digests(store.read_json(MANIFEST))
     except ValueError as error:
         raise CheckpointError(
             f"{store.root}: {MANIFEST} is damaged ({error}); make the output again by --overwrite"
@@ -172,7 +172,7 @@ def read_header(store: Store, file: str) -> tuple[bytes, list[TensorInfo]]:
     try:
         raw, entries = safetensors_header.read_header(lambda start, count: bytes(store.read(file, start, count)), size)
     except ValueError as error:
-        require_no_pointer(where, bytes(store.read(file, 0, min(len(POINTER), size))))
+        require_no_lfs_pointer(where, bytes(store.read(file, 0, min(len(LFS_POINTER), size))))
         raise CheckpointError(f"{where}: {error}; download it again") from None
     return raw, [_info(where, file, entry) for entry in entries]
 
@@ -193,7 +193,7 @@ def _config(store: Store) -> ModelConfig:
         raise CheckpointError(f"{store.root}/config.json: not JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{store.root}/config.json: wanted an object, got {type(config).__name__}")
-    for key in ("quantization_config", TEXT):
+    for key in ("quantization_config", TEXT_CONFIG):
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{store.root}/config.json: {key} is no object; download it again")
     _require_names(store, config)

@@ -9,10 +9,10 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from pipeline.checkpoints.weight_files import INDEX, PICKLES, PassedOver, is_adapter
+from pipeline.checkpoints.weight_files import INDEX, PICKLES, IgnoredFile, is_adapter
 from pipeline.errors import CheckpointError
-from pipeline.storage.local_files import TEMPORARY
-from pipeline.storage.paths import leads_out
+from pipeline.storage.local_files import TEMPORARY_SUFFIX
+from pipeline.storage.paths import links_outside
 from pipeline.storage.store import Store, is_inside
 
 _FOREIGN = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".nemo", ".mlmodel", ".npz")
@@ -23,7 +23,12 @@ _SUFFIXES = (
     ".merges", ".bpe", ".tiktoken", ".spm",
 )  # fmt: skip
 _TERMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "AUTHORS")
-WANTED = ("*.safetensors", *(f"*{suffix}" for suffix in _SUFFIXES), "*.model.v*", *(f"{name}*" for name in _TERMS))
+HUB_PATTERNS = (
+    "*.safetensors",
+    *(f"*{suffix}" for suffix in _SUFFIXES),
+    "*.model.v*",
+    *(f"{name}*" for name in _TERMS),
+)
 # folder -> what it holds
 _FOLDERS = {
     "onnx": "weights for another framework", "openvino": "weights for another framework",
@@ -32,10 +37,10 @@ _FOLDERS = {
     "metal": "weights for another framework", "runs": "logs of a training", "wandb": "logs of a training",
     "logs": "logs of a training", "__pycache__": "compiled code", "lost+found": "the file system's own",
 }  # fmt: skip
-KEPT = ".swsc-kept.json"  # in a checkpoint that gguf.py keeps: name -> bytes of each of its files
-POINTER = b"version https://git-lfs"
-ADAPTER = "swsc_adapter"  # folder of the LoRA adapter that `swsc restore --adapter` writes beside a dense model
-UNWANTED = tuple(f"{folder}/*" for folder in _FOLDERS)  # of a model on the Hub
+CACHED_SIZES = ".swsc-kept.json"  # in a checkpoint that gguf.py keeps: name -> bytes of each of its files
+LFS_POINTER = b"version https://git-lfs"
+ADAPTER_FOLDER = "swsc_adapter"  # folder of the LoRA adapter that `swsc restore --adapter` writes beside a dense model
+HUB_IGNORED_PATTERNS = tuple(f"{folder}/*" for folder in _FOLDERS)  # of a model on the Hub
 _INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack|pth?)\.index(\.\w+)?\.json$")
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|random_states)[^/]*$")
 _STEP = re.compile(r"(checkpoint|global_step|epoch|step)[-_]?\d+$")
@@ -44,17 +49,17 @@ _DEPTH, _FILES = 6, 1000  # most folders inside each other, and most files of on
 
 
 @dataclass(frozen=True)
-class Extras:
+class ExtraFiles:
     """Files beside weights and config: names of those that are copied, sorted, and what is left out."""
 
     copied: tuple[str, ...] = ()
-    left_out: tuple[PassedOver, ...] = ()
+    left_out: tuple[IgnoredFile, ...] = ()
 
 
-def require_inside(store: Store, name: str) -> None:
+def require_link_inside(store: Store, name: str) -> None:
     """Raise CheckpointError for what cannot be read, and for a link out of the directory, whose target would be copied as the model's."""
     require_readable(store, name)
-    if leads_out(store, name):
+    if links_outside(store, name):
         target = os.path.realpath(f"{store.root}/{name}")
         raise CheckpointError(
             f"{store.root}: {name} is a link to {target}, outside the directory; put what it leads to there itself, or, of a"
@@ -74,20 +79,20 @@ def require_readable(store: Store, name: str) -> None:
     try:
         if os.path.isfile(path):
             with open(path, "rb") as file:
-                require_no_pointer(path, file.read(len(POINTER)))
+                require_no_lfs_pointer(path, file.read(len(LFS_POINTER)))
     except PermissionError:
         raise CheckpointError(f"{path}: may not be read by this user; change its rights, or move it away") from None
 
 
-def require_no_pointer(where: str, beginning: bytes) -> None:
+def require_no_lfs_pointer(where: str, beginning: bytes) -> None:
     """Raise CheckpointError for what a clone without git-lfs has in place of a file."""
-    if beginning == POINTER:
+    if beginning == LFS_POINTER:
         raise CheckpointError(
             f"{where}: a pointer of git-lfs, not the file itself; run `git lfs pull` in its repository"
         )
 
 
-def extras_of(store: Store, weights: Collection[str]) -> Extras:
+def find_extra_files(store: Store, weights: Collection[str]) -> ExtraFiles:
     """Decide for everything in a directory but config.json, index and the files `weights`, which are decided on already.
 
     Names alone are looked at, and what `modules.json` of sentence-transformers says.
@@ -96,22 +101,22 @@ def extras_of(store: Store, weights: Collection[str]) -> Extras:
         CheckpointError: a link to a file or a folder outside the directory.
     """
     copied: list[str] = []
-    left: list[PassedOver] = []
+    left: list[IgnoredFile] = []
     entries = store.entries()
     modules = _modules(store) if _MODULES in entries else frozenset()
     for name, is_file in sorted(entries.items()):
-        if name in weights or name in ("config.json", INDEX, KEPT):
+        if name in weights or name in ("config.json", INDEX, CACHED_SIZES):
             continue
         reason = _reason(name) if is_file else _reason_of_folder(name)
-        found = Extras((name,)) if is_file and not reason else Extras()
+        found = ExtraFiles((name,)) if is_file and not reason else ExtraFiles()
         if not reason:
-            require_inside(store, name)
+            require_link_inside(store, name)
         if not is_file and not reason:
             seen = {os.path.realpath(store.root)} if store.is_local else set()
             found = _below(store, name, weights, seen, name in modules)
         copied += found.copied
-        left += [PassedOver(name if is_file else f"{name}/", reason)] if reason else found.left_out
-    return Extras(tuple(sorted(copied)), tuple(sorted(left, key=lambda one: one.name)))
+        left += [IgnoredFile(name if is_file else f"{name}/", reason)] if reason else found.left_out
+    return ExtraFiles(tuple(sorted(copied)), tuple(sorted(left, key=lambda one: one.name)))
 
 
 def _modules(store: Store) -> frozenset[str]:
@@ -128,7 +133,7 @@ def _modules(store: Store) -> frozenset[str]:
         return frozenset()
 
 
-def _below(store: Store, folder: str, weights: Collection[str], seen: set[str], is_module: bool) -> Extras:
+def _below(store: Store, folder: str, weights: Collection[str], seen: set[str], is_module: bool) -> ExtraFiles:
     """The files in a folder and in those below it; a folder of too many files, or one with weights, is left out whole.
 
     Args:
@@ -136,17 +141,17 @@ def _below(store: Store, folder: str, weights: Collection[str], seen: set[str], 
         is_module: weights in it are those of a layer that comes after the model.
     """
     copied: list[str] = []
-    left: list[PassedOver] = []
+    left: list[IgnoredFile] = []
     for number, (name, reason) in enumerate(_walk(store, folder, seen, is_module)):
         if number == _FILES:
-            return Extras((), (PassedOver(f"{folder}/", f"more than {_FILES:,} files, no part of a model"),))
+            return ExtraFiles((), (IgnoredFile(f"{folder}/", f"more than {_FILES:,} files, no part of a model"),))
         if name in weights:
             continue
         if reason and not (is_module and name.endswith(".safetensors") and not is_adapter(os.path.basename(name))):
-            left.append(PassedOver(name, reason))
+            left.append(IgnoredFile(name, reason))
         else:
             copied.append(name)
-    return Extras(tuple(copied), tuple(left))
+    return ExtraFiles(tuple(copied), tuple(left))
 
 
 def _walk(store: Store, folder: str, seen: set[str], is_module: bool = False) -> Iterator[tuple[str, str]]:
@@ -165,7 +170,7 @@ def _walk(store: Store, folder: str, seen: set[str], is_module: bool = False) ->
         if not reason and not is_file and inner.count("/") >= _DEPTH:
             reason = f"more than {_DEPTH} folders inside each other"
         if not reason:
-            require_inside(store, inner)
+            require_link_inside(store, inner)
         if is_file or reason:
             yield inner if is_file else f"{inner}/", reason
         else:
@@ -180,7 +185,7 @@ def is_weights(name: str) -> bool:
 def _reason_of_prefix(name: str) -> str:
     if name.startswith("."):
         return "hidden: a tool's own"
-    if name == ADAPTER:
+    if name == ADAPTER_FOLDER:
         return "the low-rank part of a model that was restored with --adapter, which is not applied; restore it without"
     return "of an earlier output: written anew" if name.startswith("swsc_") else ""
 
@@ -190,7 +195,7 @@ def _reason(name: str) -> str:
     lower = name.lower()
     if reason := _reason_of_prefix(name):
         return reason
-    if lower.endswith(TEMPORARY):
+    if lower.endswith(TEMPORARY_SUFFIX):
         return "unfinished"
     if is_adapter(name):
         return "an adapter, which is not applied; merge it into the model to have it in"

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.architectures.model_config import ModelConfig
 from pipeline.architectures.tensor_info import Fp8Weight, TensorInfo
-from pipeline.checkpoints.quantized_names import refusal
+from pipeline.checkpoints.foreign_quantization import refusal_message
 from pipeline.errors import CheckpointError
 from swsc_core.storage.safetensors_header import DTYPES
 
@@ -26,7 +26,7 @@ _READ = (
     "compressed-tensors",
     "fbgemm_fp8",
 )  # methods whose fp8 weights are read; None: config.json is silent
-REASON = "a scale of fp8 weights, which are read as bfloat16"
+SCALE_REASON = "a scale of fp8 weights, which are read as bfloat16"
 
 
 def read_as_bfloat16(
@@ -71,7 +71,7 @@ def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 def _dequantized(where: str, info: TensorInfo, scales: TensorInfo, about: ModelConfig) -> TensorInfo:
     block = _block(info.shape, scales.shape, about)
     if scales.dtype in ("F8_E8M0", "U8"):  # powers of two, one for 32 values
-        raise CheckpointError(f"{where}: {refusal('mxfp8', f'the scales of {info.name} are {scales.dtype}')}")
+        raise CheckpointError(f"{where}: {refusal_message('mxfp8', f'the scales of {info.name} are {scales.dtype}')}")
     if block is None or scales.dtype not in ("F32", "F16", "BF16"):
         raise CheckpointError(
             f"{where}: {scales.name} ({scales.dtype} {list(scales.shape)}) does not say how {info.name}"

@@ -24,7 +24,7 @@ class MetaModel(NamedTuple):
     config: Any
 
 
-class Unknown(Exception):
+class UnknownModel(Exception):
     """transformers has no code for the model, or lacks a package that its code needs: nothing can be said of its parameters."""
 
 
@@ -53,15 +53,15 @@ def _meta_models_of(text: str, where: str) -> list[MetaModel]:
 
     about = json.loads(text)
     if about.get("model_type") not in CONFIG_MAPPING:
-        raise Unknown(f"transformers has no code for model_type {about.get('model_type')!r}")
+        raise UnknownModel(f"transformers has no code for model_type {about.get('model_type')!r}")
     with tempfile.TemporaryDirectory(prefix="swsc-") as folder:
         Path(folder, "config.json").write_text(text, encoding="utf-8")
         try:
-            with quiet():
+            with quiet_transformers():
                 config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
                 return [_empty(kind, config) for kind in _classes(about, config)]
         except ImportError as error:
-            raise Unknown(first_line(error)) from None
+            raise UnknownModel(first_line(error)) from None
         except Exception as error:  # configs are checked by each class in its own way
             raise CheckpointError(
                 f"{where}/config.json: describes no {about['model_type']} model ({_one_line(error)}); {_remedy(error)}"
@@ -106,13 +106,13 @@ def _classes(about: ModelConfig, config: Any) -> list[Any]:
     mapping = auto_class(config)._model_mapping
     if type(config) not in mapping:
         if not named:
-            raise Unknown(f"{type(config).__name__} has no model that predicts tokens")
+            raise UnknownModel(f"{type(config).__name__} has no model that predicts tokens")
         return named[:1]
     measured = mapping[type(config)]
     return [*named[:1], *([measured] if measured not in named[:1] else [])]
 
 
-def names_in_relatives(config: Any) -> set[str]:
+def related_weight_names(config: Any) -> set[str]:
     """Names of the weights that a family has before a head is chosen, or had while it was trained first: poolers of BERT, say."""
     from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING
 
@@ -163,7 +163,7 @@ def auto_class(config: Any) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No bars and no advice of transformers: what matters of it is said by us."""
     from transformers.utils import logging
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.architectures.model_config import TEXT, ModelConfig, text_config, text_part
+from pipeline.architectures.model_config import TEXT_CONFIG, ModelConfig, text_config, text_part
 from pipeline.errors import CheckpointError
 from pipeline.storage.store import Store
 
@@ -36,14 +36,14 @@ class Copies(NamedTuple):
     different: tuple[Tie, ...]
 
 
-def ties_of(names: Iterable[str], config: ModelConfig, where: str) -> list[Tie]:
+def find_ties(names: Iterable[str], config: ModelConfig, where: str) -> list[Tie]:
     """The ties of the model that a config.json describes, whichever of their names are among the stored `names`."""
-    from pipeline.checkpoints.meta_model import Unknown, stored_ties
+    from pipeline.checkpoints.meta_model import UnknownModel, stored_ties
 
     names = list(names)
     try:
         return [Tie(*pair) for pair in stored_ties(names, config, where)]
-    except (Unknown, CheckpointError):  # code of its own, or a config that agreement.py refuses
+    except (UnknownModel, CheckpointError):  # code of its own, or a config that agreement.py refuses
         embedding = next((name for name in names if name.endswith(_EMBEDDING)), None)
         return [Tie(_HEAD, embedding)] if text_config(config).get(_SAID) and embedding else []
 
@@ -55,15 +55,15 @@ def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: Model
     """
     if (config.get(_SAID) is False and not text_part(config)) or not _may_hold_copies(tensors):
         return Copies((), ())
-    ties = [tie for tie in ties_of(tensors, config, store.root) if tie.name in tensors and tie.shares in tensors]
+    ties = [tie for tie in find_ties(tensors, config, store.root) if tie.name in tensors and tie.shares in tensors]
     different = [tie for tie in ties if not _are_equal(store, tensors[tie.name], tensors[tie.shares])]
     return Copies(() if different else tuple(ties), tuple(different))
 
 
-def untied(config: ModelConfig) -> ModelConfig:
+def untied_config(config: ModelConfig) -> ModelConfig:
     """A config.json that says what transformers does with a head that is stored with values of its own: it is not tied."""
     text = text_part(config)
-    return {**config, _SAID: False, **({TEXT: {**text, _SAID: False}} if text else {})}
+    return {**config, _SAID: False, **({TEXT_CONFIG: {**text, _SAID: False}} if text else {})}
 
 
 def _may_hold_copies(tensors: Mapping[str, "TensorInfo"]) -> bool:

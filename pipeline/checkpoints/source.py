@@ -1,8 +1,8 @@
 """From the location of a model to a checkpoint: downloads from the Hub and conversions of GGUF files happen here only."""
 
 from pipeline.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from pipeline.checkpoints.sources.gguf import is_gguf, kept_checkpoint
-from pipeline.checkpoints.sources.hub import downloaded
+from pipeline.checkpoints.sources.gguf import cached_checkpoint, is_gguf
+from pipeline.checkpoints.sources.hub import download
 
 
 def open_checkpoint(location: str) -> Checkpoint:
@@ -22,5 +22,5 @@ def local_copy(location: str) -> str:
         CheckpointError, OutputError: as `open_checkpoint`.
     """
     if is_gguf(location):
-        return kept_checkpoint(location)
-    return downloaded(location) or location
+        return cached_checkpoint(location)
+    return download(location) or location

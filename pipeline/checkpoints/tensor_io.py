@@ -14,24 +14,24 @@ import numpy as np
 
 from pipeline.architectures.tensor_info import TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.checkpoints.checkpoint import read_header
-from pipeline.checkpoints.integrity.digests import Seen, checked
+from pipeline.checkpoints.integrity.digests import RangeDigests, verify_pieces
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.errors import CheckpointError
-from pipeline.storage.files import Bytes
+from pipeline.storage.files import BytesLike
 from pipeline.storage.lease import Ticket
-from pipeline.storage.paths import is_blob
-from pipeline.storage.records import Done, of_cache, read_record
+from pipeline.storage.paths import is_hub_blob
+from pipeline.storage.records import FinishedFileRecord, read_cached, read_record
 from pipeline.storage.store import FileRecord, Store
 from swsc_core.storage.safetensors_header import BITS, DTYPES, build_header
 
 if TYPE_CHECKING:  # committing a file needs no torch, and a committing process is up sooner without it
     from torch import Tensor
 
-DONE = ".swsc/done"  # folder of the records of the files that it has finished
+FINISHED_FOLDER = ".swsc/done"  # folder of the records of the files that it has finished
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredTensor:
     """One stored tensor: `data` is uint8 [nbytes]; dtype is safetensors' name."""
 
     name: str
@@ -44,7 +44,7 @@ class Part:
 class Payload:
     """The tensors of one output file and the report rows that describe them."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[StoredTensor, ...]
     rows: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -52,23 +52,23 @@ class Payload:
         return sum(part.data.nbytes for part in self.parts)
 
 
-def to_part(name: str, tensor: "Tensor") -> Part:
+def to_stored_tensor(name: str, tensor: "Tensor") -> StoredTensor:
     """Bytes of a tensor on any device."""
     import torch
 
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
     dtype = TORCH_TO_SAFETENSORS[str(tensor.dtype).removeprefix("torch.")]
-    return Part(name, dtype, tuple(tensor.shape), flat.numpy())
+    return StoredTensor(name, dtype, tuple(tensor.shape), flat.numpy())
 
 
-def to_tensor(part: Part) -> "Tensor":
+def to_tensor(part: StoredTensor) -> "Tensor":
     """A CPU tensor that owns its memory, which is aligned (bytes from the object store are read-only, and lie anywhere)."""
     import torch
 
     return _tensor(torch.tensor(part.data), part.dtype, part.shape)
 
 
-def read_tensor(store: Store, info: TensorInfo, digests: Seen | None = None) -> "Tensor":
+def read_tensor(store: Store, info: TensorInfo, digests: RangeDigests | None = None) -> "Tensor":
     """Read one tensor by its byte range into aligned memory, dequantized if it is fp8; `digests` receive those of what was read.
 
     Raises:
@@ -77,7 +77,7 @@ def read_tensor(store: Store, info: TensorInfo, digests: Seen | None = None) -> 
     if info.fp8 is None:
         data = store.read(info.file, info.start, info.nbytes)
         if info.sha256 or digests is not None:
-            deque(checked(store, info, [data], digests), maxlen=0)
+            deque(verify_pieces(store, info, [data], digests), maxlen=0)
         return _tensor(_placed(data), info.dtype, info.shape)
     from swsc_core.storage.fp8 import scaled
 
@@ -85,7 +85,7 @@ def read_tensor(store: Store, info: TensorInfo, digests: Seen | None = None) -> 
     return scaled(weight, scales.expand(-(-len(weight) // info.fp8.block[0]), -1), info.fp8.block)
 
 
-def read_matrix(store: Store, matrix: MatrixInfo, digests: Seen | None = None) -> "Tensor":
+def read_matrix(store: Store, matrix: MatrixInfo, digests: RangeDigests | None = None) -> "Tensor":
     """Read a matrix [outputs, inputs]; of a stack only the bytes of its expert. StoreError as from `read_tensor`."""
     from swsc_core.storage.row_blocks import apply_view
 
@@ -128,22 +128,22 @@ def copy_tensors(source: Store, infos: Sequence[TensorInfo], ticket: Ticket, fil
     return _write(ticket, file, header, ((info.name, _pieces(source, info)) for info in ordered), ())
 
 
-def _pieces(source: Store, info: TensorInfo) -> Iterator[Bytes]:
+def _pieces(source: Store, info: TensorInfo) -> Iterator[BytesLike]:
     """The bytes of a tensor, as they are stored or, of an fp8 weight, dequantized."""
     if info.fp8 is None:
         pieces = source.stream(info.file, info.start, info.nbytes)
-        yield from checked(source, info, pieces) if info.sha256 else pieces
+        yield from verify_pieces(source, info, pieces) if info.sha256 else pieces
     else:
-        yield to_part(info.name, read_tensor(source, info)).data.data
+        yield to_stored_tensor(info.name, read_tensor(source, info)).data.data
 
 
 def _write(
-    ticket: Ticket, file: str, header: bytes, tensors: Iterable[tuple[str, Iterable[Bytes]]], rows: Sequence[dict[str, Any]]
+    ticket: Ticket, file: str, header: bytes, tensors: Iterable[tuple[str, Iterable[BytesLike]]], rows: Sequence[dict[str, Any]]
 ) -> FileRecord:  # fmt: skip
     """A safetensors file of named tensors, each in pieces, and its record; hashed as a whole and tensor by tensor."""
     hashes: dict[str, str] = {}
 
-    def pieces() -> Iterator[Bytes]:
+    def pieces() -> Iterator[BytesLike]:
         yield header
         for name, own in tensors:
             digest = hashlib.sha256()
@@ -156,25 +156,25 @@ def _write(
     ticket.require()
     record = replace(ticket.store.write(file, pieces()), tensors=hashes)
     ticket.require()
-    ticket.store.write_json(f"{DONE}/{file}.json", {**record.about, "rows": list(rows), "run": ticket.run})
+    ticket.store.write_json(f"{FINISHED_FOLDER}/{file}.json", {**record.about, "rows": list(rows), "run": ticket.run})
     return record
 
 
 def finished_sha256(store: Store, file: str) -> str:
     """sha256 of a file in a cache, as its record says; OutputError if that is damaged."""
-    record = f"{DONE}/{file}.json"
-    found: str = of_cache(store, record, lambda: read_record(store, record, Done)["sha256"])
+    record = f"{FINISHED_FOLDER}/{file}.json"
+    found: str = read_cached(store, record, lambda: read_record(store, record, FinishedFileRecord)["sha256"])
     return found
 
 
-def linked(store: Store, file: str) -> str:
+def link_problem(store: Store, file: str) -> str:
     """What is wrong with a file of an output that is a link, or lies behind one: nothing is read there; "" for any other."""
-    return f"{file} is a link, not a file of the output" if store.is_link(file) and not is_blob(store, file) else ""
+    return f"{file} is a link, not a file of the output" if store.is_link(file) and not is_hub_blob(store, file) else ""
 
 
-def differences(store: Store, file: str, about: Mapping[str, Any]) -> list[str]:
+def file_differences(store: Store, file: str, about: Mapping[str, Any]) -> list[str]:
     """What is wrong with a file of which `about` says size, sha256 and hashes of its tensors; nothing if it is whole."""
-    if found := linked(store, file):
+    if found := link_problem(store, file):
         return [found]
     if not store.exists(file):
         return [f"{file} is missing"]

@@ -25,7 +25,7 @@ _ADAPTER = re.compile(r"adapter_config\.json|adapter_model\.[\w.-]+")
 _SAVE_AGAIN = "`m = AutoModelForCausalLM.from_pretrained(dir{how}); m.save_pretrained(new_dir)`"
 
 
-class PassedOver(NamedTuple):
+class IgnoredFile(NamedTuple):
     """A file that is not part of the model, and why."""
 
     name: str
@@ -37,7 +37,7 @@ class WeightFiles(NamedTuple):
 
     files: list[str]
     weight_map: dict[str, str]
-    passed_over: tuple[PassedOver, ...]
+    passed_over: tuple[IgnoredFile, ...]
 
 
 def tensor_files(total: int) -> list[str]:
@@ -138,11 +138,11 @@ def _shards_of(store: Store, index: str) -> tuple[list[str], dict[str, str]]:
     return files, weight_map
 
 
-def _passed_over(names: Sequence[str], read: set[str], first: str) -> list[PassedOver]:
+def _passed_over(names: Sequence[str], read: set[str], first: str) -> list[IgnoredFile]:
     found = []
     for name in names:
         if is_adapter(name):
-            found.append(PassedOver(name, "an adapter, which is not applied; merge it into the model to have it in"))
+            found.append(IgnoredFile(name, "an adapter, which is not applied; merge it into the model to have it in"))
         elif name not in read and (name.endswith(".safetensors") or name == INDEX):
-            found.append(PassedOver(name, f"not the model's weights: those are read from {first}"))
+            found.append(IgnoredFile(name, f"not the model's weights: those are read from {first}"))
     return found

@@ -9,12 +9,12 @@ import torch
 
 from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import MatrixInfo
-from pipeline.checkpoints.tensor_io import Part, Payload, copy_tensors, to_part
+from pipeline.checkpoints.tensor_io import Payload, StoredTensor, copy_tensors, to_stored_tensor
 from pipeline.compression.layer_output import LayerParts, matrix_result
 from pipeline.device import requires_new_process, vector_instructions
 from pipeline.engine.malloc import peak_rss, return_freed_blocks
 from pipeline.engine.task import JobContext, JobOutput, Task
-from pipeline.errors import WeightsError
+from pipeline.errors import UncompressibleWeight
 from pipeline.models.matrix_reader import MatrixReader, SourceMatrix, read_source_matrix
 from pipeline.outputs.report_rows import MatrixResult
 from pipeline.planning.plan import CopyTask, LayerTask
@@ -72,7 +72,7 @@ class CompressLayer:
     Attributes:
         form: "swsc", or "dense" for restored weights.
 
-    Raises WeightsError for a weight that holds NaN or Inf.
+    Raises UncompressibleWeight for a weight that holds NaN or Inf.
     """
 
     source: Store
@@ -135,12 +135,12 @@ def compress_variant(
     return result, Payload(_parts(encoded), (result.to_json(),))
 
 
-def _parts(encoded: Encoded) -> tuple[Part, ...]:
-    return tuple(to_part(part, tensor) for part, tensor in encoded.tensors.items())
+def _parts(encoded: Encoded) -> tuple[StoredTensor, ...]:
+    return tuple(to_stored_tensor(part, tensor) for part, tensor in encoded.tensors.items())
 
 
 def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> tuple[Encoded, MatrixResult]:
-    """Compress one matrix; returns it with its row and entry. Raises WeightsError for NaN or Inf."""
+    """Compress one matrix; returns it with its row and entry. Raises UncompressibleWeight for NaN or Inf."""
     started = time.perf_counter()
     info = matrix.info
     # Slabs of segments leave holes in the heap. K-Means over whole channels leaves none, and would pay a third of its time.
@@ -149,7 +149,7 @@ def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: s
     try:
         encoded = _encoded(matrix, variant, device)
     except WeightError as error:
-        raise WeightsError(f"{matrix.path}: {error}") from None
+        raise UncompressibleWeight(f"{matrix.path}: {error}") from None
     return encoded, matrix_result(matrix, encoded, time.perf_counter() - started, variant.hessians)
 
 

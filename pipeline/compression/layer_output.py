@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import MatrixInfo
-from pipeline.checkpoints.tensor_io import Part, to_part
+from pipeline.checkpoints.tensor_io import StoredTensor, to_stored_tensor
 from pipeline.models.matrices import FusedTensor
 from pipeline.models.matrix_reader import SourceMatrix
 from pipeline.outputs.report_rows import CompressedRow, MatrixResult
@@ -25,15 +25,15 @@ class LayerParts:
     def __init__(self, form: str) -> None:
         """`form`: "swsc", or "dense" for restored weights as they lay in the source."""
         self._form = form
-        self._parts: list[Part] = []
+        self._parts: list[StoredTensor] = []
         self._restored: dict[str, list[Tensor]] = {}  # joined tensor -> its pieces, in the dense form
 
     def add(self, info: MatrixInfo, encoded: Encoded) -> None:
         """A matrix that is compressed."""
         if self._form == "swsc":
-            self._parts += [to_part(part_name(info.name, part), own) for part, own in encoded.tensors.items()]
+            self._parts += [to_stored_tensor(part_name(info.name, part), own) for part, own in encoded.tensors.items()]
         elif info.location.row_blocks is None:
-            self._parts.append(to_part(info.name, info.location.to_checkpoint_layout(encoded.restored)))
+            self._parts.append(to_stored_tensor(info.name, info.location.to_checkpoint_layout(encoded.restored)))
         else:
             self._restored.setdefault(info.tensor.name, []).append(encoded.restored.cpu())
 
@@ -43,10 +43,10 @@ class LayerParts:
         if self._form == "dense":
             matrix = fuse_rows(rows, fused.row_blocks, self._restored.pop(name))
             rows = fused.matrices[0].location.to_checkpoint_layout(matrix)
-        self._parts.append(to_part(name, rows))
+        self._parts.append(to_stored_tensor(name, rows))
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[StoredTensor, ...]:
         """All of them."""
         return tuple(self._parts)
 

@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from pipeline.engine import signals
 from pipeline.engine.progress import Progress
 from pipeline.engine.task import Pool, Task, TaskResult
-from pipeline.errors import DiskFull, NodeLost, RunError, StoreError, StoreGone, UserError, WorkerLost
+from pipeline.errors import DiskFull, NodeLost, RunError, StoreError, StoreOutage, UserError, WorkerLost
 from pipeline.storage.lease import LeaseLost
 
 _SECONDS_OF_PATIENCE = 20.0  # before a run that has no worker says so
@@ -41,7 +41,7 @@ class TaskList(Generic[V]):
         return self._tasks.pop() if self._tasks else None
 
     def done(self, done: TaskResult[V]) -> None:
-        if isinstance(done.error, (UserError, LeaseLost, DiskFull, StoreGone)):
+        if isinstance(done.error, (UserError, LeaseLost, DiskFull, StoreOutage)):
             # What the user gave is at fault, another run is at it, or no disk or store takes it: other tasks would be for nothing.
             raise done.error
         if done.error:
@@ -122,7 +122,7 @@ def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
             continue
         running -= 1
         attempts[done.task.key] += _OF_A_NODE if isinstance(done.error, NodeLost) else 1
-        lost = isinstance(done.error, (WorkerLost, StoreError)) and not isinstance(done.error, StoreGone)
+        lost = isinstance(done.error, (WorkerLost, StoreError)) and not isinstance(done.error, StoreOutage)
         if lost and attempts[done.task.key] < _ATTEMPTS:
             progress.log(f"{done.error}; starting it again")
             (again if attempts[done.task.key] <= 1 else last).append(done.task)

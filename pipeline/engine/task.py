@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 from pipeline.checkpoints.tensor_io import Payload
 from pipeline.device import ROOM, is_out_of_memory
-from pipeline.errors import FULL, DiskFull, RunError, SwscError, UserError, first_line
+from pipeline.errors import DISK_FULL_ERRNOS, DiskFull, RunError, SwscError, UserError, first_line
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import FileRecord
 
@@ -169,7 +169,7 @@ def as_swsc_error(error: BaseException, label: str) -> SwscError:
         return error
     if isinstance(error, SwscError):
         return type(error)(f"{label}: {error}")
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         return DiskFull.of(error)
     if is_out_of_memory(error):
         return RunError(f"{label}: out of GPU memory ({first_line(error)}); {ROOM}")

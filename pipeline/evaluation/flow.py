@@ -35,7 +35,7 @@ def evaluate_model(
 
     Raises:
         CheckpointError: the model cannot be opened. TextError: the text cannot be cut.
-        NonFiniteError: a window's loss is NaN or Inf.
+        NonFiniteLoss: a window's loss is NaN or Inf.
         RunError: a task failed.
     """
     started = time.perf_counter()
@@ -98,7 +98,7 @@ def batch_parts(ids: np.ndarray, settings: EvaluateSettings) -> list[tuple[int, 
 def evaluation_result(
     location: str, losses: list[float], windows: Windows, settings: EvaluateSettings, dtype: str
 ) -> dict[str, Any]:
-    """What is said of a measurement; raises NonFiniteError for a window that has no finite loss."""
+    """What is said of a measurement; raises NonFiniteLoss for a window that has no finite loss."""
     return {
         "model": location,
         "perplexity": perplexity(losses, location),

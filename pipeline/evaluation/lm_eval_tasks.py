@@ -26,7 +26,7 @@ from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
-from pipeline.errors import NonFiniteError, SwscError, TaskError, first_line
+from pipeline.errors import LmEvalTaskError, NonFiniteLoss, SwscError, first_line
 from pipeline.models.loading import ModelKey, load_model, meta_model
 from pipeline.models.stored_model import Model, open_model
 from pipeline.settings.lm_eval import LmEvalSettings
@@ -154,7 +154,7 @@ class Answerer:
         """Answers to batches of SCORES, (log-likelihood, whether it is the likeliest) each, or of WRITES, texts.
 
         Raises:
-            NonFiniteError: a log-likelihood is NaN.
+            NonFiniteLoss: a log-likelihood is NaN.
         """
         if seed is not None:
             set_torch_seed(seed)
@@ -163,7 +163,7 @@ class Answerer:
     def _scores(self, batch: list[Request]) -> list[Any]:
         found = self._lm._loglikelihood_tokens(batch, disable_tqdm=True)
         if any(math.isnan(score) for score, _ in found):
-            raise NonFiniteError(
+            raise NonFiniteLoss(
                 f"{self.key.location}: a log-likelihood is NaN; the model is broken, nothing is dropped"
             )
         return found
@@ -214,7 +214,7 @@ def run_lm_eval(settings: LmEvalSettings, asker: Asker) -> dict[str, Any]:
         raise
     except Exception as error:  # of a task's own code, a template, a data set that is not there: it has no common root
         reason = first_line(error)
-        raise TaskError(
+        raise LmEvalTaskError(
             f"tasks {', '.join(names)}: lm-eval cannot run them: {type(error).__name__}: {reason}"
         ) from None
     return json.loads(json.dumps(results, default=handle_non_serializable))
@@ -238,7 +238,7 @@ def _named(manager: TaskManager, given: str, folder: str | None) -> list[str]:
         if like
         else "see `lm-eval ls tasks`, or give a directory of YAML files by --include-path"
     )
-    raise TaskError(f"task {given}: lm-eval knows none of this name; {_unreadable(folder) or hint}")
+    raise LmEvalTaskError(f"task {given}: lm-eval knows none of this name; {_unreadable(folder) or hint}")
 
 
 def _unreadable(folder: str | None) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.checkpoints.tensor_io import Payload, to_tensor
 from pipeline.device import ordered_scans
-from pipeline.errors import NonFiniteError
+from pipeline.errors import NonFiniteLoss
 from pipeline.models.loading import ModelKey, forward, load_model
 from pipeline.models.parameter_lookup import ParameterView, find_matrix_parameter
 from pipeline.models.stored_model import open_model
@@ -26,10 +26,10 @@ _ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k va
 
 
 def perplexity(losses: Sequence[float], what: str) -> float:
-    """exp of the mean loss; raises NonFiniteError that says which window is NaN or Inf."""
+    """exp of the mean loss; raises NonFiniteLoss that says which window is NaN or Inf."""
     for index, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise NonFiniteError(
+            raise NonFiniteLoss(
                 f"{what}: the loss of window {index} is {loss}; the model is broken, nothing is dropped"
             )
     return math.exp(math.fsum(losses) / len(losses))

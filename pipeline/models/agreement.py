@@ -17,11 +17,11 @@ from pipeline.architectures.model_config import ModelConfig
 from pipeline.architectures.tensor_names import tensor_kind
 from pipeline.checkpoints.meta_model import (
     MetaModel,
-    Unknown,
+    UnknownModel,
     class_is_named,
     meta_models_of,
-    names_in_relatives,
-    quiet,
+    quiet_transformers,
+    related_weight_names,
 )
 from pipeline.checkpoints.redundant_tensors import is_buffer
 from pipeline.errors import CheckpointError, first_line
@@ -75,7 +75,7 @@ def require_agreement(model: Model, trusted: bool = False, measured: bool = Fals
             meta_models = meta_models_of(config, where, len(model.checkpoint.tensors))
         stands_in = "auto_map" in config and type(meta_models[0].model).__module__.startswith("transformers.")
         return _compared(model, meta_models, measured, stands_in and not (trusted and measured))
-    except Unknown as error:
+    except UnknownModel as error:
         why = str(error) if trusted else _unknown(where, config, str(error), measured)
         return [f"its weights are not compared with config.json ({why})"]
 
@@ -88,7 +88,7 @@ def _own(where: str, measured: bool) -> MetaModel:
     except CheckpointError as error:
         if measured:
             raise
-        raise Unknown(str(error)) from None
+        raise UnknownModel(str(error)) from None
 
 
 def _compared(model: Model, meta_models: list[MetaModel], measured: bool, stands_in: bool) -> list[str]:
@@ -102,7 +102,7 @@ def _compared(model: Model, meta_models: list[MetaModel], measured: bool, stands
     unknown = [name for name in first.unknown if name not in known]
     weights = [name for name in unknown if _is_weight(name, meta_models[0].model)]
     if weights:
-        weights = sorted({*weights} - names_in_relatives(meta_models[0].config))
+        weights = sorted({*weights} - related_weight_names(meta_models[0].config))
     wanted = Verdict(first.kind, first.missing, weights, first.mismatched)
     if not measured and not class_is_named(model.checkpoint.config):
         wanted = _of_body(wanted, meta_models[0].model)
@@ -148,7 +148,7 @@ def _verdict(where: str, model: Model, meta_model: MetaModel) -> Verdict:
     own = {name: torch.empty(model.shape(name), dtype=kind, device="meta") for name in model.names}
     own |= {info.name: torch.empty(info.shape, dtype=kind, device="meta") for info in model.checkpoint.buffers}
     try:
-        with quiet():
+        with quiet_transformers():
             _, info = type(meta_model.model).from_pretrained(
                 None, config=meta_model.config, state_dict=own, dtype=kind, device_map="meta", output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -192,7 +192,7 @@ def _require(model: Model, verdict: Verdict, meta_model: MetaModel, stands_in: b
     reasons = (_wrapped(verdict), _other_layers(model, verdict), _other_sizes(verdict), _no_head(verdict, meta_model))
     found = next(filter(None, reasons), None)
     if found is None and stands_in and not _are_incomplete(model, verdict):
-        raise Unknown(f"they are not those of transformers' own {verdict.kind}")
+        raise UnknownModel(f"they are not those of transformers' own {verdict.kind}")
     raise CheckpointError(f"{model.checkpoint.store.root}: {found or _other_weights(model, verdict)}")
 
 

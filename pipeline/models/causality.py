@@ -5,7 +5,7 @@ transformers opens encoders as causal models, too, and only logs that they are n
 
 from typing import Any
 
-from pipeline.checkpoints.meta_model import Unknown, meta_models_of
+from pipeline.checkpoints.meta_model import UnknownModel, meta_models_of
 from pipeline.errors import CheckpointError
 from pipeline.models.stored_model import Model
 
@@ -17,7 +17,7 @@ def require_causal(model: Model, trusted: bool = False) -> None:
         return
     try:
         measured = meta_models_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))[-1].model
-    except Unknown:
+    except UnknownModel:
         return
     if setting := sees_ahead(measured):
         raise CheckpointError(

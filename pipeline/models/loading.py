@@ -8,9 +8,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.architectures.model_config import positions_of
-from pipeline.architectures.tensor_info import FLOATS, TensorInfo
-from pipeline.checkpoints.integrity.digests import Seen
+from pipeline.architectures.model_config import max_positions
+from pipeline.architectures.tensor_info import FLOAT_DTYPES, TensorInfo
+from pipeline.checkpoints.integrity.digests import RangeDigests
 from pipeline.checkpoints.integrity.source_digests import SourceDigests
 from pipeline.checkpoints.tensor_io import read_tensor
 from pipeline.errors import CheckpointError, TextError
@@ -47,14 +47,14 @@ def forward(model: Any, ids: Tensor, **how: Any) -> Any:
     try:
         return model(input_ids=ids, **{"use_cache": False, **how})
     except IndexError as error:  # of a table of embeddings, on a CPU
-        positions, known = positions_of(model.config.to_dict()), model.get_input_embeddings().weight.shape[0]
+        positions, known = max_positions(model.config.to_dict()), model.get_input_embeddings().weight.shape[0]
         raise TextError(
             f"the model was made for {positions} positions and {known} tokens, its input has others ({error}): make windows"
             " shorter, or give the model its own tokenizer"
         ) from None
 
 
-def load_model(source: Model, key: ModelKey, device: str, digests: Seen | None = None) -> Any:
+def load_model(source: Model, key: ModelKey, device: str, digests: RangeDigests | None = None) -> Any:
     """A transformers causal LM with dense weights in aligned memory, in eval mode; CheckpointError if it cannot be loaded whole.
 
     `digests` get those of what was read, of tensors that are stored dense.
@@ -87,10 +87,10 @@ def _own_dtype(source: Model, config: Any) -> str:
     for about in (config, config.get_text_config()):
         if getattr(about, "dtype", None):
             return str(about.dtype).removeprefix("torch.")
-    return DTYPES[next((dtype for dtype in map(source.dtype, source.names) if dtype in FLOATS), "F32")][0]
+    return DTYPES[next((dtype for dtype in map(source.dtype, source.names) if dtype in FLOAT_DTYPES), "F32")][0]
 
 
-def _load(source: Model, key: ModelKey, dtype: str, digests: Seen | None) -> Any:
+def _load(source: Model, key: ModelKey, dtype: str, digests: RangeDigests | None) -> Any:
     """The weights of `source`, those and no others: given a directory, transformers would choose files and apply adapters itself."""
     empty, config = load_meta_model(key.location, key.trusted)  # from_pretrained of the Auto class insists on files
     if dtype == "auto":
@@ -106,7 +106,7 @@ def _load(source: Model, key: ModelKey, dtype: str, digests: Seen | None) -> Any
 class _Checked:
     """A tensor that is read, and held against its digest, once it is indexed; as a slice of safetensors, which knows no digests."""
 
-    def __init__(self, store: Store, info: TensorInfo, digests: Seen | None) -> None:
+    def __init__(self, store: Store, info: TensorInfo, digests: RangeDigests | None) -> None:
         self._store, self._info, self._digests = store, info, digests
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -120,7 +120,7 @@ class _Checked:
 
 
 @contextmanager
-def _weights(source: Model, digests: Seen | None) -> Iterator[dict[str, Any]]:
+def _weights(source: Model, digests: RangeDigests | None) -> Iterator[dict[str, Any]]:
     """Name -> weight, or what maps it into memory when it is indexed: dense files on a disk are not copied."""
     checkpoint, files = source.checkpoint, {}
     in_place = checkpoint.store.is_local and not source.entries

@@ -15,7 +15,7 @@ from pipeline.architectures.families import Family, Role
 from pipeline.architectures.fused_layouts import FusedLayout
 from pipeline.architectures.model_config import text_config
 from pipeline.architectures.stacked_experts import is_stack
-from pipeline.architectures.tensor_info import FLOATS, TensorInfo
+from pipeline.architectures.tensor_info import FLOAT_DTYPES, TensorInfo
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.matrix_info import MatrixInfo, expert_matrix, whole_matrix
 from pipeline.errors import CheckpointError
@@ -94,7 +94,7 @@ def is_matrix(info: TensorInfo) -> bool:
     """Whether a tensor can be compressed as one matrix, or as parts of one."""
     # biases of fused experts have two dimensions
     bias = info.name.endswith("bias")
-    return len(info.shape) == 2 and info.dtype in FLOATS and info.count > 0 and not bias
+    return len(info.shape) == 2 and info.dtype in FLOAT_DTYPES and info.count > 0 and not bias
 
 
 def find_matrix(checkpoint: Checkpoint, name: str) -> MatrixInfo:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.checkpoints.integrity.digests import Seen, ranges_of
+from pipeline.checkpoints.integrity.digests import RangeDigests, ranges_of
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.checkpoints.tensor_io import read_matrix
 from pipeline.storage.store import Store
@@ -26,7 +26,7 @@ class SourceMatrix:
     path: str
     weight: torch.Tensor
     seconds: float
-    sha256: Seen
+    sha256: RangeDigests
 
 
 class MatrixReader:
@@ -37,7 +37,7 @@ class MatrixReader:
     """
 
     def __init__(self, source: Store, device: str) -> None:
-        self.digests: Seen = {}  # of every byte range that was read
+        self.digests: RangeDigests = {}  # of every byte range that was read
         self._source, self._device = source, device
         self._wholes: dict[MatrixInfo, torch.Tensor] = {}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoints.meta_model import MetaModel, auto_class
-from pipeline.checkpoints.sources.local_files import require_no_code, small_files
+from pipeline.checkpoints.sources.small_files import require_no_custom_code, small_files
 from pipeline.device import requires_new_process
 from pipeline.errors import CheckpointError, SwscError, first_line
 
@@ -41,5 +41,5 @@ def loading_errors(location: str) -> Iterator[None]:
     except Exception as error:  # code that a model brings may raise anything
         if requires_new_process(error):
             raise  # a GPU that is full or broken says nothing about the checkpoint
-        require_no_code(location, error)
+        require_no_custom_code(location, error)
         raise CheckpointError(f"{location}: transformers cannot load it: {first_line(error)}") from None

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.architectures.tensor_info import TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.checkpoints.checkpoint import Checkpoint
-from pipeline.checkpoints.integrity.source_digests import SourceDigests, held_against
-from pipeline.checkpoints.quantized_names import require_unquantized
+from pipeline.checkpoints.foreign_quantization import require_unquantized
+from pipeline.checkpoints.integrity.source_digests import SourceDigests, with_source_digests
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.tensor_io import read_matrix, read_tensor
 from pipeline.errors import CheckpointError
@@ -137,7 +137,7 @@ def open_model(location: str, known: SourceDigests | None = None) -> Model:
     """
     checkpoint = open_checkpoint(location)
     if known:
-        checkpoint = held_against(checkpoint, known)
+        checkpoint = with_source_digests(checkpoint, known)
     quantization = checkpoint.config.get("quantization_config") or {}
     if quantization.get("quant_method") != "swsc":
         require_unquantized(location, checkpoint.tensors, checkpoint.config)

@@ -10,16 +10,21 @@ from contextlib import suppress
 from typing import Any
 
 from pipeline.checkpoints.checkpoint import MANIFEST, RUN
-from pipeline.checkpoints.tensor_io import differences
+from pipeline.checkpoints.tensor_io import file_differences
 from pipeline.errors import DamageError, OutputError
 from pipeline.outputs.model_card import CARD
 from pipeline.outputs.owned_files import clear_unfinished, has_unfinished
-from pipeline.storage.lease import LEASE, acquire, is_free
-from pipeline.storage.records import Manifest, checked, read_record
+from pipeline.storage.lease import LEASE_FILE, acquire_lease, is_free
+from pipeline.storage.records import ManifestRecord, check_record, read_record
 from pipeline.storage.store import Store
 
 _NOTED = ".swsc/amending.json"  # name of a file -> its new text
-_OWN = (CARD, MANIFEST, _NOTED, LEASE)  # what is written here, beside which a killed writer leaves an unfinished file
+_OWN = (
+    CARD,
+    MANIFEST,
+    _NOTED,
+    LEASE_FILE,
+)  # what is written here, beside which a killed writer leaves an unfinished file
 
 
 def require_amendable(store: Store, name: str) -> None:
@@ -41,7 +46,7 @@ def amend(store: Store, name: str, change: Callable[[str], str], on_wait: Callab
     Raises:
         OutputError, DamageError: as `require_amendable`; OutputError: another run writes there.
     """
-    lease = acquire(store, on_wait)
+    lease = acquire_lease(store, on_wait)
     try:
         _settle(store)
         manifest = _checked(store, name)
@@ -68,7 +73,7 @@ def settle(store: Store) -> None:
     if not traces or not is_free(store):
         return
     with suppress(OutputError, DamageError, OSError):
-        lease = acquire(store)
+        lease = acquire_lease(store)
         try:
             _settle(store)
         finally:
@@ -83,7 +88,7 @@ def as_amended(store: Store, files: Mapping[str, Any]) -> dict[str, Any]:
     except (FileNotFoundError, DamageError):
         return dict(files)
     found = {name: manifest["files"][name] for name in noted if name in manifest["files"]}
-    return {**files, **{name: about for name, about in found.items() if not differences(store, name, about)}}
+    return {**files, **{name: about for name, about in found.items() if not file_differences(store, name, about)}}
 
 
 def _settle(store: Store) -> None:
@@ -106,7 +111,7 @@ def _noted(store: Store) -> tuple[dict[str, str], dict[str, Any]]:
     """Texts by the names of their files, and the manifest that belongs to them; DamageError if it is no such note."""
     try:
         noted = dict(store.read_json(_NOTED))
-        manifest = checked(Manifest, noted.pop(MANIFEST))
+        manifest = check_record(ManifestRecord, noted.pop(MANIFEST))
         if not all(isinstance(text, str) for text in noted.values()):
             raise ValueError("a file that is no text")
     except (ValueError, KeyError, TypeError) as error:
@@ -117,9 +122,9 @@ def _noted(store: Store) -> tuple[dict[str, str], dict[str, Any]]:
 def _checked(store: Store, name: str) -> dict[str, Any]:
     """The manifest, after a look at the file."""
     try:
-        manifest = read_record(store, MANIFEST, Manifest)
+        manifest = read_record(store, MANIFEST, ManifestRecord)
         about = manifest["files"].get(name)
-        found = differences(store, name, about) if about else []
+        found = file_differences(store, name, about) if about else []
     except FileNotFoundError:
         raise OutputError(f"{store.root}: not a finished output of this tool: nothing is written into it") from None
     except ValueError as error:

@@ -14,7 +14,7 @@ from pipeline.outputs.model_card import CARD, About, Compressed, make_card, read
 from pipeline.outputs.report_rows import MatrixResult
 from pipeline.planning.plan import Plan
 from pipeline.settings.compression import CompressSettings
-from pipeline.storage.records import Evaluation, read_record
+from pipeline.storage.records import EvaluationRecord, read_record
 from pipeline.storage.store import Store
 
 
@@ -101,7 +101,7 @@ def read_result(location: str) -> dict[str, Any]:
     """What `swsc evaluate --json` has written there; ConfigError if it is none."""
     file = Store.at(location)
     try:
-        return read_record(file.parent, file.name, Evaluation)
+        return read_record(file.parent, file.name, EvaluationRecord)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{location}: not a result of `swsc evaluate --json` ({error}); make one of the uncompressed model"

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline.checkpoints.checkpoint import MANIFEST, RUN
-from pipeline.checkpoints.extra_files import ADAPTER
-from pipeline.checkpoints.tensor_io import DONE, differences
+from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
+from pipeline.checkpoints.tensor_io import FINISHED_FOLDER, file_differences
 from pipeline.errors import OutputError, UnusableOutput, UserError
 from pipeline.outputs.owned_files import (
     FINISHING,
@@ -23,10 +23,17 @@ from pipeline.outputs.owned_files import (
     require_no_others,
     require_no_rivals,
 )  # fmt: skip
-from pipeline.storage.cache_key import ARITHMETIC, changes, run_digest
+from pipeline.storage.cache_key import ARITHMETIC, identity_changes, run_digest
 from pipeline.storage.lease import is_free
 from pipeline.storage.paths import require_directory
-from pipeline.storage.records import CompressionReport, Done, Manifest, Record, Report, read_record
+from pipeline.storage.records import (
+    CompressionReportRecord,
+    FinishedFileRecord,
+    ManifestRecord,
+    Record,
+    ReportRecord,
+    read_record,
+)
 from pipeline.storage.store import FileRecord, Store
 
 _REPLACED = ".swsc/replaced.json"  # names of files of an output that this one replaces
@@ -62,7 +69,7 @@ def require_replaceable(
 
 def _require_no_links(store: Store) -> None:
     """Raise OutputError if a folder of our own is a link: it leads to where others' files are."""
-    if found := next((name for name in (".swsc", DONE, ADAPTER) if store.is_link(name)), None):
+    if found := next((name for name in (".swsc", FINISHED_FOLDER, ADAPTER_FOLDER) if store.is_link(name)), None):
         raise OutputError(f"{store.root}/{found}: a link, which no output of this tool has; take it away")
 
 
@@ -72,9 +79,11 @@ def is_finished(store: Store, identity: dict[str, Any], overwrite: bool) -> bool
         return False
     require_no_rivals(store)
     try:
-        manifest = _read_own(store, MANIFEST, kind=Manifest)
+        manifest = _read_own(store, MANIFEST, kind=ManifestRecord)
         _same_settings(store, manifest["identity"], identity)
-        _require_whole(store, manifest["files"], Report if "restored_from" in identity else CompressionReport)
+        _require_whole(
+            store, manifest["files"], ReportRecord if "restored_from" in identity else CompressionReportRecord
+        )
     except UserError:  # another output, a damaged one, or one whose manifest names what is outside
         if overwrite:
             return False
@@ -136,7 +145,7 @@ def _clear_replaced(store: Store) -> None:
     replaced = read_list(store, _REPLACED)
     clear_unfinished(store, replaced)
     clear(store, replaced)
-    store.remove(DONE)
+    store.remove(FINISHED_FOLDER)
     store.remove(FINISHING)
     store.remove(_REPLACED)
 
@@ -167,7 +176,9 @@ def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any]) -> No
 
 def _same_settings(store: Store, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise OutputError unless the settings are the same. What is finished may have been calculated anywhere."""
-    changed = [f"{key[:_SHOWN]} {_shown(old)} -> {_shown(new)}" for key, (old, new) in changes(before, now).items()]
+    changed = [
+        f"{key[:_SHOWN]} {_shown(old)} -> {_shown(new)}" for key, (old, new) in identity_changes(before, now).items()
+    ]
     if changed:
         raise UnusableOutput(
             f"{store.root}: holds an output of other settings ({'; '.join(changed)})",
@@ -184,7 +195,9 @@ def _require_whole(store: Store, files: Mapping[str, Any], report: type[Record])
     """Raise OutputError that names a file which is not as it was written."""
     try:
         with ThreadPoolExecutor(_HASHING) as pool:
-            found = [line for lines in pool.map(lambda one: differences(store, *one), files.items()) for line in lines]
+            found = [
+                line for lines in pool.map(lambda one: file_differences(store, *one), files.items()) for line in lines
+            ]
         _read_own(store, REPORT, kind=report)
     except FileNotFoundError:
         found = [f"{REPORT} is missing"]
@@ -195,12 +208,12 @@ def _require_whole(store: Store, files: Mapping[str, Any], report: type[Record])
 def _finished(store: Store, run: str) -> Finished:
     """Files of an interrupted `run` that are as their records say; what else it has written of tensors is removed."""
     finished = {}
-    for entry in store.below(DONE).names():
+    for entry in store.below(FINISHED_FOLDER).names():
         file = entry.removesuffix(".json")
         try:
-            done = read_record(store, f"{DONE}/{entry}", Done)
+            done = read_record(store, f"{FINISHED_FOLDER}/{entry}", FinishedFileRecord)
             record = FileRecord(file, done["size"], done["sha256"], done.get("tensors", {}))
-            sound = done["run"] == run and not differences(store, file, record.about)
+            sound = done["run"] == run and not file_differences(store, file, record.about)
         except ValueError:
             sound = False
         if sound:

@@ -6,15 +6,15 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.checkpoints.checkpoint import MANIFEST, RUN
-from pipeline.checkpoints.extra_files import ADAPTER
-from pipeline.checkpoints.tensor_io import DONE, differences
+from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
+from pipeline.checkpoints.tensor_io import FINISHED_FOLDER, file_differences
 from pipeline.checkpoints.weight_files import INDEX, SINGLE, is_adapter
 from pipeline.errors import OutputError, UserError
-from pipeline.storage.local_files import meant_by
+from pipeline.storage.local_files import final_name
 from pipeline.storage.store import Store, is_inside
 
 REPORT = "swsc_report.json"
-ADAPTER_FILES = (f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json")
+ADAPTER_FILES = (f"{ADAPTER_FOLDER}/adapter_model.safetensors", f"{ADAPTER_FOLDER}/adapter_config.json")
 FINISHING = ".swsc/finishing.json"  # names of the files beside tensors that a run was about to write
 WRITTEN = ".swsc/files.json"  # names of all files that the run under way writes, and of those that it replaces
 
@@ -70,7 +70,7 @@ def require_no_rivals(store: Store) -> None:
 
 def _recorded(store: Store) -> set[str]:
     """Names that the records of a run list."""
-    records = {name.removesuffix(".json") for name in _names_below(store, DONE)}
+    records = {name.removesuffix(".json") for name in _names_below(store, FINISHED_FOLDER)}
     return {*read_list(store, FINISHING), *read_list(store, WRITTEN), *records, REPORT, MANIFEST}
 
 
@@ -88,7 +88,7 @@ def _manifest(store: Store) -> dict[str, Any] | None:
 def _is_as_listed(store: Store, name: str, about: Any) -> bool:
     """Whether a file is the very one that a manifest lists, or that of an adapter, whose names are ours."""
     try:
-        return name in ADAPTER_FILES or not differences(store, name, about)
+        return name in ADAPTER_FILES or not file_differences(store, name, about)
     except (UserError, KeyError, TypeError):
         return False
 
@@ -120,7 +120,7 @@ def _unfinished(store: Store, names: Iterable[str]) -> Iterator[str]:
     wanted = _inside(names)
     for folder in {os.path.dirname(name) for name in wanted}:
         for name in _names_below(store, folder):
-            meant = meant_by(name)
+            meant = final_name(name)
             if meant is not None and os.path.join(folder, meant) in wanted:
                 yield os.path.join(folder, name)
 

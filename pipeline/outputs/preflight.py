@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from pipeline.checkpoints.checkpoint import Checkpoint
-from pipeline.checkpoints.quantized_names import require_unquantized
+from pipeline.checkpoints.foreign_quantization import require_unquantized
 from pipeline.console import log
 from pipeline.device import Arithmetic
 from pipeline.errors import OutputError
@@ -18,8 +18,8 @@ from pipeline.planning.plan import Plan
 from pipeline.settings.compression import CompressSettings
 from pipeline.storage.cache_key import VERSIONS, settings_identity
 from pipeline.storage.lease import require_idle
-from pipeline.storage.paths import Place, require_apart, require_outside
-from pipeline.storage.store import Store, require_room
+from pipeline.storage.paths import UserPath, require_disjoint_paths, require_outside
+from pipeline.storage.store import Store, require_free_space
 from swsc_core.compressed.config_json import FORMAT_VERSION
 
 _SHOWN = 4  # names of files in a note
@@ -72,12 +72,12 @@ def require_output(
     store = Store.at(output)
     require_unmixed(source, store)
     if settings.needs_calibration:
-        require_cache(cache, [Place("OUTPUT", store), Place("MODEL", source.store)])
+        require_cache(cache, [UserPath("OUTPUT", store), UserPath("MODEL", source.store)])
     require_replaceable(store, identity_of(source, settings, arithmetic), overwrite, names_of(source, plan))
     require_idle(store)
     staged = plan.stored_bytes_as("swsc") - _staged_bytes(Store.at(cache)) if settings.epochs else 0
     there = sum(store.size(name) for name in store.names())
-    require_room(store, max(0, plan.stored_bytes_as(settings.format) - there) + max(0, staged))
+    require_free_space(store, max(0, plan.stored_bytes_as(settings.format) - there) + max(0, staged))
 
 
 def _staged_bytes(cache: Store) -> int:
@@ -94,14 +94,14 @@ def require_unmixed(source: Checkpoint, store: Store) -> None:
     """
     files = {*source.extras, *(info.file for info in source.tensors.values())}
     linked = {os.path.realpath(f"{source.store.root}/{name}") for name in files if source.store.is_link(name)}
-    blobs = [Place("files of MODEL", Store(folder)) for folder in sorted(set(map(os.path.dirname, linked)))]
-    require_apart(Place("OUTPUT", store), [Place("MODEL", source.store), *blobs])
+    blobs = [UserPath("files of MODEL", Store(folder)) for folder in sorted(set(map(os.path.dirname, linked)))]
+    require_disjoint_paths(UserPath("OUTPUT", store), [UserPath("MODEL", source.store), *blobs])
     require_writable_names(source, store)
 
 
-def require_cache(cache: str, others: Iterable[Place]) -> None:
+def require_cache(cache: str, others: Iterable[UserPath]) -> None:
     """Raise OutputError if the cache lies inside the output, or in what is read."""
-    require_outside(Place.at("--cache-dir", cache), others)
+    require_outside(UserPath.at("--cache-dir", cache), others)
 
 
 def names_of(source: Checkpoint, plan: Plan) -> list[str]:
@@ -115,7 +115,7 @@ def begin_with_room(
 ) -> Output:  # fmt: skip
     """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
     if store.is_local:  # before anything is replaced
-        require_room(store, nbytes - sum(store.size(name) for name in store.names()))
+        require_free_space(store, nbytes - sum(store.size(name) for name in store.names()))
     changed = changed_since(store, source) if on_wait is None else []  # in a cache only the weights are looked at
     out = begin(store, identity, overwrite, on_wait, names, source.store, overwrite and bool(changed))
     if out.complete and changed:
@@ -124,7 +124,7 @@ def begin_with_room(
             " made, which holds the earlier one; copy it in by making the output again: --overwrite"
         )
     try:
-        require_room(store, 0 if out.complete else nbytes - out.finished_bytes)
+        require_free_space(store, 0 if out.complete else nbytes - out.finished_bytes)
     except BaseException as error:
         with out:
             if isinstance(error, OutputError):

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline.checkpoints.tensor_io import DONE
+from pipeline.checkpoints.tensor_io import FINISHED_FOLDER
 from pipeline.engine.stage import Pools, Stage, run_stage
 from pipeline.engine.task import Task, TaskResult
-from pipeline.errors import ClusterError, WeightsError
+from pipeline.errors import ClusterError, UncompressibleWeight
 from pipeline.outputs.transaction import Output, abandon
 
 V = TypeVar("V")
@@ -21,7 +21,9 @@ def run_output_stage(
     """
     try:
         run_stage(pools, stage, tasks, note)
-    except (WeightsError, ClusterError) as error:
-        if isinstance(error, WeightsError) or not out.store.below(DONE).names():  # a node that joins late may not fit
+    except (UncompressibleWeight, ClusterError) as error:
+        if (
+            isinstance(error, UncompressibleWeight) or not out.store.below(FINISHED_FOLDER).names()
+        ):  # a node that joins late may not fit
             abandon(out)
         raise

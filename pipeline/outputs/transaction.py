@@ -13,7 +13,7 @@ from typing import Any, Self
 from pipeline.architectures.model_config import ModelConfig
 from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint, read_header
 from pipeline.checkpoints.weight_files import INDEX, TENSOR_FILE
-from pipeline.errors import FULL, CheckpointError, DiskFull, OutputError
+from pipeline.errors import DISK_FULL_ERRNOS, CheckpointError, DiskFull, OutputError
 from pipeline.outputs.atomic_edit import settle
 from pipeline.outputs.existing_output import (
     Finished,
@@ -24,9 +24,9 @@ from pipeline.outputs.existing_output import (
 )  # fmt: skip
 from pipeline.outputs.model_card import CARD, SOURCE_CARD
 from pipeline.outputs.owned_files import FINISHING, REPORT, WRITTEN, clear, clear_unfinished, read_list
-from pipeline.storage.cache_key import run_digest, spelled_out
-from pipeline.storage.lease import LEASE, Lease, Ticket, acquire
-from pipeline.storage.records import Calibration, Manifest, read_record
+from pipeline.storage.cache_key import full_identity, run_digest
+from pipeline.storage.lease import LEASE_FILE, Lease, Ticket, acquire_lease
+from pipeline.storage.records import CalibrationRecord, ManifestRecord, read_record
 from pipeline.storage.store import FileRecord, Store
 from swsc_core.compressed.config_json import FORMAT_VERSION
 
@@ -56,7 +56,7 @@ class Output:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.lease:
             self.lease.release()
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             raise DiskFull.of(error) from None
 
     @property
@@ -99,7 +99,7 @@ def begin(
         return Output(store, identity, {}, None)
     require_replaceable(store, identity, overwrite, names)
     made = not store.is_there
-    lease = acquire(store, on_wait)
+    lease = acquire_lease(store, on_wait)
     try:
         if source and lease.is_seen_in(source):
             raise OutputError(
@@ -125,7 +125,9 @@ def known_traces(store: Store) -> frozenset[str]:
         CheckpointError: what says so is damaged.
     """
     try:
-        return frozenset(read_record(store, CALIBRATION, Calibration)["traces"] if store.exists(CALIBRATION) else ())
+        return frozenset(
+            read_record(store, CALIBRATION, CalibrationRecord)["traces"] if store.exists(CALIBRATION) else ()
+        )
     except ValueError as error:
         raise CheckpointError(
             f"{store.root}: {CALIBRATION} is damaged ({error}): what the model was calibrated on is not known; download it"
@@ -159,7 +161,7 @@ def changed_since(store: Store, source: Checkpoint) -> list[str]:
     The source's card is left aside: it may change with every visit to the Hub.
     """
     try:
-        files = read_record(store, MANIFEST, Manifest)["files"]
+        files = read_record(store, MANIFEST, ManifestRecord)["files"]
     except (FileNotFoundError, ValueError):
         return []
 
@@ -215,7 +217,7 @@ def finish(
     clear(store, set(written) - files.keys() - {REPORT})
     output.ticket.require()
     store.write_json(
-        MANIFEST, {"format_version": FORMAT_VERSION, "identity": spelled_out(output.identity), "files": files}
+        MANIFEST, {"format_version": FORMAT_VERSION, "identity": full_identity(output.identity), "files": files}
     )
     _leave(output)
 
@@ -225,7 +227,7 @@ def _leave(output: Output) -> None:
     assert output.lease is not None
     below = output.store.below(".swsc")
     for name in below.entries():
-        if not LEASE.endswith(f"/{name}"):
+        if not LEASE_FILE.endswith(f"/{name}"):
             below.remove(name)
     output.lease.release()
     below.remove_empty()

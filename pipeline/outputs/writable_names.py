@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, OutputError
-from pipeline.storage.local_files import TEMPORARY
+from pipeline.storage.local_files import TEMPORARY_SUFFIX
 from pipeline.storage.store import Store, is_inside
 
 _NAME_BYTES, _PATH_BYTES = 255, 4095  # most that file systems take
-_WHILE_WRITTEN = len(".12345678") + len(TEMPORARY)  # bytes that a name is longer by until its file is whole
+_WHILE_WRITTEN = len(".12345678") + len(TEMPORARY_SUFFIX)  # bytes that a name is longer by until its file is whole
 _OWN = 80  # bytes of the longest name of our own: a record below .swsc/done
 
 

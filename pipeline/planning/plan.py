@@ -12,10 +12,10 @@ from typing import Literal
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.architectures.tensor_names import layer_of
 from pipeline.checkpoints.checkpoint import Checkpoint
-from pipeline.checkpoints.fp8_source import REASON
+from pipeline.checkpoints.foreign_quantization import require_unquantized
+from pipeline.checkpoints.fp8_source import SCALE_REASON
 from pipeline.checkpoints.matrix_info import MatrixInfo
-from pipeline.checkpoints.quantized_names import require_unquantized
-from pipeline.checkpoints.redundant_tensors import ties_of
+from pipeline.checkpoints.redundant_tensors import find_ties
 from pipeline.checkpoints.weight_files import tensor_files
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.matrices import FusedTensor, fused_tensors
@@ -137,7 +137,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings, dense: bool = Fa
     _require_free_names(checkpoint, decisions)
     decisions += [*_split(checkpoint, decisions), *_tied(checkpoint)]
     decisions += [Decision(info, "left out", "a buffer that a model makes anew", 0) for info in checkpoint.buffers]
-    decisions += [Decision(info, "left out", REASON, 0) for info in checkpoint.scales]
+    decisions += [Decision(info, "left out", SCALE_REASON, 0) for info in checkpoint.scales]
     return _with_tasks(decisions)
 
 
@@ -202,7 +202,7 @@ def _split(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> Iterable[De
 def _tied(checkpoint: Checkpoint) -> Iterable[Decision]:
     """The output head that is the embedding, whether the files leave it out or hold it twice."""
     stored = checkpoint.tensors
-    for tie in ties_of(stored, checkpoint.config, checkpoint.store.root):
+    for tie in find_ties(stored, checkpoint.config, checkpoint.store.root):
         if tie.shares in stored and tie.name not in stored:
             how = "a stored copy, shares" if tie in checkpoint.copies else "shares"
             yield Decision(replace(stored[tie.shares], name=tie.name), "tied", f"{how} {tie.shares}", 0)

@@ -7,13 +7,13 @@ expression that selects nothing is a mistake.
 import re
 from dataclasses import dataclass
 
-from pipeline.architectures.families import Family, require_roles
+from pipeline.architectures.families import Family, require_known_roles
 from pipeline.architectures.stacked_experts import is_stack
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.architectures.tensor_names import tensor_kind
 from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.checkpoints.loading_refusals import LoadingRefusal, loading_refusal
 from pipeline.checkpoints.matrix_info import MatrixInfo
-from pipeline.checkpoints.openable import Refusal, refusal_of
 from pipeline.errors import ConfigError
 from pipeline.models.matrices import is_matrix, matrices_of
 from pipeline.settings.matrix import MatrixSettings
@@ -55,7 +55,7 @@ class _Chooser:
         self._checkpoint, self._exclude = checkpoint, settings.exclude
         self.family = Family(checkpoint.config)
         roles = settings.projectors if settings.projectors is not None else (() if settings.include else ("q", "k"))
-        require_roles(roles)
+        require_known_roles(roles)
         if roles and not self.family.known:
             raise ConfigError(
                 f"{checkpoint.store.root}: the roles of model_type {self.family.name!r} are not known, so --projectors"
@@ -63,7 +63,7 @@ class _Chooser:
             )
         self._roles = roles
         self._include = re.compile(settings.include) if settings.include else None
-        self._refusal: Refusal = (lambda *_: None) if dense else refusal_of(checkpoint)
+        self._refusal: LoadingRefusal = (lambda *_: None) if dense else loading_refusal(checkpoint)
         self.unmet = [f"projector {role}" for role in roles] + (["--include"] if self._include else [])
 
     def of(self, info: TensorInfo) -> list[Selected]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.architectures.tensor_names import layer_of
-from pipeline.checkpoints.extra_files import ADAPTER
+from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
 from pipeline.checkpoints.sources.gguf import is_gguf
 from pipeline.checkpoints.weight_files import tensor_files
 from pipeline.compression.job import copy_task
@@ -84,7 +84,7 @@ def _done(model: Model, name: str, carried: Mapping[str, str]) -> tuple[str, str
     if not model.is_compressed(name):
         return "copied", "was stored as it is"
     if name in carried:
-        return "restored", f"was compressed; its low-rank part is in {ADAPTER}"
+        return "restored", f"was compressed; its low-rank part is in {ADAPTER_FOLDER}"
     whole = carried and any(model.entries[own].low_rank for own in model.pieces.get(name, [name]))
     return "restored", "was compressed" + ("; whole, as it is no linear layer of its own" if whole else "")
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.checkpoints.tensor_io import Payload, to_part
+from pipeline.checkpoints.tensor_io import Payload, to_stored_tensor
 from pipeline.engine.task import JobContext, JobOutput
 from pipeline.models.lora_export import adapter_tensors
 from pipeline.models.stored_model import open_model
@@ -23,7 +23,7 @@ class RestoreTensors:
 
     def run(self, context: JobContext) -> JobOutput[None]:
         model = open_model(self.location)
-        parts = (to_part(name, model.read(name, name in self.without_low_rank)) for name in self.names)
+        parts = (to_stored_tensor(name, model.read(name, name in self.without_low_rank)) for name in self.names)
         return JobOutput(None, (Payload(tuple(parts)),))
 
 
@@ -40,4 +40,4 @@ class ExtractLowRank:
 
     def run(self, context: JobContext) -> JobOutput[None]:
         tensors = adapter_tensors(open_model(self.location), self.carried)
-        return JobOutput(None, (Payload(tuple(to_part(name, tensor) for name, tensor in tensors)),))
+        return JobOutput(None, (Payload(tuple(to_stored_tensor(name, tensor) for name, tensor in tensors)),))

@@ -65,12 +65,12 @@ def windows_identity(ids: np.ndarray) -> dict[str, Any]:
     return {"ids": hashlib.sha256(ids.tobytes()).hexdigest(), "windows": list(ids.shape)}
 
 
-def spelled_out(identity: Mapping[str, Any]) -> dict[str, Any]:
+def full_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """The identity of an output as its manifest records it: of a compression with all settings."""
     return dict(identity) if "restored_from" in identity else {**_DEFAULTS, **identity}
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def identity_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Key -> values before and now, where two identities differ. A setting that is missing has its default.
 
     The arithmetic does not count, nor does a calibration that `now` does not know yet.

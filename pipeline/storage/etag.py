@@ -9,16 +9,16 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-PART = 10 << 20  # bytes of a part in what pyarrow uploads
+PART_BYTES = 10 << 20  # bytes of a part in what pyarrow uploads
 # Parts of other clients, in MiB: their defaults, and what they choose for large objects.
 _KNOWN_PARTS = (5, 8, 10, 15, 16, 25, 32, 50, 64, 100, 128, 256, 512, 1024)
 _ETAG = re.compile(r'"?([0-9a-f]{32})(?:-(\d+))?"?')
 
 
-class PartDigest:
+class EtagDigest:
     """The ETags that bytes may have: as one object, and in parts of `part` bytes; fed piece by piece."""
 
-    def __init__(self, part: int = PART) -> None:
+    def __init__(self, part: int = PART_BYTES) -> None:
         self._part, self._in_part = part, 0
         self._whole, self._current = _md5(), _md5()
         self._finished: list[bytes] = []
@@ -43,7 +43,7 @@ class PartDigest:
         return self._whole.hexdigest(), f"{_md5(b''.join(parts)).hexdigest()}-{len(parts)}"
 
 
-def proves(etag: str, data: bytes | bytearray) -> bool:
+def etag_matches(etag: str, data: bytes | bytearray) -> bool:
     """Whether `etag` is one of exactly these bytes; False if it may be, but was made in a way that is not known."""
     if (found := _ETAG.fullmatch(etag)) is None:
         return False
@@ -59,7 +59,7 @@ def _part_sizes(size: int, number: int) -> Iterable[int]:
 
 
 def _of(data: bytes | bytearray, part: int) -> str:
-    digest = PartDigest(part or PART)
+    digest = EtagDigest(part or PART_BYTES)
     digest.update(data)
     return digest.etags[bool(part)]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from pipeline.storage.etag import PartDigest
+from pipeline.storage.etag import EtagDigest
 
-Bytes = bytes | bytearray | memoryview
+BytesLike = bytes | bytearray | memoryview
 
 
 class Files(Protocol):
@@ -28,10 +28,10 @@ class Files(Protocol):
     def read(self, path: str, start: int, length: int) -> bytearray:
         """Bytes [start, start + length) of a file; fewer if it ends before."""
 
-    def write(self, path: str, pieces: Iterable[Bytes]) -> None:
+    def write(self, path: str, pieces: Iterable[BytesLike]) -> None:
         """Write a file; when this returns it is durable, and until then it is not there."""
 
-    def content_proved(self, path: str, digest: PartDigest) -> bool:
+    def content_proved(self, path: str, digest: EtagDigest) -> bool:
         """Whether a file's content is surely what `digest` has seen, without reading it."""
 
     def create(self, path: str, data: bytes) -> bool:
@@ -50,12 +50,12 @@ class Files(Protocol):
         """Free bytes of the disk that a path lies on, or would lie on; None if there is no limit."""
 
 
-def filled(length: int, read_into: Callable[[memoryview], int | None]) -> bytearray:
+def read_fully(length: int, read_into: Callable[[memoryview], int | None]) -> bytearray:
     """Up to `length` bytes, by as many calls as it takes."""
     data = bytearray(max(0, length))
-    filled, view = 0, memoryview(data)
-    while filled < len(data) and (count := read_into(view[filled:])):
-        filled += count
+    read_fully, view = 0, memoryview(data)
+    while read_fully < len(data) and (count := read_into(view[read_fully:])):
+        read_fully += count
     view.release()
-    del data[filled:]
+    del data[read_fully:]
     return data

@@ -17,16 +17,18 @@ from socket import gethostname
 from typing import Any, Self
 from uuid import uuid4
 
-from pipeline.errors import OutputError, RunError, StoreError, Unanswered
-from pipeline.storage.records import Holder, checked
+from pipeline.errors import OutputError, RunError, StoreError, StoreUnavailable
+from pipeline.storage.records import LeaseRecord, check_record
 from pipeline.storage.store import Store
 
-LEASE = ".swsc/lease.json"
-_BEAT = 5.0  # seconds after which a run renews its lease
-_LOOKS = 20  # at a lease that is not whole
-_SILENT = 30.0  # seconds without a sign of life after which it is taken for gone
-_SETTLED = 2.0  # seconds after which two that signed at the same moment in an object store know who was the later one
-_held: set[str] = set()  # tickets of this process
+LEASE_FILE = ".swsc/lease.json"
+_RENEWAL_SECONDS = 5.0  # seconds after which a run renews its lease
+_READ_ATTEMPTS = 20  # at a lease that is not whole
+_SILENT_SECONDS = 30.0  # seconds without a sign of life after which it is taken for gone
+_SETTLING_SECONDS = (
+    2.0  # seconds after which two that signed at the same moment in an object store know who was the later one
+)
+_held_owners: set[str] = set()  # tickets of this process
 
 
 class LeaseLost(RunError):
@@ -80,10 +82,10 @@ class Lease:
     def renew(self) -> None:
         """Give a sign of life."""
         self._beats += 1
-        self.ticket.store.put(LEASE, _signed(self.ticket, self._beats))
+        self.ticket.store.put(LEASE_FILE, _signed(self.ticket, self._beats))
 
     def _keep(self) -> None:
-        while not self._over.wait(_BEAT):
+        while not self._over.wait(_RENEWAL_SECONDS):
             with suppress(OSError, StoreError):  # a store that does not answer now may do so at the next beat
                 if (_understood(_read(self.ticket.store)) or {}).get("owner") != self.ticket.owner:
                     return  # taken over, or done with by who took over: commits will say so
@@ -93,13 +95,13 @@ class Lease:
         """Give the ticket back."""
         self._over.set()
         self._thread.join()
-        _held.discard(self.ticket.owner)
+        _held_owners.discard(self.ticket.owner)
         with suppress(RunError, OSError):
             self.ticket.require()
-            self.ticket.store.remove(LEASE)
+            self.ticket.store.remove(LEASE_FILE)
 
 
-def acquire(
+def acquire_lease(
     store: Store, on_wait: Callable[[str], None] | None = None, sleep: Callable[[float], None] = time.sleep
 ) -> Lease:
     """The right to write into `store`, as soon as no other run has it.
@@ -113,12 +115,12 @@ def acquire(
     while True:
         left = _await_silence(store, on_wait, sleep)
         ticket = Ticket(store, uuid4().hex)
-        _held.add(ticket.owner)
+        _held_owners.add(ticket.owner)
         try:
             _sign(ticket, left, sleep)
             return Lease(ticket)
         except BaseException as error:
-            _held.discard(ticket.owner)
+            _held_owners.discard(ticket.owner)
             if on_wait is None or not isinstance(
                 error, OutputError
             ):  # of two that came at the same moment the other one has it
@@ -138,7 +140,7 @@ def is_free(store: Store) -> bool:
 
 def is_of_this_machine(store: Store) -> bool:
     """Whether who writes into `store` is a process of this machine, so that `is_free` says for sure whether it is gone."""
-    return (_understood(_read(store)) or {}).get("machine") == _machine()
+    return (_understood(_read(store)) or {}).get("machine") == machine_id()
 
 
 def _sign(ticket: Ticket, left: bytes | None, sleep: Callable[[float], None]) -> None:
@@ -148,11 +150,11 @@ def _sign(ticket: Ticket, left: bytes | None, sleep: Callable[[float], None]) ->
         if _read(store) != left:
             raise _taken(store)
         if left is not None:
-            store.remove(LEASE)
-        if not store.create(LEASE, _signed(ticket, 0)):
+            store.remove(LEASE_FILE)
+        if not store.create(LEASE_FILE, _signed(ticket, 0)):
             raise _taken(store)
     if not store.is_local:
-        sleep(_SETTLED)  # of two that came at the same moment the later one has it
+        sleep(_SETTLING_SECONDS)  # of two that came at the same moment the later one has it
     try:
         ticket.require()
     except LeaseLost:
@@ -165,14 +167,14 @@ def _taken(store: Store) -> OutputError:
 
 
 def _signed(ticket: Ticket, beat: int) -> bytes:
-    about = {"owner": ticket.owner, "machine": _machine(), "pid": os.getpid(), "beat": beat}
+    about = {"owner": ticket.owner, "machine": machine_id(), "pid": os.getpid(), "beat": beat}
     return json.dumps(about).encode()
 
 
 def _await_silence(store: Store, on_wait: Callable[[str], None] | None, sleep: Callable[[float], None]) -> bytes | None:
     """The lease of a run that is gone, as soon as it is; None if there is no lease."""
     before, waited, told = _read(store), 0.0, False
-    while (about := _understood(before)) is not None and not _is_gone(about) and waited < _SILENT:
+    while (about := _understood(before)) is not None and not _is_gone(about) and waited < _SILENT_SECONDS:
         sleep(1.0)
         found, waited = _read(store), waited + 1.0
         if found not in (None, before):
@@ -190,14 +192,16 @@ def _read(store: Store) -> bytes | None:
 
     It may be replaced between the look at its length and the look at its bytes: what is not whole is looked at again.
     """
-    for look in range(_LOOKS):
-        last = look == _LOOKS - 1
+    for look in range(_READ_ATTEMPTS):
+        last = look == _READ_ATTEMPTS - 1
         try:
-            raw = bytes(store.read(LEASE))
+            raw = bytes(store.read(LEASE_FILE))
         except FileNotFoundError:
             return None
         except StoreError as error:
-            if last or isinstance(error, Unanswered):  # who would wait for each look in turn for as long as for one
+            if last or isinstance(
+                error, StoreUnavailable
+            ):  # who would wait for each look in turn for as long as for one
                 raise
             continue
         if last or _understood(raw) is not None:
@@ -208,7 +212,7 @@ def _read(store: Store) -> bytes | None:
 def _understood(raw: bytes | None) -> dict[str, Any] | None:
     """What a lease says; None if there is none, or none that can be understood."""
     try:
-        return checked(Holder, json.loads(raw or b""))
+        return check_record(LeaseRecord, json.loads(raw or b""))
     except (ValueError, RecursionError):
         return None
 
@@ -219,10 +223,10 @@ def _who(about: dict[str, Any]) -> str:
 
 def _is_gone(about: dict[str, Any]) -> bool:
     """Whether it was a process of this machine that is no longer there."""
-    if about.get("machine") != _machine():
+    if about.get("machine") != machine_id():
         return False
     if about.get("pid") == os.getpid():
-        return about["owner"] not in _held
+        return about["owner"] not in _held_owners
     try:
         os.kill(int(about["pid"]), 0)
     except ProcessLookupError:
@@ -232,7 +236,7 @@ def _is_gone(about: dict[str, Any]) -> bool:
     return False
 
 
-def _machine() -> str:
+def machine_id() -> str:
     """A name of this machine since it was started, as far as its process numbers mean the same."""
     parts = [gethostname()]
     with suppress(OSError):

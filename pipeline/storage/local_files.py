@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.storage.etag import PartDigest
-from pipeline.storage.files import Bytes, filled
+from pipeline.storage.etag import EtagDigest
+from pipeline.storage.files import BytesLike, read_fully
 
-TEMPORARY = ".partial"
-_TEMPORARY_NAME = re.compile(r"(.+)\.[0-9a-f]{8}" + re.escape(TEMPORARY))
+TEMPORARY_SUFFIX = ".partial"
+_TEMPORARY_NAME = re.compile(r"(.+)\.[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))
 
 # What file systems answer that sync no folders: shared folders of virtual machines, older SMB clients, some of FUSE.
 _NO_SUCH_CALL = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)
@@ -38,12 +38,12 @@ class LocalFiles:
     def read(self, path: str, start: int, length: int) -> bytearray:
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            return filled(length, file.readinto)
+            return read_fully(length, file.readinto)
 
-    def write(self, path: str, pieces: Iterable[Bytes]) -> None:
+    def write(self, path: str, pieces: Iterable[BytesLike]) -> None:
         target = Path(path)
         _make_directory(target.parent)
-        temporary = f"{path}.{uuid4().hex[:8]}{TEMPORARY}"  # two writers must not share one
+        temporary = f"{path}.{uuid4().hex[:8]}{TEMPORARY_SUFFIX}"  # two writers must not share one
         try:
             with open(temporary, "wb", buffering=0) as file:
                 for piece in pieces:
@@ -58,7 +58,7 @@ class LocalFiles:
             raise
         _sync_directory(target.parent)
 
-    def content_proved(self, path: str, digest: PartDigest) -> bool:
+    def content_proved(self, path: str, digest: EtagDigest) -> bool:
         return True  # a disk that writes other bytes than it is given says so when they are read
 
     def create(self, path: str, data: bytes) -> bool:
@@ -102,7 +102,7 @@ class LocalFiles:
         return shutil.disk_usage(existing).free
 
 
-def meant_by(temporary: str) -> str | None:
+def final_name(temporary: str) -> str | None:
     """Name of the file that was being written under the name `temporary`; None if that is no such name."""
     match = _TEMPORARY_NAME.fullmatch(temporary)
     return match[1] if match else None

@@ -16,10 +16,10 @@ from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import StoreError, StoreGone, Unanswered
-from pipeline.storage.confirmed import Unequal, confirm
-from pipeline.storage.etag import PartDigest, proves
-from pipeline.storage.files import Bytes, filled
+from pipeline.errors import StoreError, StoreOutage, StoreUnavailable
+from pipeline.storage.etag import EtagDigest, etag_matches
+from pipeline.storage.files import BytesLike, read_fully
+from pipeline.storage.repeated_reads import ReadsDiffer, confirm_by_rereading
 
 _ATTEMPTS = 6  # of one request, with growing pauses and jitter between them
 _CONNECT_SECONDS, _REQUEST_SECONDS = 10.0, 60.0
@@ -42,16 +42,16 @@ _FAILURES = (
 )  # fmt: skip
 
 
-class Unavailable(Unanswered):
+class StoreNotResponding(StoreUnavailable):
     """The store does not answer, or not now."""
 
 
-class CredentialsRefused(Unanswered):
+class CredentialsRefused(StoreUnavailable):
     """The store answers, and does not accept who asks."""
 
 
 # Seconds without a success after which a failure ends the run.
-PATIENCE: dict[type[StoreError], float] = {Unavailable: 30.0, CredentialsRefused: 60.0}
+PATIENCE: dict[type[StoreError], float] = {StoreNotResponding: 30.0, CredentialsRefused: 60.0}
 
 
 class ObjectFiles:
@@ -59,7 +59,7 @@ class ObjectFiles:
 
     def __init__(self, scheme: str) -> None:
         self._scheme = scheme
-        self._system = _connected(scheme)
+        self._system = _connect(scheme)
         self._confirming = _is_plain(scheme) and not os.environ.get(READ_ONCE)
         self._accepted: set[tuple[str, str]] = set()  # what was done before, and to which bucket
         self._failing_since: float | None = None
@@ -97,7 +97,7 @@ class ObjectFiles:
     def read(self, path: str, start: int, length: int) -> bytearray:
         try:
             return self._patiently(path, partial(self._read, path, start, length))
-        except Unequal as where:
+        except ReadsDiffer as where:
             raise StoreError(
                 f"{self._scheme}://{path}: bytes from {where} on differ from reading to reading; {_HTTPS}"
             ) from None
@@ -108,14 +108,14 @@ class ObjectFiles:
 
             def between(first: int, last: int) -> bytearray:
                 file.seek(first)
-                return filled(last - first, file.readinto)
+                return read_fully(last - first, file.readinto)
 
             data = between(start, min(start + length, size))
-            if self._confirming and not (len(data) == size and proves(_etag(file), data)):
-                confirm(data, start, size, between)
+            if self._confirming and not (len(data) == size and etag_matches(_etag(file), data)):
+                confirm_by_rereading(data, start, size, between)
             return data
 
-    def write(self, path: str, pieces: Iterable[Bytes]) -> None:
+    def write(self, path: str, pieces: Iterable[BytesLike]) -> None:
         out = self._patiently(path, lambda: self._system.open_output_stream(path), "write")
         try:
             for piece in pieces:
@@ -151,7 +151,7 @@ class ObjectFiles:
     def free_bytes(self, path: str) -> int | None:
         return None
 
-    def content_proved(self, path: str, digest: PartDigest) -> bool:
+    def content_proved(self, path: str, digest: EtagDigest) -> bool:
         """Whether the store's own checksum of an object is one of the bytes that `digest` has seen."""
         return self._patiently(path, partial(self._etag_of, path)) in digest.etags
 
@@ -165,18 +165,18 @@ class ObjectFiles:
         while True:
             try:
                 result = self._try(path, call)
-            except (Unavailable, CredentialsRefused) as error:
+            except (StoreNotResponding, CredentialsRefused) as error:
                 self._failing_since = self._failing_since or time.monotonic()
                 seconds = time.monotonic() - self._failing_since
                 if like not in self._accepted:
                     raise
                 if seconds >= PATIENCE[type(error)]:
-                    raise StoreGone(
+                    raise StoreOutage(
                         f"{error} (no good answer for {seconds:.0f} s; what is finished is kept: run it again when the store is back)"
                     ) from None
                 time.sleep(_PAUSE)
                 if isinstance(error, CredentialsRefused):
-                    self._system = _connected(self._scheme)  # a client holds the credentials that it was made with
+                    self._system = _connect(self._scheme)  # a client holds the credentials that it was made with
             else:
                 self._failing_since = None
                 self._accepted.add(like)
@@ -194,7 +194,7 @@ class ObjectFiles:
                 f"{reason}: the store refuses these credentials; renew them, or give others by the environment, and run the same"
                 " command again"
             )
-        kind = Unavailable if any(word in own for word in _FAILURES) else StoreError
+        kind = StoreNotResponding if any(word in own for word in _FAILURES) else StoreError
         raise kind(f"{reason}; check the address, and endpoint, region and credentials in the environment")
 
 
@@ -221,7 +221,7 @@ def _is_plain(scheme: str) -> bool:
     return _endpoint(scheme).lower().startswith("http://")
 
 
-def _connected(scheme: str) -> Any:
+def _connect(scheme: str) -> Any:
     import pyarrow.fs as arrow
 
     if scheme == "gs":

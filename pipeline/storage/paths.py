@@ -16,14 +16,14 @@ from pipeline.errors import OutputError
 from pipeline.storage.filesystems import SCHEMES
 from pipeline.storage.store import Store
 
-_MOUNTS = Path("/proc/self/mountinfo")
+_MOUNT_TABLE = Path("/proc/self/mountinfo")
 _ESCAPED = re.compile(r"\\([0-7]{3})")  # how the table of mounts has spaces and the like
 _Inode = tuple[int, int]  # device, inode
 _Origin = tuple[str, str]  # device, path within its file system
 
 
 @dataclass(frozen=True)
-class Place:
+class UserPath:
     """A location, and what the user calls it: `MODEL`, `--text`."""
 
     what: str
@@ -34,24 +34,24 @@ class Place:
         return cls(what, Store.at(location))
 
 
-def require_apart(written: Place, others: Iterable[Place]) -> None:
+def require_disjoint_paths(written: UserPath, others: Iterable[UserPath]) -> None:
     """Raise OutputError if what is to be written is one of the others, lies inside one, or holds one."""
     for other in others:
-        if holds(written.store, other.store) and holds(other.store, written.store):
+        if contains(written.store, other.store) and contains(other.store, written.store):
             raise _overlap(written, f"{written.what} and {other.what} are the same place")
         require_outside(written, [other])
-        if holds(written.store, other.store):
+        if contains(written.store, other.store):
             raise _overlap(written, f"{other.what} ({other.store.root}) lies inside {written.what}")
 
 
-def require_outside(written: Place, others: Iterable[Place]) -> None:
+def require_outside(written: UserPath, others: Iterable[UserPath]) -> None:
     """Raise OutputError if what is to be written is one of the others, or lies inside one."""
     for other in others:
-        if holds(other.store, written.store):
+        if contains(other.store, written.store):
             raise _overlap(written, f"{written.what} lies inside {other.what} ({other.store.root})")
 
 
-def _overlap(written: Place, how: str) -> OutputError:
+def _overlap(written: UserPath, how: str) -> OutputError:
     return OutputError(f"{written.store.root}: {how}, and would change it; choose another {written.what}")
 
 
@@ -65,10 +65,10 @@ def require_directory(store: Store) -> None:
         raise OutputError(f"{above}: {kind}; choose another place, or take it away")
 
 
-def named(places: Iterable[tuple[str, str | None]]) -> list[Place]:
+def user_paths(places: Iterable[tuple[str, str | None]]) -> list[UserPath]:
     """Places of what the user named, by what it is called; without what is no place of ours: data sets, pages of the web."""
     given = [(what, location) for what, location in places if location]
-    return [Place.at(what, location) for what, location in given if _is_ours(location)]
+    return [UserPath.at(what, location) for what, location in given if _is_ours(location)]
 
 
 def _is_ours(location: str) -> bool:
@@ -76,13 +76,13 @@ def _is_ours(location: str) -> bool:
     return scheme in ("file", *SCHEMES) if separator else os.path.exists(location)
 
 
-def leads_out(store: Store, name: str) -> bool:
+def links_outside(store: Store, name: str) -> bool:
     """Whether a link, the file's own or one of a folder, leads out of the directory, and to no blob of its cache of the Hub."""
     inside = _below(os.path.realpath(store.root), os.path.realpath(f"{store.root}/{name}"))
-    return store.is_link(name) and not (inside or is_blob(store, name))
+    return store.is_link(name) and not (inside or is_hub_blob(store, name))
 
 
-def is_blob(store: Store, name: str) -> bool:
+def is_hub_blob(store: Store, name: str) -> bool:
     """Whether a link in a cache of the Hub leads, as it should, from a snapshot or a folder of it to a blob of the same model.
 
     The folder of blobs may be a link itself: a cache whose bytes were moved to a larger disk.
@@ -92,7 +92,7 @@ def is_blob(store: Store, name: str) -> bool:
     return store.is_link(name) and any(target.startswith(f"{os.path.realpath(f'{cache}/blobs')}/") for cache in caches)
 
 
-def holds(outer: Store, inner: Store) -> bool:
+def contains(outer: Store, inner: Store) -> bool:
     """Whether `inner` is `outer` or lies somewhere below it; neither has to be there."""
     if not (outer.is_local and inner.is_local):
         return _below(outer.root, inner.root)
@@ -142,7 +142,7 @@ def _by_mounts(outer: str, inner: str) -> bool:
 def _mounts() -> list[tuple[str, _Origin]]:
     """Mount point -> what is mounted there, the latest last; nothing where the kernel has no such table."""
     try:
-        lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
+        lines = _MOUNT_TABLE.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return []
     rows = [[_ESCAPED.sub(lambda found: chr(int(found[1], 8)), word) for word in line.split()[:5]] for line in lines]

@@ -29,7 +29,7 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
 
-class FileAbout(Record):
+class ManifestFileRecord(Record):
     """What a manifest says of a file."""
 
     size: Count
@@ -37,15 +37,15 @@ class FileAbout(Record):
     tensors: dict[str, Sha256] = {}
 
 
-class Manifest(Record):
+class ManifestRecord(Record):
     """swsc_manifest.json."""
 
     format_version: int
     identity: dict[str, Any]
-    files: dict[str, FileAbout]
+    files: dict[str, ManifestFileRecord]
 
 
-class ReportRow(Record):
+class ReportRowRecord(Record):
     """What was done to a tensor; figures of one that was compressed."""
 
     name: str
@@ -58,14 +58,14 @@ class ReportRow(Record):
     source_sha256: dict[str, Sha256] = {}
 
 
-class Report(Record):
+class ReportRecord(Record):
     """swsc_report.json."""
 
     format: str
-    tensors: list[ReportRow]
+    tensors: list[ReportRowRecord]
 
 
-class Tuning(Record):
+class TuningRecord(Record):
     """What a tuning came to: its result in the cache, and a part of a report."""
 
     steps: Count
@@ -74,7 +74,7 @@ class Tuning(Record):
     applied: bool
 
 
-class CompressionReport(Report):
+class CompressionReportRecord(ReportRecord):
     """swsc_report.json of a compression."""
 
     compressed_bits_per_weight: float
@@ -82,17 +82,17 @@ class CompressionReport(Report):
     share_of_weights_compressed: float
     seconds: float
     files_of_an_earlier_run: Count
-    tuning: Tuning | None = None
+    tuning: TuningRecord | None = None
 
 
-class Calibration(Record):
+class CalibrationRecord(Record):
     """swsc_calibration.json."""
 
     text: str | None = None
     traces: list[str]
 
 
-class DoneRow(Record):
+class FinishedRowRecord(Record):
     """A row of a report to be, of a matrix that is compressed already; a calibration writes others, without `entry`."""
 
     name: str
@@ -110,7 +110,7 @@ class DoneRow(Record):
     owner: str | None = None
 
     @model_validator(mode="after")
-    def _is_one_of_either_kind(self) -> "DoneRow":
+    def _is_one_of_either_kind(self) -> "FinishedRowRecord":
         from swsc_core.compressed.registry import entry_of
 
         said = self.model_fields_set
@@ -122,36 +122,36 @@ class DoneRow(Record):
         return self
 
 
-class Done(Record):
+class FinishedFileRecord(Record):
     """The record of a file that a run has finished."""
 
     size: Count
     sha256: Sha256
     run: str
     tensors: dict[str, Sha256] = {}
-    rows: list[DoneRow]
+    rows: list[FinishedRowRecord]
 
 
-class CalibrationRun(Record):
+class CalibrationRunRecord(Record):
     """.swsc/run.json of second moments."""
 
     windows: Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
-class CalibrationSource(Record):
+class CalibrationSourceRecord(Record):
     """source.json of second moments: sha256 of what they were gathered from, by range of a file."""
 
     ranges: dict[str, Sha256]
 
 
-class Curves(Record):
+class CurvesRecord(Record):
     """curves-….json of second moments: what a matrix loses, and what a spec leaves of that (flows/allocate.py)."""
 
     reach: dict[str, float]
     shares: dict[str, list[Annotated[list[Any], Field(min_length=2, max_length=2)]]]
 
 
-class Holder(Record):
+class LeaseRecord(Record):
     """.swsc/lease.json: who writes."""
 
     owner: str
@@ -160,13 +160,13 @@ class Holder(Record):
     beat: int = 0
 
 
-class Evaluation(Record):
+class EvaluationRecord(Record):
     """What `swsc evaluate --json` writes."""
 
     perplexity: float
 
 
-class Note(Record):
+class GgufOriginRecord(Record):
     """dequantized.json of a checkpoint that was made of a GGUF file."""
 
     file: str
@@ -175,7 +175,7 @@ class Note(Record):
     types: dict[str, Count]
 
 
-def checked(kind: type[Record], value: Any) -> dict[str, Any]:
+def check_record(kind: type[Record], value: Any) -> dict[str, Any]:
     """`value` itself, if it is such a record; ValueError that names the first thing that is not as it should be."""
     try:
         kind.model_validate(value)
@@ -189,7 +189,7 @@ def checked(kind: type[Record], value: Any) -> dict[str, Any]:
     return found
 
 
-def of_cache(store: Store, name: str, read: Callable[[], T]) -> T:
+def read_cached(store: Store, name: str, read: Callable[[], T]) -> T:
     """What `read` makes of a file in a cache, which is recomputed if it is removed; OutputError if it is damaged."""
     try:
         return read()
@@ -200,7 +200,7 @@ def of_cache(store: Store, name: str, read: Callable[[], T]) -> T:
 
 
 @contextmanager
-def rebuilt_cache(store: Store) -> Iterator[None]:
+def report_damaged_cache(store: Store) -> Iterator[None]:
     """While entered, an error of an output that cannot be used has the remedy for a part of a cache: --overwrite is not for it."""
     try:
         yield
@@ -212,4 +212,4 @@ def rebuilt_cache(store: Store) -> Iterator[None]:
 
 def read_record(store: Store, name: str, kind: type[Record], most: int | None = None) -> dict[str, Any]:
     """A JSON file of this kind; ValueError if it is another, FileNotFoundError if there is none."""
-    return checked(kind, store.read_json(name) if most is None else store.read_json(name, most))
+    return check_record(kind, store.read_json(name) if most is None else store.read_json(name, most))

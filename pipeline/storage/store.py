@@ -12,8 +12,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.errors import OutputError, StoreError, UserError
-from pipeline.storage.etag import PartDigest
-from pipeline.storage.files import Bytes, Files
+from pipeline.storage.etag import EtagDigest
+from pipeline.storage.files import BytesLike, Files
 from pipeline.storage.filesystems import SCHEMES, files_at
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -148,15 +148,15 @@ class Store:
         for offset in range(start, start + length, CHUNK):
             yield self.read(name, offset, min(CHUNK, start + length - offset))
 
-    def write(self, name: str, pieces: Iterable[Bytes]) -> FileRecord:
+    def write(self, name: str, pieces: Iterable[BytesLike]) -> FileRecord:
         """Write a file of the given pieces; under `name` it is whole and durable, or not there.
 
         Raises:
             StoreError: what lies there afterwards is not what was written.
         """
-        digest, parts, size = hashlib.sha256(), PartDigest(), 0
+        digest, parts, size = hashlib.sha256(), EtagDigest(), 0
 
-        def seen() -> Iterator[Bytes]:
+        def seen() -> Iterator[BytesLike]:
             nonlocal size
             for piece in pieces:
                 digest.update(piece)
@@ -224,7 +224,7 @@ class Store:
         return self._files.free_bytes(self._folder)
 
 
-def require_room(store: Store, nbytes: int) -> None:
+def require_free_space(store: Store, nbytes: int) -> None:
     """Raise OutputError if the store's disk has not that many bytes free."""
     free = store.free_bytes()
     if free is not None and nbytes > free:

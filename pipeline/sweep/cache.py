@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pipeline.outputs.preflight import STAGED
 from pipeline.planning.cost_model import hessian_bytes
 from pipeline.settings.sweep import SweepSettings
-from pipeline.storage.store import Store, require_room
-from pipeline.storage.uses import remove_unless_used
+from pipeline.storage.shared_lease import remove_if_unleased
+from pipeline.storage.store import Store, require_free_space
 from pipeline.sweep.runs import Run
 from pipeline.variants.calibrate_and_allocate import cache_of
 from pipeline.variants.compress_and_tune import VARIANT
@@ -20,7 +20,7 @@ def require_cache_room(runs: Sequence[Run], settings: SweepSettings, beside: str
     """
     cache = Store.at(cache_of(settings, beside))
     tuned = [run.plan.stored_bytes_as("swsc") for run in runs if run.plan and run.variant and run.variant.epochs]
-    require_room(cache, max(0, sum(tuned) + max(tuned, default=0) + _moments(runs) - _there(cache)))
+    require_free_space(cache, max(0, sum(tuned) + max(tuned, default=0) + _moments(runs) - _there(cache)))
 
 
 def _moments(runs: Sequence[Run]) -> int:
@@ -59,4 +59,4 @@ def forget_measured(runs: Sequence[Run]) -> None:
     """
     for run in runs:
         if run.made and not run.error:
-            remove_unless_used(run.made.checkpoint.store)
+            remove_if_unleased(run.made.checkpoint.store)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.architectures.model_config import ModelConfig
 from pipeline.checkpoints.checkpoint import Checkpoint
-from pipeline.errors import NonFiniteError
+from pipeline.errors import NonFiniteLoss
 from pipeline.evaluation.flow import evaluation_result
 from pipeline.outputs.report import bit_totals
 from pipeline.outputs.report_rows import CompressedRow, MatrixResult, rows_by_name
@@ -71,7 +71,7 @@ def run_rows(
             row |= (
                 {"perplexity": None} if run.error else evaluation_result(model, losses, cut, text, run.dtypes[number])
             )
-        except NonFiniteError as error:
+        except NonFiniteLoss as error:
             row |= {"perplexity": None, "error": str(error)}
         rows.append(row)
     return rows or [about | {"error": run.error}]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.architectures.families import has_position_table
-from pipeline.architectures.model_config import find_number, positions_of
+from pipeline.architectures.model_config import find_number, max_positions
 from pipeline.checkpoints.checkpoint import Checkpoint
-from pipeline.checkpoints.sources.local_files import require_no_code, small_files
+from pipeline.checkpoints.sources.small_files import require_no_custom_code, small_files
 from pipeline.errors import SwscError, TextError, first_line
 from pipeline.redaction import redacted
 from pipeline.settings.calibration import CalibrationSettings
@@ -76,11 +76,11 @@ def require_within(ids: np.ndarray, source: Checkpoint) -> None:
     On a CPU a table of embeddings would say so, on a GPU it would take the worker with it.
     """
     known, table = find_number(source.config, "vocab_size"), has_position_table(source.config, source.tensors)
-    positions = positions_of(source.config) if table else None
+    positions = max_positions(source.config) if table else None
     most, length = int(ids.max(initial=0)), ids.shape[1]
     if (known and most >= known) or (positions and length > positions):
         raise TextError(
-            f"the model was made for {positions_of(source.config)} positions and {known} tokens, its input has others ({length}"
+            f"the model was made for {max_positions(source.config)} positions and {known} tokens, its input has others ({length}"
             f" positions, token {most}): make windows shorter, or give the model its own tokenizer"
         )
 
@@ -165,6 +165,6 @@ def load_tokenizer(model: str, trusted: bool) -> Any:
     except BaseException as error:  # a damaged file makes the library raise whatever its parser meets
         if not _is_of_a_tokenizer(error):
             raise
-        require_no_code(model, error)
+        require_no_custom_code(model, error)
         reason = first_line(error)
         raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None

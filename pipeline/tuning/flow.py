@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
-from pipeline.checkpoints.tensor_io import DONE, differences
+from pipeline.checkpoints.tensor_io import FINISHED_FOLDER, file_differences
 from pipeline.console import log
 from pipeline.device import Arithmetic
 from pipeline.engine.progress import Progress
@@ -28,9 +28,9 @@ from pipeline.planning.cost_model import tuning_bytes, tuning_device_bytes
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage import records
 from pipeline.storage.cache_key import cache_name, digest_of, versioned, windows_identity
-from pipeline.storage.records import of_cache, read_record, rebuilt_cache
+from pipeline.storage.records import read_cached, read_record, report_damaged_cache
+from pipeline.storage.shared_lease import remove_if_unleased
 from pipeline.storage.store import Store
-from pipeline.storage.uses import remove_unless_used
 from pipeline.tuning.job import Divergence, KeepState, MeasureDivergence, ReadState, TuneGradients, TuneStep
 from pipeline.tuning.tuner import TunedValues, TuneKey
 
@@ -98,12 +98,12 @@ class Tuning:
             RunError: a task failed; states that were written are kept.
         """
         if not self.store.exists(_RESULT):
-            with rebuilt_cache(self.store):
+            with report_damaged_cache(self.store):
                 begun = begin(self.store, self.identity, on_wait=log_and_release(pools), names=self._states())
             with begun as out:
                 if not self.store.exists(_RESULT):  # the run that we waited for has made it
                     self._move(out, pools)
-        about = of_cache(self.store, _RESULT, lambda: read_record(self.store, _RESULT, records.Tuning))
+        about = read_cached(self.store, _RESULT, lambda: read_record(self.store, _RESULT, records.TuningRecord))
         return TunedValues(
             self._key.compressed, self.store, self._whole(about["steps"]) if about["applied"] else None
         ), about
@@ -111,9 +111,9 @@ class Tuning:
     def _whole(self, steps: int) -> str:
         """File of the state after `steps` steps; OutputError if its bytes are not those that were written."""
         file = _state_file(steps)
-        record = f"{DONE}/{file}.json"
-        known = of_cache(self.store, record, lambda: read_record(self.store, record, records.Done))
-        if found := differences(self.store, file, known):
+        record = f"{FINISHED_FOLDER}/{file}.json"
+        known = read_cached(self.store, record, lambda: read_record(self.store, record, records.FinishedFileRecord))
+        if found := file_differences(self.store, file, known):
             raise OutputError(f"{self.store.root}: {found[0]}; remove this folder, and run the same command again")
         return file
 
@@ -122,7 +122,7 @@ class Tuning:
 
     def forget(self) -> None:
         """Remove what was found: whoever needs it again has to tune again."""
-        remove_unless_used(self.store)
+        remove_if_unleased(self.store)
 
     def _move(self, out: Output, pools: Pools) -> None:
         """Go on from the last state that was written; again, if the present one is lost with its node."""
@@ -188,7 +188,7 @@ class Tuning:
 
     def _forget_before(self, step: int) -> None:
         for name in [_state_file(earlier) for earlier in range(step)]:
-            self.store.remove(f"{DONE}/{name}.json")
+            self.store.remove(f"{FINISHED_FOLDER}/{name}.json")
             self.store.remove(name)
 
     def _gradients(self, step: int, state: tuple[Any, ...]) -> list[Task[Divergence]]:
@@ -218,7 +218,7 @@ class Tuning:
 def _digest_of(location: str) -> str:
     """Hash of what a finished output's manifest says of its files."""
     store = Store.at(location)
-    files = of_cache(store, MANIFEST, lambda: read_record(store, MANIFEST, records.Manifest))["files"]
+    files = read_cached(store, MANIFEST, lambda: read_record(store, MANIFEST, records.ManifestRecord))["files"]
     return digest_of({name: about["sha256"] for name, about in files.items()})
 
 

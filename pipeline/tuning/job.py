@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.checkpoints.checkpoint import read_header
-from pipeline.checkpoints.integrity.digests import require_same
-from pipeline.checkpoints.tensor_io import Payload, read_tensor, to_part
+from pipeline.checkpoints.integrity.digests import require_same_ranges
+from pipeline.checkpoints.tensor_io import Payload, read_tensor, to_stored_tensor
 from pipeline.compression.job import LayerReport, layer_output
 from pipeline.compression.layer_output import LayerParts, with_errors
 from pipeline.engine.task import JobContext, JobOutput
@@ -100,7 +100,7 @@ class ApplyTuning:
         layer = self.tuned.encoded((info.name, reader.read(info).weight) for info in infos)
         for info, encoded in zip(infos, layer, strict=True):
             before = self.rows[info.name]
-            require_same(info.name, dict(before.source_sha256), reader.digests)
+            require_same_ranges(info.name, dict(before.source_sha256), reader.digests)
             parts.add(info, encoded)
             row = with_errors(replace(before, tuned_sha256=self.tuned.sha256), encoded)
             results.append(MatrixResult(row, encoded.entry))
@@ -124,4 +124,6 @@ class ReadState:
 
     def run(self, context: JobContext) -> JobOutput[None]:
         infos = read_header(self.store, self.file)[1]
-        return JobOutput(None, (Payload(tuple(to_part(info.name, read_tensor(self.store, info)) for info in infos)),))
+        return JobOutput(
+            None, (Payload(tuple(to_stored_tensor(info.name, read_tensor(self.store, info)) for info in infos)),)
+        )

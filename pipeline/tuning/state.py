@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints.tensor_io import Payload, to_part, to_tensor
+from pipeline.checkpoints.tensor_io import Payload, to_stored_tensor, to_tensor
 from swsc_core.finetune import adam_step, unit_of
 
 Values = dict[str, dict[str, Tensor]]  # tensor -> name of a value (swsc_core/finetune.py) -> float32
@@ -51,7 +51,7 @@ class TuneState:
 def to_payload(values: Values, kind: str) -> Payload:
     """Parts named "kind/tensor/name"."""
     named = ((f"{kind}/{name}/{part}", value) for name, own in values.items() for part, value in own.items())
-    return Payload(tuple(to_part(name, value) for name, value in named))
+    return Payload(tuple(to_stored_tensor(name, value) for name, value in named))
 
 
 def from_payload(payload: Payload, kind: str, device: str) -> Values:

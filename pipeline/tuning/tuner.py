@@ -17,7 +17,7 @@ from pipeline.checkpoints.checkpoint import read_header
 from pipeline.checkpoints.integrity.source_digests import SourceDigests
 from pipeline.checkpoints.tensor_io import Payload, finished_sha256, read_tensor
 from pipeline.device import deterministic
-from pipeline.errors import CheckpointError, NonFiniteError
+from pipeline.errors import CheckpointError, NonFiniteLoss
 from pipeline.models.loading import ModelKey, forward, load_model
 from pipeline.models.parameter_lookup import find_matrix_parameter
 from pipeline.models.stored_model import open_model
@@ -82,7 +82,7 @@ class Tuner:
         """The same, and its gradient by the stored values: zeros for a matrix that no token came to, as an expert's may be.
 
         Raises:
-            NonFiniteError: a divergence that is NaN or Inf.
+            NonFiniteLoss: a divergence that is NaN or Inf.
             CheckpointError: text reaches none of the matrices.
         """
         sums: Values = {}
@@ -116,7 +116,7 @@ class Tuner:
             if slope is not None:
                 slope[rows] = student.exp_().sub_(teacher.exp())
         if not np.isfinite(total):
-            raise NonFiniteError(f"{self.key.compressed}: its predictions are NaN or Inf; tune in a wider dtype")
+            raise NonFiniteLoss(f"{self.key.compressed}: its predictions are NaN or Inf; tune in a wider dtype")
         if slope is not None:
             self._require_gradient(found)
             found.backward(slope)

@@ -18,9 +18,9 @@ from pipeline.settings.compression import CompressSettings
 from pipeline.settings.matrix import MatrixSettings
 from pipeline.settings.sweep import Variant
 from pipeline.storage.cache_key import CALIBRATION_KEY, cache_name
-from pipeline.storage.records import rebuilt_cache
+from pipeline.storage.records import report_damaged_cache
+from pipeline.storage.shared_lease import remove_if_unleased, shared_lease
 from pipeline.storage.store import Store
-from pipeline.storage.uses import remove_unless_used, used
 from pipeline.tuning.flow import Tuning, TuningWindows
 from pipeline.variants.compress import Calibrated, TunedModel, compress_model
 from pipeline.variants.tuned_variant import TunedVariant
@@ -49,13 +49,13 @@ def produce(
     kept = ExitStack()  # of the cache, until the output is written: another run may be done with the same
 
     def tune() -> TunedModel:
-        kept.enter_context(used(Store.at(staging)))
-        with rebuilt_cache(Store.at(staging)):
+        kept.enter_context(shared_lease(Store.at(staging)))
+        with report_damaged_cache(Store.at(staging)):
             compress_model(
                 source, plan, staging, untuned, arithmetic, pools, calibrated, on_wait=log_and_release(pools)
             )
         tuning = Tuning(source, staging, text, calibration, calibrated.cache, arithmetic)
-        kept.enter_context(used(tuning.store))
+        kept.enter_context(shared_lease(tuning.store))
         tuned, about = tuning.run(pools)
         return TunedModel(tuned, measured_rows(Store.at(staging).read_json(REPORT)), about)
 
@@ -70,8 +70,8 @@ def produce_variant(
     """A tuned row of a sweep, as a directory in the cache, which is kept there until `kept` is closed."""
     settings = _settings_of(variant)
     output = _place(VARIANT, source, settings, calibrated, arithmetic)
-    kept.enter_context(used(Store.at(output)))
-    with rebuilt_cache(Store.at(output)):
+    kept.enter_context(shared_lease(Store.at(output)))
+    with report_damaged_cache(Store.at(output)):
         report = produce(
             source, plan, output, settings, calibration, calibrated, arithmetic, pools, on_wait=log_and_release(pools)
         )
@@ -88,13 +88,13 @@ def forget_stages(
     """
     settings = _settings_of(variant)
     staging = _staging(source, settings, calibrated, arithmetic)
-    with used(Store.at(staging)):
+    with shared_lease(Store.at(staging)):
         if not Store.at(staging).exists(MANIFEST):
             return
         text = TuningWindows(calibrated.ids, settings.epochs, settings.seed)
         Tuning(source, staging, text, calibration, calibrated.cache, arithmetic).forget()
     if not shared:
-        remove_unless_used(Store.at(staging))
+        remove_if_unleased(Store.at(staging))
 
 
 def _settings_of(variant: Variant) -> CompressSettings:

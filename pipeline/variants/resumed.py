@@ -6,7 +6,7 @@ from functools import cached_property
 
 from pipeline.calibration.hessian_store import Hessians, require_same_source, source_of
 from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint
-from pipeline.checkpoints.integrity.digests import Seen, known_ranges, range_of, recorded
+from pipeline.checkpoints.integrity.digests import RangeDigests, known_ranges, manifest_digests, range_of
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.errors import OutputError
 from pipeline.outputs.owned_files import REPORT
@@ -56,7 +56,7 @@ class Ingredients:
         require_same_source(self.hessians.store, self._calibrated_on, read)
 
     @cached_property
-    def _calibrated_on(self) -> Seen:
+    def _calibrated_on(self) -> RangeDigests:
         return source_of(self.hessians.store) if self.hessians else {}
 
     def _copied(self, tensors: Mapping[str, str]) -> bool:
@@ -64,7 +64,7 @@ class Ingredients:
         own = {name: self.source.tensors[name].sha256 for name in tensors if name in self.source.tensors}
         return all(digests[:1] in ((), (tensors[name],)) for name, digests in own.items())
 
-    def _is_of(self, row: CompressedRow, known: Seen) -> bool:
+    def _is_of(self, row: CompressedRow, known: RangeDigests) -> bool:
         """Whether a compressed matrix was made of these."""
         return (
             all(known.get(where, digest) == digest for where, digest in row.source_sha256.items())
@@ -87,7 +87,7 @@ class Ingredients:
         rows = list(measured_rows(report).values())
         # a part of what is stored of a matrix may have its name; of a fused tensor the rest is stored
         made = {row[key] for row in compressed_rows(report) for key in ("name", "tensor") if row.get(key)}
-        copied = {name: digest for name, (digest,) in recorded(manifest).items() if name not in made}
+        copied = {name: digest for name, (digest,) in manifest_digests(manifest).items() if name not in made}
         calibrated = "tuning" in report or any(
             (row.moments_sha256, row.calibration_tokens) != (None, None) for row in rows
         )

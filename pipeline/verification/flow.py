@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.checkpoints.checkpoint import MANIFEST
-from pipeline.checkpoints.tensor_io import linked
+from pipeline.checkpoints.tensor_io import link_problem
 from pipeline.engine.stage import Pools, Stage, run_stage
 from pipeline.engine.task import Task, TaskResult
 from pipeline.errors import CheckpointError, DamageError
 from pipeline.outputs.atomic_edit import as_amended
 from pipeline.outputs.owned_files import REPORT, rivals
 from pipeline.planning.cost_model import WORKER_BASE
-from pipeline.storage.records import Manifest, Report, read_record
+from pipeline.storage.records import ManifestRecord, ReportRecord, read_record
 from pipeline.storage.store import Store
 from pipeline.verification.job import CheckFile
 
@@ -39,7 +39,7 @@ def verify_output(location: str, pools: Pools) -> dict[str, Any]:
     tasks = [
         Task(name, CheckFile(store, name, about), name, weight=about["size"])
         for name, about in files.items()
-        if not linked(store, name)
+        if not link_problem(store, name)
     ]
     stage = Stage("verify", WORKER_BASE, unit="files", on_cpu=True)
     run_stage(pools, stage, sorted(tasks, key=lambda task: -task.weight), note)
@@ -61,7 +61,7 @@ def _told(damage: list[str], strange: list[str]) -> str:
 
 def manifest_of(store: Store) -> dict[str, Any]:
     """What the output says of itself; CheckpointError if it says nothing."""
-    if found := linked(store, MANIFEST):
+    if found := link_problem(store, MANIFEST):
         raise DamageError(f"{store.root}: damaged: {found}; {_AWAY}")
     if not store.exists(MANIFEST):
         raise CheckpointError(
@@ -69,7 +69,7 @@ def manifest_of(store: Store) -> dict[str, Any]:
             " which leaves no hashes to hold it against"
         )
     try:
-        return read_record(store, MANIFEST, Manifest)
+        return read_record(store, MANIFEST, ManifestRecord)
     except ValueError as error:
         raise DamageError(
             f"{store.root}: {MANIFEST} is damaged ({error}); make the output again by --overwrite"
@@ -78,7 +78,7 @@ def manifest_of(store: Store) -> dict[str, Any]:
 
 def _strange(store: Store, files: dict[str, Any]) -> Iterator[str]:
     """What is there beside its own files, or in place of them, and does harm: links, and files of tensors or adapters that the manifest does not know."""
-    yield from filter(None, (linked(store, name) for name in sorted({*store.entries(), *files})))
+    yield from filter(None, (link_problem(store, name) for name in sorted({*store.entries(), *files})))
     tensors = [name for name in store.names() if name.endswith(".safetensors") and name not in files]
     yield from (f"{name} is not one of its files" for name in sorted({*tensors, *rivals(store, files)}))
 
@@ -86,7 +86,7 @@ def _strange(store: Store, files: dict[str, Any]) -> Iterator[str]:
 def _of_report(store: Store) -> Iterator[str]:
     """What is wrong with the report, which has no hash."""
     try:
-        if not linked(store, REPORT):
-            read_record(store, REPORT, Report)
+        if not link_problem(store, REPORT):
+            read_record(store, REPORT, ReportRecord)
     except (OSError, ValueError):
         yield f"{REPORT} is missing or no report"

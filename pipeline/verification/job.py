@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.architectures.tensor_info import TensorInfo
-from pipeline.checkpoints.integrity.digests import FileDigests, digests_of
-from pipeline.checkpoints.tensor_io import differences
+from pipeline.checkpoints.integrity.digests import FileDigests, file_digests
+from pipeline.checkpoints.tensor_io import file_differences
 from pipeline.engine.task import JobContext, JobOutput
 from pipeline.storage.store import Store
 
@@ -20,7 +20,7 @@ class CheckFile:
     about: Mapping[str, Any]
 
     def run(self, context: JobContext) -> JobOutput[list[str]]:
-        return JobOutput(differences(self.store, self.file, self.about))
+        return JobOutput(file_differences(self.store, self.file, self.about))
 
 
 @dataclass(frozen=True)
@@ -32,4 +32,4 @@ class HashFile:
     infos: tuple[TensorInfo, ...]
 
     def run(self, context: JobContext) -> JobOutput[FileDigests]:
-        return JobOutput(digests_of(self.store, self.file, self.infos))
+        return JobOutput(file_digests(self.store, self.file, self.infos))

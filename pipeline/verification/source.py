@@ -8,8 +8,14 @@ from itertools import chain
 
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.checkpoints.checkpoint import Checkpoint
-from pipeline.checkpoints.integrity.digests import FileDigests, by_file, read_sums, require_equal, require_known
-from pipeline.checkpoints.integrity.source_digests import SourceDigests, digests_of_source, verified_as
+from pipeline.checkpoints.integrity.digests import (
+    FileDigests,
+    match_file_names,
+    parse_sha256sums,
+    require_digest_of_each,
+    require_file_digest,
+)
+from pipeline.checkpoints.integrity.source_digests import SourceDigests, digests_of_source, with_verified_digests
 from pipeline.checkpoints.sources.hub import published_hashes
 from pipeline.engine.stage import Pools, Stage, run_stage
 from pipeline.engine.task import Task, TaskResult
@@ -36,13 +42,15 @@ def verified(source: Checkpoint, hashes: str, pools: Pools) -> Checkpoint:
     files: dict[str, dict[str, TensorInfo]] = {}
     for info in chain.from_iterable(info.stored for info in (*source.tensors.values(), *source.buffers)):
         files.setdefault(info.file, {})[info.name] = info
-    known = published_hashes(root) if hashes == HUB else by_file(read_sums(_text_of(hashes), hashes), files)
-    require_known(known, files, hashes)
+    known = (
+        published_hashes(root) if hashes == HUB else match_file_names(parse_sha256sums(_text_of(hashes), hashes), files)
+    )
+    require_digest_of_each(known, files, hashes)
     found: dict[str, tuple[str, ...]] = {}
 
     def note(done: TaskResult[FileDigests]) -> None:
         digests = done.value
-        require_equal(root, done.task.key, digests.sha256, known[done.task.key])
+        require_file_digest(root, done.task.key, digests.sha256, known[done.task.key])
         found.update(digests.tensors)
 
     tasks = [
@@ -50,7 +58,7 @@ def verified(source: Checkpoint, hashes: str, pools: Pools) -> Checkpoint:
         for file, own in sorted(files.items())
     ]
     run_stage(pools, Stage("verify source", WORKER_BASE, unit="files"), tasks, note)
-    return verified_as(source, found)
+    return with_verified_digests(source, found)
 
 
 def verified_digests(source: Checkpoint, hashes: str, pools: Pools) -> SourceDigests | None:

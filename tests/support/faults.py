@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
-from pipeline.storage.etag import PartDigest
-from pipeline.storage.files import Bytes, Files
+from pipeline.storage.etag import EtagDigest
+from pipeline.storage.files import BytesLike, Files
 
 _WRITES = frozenset({"write", "create"})
 _CHANGES = _WRITES | {"remove", "remove_empty"}
@@ -60,7 +60,7 @@ class FaultyFiles:
         data = self._inner.read(path, start, length)
         return data[: len(data) // 2] if mode == "short" else data
 
-    def write(self, path: str, pieces: Iterable[Bytes]) -> None:
+    def write(self, path: str, pieces: Iterable[BytesLike]) -> None:
         mode = self._struck("write")
         if mode in ("full", "short"):
             whole = b"".join(bytes(piece) for piece in pieces)
@@ -73,7 +73,7 @@ class FaultyFiles:
         if mode == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def content_proved(self, path: str, digest: PartDigest) -> bool:
+    def content_proved(self, path: str, digest: EtagDigest) -> bool:
         return self._inner.content_proved(path, digest)
 
     def create(self, path: str, data: bytes) -> bool:

@@ -35,7 +35,7 @@ def google_store() -> Iterator[None]:
         try:
             _wait(server, f"http://127.0.0.1:{port}/")
             there = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}
-            with mock.patch.dict(os.environ, there), mock.patch.object(lease, "_SETTLED", 0.0):
+            with mock.patch.dict(os.environ, there), mock.patch.object(lease, "_SETTLING_SECONDS", 0.0):
                 files_at.cache_clear()
                 yield
         finally:

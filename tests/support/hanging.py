@@ -5,17 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.checkpoints.tensor_io import Part
+from pipeline.checkpoints.tensor_io import StoredTensor
 
 
 @dataclass(frozen=True)
 class HangsOnce:
     """`mark`: a file that is there as soon as somebody has tried."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[StoredTensor, ...]
     mark: str
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[StoredTensor]:
         if not Path(self.mark).exists():
             Path(self.mark).touch()
             time.sleep(3600)

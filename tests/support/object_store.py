@@ -100,7 +100,10 @@ def _new(folder: Path) -> ObjectStore:
 def as_client(server: ObjectStore, alone: bool = False) -> Iterator[None]:
     """This process is a client of the server as long as the context lasts; `alone`, so that its leases need not settle."""
     own = {key: value for key, value in server.environment.items() if key.startswith("AWS_")}
-    with mock.patch.dict(os.environ, own), mock.patch.object(lease, "_SETTLED", 0.0 if alone else lease._SETTLED):
+    with (
+        mock.patch.dict(os.environ, own),
+        mock.patch.object(lease, "_SETTLING_SECONDS", 0.0 if alone else lease._SETTLING_SECONDS),
+    ):
         files_at.cache_clear()
         try:
             yield

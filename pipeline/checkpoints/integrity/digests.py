@@ -9,10 +9,10 @@ from typing import Any
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.errors import CheckpointError, ConfigError, StoreError
-from pipeline.storage.files import Bytes
+from pipeline.storage.files import BytesLike
 from pipeline.storage.store import Store
 
-Seen = dict[str, str]  # range of a file, as `range_of` writes it -> sha256 of the bytes that were read there
+RangeDigests = dict[str, str]  # range of a file, as `range_of` writes it -> sha256 of the bytes that were read there
 _LINE = re.compile(r"(?P<sha256>[0-9a-fA-F]{64}) [ *](?P<name>.+)")  # as sha256sum writes it
 
 
@@ -26,7 +26,7 @@ def ranges_of(matrix: MatrixInfo) -> list[str]:
     return [range_of(stored) for stored in matrix.read_from.stored]
 
 
-def require_same(what: str, before: Seen, now: Seen) -> None:
+def require_same_ranges(what: str, before: RangeDigests, now: RangeDigests) -> None:
     """Raise StoreError if a range was read as other bytes before."""
     if differing := sorted(where for where in before.keys() & now.keys() if before[where] != now[where]):
         raise StoreError(
@@ -35,7 +35,9 @@ def require_same(what: str, before: Seen, now: Seen) -> None:
         )
 
 
-def checked(store: Store, info: TensorInfo, pieces: Iterable[Bytes], seen: Seen | None = None) -> Iterator[Bytes]:
+def verify_pieces(
+    store: Store, info: TensorInfo, pieces: Iterable[BytesLike], seen: RangeDigests | None = None
+) -> Iterator[BytesLike]:
     """The pieces of a tensor that lies in a file; what they were is noted in `seen`.
 
     Raises:
@@ -62,7 +64,7 @@ class FileDigests:
     tensors: Mapping[str, tuple[str, ...]]
 
 
-def digests_of(store: Store, file: str, infos: Iterable[TensorInfo]) -> FileDigests:
+def file_digests(store: Store, file: str, infos: Iterable[TensorInfo]) -> FileDigests:
     """Read a file once from end to end."""
     ends = sorted((info.start, info.start + info.nbytes, info.name, _matrices(info)) for info in infos)
     whole, size, position = hashlib.sha256(), store.size(file), 0
@@ -108,9 +110,9 @@ def _with(info: TensorInfo, known: Mapping[str, tuple[str, ...]]) -> TensorInfo:
     return replace(info, fp8=fp8)
 
 
-def known_ranges(tensors: Mapping[str, TensorInfo]) -> Seen:
+def known_ranges(tensors: Mapping[str, TensorInfo]) -> RangeDigests:
     """Digests of the ranges that tensors are read by, as far as they are known."""
-    found: Seen = {}
+    found: RangeDigests = {}
     for info in tensors.values():
         for stored in info.stored:
             if stored.sha256:
@@ -121,7 +123,7 @@ def known_ranges(tensors: Mapping[str, TensorInfo]) -> Seen:
     return found
 
 
-def recorded(manifest: Any) -> dict[str, tuple[str, ...]]:
+def manifest_digests(manifest: Any) -> dict[str, tuple[str, ...]]:
     """What an output's manifest says of its tensors, by their names; ValueError if it says it in no way that is known."""
     try:
         files = [about.get("tensors", {}) for about in manifest["files"].values()]
@@ -130,7 +132,7 @@ def recorded(manifest: Any) -> dict[str, tuple[str, ...]]:
         raise ValueError(f"no list of files ({error})") from None
 
 
-def read_sums(text: str, where: str) -> dict[str, str]:
+def parse_sha256sums(text: str, where: str) -> dict[str, str]:
     """File name -> sha256, from what `sha256sum` writes; ConfigError that names a line which is none of it."""
     found = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -144,7 +146,7 @@ def read_sums(text: str, where: str) -> dict[str, str]:
     return found
 
 
-def by_file(sums: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:
+def match_file_names(sums: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:
     """Sums by the names of `files`, which lie in one directory: as they are, or those of a path to it.
 
     `sha256sum models/m/*.safetensors` names them all by one such path.
@@ -157,7 +159,7 @@ def by_file(sums: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:
     return {file: sums[whole[0] + file] for file in files} if len(whole) == 1 else dict(sums)
 
 
-def require_known(known: Mapping[str, str], files: Iterable[str], where: str) -> None:
+def require_digest_of_each(known: Mapping[str, str], files: Iterable[str], where: str) -> None:
     """Raise ConfigError if there is a file without a hash."""
     if missing := sorted(set(files) - known.keys()):
         raise ConfigError(
@@ -165,7 +167,7 @@ def require_known(known: Mapping[str, str], files: Iterable[str], where: str) ->
         )
 
 
-def require_equal(location: str, file: str, found: str, known: str) -> None:
+def require_file_digest(location: str, file: str, found: str, known: str) -> None:
     """Raise CheckpointError if a file is not the one that is known."""
     if found != known:
         raise CheckpointError(

@@ -8,7 +8,7 @@ from itertools import chain
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.digests import with_digests
-from pipeline.checkpoints.sources.local_files import forget_small_files, small_files_sha256
+from pipeline.checkpoints.sources.small_files import forget_small_files, small_files_sha256
 from pipeline.errors import StoreError
 
 _BYTES = 32  # of a sha256
@@ -42,7 +42,7 @@ def digests_of_source(source: Checkpoint) -> SourceDigests | None:
     return SourceDigests(_described(source), small_files_sha256(source.store.root), tensors)
 
 
-def held_against(source: Checkpoint, known: SourceDigests) -> Checkpoint:
+def with_source_digests(source: Checkpoint, known: SourceDigests) -> Checkpoint:
     """A source as it was opened here, of which every tensor is held against `known` when it is read.
 
     Raises:
@@ -57,10 +57,10 @@ def held_against(source: Checkpoint, known: SourceDigests) -> Checkpoint:
             " changed, or what lies between corrupts what it carries"
         )
     digests = (known.tensors[start : start + _BYTES].hex() for start in range(0, len(known.tensors), _BYTES))
-    return verified_as(source, {info.name: (digest,) for info, digest in zip(stored, digests, strict=True)})
+    return with_verified_digests(source, {info.name: (digest,) for info, digest in zip(stored, digests, strict=True)})
 
 
-def verified_as(source: Checkpoint, found: dict[str, tuple[str, ...]]) -> Checkpoint:
+def with_verified_digests(source: Checkpoint, found: dict[str, tuple[str, ...]]) -> Checkpoint:
     """A source whose tensors, masks and the like included, have the digests `found`, by their names in the files."""
     buffers = with_digests({info.name: info for info in source.buffers}, found)
     return replace(source, tensors=with_digests(source.tensors, found), buffers=tuple(buffers.values()), verified=True)

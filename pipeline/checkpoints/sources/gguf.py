@@ -13,25 +13,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.extra_files import KEPT
+from pipeline.checkpoints.extra_files import CACHED_SIZES
 from pipeline.checkpoints.sources.gguf_reader import (
-    Dequantized,
-    header_of,
-    load,
+    GgufOrigin,
+    load_gguf,
     one_line,
-    quiet_transformers,
+    read_gguf_header,
     require_gguf,
+    silence_transformers,
 )
 from pipeline.console import log
 from pipeline.errors import CheckpointError, OutputError, first_line
-from pipeline.storage.lease import LEASE, acquire
-from pipeline.storage.local_files import TEMPORARY
+from pipeline.storage.lease import LEASE_FILE, acquire_lease
+from pipeline.storage.local_files import TEMPORARY_SUFFIX
 from pipeline.storage.paths import require_directory
-from pipeline.storage.records import Note, read_record
-from pipeline.storage.store import Store, require_room
+from pipeline.storage.records import GgufOriginRecord, read_record
+from pipeline.storage.store import Store, require_free_space
 
-NOTE = "dequantized.json"  # in a checkpoint: the file that it was made of, and what that held
-DTYPE = "bfloat16"  # of a checkpoint, unless another is asked for
+ORIGIN_FILE = "dequantized.json"  # in a checkpoint: the file that it was made of, and what that held
+DEFAULT_DTYPE = "bfloat16"  # of a checkpoint, unless another is asked for
 _HEAD, _SAMPLES, _SAMPLE_BYTES = 16 << 20, 4096, 4096  # of a file, that tell it from another
 
 
@@ -40,7 +40,7 @@ def is_gguf(location: str) -> bool:
     return location.lower().endswith(".gguf") and not os.path.isdir(location)
 
 
-def convert_gguf(file: Path, target: str, dtype: str = DTYPE) -> Dequantized:
+def convert_gguf(file: Path, target: str, dtype: str = DEFAULT_DTYPE) -> GgufOrigin:
     """Write the model in `file`, dequantized to `dtype`, and its tokenizer into the new directory `target`.
 
     The directory appears when it is whole. Two that make the same do it one after the other.
@@ -62,37 +62,39 @@ def convert_gguf(file: Path, target: str, dtype: str = DTYPE) -> Dequantized:
     return _made(file, store, dtype)
 
 
-def kept_checkpoint(location: str) -> str:
+def cached_checkpoint(location: str) -> str:
     """Directory of the checkpoint that the GGUF file at `location` stands for: dequantized, if it is not there yet, or damaged.
 
     Raises:
         CheckpointError: as `convert_gguf`, or the file is not on a disk of this machine. OutputError: no room beside it.
     """
     file, store = _kept(location)
-    found = read_note(store) if _is_whole(store) else _made(file, store, DTYPE, kept=True)
+    found = read_gguf_origin(store) if _is_whole(store) else _made(file, store, DEFAULT_DTYPE, kept=True)
     if found:
-        warn(location, found)
+        warn_dequantized(location, found)
     return store.root
 
 
-def is_kept(location: str) -> bool:
+def is_cached(location: str) -> bool:
     """Whether the GGUF file at `location` was dequantized before."""
     return _is_whole(_kept(location)[1])
 
 
-def read_note(store: Store) -> Dequantized | None:
+def read_gguf_origin(store: Store) -> GgufOrigin | None:
     """What the checkpoint in `store` was dequantized from; None if it was not."""
-    if not store.exists(NOTE):
+    if not store.exists(ORIGIN_FILE):
         return None
     try:
-        note = read_record(store, NOTE, Note, 1 << 20)
+        note = read_record(store, ORIGIN_FILE, GgufOriginRecord, 1 << 20)
     except ValueError as error:
-        raise CheckpointError(f"{store.root}/{NOTE}: not as `swsc convert` writes it ({error}); remove it") from None
+        raise CheckpointError(
+            f"{store.root}/{ORIGIN_FILE}: not as `swsc convert` writes it ({error}); remove it"
+        ) from None
     file, baseline, licence = (one_line(note[key]) for key in ("file", "baseline", "licence"))
-    return Dequantized(file, baseline, licence, note["types"])
+    return GgufOrigin(file, baseline, licence, note["types"])
 
 
-def warn(location: str, about: Dequantized) -> None:
+def warn_dequantized(location: str, about: GgufOrigin) -> None:
     """Say what figures of a model that was dequantized are figures of; once in a process."""
     if about.baseline:
         _log_once(
@@ -115,7 +117,7 @@ def _kept(location: str) -> tuple[Path, Store]:
 def _fingerprint(file: Path) -> str:
     """Over the head of the file, which has names and vocabulary, and samples so close together that none of its matrices is left out."""
     size = file.stat().st_size
-    digest = hashlib.sha256(f"{size} {DTYPE}".encode())
+    digest = hashlib.sha256(f"{size} {DEFAULT_DTYPE}".encode())
     with file.open("rb") as opened:
         digest.update(opened.read(_HEAD))
         for number in range(_SAMPLES if size > _HEAD else 0):
@@ -126,27 +128,29 @@ def _fingerprint(file: Path) -> str:
 
 def _is_whole(store: Store) -> bool:
     """Whether a checkpoint that is kept is there, with all of its files, as long as they were written."""
-    if not store.exists(NOTE):
+    if not store.exists(ORIGIN_FILE):
         return False
     try:
-        sizes = dict(store.read_json(KEPT)) if store.exists(KEPT) else {}  # earlier releases wrote no list
+        sizes = (
+            dict(store.read_json(CACHED_SIZES)) if store.exists(CACHED_SIZES) else {}
+        )  # earlier releases wrote no list
     except ValueError:
         return False
     return all(store.exists(name) and store.size(name) == size for name, size in sizes.items())
 
 
-def _made(file: Path, store: Store, dtype: str, kept: bool = False) -> Dequantized:
+def _made(file: Path, store: Store, dtype: str, kept: bool = False) -> GgufOrigin:
     """Write the checkpoint into a folder beside `store`, and put it there when it is whole.
 
     Whoever writes holds a lease; what one that was killed has left is made anew, and so is one that is `kept` and damaged.
     """
-    beside = Store(f"{store.root}{TEMPORARY}")
-    if os.path.islink(beside.root) or (beside.entries() and not beside.exists(LEASE)):
+    beside = Store(f"{store.root}{TEMPORARY_SUFFIX}")
+    if os.path.islink(beside.root) or (beside.entries() and not beside.exists(LEASE_FILE)):
         raise OutputError(
             f"{beside.root}: is there, and not of an unfinished conversion; move it, or give another place"
         )
     try:
-        lease = acquire(beside, on_wait=log)
+        lease = acquire_lease(beside, on_wait=log)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -154,13 +158,13 @@ def _made(file: Path, store: Store, dtype: str, kept: bool = False) -> Dequantiz
             f"{error.filename}: nothing can be written there; make a checkpoint elsewhere: swsc convert {file} NEW_DIR"
         ) from None
     try:
-        if not (_is_whole(store) if kept else store.exists(NOTE)):
+        if not (_is_whole(store) if kept else store.exists(ORIGIN_FILE)):
             _write(file, beside, dtype)
             if kept:
                 _keep(beside.below("whole"), store)
             store.remove_empty()
             os.rename(f"{beside.root}/whole", store.root)
-        found = read_note(store)
+        found = read_gguf_origin(store)
         assert found is not None
         return found
     finally:
@@ -173,7 +177,7 @@ def _made(file: Path, store: Store, dtype: str, kept: bool = False) -> Dequantiz
 
 def _keep(made: Store, store: Store) -> None:
     """List the files of a checkpoint that is to be kept, and remove a damaged one from its place."""
-    made.write_json(KEPT, {name: made.size(name) for name in made.names()})
+    made.write_json(CACHED_SIZES, {name: made.size(name) for name in made.names()})
     if store.entries():
         log(f"{store.root}: was damaged, and is replaced")
         store.parent.remove(store.name)
@@ -181,15 +185,15 @@ def _keep(made: Store, store: Store) -> None:
 
 def _write(file: Path, beside: Store, dtype: str) -> None:
     """Write the checkpoint into the folder `whole` of `beside`."""
-    quiet_transformers()
-    about, weights = header_of(file)
+    silence_transformers()
+    about, weights = read_gguf_header(file)
     beside.remove("whole")
-    require_room(beside, weights * (4 if dtype == "float32" else 2))
-    log(f"{file}: is dequantized to {dtype}, into {beside.root.removesuffix(TEMPORARY)}")
+    require_free_space(beside, weights * (4 if dtype == "float32" else 2))
+    log(f"{file}: is dequantized to {dtype}, into {beside.root.removesuffix(TEMPORARY_SUFFIX)}")
     whole = beside.below("whole")
-    for part in load(file, dtype, weights):
+    for part in load_gguf(file, dtype, weights):
         _save(part, whole.root)
-    whole.write_json(NOTE, vars(about))
+    whole.write_json(ORIGIN_FILE, vars(about))
     for name in whole.names():
         with open(f"{whole.root}/{name}", "rb") as written:
             os.fsync(written.fileno())  # or a power cut may leave names without bytes

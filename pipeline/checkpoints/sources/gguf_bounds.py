@@ -89,7 +89,7 @@ class _Reader:
             raise ValueError(f"an array of values of type {kind}: arrays hold numbers or strings")
 
 
-def require_bounded(file: Path) -> None:
+def require_bounded_header(file: Path) -> None:
     """Raise ValueError for a header that cannot be that of the file, CheckpointError for numbers that no model is built by."""
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data, at=4)

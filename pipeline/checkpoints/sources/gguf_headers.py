@@ -12,14 +12,14 @@ from typing import Any
 from pipeline.architectures.tensor_info import TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.source import open_checkpoint
-from pipeline.checkpoints.sources.gguf import is_gguf, is_kept, warn
+from pipeline.checkpoints.sources.gguf import is_cached, is_gguf, warn_dequantized
 from pipeline.checkpoints.sources.gguf_reader import (
-    NOT_WHOLE,
-    header_of,
-    quiet_transformers,
-    saved,
-    told,
-    without_weights,
+    INCOMPLETE,
+    model_without_weights,
+    read_gguf_header,
+    saved_tensors,
+    silence_transformers,
+    translate_errors,
 )
 from pipeline.errors import CheckpointError
 from pipeline.storage.store import Store
@@ -31,17 +31,17 @@ def open_headers(location: str) -> Checkpoint:
     Raises:
         CheckpointError: as `open_checkpoint`.
     """
-    if not is_gguf(location) or is_kept(location):
+    if not is_gguf(location) or is_cached(location):
         return open_checkpoint(location)
     file = Path(os.path.abspath(location))
-    quiet_transformers()
-    about, weights = header_of(file)
-    model = told(file, lambda: without_weights(file))
-    infos = [_info(file.name, name, tensor) for name, tensor in sorted(saved(model).items())]
+    silence_transformers()
+    about, weights = read_gguf_header(file)
+    model = translate_errors(file, lambda: model_without_weights(file))
+    infos = [_info(file.name, name, tensor) for name, tensor in sorted(saved_tensors(model).items())]
     if (wanted := sum(info.count for info in infos)) > weights:
-        raise CheckpointError(f"{location}: {weights:,} weights are in it, and {wanted:,} by its header: {NOT_WHOLE}")
+        raise CheckpointError(f"{location}: {weights:,} weights are in it, and {wanted:,} by its header: {INCOMPLETE}")
     tensors = {info.name: info for info in infos}
-    warn(location, about)
+    warn_dequantized(location, about)
     return Checkpoint(Store.at(str(file.parent)), tensors, _config(model), dequantized=about)
 
 

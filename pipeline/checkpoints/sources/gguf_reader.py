@@ -8,10 +8,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.sources.gguf_bounds import require_bounded
+from pipeline.checkpoints.sources.gguf_bounds import require_bounded_header
 from pipeline.errors import CheckpointError, ConfigError, SwscError, first_line
 
-NOT_WHOLE = (
+INCOMPLETE = (
     "not a whole model, or of a kind that transformers cannot read from GGUF; of a model in several files make one"
     " (llama-gguf-split --merge), or give another"
 )
@@ -21,7 +21,7 @@ _WHOLE = ("F64", "F32", "F16", "BF16")  # types that are not quantized
 
 
 @dataclass(frozen=True)
-class Dequantized:
+class GgufOrigin:
     """What a checkpoint was made of.
 
     Attributes:
@@ -47,10 +47,10 @@ def require_gguf(file: Path) -> None:
     with file.open("rb") as opened:
         if opened.read(len(_MAGIC)) != _MAGIC:
             raise CheckpointError(f"{file}: not a GGUF file; download it again, or give another")
-    told(file, lambda: require_bounded(file))
+    translate_errors(file, lambda: require_bounded_header(file))
 
 
-def header_of(file: Path) -> tuple[Dequantized, int]:
+def read_gguf_header(file: Path) -> tuple[GgufOrigin, int]:
     """What the file holds, and its number of weights.
 
     Raises:
@@ -61,29 +61,31 @@ def header_of(file: Path) -> tuple[Dequantized, int]:
         from gguf import GGUFReader, LlamaFileType
     except ImportError:
         raise ConfigError("the package gguf reads GGUF files and is not installed; pip install 'swsc[demo]'") from None
-    reader = told(file, lambda: GGUFReader(file))
+    reader = translate_errors(file, lambda: GGUFReader(file))
     types = dict(Counter(tensor.tensor_type.name for tensor in reader.tensors))
-    kind, licence = told(file, lambda: [_value(reader, f"general.{key}") for key in ("file_type", "license")])
+    kind, licence = translate_errors(
+        file, lambda: [_value(reader, f"general.{key}") for key in ("file_type", "license")]
+    )
     names = {one.value: one.name.removeprefix("MOSTLY_") for one in LlamaFileType}
     named = names.get(kind, "") if isinstance(kind, int) else ""  # the header may say a list
     quantized = sorted(types.keys() - set(_WHOLE))
     baseline = (named or ", ".join(quantized)) if quantized else ""
-    return Dequantized(file.name, baseline, one_line(licence or ""), types), sum(
+    return GgufOrigin(file.name, baseline, one_line(licence or ""), types), sum(
         int(tensor.n_elements) for tensor in reader.tensors
     )
 
 
-def without_weights(file: Path) -> Any:
+def model_without_weights(file: Path) -> Any:
     """The model that the header describes, on no device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(**where(file))
+    config = AutoConfig.from_pretrained(**pretrained_arguments(file))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def saved(model: Any) -> dict[str, Any]:
+def saved_tensors(model: Any) -> dict[str, Any]:
     """Name -> tensor as `save_pretrained` writes them: tied ones once, joined ones by their parts."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -93,12 +95,14 @@ def saved(model: Any) -> dict[str, Any]:
 
 def _require_held(file: Path, weights: int) -> None:
     """Raise CheckpointError if the header's model has far more weights than the file: transformers would make and fill them all."""
-    wanted = sum(tensor.numel() for tensor in told(file, lambda: saved(without_weights(file))).values())
+    wanted = sum(
+        tensor.numel() for tensor in translate_errors(file, lambda: saved_tensors(model_without_weights(file))).values()
+    )
     if wanted > _SLACK * weights:
-        raise CheckpointError(f"{file}: {weights:,} weights are in it, and {wanted:,} by its header: {NOT_WHOLE}")
+        raise CheckpointError(f"{file}: {weights:,} weights are in it, and {wanted:,} by its header: {INCOMPLETE}")
 
 
-def load(file: Path, dtype: str, weights: int) -> tuple[Any, Any]:
+def load_gguf(file: Path, dtype: str, weights: int) -> tuple[Any, Any]:
     """Model and tokenizer of a file that holds so many weights.
 
     Raises:
@@ -110,18 +114,18 @@ def load(file: Path, dtype: str, weights: int) -> tuple[Any, Any]:
     _require_held(file, weights)
 
     how: dict[str, Any] = {
-        **where(file),
+        **pretrained_arguments(file),
         "dtype": getattr(torch, dtype),
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
     }
     with redirect_stderr(StringIO()):  # the converter's bar, which knows nothing of terminals
-        loaded, info = told(file, lambda: AutoModelForCausalLM.from_pretrained(**how))
+        loaded, info = translate_errors(file, lambda: AutoModelForCausalLM.from_pretrained(**how))
     lacking = [f"{name} is not in it" for name in sorted(info["missing_keys"])]
     differing = sorted((name, list(there), list(wanted)) for name, there, wanted in info["mismatched_keys"])
     lacking += [f"{name} is {there} in it, and {wanted} by its header" for name, there, wanted in differing]
     if lacking:  # transformers would draw them at random
-        raise CheckpointError(f"{file}: {lacking[0]} ({len(lacking)} tensors in all): {NOT_WHOLE}")
+        raise CheckpointError(f"{file}: {lacking[0]} ({len(lacking)} tensors in all): {INCOMPLETE}")
     # The loaded model counts as quantized by GGUF and refuses to be saved: one without weights takes its weights.
     with torch.device("meta"):
         plain: Any = type(loaded)(loaded.config)
@@ -130,10 +134,10 @@ def load(file: Path, dtype: str, weights: int) -> tuple[Any, Any]:
     plain.to(getattr(torch, dtype))  # what transformers would keep in float32, too
     if hasattr(plain.config, "quantization_config"):
         del plain.config.quantization_config
-    return plain, told(file, lambda: AutoTokenizer.from_pretrained(**where(file)))
+    return plain, translate_errors(file, lambda: AutoTokenizer.from_pretrained(**pretrained_arguments(file)))
 
 
-def told(file: Path, call: Callable[[], Any]) -> Any:
+def translate_errors(file: Path, call: Callable[[], Any]) -> Any:
     """What a library makes of the file, or one line on why it does not."""
     try:
         return call()
@@ -143,7 +147,7 @@ def told(file: Path, call: Callable[[], Any]) -> Any:
         raise CheckpointError(f"{file}: cannot be read as GGUF ({first_line(error)}); give another file") from None
 
 
-def quiet_transformers() -> None:
+def silence_transformers() -> None:
     """No bars and no advice of transformers."""
     from transformers.utils import logging
 
@@ -151,7 +155,7 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def where(file: Path) -> dict[str, str]:
+def pretrained_arguments(file: Path) -> dict[str, str]:
     """How transformers is told of a GGUF file."""
     return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 

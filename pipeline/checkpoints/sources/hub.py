@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import Any
 
-from pipeline.checkpoints.extra_files import UNWANTED, WANTED, is_weights
+from pipeline.checkpoints.extra_files import HUB_IGNORED_PATTERNS, HUB_PATTERNS, is_weights
 from pipeline.errors import CheckpointError, ConfigError, StoreError, first_line
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
@@ -22,7 +22,7 @@ _SNAPSHOT = re.compile(
 )  # where the cache has a model
 
 
-def downloaded(location: str) -> str | None:
+def download(location: str) -> str | None:
     """The directory of the Hub's cache with the model ORG/NAME[@REVISION], downloaded first if it is absent.
 
     None if `location` exists on this machine or is not the id of a model.
@@ -53,7 +53,11 @@ def _downloaded(repo: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return str(snapshot_download(repo, revision=revision, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED]))
+        return str(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=[*HUB_PATTERNS], ignore_patterns=[*HUB_IGNORED_PATTERNS]
+            )
+        )
     except Exception as error:  # no common root for "offline", "not found", "refused" and what a network may do
         reason = first_line(error)
         raise CheckpointError(

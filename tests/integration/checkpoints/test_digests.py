@@ -12,11 +12,11 @@ import pytest
 from jobs.cli import main
 from pipeline.checkpoints.checkpoint import MANIFEST
 from pipeline.checkpoints.integrity.digests import (
-    by_file,
-    digests_of,
+    file_digests,
     known_ranges,
-    read_sums,
-    require_same,
+    match_file_names,
+    parse_sha256sums,
+    require_same_ranges,
     with_digests,
 )
 from pipeline.checkpoints.source import open_checkpoint
@@ -169,7 +169,7 @@ def test_digests_of_a_file_are_those_of_its_parts(tiny_model: Path) -> None:
     source = open_checkpoint(str(tiny_model))
     file = source.tensors[WEIGHT].file
     own = {name: info for name, info in source.tensors.items() if info.file == file}
-    found = digests_of(source.store, file, own.values())
+    found = file_digests(source.store, file, own.values())
     data = (tiny_model / file).read_bytes()
     assert found.sha256 == hashlib.sha256(data).hexdigest()
     for name, info in own.items():
@@ -188,7 +188,7 @@ def test_digests_of_a_stack_are_those_of_its_matrices_too(tmp_path: Path) -> Non
     save_file({"experts": torch.randn(3, 4, 5), "bias": torch.randn(7)}, tmp_path / "model.safetensors")
     store = Store.at(str(tmp_path))
     infos = {info.name: info for info in read_header(store, "model.safetensors")[1]}
-    found = digests_of(store, "model.safetensors", infos.values()).tensors
+    found = file_digests(store, "model.safetensors", infos.values()).tensors
     stack = with_digests(infos, found)["experts"]
     assert len(found["experts"]) == 4
     for number in range(3):
@@ -200,14 +200,14 @@ def test_digests_of_a_stack_are_those_of_its_matrices_too(tmp_path: Path) -> Non
 def test_two_readings_of_a_range_are_compared() -> None:
     from pipeline.errors import StoreError
 
-    require_same("m", {"a": "1", "b": "2"}, {"a": "1", "c": "3"})
+    require_same_ranges("m", {"a": "1", "b": "2"}, {"a": "1", "c": "3"})
     with pytest.raises(StoreError, match="b was read twice"):
-        require_same("m", {"a": "1", "b": "2"}, {"b": "3"})
+        require_same_ranges("m", {"a": "1", "b": "2"}, {"b": "3"})
 
 
 def test_sums_are_read_as_sha256sum_writes_them() -> None:
     digest = "Ab" * 32
-    assert read_sums(f"{digest}  ./a b.safetensors\n\n{digest} *c\n", "sums") == {
+    assert parse_sha256sums(f"{digest}  ./a b.safetensors\n\n{digest} *c\n", "sums") == {
         "a b.safetensors": digest.lower(),
         "c": digest.lower(),
     }
@@ -215,13 +215,13 @@ def test_sums_are_read_as_sha256sum_writes_them() -> None:
 
 def test_sums_may_name_files_by_a_path_to_them() -> None:
     sums = {"/data/m/a": "1", "/data/m/b/c": "2", "x/a": "3", "y/b/c": "4", "xa": "5"}
-    assert by_file(sums, ["a", "b/c"]) == {"a": "1", "b/c": "2"}
+    assert match_file_names(sums, ["a", "b/c"]) == {"a": "1", "b/c": "2"}
     for others in (
         {"a": "1", "x/b/c": "2"},
         {"x/a": "1", "y/b/c": "2"},
         {f"{at}/{n}": at for at in "xy" for n in ("a", "b/c")},
     ):
-        assert by_file(others, ["a", "b/c"]) == others  # not of one directory
+        assert match_file_names(others, ["a", "b/c"]) == others  # not of one directory
 
 
 def test_sums_taken_outside_of_the_model_do(tiny_model: Path, right: Path, tmp_path: Path) -> None:

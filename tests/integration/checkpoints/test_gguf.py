@@ -16,7 +16,7 @@ from tests.support.tiny_gguf import make_tiny_gguf
 
 SMALL = ("--clusters", "4", "--rank", "2", "--local")
 NOTE = "figures are those of a dequantized baseline of type Q8_0, not of the model that was quantized"
-KEEP = "import sys; from pipeline.checkpoints.sources.gguf import kept_checkpoint; kept_checkpoint(sys.argv[1])"
+KEEP = "import sys; from pipeline.checkpoints.sources.gguf import cached_checkpoint; cached_checkpoint(sys.argv[1])"
 
 
 @pytest.fixture
@@ -131,9 +131,9 @@ def test_what_a_killed_process_has_left_is_made_anew(file: Path, tmp_path: Path)
 
 
 def machine() -> str:
-    from pipeline.storage.lease import _machine  # what a lease calls this machine
+    from pipeline.storage.lease import machine_id  # what a lease calls this machine
 
-    return _machine()
+    return machine_id()
 
 
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(file: Path) -> None:

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import swsc_core.hf  # noqa: F401
-from pipeline.checkpoints.redundant_tensors import ties_of
+from pipeline.checkpoints.redundant_tensors import find_ties
 from pipeline.checkpoints.weight_files import INDEX, SINGLE
 from pipeline.errors import CheckpointError
 from pipeline.models.agreement import require_agreement
@@ -105,7 +105,7 @@ def test_said_or_not_the_tie_is_the_class_own(lying: Lying) -> None:
         if not said and type(lying.model.config)().tie_word_embeddings == lying.model.config.tie_word_embeddings:
             lying.configure(tie_word_embeddings=...)
         model = lying.opened()
-        found = ties_of(model.names, model.checkpoint.config, "it")
+        found = find_ties(model.names, model.checkpoint.config, "it")
         assert {tie.name for tie in found} == wanted
         assert lying.difference() < 1e-6
 

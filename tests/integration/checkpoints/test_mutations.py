@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease that names another machine is waited for, and the machine's speed is measured; how long is not the matter here."""
-    monkeypatch.setattr(lease, "_SILENT", 0.0)
+    monkeypatch.setattr(lease, "_SILENT_SECONDS", 0.0)
     monkeypatch.setattr(speed, "_SIDE", 16)
     monkeypatch.setattr(speed, "_REPEATS", 1)
 

@@ -15,8 +15,8 @@ import transformers as t
 
 from jobs.cli import main
 from pipeline.checkpoints.checkpoint import MANIFEST
-from pipeline.checkpoints.integrity.digests import digests_of
-from pipeline.checkpoints.integrity.source_digests import SourceDigests, digests_of_source, verified_as
+from pipeline.checkpoints.integrity.digests import file_digests
+from pipeline.checkpoints.integrity.source_digests import SourceDigests, digests_of_source, with_verified_digests
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.errors import StoreError
 from pipeline.models import loading
@@ -217,8 +217,8 @@ def digests(model: Path) -> SourceDigests:
     infos = {info.name: info for own in source.tensors.values() for info in own.stored}
     found = {}
     for file in source.files:
-        found.update(digests_of(source.store, file, [i for i in infos.values() if i.file == file]).tensors)
-    known = digests_of_source(verified_as(source, found))
+        found.update(file_digests(source.store, file, [i for i in infos.values() if i.file == file]).tensors)
+    known = digests_of_source(with_verified_digests(source, found))
     assert known
     return known
 

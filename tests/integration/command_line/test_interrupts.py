@@ -56,7 +56,7 @@ def compress(model: Path, output: Path) -> int:
 def test_a_signal_at_any_operation_ends_the_run_and_the_same_command_completes_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setattr(lease, "_BEAT", 60.0)  # no operations of another thread among those that are counted
+    monkeypatch.setattr(lease, "_RENEWAL_SECONDS", 60.0)  # no operations of another thread among those that are counted
     assert compress(model, tmp_path / "straight") == 0
     expected, number, codes = contents(tmp_path / "straight"), 1, set()
     while True:

@@ -34,7 +34,7 @@ def compress(model: Path, output: Path) -> int:
 def test_whatever_fails_is_told_of_and_the_same_command_completes_it(
     model: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setattr(lease, "_BEAT", 60.0)  # no operations of another thread among those that are counted
+    monkeypatch.setattr(lease, "_RENEWAL_SECONDS", 60.0)  # no operations of another thread among those that are counted
     number, codes = 0, []
     while True:
         number += 5 if mode == "slow" else 1

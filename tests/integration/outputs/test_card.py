@@ -394,7 +394,7 @@ class TestMeasured:
 def test_storage_that_fails_at_any_operation_leaves_a_card_that_the_next_call_completes(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setattr(lease, "_BEAT", 60.0)  # no operations of another thread among those that are counted
+    monkeypatch.setattr(lease, "_RENEWAL_SECONDS", 60.0)  # no operations of another thread among those that are counted
 
     def change(card: str) -> str:
         return card if "measured" in card else card + "measured"

@@ -221,7 +221,7 @@ def test_one_place_by_paths_of_which_nobody_knows_shows_before_anything_is_remov
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
     """A bucket under two names, a network disk that is mounted twice: what is written to the one appears in the other."""
-    monkeypatch.setattr(places, "holds", lambda outer, inner: False)
+    monkeypatch.setattr(places, "contains", lambda outer, inner: False)
     name, argv = VERBS[verb]
     before = tree(place.root)
     assert main(argv(place, f"{place.read}/{name}")) == 2

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.cli import main
 from pipeline.checkpoints.source import open_checkpoint
-from pipeline.checkpoints.sources.local_files import small_files
+from pipeline.checkpoints.sources.small_files import small_files
 from pipeline.storage import object_stores as object_files
 from pipeline.storage.filesystems import files_at
 from pipeline.storage.store import Store

@@ -16,7 +16,7 @@ from pipeline.engine.local_pool import LocalPool
 from pipeline.engine.task import Task, as_swsc_error
 from pipeline.errors import DiskFull, RunError
 from pipeline.storage import store
-from pipeline.storage.files import Bytes
+from pipeline.storage.files import BytesLike
 from pipeline.storage.local_files import LocalFiles
 from tests.support.tiny import contents, make_text
 
@@ -31,14 +31,14 @@ class Filling(LocalFiles):
     def __init__(self, after: str, number: int) -> None:
         self._after, self._number, self.full, self.refused = after, number, False, 0
 
-    def write(self, path: str, pieces: Iterable[Bytes]) -> None:
+    def write(self, path: str, pieces: Iterable[BytesLike]) -> None:
         if self.full:
             self.refused += 1
             pieces = self._half(pieces)
         super().write(path, pieces)
         self.full = self.full or fnmatch(path, self._after)
 
-    def _half(self, pieces: Iterable[Bytes]) -> Iterator[bytes]:
+    def _half(self, pieces: Iterable[BytesLike]) -> Iterator[bytes]:
         yield b"".join(bytes(piece) for piece in pieces)[:1]
         raise OSError(self._number, os.strerror(self._number))
 
@@ -123,7 +123,7 @@ def test_a_real_disk_that_fills_up(
 ) -> None:  # fmt: skip
     real = LocalFiles.write
 
-    def write(self: LocalFiles, path: str, pieces: Iterable[Bytes]) -> None:
+    def write(self: LocalFiles, path: str, pieces: Iterable[BytesLike]) -> None:
         real(self, path, pieces)
         if ".swsc/done/" in path and not (small_disk / "fill").exists():
             with suppress(OSError), (small_disk / "fill").open("wb", buffering=0) as file:

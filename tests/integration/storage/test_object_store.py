@@ -159,7 +159,7 @@ def test_a_bucket_under_another_name_is_known_by_what_appears_in_it(
     made = f"{BUCKET}/aliased"
     assert main(["compress", remote_model, made, "--local", "--bits", "4"]) == 0
     before = stored(made)
-    monkeypatch.setattr(places, "holds", lambda outer, inner: False)
+    monkeypatch.setattr(places, "contains", lambda outer, inner: False)
     assert main(["restore", made, made, "--local", "--overwrite"]) == 2
     assert stored(made) == before
     assert not Store.at(f"{made}/.swsc").is_there

@@ -9,8 +9,8 @@ import pytest
 from jobs.cli import main
 from pipeline.checkpoints.checkpoint import MANIFEST
 from pipeline.errors import StoreError
-from pipeline.storage import confirmed
 from pipeline.storage import object_stores as object_files
+from pipeline.storage import repeated_reads
 from pipeline.storage.object_stores import PATIENCE, CredentialsRefused
 from pipeline.storage.store import Store
 from tests.support.fault_proxy import FaultProxy
@@ -41,7 +41,7 @@ def models(proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 @pytest.fixture(autouse=True)
 def _mended(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(confirmed, "_PAUSES", (0.0,) * 7)
+    monkeypatch.setattr(repeated_reads, "_PAUSE_SECONDS", (0.0,) * 7)
     monkeypatch.setattr(object_files, "_PAUSE", 0.05)
     monkeypatch.setitem(PATIENCE, CredentialsRefused, 5.0)
     yield

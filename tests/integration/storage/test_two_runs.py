@@ -9,10 +9,10 @@ import pytest
 
 from jobs.cli import main
 from pipeline.checkpoints.checkpoint import RUN
-from pipeline.checkpoints.tensor_io import Part, Payload, commit
+from pipeline.checkpoints.tensor_io import Payload, StoredTensor, commit
 from pipeline.outputs import transaction as outputs
 from pipeline.storage import lease
-from pipeline.storage.files import Bytes
+from pipeline.storage.files import BytesLike
 from pipeline.storage.store import Store
 from tests.support.tiny import contents
 
@@ -25,8 +25,8 @@ def test_the_second_is_refused_and_the_first_is_not_disturbed(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store.at(str(tmp_path / "out"))
-    monkeypatch.setattr(lease, "_BEAT", 0.2)
-    first = lease.acquire(store)
+    monkeypatch.setattr(lease, "_RENEWAL_SECONDS", 0.2)
+    first = lease.acquire_lease(store)
     assert compress(tiny_model, tmp_path / "out") == 2
     assert "is writing there; wait for it, or stop it" in capsys.readouterr().err
     first.ticket.require()
@@ -42,7 +42,7 @@ def test_a_run_whose_place_was_taken_writes_no_more(
     def acquire(store: Store, *rest: object) -> lease.Lease:
         own = real(store, *rest)  # type: ignore[arg-type]
         calls.append(own)
-        store.write_json(lease.LEASE, {"owner": "another", "machine": "far", "pid": 1, "beat": 1})
+        store.write_json(lease.LEASE_FILE, {"owner": "another", "machine": "far", "pid": 1, "beat": 1})
         return own
 
     monkeypatch.setattr(outputs, "acquire", acquire)
@@ -61,7 +61,7 @@ def test_files_of_a_run_that_lost_its_place_are_not_taken_for_work_of_its_succes
     assert compress(tiny_model, tmp_path / "straight", "--bits", "3") == 0
     place, real = tmp_path / "out", Store.write
 
-    def cut_short(self: Store, name: str, pieces: Iterable[Bytes]) -> object:
+    def cut_short(self: Store, name: str, pieces: Iterable[BytesLike]) -> object:
         if name == "config.json":
             raise KeyboardInterrupt
         return real(self, name, pieces)
@@ -81,18 +81,18 @@ def test_files_of_a_run_that_lost_its_place_are_not_taken_for_work_of_its_succes
 @pytest.mark.parametrize("moment", ["in the middle of its file", "after its file"])
 def test_a_commit_looks_again_whether_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     store = Store.at(str(tmp_path / "out"))
-    own = lease.acquire(store)
+    own = lease.acquire_lease(store)
     real = Store.write
 
     def lost() -> None:
-        store.put(lease.LEASE, json.dumps({"owner": "another", "machine": "far", "pid": 1, "beat": 1}).encode())
+        store.put(lease.LEASE_FILE, json.dumps({"owner": "another", "machine": "far", "pid": 1, "beat": 1}).encode())
 
-    def meanwhile(pieces: Iterator[Bytes]) -> Iterator[Bytes]:
+    def meanwhile(pieces: Iterator[BytesLike]) -> Iterator[BytesLike]:
         yield next(pieces)
         lost()
         yield from pieces
 
-    def write(self: Store, name: str, pieces: Iterable[Bytes]) -> object:
+    def write(self: Store, name: str, pieces: Iterable[BytesLike]) -> object:
         if moment == "in the middle of its file":
             return real(self, name, meanwhile(iter(pieces)))
         record = real(self, name, pieces)
@@ -100,7 +100,7 @@ def test_a_commit_looks_again_whether_it_may(tmp_path: Path, monkeypatch: pytest
         return record
 
     monkeypatch.setattr(Store, "write", write)
-    part = Part("w", "F32", (1,), np.zeros(4, dtype=np.uint8))
+    part = StoredTensor("w", "F32", (1,), np.zeros(4, dtype=np.uint8))
     with pytest.raises(lease.LeaseLost):
         commit(own.ticket, "model-00001-of-00001.safetensors", Payload((part,)))
     assert not store.below(".swsc/done").names()

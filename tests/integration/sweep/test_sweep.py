@@ -18,7 +18,7 @@ from pipeline.engine.worker import Worker
 from pipeline.evaluation.job import MeasureLosses
 from pipeline.settings.sweep import SweepSettings
 from pipeline.settings.validation import validated
-from pipeline.storage.lease import acquire
+from pipeline.storage.lease import acquire_lease
 from pipeline.storage.store import Store
 from pipeline.sweep.rows import known_model
 from pipeline.sweep.sweep import Sweep
@@ -274,7 +274,7 @@ def test_a_second_sweep_into_one_directory_is_refused(
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text, VARIANTS[:1])))
     argv = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]
     (tmp_path / "out").mkdir()
-    with acquire(Store.at(str(tmp_path / "out"))):
+    with acquire_lease(Store.at(str(tmp_path / "out"))):
         (tmp_path / "out" / ".swsc-sweep").touch()
         assert main(argv) == 2
     assert "is writing there; wait for it, or stop it" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import yaml
 from jobs.cli import main
 from pipeline.engine.local_pool import LocalPool
 from pipeline.engine.task import Task
-from pipeline.storage.files import Bytes
+from pipeline.storage.files import BytesLike
 from pipeline.storage.local_files import LocalFiles
 from pipeline.tuning.flow import Tuning
 from pipeline.tuning.tuner import TunedValues
@@ -178,7 +178,7 @@ def test_results_that_no_disk_takes_are_printed_at_least(
 ) -> None:
     real = LocalFiles.write
 
-    def write(self: LocalFiles, path: str, pieces: Iterable[Bytes]) -> None:
+    def write(self: LocalFiles, path: str, pieces: Iterable[BytesLike]) -> None:
         if path.endswith("results.json"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         real(self, path, pieces)

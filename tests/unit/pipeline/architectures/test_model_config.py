@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.architectures.model_config import ALIASES, find_number, number_of, positions_of, text_config, text_part
+from pipeline.architectures.model_config import ALIASES, find_number, max_positions, number_of, text_config, text_part
 
 NAMES = [(key, name) for key, others in ALIASES.items() for name in (key, *others)]
 
@@ -47,5 +47,5 @@ def test_the_text_config_overrides_the_outer_level_and_leaves_the_rest() -> None
 
 
 def test_positions_of_a_multimodal_model_are_those_of_its_text_part() -> None:
-    assert positions_of({"max_position_embeddings": 9, "text_config": {"n_positions": 4}}) == 4
-    assert positions_of({}) is None
+    assert max_positions({"max_position_embeddings": 9, "text_config": {"n_positions": 4}}) == 4
+    assert max_positions({}) is None

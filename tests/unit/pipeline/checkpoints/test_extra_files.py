@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoints.extra_files import Extras, extras_of
+from pipeline.checkpoints.extra_files import ExtraFiles, find_extra_files
 from pipeline.errors import CheckpointError
 from pipeline.storage.store import Store
 
@@ -31,14 +31,14 @@ def fill(root: Path, names: tuple[str, ...]) -> Store:
     return Store.at(str(root))
 
 
-def left_out(extras: Extras) -> dict[str, str]:
+def left_out(extras: ExtraFiles) -> dict[str, str]:
     return {one.name: one.reason for one in extras.left_out}
 
 
 def test_what_belongs_to_a_model_is_copied_and_all_else_is_named_with_a_reason(tmp_path: Path) -> None:
     fill(tmp_path, (*COPIED, *LEFT_OUT, "config.json", "model.safetensors", "model.safetensors.index.json"))
     store = fill(tmp_path, ("vision/model.safetensors",))
-    extras = extras_of(store, WEIGHTS)
+    extras = find_extra_files(store, WEIGHTS)
     assert extras.copied == tuple(sorted(COPIED))
     assert left_out(extras).keys() == set(LEFT_OUT)
     assert all(left_out(extras).values())
@@ -49,7 +49,7 @@ def test_folders_without_end_are_bounded(tmp_path: Path) -> None:
     for number in range(1200):
         (tmp_path / "many" / f"{number}.json").touch()
     store = fill(tmp_path, ("a/b/c/d/e/f/g/h/i/j/k.json", "a/k.json"))
-    extras = extras_of(store, WEIGHTS)
+    extras = find_extra_files(store, WEIGHTS)
     assert extras.copied == ("a/k.json",)
     assert left_out(extras).keys() == {"many/", "a/b/c/d/e/f/g/"}
 
@@ -58,14 +58,14 @@ def test_a_folder_that_is_linked_to_itself_is_looked_into_once(tmp_path: Path) -
     store = fill(tmp_path, ("tokenizer/vocab.json",))
     for name in ("one", "two"):
         os.symlink(tmp_path / "tokenizer", tmp_path / "tokenizer" / name)
-    assert extras_of(store, WEIGHTS).copied == ("tokenizer/vocab.json",)
+    assert find_extra_files(store, WEIGHTS).copied == ("tokenizer/vocab.json",)
 
 
 def test_a_link_to_the_model_itself_is_not_looked_into(tmp_path: Path) -> None:
     store = fill(tmp_path, ("vocab.json", "tokenizer/vocab.json"))
     os.symlink(".", tmp_path / "latest")
     os.symlink("..", tmp_path / "tokenizer" / "up")
-    assert extras_of(store, WEIGHTS) == Extras(("tokenizer/vocab.json", "vocab.json"), ())
+    assert find_extra_files(store, WEIGHTS) == ExtraFiles(("tokenizer/vocab.json", "vocab.json"), ())
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer/inner", "tokenizer/vocab.json"])
@@ -76,4 +76,4 @@ def test_a_link_out_of_the_directory_is_refused_wherever_it_is(tmp_path: Path, n
     link.parent.mkdir(parents=True)
     os.symlink(outside / "secret.json" if name.endswith("json") else outside, link)
     with pytest.raises(CheckpointError, match="outside the directory"):
-        extras_of(Store.at(str(tmp_path / "model")), WEIGHTS)
+        find_extra_files(Store.at(str(tmp_path / "model")), WEIGHTS)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoints.sources.gguf_bounds import require_bounded
+from pipeline.checkpoints.sources.gguf_bounds import require_bounded_header
 from pipeline.errors import CheckpointError
 from tests.support.tiny_gguf import make_tiny_gguf
 
@@ -58,12 +58,12 @@ def test_counts_that_cannot_fit_the_file(tmp_path: Path, content: bytes) -> None
     (tmp_path / "x.gguf").write_bytes(content)
     started = time.process_time()
     with pytest.raises((ValueError, CheckpointError), match=r"\w"):
-        require_bounded(tmp_path / "x.gguf")
+        require_bounded_header(tmp_path / "x.gguf")
     assert time.process_time() - started < 1
 
 
 def test_a_whole_file_is_within_all_bounds(tmp_path: Path) -> None:
-    require_bounded(make_tiny_gguf(tmp_path / "x.gguf"))
+    require_bounded_header(make_tiny_gguf(tmp_path / "x.gguf"))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_changed_bytes_end_soon_and_take_no_memory(
     started = time.process_time()
     tracemalloc.start()
     with contextlib.suppress(ValueError, CheckpointError):
-        require_bounded(tmp_path / "x.gguf")
+        require_bounded_header(tmp_path / "x.gguf")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10_000_000

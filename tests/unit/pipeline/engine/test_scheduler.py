@@ -10,7 +10,7 @@ from pipeline.engine import signals
 from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import Rounds, TaskList, TaskRounds, execute
 from pipeline.engine.task import JobContext, JobOutput, Task, TaskResult
-from pipeline.errors import CheckpointError, NodeLost, RunError, StoreError, StoreGone, SwscError, WorkerLost
+from pipeline.errors import CheckpointError, NodeLost, RunError, StoreError, StoreOutage, SwscError, WorkerLost
 from pipeline.storage.lease import LeaseLost
 
 
@@ -84,8 +84,8 @@ def test_a_task_whose_store_does_not_answer_runs_again() -> None:
 
 
 def test_a_store_that_is_gone_ends_the_run_and_no_other_task_is_tried() -> None:
-    pool = ScriptedPool({"a": [StoreGone("s3://b: no good answer for 30 s")]})
-    with pytest.raises(StoreGone), Progress("test", 9, 0) as progress:
+    pool = ScriptedPool({"a": [StoreOutage("s3://b: no good answer for 30 s")]})
+    with pytest.raises(StoreOutage), Progress("test", 9, 0) as progress:
         execute(pool, TaskList([Task(name, Work()) for name in "abcdefghi"], lambda done: None), progress)
     assert pool.started.count("a") == 1
     assert len(pool.started) <= 3

@@ -15,12 +15,12 @@ from pipeline.outputs.transaction import begin
 from pipeline.settings.compression import CompressSettings
 from pipeline.storage.cache_key import (
     cache_name,
-    changes,
     digest_of,
+    full_identity,
+    identity_changes,
     run_digest,
     settings_identity,
     spec_identity,
-    spelled_out,
     windows_identity,
 )
 from pipeline.storage.store import Store
@@ -84,23 +84,23 @@ def test_windows_are_known_by_tokens_and_shape() -> None:
 def test_an_identity_equals_the_same_with_all_settings_spelled_out(compact: bool) -> None:
     """As an earlier release wrote it."""
     now = identity(CompressSettings(bits=3))
-    before = now if compact else spelled_out(now)
-    assert not changes(before, now)
-    assert not changes(now, before)
-    assert changes(before, identity(CompressSettings(bits=4))) == {"bits": (3.0, 4.0)}
-    assert changes(before, identity(CompressSettings(bits=3, seed=1))) == {"seed": (0, 1)}
-    assert changes(identity(CompressSettings(bits=3, seed=1)), before) == {"seed": (1, 0)}
+    before = now if compact else full_identity(now)
+    assert not identity_changes(before, now)
+    assert not identity_changes(now, before)
+    assert identity_changes(before, identity(CompressSettings(bits=4))) == {"bits": (3.0, 4.0)}
+    assert identity_changes(before, identity(CompressSettings(bits=3, seed=1))) == {"seed": (0, 1)}
+    assert identity_changes(identity(CompressSettings(bits=3, seed=1)), before) == {"seed": (1, 0)}
 
 
 def test_a_calibration_counts_once_it_is_known() -> None:
     before = {"source": "abc", "calibration": "x"}
-    assert not changes(before, {"source": "abc"})
-    assert changes(before, {"source": "abc", "calibration": None}) == {"calibration": ("x", None)}
+    assert not identity_changes(before, {"source": "abc"})
+    assert identity_changes(before, {"source": "abc", "calibration": None}) == {"calibration": ("x", None)}
 
 
 def test_an_unfinished_output_of_an_earlier_release_is_resumed_under_its_own_digest(tmp_path: Path) -> None:
     store, now = Store.at(str(tmp_path)), {**identity(CompressSettings(bits=3)), "calibration": None}
-    earlier = {key: value for key, value in spelled_out(now).items() if key not in ("device", "torch", "format")}
+    earlier = {key: value for key, value in full_identity(now).items() if key not in ("device", "torch", "format")}
     store.write_json(standing.RUN, earlier)
     with begin(store, now) as out:
         assert out.ticket.run == run_digest(earlier)

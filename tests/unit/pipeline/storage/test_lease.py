@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import OutputError, RunError, StoreGone
-from pipeline.storage.lease import LEASE, LeaseLost, Ticket, _machine, acquire
+from pipeline.errors import OutputError, RunError, StoreOutage
+from pipeline.storage.lease import LEASE_FILE, LeaseLost, Ticket, acquire_lease, machine_id
 from pipeline.storage.store import Store
 from tests.support.project import ROOT
 
@@ -26,11 +26,11 @@ def store(tmp_path: Path) -> Store:
 def foreign(store: Store, **about: Any) -> dict[str, Any]:
     """A lease of a run on another machine."""
     lease = {"owner": "another", "machine": "far away", "pid": 1, "beat": 1, **about}
-    store.write_json(LEASE, lease)
+    store.write_json(LEASE_FILE, lease)
     return lease
 
 
-_GONE = json.dumps({"owner": "gone", "machine": _machine(), "pid": os.getpid(), "beat": 3}).encode()
+_GONE = json.dumps({"owner": "gone", "machine": machine_id(), "pid": os.getpid(), "beat": 3}).encode()
 
 
 class Seconds:
@@ -46,16 +46,16 @@ class Seconds:
 
 
 def test_a_directory_that_nobody_writes_into_is_free_at_once(store: Store) -> None:
-    lease = acquire(store, sleep=Seconds())
+    lease = acquire_lease(store, sleep=Seconds())
     lease.ticket.require()
     lease.release()
-    assert not store.exists(LEASE)
+    assert not store.exists(LEASE_FILE)
 
 
 def test_the_second_run_is_refused_while_the_first_one_lives(store: Store) -> None:
-    first = acquire(store)
+    first = acquire_lease(store)
     with pytest.raises(OutputError, match=r"a run on .* \(process \d+\) is writing there; wait for it, or stop it"):
-        acquire(store, sleep=Seconds(first.renew))
+        acquire_lease(store, sleep=Seconds(first.renew))
     first.ticket.require()
     first.release()
 
@@ -63,7 +63,7 @@ def test_the_second_run_is_refused_while_the_first_one_lives(store: Store) -> No
 def test_a_run_elsewhere_that_gives_no_sign_of_life_is_replaced(store: Store) -> None:
     foreign(store)
     time = Seconds()
-    lease = acquire(store, sleep=time)
+    lease = acquire_lease(store, sleep=time)
     assert 10 < time.passed < 60
     lease.release()
 
@@ -71,35 +71,35 @@ def test_a_run_elsewhere_that_gives_no_sign_of_life_is_replaced(store: Store) ->
 def test_one_that_does_is_waited_for_if_that_is_wanted(store: Store) -> None:
     foreign(store)
     told: list[str] = []
-    signs = [lambda: foreign(store, beat=2), lambda: foreign(store, beat=3), lambda: store.remove(LEASE)]
+    signs = [lambda: foreign(store, beat=2), lambda: foreign(store, beat=3), lambda: store.remove(LEASE_FILE)]
     time = Seconds(*signs)
-    lease = acquire(store, on_wait=told.append, sleep=time)
+    lease = acquire_lease(store, on_wait=told.append, sleep=time)
     assert time.passed == 3
     assert told == [f"{store.root}: a run on far (process 1) is making the same; waiting for it"]
     lease.release()
 
 
 def test_a_process_of_this_machine_that_is_gone_is_replaced_at_once(store: Store) -> None:
-    script = f"from pipeline.storage.lease import *; acquire(Store({store.root!r})); import os; os._exit(9)"
+    script = f"from pipeline.storage.lease import *; acquire_lease(Store({store.root!r})); import os; os._exit(9)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 9
-    assert store.exists(LEASE)
+    assert store.exists(LEASE_FILE)
     time = Seconds()
-    acquire(store, sleep=time).release()
+    acquire_lease(store, sleep=time).release()
     assert time.passed == 0
 
 
 def test_what_a_replaced_run_still_sends_is_refused(store: Store) -> None:
-    first = acquire(store)
+    first = acquire_lease(store)
     foreign(store)
     with pytest.raises(LeaseLost, match=r"a run on far \(process 1\) has taken over; this one is stopped"):
         first.ticket.require()
     first.release()
-    assert store.read_json(LEASE)["owner"] == "another", "and it does not touch what is no longer its own"
+    assert store.read_json(LEASE_FILE)["owner"] == "another", "and it does not touch what is no longer its own"
 
 
 def test_a_node_that_does_not_see_the_directory_says_so(store: Store) -> None:
-    lease = acquire(store)
-    store.remove(LEASE)
+    lease = acquire_lease(store)
+    store.remove(LEASE_FILE)
     with pytest.raises(RunError, match="not seen by node"):
         lease.ticket.require()
     lease.release()
@@ -109,17 +109,17 @@ def test_a_node_that_does_not_see_the_directory_says_so(store: Store) -> None:
 def test_of_many_that_come_at_the_same_moment_one_has_it(
     store: Store, left: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.lease._BEAT", 0.002)
+    monkeypatch.setattr("pipeline.storage.lease._RENEWAL_SECONDS", 0.002)
     many, found, patience = 6, [], threading.Event()
     for _ in range(20):
         if left != "nothing":
-            store.put(LEASE, b"{" if left == "half a lease" else _GONE)
+            store.put(LEASE_FILE, b"{" if left == "half a lease" else _GONE)
         start = threading.Barrier(many)
 
         def come(start: threading.Barrier = start) -> Any:
             start.wait()
             try:
-                return acquire(store, sleep=lambda seconds: patience.wait(seconds / 50) and None)
+                return acquire_lease(store, sleep=lambda seconds: patience.wait(seconds / 50) and None)
             except OutputError as error:
                 return error
 
@@ -134,11 +134,11 @@ def test_of_many_that_come_at_the_same_moment_one_has_it(
 def test_a_run_that_was_asleep_until_its_successor_was_done_does_not_sign_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.lease._BEAT", 0.2)
-    lease = acquire(store, sleep=Seconds())
-    store.remove(LEASE)
+    monkeypatch.setattr("pipeline.storage.lease._RENEWAL_SECONDS", 0.2)
+    lease = acquire_lease(store, sleep=Seconds())
+    store.remove(LEASE_FILE)
     threading.Event().wait(0.5)
-    assert not store.exists(LEASE)
+    assert not store.exists(LEASE_FILE)
     with pytest.raises(RunError):
         lease.ticket.require()
     lease.release()
@@ -148,7 +148,7 @@ def test_one_that_was_put_into_the_place_of_an_old_one_is_not_cleared_away(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two found the same old lease; the other one was faster, and has signed by the time that ours clears the old one away."""
-    store.put(LEASE, _GONE)
+    store.put(LEASE_FILE, _GONE)
     real = Store.locked
 
     def locked(self: Store) -> AbstractContextManager[None]:
@@ -157,8 +157,8 @@ def test_one_that_was_put_into_the_place_of_an_old_one_is_not_cleared_away(
 
     monkeypatch.setattr(Store, "locked", locked)
     with pytest.raises(OutputError, match=r"a run on far \(process 1\) is writing there"):
-        acquire(store, sleep=Seconds())
-    assert store.read_json(LEASE)["owner"] == "another"
+        acquire_lease(store, sleep=Seconds())
+    assert store.read_json(LEASE_FILE)["owner"] == "another"
 
 
 def test_of_two_that_sign_at_the_same_moment_one_waits_for_the_other_if_that_is_wanted(
@@ -171,9 +171,9 @@ def test_of_two_that_sign_at_the_same_moment_one_waits_for_the_other_if_that_is_
         return real(self)
 
     monkeypatch.setattr(Store, "locked", locked)
-    signs = [lambda: foreign(store, beat=2), lambda: store.remove(LEASE)]
+    signs = [lambda: foreign(store, beat=2), lambda: store.remove(LEASE_FILE)]
     told: list[str] = []
-    lease = acquire(store, on_wait=told.append, sleep=Seconds(*signs))
+    lease = acquire_lease(store, on_wait=told.append, sleep=Seconds(*signs))
     lease.ticket.require()
     assert len(told) == 1
     lease.release()
@@ -191,15 +191,15 @@ def test_a_directory_that_is_removed_at_the_same_moment_is_made_again(
         return real(path, *how, **further)
 
     monkeypatch.setattr(os, "open", opened)
-    with acquire(store) as lease:
+    with acquire_lease(store) as lease:
         lease.ticket.require()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_lease_that_nobody_can_read_holds_nothing_up(store: Store, content: str) -> None:
-    store.write(LEASE, [content.encode()])
+    store.write(LEASE_FILE, [content.encode()])
     time = Seconds()
-    acquire(store, sleep=time).release()
+    acquire_lease(store, sleep=time).release()
     assert time.passed == 0
 
 
@@ -210,13 +210,13 @@ def test_a_lease_that_grows_while_it_is_read_is_read_whole(store: Store, monkeyp
     def size_before_a_beat(self: Store, name: str) -> int:
         found = size(self, name)
         if beat := next(beats, b""):
-            self.put(LEASE, beat)
+            self.put(LEASE_FILE, beat)
         return found
 
-    store.put(LEASE, b'{"owner": "me", "beat": 9}')
+    store.put(LEASE_FILE, b'{"owner": "me", "beat": 9}')
     monkeypatch.setattr(Store, "size", size_before_a_beat)
     Ticket(store, "me").require()
-    assert store.read_json(LEASE)["beat"] == 10
+    assert store.read_json(LEASE_FILE)["beat"] == 10
 
 
 def test_a_store_that_is_gone_is_asked_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,9 +225,9 @@ def test_a_store_that_is_gone_is_asked_once(store: Store, monkeypatch: pytest.Mo
 
     def gone(self: Store, name: str) -> int:
         asked.append(name)
-        raise StoreGone("s3://bucket: no good answer for 30 s")
+        raise StoreOutage("s3://bucket: no good answer for 30 s")
 
     monkeypatch.setattr(Store, "size", gone)
-    with pytest.raises(StoreGone):
-        acquire(store)
-    assert asked == [LEASE]
+    with pytest.raises(StoreOutage):
+        acquire_lease(store)
+    assert asked == [LEASE_FILE]

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.fs as arrow
 import pytest
 
-from pipeline.errors import StoreError, StoreGone
+from pipeline.errors import StoreError, StoreOutage
 from pipeline.storage import object_stores as object_files
 from pipeline.storage.store import Store
 
@@ -99,7 +99,7 @@ class _Late:
 def test_an_object_whose_replacement_fails_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bucket").mkdir()
     client = _Client(tmp_path)
-    monkeypatch.setattr(object_files, "_connected", lambda scheme: client)
+    monkeypatch.setattr(object_files, "_connect", lambda scheme: client)
     objects = object_files.ObjectFiles("s3")
     objects.write("bucket/lease", [b"first"])
     client.failures.append("the store does not answer")
@@ -140,19 +140,19 @@ def test_a_store_that_is_gone_is_waited_for_once_and_not_by_every_request(
     patience: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = _Down()
-    monkeypatch.setattr(object_files, "_connected", lambda scheme: client)
+    monkeypatch.setattr(object_files, "_connect", lambda scheme: client)
     monkeypatch.setattr(object_files, "time", _Clock())
-    monkeypatch.setitem(object_files.PATIENCE, object_files.Unavailable, patience)
+    monkeypatch.setitem(object_files.PATIENCE, object_files.StoreNotResponding, patience)
     objects = object_files.ObjectFiles("s3")
     assert objects.size("bucket/a") == 7
     for most in (4, 1):
         before = client.requests
-        with pytest.raises(StoreGone, match="s3://bucket/a: AWS Error NETWORK_CONNECTION"):
+        with pytest.raises(StoreOutage, match="s3://bucket/a: AWS Error NETWORK_CONNECTION"):
             objects.size("bucket/a")
         assert client.requests - before <= most
     with pytest.raises(StoreError) as first_contact:
         objects.size("other/a")
-    assert not isinstance(first_contact.value, StoreGone)
+    assert not isinstance(first_contact.value, StoreOutage)
 
 
 class _Listed:
@@ -179,7 +179,7 @@ def test_over_plain_http_a_folder_holds_what_two_listings_in_a_row_or_most_of_th
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     client = _Listed(listings)
-    monkeypatch.setattr(object_files, "_connected", lambda scheme: client)
+    monkeypatch.setattr(object_files, "_connect", lambda scheme: client)
     assert sorted(object_files.ObjectFiles("s3").children("bucket/m")) == wanted.split()
     assert not client.left
 
@@ -187,7 +187,7 @@ def test_over_plain_http_a_folder_holds_what_two_listings_in_a_row_or_most_of_th
 def test_over_https_a_folder_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:9")
     client = _Listed(["a", "b"])
-    monkeypatch.setattr(object_files, "_connected", lambda scheme: client)
+    monkeypatch.setattr(object_files, "_connect", lambda scheme: client)
     assert list(object_files.ObjectFiles("s3").children("bucket/m")) == ["a"]
 
 
@@ -196,7 +196,7 @@ def test_an_object_called_like_a_fault_is_none(monkeypatch: pytest.MonkeyPatch) 
         def open_input_file(self, path: str) -> Any:
             raise FileNotFoundError(f"Path does not exist '{path}'")
 
-    monkeypatch.setattr(object_files, "_connected", lambda scheme: Missing())
+    monkeypatch.setattr(object_files, "_connect", lambda scheme: Missing())
     with pytest.raises(StoreError) as found:
         object_files.ObjectFiles("s3").read("bucket/AccessDenied/SLOW_DOWN", 0, 1)
     assert type(found.value) is StoreError

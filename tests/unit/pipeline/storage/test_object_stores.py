@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import StoreError
 from pipeline.storage import object_stores as object_files
-from pipeline.storage.etag import PartDigest
+from pipeline.storage.etag import EtagDigest
 from pipeline.storage.object_stores import ObjectFiles
 
 CONTENT = b"content" * 100
@@ -35,8 +35,8 @@ def proved(scheme: str, about: dict[str, str] | Exception, monkeypatch: pytest.M
     def connected(_: str) -> Any:
         return _System(about)
 
-    monkeypatch.setattr(object_files, "_connected", connected)
-    digest = PartDigest()
+    monkeypatch.setattr(object_files, "_connect", connected)
+    digest = EtagDigest()
     digest.update(CONTENT)
     return ObjectFiles(scheme).content_proved("bucket/file", digest)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import OutputError, UserError
 from pipeline.storage import paths as places
-from pipeline.storage.paths import Place, holds, is_blob, leads_out, named, require_apart
+from pipeline.storage.paths import UserPath, contains, is_hub_blob, links_outside, require_disjoint_paths, user_paths
 from pipeline.storage.store import Store
 
 
@@ -35,27 +35,27 @@ OUTSIDE = ["data/model2", "data/mode", "other/model", "data/new", "new/data/mode
 
 @pytest.mark.parametrize("path", SAME)
 def test_one_place_by_another_path_is_known(model: Path, tmp_path: Path, path: str) -> None:
-    assert holds(at(model), at(tmp_path / path))
-    assert holds(at(f"{tmp_path}/{path}"), at(model))
+    assert contains(at(model), at(tmp_path / path))
+    assert contains(at(f"{tmp_path}/{path}"), at(model))
 
 
 @pytest.mark.parametrize("path", INSIDE)
 def test_a_place_inside_is_known_by_another_path(model: Path, tmp_path: Path, path: str) -> None:
-    assert holds(at(model), at(f"{tmp_path}/{path}"))
-    assert not holds(at(f"{tmp_path}/{path}"), at(model))
+    assert contains(at(model), at(f"{tmp_path}/{path}"))
+    assert not contains(at(f"{tmp_path}/{path}"), at(model))
 
 
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_names_that_look_alike_are_not_taken_for_one_place(model: Path, tmp_path: Path, path: str) -> None:
-    assert not holds(at(model), at(tmp_path / path))
-    assert not holds(at(tmp_path / path), at(model))
+    assert not contains(at(model), at(tmp_path / path))
+    assert not contains(at(tmp_path / path), at(model))
 
 
 def test_places_that_are_yet_to_be_made_are_compared_too(model: Path, tmp_path: Path) -> None:
-    assert holds(at(tmp_path / "link" / "out"), at(model / "out" / "cache"))
-    assert holds(at(tmp_path / "mnt" / "out"), at(tmp_path / "data" / "out"))
-    assert not holds(at(model / "out"), at(model / "out2"))
-    assert not holds(at(model / "out" / "cache"), at(model / "out"))
+    assert contains(at(tmp_path / "link" / "out"), at(model / "out" / "cache"))
+    assert contains(at(tmp_path / "mnt" / "out"), at(tmp_path / "data" / "out"))
+    assert not contains(at(model / "out"), at(model / "out2"))
+    assert not contains(at(model / "out" / "cache"), at(model / "out"))
 
 
 def test_names_that_differ_in_case_are_one_place_where_the_file_system_says_so(
@@ -63,13 +63,13 @@ def test_names_that_differ_in_case_are_one_place_where_the_file_system_says_so(
 ) -> None:
     real = os.stat
     shouted = str(model).replace("data/model", "DATA/Model")
-    assert not holds(at(model), at(shouted))
+    assert not contains(at(model), at(shouted))
     monkeypatch.setattr(
         places.os, "stat", lambda path: real(str(path).replace("DATA/Model", "data/model").replace("DATA", "data"))
     )
-    assert holds(at(model), at(shouted))
-    assert holds(at(f"{shouted}/new"), at(model / "new" / "x"))
-    assert holds(at(shouted), at(model / "new"))
+    assert contains(at(model), at(shouted))
+    assert contains(at(f"{shouted}/new"), at(model / "new" / "x"))
+    assert contains(at(shouted), at(model / "new"))
 
 
 @pytest.fixture
@@ -90,15 +90,15 @@ def mounted(model: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_bind_mounts_are_seen_through(mounted: Path, model: Path) -> None:
-    assert holds(at(model), at(mounted / "whole"))
-    assert holds(at(mounted / "whole"), at(model))
-    assert holds(at(model), at(mounted / "whole" / "new"))
-    assert holds(at(model), at(mounted / "part"))
-    assert holds(at(model), at(mounted / "part" / "new"))
-    assert holds(at(mounted / "whole"), at(mounted / "part"))
-    assert holds(at(mounted / "part"), at(model / "sub" / "new"))
-    assert not holds(at(mounted / "part"), at(model))
-    assert not holds(at(mounted / "other"), at(mounted / "whole"))
+    assert contains(at(model), at(mounted / "whole"))
+    assert contains(at(mounted / "whole"), at(model))
+    assert contains(at(model), at(mounted / "whole" / "new"))
+    assert contains(at(model), at(mounted / "part"))
+    assert contains(at(model), at(mounted / "part" / "new"))
+    assert contains(at(mounted / "whole"), at(mounted / "part"))
+    assert contains(at(mounted / "part"), at(model / "sub" / "new"))
+    assert not contains(at(mounted / "part"), at(model))
+    assert not contains(at(mounted / "other"), at(mounted / "whole"))
 
 
 def test_the_table_of_mounts_says_what_inodes_do_not(
@@ -109,11 +109,11 @@ def test_the_table_of_mounts_says_what_inodes_do_not(
     table = tmp_path / "mountinfo"
     point = f"{tmp_path}/a part".replace(" ", "\\040")
     table.write_text(f"20 1 8:1 / / rw - ext4 /dev/sda1 rw\n21 20 8:1 {model}/sub {point} rw - ext4 /dev/sda1 rw\n")
-    assert not holds(at(model), at(tmp_path / "a part" / "new"))
-    monkeypatch.setattr(places, "_MOUNTS", table)
-    assert holds(at(model), at(tmp_path / "a part" / "new"))
-    assert holds(at(model), at(tmp_path / "a part"))
-    assert not holds(at(tmp_path / "other"), at(tmp_path / "a part"))
+    assert not contains(at(model), at(tmp_path / "a part" / "new"))
+    monkeypatch.setattr(places, "_MOUNT_TABLE", table)
+    assert contains(at(model), at(tmp_path / "a part" / "new"))
+    assert contains(at(model), at(tmp_path / "a part"))
+    assert not contains(at(tmp_path / "other"), at(tmp_path / "a part"))
 
 
 def test_what_is_mounted_below_a_directory_lies_inside_it(
@@ -121,8 +121,8 @@ def test_what_is_mounted_below_a_directory_lies_inside_it(
 ) -> None:
     table = tmp_path / "mountinfo"
     table.write_text(f"20 1 8:1 / / rw - ext4 x rw\n21 20 8:1 {tmp_path}/other {model}/sub rw - ext4 x rw\n")
-    monkeypatch.setattr(places, "_MOUNTS", table)
-    assert holds(at(model), at(tmp_path / "other" / "new"))
+    monkeypatch.setattr(places, "_MOUNT_TABLE", table)
+    assert contains(at(model), at(tmp_path / "other" / "new"))
 
 
 @pytest.mark.parametrize(
@@ -133,23 +133,23 @@ def test_what_is_mounted_below_a_directory_lies_inside_it(
     ],
 )  # fmt: skip
 def test_one_prefix_of_an_object_store_in_two_ways(first: str, second: str) -> None:
-    assert holds(at(first), at(second))
-    assert holds(at(second), at(first))
+    assert contains(at(first), at(second))
+    assert contains(at(second), at(first))
 
 
 def test_prefixes_lie_inside_each_other_at_folders_only() -> None:
-    assert holds(at("s3://b"), at("s3://b/x"))
-    assert holds(at("s3://b/x"), at("s3://b/x/y"))
+    assert contains(at("s3://b"), at("s3://b/x"))
+    assert contains(at("s3://b/x"), at("s3://b/x/y"))
     for outer, inner in [("b/x", "b/xy"), ("b/xy", "b/x"), ("b", "bb/x"), ("b/x/y", "b/x"), ("b/X", "b/x")]:
-        assert not holds(at(f"s3://{outer}"), at(f"s3://{inner}"))
-    assert not holds(at("s3://b/x"), at("gs://b/x"))
-    assert not holds(at("s3://b/x"), at("/b/x"))
+        assert not contains(at(f"s3://{outer}"), at(f"s3://{inner}"))
+    assert not contains(at("s3://b/x"), at("gs://b/x"))
+    assert not contains(at("s3://b/x"), at("/b/x"))
 
 
 def test_file_addresses_are_paths(model: Path) -> None:
     for address in (f"file://{model}", f"file://localhost{model}", f"file://{model}/../model/"):
-        assert holds(at(address), at(model))
-        assert holds(at(model), at(address))
+        assert contains(at(address), at(model))
+        assert contains(at(model), at(address))
 
 
 @pytest.mark.parametrize("location", ["", "s3://b/x/../y", "s3://b/./x", "s3://", "s3:///"])
@@ -171,13 +171,13 @@ _NAMES = st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=4)
 def test_for_plain_paths_a_place_holds_what_has_its_names_first(first: list[str], second: list[str]) -> None:
     wanted = second[: len(first)] == first
     for root in ("/nowhere/", "s3://", "gs://bucket/"):
-        assert holds(at(root + "/".join(first)), at(root + "/".join(second))) == wanted
+        assert contains(at(root + "/".join(first)), at(root + "/".join(second))) == wanted
 
 
 class TestRequireApart:
     def refused(self, written: str, other: str, *said: str) -> None:
         with pytest.raises(OutputError) as caught:
-            require_apart(Place.at("OUTPUT", written), [Place.at("MODEL", other)])
+            require_disjoint_paths(UserPath.at("OUTPUT", written), [UserPath.at("MODEL", other)])
         assert all(word in str(caught.value) for word in (written, *said))
 
     def test_all_three_ways_are_refused(self) -> None:
@@ -186,13 +186,15 @@ class TestRequireApart:
         self.refused("s3://b", "s3://b/x", "MODEL", "lies inside OUTPUT")
 
     def test_others_are_not(self) -> None:
-        require_apart(Place.at("OUTPUT", "s3://b/y"), [Place.at("MODEL", "s3://b/x"), Place.at("--text", "/etc/hosts")])
+        require_disjoint_paths(
+            UserPath.at("OUTPUT", "s3://b/y"), [UserPath.at("MODEL", "s3://b/x"), UserPath.at("--text", "/etc/hosts")]
+        )
 
     def test_names_of_data_sets_are_no_places(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(model)
-        assert named([("--text", "wikitext2"), ("--calibration", "hf://datasets/a/b"), ("--config", None)]) == []
-        require_apart(Place.at("OUTPUT", "."), named([("--text", "wikitext2")]))
-        assert [place.what for place in named([("MODEL", "sub"), ("--text", "s3://b/t")])] == ["MODEL", "--text"]
+        assert user_paths([("--text", "wikitext2"), ("--calibration", "hf://datasets/a/b"), ("--config", None)]) == []
+        require_disjoint_paths(UserPath.at("OUTPUT", "."), user_paths([("--text", "wikitext2")]))
+        assert [place.what for place in user_paths([("MODEL", "sub"), ("--text", "s3://b/t")])] == ["MODEL", "--text"]
 
 
 class TestLinks:
@@ -204,12 +206,12 @@ class TestLinks:
         os.symlink(tmp_path / "other" / "secret", model / "file")
         os.symlink("sub", model / "inner")
         (model / "sub" / "f").write_text("")
-        assert leads_out(at(model), "folder/secret")
-        assert leads_out(at(model), "folder")
-        assert leads_out(at(model), "file")
-        assert not leads_out(at(model), "inner/f")
-        assert not leads_out(at(model), "sub/f")
-        assert not leads_out(at(tmp_path / "link"), "sub/f")  # the directory itself may be a link
+        assert links_outside(at(model), "folder/secret")
+        assert links_outside(at(model), "folder")
+        assert links_outside(at(model), "file")
+        assert not links_outside(at(model), "inner/f")
+        assert not links_outside(at(model), "sub/f")
+        assert not links_outside(at(tmp_path / "link"), "sub/f")  # the directory itself may be a link
 
     def test_blobs_of_a_cache_of_the_hub_may_be_led_to_from_any_depth(self, tmp_path: Path) -> None:
         snapshot, blobs = tmp_path / "models--o--n" / "snapshots" / "abc", tmp_path / "models--o--n" / "blobs"
@@ -219,8 +221,8 @@ class TestLinks:
         (snapshot / "f").symlink_to("../../blobs/h1")
         (snapshot / "sub" / "f").symlink_to("../../../blobs/h1")
         for store, name in [(at(snapshot), "f"), (at(snapshot), "sub/f"), (at(snapshot / "sub"), "f")]:
-            assert is_blob(store, name)
-            assert not leads_out(store, name)
+            assert is_hub_blob(store, name)
+            assert not links_outside(store, name)
 
     def test_a_folder_of_blobs_may_be_a_link_to_a_larger_disk(self, tmp_path: Path) -> None:
         snapshot, disk = tmp_path / "models--o--n" / "snapshots" / "abc", tmp_path / "disk"
@@ -229,13 +231,13 @@ class TestLinks:
         (disk / "h1").write_text("")
         os.symlink(disk, tmp_path / "models--o--n" / "blobs")
         (snapshot / "f").symlink_to("../../blobs/h1")
-        assert not leads_out(at(snapshot), "f")
+        assert not links_outside(at(snapshot), "f")
 
     def test_a_link_to_the_directory_itself_does_not_lead_out(self, model: Path) -> None:
         os.symlink(".", model / "latest")
         os.symlink("..", model / "sub" / "up")
-        assert not leads_out(at(model), "latest")
-        assert not leads_out(at(model), "sub/up")
+        assert not links_outside(at(model), "latest")
+        assert not links_outside(at(model), "sub/up")
 
     def test_blobs_of_another_model_may_not(self, tmp_path: Path) -> None:
         snapshot, blobs = tmp_path / "models--o--n" / "snapshots" / "abc", tmp_path / "models--o--m" / "blobs"
@@ -246,4 +248,4 @@ class TestLinks:
         os.symlink("/etc/hosts", tmp_path / "models--o--n" / "blobs")
         (snapshot / "g").symlink_to("../../blobs")
         for name in ("f", "g"):
-            assert leads_out(at(snapshot), name)
+            assert links_outside(at(snapshot), name)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.checkpoints.checkpoint import read_header
-from pipeline.checkpoints.tensor_io import Part, read_tensor, to_part, to_tensor
+from pipeline.checkpoints.tensor_io import StoredTensor, read_tensor, to_stored_tensor, to_tensor
 from pipeline.storage.store import Store
 from swsc_core.storage.alignment import ALIGNMENT, align, aligned, is_aligned
 from swsc_core.storage.safetensors_header import DTYPES
@@ -69,10 +69,10 @@ def test_a_part_from_anywhere_becomes_an_aligned_tensor_of_its_own(dtype: str, s
     nbytes = int(np.prod(shape)) * DTYPES[dtype][1]
     memory = np.arange(nbytes + 8, dtype=np.uint8)
     memory.flags.writeable = False  # as the object store gives it
-    tensor = to_tensor(Part("x", dtype, shape, memory[8:]))
+    tensor = to_tensor(StoredTensor("x", dtype, shape, memory[8:]))
     assert is_aligned(tensor)
     assert tensor.shape == shape
-    assert np.array_equal(to_part("x", tensor).data, memory[8:])
+    assert np.array_equal(to_stored_tensor("x", tensor).data, memory[8:])
     before = memory.copy()
     tensor.zero_()
     assert np.array_equal(memory, before)

@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from uuid import uuid4
 
 from pipeline.errors import OutputError
-from pipeline.storage.lease import LEASE, acquire, is_free, is_of_this_machine, require_idle
+from pipeline.storage.lease import LEASE_FILE, acquire_lease, is_free, is_of_this_machine, require_idle
 from pipeline.storage.store import Store
 
 _USES = "uses"
 
 
 @contextmanager
-def used(store: Store) -> Iterator[None]:
+def shared_lease(store: Store) -> Iterator[None]:
     """Keep the directory `store`, which may not be there yet, from being removed by other runs."""
     own = _uses(store).below(uuid4().hex)
     with store.parent.locked():
-        lease = acquire(own)
+        lease = acquire_lease(own)
     try:
         yield
     finally:
@@ -30,13 +30,13 @@ def used(store: Store) -> Iterator[None]:
             _forget(store, own)
 
 
-def remove_unless_used(store: Store) -> bool:
+def remove_if_unleased(store: Store) -> bool:
     """Remove the directory `store` with all that is in it, if no other run uses it; returns whether that was so."""
-    gone = [one for one in _users(store) if one.exists(LEASE) and _is_gone(one)]
+    gone = [one for one in _users(store) if one.exists(LEASE_FILE) and _is_gone(one)]
     with store.parent.locked():
         for one in gone:
             _forget(store, one)
-        if any(one.exists(LEASE) for one in _users(store)):
+        if any(one.exists(LEASE_FILE) for one in _users(store)):
             return False
         store.parent.remove(store.name)
     store.parent.remove_empty()

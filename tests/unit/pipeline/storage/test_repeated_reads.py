@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.storage import confirmed
-from pipeline.storage.confirmed import Unequal, confirm
-from pipeline.storage.etag import PART, PartDigest, proves
+from pipeline.storage import repeated_reads
+from pipeline.storage.etag import PART_BYTES, EtagDigest, etag_matches
+from pipeline.storage.repeated_reads import ReadsDiffer, confirm_by_rereading
 
 
 def _object(size: int) -> bytes:
@@ -38,8 +38,8 @@ def test_what_spoils_single_answers_is_mended_or_told(size: int, data: st.DataOb
         return bytes(_flipped(content[a:b], 3 * readings)) if readings in spoiled else content[a:b]
 
     try:
-        confirm(first, start, size, read, lambda seconds: None)
-    except Unequal:
+        confirm_by_rereading(first, start, size, read, lambda seconds: None)
+    except ReadsDiffer:
         assert spoiled
     else:
         assert first == content[start:stop]
@@ -56,7 +56,7 @@ def test_two_readings_that_are_spoiled_alike_are_not_taken_for_right(places: str
         return _flipped(content[a:b], int(place))
 
     got = read(0, 60)
-    confirm(got, 0, 60, read, lambda seconds: None)
+    confirm_by_rereading(got, 0, 60, read, lambda seconds: None)
     assert got == content
 
 
@@ -73,14 +73,14 @@ def test_the_same_place_of_every_answer_spoiled_is_never_given_out(size: int, pl
 
     got = bytearray(read(start, stop))
     try:
-        confirm(got, start, size, read, lambda seconds: None)
-    except Unequal:
+        confirm_by_rereading(got, start, size, read, lambda seconds: None)
+    except ReadsDiffer:
         return
     assert got == content[start:stop]
 
 
 def test_large_ranges_are_compared_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confirmed, "PIECE", 1 << 14)
+    monkeypatch.setattr(repeated_reads, "COMPARED_BYTES", 1 << 14)
     content, asked = _object(100_000), []
 
     def read(a: int, b: int) -> bytes:
@@ -88,24 +88,24 @@ def test_large_ranges_are_compared_piece_by_piece(monkeypatch: pytest.MonkeyPatc
         return content[a:b]
 
     got = _flipped(content[10:], 70_000)
-    confirm(got, 10, len(content), read, lambda seconds: None)
+    confirm_by_rereading(got, 10, len(content), read, lambda seconds: None)
     assert got == content[10:]
     assert max(asked) <= (1 << 14) + 2 * 7 * 409
 
 
-@pytest.mark.parametrize("size", [0, 1, 5 << 20, PART, 2 * PART + 7])
+@pytest.mark.parametrize("size", [0, 1, 5 << 20, PART_BYTES, 2 * PART_BYTES + 7])
 def test_an_etag_proves_its_own_bytes_and_no_others(size: int) -> None:
     content = _object(size)
-    digest = PartDigest()
+    digest = EtagDigest()
     for first in range(0, size, 3 << 20):
         digest.update(content[first : first + (3 << 20)])
-    parts = [hashlib.md5(content[first : first + PART]).digest() for first in range(0, max(1, size), PART)]
+    parts = [hashlib.md5(content[first : first + PART_BYTES]).digest() for first in range(0, max(1, size), PART_BYTES)]
     assert digest.etags == (
         hashlib.md5(content).hexdigest(),
         f"{hashlib.md5(b''.join(parts)).hexdigest()}-{len(parts)}",
     )
     for etag in digest.etags:
-        assert proves(f'"{etag}"', content)
-        assert not proves(etag, bytes(_flipped(content, 5)) + b"x")
-    assert not proves("", content)
-    assert not proves("0123-kms", content)
+        assert etag_matches(f'"{etag}"', content)
+        assert not etag_matches(etag, bytes(_flipped(content, 5)) + b"x")
+    assert not etag_matches("", content)
+    assert not etag_matches("0123-kms", content)

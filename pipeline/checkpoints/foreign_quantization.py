@@ -46,10 +46,10 @@ def require_unquantized(where: str, tensors: Mapping[str, TensorInfo], config: M
     if method == "swsc":
         raise CheckpointError(f"{where}: already quantized by 'swsc'; restore it first (swsc restore)")
     form = f"in the form {about['format']!r}" if isinstance(about.get("format"), str) else ""
-    raise CheckpointError(f"{where}: {refusal(method, form or (found and f'as {found} shows'))}")
+    raise CheckpointError(f"{where}: {refusal_message(method, form or (found and f'as {found} shows'))}")
 
 
-def refusal(method: object, why: str = "") -> str:
+def refusal_message(method: object, why: str = "") -> str:
     """What is said of a model that `method` has quantized."""
     name = repr(method) if method else "a method that config.json does not name"
     return f"already quantized by {name}{f' {why}' if why else ''}; give the unquantized model{_else(method)}"

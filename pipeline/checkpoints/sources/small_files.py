@@ -44,7 +44,7 @@ def _copied(root: str) -> str:
     return folder.name
 
 
-def require_no_code(location: str, error: BaseException) -> None:
+def require_no_custom_code(location: str, error: BaseException) -> None:
     """Raise CheckpointError if what transformers said is that it would have to run code that the model brings."""
     if "trust_remote_code" in str(error):
         raise CheckpointError(

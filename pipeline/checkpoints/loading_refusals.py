@@ -8,12 +8,12 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError
 
 # name of a tensor, whether it is compressed in pieces -> why it is left out
-Refusal = Callable[[str, bool], str | None]
+LoadingRefusal = Callable[[str, bool], str | None]
 
 
-def refusal_of(checkpoint: Checkpoint) -> Refusal:
+def loading_refusal(checkpoint: Checkpoint) -> LoadingRefusal:
     """What says of each tensor why it has to stay as it is; of models that transformers has no code for nothing is said."""
-    from pipeline.checkpoints.meta_model import Unknown, meta_models_of
+    from pipeline.checkpoints.meta_model import UnknownModel, meta_models_of
     from swsc_core.hf.restore_on_load import why_not_restorable
     from swsc_core.hf.weight_names import WeightNames
 
@@ -21,7 +21,7 @@ def refusal_of(checkpoint: Checkpoint) -> Refusal:
         models = [
             one.model for one in meta_models_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))
         ]
-    except (Unknown, CheckpointError):  # code of its own, or a config that agreement.py refuses
+    except (UnknownModel, CheckpointError):  # code of its own, or a config that agreement.py refuses
         return lambda *_: None
     names = [WeightNames(model) for model in models]
     idle = _without_place(checkpoint, models[0], names[0])

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
-PIECE = 8 << 20  # bytes that are compared at a time: a second copy of a tensor of any size is never held
-_PAUSES = (
+COMPARED_BYTES = 8 << 20  # bytes that are compared at a time: a second copy of a tensor of any size is never held
+_PAUSE_SECONDS = (
     0.0,
     0.2,
     0.2,
@@ -25,11 +25,13 @@ _SHIFT = 409  # bytes by which each reading begins and ends elsewhere than the o
 Read = Callable[[int, int], bytes | bytearray]  # (first byte, behind the last byte) of an object -> its bytes
 
 
-class Unequal(Exception):
+class ReadsDiffer(Exception):
     """Readings of a range do not agree; holds its first byte."""
 
 
-def confirm(data: bytearray, start: int, size: int, read: Read, pause: Callable[[float], None] = time.sleep) -> None:
+def confirm_by_rereading(
+    data: bytearray, start: int, size: int, read: Read, pause: Callable[[float], None] = time.sleep
+) -> None:
     """Make `data`, read from `start` of an object of `size` bytes, what readings agree on.
 
     Two are enough, unless they differ: then spoiled bytes are so frequent that two may agree by chance, and three in a row have to.
@@ -37,10 +39,10 @@ def confirm(data: bytearray, start: int, size: int, read: Read, pause: Callable[
     Raises:
         Unequal: they never do.
     """
-    for first in range(0, len(data), PIECE):
-        own = slice(first, min(first + PIECE, len(data)))
+    for first in range(0, len(data), COMPARED_BYTES):
+        own = slice(first, min(first + COMPARED_BYTES, len(data)))
         before, alike, wanted = bytes(data[own]), 1, 2
-        for number, seconds in enumerate(_PAUSES, 1):
+        for number, seconds in enumerate(_PAUSE_SECONDS, 1):
             pause(seconds)
             again = _shifted(read, start + own.start, start + own.stop, size, number * _SHIFT)
             alike, wanted = (alike + 1, wanted) if again == before else (1, 3)
@@ -48,7 +50,7 @@ def confirm(data: bytearray, start: int, size: int, read: Read, pause: Callable[
             if alike == wanted:
                 break
         else:
-            raise Unequal(start + own.start)
+            raise ReadsDiffer(start + own.start)
         if wanted > 2:
             data[own] = before
 

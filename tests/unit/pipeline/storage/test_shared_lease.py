@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.storage import lease
+from pipeline.storage.shared_lease import remove_if_unleased, shared_lease
 from pipeline.storage.store import Store
-from pipeline.storage.uses import remove_unless_used, used
 
 
 @pytest.fixture
@@ -20,43 +20,43 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_what_nobody_uses_is_removed_and_leaves_nothing(store: Store, tmp_path: Path) -> None:
-    with used(store):
+    with shared_lease(store):
         pass
-    assert remove_unless_used(store)
+    assert remove_if_unleased(store)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_last_of_two_removes_it(store: Store, tmp_path: Path) -> None:
-    with used(store):
-        with used(store):
-            assert not remove_unless_used(store)
-        assert not remove_unless_used(store)
+    with shared_lease(store):
+        with shared_lease(store):
+            assert not remove_if_unleased(store)
+        assert not remove_if_unleased(store)
         assert store.exists("file")
-    assert remove_unless_used(store)
+    assert remove_if_unleased(store)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_use_of_another_directory_keeps_nothing(store: Store) -> None:
-    with used(store.parent.below("variant-2")):
-        assert remove_unless_used(store)
+    with shared_lease(store.parent.below("variant-2")):
+        assert remove_if_unleased(store)
         assert not store.is_there
 
 
 def test_it_may_be_used_before_it_is_there(tmp_path: Path) -> None:
     store = Store.at(str(tmp_path / "cache" / "variant-1"))
-    with used(store):
+    with shared_lease(store):
         store.write("file", [b"bytes"])
-        assert not remove_unless_used(store)
+        assert not remove_if_unleased(store)
 
 
 def test_a_process_that_was_killed_uses_nothing(store: Store, tmp_path: Path) -> None:
-    with used(store):
+    with shared_lease(store):
         (own,) = (tmp_path / "cache" / "uses" / "variant-1").iterdir()
-        about = json.loads((own / lease.LEASE).read_text())
-        dead = own.with_name("dead") / lease.LEASE
+        about = json.loads((own / lease.LEASE_FILE).read_text())
+        dead = own.with_name("dead") / lease.LEASE_FILE
         dead.parent.mkdir(parents=True)
         dead.write_text(json.dumps(about | {"owner": "dead", "pid": 2**22 + 1}))  # above what Linux gives out
-    assert remove_unless_used(store)
+    assert remove_if_unleased(store)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,11 +64,11 @@ def test_of_many_that_end_at_the_same_moment_one_removes_it(store: Store, tmp_pa
     together, seen = threading.Barrier(4), []
 
     def run() -> None:
-        with used(store):
+        with shared_lease(store):
             together.wait()
             seen.append(store.exists("file"))
             together.wait()
-        remove_unless_used(store)
+        remove_if_unleased(store)
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
@@ -84,7 +84,7 @@ def test_folders_of_uses_go_under_the_lock_alone(store: Store) -> None:
     begun, over = threading.Event(), threading.Event()
 
     def run() -> None:
-        with used(store):
+        with shared_lease(store):
             begun.set()
             over.wait()
 
