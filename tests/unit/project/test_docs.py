@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.glossary import GLOSSARY, pattern_of
 from tests.support.project import ROOT
 
 PAGES = [
@@ -15,30 +16,9 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 
+GLOSSARY_WORDS = pattern_of(GLOSSARY)
 PAGE_OF_FLAGS = ROOT / "docs" / "cli.md"
 PAGES_WITH_OTHER_FLAGS = ("docs/experiments.md", "docs/vllm.md", "benchmarks/README.md")  # those of other tools, too
-
-# Words of the "not" column of the glossary, and the word to use.
-AVOIDED = {
-    r"foretells?|foretold|forecasts?": "estimate, predicted",
-    r"shar(?:es|ing) by segments": "vector quantization of segments",
-    r"turn(?:ed|s)? round|l(?:ies|ie|ying) the other way": "transposed",
-    r"standing": "existing output",
-    r"leftovers?": "redundant tensor",
-    r"amend(?:s|ed|ment|ing)?": "atomic edit",
-    r"slots?": "parameter lookup",
-    r"made again": "recomputed",
-    r"done without": "stops, is replaced",
-    r"goes away|go away|went away": "worker is lost",
-    r"(?<!second )moments?": "Hessian, second moment",
-    r"energy|energies": "weighted error",
-    r"joined|laid": "fused",
-    r"artifacts?": "stored model",
-    r"order of pieces": "row permutation",
-    r"tells?|told|says?|said": "raises, returns, states",
-    r"apart": "separate",
-    r"lies|lie|lay|lying": "is, is stored",
-}
 
 
 def _prose(text: str) -> str:
@@ -63,8 +43,7 @@ def _anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_the_prose_uses_no_word_that_the_glossary_replaces(page: Path) -> None:
     prose = _prose(page.read_text(encoding="utf-8"))
-    pattern = re.compile("|".join(rf"\b(?:{words})\b" for words in AVOIDED), re.IGNORECASE)
-    assert [prose[max(0, match.start() - 40) : match.end() + 20] for match in pattern.finditer(prose)] == []
+    assert [prose[max(0, match.start() - 40) : match.end() + 20] for match in GLOSSARY_WORDS.finditer(prose)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
