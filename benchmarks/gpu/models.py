@@ -3,12 +3,14 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.gpu.finding import Bench, Finding
 from pipeline.calibration.job import GatherHessians
+from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.tensor_io import Payload, to_tensor
 from pipeline.engine.worker import Worker
@@ -41,7 +43,8 @@ def _make(path: Path, bench: Bench) -> str:
         vocab_size=bench.size(32000, 256), hidden_size=width, intermediate_size=2 * width, num_attention_heads=width // 32,
         num_hidden_layers=bench.size(4, 1), num_key_value_heads=2, initializer_range=0.1, max_position_embeddings=512,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(path)
     save_tokenizer(path)
     return str(path)
 
@@ -66,7 +69,7 @@ def _calibrations(where: str, bench: Bench) -> Iterator[Finding]:
     equal = _equal(*found)
     yield Finding("calibration twice", "equal" if equal else "unlike", ok=equal)
     if bench.on_gpu:
-        share = peak / calibration_device_bytes(source, _LENGTH, hessian_bytes(infos), "auto")
+        share = peak / calibration_device_bytes(source, _LENGTH, hessian_bytes(map(whole_matrix, infos)), "auto")
         yield Finding("memory of a calibration over the estimate", share, "×", share <= 1)
 
 

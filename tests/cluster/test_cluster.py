@@ -1,5 +1,6 @@
 """The same bytes however the work is spread, and runs that survive what happens on clusters. Real Ray, real kills."""
 
+import functools
 import json
 import os
 import random
@@ -7,14 +8,22 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from jobs.cli import main
+from pipeline.engine.ray_backend import workers as ray_workers
+from pipeline.engine.ray_backend.worker_pools import worker_pools
+from pipeline.engine.stage import Stage
+from pipeline.settings.cluster import ClusterSettings
 from tests.support.families import FamilyModel
 from tests.support.ray_cluster import RAY, ROOT, Cluster, ray_cluster, raylet_of, server_of, workers_at
 from tests.support.tiny import contents, make_text, make_tiny_model
@@ -114,8 +123,8 @@ def test_order_of_tasks_does_not_matter(
 ) -> None:
     from pipeline.variants import compress as flow
 
-    def shuffled(*arguments: object) -> list[object]:
-        tasks = list(real(*arguments))  # type: ignore[arg-type]
+    def shuffled(*arguments: Any) -> list[Any]:
+        tasks = list(real(*arguments))
         random.Random(5).shuffle(tasks)
         return tasks
 
@@ -125,22 +134,31 @@ def test_order_of_tasks_does_not_matter(
     assert contents(tmp_path / "out") == local
 
 
-def submit(cluster: Cluster, *argv: object) -> "subprocess.CompletedProcess[str]":
+def submitted(cluster: Cluster, *argv: object) -> "subprocess.Popen[str]":
     """One command as one job. (Ray removes a job's working directory when its first driver ends: no chains.)"""
-    job = [*RAY, "job", "submit", "--address", cluster.dashboard, "--working-dir", "."]
-    return cluster.run(*job, "--", "python", "-m", "jobs", *map(str, argv))
+    job = [*RAY, "job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--", "python", "-m", "jobs"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*job, *map(str, argv)], cwd=ROOT, env=cluster.environment, **pipes)
+
+
+def end_well(*jobs: "subprocess.Popen[str]") -> None:
+    for job in jobs:
+        said, _ = job.communicate(timeout=540)
+        assert job.returncode == 0, said
 
 
 def test_every_verb_works_as_a_submitted_job(
     cluster: Cluster, tiny_model: Path, text: Path, tmp_path: Path, local: dict[str, bytes]
 ) -> None:
+    """Two at a time, with a worker each: a new process of each imports everything."""
     out, dense, result = tmp_path / "out", tmp_path / "dense", tmp_path / "e.json"
-    ends_well(submit(cluster, "plan", tiny_model))
-    ends_well(submit(cluster, "compress", tiny_model, out, *FLAGS))
+    one = ("--workers", 1)
+    end_well(submitted(cluster, "plan", tiny_model), submitted(cluster, "compress", tiny_model, out, *FLAGS, *one))
     assert contents(out) == local
-    ends_well(submit(cluster, "restore", out, dense))
-    ends_well(submit(cluster, "evaluate", dense, "--text", text, "--seqlen", 64, "--windows", 3, "--json", result))
+    measured = ("--text", text, "--seqlen", 64, "--windows", 3, "--json", result)
+    end_well(submitted(cluster, "restore", out, dense, *one), submitted(cluster, "evaluate", out, *measured, *one))
     assert len(json.loads(result.read_text())["nll_per_window"]) == 3
+    assert main(["verify", str(dense), "--local"]) == 0
 
 
 def test_a_sweep_of_two_models_and_four_variants_is_one_job_and_equals_the_local_one(
@@ -156,7 +174,7 @@ def test_a_sweep_of_two_models_and_four_variants_is_one_job_and_equals_the_local
         "  - {name: mlp, projectors: 'gate,up,down', bits: 4}\n"
         "  - {name: rtn, projectors: 'q,k', method: rtn, bits: 3}\n"
     )
-    ends_well(submit(cluster, "sweep", tmp_path / "s.yaml", "--out", tmp_path / "ray"))
+    end_well(submitted(cluster, "sweep", tmp_path / "s.yaml", "--out", tmp_path / "ray"))
     assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "local"), "--local"]) == 0
     one, other = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("ray", "local"))
     assert len(one) == 2 * 5
@@ -200,31 +218,30 @@ def test_a_worker_that_no_node_has_the_memory_for_is_refused_with_the_forecast(
     )  # logits, and their copy
 
 
-def test_no_more_workers_are_made_than_the_memory_of_each_node_holds(cluster: Cluster) -> None:
-    script = (
-        "import ray\n"
-        "from pipeline.settings.cluster import ClusterSettings\n"
-        "from pipeline.engine.stage import Stage\n"
-        "from pipeline.engine.ray_backend.worker_pools import worker_pools\n"
-        f"ray.init('{cluster.address}', log_to_driver=False)\n"
-        "node = min(int(node['Resources']['memory']) for node in ray.nodes())\n"
-        "for memory, workers in ((1, None), (node * 2 // 3, None), (node * 2 // 3, 3)):\n"
-        "    with worker_pools(ClusterSettings(workers=workers)) as pools:\n"
-        "        print(pools(9, Stage('test', memory)).size)\n"
-    )
-    done = cluster.run(sys.executable, "-c", script)
-    ends_well(done)
-    assert done.stdout.split() == ["3", "2", "3"]  # a number that the user gave stands
+def test_no_more_workers_are_made_than_the_memory_of_each_node_holds(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def workers(memory: int, asked_for: int | None) -> int:
+        with worker_pools(ClusterSettings(workers=asked_for)) as pools:
+            return pools(9, Stage("test", memory)).size
+
+    monkeypatch.chdir(ROOT)
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        node = min(int(node["Resources"]["memory"]) for node in ray.nodes())
+        assert workers(1, None) == 3
+        assert workers(node * 2 // 3, None) == 2
+        assert workers(node * 2 // 3, 3) == 3, "a number that the user gave stands"
+    finally:
+        ray.shutdown()
 
 
-def test_no_cluster_at_the_address_is_one_clear_line(tiny_model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs", "compress", str(tiny_model), str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--address", "127.0.0.1:1"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "error: no Ray cluster at 127.0.0.1:1" in done.stderr
+def test_no_cluster_at_the_address_is_one_clear_line(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--address", "127.0.0.1:1"]) == 2
+    assert "error: no Ray cluster at 127.0.0.1:1" in capsys.readouterr().err
 
 
 class TestRunsThatAreCutShort:
@@ -242,11 +259,10 @@ class TestRunsThatAreCutShort:
         assert main(["compress", str(model), str(output), "--local", *self.SLOW]) == 0
         return contents(output)
 
-    def begin(
-        self, cluster: Cluster, model: Path, output: Path, *more: str, workers: str = "2"
-    ) -> "subprocess.Popen[str]":
+    def begin(self, cluster: Cluster, model: Path, output: Path, *more: str) -> "subprocess.Popen[str]":
+        """A command in a process of its own, so that its driver can be killed."""
         command = [sys.executable, "-m", "jobs", "compress", str(model), str(output), *self.SLOW]
-        flags = ["--address", cluster.address, *(["--workers", workers] if workers else []), *more]
+        flags = ["--address", cluster.address, "--workers", "2", *more]
         return subprocess.Popen(
             [*command, *flags],
             cwd=ROOT,
@@ -263,31 +279,54 @@ class TestRunsThatAreCutShort:
             time.sleep(0.05)
         raise AssertionError("the moment did not come")
 
+    def has_files(self, output: Path, count: int) -> bool:
+        return self.finished_files(output) >= count
+
     def finished_files(self, output: Path) -> int:
         return len(list((output / ".swsc" / "done").glob("*"))) if output.exists() else 0
+
+    def struck(
+        self, cluster: Cluster, model: Path, output: Path, strike: Callable[[threading.Event], None], *flags: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """A compression in this process while `strike` runs in a thread, with an event that the end of the command sets."""
+        ended = threading.Event()
+        with ThreadPoolExecutor(1) as thread:
+            striking = thread.submit(strike, ended)
+            try:
+                done = cluster.swsc("compress", model, output, *self.SLOW, *flags)
+            finally:
+                ended.set()
+            striking.result()
+        return done
 
     def test_a_killed_worker_is_replaced_and_nothing_differs(
         self, cluster: Cluster, model: Path, tmp_path: Path, straight: dict[str, bytes]
     ) -> None:
-        run = self.begin(cluster, model, tmp_path / "out")
-        self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
-        workers_at("CompressLayer")[0].kill()
-        _, error = run.communicate(timeout=200)
-        assert run.returncode == 0, error
-        assert "starting it again" in error
+        def strike(ended: threading.Event) -> None:
+            self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
+            workers_at("CompressLayer")[0].kill()
+
+        done = self.struck(cluster, model, tmp_path / "out", strike, "--workers", "2")
+        ends_well(done)
+        assert "starting it again" in done.stderr
         assert contents(tmp_path / "out") == straight
 
     def test_a_worker_that_hangs_is_given_up_and_nothing_differs(
         self, cluster: Cluster, model: Path, tmp_path: Path, straight: dict[str, bytes]
     ) -> None:
-        run = self.begin(cluster, model, tmp_path / "out", "--task-deadline", "10")
-        self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
-        victim = workers_at("CompressLayer")[0]
-        victim.suspend()
-        _, error = run.communicate(timeout=200)
-        assert run.returncode == 0, error
-        assert re.search(r"hangs, given up after 1\d s; starting it again", error), error
+        victims: list[psutil.Process] = []
+
+        def strike(ended: threading.Event) -> None:
+            self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
+            victims.append(workers_at("CompressLayer")[0])
+            victims[0].suspend()
+
+        flags = ["--workers", "2", "--task-deadline", "10"]
+        done = self.struck(cluster, model, tmp_path / "out", strike, *flags)
+        ends_well(done)
+        assert re.search(r"hangs, given up after 1\d s; starting it again", done.stderr), done.stderr
         assert contents(tmp_path / "out") == straight
+        (victim,) = victims
         self.wait_until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
 
     def test_a_node_that_is_lost_and_one_that_joins_change_nothing_but_who_works(
@@ -295,53 +334,53 @@ class TestRunsThatAreCutShort:
     ) -> None:
         model = make_tiny_model(tmp_path / "model", layers=30)
         with cluster.another_node("127.0.0.3") as third:
-            run = self.begin(cluster, model, tmp_path / "out", workers="")
-            self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2 and workers_at("", third))
-            raylet = raylet_of(third)
-            assert raylet is not None
-            raylet.kill()
-            with cluster.another_node("127.0.0.4") as fourth:
-                self.wait_until(lambda: workers_at("CompressLayer", fourth) or run.poll() is not None)
-                assert run.poll() is None, "a worker has come up on the node that joined"
-                _, error = run.communicate(timeout=300)
-        assert run.returncode == 0, error
+
+            def strike(ended: threading.Event) -> None:
+                self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2 and workers_at("", third))
+                raylet = raylet_of(third)
+                assert raylet is not None
+                raylet.kill()
+                with cluster.another_node("127.0.0.4") as fourth:
+                    self.wait_until(lambda: workers_at("CompressLayer", fourth) or ended.is_set())
+                    assert not ended.is_set(), "a worker has started on the node that joined"
+                    ended.wait(300)
+
+            ends_well(self.struck(cluster, model, tmp_path / "out", strike))
         assert main(["compress", str(model), str(tmp_path / "straight"), "--local", *self.SLOW]) == 0
         assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
-    @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-    def test_a_stopped_driver_leaves_no_model_and_the_same_command_goes_on(
-        self, cluster: Cluster, model: Path, tmp_path: Path, straight: dict[str, bytes], blow: signal.Signals
+    def test_a_driver_that_is_stopped_leaves_no_model_and_the_same_command_goes_on(
+        self, cluster: Cluster, model: Path, tmp_path: Path, straight: dict[str, bytes]
     ) -> None:
-        run = self.begin(cluster, model, tmp_path / "out")
-        self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 3)
-        run.send_signal(blow)
-        _, error = run.communicate(timeout=60)
-        if blow is not signal.SIGKILL:
-            assert run.returncode == 130
-            assert "Traceback" not in error
-            assert error.strip().splitlines()[-1].startswith("interrupted: what is finished is kept")
-        assert not (tmp_path / "out" / "config.json").exists()
-        assert not (tmp_path / "out" / "swsc_manifest.json").exists()
-        assert self.finished_files(tmp_path / "out") >= 3
-        again = self.begin(cluster, model, tmp_path / "out")
-        _, error = again.communicate(timeout=200)
-        assert again.returncode == 0, error
-        assert contents(tmp_path / "out") == straight
+        output, finished = tmp_path / "out", 0
+        for blow in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            run = self.begin(cluster, model, output)
+            self.wait_until(functools.partial(self.has_files, output, finished + 1))
+            run.send_signal(blow)
+            _, error = run.communicate(timeout=60)
+            if blow is not signal.SIGKILL:
+                assert run.returncode == 130
+                assert "Traceback" not in error
+                assert error.strip().splitlines()[-1].startswith("interrupted: what is finished is kept")
+            assert not (output / "config.json").exists()
+            assert not (output / "swsc_manifest.json").exists()
+            assert self.finished_files(output) > finished
+            finished = self.finished_files(output)
+        ends_well(cluster.swsc("compress", model, output, *self.SLOW, "--workers", 2))
+        assert contents(output) == straight
 
-    def test_a_driver_killed_at_nine_tenths_of_sixty_layers_loses_what_was_in_flight_at_most(
+    def test_a_driver_killed_at_nine_tenths_of_thirty_layers_loses_what_was_in_flight_at_most(
         self, cluster: Cluster, tmp_path: Path
     ) -> None:
-        model, output = make_tiny_model(tmp_path / "model", layers=60), tmp_path / "out"
+        model, output = make_tiny_model(tmp_path / "model", layers=30), tmp_path / "out"
         run = self.begin(cluster, model, output, "--n-init", "20")
-        self.wait_until(lambda: self.finished_files(output) >= 54)
+        self.wait_until(lambda: self.finished_files(output) >= 27)
         run.kill()
         run.communicate(timeout=60)
         finished = self.finished_files(output)
-        again = self.begin(cluster, model, output, "--n-init", "20")
-        _, error = again.communicate(timeout=200)
-        assert again.returncode == 0, error
+        ends_well(cluster.swsc("compress", model, output, *self.SLOW, "--n-init", 20, "--workers", 2))
         kept = json.loads((output / "swsc_report.json").read_text())["files_of_an_earlier_run"]
-        assert kept >= finished >= 54
+        assert kept >= finished >= 27
         assert main(["compress", str(model), str(tmp_path / "straight"), "--local", *self.SLOW, "--n-init", "20"]) == 0
         assert contents(output) == contents(tmp_path / "straight")
 
@@ -357,18 +396,17 @@ class TestRunsThatAreCutShort:
         assert run.returncode not in (0, 2)
         assert "Traceback" not in error
         assert not (output / "swsc_manifest.json").exists()
-        again = self.begin(cluster, model, output)
-        _, error = again.communicate(timeout=200)
-        assert again.returncode == 0, error
+        ends_well(cluster.swsc("compress", model, output, *self.SLOW, "--workers", 2))
         assert contents(output) == straight
 
-    def test_workers_that_are_killed_for_their_memory_are_told_of(self, model: Path, tmp_path: Path) -> None:
-        tight = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "100"}  # any use is too much
-        with ray_cluster(**tight) as cluster:
-            run = self.begin(cluster, model, tmp_path / "out")
-            _, error = run.communicate(timeout=300)
-        assert run.returncode == 1
-        assert re.search(
-            r"error: workers died \d+ times in a row, the last one at .*; look at their memory and GPUs", error
-        ), error
+    def test_a_run_whose_workers_are_killed_for_their_memory_ends_with_an_error_that_names_them(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ray_workers, "_DEATHS", 4)
+        monkeypatch.setattr(ray_workers, "_DEATHS_PER_WORKER", 2)
+        # any use is too much
+        with ray_cluster(RAY_memory_usage_threshold="0.0001", RAY_memory_monitor_refresh_ms="100") as cluster:
+            done = cluster.swsc("compress", model, tmp_path / "out", *self.SLOW, "--workers", 2)
+        assert done.returncode == 1
+        assert re.search(r"^error: workers died \d+ times in a row", done.stderr, re.MULTILINE), done.stderr
         assert not (tmp_path / "out" / "swsc_manifest.json").exists()

@@ -1,15 +1,16 @@
 """Clusters that begin without a worker and grow on demand: Ray's own autoscaler, whose nodes are processes of this machine."""
 
 import json
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.cli import main
-from tests.support.ray_cluster import ROOT, Cluster, free_port, ray_cluster
+from pipeline.engine.ray_backend import arithmetic
+from tests.support.ports import free_port
+from tests.support.ray_cluster import Cluster, ray_cluster
 from tests.support.tiny import contents
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -60,23 +61,26 @@ def test_a_run_without_a_node_for_it_is_refused_and_told_of_elastic(
 def test_a_run_waits_for_its_first_gpu_and_takes_those_that_come(
     growing: Cluster, tiny_model: Path, tmp_path: Path
 ) -> None:
-    flags = ["--elastic", "--gpus-per-worker", "1", "--address", growing.address, "--bits", "4"]
-    done = growing.run(sys.executable, "-m", "jobs", "compress", str(tiny_model), str(tmp_path / "out"), *flags)
+    flags = ["--elastic", "--gpus-per-worker", "1", "--bits", "4"]
+    done = growing.swsc("compress", tiny_model, tmp_path / "out", *flags)
     assert done.returncode == 0, done.stderr
     assert main(["compress", str(tiny_model), str(tmp_path / "local"), "--bits", "4", "--local"]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
 
 
-def test_a_run_that_waits_says_for_what(growing: Cluster, tiny_model: Path, tmp_path: Path) -> None:
-    flags = ["--elastic", "--gpus-per-worker", "1", "--cpus-per-worker", "5", "--address", growing.address]
-    command = [sys.executable, "-m", "jobs", "compress", str(tiny_model), str(tmp_path / "out"), *flags]
-    run = subprocess.Popen(command, cwd=ROOT, env=growing.environment, stderr=subprocess.PIPE, text=True)
-    assert run.stderr is not None
-    try:
-        line = next(line for line in run.stderr if "no worker is up yet" in line)
-    finally:
-        run.terminate()
-        run.communicate(timeout=60)
-    assert "waiting for one: each needs 5 CPUs, 1 GPUs" in line
+def test_a_run_that_waits_says_for_what(
+    growing: Cluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(arithmetic, "_SECONDS_OF_PATIENCE", 1.0)
+    monkeypatch.setattr(arithmetic, "say", say)
+    flags = ["--elastic", "--gpus-per-worker", "1", "--cpus-per-worker", "5"]
+    assert growing.swsc("compress", tiny_model, tmp_path / "out", *flags).returncode == 130
+    (line,) = said
+    assert "no worker is up yet, waiting for one: each needs 5 CPUs, 1 GPUs" in line
     assert "the cluster has" in line
-    assert run.returncode == 130

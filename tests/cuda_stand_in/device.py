@@ -82,12 +82,12 @@ class CudaTensor(Tensor):
     def __new__(cls, value: Tensor) -> "CudaTensor":
         made: CudaTensor = Tensor._make_wrapper_subclass(
             cls, value.size(), strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype,
-            device="cpu", requires_grad=False,
+            device=torch.device("cpu"), requires_grad=False,
         )  # fmt: skip
         made.value = value
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)
@@ -103,7 +103,7 @@ class CudaTensor(Tensor):
         return f"CudaTensor({list(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise MixError(f"{func} on a tensor of the stand-in, outside of it")
 
 

@@ -36,7 +36,7 @@ from tests.cuda_stand_in.device import StandIn
 from tests.support.tiny import save_tokenizer
 
 LENGTH = 24
-_SMALL = {
+_SMALL: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 32,
     "num_attention_heads": 2,

@@ -5,7 +5,7 @@ from typing import Any
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
 
-class LoopbackProvider(FakeMultiNodeProvider):  # type: ignore[misc]
+class LoopbackProvider(FakeMultiNodeProvider):
     """Ray's own feigned provider; it refuses nodes whose type says how much memory they have, as types of real ones do."""
 
     def create_node_with_resources_and_labels(

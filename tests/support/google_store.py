@@ -2,36 +2,34 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 from pipeline.storage import lease
 from pipeline.storage.filesystems import files_at
+from tests.support.ports import free_port
 
 BUCKET = "gs://models"
+# It writes headers and body apart: with Nagle's algorithm every answer would wait 40 ms for the client's acknowledgement.
+_SERVER = """
+from socketserver import StreamRequestHandler
+from gcp_storage_emulator.__main__ import main
+StreamRequestHandler.disable_nagle_algorithm = True
+main()
+"""
 
 
 @contextlib.contextmanager
 def google_store() -> Iterator[None]:
     """Start a server, of which this process and those that it starts are clients as long as the context lasts: one at a time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("gcp-storage-emulator")),
-        "start",
-        "--host=127.0.0.1",
-        f"--port={port}",
-    ]
+    port = free_port()
+    command = [sys.executable, "-c", _SERVER, "start", "--host=127.0.0.1", f"--port={port}"]
     flags = ["--in-memory", f"--default-bucket={BUCKET.removeprefix('gs://')}"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([*command, *flags], **quiet) as server:
+    with subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             _wait(server, f"http://127.0.0.1:{port}/")
             there = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}

@@ -104,7 +104,7 @@ def changed_yaml(draw: Any, tree: dict[str, Any]) -> bytes:
             yaml.dump(said) if said else ""
         ) + f"{draw(st.sampled_from(sorted(tree)))}: {draw(st.sampled_from(_YAML))}\n"
     content = text.encode(errors="surrogatepass")
-    return draw(st.one_of(st.just(content), st.just(content), changed_bytes(content)))  # type: ignore[no-any-return]
+    return draw(st.one_of(st.just(content), st.just(content), changed_bytes(content)))
 
 
 @st.composite
@@ -131,7 +131,7 @@ def changed_bytes(draw: Any, data: bytes, most: int = 1 << 16) -> bytes:
 def changed_json(draw: Any, data: bytes) -> bytes:
     """A JSON file whose tree, or now and then whose bytes, are changed; numbers may have more digits than Python parses."""
     if draw(st.integers(0, 4)) == 0:
-        return draw(changed_bytes(data))  # type: ignore[no-any-return]
+        return draw(changed_bytes(data))
     tree = draw(changed_tree(json.loads(data)))
     text = json.dumps(tree, ensure_ascii=True)
     if draw(st.integers(0, 20)) == 0:

@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import random
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -15,9 +13,11 @@ from unittest import mock
 from pipeline.storage import lease
 from pipeline.storage.filesystems import files_at
 from pipeline.storage.store import Store
+from tests.support.ports import free_ports
 
 BUCKET = "s3://models"
 _LOG = "server.log"
+_GRPC = 10000  # each port has a twin for gRPC, so much higher; all stay below those that Linux gives to clients (32768)
 _STARTS = 3  # with other ports each time: another process may have taken one since it was found free
 
 
@@ -87,8 +87,10 @@ def _started(folder: Path) -> ObjectStore:
 
 
 def _new(folder: Path) -> ObjectStore:
-    folder.mkdir()
-    ports = dict(zip(("master", "volume", "filer", "s3", "admin"), _free_ports(5), strict=True))
+    folder.mkdir(parents=True)
+    ports = dict(
+        zip(("master", "volume", "filer", "s3", "admin"), free_ports(5, 11000, 22700, twin=_GRPC), strict=True)
+    )
     environment = {
         **os.environ, "AWS_ACCESS_KEY_ID": "swsc-tests", "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-tests",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}", "AWS_EC2_METADATA_DISABLED": "true",
@@ -135,16 +137,3 @@ def _start(folder: Path, ports: dict[str, int], environment: dict[str, str]) -> 
         return subprocess.Popen(
             [str(Path(sys.executable).with_name("weed")), "mini", *flags], env=environment, stdout=log, stderr=log
         )
-
-
-def _free_ports(count: int) -> Sequence[int]:
-    """Ports whose twins for gRPC, 10000 higher, are free as well; both below those that Linux gives to clients (32768)."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.SystemRandom().randrange(11000, 22700)
-        with contextlib.suppress(OSError):
-            for number in (port, port + 10000):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", number))
-            found.append(port)
-    return found

@@ -127,4 +127,4 @@ def findings(results: dict[str, Any]) -> dict[str, Any]:
         "fewshot_seed",
     )
     kept["config"] = {key: results["config"][key] for key in about} | {"max_length": results["max_length"]}
-    return json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(kept)))  # type: ignore[no-any-return]
+    return json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(kept)))

@@ -1,25 +1,29 @@
 """A real Ray cluster on loopback addresses, with ports and a folder of its own; nodes come and go."""
 
 import contextlib
+import io
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import psutil
 
+from tests.support.ports import free_port
 from tests.support.project import ROOT
 
 # A node counts as dead after three seconds without an answer, in place of fourteen.
 _HEALTH = {f"RAY_health_check_{name}": value for name, value in (("period_ms", "1000"), ("timeout_ms", "1000"))}
 _HEALTH["RAY_health_check_failure_threshold"] = "3"
+_STARTS = 3
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -51,7 +55,7 @@ class Cluster:
 
     def _wait_to_be_counted(self, ip: str) -> None:
         """Its process is there a moment before the cluster knows of it."""
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         client = GcsClient(address=self.address)
         for _ in range(240):
@@ -74,14 +78,19 @@ class Cluster:
         return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=540)
 
     def swsc(self, *argv: object) -> subprocess.CompletedProcess[str]:
-        """`python -m jobs …` on the cluster."""
-        return self.run(sys.executable, "-m", "jobs", *map(str, argv), "--address", self.address)
+        """`swsc …` on the cluster, from this process: a new one would import everything again, which takes seconds."""
+        import ray
 
+        from jobs.cli import main
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        command, out, err = [*map(str, argv), "--address", self.address], io.StringIO(), io.StringIO()
+        with mock.patch.dict(os.environ, self.environment), contextlib.chdir(ROOT):
+            try:
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    code = main(command)
+            finally:
+                ray.shutdown()
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 @contextlib.contextmanager
@@ -91,16 +100,28 @@ def ray_cluster(*flags: str, port: int = 0, **more: str) -> Iterator[Cluster]:
     # The entrypoint of a job says `python`: it must be this one, also where no environment is activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), "PATH": path, **_HEALTH, **more}
-    port, dashboard = port or free_port(), free_port()
-    head = [*RAY, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-    head += ["--node-ip-address=127.0.0.1", "--num-cpus=2", _agent(), *_common(folder), *flags]
-    node = subprocess.Popen(head, **_quiet(environment))
+    node, cluster = _start_head(environment, folder, port, flags)
     try:
-        _wait_for(f"http://127.0.0.1:{dashboard}/api/version")
-        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment, folder)
+        yield cluster
     finally:
         end(node)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_head(
+    environment: dict[str, str], folder: str, port: int, flags: Sequence[str]
+) -> tuple["subprocess.Popen[bytes]", Cluster]:
+    """A head that answers. One that ends at once is started again with other ports: another process may have taken one."""
+    head = [*RAY, "start", "--head", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
+    for _ in range(_STARTS):
+        own, dashboard = port or free_port(), free_port()
+        ports = [f"--port={own}", f"--dashboard-port={dashboard}", _agent()]
+        node = subprocess.Popen([*head, *ports, *_common(folder), *flags], **_quiet(environment))
+        cluster = Cluster(f"127.0.0.1:{own}", f"http://127.0.0.1:{dashboard}", environment, folder)
+        if _answers(f"{cluster.dashboard}/api/version", node):
+            return node, cluster
+        end(node)
+    raise RuntimeError("the head of the cluster does not start")
 
 
 def _common(folder: str) -> list[str]:
@@ -132,18 +153,19 @@ def _wait_for_raylet(node: "subprocess.Popen[bytes]") -> None:
     raise RuntimeError("the node does not come up")
 
 
-def _quiet(environment: dict[str, str]) -> dict[str, object]:
+def _quiet(environment: dict[str, str]) -> dict[str, Any]:
     return {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
 
 
-def _wait_for(url: str) -> None:
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(url, timeout=2)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError(f"no answer from {url}")
+def _answers(url: str, server: "subprocess.Popen[bytes]") -> bool:
+    """Whether the server answers within two minutes; it does not if its process ends before."""
+    for _ in range(480):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
+            return True
+        if server.poll() is not None:
+            return False
+        time.sleep(0.25)
+    return False
 
 
 def end(node: "subprocess.Popen[bytes]") -> None:

@@ -3,6 +3,7 @@
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,7 +23,8 @@ def make_tiny_model(
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, initializer_range=0.2,
         head_dim=head_dim, attention_bias=bias,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(dtype)
+    model: Any = LlamaForCausalLM(config)
+    model.to(dtype)
     model.save_pretrained(path, max_shard_size="60KB" if shards else "1GB")
     save_tokenizer(path)
     return path

@@ -90,7 +90,7 @@ def by_transformers(
     """What the model says next to each prompt, greedily, and how likely it found each token of the prompt; in float32."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # nor does vLLM stop there
     said, likely = [], []
     for prompt in prompts:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as t
+import transformers
 from safetensors.torch import load_file, save_file
 
 from swsc_core import RtnSpec, SwscSpec
@@ -14,6 +14,8 @@ from swsc_core.method.spec import Spec
 from swsc_core.storage.row_blocks import RowBlocks
 from tests.support.tiny import save_tokenizer
 from tests.vllm.checkpoints import compress
+
+t: Any = transformers  # its config classes take more arguments than their annotations name
 
 OUTPUT, INPUT, RTN = SwscSpec(20, 4), SwscSpec(20, 4, "input"), RtnSpec(4, "group", 16)
 SEGMENTS = SwscSpec(32, 4, segment_size=8, codebooks=2, scaled=True)
@@ -93,7 +95,9 @@ def made(path: Path, name: str) -> tuple[Path, Path]:
                 piece: RowBlocks(first, length, sum(lengths), times)
                 for piece, first, length in zip(own, firsts, lengths, strict=True)
             }
-        kinds = (OUTPUT, OUTPUT, OUTPUT) if re.match(r"\D*0\b", stem) else (SEGMENTS, None, RTN)
+        kinds: tuple[Spec | None, ...] = (
+            (OUTPUT, OUTPUT, OUTPUT) if re.match(r"\D*0\b", stem) else (SEGMENTS, None, RTN)
+        )
         if "experts" in stem:
             kinds = ((OUTPUT, SEGMENTS, RTN, None)[int(stem.split("experts.")[1][0])],)
         specs |= {matrix: kind for matrix, kind in zip(own, kinds, strict=False) if kind}

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as t
+import transformers
 
 from jobs.cli import main
 from pipeline.models.causality import sees_ahead
 from tests.support.tiny import make_text, save_tokenizer
+
+t: Any = transformers  # its config classes take more arguments than their annotations name
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -29,9 +29,10 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_experts_per_tok": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "tie_word_embeddings": False,
 }  # fmt: skip
+_QWEN: dict[str, Any] = {"moe_intermediate_size": 48, "num_experts": 4, "head_dim": 16}
 KINDS = {
     "mixtral": (MixtralForCausalLM, MixtralConfig(**SHAPE, intermediate_size=96, num_local_experts=4)),
-    "qwen": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**SHAPE, moe_intermediate_size=48, num_experts=4, head_dim=16)),
+    "qwen": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**SHAPE, **_QWEN)),
 }
 EXPERT = {
     "mixtral": "model.layers.1.block_sparse_moe.experts.2.{}.weight",
@@ -107,6 +108,7 @@ def test_moments_of_an_embedding_are_lookups_and_gradients(model: Path) -> None:
     once = weight.grad[[7, 9, 11]]  # looked up once: theirs is the gradient of one token
     total = sums.weighted.diagonal().sum()
     assert float(total) > float(once.square().sum()) > 0
+    assert sums.plain is not None
     assert torch.equal(sums.weighted, sums.plain)
 
 

@@ -138,8 +138,8 @@ def test_moments_of_an_expert_are_those_of_the_tokens_sent_to_it(model: FamilyMo
     names, window = [piece_of(model, 2, role) for role in ("gate", "up")], np.arange(40)[None] % 250
     calibrator = Calibrator(ModelKey(str(model.dense), "float32", 1), "cpu")
     experts = calibrator._model.get_submodule(GATE_UP[model.name].rpartition(".")[0])
-    seen: dict[str, Any] = {}
-    experts.register_forward_pre_hook(lambda _, arguments: seen.update(dict(enumerate(arguments))))
+    seen: dict[int, Any] = {}
+    experts.register_forward_pre_hook(lambda _, arguments: seen.update(enumerate(arguments)))
     sums = calibrator.gather(names, window, 0, 0)
     if model.name == "llama4":  # all tokens, once for each expert, and zeros where the router chose another
         inputs = seen[0].reshape(4, 40, -1)[2]
@@ -230,7 +230,8 @@ class TestStacksOfAFamilyThatIsNotKnown:
     def gemma(self, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = tmp_path_factory.mktemp("unknown") / "model"
         torch.manual_seed(0)
-        config = Gemma4TextConfig(
+        Config: Any = Gemma4TextConfig  # it takes more arguments than its annotations name
+        config = Config(
             vocab_size=256, vocab_size_per_layer_input=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=16, hidden_size_per_layer_input=8,
             max_position_embeddings=128, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=48,

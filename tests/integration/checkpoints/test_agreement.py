@@ -219,16 +219,19 @@ def test_a_config_of_a_kind_of_its_own_goes_to_the_class_that_transformers_choos
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "out_hidden_size": 32, "depth": 1, "num_heads": 2, "patch_size": 8,
     }  # fmt: skip
-    config = GlmgaConfig(text_config=shape, vision_config=shape)  # another one than Glm46VForConditionalGeneration's
+    config: Any = GlmgaConfig(
+        text_config=shape, vision_config=shape
+    )  # another one than Glm46VForConditionalGeneration's
     Glm46VForConditionalGeneration(config).save_pretrained(tmp_path)
     assert require_agreement(open_model(str(tmp_path)), measured=True) == []
 
 
 def test_heads_that_predict_further_tokens_are_known(tmp_path: Path) -> None:
+    further: dict[str, Any] = {"num_nextn_predict_layers": 1}
     config = DeepseekV3Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
-        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_nextn_predict_layers=1,
+        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, **further,
     )  # fmt: skip
     DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
     rewrite(tmp_path, lambda weights: weights | {"model.layers.2.eh_proj.weight": torch.ones(4, 8)})

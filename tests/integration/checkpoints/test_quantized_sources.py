@@ -45,7 +45,8 @@ def fp8_model(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
         vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, tie_word_embeddings=False,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    model: Any = Qwen3ForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(path)
     tensors, wanted = load_file(path / "model.safetensors"), {}
     for name, tensor in list(tensors.items()):
         wanted[name] = tensor

@@ -127,7 +127,7 @@ def test_evaluation_of_a_verified_model_reads_nothing_else(
         return main([*argv, "--json", str(tmp_path / name), *flags])
 
     def losses(name: str) -> list[float]:
-        return json.loads((tmp_path / name).read_text())["nll_per_window"]  # type: ignore[no-any-return]
+        return json.loads((tmp_path / name).read_text())["nll_per_window"]
 
     assert run("right", *known(local)) == 0
     with flipping(proxy, remote, 0, 1):
@@ -215,7 +215,7 @@ def digests(model: Path) -> SourceDigests:
     """Of a model as it lies there."""
     source = open_checkpoint(str(model))
     infos = {info.name: info for own in source.tensors.values() for info in own.stored}
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for file in source.files:
         found.update(file_digests(source.store, file, [i for i in infos.values() if i.file == file]).tensors)
     known = digests_of_source(with_verified_digests(source, found))

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
@@ -19,8 +20,14 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
+class Refused(Protocol):
+    """The fixture `refused`."""
+
+    def __call__(self, *argv: object, wanted: tuple[str, ...]) -> None: ...
+
+
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Run `swsc`; claim that it refuses in one line that has all of `wanted`, and writes nothing below tmp_path/out."""
 
     def run(*argv: object, wanted: tuple[str, ...]) -> None:
@@ -50,19 +57,19 @@ def some_shard(model: Path) -> Path:
     return sorted(model.glob("*.safetensors"))[0]
 
 
-def test_missing_shard(model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_missing_shard(model: Path, tmp_path: Path, refused: Refused) -> None:
     shard = some_shard(model)
     shard.unlink()
     refused(*compress(model, tmp_path), wanted=(shard.name, "missing"))
 
 
-def test_truncated_shard(model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_truncated_shard(model: Path, tmp_path: Path, refused: Refused) -> None:
     shard = some_shard(model)
     shard.write_bytes(shard.read_bytes()[:-8])
     refused(*compress(model, tmp_path), wanted=(shard.name, "truncated"))
 
 
-def test_corrupt_shard(model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_corrupt_shard(model: Path, tmp_path: Path, refused: Refused) -> None:
     shard = some_shard(model)
     shard.write_bytes(b"\0" * 64)
     refused(*compress(model, tmp_path), wanted=(shard.name, "download it again"))
@@ -70,15 +77,15 @@ def test_corrupt_shard(model: Path, tmp_path: Path, refused) -> None:  # type: i
 
 @pytest.mark.parametrize(("file", "wanted"), [("absent.safetensors", "missing"), ("../x.safetensors", "outside")])
 def test_index_naming_an_absent_file_or_one_outside(
-    model: Path, tmp_path: Path, refused, file: str, wanted: str
-) -> None:  # type: ignore[no-untyped-def]
+    model: Path, tmp_path: Path, refused: Refused, file: str, wanted: str
+) -> None:
     index = json.loads((model / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = file
     (model / INDEX).write_text(json.dumps(index))
     refused(*compress(model, tmp_path), wanted=(file, wanted))
 
 
-def test_tensor_in_two_shards(model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_tensor_in_two_shards(model: Path, tmp_path: Path, refused: Refused) -> None:
     save_file({"model.norm.weight": torch.ones(64)}, model / "twice.safetensors")
     index = json.loads((model / INDEX).read_text())
     index["weight_map"]["other"] = "twice.safetensors"
@@ -87,8 +94,8 @@ def test_tensor_in_two_shards(model: Path, tmp_path: Path, refused) -> None:  # 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun(  # type: ignore[no-untyped-def]
-    model: Path, tmp_path: Path, refused, value: float
+def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun(
+    model: Path, tmp_path: Path, refused: Refused, value: float
 ) -> None:
     name = "model.layers.2.self_attn.k_proj.weight"
     shard = next(file for file in model.glob("*.safetensors") if name in load_file(file))
@@ -161,13 +168,13 @@ def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun( 
         (["--nonsense"], ["--nonsense"]),
     ],
 )
-def test_flags_that_cannot_be_carried_out(  # type: ignore[no-untyped-def]
-    tiny_model: Path, tmp_path: Path, refused, flags: list[str], wanted: list[str]
+def test_flags_that_cannot_be_carried_out(
+    tiny_model: Path, tmp_path: Path, refused: Refused, flags: list[str], wanted: list[str]
 ) -> None:
     refused(*compress(tiny_model, tmp_path, *flags), wanted=tuple(wanted))
 
 
-def test_all_config_errors_are_shown_at_once(tiny_model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_all_config_errors_are_shown_at_once(tiny_model: Path, tmp_path: Path, refused: Refused) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("bits: -1\nclusterz: 4\nseed: abc\nformat: zip\n")
     wanted = ("clusterz", "bits", "seed", "format")
@@ -175,8 +182,8 @@ def test_all_config_errors_are_shown_at_once(tiny_model: Path, tmp_path: Path, r
 
 
 def test_output_or_result_in_a_place_that_cannot_be_written(
-    tiny_model: Path, text: Path, tmp_path: Path, refused
-) -> None:  # type: ignore[no-untyped-def]
+    tiny_model: Path, text: Path, tmp_path: Path, refused: Refused
+) -> None:
     (tmp_path / "file").write_text("")
     refused("compress", tiny_model, tmp_path / "file", "--local", wanted=("file",))
     refused("plan", tiny_model, "--json", tmp_path / "no" / "plan.json", wanted=("plan.json", "No such file"))
@@ -184,8 +191,8 @@ def test_output_or_result_in_a_place_that_cannot_be_written(
     refused("evaluate", tiny_model, "--text", text, *flags, wanted=("e.json", "No such file"))
 
 
-def test_a_text_too_short_is_told_before_anything_is_compressed(  # type: ignore[no-untyped-def]
-    tiny_model: Path, text: Path, tmp_path: Path, refused
+def test_a_text_too_short_is_told_before_anything_is_compressed(
+    tiny_model: Path, text: Path, tmp_path: Path, refused: Refused
 ) -> None:
     refused(*compress(tiny_model, tmp_path, "--text", text, "--seqlen", "4096"), wanted=("0 windows of 4096",))
 
@@ -199,24 +206,28 @@ def test_a_text_too_short_is_told_before_anything_is_compressed(  # type: ignore
         ("bits: 3\nprojectors: q\nbits: 4\n", "bits is given twice, in lines 1 and 3"),
     ],
 )
-def test_config_file_that_is_none(tiny_model: Path, tmp_path: Path, refused, text: str | None, wanted: str) -> None:  # type: ignore[no-untyped-def]
+def test_config_file_that_is_none(
+    tiny_model: Path, tmp_path: Path, refused: Refused, text: str | None, wanted: str
+) -> None:
     config = tmp_path / "c.yaml"
     if text is not None:
         config.write_text(text)
     refused(*compress(tiny_model, tmp_path, "--config", config), wanted=("c.yaml", wanted))
 
 
-def test_output_directory_that_is_not_ours(tiny_model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_output_directory_that_is_not_ours(tiny_model: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     refused(*compress(tiny_model, tmp_path), wanted=("not empty and not an output of this tool",))
 
 
-def test_output_that_is_the_model_itself(model: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_output_that_is_the_model_itself(model: Path, refused: Refused) -> None:
     refused("compress", model, model, "--local", wanted=("the same place",))
 
 
-def test_disk_too_small_is_foretold(tiny_model: Path, tmp_path: Path, refused, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_disk_too_small_is_foretold(
+    tiny_model: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
     refused(*compress(tiny_model, tmp_path), wanted=("bytes are needed", "5,000 are free"))
@@ -231,39 +242,41 @@ def test_plan_says_that_the_disk_is_too_small(
     assert "not enough room" in capsys.readouterr().err
 
 
-def test_pickle_checkpoint(tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_pickle_checkpoint(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "p").mkdir()
     torch.save({"w": torch.ones(2)}, tmp_path / "p" / "pytorch_model.bin")
     (tmp_path / "p" / "config.json").write_text("{}")
     refused(*compress(tmp_path / "p", tmp_path), wanted=("pickle", "save_pretrained"))
 
 
-def test_model_that_is_quantized_already(model: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_model_that_is_quantized_already(model: Path, tmp_path: Path, refused: Refused) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     refused(*compress(model, tmp_path), wanted=("already quantized by 'gptq'", "unquantized"))
 
 
-def test_text_shorter_than_one_window(tiny_model: Path, text: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_text_shorter_than_one_window(tiny_model: Path, text: Path, refused: Refused) -> None:
     refused(
         "evaluate", tiny_model, "--text", text, "--seqlen", "4096", "--local",
         wanted=("2000 tokens make 0 windows of 4096", "longer text"),
     )  # fmt: skip
 
 
-def test_fewer_windows_than_asked_for(tiny_model: Path, text: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_fewer_windows_than_asked_for(tiny_model: Path, text: Path, refused: Refused) -> None:
     flags = ("--seqlen", "100", "--windows", "21", "--local")
     refused("evaluate", tiny_model, "--text", text, *flags, wanted=("20 windows of 100, wanted 21",))
 
 
 @pytest.mark.parametrize(("content", "wanted"), [(None, "No such file"), (b"\xff\xfe\x00", "not UTF-8")])
-def test_text_that_is_none(tiny_model: Path, tmp_path: Path, refused, content: bytes | None, wanted: str) -> None:  # type: ignore[no-untyped-def]
+def test_text_that_is_none(
+    tiny_model: Path, tmp_path: Path, refused: Refused, content: bytes | None, wanted: str
+) -> None:
     if content is not None:
         (tmp_path / "t.txt").write_bytes(content)
     refused("evaluate", tiny_model, "--text", tmp_path / "t.txt", "--local", wanted=("t.txt", wanted))
 
 
-def test_wikitext_without_the_hub_names_the_remedy(tiny_model: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_wikitext_without_the_hub_names_the_remedy(tiny_model: Path, refused: Refused) -> None:
     refused("evaluate", tiny_model, "--text", "wikitext2", "--local", wanted=("wikitext2", "name a text file"))
 
 
@@ -277,7 +290,9 @@ def test_wikitext_without_the_hub_names_the_remedy(tiny_model: Path, refused) ->
         ("variants: [{name: a}]\nmodelz: [x]\n", "modelz"),
     ],
 )
-def test_sweep_that_cannot_be_carried_out(tiny_model: Path, tmp_path: Path, refused, config: str, wanted: str) -> None:  # type: ignore[no-untyped-def]
+def test_sweep_that_cannot_be_carried_out(
+    tiny_model: Path, tmp_path: Path, refused: Refused, config: str, wanted: str
+) -> None:
     (tmp_path / "s.yaml").write_text(config)
     flags = ("--model", tiny_model, "--local")
     refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "out", *flags, wanted=(wanted,))
@@ -288,8 +303,8 @@ def test_sweep_that_cannot_be_carried_out(tiny_model: Path, tmp_path: Path, refu
     [({"quantization_config": "awq"}, "quantization_config is no object"), ({"text_config": [1]}, "text_config is no")],
 )
 def test_config_json_of_another_shape(
-    model: Path, tmp_path: Path, refused, config: dict[str, object], wanted: str
-) -> None:  # type: ignore[no-untyped-def]
+    model: Path, tmp_path: Path, refused: Refused, config: dict[str, object], wanted: str
+) -> None:
     written = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**written, **config}))
     refused(*compress(model, tmp_path), wanted=(wanted,))
@@ -301,7 +316,7 @@ def test_an_empty_text_config_is_none(model: Path, text: Path) -> None:
     assert main(["evaluate", str(model), "--text", str(text), "--seqlen", "64", "--local"]) == 0
 
 
-def test_compressed_model_that_does_not_say_what_is_compressed(model: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_compressed_model_that_does_not_say_what_is_compressed(model: Path, refused: Refused) -> None:
     written = json.loads((model / "config.json").read_text())
     quantization = {"quant_method": "swsc", "format_version": 2}
     (model / "config.json").write_text(json.dumps({**written, "quantization_config": quantization}))
@@ -309,7 +324,7 @@ def test_compressed_model_that_does_not_say_what_is_compressed(model: Path, refu
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
-def test_damaged_manifest(tiny_model: Path, tmp_path: Path, refused, content: str) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_manifest(tiny_model: Path, tmp_path: Path, refused: Refused, content: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "swsc_manifest.json").write_text(content)
     refused(
@@ -318,12 +333,12 @@ def test_damaged_manifest(tiny_model: Path, tmp_path: Path, refused, content: st
     )
 
 
-def test_damaged_tokenizer(model: Path, text: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_tokenizer(model: Path, text: Path, refused: Refused) -> None:
     (model / "tokenizer.json").write_text("{}")
     refused("evaluate", model, "--text", text, "--seqlen", "64", "--local", wanted=("no tokenizer",))
 
 
-def test_a_refused_evaluation_leaves_no_result(tiny_model: Path, text: Path, tmp_path: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_a_refused_evaluation_leaves_no_result(tiny_model: Path, text: Path, tmp_path: Path, refused: Refused) -> None:
     flags = ("--seqlen", "4096", "--local", "--json", tmp_path / "e.json")
     refused("evaluate", tiny_model, "--text", text, *flags, wanted=("0 windows",))
     assert not (tmp_path / "e.json").exists()
@@ -337,17 +352,19 @@ def test_a_refused_evaluation_leaves_no_result(tiny_model: Path, text: Path, tmp
     ],
 )
 def test_flags_that_would_be_ignored(
-    tiny_model: Path, tmp_path: Path, refused, flags: tuple[str, ...], wanted: str
-) -> None:  # type: ignore[no-untyped-def]
+    tiny_model: Path, tmp_path: Path, refused: Refused, flags: tuple[str, ...], wanted: str
+) -> None:
     refused(*compress(tiny_model, tmp_path, *flags), wanted=(wanted,))
 
 
-def test_all_mistakes_of_an_evaluation_are_told_at_once(tiny_model: Path, text: Path, refused) -> None:  # type: ignore[no-untyped-def]
+def test_all_mistakes_of_an_evaluation_are_told_at_once(tiny_model: Path, text: Path, refused: Refused) -> None:
     flags = ("--seqlen", "1", "--workers", "0")
     refused("evaluate", tiny_model, "--text", text, *flags, wanted=("seqlen", "workers"))
 
 
-def test_one_wrong_variant_is_one_finding(tiny_model: Path, tmp_path: Path, refused, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_one_wrong_variant_is_one_finding(
+    tiny_model: Path, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "s.yaml").write_text(f"models: [{tiny_model}, {tiny_model}]\nvariants: [{{name: a, bits: -1}}]\n")
     assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 2
     assert "at least 1 item" not in capsys.readouterr().err
@@ -357,8 +374,8 @@ def test_one_wrong_variant_is_one_finding(tiny_model: Path, tmp_path: Path, refu
 
 @pytest.mark.parametrize("place", [1, 2])
 def test_a_name_that_no_json_can_hold_is_told_of_before_any_work(
-    tiny_model: Path, tmp_path: Path, refused, place: int
-) -> None:  # type: ignore[no-untyped-def]
+    tiny_model: Path, tmp_path: Path, refused: Refused, place: int
+) -> None:
     argv = ["compress", str(tiny_model), str(tmp_path / "out"), "--local"]
     argv[place] += "\udcff"  # what Python makes of a byte that is not UTF-8
     refused(*argv, wanted=("not UTF-8; rename it",))

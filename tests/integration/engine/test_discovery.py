@@ -24,6 +24,9 @@ from pipeline.errors import ClusterError
 OURS = {"ray_version": ray.__version__, "python_version": platform.python_version(), "ray_init_cluster": False}
 
 
+_reply: Any = gcs_service_pb2.InternalKVGetReply  # type: ignore[attr-defined]
+
+
 class FakeHead(gcs_service_pb2_grpc.InternalKVGcsServiceServicer):
     """Says `about` of itself, to whoever brings `token`."""
 
@@ -35,7 +38,7 @@ class FakeHead(gcs_service_pb2_grpc.InternalKVGcsServiceServicer):
             context.abort(
                 grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken: Authentication token is missing or incorrect"
             )
-        return gcs_service_pb2.InternalKVGetReply(value=json.dumps(self._about).encode())
+        return _reply(value=json.dumps(self._about).encode())
 
 
 @contextmanager
@@ -161,7 +164,7 @@ def test_what_is_no_head_is_said_to_be_none(answer: bytes) -> None:
 
 @pytest.mark.parametrize("about", [b"", b"[]", b"{}", b"\xff"])
 def test_a_head_that_says_nonsense_is_none(monkeypatch: pytest.MonkeyPatch, about: bytes) -> None:
-    reply = gcs_service_pb2.InternalKVGetReply(value=about)
+    reply = _reply(value=about)
     monkeypatch.setattr(FakeHead, "InternalKVGet", lambda self, request, context: reply)
     with head() as address, pytest.raises(ClusterError, match="no Ray cluster"):
         discovery.ask(address)

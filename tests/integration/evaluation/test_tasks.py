@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(model: Path, tmp_path: Path, tasks: Path, *flags: str, names: list[str] = TASKS) -> dict[str, Any]:
     argv = ["evaluate", str(model), "--tasks", ",".join(names), "--include-path", str(tasks), "--local"]
     assert main([*argv, "--json", str(tmp_path / "r.json"), *flags]) == 0
-    return json.loads((tmp_path / "r.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((tmp_path / "r.json").read_text())
 
 
 def lm_eval_alone(model: Path, tasks: Path, names: list[str] = TASKS, batch_size: int = 1, **how: Any) -> Any:

@@ -58,7 +58,7 @@ def restore(*arguments: object) -> int:
 def logits(directory: Path) -> torch.Tensor:
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(directory)(ids).logits  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(directory)(ids).logits
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
                 file=process.stdin,
                 flush=True,
             )
+            assert process.stdout is not None
             assert process.stdout.readline() == "done\n", "its error is on standard error"
             return [torch.load(file) for file in found]
 
@@ -120,7 +121,7 @@ def test_ranks_differ_by_layer_and_tensors_without_a_rank_are_left_out(
     """As presets allocate them; here by hand, in a directory that transformers has saved."""
     import swsc_core.hf
 
-    opened = AutoModelForCausalLM.from_pretrained(model)
+    opened: Any = AutoModelForCausalLM.from_pretrained(model)
     ranks = {0: 4, 1: 0, 2: 7}
     for layer, rank in ranks.items():
         linear = opened.model.layers[layer].self_attn.q_proj

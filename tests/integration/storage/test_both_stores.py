@@ -75,7 +75,8 @@ def test_files_of_folders_are_copied_from_and_to_a_store(tiny_model: Path, bucke
 def test_a_run_in_an_object_store_goes_on_where_it_was_cut_off(
     bucket: str, remote_model: str, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, written = object_files.ObjectFiles.write, []
+    written: list[str] = []
+    real = object_files.ObjectFiles.write
 
     def write(self: Any, path: str, pieces: Any) -> None:
         if path.endswith(".safetensors"):

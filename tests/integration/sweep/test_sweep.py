@@ -252,7 +252,7 @@ def test_a_calibrated_variant_is_the_model_that_compress_would_write(
     rows = {row["variant"]: row for row in json.loads((tmp_path / "swept" / "results.json").read_text())["rows"]}
     flags = ["--preset", "best", "--bits", "3", "--calibration", settings["calibration"]]
     cut = [str(part) for key, value in windows.items() for part in (f"--{key.replace('_', '-')}", value)]
-    argv = ["compress", str(tiny_model), str(tmp_path / "single"), "--local", *flags, *cut]
+    argv = ["compress", str(tiny_model), str(tmp_path / "single"), "--local", *map(str, flags), *cut]
     assert main(argv) == 0
     measured = ["--text", str(text), "--seqlen", "64", "--windows", "5", "--json", str(tmp_path / "e.json")]
     assert main(["evaluate", str(tmp_path / "single"), *measured, "--local"]) == 0

@@ -79,7 +79,12 @@ def test_models_of_tuned_rows_go_when_they_are_measured_and_stay_on_request(
 def test_an_interrupted_sweep_goes_on_from_its_tuned_models(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, kinds = LocalPool.start, []
+    kinds: list[str] = []
+    real = LocalPool.start
+
+    def record(self: LocalPool, worker: int, task: Task[Any]) -> None:
+        kinds.append(task.kind)
+        real(self, worker, task)
 
     def start(self: LocalPool, worker: int, task: Task[Any]) -> None:
         if task.kind == "MeasureLosses":
@@ -89,9 +94,7 @@ def test_an_interrupted_sweep_goes_on_from_its_tuned_models(
     monkeypatch.setattr(LocalPool, "start", start)
     assert main(command) == 130
     assert cached(tmp_path) == ["moments", "variant", "variant"]
-    monkeypatch.setattr(
-        LocalPool, "start", lambda self, worker, task: (kinds.append(task.kind), real(self, worker, task))
-    )
+    monkeypatch.setattr(LocalPool, "start", record)
     assert main(command) == 0
     assert "TuneStep" not in kinds
     assert cached(tmp_path) == ["moments"]
@@ -116,7 +119,8 @@ def test_two_sweeps_of_one_cache_leave_each_other_what_they_use(
     """The second begins and ends while the first is about to do something with what both made."""
     assert main([*command, "--out", str(tmp_path / "alone")]) == 0
     alone = json.loads((tmp_path / "alone" / "results.json").read_text())["rows"]
-    real, begun = LocalPool.start, []
+    begun: list[Task[Any]] = []
+    real = LocalPool.start
 
     def start(self: LocalPool, worker: int, task: Task[Any]) -> None:
         if task.kind == kind and not begun:

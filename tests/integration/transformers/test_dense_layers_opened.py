@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as t
+import transformers
 
 import swsc_core.hf
 from jobs.cli import main
 from swsc_core import SwscLinear
 from swsc_core.hf.source_reads import uses_of
+
+t: Any = transformers  # its config classes take more arguments than their annotations name
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as t
+import transformers
 
 from jobs.cli import main
 from tests.support.families import MODELS, FamilyModel, tensors_of
 from tests.support.tiny import make_text, save_tokenizer
+
+t: Any = transformers  # its config classes take more arguments than their annotations name
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

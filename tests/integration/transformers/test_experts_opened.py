@@ -237,12 +237,12 @@ def test_adapters_come_to_lie_where_they_do_in_the_restored_model(
     found = []
     for directory in (compressed, family.restored(compressed)):
         torch.manual_seed(3)
-        config = LoraConfig(r=2, target_modules=targets, init_lora_weights="orthogonal")
+        config = LoraConfig(r=2, target_modules=[*targets], init_lora_weights="orthogonal")
         found.append(get_peft_model(family.load(directory), config))
     names = [{name for name in model.state_dict() if "lora_" in name} for model in found]
     assert names[0] == names[1]
     assert not any(".experts." in name for name in names[0])
     assert family.off(found[0], found[1]) <= 1e-5
-    found[0].save_pretrained(tmp_path / "adapter")
+    found[0].save_pretrained(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(family.load(compressed), tmp_path / "adapter")
     assert torch.equal(family.logits(loaded), family.logits(found[0]))

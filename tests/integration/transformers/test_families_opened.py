@@ -22,7 +22,7 @@ def dense(family: FamilyModel) -> Any:
 
 def tokens(model: Any) -> torch.Tensor:
     found = model.generate(input_ids=torch.arange(1, 13)[None], max_new_tokens=12, do_sample=False, pad_token_id=0)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def test_logits_are_those_of_the_restored_model(family: FamilyModel, opened: Any, dense: Any) -> None:

@@ -56,7 +56,8 @@ def opened(directory: Path, **more: Any) -> Any:
 
 
 def config(**more: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj"], "lora_dropout": 0.0} | more)
+    settings: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj"], "lora_dropout": 0.0}
+    return LoraConfig(**settings | more)
 
 
 def adapted(model: Any, name: str = "default", seed: int = 1, **more: Any) -> Any:
@@ -79,7 +80,7 @@ def ids() -> torch.Tensor:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=ids()).logits.float()  # type: ignore[no-any-return]
+        return model(input_ids=ids()).logits.float()
 
 
 def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -234,7 +235,7 @@ class TestMerging:
         alone = adapted(opened(places[form]), "other", seed=2)
         assert off(logits(model), logits(alone)) < 1e-5
 
-    REFUSED = (
+    REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
         ("few bits", {}, "its low-rank part is stored in 8 bits a value"),
         ("round to nearest", {}, "rtn has no low-rank part"),
         ("paper", {"r": 40}, r"rank 4\d, .* 32"),

@@ -40,7 +40,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compress(model: Path, output: Path, text: Path, *flags: str) -> dict[str, Any]:
     assert main(["compress", str(model), str(output), "--calibration", str(text), *FLAGS, *flags]) == 0
-    return json.loads((output / "swsc_report.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((output / "swsc_report.json").read_text())
 
 
 @pytest.fixture(scope="module")

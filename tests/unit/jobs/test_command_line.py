@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import docs
 from jobs.cli import main
+from jobs.command_line import docs
 from jobs.command_line.arguments import SHELLS
 from jobs.command_line.command import command_parser
 from jobs.command_line.flags import settings_of

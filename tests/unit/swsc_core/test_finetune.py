@@ -29,7 +29,7 @@ def test_gradients_are_those_of_autograd(spec: SwscSpec) -> None:
     matrix = made(spec)
     tunable, values = Tunable(matrix), {name: v.requires_grad_() for name, v in values_of(matrix).items()}
     direction = torch.randn(12, 16, generator=torch.Generator().manual_seed(1))
-    (tunable.restored(values) * direction).sum().backward()  # type: ignore[no-untyped-call]
+    (tunable.restored(values) * direction).sum().backward()
     found = tunable.gradients({name: value.detach() for name, value in values.items()}, direction)
     assert found.keys() == values.keys()
     for name, value in values.items():

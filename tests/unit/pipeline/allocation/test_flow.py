@@ -9,6 +9,8 @@ import pytest
 from pipeline.allocation.flow import allocate_plan, curve_key
 from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import whole_matrix
+from pipeline.engine.stage import Stage
+from pipeline.engine.task import Pool
 from pipeline.errors import OutputError
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.settings.compression import CompressSettings
@@ -22,8 +24,13 @@ NAMES = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
 SOURCE = checkpoint_of(dict.fromkeys(NAMES, SHAPE))
 
 
-def no_pool(*_: object) -> Any:
-    raise AssertionError("losses are measured again")
+class NoPools:
+    """Pools of which no stage asks for one."""
+
+    def __call__(self, tasks: int, stage: Stage) -> Pool:
+        raise AssertionError("losses are measured again")
+
+    def release(self) -> None: ...
 
 
 def measured(folder: Path, settings: CompressSettings, reach: list[float]) -> Hessians:
@@ -45,7 +52,7 @@ def measured(folder: Path, settings: CompressSettings, reach: list[float]) -> He
 def allocated(folder: Path, reach: list[float], **given: Any) -> tuple[CompressSettings, Plan]:
     settings = CompressSettings.model_validate({"preset": "best", "projectors": "q", **given})
     plan = make_plan(SOURCE, settings)
-    return settings, allocate_plan(SOURCE, plan, settings, measured(folder, settings, reach), no_pool)
+    return settings, allocate_plan(SOURCE, plan, settings, measured(folder, settings, reach), NoPools())
 
 
 def sizes(plan: Plan) -> list[int]:
@@ -71,7 +78,7 @@ def test_specs_have_the_rounds_of_the_preset_unless_they_are_given(
     tmp_path: Path, given: dict[str, Any], rounds: int
 ) -> None:
     _, plan = allocated(tmp_path, [1.0, 2.0], bits=3, **given)
-    specs = [spec for decision in plan.compressed for spec in decision.specs]
+    specs: list[Any] = [spec for decision in plan.compressed for spec in decision.specs]
     assert {spec.rounds for spec in specs} == {rounds}
     assert {replace(spec, rounds=0) for spec in specs} <= set(candidates(SHAPE, 16))
 
@@ -80,4 +87,4 @@ def test_losses_that_are_no_numbers_are_refused_by_file(tmp_path: Path) -> None:
     settings = CompressSettings(preset="best", bits=3, projectors=("q",))
     hessians = measured(tmp_path, settings, [1.0, -float("inf")])
     with pytest.raises(OutputError, match="curves-"):
-        allocate_plan(SOURCE, make_plan(SOURCE, settings), settings, hessians, no_pool)
+        allocate_plan(SOURCE, make_plan(SOURCE, settings), settings, hessians, NoPools())

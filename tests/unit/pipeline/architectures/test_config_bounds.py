@@ -22,7 +22,12 @@ def test_what_no_model_has(key: str, value: object, inside: str) -> None:
 
 
 def test_lengths_of_texts_a_quantization_and_notes_of_a_training_are_free() -> None:
-    free = {"max_position_embeddings": 10**9, "sliding_window": 2**40, "model_max_length": 10**30, "rope_theta": 10**12}
+    free: dict[str, object] = {
+        "max_position_embeddings": 10**9,
+        "sliding_window": 2**40,
+        "model_max_length": 10**30,
+        "rope_theta": 10**12,
+    }
     free |= {"seq_length": 2**25, "training": {"param_count": 7e9, "total_token_count": 10**13}, "dataset_size": 10**9}
     require_buildable("x", {**free, "quantization_config": {"size": 10**12}, "attention_chunk_size": 2**30})
 

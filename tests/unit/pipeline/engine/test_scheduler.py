@@ -151,7 +151,8 @@ def staged(log: list[list[str]]) -> Rounds:
 
 
 def test_a_stage_begins_when_the_one_before_has_ended_and_gets_its_results_in_order() -> None:
-    pool, log = ScriptedPool({"b": [WorkerLost("gone")]}), []
+    log: list[list[str]] = []
+    pool = ScriptedPool({"b": [WorkerLost("gone")]})
     with Progress("test", 6, 0) as progress:
         execute(pool, TaskRounds(staged(log)), progress)
     assert log == [["a", "b", "c"], ["d"], ["e", "f"]]
@@ -159,7 +160,8 @@ def test_a_stage_begins_when_the_one_before_has_ended_and_gets_its_results_in_or
 
 
 def test_a_stage_that_fails_is_the_last() -> None:
-    pool, log = ScriptedPool({"d": [RunError("d: no luck")]}), []
+    log: list[list[str]] = []
+    pool = ScriptedPool({"d": [RunError("d: no luck")]})
     with Progress("test", 6, 0) as progress, pytest.raises(RunError, match="d: no luck"):
         execute(pool, TaskRounds(staged(log)), progress)
     assert log == [["a", "b", "c"]]

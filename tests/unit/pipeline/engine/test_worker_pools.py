@@ -6,7 +6,7 @@ from pipeline.engine.stage import Stage
 from pipeline.engine.task import JobContext, JobOutput, Task
 from pipeline.settings.cluster import ClusterSettings
 
-NODES = [{"CPU": 4, "memory": 16}, {"CPU": 4, "memory": 16}]
+NODES: list[dict[str, float]] = [{"CPU": 4, "memory": 16}, {"CPU": 4, "memory": 16}]
 
 
 def workers(memory: int, gpus: float = 0.0) -> WorkerResources:

@@ -73,7 +73,7 @@ def test_bloom_and_gpt_neox() -> None:
 def test_bloom_says_its_width_by_a_name_of_its_own_too() -> None:
     """config.json of bigscience/bloom, and of those made like it, has n_embed; transformers takes it for hidden_size."""
     name, weight = "h.0.self_attention.query_key_value.weight", torch.randn(96, N)
-    said = {"model_type": "bloom", "n_embed": 32, "n_layer": 1, "num_attention_heads": 4}
+    said: dict[str, Any] = {"model_type": "bloom", "n_embed": 32, "n_layer": 1, "num_attention_heads": 4}
     assert BloomConfig(**said).hidden_size == 32
     old, new = pieces(name, weight, said), pieces(name, weight, BloomConfig(**said).to_dict())
     assert all(torch.equal(old[role], new[role]) for role in "qkv")

@@ -1,17 +1,20 @@
 """Claims about forecasts: what grows with what, and that the parts that are certain are exact."""
 
+from typing import Any
+
 import pytest
 
+from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.models.stored_model import Model
 from pipeline.planning.cost_model import calibration_bytes, core_seconds, estimate_cost, evaluation_bytes, hessian_bytes
 from pipeline.planning.machine_speed import Speed
-from tests.unit.pipeline.planning.test_plan import checkpoint_of, plan_of
+from tests.unit.pipeline.planning.test_plan import Shapes, checkpoint_of, plan_of
 
 SPEED = Speed(gemm=5e10, additions=7e8, stream=4e8)
-SQUARE: dict[str, tuple[int, ...]] = {"model.layers.0.self_attn.q_proj.weight": (2048, 2048)}
+SQUARE = {"model.layers.0.self_attn.q_proj.weight": (2048, 2048)}
 
 
-def seconds(shapes: dict[str, tuple[int, ...]] = SQUARE, **settings: object) -> float:
+def seconds(shapes: Shapes = SQUARE, **settings: Any) -> float:
     return core_seconds(plan_of(shapes, projectors="q", **settings), SPEED)
 
 
@@ -31,7 +34,7 @@ def seconds(shapes: dict[str, tuple[int, ...]] = SQUARE, **settings: object) -> 
         ({"preset": "fast", "bits": 2}, {"preset": "fast", "bits": 2.5}),
     ],
 )
-def test_more_work_is_foretold_to_take_longer(less: dict[str, object], more: dict[str, object]) -> None:
+def test_more_work_is_foretold_to_take_longer(less: dict[str, Any], more: dict[str, Any]) -> None:
     assert seconds(**less) < seconds(**more)
 
 
@@ -72,11 +75,11 @@ def test_moments_take_memory_beside_the_matrices() -> None:
 
 def test_a_matrix_whose_input_no_other_one_has_holds_two_moments() -> None:
     widths = {"q_proj": 64, "k_proj": 64, "down_proj": 96}
-    shapes: dict[str, tuple[int, ...]] = {
-        f"model.layers.{n}.x.{name}.weight": (32, w) for name, w in widths.items() for n in (0, 1)
-    }
-    infos = checkpoint_of(shapes).tensors.values()
-    assert hessian_bytes(infos) == 2 * 4 * (3 * 64**2 + 2 * 96**2)  # by layers; Q and K share the moment of their input
+    shapes = {f"model.layers.{n}.x.{name}.weight": (32, w) for name, w in widths.items() for n in (0, 1)}
+    matrices = [whole_matrix(info) for info in checkpoint_of(shapes).tensors.values()]
+    assert hessian_bytes(matrices) == 2 * 4 * (
+        3 * 64**2 + 2 * 96**2
+    )  # by layers; Q and K share the moment of their input
 
 
 def test_segments_are_worked_through_in_less_memory_than_whole_channels() -> None:
@@ -88,10 +91,8 @@ def test_segments_are_worked_through_in_less_memory_than_whole_channels() -> Non
 
 
 def test_calibration_holds_the_activations_of_all_layers_whatever_the_config_calls_them() -> None:
-    none, llama, gpt2 = (
-        checkpoint_of({"w": (1, 0)}, **config)
-        for config in ({}, {"num_hidden_layers": 12, "hidden_size": 768}, {"n_layer": 12, "n_embd": 768})
-    )
+    configs: list[dict[str, Any]] = [{}, {"num_hidden_layers": 12, "hidden_size": 768}, {"n_layer": 12, "n_embd": 768}]
+    none, llama, gpt2 = (checkpoint_of({"w": (1, 0)}, **config) for config in configs)
     assert calibration_bytes(llama, 512, 0) - calibration_bytes(none, 512, 0) == 4 * 512 * 12 * 24 * 768
     assert calibration_bytes(gpt2, 512, 0) == calibration_bytes(llama, 512, 0)
 

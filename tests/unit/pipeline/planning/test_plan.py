@@ -1,5 +1,6 @@
 """Claims about plans: pure decisions from names, shapes and dtypes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from pipeline.storage.store import Store
 from swsc_core.method.spec import RtnSpec, SwscSpec
 from swsc_core.storage.safetensors_header import DTYPES
 
+Shapes = Mapping[str, tuple[int, ...]]
 
-def checkpoint_of(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", **config: Any) -> Checkpoint:
+
+def checkpoint_of(shapes: Shapes, dtype: str = "BF16", **config: Any) -> Checkpoint:
     """A checkpoint that exists as headers only."""
     tensors, start = {}, 0
     for name, shape in shapes.items():
@@ -33,10 +36,10 @@ LAYERS = {
     for layer in range(12)
     for role, rows in (("q", 64 + layer), ("k", 16), ("v", 16))
 }
-SHAPES: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (100, 64), "model.norm.weight": (64,), **LAYERS}
+SHAPES: Shapes = {"model.embed_tokens.weight": (100, 64), "model.norm.weight": (64,), **LAYERS}
 
 
-def plan_of(shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: str = "BF16", **settings: Any) -> Plan:
+def plan_of(shapes: Shapes = SHAPES, dtype: str = "BF16", **settings: Any) -> Plan:
     return make_plan(checkpoint_of(shapes, dtype), CompressSettings.model_validate(settings))
 
 
@@ -46,7 +49,7 @@ def test_q_and_k_are_the_default_and_every_tensor_is_in_exactly_one_task() -> No
     in_tasks = [info.name for task in plan.layers for info, _ in task.items]
     in_tasks += [info.name for task in plan.copies for info in task.infos]
     assert sorted(in_tasks) == sorted(SHAPES)
-    files = [task.file for task in (*plan.layers, *plan.copies)]
+    files = [task.file for task in plan.layers] + [task.file for task in plan.copies]
     assert len(set(files)) == len(files) == 13
     assert all(file.endswith("-of-00013.safetensors") for file in files)
 
@@ -92,7 +95,7 @@ def test_auto_axis_offers_both_axes_at_equal_true_bits() -> None:
 
 
 @pytest.mark.parametrize(("numbers", "zero"), [({"clusters": 0, "rank": 16}, "n_clusters"), ({"clusters": 16}, "rank")])
-def test_auto_axis_keeps_a_zero_that_was_asked_for(numbers: dict[str, int], zero: str) -> None:
+def test_auto_axis_keeps_a_zero_that_was_asked_for(numbers: dict[str, Any], zero: str) -> None:
     specs = plan_of({"a.k_proj.weight": (64, 96)}, channel_axis="auto", projectors="k", **numbers).compressed[0].specs
     assert len(specs) == 2
     assert [getattr(spec, zero) for spec in specs] == [0, 0]
@@ -110,7 +113,7 @@ def test_tied_heads_are_told_of_and_kept() -> None:
     assert [d.info.name for d in tied.decisions if d.action == "tied"] == ["lm_head.weight"]
     assert tied.weights == plan_of().weights
     both = make_plan(
-        checkpoint_of(SHAPES | {"lm_head.weight": (100, 64)}, tie_word_embeddings=True), CompressSettings()
+        checkpoint_of({**SHAPES, "lm_head.weight": (100, 64)}, tie_word_embeddings=True), CompressSettings()
     )
     assert next(d for d in both.decisions if d.info.name == "lm_head.weight").action == "copied"
 

@@ -9,7 +9,7 @@ from pipeline.architectures.families import FAMILIES, MULTIMODAL, ROLES, Family
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.settings.compression import CompressSettings
-from tests.unit.pipeline.planning.test_plan import checkpoint_of
+from tests.unit.pipeline.planning.test_plan import Shapes, checkpoint_of
 
 PHI: dict[str, tuple[int, ...]] = {
     "model.layers.0.self_attn.qkv_proj.weight": (64, 32),
@@ -20,7 +20,7 @@ PHI: dict[str, tuple[int, ...]] = {
 PHI_CONFIG = {"model_type": "phi3", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def plan_of(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], **settings: Any) -> Plan:
+def plan_of(shapes: Shapes, config: dict[str, Any], **settings: Any) -> Plan:
     values = {"clusters": 4, "rank": 1, **settings}
     return make_plan(checkpoint_of(shapes, **config), CompressSettings.model_validate(values))
 

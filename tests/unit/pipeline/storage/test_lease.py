@@ -116,10 +116,13 @@ def test_of_many_that_come_at_the_same_moment_one_has_it(
             store.put(LEASE_FILE, b"{" if left == "half a lease" else _GONE)
         start = threading.Barrier(many)
 
+        def wait_briefly(seconds: float) -> None:
+            patience.wait(seconds / 50)
+
         def come(start: threading.Barrier = start) -> Any:
             start.wait()
             try:
-                return acquire_lease(store, sleep=lambda seconds: patience.wait(seconds / 50) and None)
+                return acquire_lease(store, sleep=wait_briefly)
             except OutputError as error:
                 return error
 

@@ -1,5 +1,8 @@
 """Which layers of a model have to be dense, found in the source of its classes."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,15 @@ def helper(x: Tensor, inner: nn.Linear) -> Tensor:
     return x @ inner.weight.T
 
 
-class Block(nn.Module):
+class Module(nn.Module):
+    """A module whose attributes mypy does not judge."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+class Block(Module):
     """`plain` is called; each of the others is used in one more way."""
 
     def __init__(self) -> None:
@@ -24,12 +35,13 @@ class Block(nn.Module):
         names = "plain called bias_alone shape_alone device_alone product alias either through_getattr helped method_helped handed"
         for name in f"{names} dtype_alone off on other_object looked_at stored".split():
             self.add_module(name, nn.Linear(4, 4))
-        self.several = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.numbered = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.slices, self.kept = 1, {}
+        self.several: Any = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.numbered: Any = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.slices = 1
+        self.kept: dict[str, nn.Module] = {}
         nn.init.ones_(self.plain.weight)  # before there are weights
 
-    def forward(self, x: Tensor, external: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, external: Any) -> Tensor:
         x = self.plain(x) + self.called.forward(x) + self.bias_alone.bias * self.bias_alone.out_features
         x = x.to(self.device_alone.weight.device, self.dtype_alone.weight.dtype)
         x = F.linear(x, self.product.weight) * self.shape_alone.weight.shape[0]
@@ -57,16 +69,16 @@ class Block(nn.Module):
         nn.init.zeros_(self.plain.weight)
 
 
-class Model(nn.Module):
+class Model(Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
-        self.blocks = nn.ModuleList([Block()])
+        self.blocks: Any = nn.ModuleList([Block()])
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.embed
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> Any:
         return self.head
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -162,9 +174,9 @@ def test_so_has_a_layer_that_two_modules_hold() -> None:
     ],
     ids=["hook", "pre-hook", "weight norm", "orthogonal", "own forward", "further parameter"],
 )
-def test_a_layer_that_was_changed_has_to_be_dense(change: object) -> None:
+def test_a_layer_that_was_changed_has_to_be_dense(change: Callable[[nn.Module], object]) -> None:
     model = Model()
-    change(model.blocks[0].plain)  # type: ignore[operator]
+    change(model.blocks[0].plain)
     assert DenseLayers(model).reason("blocks.0.plain", floats=True)
 
 
@@ -172,8 +184,9 @@ def test_without_source_everything_below_has_to_be_dense() -> None:
     space: dict[str, type] = {}
     exec("class Hidden(torch.nn.Module):\n    def forward(self, x): return self.inner(x)", {"torch": torch}, space)
     model = Model()
-    model.hidden = space["Hidden"]()
-    model.hidden.inner = nn.Linear(4, 4)
+    hidden: Any = space["Hidden"]()
+    model.hidden = hidden
+    hidden.inner = nn.Linear(4, 4)
     assert "not there to be read" in str(DenseLayers(model).reason("hidden.inner", floats=True))
 
 

@@ -89,8 +89,9 @@ def test_the_same_input_gives_the_same_bits(layer: SwscLinear) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_as_a_dense_layer_is(layer: SwscLinear, dtype: torch.dtype) -> None:
-    x, wanted = torch.randn(16, N), layer
-    dense_layer = linear(x.to(dtype), wanted.dense_weight().to(dtype), wanted.bias.to(dtype))
+    assert layer.bias is not None
+    x = torch.randn(16, N)
+    dense_layer = linear(x.to(dtype), layer.dense_weight().to(dtype), layer.bias.to(dtype))
     ours = copy.deepcopy(layer).to(dtype)(x.to(dtype))
     assert ours.dtype == dtype
     assert relative(ours, expected(layer, x)) < 2.5 * relative(dense_layer, expected(layer, x)) + 1e-4
@@ -128,6 +129,7 @@ def test_gradients_of_inputs_are_those_of_the_dense_weight(layer: SwscLinear) ->
     y.backward(torch.ones_like(y))
     wanted = torch.ones(6, M).double() @ layer.dense_weight().double()
     if wanted.any():
+        assert x.grad is not None
         assert relative(x.grad, wanted) < 1e-5
     else:
         assert x.grad is None or not x.grad.any()
@@ -136,7 +138,12 @@ def test_gradients_of_inputs_are_those_of_the_dense_weight(layer: SwscLinear) ->
 def test_the_graph_of_segments_does_not_hold_the_dense_weight() -> None:
     layer = compressed("segments")
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         layer(torch.randn(2, N, requires_grad=True))
     assert max(kept) < M * N
 
@@ -152,7 +159,7 @@ def test_parts_that_are_asked_to_can_be_tuned(name: str) -> None:
     x = torch.randn(6, N, dtype=torch.float64)
 
     def loss(*values: Tensor) -> Tensor:
-        swapped = dict(zip(tuned, values, strict=True))
+        swapped: dict[str, Tensor] = dict(zip(tuned, values, strict=True))
         return torch.func.functional_call(layer.double(), swapped, (x,)).square().sum()
 
     values = [layer.parts[part].detach().double().requires_grad_() for part in tuned]
@@ -229,6 +236,6 @@ def test_parts_of_another_shape_are_refused_by_name(part: str, damage: Callable[
 
 def test_a_label_beyond_the_centroids_is_refused() -> None:
     layer = compressed("paper, output channels")
-    layer.labels.data.fill_(255)
+    layer.parts["labels"].data.fill_(255)
     with pytest.raises(ValueError, match="label 15 is out of range for 9 centroids"):
         layer.dense_weight()

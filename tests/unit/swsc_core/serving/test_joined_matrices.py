@@ -1,10 +1,11 @@
 """Matrices that join q, k and v, as engines split them: whole, by heads that lie side by side, and turned round."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from swsc_core import SwscSpec, encode
@@ -55,17 +56,19 @@ class Whole:
                 **({"transposed": True} if turned else {}),
             }  # fmt: skip
 
-    def load(self, rank: int, ranks: int, sizes: Sequence[int]) -> nn.Module:
+    def load(self, rank: int, ranks: int, sizes: Sequence[int]) -> Any:
         """As engines do: by the names of parameters and modules; GPT-2's turns what is called weight."""
         layer = Linear(rank, ranks)
-        layer.quant_method = Config.from_config({"format_version": 3, "tensors": self.entries}).get_quant_method(layer, NAME)  # fmt: skip
-        layer.quant_method.create_weights(layer, HIDDEN, list(sizes), HIDDEN, 128, torch.float32)
-        parameters = dict(layer.named_parameters())
+        config = Config.from_config({"format_version": 3, "tensors": self.entries})
+        method = config.get_quant_method(layer, NAME)
+        layer.quant_method = method
+        method.create_weights(layer, HIDDEN, list(sizes), HIDDEN, 128, torch.float32)
+        parameters: dict[str, Any] = dict(layer.named_parameters())
         assert parameters.keys() == {name.removeprefix(f"{NAME}.") for name in self.stored}
         for name, tensor in self.stored.items():
             parameter = parameters[name.removeprefix(f"{NAME}.")]
             parameter.weight_loader(parameter, tensor.t() if self.turned and name.endswith(".weight") else tensor)
-        layer.quant_method.process_weights_after_loading(layer)
+        method.process_weights_after_loading(layer)
         return layer
 
 
@@ -99,7 +102,7 @@ def test_a_layer_that_knows_nothing_of_heads_has_the_rows_as_they_lie(kind: str,
 
 
 def test_whole_output_channels_of_pieces_are_one_product() -> None:
-    (together,) = Whole(BY_GROUP, KINDS["all"]).load(0, 1, [64, 32, 32]).swsc.layers  # type: ignore[union-attr]
+    (together,) = Whole(BY_GROUP, KINDS["all"]).load(0, 1, [64, 32, 32]).swsc.layers
     assert together.weight.shape == (36, HIDDEN)
 
 

@@ -36,6 +36,7 @@ class Linear(nn.Module):
     def __init__(self, rank: int, ranks: int) -> None:
         super().__init__()
         self.rank, self.ranks = rank, ranks
+        self.quant_method: Any = None
 
 
 class Embedding(nn.Module):
@@ -93,7 +94,7 @@ class Checkpoint:
     def config(self) -> Config:
         return Config.from_config({"format_version": 2, "tensors": self.entries})  # type: ignore[return-value]
 
-    def load(self, layer: nn.Module, method: ServedMethod, shards: Mapping[str, str | int | None], sizes: Sequence[int], width: int) -> nn.Module:  # fmt: skip
+    def load(self, layer: nn.Module, method: ServedMethod, shards: Mapping[str, str | int | None], sizes: Sequence[int], width: int) -> Any:  # fmt: skip
         """Create weights, hand over every tensor of `shards` (name -> shard id), last part first, and finish."""
         method.create_weights(layer, width, list(sizes), HIDDEN, sum(sizes), torch.float32, weight_loader=None)
         for name, tensor in reversed(self.stored.items()):
@@ -106,7 +107,7 @@ class Checkpoint:
         return layer
 
 
-def qkv(checkpoint: Checkpoint, rank: int, ranks: int, heads: int = 4) -> nn.Module:
+def qkv(checkpoint: Checkpoint, rank: int, ranks: int, heads: int = 4) -> Any:
     layer = Linear(rank, ranks)
     method = checkpoint.config().get_quant_method(layer, "a.qkv_proj")
     sizes = [64 // ranks, *[32 // min(ranks, heads)] * 2]
@@ -114,8 +115,9 @@ def qkv(checkpoint: Checkpoint, rank: int, ranks: int, heads: int = 4) -> nn.Mod
     return checkpoint.load(layer, method, {"a.q_proj": "q", "a.k_proj": "k", "a.v_proj": "v"}, sizes, HIDDEN)
 
 
-def applied(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return layer.quant_method.apply(layer, x, bias)  # type: ignore[operator, union-attr]
+def applied(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    outputs: Tensor = layer.quant_method.apply(layer, x, bias)
+    return outputs
 
 
 KINDS: dict[str, tuple[Spec | None, Spec | None, Spec | None]] = {
@@ -154,10 +156,10 @@ def test_heads_fewer_than_ranks_are_repeated() -> None:
 
 def test_whole_output_channels_are_one_product() -> None:
     checkpoint = Checkpoint({"a.q_proj": OUTPUT, "a.k_proj": OUTPUT, "a.v_proj": OUTPUT})
-    (together,) = qkv(checkpoint, 0, 1).swsc.layers  # type: ignore[union-attr]
+    (together,) = qkv(checkpoint, 0, 1).swsc.layers
     assert together.weight.shape == (36, HIDDEN)
     checkpoint = Checkpoint({"a.q_proj": OUTPUT, "a.k_proj": OUTPUT, "a.v_proj": SEGMENTS})
-    assert len(qkv(checkpoint, 0, 1).swsc.layers) == 2  # type: ignore[union-attr, arg-type]
+    assert len(qkv(checkpoint, 0, 1).swsc.layers) == 2
 
 
 @pytest.mark.parametrize("spec", [OUTPUT, INPUT, SEGMENTS, CODED, RTN], ids=str)

@@ -118,11 +118,11 @@ def test_a_fused_layer_is_loaded_as_its_models_do_it(door: ModuleType, ranks: in
     )
     x = torch.randn(3, 48)
     for rank in range(ranks):
-        layer = LinearBase()
+        layer: Any = LinearBase()
         layer.tp_group = SimpleNamespace(rank_in_group=rank, world_size=ranks) if ranks > 1 else None
         method = config.get_quant_method(layer, "m.gate_up_proj")
         method.create_weights(layer, 48, [32 // ranks] * 2, 48, 64, torch.float32, weight_loader=None)
-        parameters = dict(layer.named_parameters())
+        parameters: dict[str, Any] = dict(layer.named_parameters())
         for shard, encoded in enumerate(made.values()):
             for part, tensor in encoded.tensors.items():
                 parameters[part].weight_loader(parameters[part], tensor, shard)
@@ -135,7 +135,7 @@ def test_a_fused_layer_is_loaded_as_its_models_do_it(door: ModuleType, ranks: in
 def test_heads_that_two_groups_split_are_refused(door: ModuleType) -> None:
     encoded = encode(torch.randn(32, 48), [SwscSpec(10, 3)])
     config = door.SwscConfig.from_config({"format_version": 2, "tensors": {"a.q_proj.weight": encoded.entry.to_json()}})
-    layer = LinearBase()
+    layer: Any = LinearBase()
     layer.tp_group, layer.kv_tp_group = object(), object()
     with pytest.raises(ValueError, match=r"a\.q_proj: heads split by two groups"):
         config.get_quant_method(layer, "a.qkv_proj").create_weights(layer, 48, [32, 32, 32], 48, 96, torch.float32)

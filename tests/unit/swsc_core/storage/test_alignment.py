@@ -1,6 +1,7 @@
 """Claims about aligned memory: the same values, copied only where they lie elsewhere, ties kept."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,8 @@ def test_what_is_empty_or_on_no_cpu_stays_as_it_is() -> None:
 
 
 def test_a_model_is_aligned_in_place_and_what_is_tied_stays_tied() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False)
+    layers = (nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model: Any = nn.Sequential(*layers).requires_grad_(False)
     model[0].weight.data = placed(torch.randn(4, 4), 8)
     model[1].weight = model[0].weight  # one parameter
     model[2].weight.data = model[0].weight.data  # another one, in the same memory

@@ -33,8 +33,7 @@ def test_half_and_half_gives_the_papers_numbers(bits: float, clusters: int, rank
 def test_the_axis_decides_the_cost_of_a_matrix_that_is_not_square() -> None:
     """1024×4096 (a GQA k_proj), k = 256, r = 64: the figures of the design."""
     bits = {
-        axis: 8 * SwscSpec(256, 64, axis).stored_bytes((1024, 4096), 16) / (1024 * 4096)  # type: ignore[arg-type]
-        for axis in ("output", "input")
+        axis: 8 * SwscSpec(256, 64, axis).stored_bytes((1024, 4096), 16) / (1024 * 4096) for axis in ("output", "input")
     }
     assert bits["output"] == pytest.approx(5.25, abs=0.01)
     assert bits["input"] == pytest.approx(2.26, abs=0.01)

@@ -44,7 +44,7 @@ def test_keys_that_do_not_go_together_are_refused_however_a_location_is_made() -
     rows = RowBlocks(0, 4, 4, 1)
     for wrong in ({"tensor": "a"}, {"row_blocks": rows}, {"n_experts": 2}):
         with pytest.raises(ValueError, match="rows"):
-            MatrixLocation(**wrong)  # type: ignore[arg-type]
+            MatrixLocation(**wrong)
 
 
 def test_rows_of_a_stack_are_counted_through_its_matrices() -> None:
