@@ -71,16 +71,16 @@ def test_a_run_waits_for_its_first_gpu_and_takes_those_that_come(
 def test_a_run_that_waits_says_for_what(
     growing: Cluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = []
+    lines = []
 
-    def say(line: str) -> None:
-        said.append(line)
+    def log(line: str) -> None:
+        lines.append(line)
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(arithmetic, "_SECONDS_OF_PATIENCE", 1.0)
-    monkeypatch.setattr(arithmetic, "say", say)
+    monkeypatch.setattr(arithmetic, "log", log)
     flags = ["--elastic", "--gpus-per-worker", "1", "--cpus-per-worker", "5"]
     assert growing.swsc("compress", tiny_model, tmp_path / "out", *flags).returncode == 130
-    (line,) = said
+    (line,) = lines
     assert "no worker is up yet, waiting for one: each needs 5 CPUs, 1 GPUs" in line
     assert "the cluster has" in line

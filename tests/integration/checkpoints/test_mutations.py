@@ -126,7 +126,7 @@ def test_state_of_a_run(folder: Path, data: st.DataObject, name: str) -> None:
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(_cut(folder), out)
     file = next((out / ".swsc" / "done").iterdir()) if name == "done" else out / ".swsc" / name
-    whole = {"lease.json": f'{{"owner": "x", "machine": "{lease._machine()}", "pid": 999999, "beat": 1}}'}
+    whole = {"lease.json": f'{{"owner": "x", "machine": "{lease.machine_id()}", "pid": 999999, "beat": 1}}'}
     content = file.read_bytes() if file.exists() else whole.get(name, '["a.json", "README.md"]').encode()
     file.write_bytes(data.draw(changed_json(content)))
     ends("compress", str(folder / "model"), str(out), *QK)

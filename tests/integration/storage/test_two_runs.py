@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,15 +38,15 @@ def test_the_second_is_refused_and_the_first_is_not_disturbed(
 def test_a_run_whose_place_was_taken_writes_no_more(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = outputs.acquire, []
+    real, calls = outputs.acquire_lease, []
 
-    def acquire(store: Store, *rest: object) -> lease.Lease:
-        own = real(store, *rest)  # type: ignore[arg-type]
+    def acquire(store: Store, *rest: Any) -> lease.Lease:
+        own = real(store, *rest)
         calls.append(own)
         store.write_json(lease.LEASE_FILE, {"owner": "another", "machine": "far", "pid": 1, "beat": 1})
         return own
 
-    monkeypatch.setattr(outputs, "acquire", acquire)
+    monkeypatch.setattr(outputs, "acquire_lease", acquire)
     assert compress(tiny_model, tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "a run on far (process 1) has taken over" in error
