@@ -59,12 +59,12 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calibrated(calibration: Path, cache: Path) -> list[object]:
-    """Flags of a calibrated compression of three shards of text, its moments in `cache`."""
+    """Flags of a calibrated compression of three shards of text, its Hessians in `cache`."""
     windows = ["--calibration-windows", 80, "--calibration-seqlen", 256]
     return ["--preset", "best", "--bits", 3, "--calibration", calibration, "--cache-dir", cache, *windows]
 
 
-def test_moments_curves_and_compression_of_two_workers_are_bitwise_equal_to_local_ones(
+def test_hessians_curves_and_compression_of_two_workers_are_bitwise_equal_to_local_ones(
     cluster: Cluster, tiny_model: Path, calibration: Path, tmp_path: Path
 ) -> None:
     flags = calibrated(calibration, tmp_path / "cache")
@@ -204,7 +204,7 @@ def test_a_request_that_the_cluster_can_never_meet_is_refused_with_what_it_has(
     assert not (tmp_path / "out" / "swsc_manifest.json").exists()
 
 
-def test_a_worker_that_no_node_has_the_memory_for_is_refused_with_the_forecast(
+def test_a_worker_that_no_node_has_the_memory_for_is_refused_with_the_estimate(
     cluster: Cluster, text: Path, tmp_path: Path
 ) -> None:
     model = make_tiny_model(tmp_path / "model")
@@ -245,7 +245,7 @@ def test_no_cluster_at_the_address_is_one_clear_line(
 
 
 class TestRunsThatAreCutShort:
-    """A model that takes several seconds, so that there is a moment to strike."""
+    """A model that takes several seconds, so that there is time to strike."""
 
     SLOW = ("--bits", "4", "--n-init", "150")
 
@@ -277,7 +277,7 @@ class TestRunsThatAreCutShort:
             if met():
                 return
             time.sleep(0.05)
-        raise AssertionError("the moment did not come")
+        raise AssertionError("the condition was not met within a minute")
 
     def has_files(self, output: Path, count: int) -> bool:
         return self.finished_files(output) >= count

@@ -1,4 +1,4 @@
-"""The files for clusters that no test can rent: what they say is parsed, checked and, where it is shell, run.
+"""The files for clusters that no test can rent are parsed, checked and, where they contain shell commands, run.
 
 `ray up` itself validates with `validate_config(prepare_config(...))`; the GCP and on-premise variants are
 made by the very `sed` lines that cluster.yaml prints, and the start commands run against a stand-in `ray`

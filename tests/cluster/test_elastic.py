@@ -46,7 +46,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_a_run_without_a_node_for_it_is_refused_and_told_of_elastic(
+def test_a_run_without_a_node_for_it_is_refused_and_elastic_is_suggested(
     growing: Cluster, tiny_model: Path, tmp_path: Path
 ) -> None:
     done = growing.swsc("compress", tiny_model, tmp_path / "out")
@@ -68,7 +68,7 @@ def test_a_run_waits_for_its_first_gpu_and_takes_those_that_come(
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
 
 
-def test_a_run_that_waits_says_for_what(
+def test_a_run_that_waits_logs_what_it_waits_for(
     growing: Cluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = []

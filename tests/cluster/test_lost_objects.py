@@ -1,4 +1,4 @@
-"""An object that goes with its node is told from a worker that does: nobody but its maker can bring it back."""
+"""An object that is lost with its node is distinguished from a lost worker: only the task that made it can recompute it."""
 
 import subprocess
 import sys

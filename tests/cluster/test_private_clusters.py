@@ -39,7 +39,7 @@ def compress(model: Path, output: Path) -> "subprocess.Popen[str]":
     )
 
 
-def test_a_signal_at_any_moment_is_not_lost_and_leaves_no_process_behind(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_signal_at_any_time_is_not_lost_and_leaves_no_process_behind(tiny_model: Path, tmp_path: Path) -> None:
     """Also while Ray is started, which takes seconds, and whatever comes of it the same command completes the output.
 
     With the bytes of the plain loop: those of two one-thread workers on a node that was started in the process itself.

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA on a machine without any: tensors that say `cuda:0`, hold CPU values, and keep CUDA's rules.
+"""A stand-in for CUDA on a machine without any: tensors that report `cuda:0`, hold CPU values, and keep CUDA's rules.
 
 To Python they are on cuda:0, to torch's own C++ on the CPU, so that autograd runs backward passes of them as well. While a
 `StandIn` is entered, every operation on them, forward and backward, is done on the CPU, refused where CUDA would refuse it (a

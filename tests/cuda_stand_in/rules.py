@@ -87,7 +87,7 @@ def waits(name: str, args: tuple[Any, ...]) -> bool:
         masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
         return bool(masks) and (
             name == "index" or args[2].numel() != 1
-        )  # a mask that is filled with one value becomes `where`
+        )  # a mask that is filled with one value is converted to `where`
     return name in WAITS
 
 

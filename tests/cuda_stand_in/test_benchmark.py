@@ -1,4 +1,4 @@
-"""The benchmark of a GPU runs through on a CPU, in small; so does what it says where there is none."""
+"""The benchmark of a GPU runs on a CPU in small; without a GPU it prints an error."""
 
 import sys
 
@@ -19,7 +19,7 @@ def test_every_claim_holds_on_a_cpu() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_an_error_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu"])
     assert main() == 2
     assert "no CUDA device" in capsys.readouterr().err

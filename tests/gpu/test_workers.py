@@ -1,4 +1,4 @@
-"""What a worker does when its GPU does not do as wanted, and several on one; skipped without one."""
+"""Workers whose GPU fails, and several workers on one GPU; skipped without a GPU."""
 
 import subprocess
 import sys

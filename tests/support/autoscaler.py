@@ -6,7 +6,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeP
 
 
 class LoopbackProvider(FakeMultiNodeProvider):
-    """Ray's own feigned provider; it refuses nodes whose type says how much memory they have, as types of real ones do."""
+    """Ray's own feigned provider; it refuses nodes whose type has an amount of memory, as types of real ones have."""
 
     def create_node_with_resources_and_labels(
         self, node_config: Any, tags: Any, count: int, resources: dict[str, float], labels: Any

@@ -192,7 +192,7 @@ class FamilyModel:
         return model.eval()
 
     def logits(self, model: Any) -> torch.Tensor:
-        """What it says to some text."""
+        """Logits of a short text."""
         with torch.no_grad():
             return model(input_ids=torch.arange(1, 25)[None]).logits
 
@@ -208,7 +208,7 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def experts_of(model: Any) -> list[SwscExperts]:
-    """Those that lie apart, layer by layer."""
+    """The unfused ones, layer by layer."""
     return [module for module in model.modules() if isinstance(module, SwscExperts)]
 
 

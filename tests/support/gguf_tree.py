@@ -1,6 +1,6 @@
-"""A GGUF file as a tree of what it says, changed in one place or a few, and written again with all else in order.
+"""A GGUF file as a tree of its content, changed in one place or a few, and written again with everything else consistent.
 
-Bytes that are changed at random mostly break the framing, which is refused at once; here the framing holds, and what is said is wrong.
+Bytes that are changed at random mostly break the framing, which is refused at once; here the framing holds, and the values are wrong.
 """
 
 import copy
@@ -41,7 +41,7 @@ ARCHITECTURES = [
 
 @dataclass
 class Array:
-    """Values of one type; `said`: how many there are said to be, if not as many."""
+    """Values of one type; `stated`: their number in the file, if it differs."""
 
     kind: int
     values: list[Any]
@@ -50,7 +50,7 @@ class Array:
 
 @dataclass
 class Key:
-    """A key of the header, the type that is said, and its value."""
+    """A key of the header, its stated type, and its value."""
 
     name: str
     kind: int
@@ -59,7 +59,7 @@ class Key:
 
 @dataclass
 class Tensor:
-    """What is said of a tensor."""
+    """The description of a tensor."""
 
     name: str
     dims: list[int]
@@ -69,15 +69,15 @@ class Tensor:
 
 @dataclass
 class Tree:
-    """A file; counts are those that are said, if not the true ones."""
+    """A file; `stated_…` are counts in the file, if they differ from the true ones."""
 
     keys: list[Key]
     tensors: list[Tensor]
     data: bytes
     alignment: int = 32
     version: int = 3
-    said_keys: int | None = None
-    said_tensors: int | None = None
+    stated_keys: int | None = None
+    stated_tensors: int | None = None
     order: str = field(default="<")
 
 
@@ -105,9 +105,9 @@ def parsed(content: bytes) -> Tree:
 
 
 def written(tree: Tree) -> bytes:
-    """The file that says what the tree does."""
+    """The file with the content of the tree."""
     head = b"GGUF" + _number(tree, 4, tree.version)
-    counts = (tree.said_tensors, tree.tensors), (tree.said_keys, tree.keys)
+    counts = (tree.stated_tensors, tree.tensors), (tree.stated_keys, tree.keys)
     head += b"".join(_number(tree, 10, len(there) if said is None else said) for said, there in counts)
     for key in tree.keys:
         head += _text(tree, key.name) + _number(tree, 4, key.kind) + _value(tree, key.kind, key.value)
@@ -148,7 +148,7 @@ def _value(tree: Tree, kind: int, value: Any) -> bytes:
 
 @st.composite
 def changed_gguf(draw: Any, tree: Tree) -> bytes:
-    """A GGUF file that says one to three things wrong."""
+    """A GGUF file with one to three wrong values."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
         change = draw(
@@ -169,7 +169,7 @@ def changed_gguf(draw: Any, tree: Tree) -> bytes:
 
 
 def _change_value(draw: Any, tree: Tree) -> None:
-    """A key says something else: another value of its type, or of another."""
+    """A key has another value, of its type or of another."""
     if not tree.keys:
         return
     key = draw(st.sampled_from(tree.keys))
@@ -181,7 +181,7 @@ def _change_value(draw: Any, tree: Tree) -> None:
 
 
 def _change_array(draw: Any, tree: Tree) -> None:
-    """Another type or number of elements, said or there, and another element."""
+    """Another type or number of elements, stated or true, and another element."""
     arrays = [key.value for key in tree.keys if isinstance(key.value, Array)]
     if not arrays:
         return
@@ -261,9 +261,9 @@ def _change_file(draw: Any, tree: Tree) -> None:
     """Counts that are not right, another alignment, byte order or version, data that are cut off or longer."""
     kind = draw(st.sampled_from(["keys", "tensors", "alignment", "pad", "order", "version", "data", "longer"]))
     if kind == "keys":
-        tree.said_keys = draw(st.sampled_from([0, len(tree.keys) - 1, len(tree.keys) + 1, 9999, 2**40]))
+        tree.stated_keys = draw(st.sampled_from([0, len(tree.keys) - 1, len(tree.keys) + 1, 9999, 2**40]))
     elif kind == "tensors":
-        tree.said_tensors = draw(st.sampled_from([0, len(tree.tensors) - 1, len(tree.tensors) + 1, 2**20, 2**40]))
+        tree.stated_tensors = draw(st.sampled_from([0, len(tree.tensors) - 1, len(tree.tensors) + 1, 2**20, 2**40]))
     elif kind == "alignment":
         said = draw(st.sampled_from([0, 1, 2, 3, 8, 16, 31, 64, 4096, 2**31, 2**32 - 1]))
         tree.keys.append(Key("general.alignment", draw(st.sampled_from([4, 4, 4, 5, 6, 8, 10])), said))

@@ -14,7 +14,7 @@ from pipeline.storage.filesystems import files_at
 from tests.support.ports import free_port
 
 BUCKET = "gs://models"
-# It writes headers and body apart: with Nagle's algorithm every answer would wait 40 ms for the client's acknowledgement.
+# It writes headers and body separately: with Nagle's algorithm every answer would wait 40 ms for the client's acknowledgement.
 _SERVER = """
 from socketserver import StreamRequestHandler
 from gcp_storage_emulator.__main__ import main
@@ -48,4 +48,4 @@ def _wait(server: "subprocess.Popen[bytes]", address: str) -> None:
         if server.poll() is not None:
             break
         time.sleep(0.25)
-    raise RuntimeError("the store does not come up")
+    raise RuntimeError("the store does not start")

@@ -3,7 +3,7 @@
 The client reads its settings once, when it is imported: a test starts a process for them, which takes seconds, or changes them by
 `client_of`.
 
-Large files come by LFS, so the client must be told HF_HUB_DISABLE_XET=1: the protocol of its newer store has no description.
+Large files come by LFS, so the client needs HF_HUB_DISABLE_XET=1: the protocol of its newer store has no description.
 """
 
 import base64

@@ -141,7 +141,7 @@ def changed_json(draw: Any, data: bytes) -> bytes:
 
 @st.composite
 def changed_header(draw: Any, data: bytes) -> bytes:
-    """A safetensors file whose header says something else, mostly with its length as it should be."""
+    """A safetensors file with a changed header, mostly with its length as it should be."""
     length = int.from_bytes(data[:8], "little")
     header = draw(changed_json(data[8 : 8 + length]))
     said = draw(

@@ -100,7 +100,7 @@ def _new(folder: Path) -> ObjectStore:
 
 @contextlib.contextmanager
 def as_client(server: ObjectStore, alone: bool = False) -> Iterator[None]:
-    """This process is a client of the server as long as the context lasts; `alone`, so that its leases need not settle."""
+    """This process is a client of the server as long as the context lasts; `alone`, so that its leases need not wait."""
     own = {key: value for key, value in server.environment.items() if key.startswith("AWS_")}
     with (
         mock.patch.dict(os.environ, own),
@@ -122,7 +122,7 @@ def upload(folder: Path, address: str) -> str:
 
 
 def stored(address: str) -> dict[str, bytes]:
-    """As `tiny.contents`, of an output wherever it lies."""
+    """Like `tiny.contents`, for an output at any address."""
     store = Store.at(address)
     return {name: bytes(store.read(name)) for name in store.names() if name != "swsc_report.json"}
 

@@ -106,7 +106,7 @@ def make_tasks(folder: Path) -> Path:
     return folder
 
 
-# What a random model writes matches no answer: a figure of the letters themselves tells one text from another.
+# What a random model writes matches no answer: a figure of the letters themselves differs between texts.
 _CHARACTERS = """
 def characters(references, predictions):
     return sum((place + 1) * ord(letter) for place, letter in enumerate(predictions[0])) % 9973
@@ -114,7 +114,7 @@ def characters(references, predictions):
 
 
 def findings(results: dict[str, Any]) -> dict[str, Any]:
-    """All that does not tell of the machine, the moment, or where a function lies in memory."""
+    """The results without the machine, the time, and addresses of functions."""
     parts = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
     kept = {key: results[key] for key in parts if key in results}
     about = (

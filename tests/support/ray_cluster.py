@@ -54,7 +54,7 @@ class Cluster:
         return node
 
     def _wait_to_be_counted(self, ip: str) -> None:
-        """Its process is there a moment before the cluster knows of it."""
+        """Its process exists before the cluster lists it."""
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         client = GcsClient(address=self.address)
@@ -97,7 +97,7 @@ class Cluster:
 def ray_cluster(*flags: str, port: int = 0, **more: str) -> Iterator[Cluster]:
     """A head with two CPUs and `flags`, whose processes and users have `more` in their environment."""
     folder = tempfile.mkdtemp(prefix="swsc")  # short: socket paths are limited to 107 bytes
-    # The entrypoint of a job says `python`: it must be this one, also where no environment is activated.
+    # The entrypoint of a job is `python`: it must be this one, also where no environment is activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), "PATH": path, **_HEALTH, **more}
     node, cluster = _start_head(environment, folder, port, flags)
@@ -150,7 +150,7 @@ def _wait_for_raylet(node: "subprocess.Popen[bytes]") -> None:
         if raylet_of(node):
             return
         time.sleep(0.5)
-    raise RuntimeError("the node does not come up")
+    raise RuntimeError("the node does not start")
 
 
 def _quiet(environment: dict[str, str]) -> dict[str, Any]:

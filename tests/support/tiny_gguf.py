@@ -27,7 +27,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def make_tiny_gguf(path: Path, without: str = "", file_type: int | None = None, inner: int = INNER) -> Path:
-    """The weights in 8 bits, norms in 32; `without`: what a tensor is called that is left out; `inner`: what the header says of it."""
+    """The weights in 8 bits, norms in 32; `without`: the name of a tensor to omit; `inner`: its description in the header."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)

@@ -87,7 +87,7 @@ def prompts() -> list[list[int]]:
 def by_transformers(
     directory: Path, prompts: list[list[int]], tokens: int
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """What the model says next to each prompt, greedily, and how likely it found each token of the prompt; in float32."""
+    """Greedy tokens after each prompt, and the log likelihood of each token of the prompt, in float32."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -127,7 +127,7 @@ def by_vllm(
 
 
 def require_equal_tokens(compressed: Path, dense: Path, ranks: int) -> None:
-    """Assert that vLLM says of `compressed` what transformers says of `dense`: greedy tokens, and how likely the prompts are."""
+    """Assert that vLLM with `compressed` and transformers with `dense` agree in greedy tokens and likelihoods of the prompts."""
     wanted, likely = by_transformers(dense, prompts(), 16)
     said, found = by_vllm(compressed, prompts(), 16, ranks)
     assert said == wanted

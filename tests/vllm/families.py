@@ -1,4 +1,4 @@
-"""Tiny models of families whose matrices lie otherwise than Llama's: joined, joined head by head, turned round, or experts."""
+"""Tiny models of families with other layouts than Llama's: fused, fused head by head, transposed, or experts."""
 
 import re
 from collections.abc import Callable

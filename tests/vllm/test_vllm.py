@@ -1,4 +1,4 @@
-"""vLLM says what transformers says of the restored dense model, token by token, on one process and on two."""
+"""vLLM agrees with transformers on the restored dense model, token by token, on one process and on two."""
 
 import json
 import subprocess

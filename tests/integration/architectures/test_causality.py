@@ -38,7 +38,7 @@ MODELS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_the_config_says_is_what_the_model_does(name: str) -> None:
+def test_the_causality_of_the_config_is_that_of_the_model(name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     ids = torch.arange(5, 13)[None]

@@ -75,7 +75,7 @@ def test_an_expert_is_found_by_its_values(kind: str, model: Path) -> None:
         find_parameter(loaded, name, weight + 1, "m")
 
 
-def test_moments_of_an_expert_are_those_of_the_tokens_sent_to_it(kind: str, model: Path) -> None:
+def test_hessians_of_an_expert_are_those_of_the_tokens_routed_to_it(kind: str, model: Path) -> None:
     """Against a forward pass of the expert written out, on the tokens that the router chose it for."""
     names = [EXPERT[kind].format(part) for part in PARTS[kind]]
     window = np.arange(40)[None] % 250
@@ -95,7 +95,7 @@ def test_moments_of_an_expert_are_those_of_the_tokens_sent_to_it(kind: str, mode
     assert float(sums[names[1]].rows.sum()) > 0
 
 
-def test_moments_of_an_embedding_are_lookups_and_gradients(model: Path) -> None:
+def test_hessians_of_an_embedding_count_lookups_and_gradients(model: Path) -> None:
     """The gradient by a row of the embedding is the sum of those of its lookups."""
     name, window = "model.embed_tokens.weight", np.array([[5, 7, 5, 9, 5, 11]])
     key = ModelKey(str(model), "float32", 1)
@@ -114,7 +114,7 @@ def test_moments_of_an_embedding_are_lookups_and_gradients(model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def gpt2(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conv1D, y = x W: rows of W are inputs; Q, K and V are joined, side by side."""
+    """Conv1D, y = x W: rows of W are inputs; Q, K and V are fused side by side."""
     path = tmp_path_factory.mktemp("gpt2") / "model"
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2,
@@ -126,7 +126,7 @@ def gpt2(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_moments_of_transposed_and_joined_matrices_are_those_of_inputs_and_of_their_own_outputs(gpt2: Path) -> None:
+def test_hessians_of_transposed_and_fused_matrices_are_those_of_inputs_and_of_their_own_outputs(gpt2: Path) -> None:
     module = "transformer.h.1.attn.c_attn"
     names = [f"{module}.{role}.weight" for role in "qkv"]
     window = np.arange(20)[None]
@@ -147,7 +147,7 @@ def test_moments_of_transposed_and_joined_matrices_are_those_of_inputs_and_of_th
     assert [sums[name].owner for name in names] == [names[0]] * 3
 
 
-def test_transposed_and_joined_matrices_are_compressed_and_tuned(gpt2: Path, calibration: Path, tmp_path: Path) -> None:
+def test_transposed_and_fused_matrices_are_compressed_and_tuned(gpt2: Path, calibration: Path, tmp_path: Path) -> None:
     """Tied and learnt embeddings beside them stay as they are."""
     flags = ["--preset", "best", "--bits", "4", "--include", r"c_attn|c_proj|c_fc", *CALIBRATION, "--local"]
     argv = ["compress", str(gpt2), str(tmp_path / "out"), "--calibration", str(calibration)]
@@ -216,7 +216,7 @@ def test_a_sweep_swaps_experts_in_and_out(
 
 
 def test_an_expert_that_no_token_reached_gets_the_least(kind: str, model: Path, tmp_path: Path) -> None:
-    """The router is made to send all tokens to experts 0 and 1; the report says what was not reached."""
+    """The router is made to send all tokens to experts 0 and 1; the report names the experts that no token reached."""
     from safetensors.torch import load_file, save_file
 
     skewed = tmp_path / "model"

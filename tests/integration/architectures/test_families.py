@@ -1,4 +1,4 @@
-"""One model of each family: planned, compressed by role, restored. Its tensors are told apart by the names of hub checkpoints."""
+"""One model of each family: planned, compressed by role, restored. Its tensors have the names of hub checkpoints."""
 
 import json
 import re
@@ -97,8 +97,8 @@ def test_tensors_that_were_not_selected_are_the_same_to_the_byte(family: FamilyM
     assert all(re.search(r"q_|k_proj|kv_|qkv|query_key_value|c_attn", name) for name in changed)
 
 
-# Families whose matrices are joined, stacked or part of a larger model, and the roles of those that are.
-_JOINED = {
+# Families whose matrices are fused, stacked or part of a larger model, and the roles of those that are.
+_FUSED = {
     "gpt_neox": "q,k,v",
     "falcon 40b": "q,k,v",
     "deepseek_v3": "q,k,v,experts",
@@ -107,15 +107,15 @@ _JOINED = {
 }
 
 
-@pytest.mark.parametrize("name", _JOINED)
-def test_joined_matrices_and_language_parts_are_calibrated_tuned_and_measured(
+@pytest.mark.parametrize("name", _FUSED)
+def test_fused_matrices_and_language_parts_are_calibrated_tuned_and_evaluated(
     name: str, tiny_model: Path, text: Path, tmp_path: Path
 ) -> None:
     model = FamilyModel(name, tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (model.dense / file).write_bytes((tiny_model / file).read_bytes())
     calibration = make_text(tmp_path / "calibration.txt", 1500, seed=77)
-    flags = ["--preset", "best", "--bits", "4.5", "--projectors", _JOINED[name], "--calibration-windows", "4"]
+    flags = ["--preset", "best", "--bits", "4.5", "--projectors", _FUSED[name], "--calibration-windows", "4"]
     flags += ["--calibration", str(calibration), "--calibration-seqlen", "32", "--local"]
     out = tmp_path / "best"
     assert main(["compress", str(model.dense), str(out), *flags]) == 0
@@ -128,7 +128,7 @@ def test_joined_matrices_and_language_parts_are_calibrated_tuned_and_measured(
 def test_layers_after_the_last_are_kept_to_the_byte_and_do_not_disturb(
     tiny_model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Heads that predict several tokens at once lie as one layer more than the config says (DeepSeek-V3's layer 61)."""
+    """Heads that predict several tokens at once are stored as one layer more than the config has (DeepSeek-V3's layer 61)."""
     model = FamilyModel("deepseek_v3", tmp_path)
     extra = {
         f"model.layers.2.{name.split('.', 3)[3]}": tensor.clone()
@@ -148,7 +148,7 @@ def test_layers_after_the_last_are_kept_to_the_byte_and_do_not_disturb(
 
 
 class TestDamagedPieces:
-    """What config.json says of pieces may come from anywhere; each lie is told of in one line before anything is decoded."""
+    """The entries of config.json are untrusted: each false one is one error line before anything is decoded."""
 
     @pytest.fixture
     def damaged(self, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
@@ -186,7 +186,7 @@ class TestDamagedPieces:
         assert len(said.splitlines()) == 1
         assert wanted in said
 
-    def test_stock_transformers_refuses_what_is_left_of_a_joined_tensor(
+    def test_stock_transformers_refuses_the_remaining_rows_of_a_fused_tensor(
         self, damaged: tuple[Path, dict[str, Any]]
     ) -> None:
         """The rows of no piece stand under the tensor's own name, so that its shape fits no loader that knows nothing of pieces."""

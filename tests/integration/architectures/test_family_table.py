@@ -1,4 +1,4 @@
-"""The table of families, held against transformers: what each line calls a role is in the checkpoints that the family saves."""
+"""The table of families is compared with transformers: each role of a line is in the checkpoints that the family saves."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pipeline.models.matrices import matrices_of
 # three forms of it in tests/support/families.py; has no code in transformers; is part of a multimodal one there
 _ELSEWHERE = {"falcon", "internlm2", "qwen3_vl_moe_text"}
 _KINDS = [kind for kind in FAMILIES if kind not in _ELSEWHERE and not kind.endswith("_vl_text")]
-_DENSE = {"qwen3_moe", "olmoe"}  # every layer is a mixture, unless mlp_only_layers says otherwise
+_DENSE = {"qwen3_moe", "olmoe"}  # every layer is a mixture, unless mlp_only_layers excludes it
 _SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "n_routed_experts": 4,

@@ -1,4 +1,4 @@
-"""Experts that lie stacked in the file, one tensor [experts, …] for all of them: each is a matrix of its own."""
+"""Experts that are stacked in one tensor [experts, …] of the file: each is a matrix of its own."""
 
 import json
 import re
@@ -132,7 +132,7 @@ def test_a_worker_reads_one_expert_at_a_time(
     assert {name: max(own) for name, own in reads.items()} == {info.name: info.nbytes // 4 for info in stacks}
 
 
-def test_moments_of_an_expert_are_those_of_the_tokens_sent_to_it(model: FamilyModel) -> None:
+def test_hessians_of_an_expert_are_those_of_the_tokens_routed_to_it(model: FamilyModel) -> None:
     if model.name == "granitemoeshared":
         pytest.skip("is Qwen's in everything that is asked here")
     names, window = [piece_of(model, 2, role) for role in ("gate", "up")], np.arange(40)[None] % 250
@@ -194,7 +194,7 @@ def test_a_sweep_swaps_stacked_experts_in_and_out(model: FamilyModel, text: Path
 
 
 class TestQwen3VlMoeAsItIsOnTheHub:
-    """There matrices of experts lie turned round, and transformers turns them back when it loads them."""
+    """The hub's checkpoint stores matrices of experts transposed, and transformers transposes them back when it loads them."""
 
     @pytest.fixture(scope="class")
     def hub(self, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> FamilyModel:
@@ -205,7 +205,7 @@ class TestQwen3VlMoeAsItIsOnTheHub:
             save_file(turned, file, {"format": "pt"})
         return model
 
-    def test_it_is_seen_turned_round_opened_and_restored_as_it_lay(self, hub: FamilyModel) -> None:
+    def test_it_is_viewed_transposed_opened_and_restored_in_its_stored_layout(self, hub: FamilyModel) -> None:
         name = GATE_UP["qwen3_vl_moe"]
         entries = json.loads((hub.compressed / "config.json").read_text())["quantization_config"]["tensors"]
         assert entries[f"{name}.1.up.weight"]["transposed"]
@@ -242,7 +242,7 @@ class TestStacksOfAFamilyThatIsNotKnown:
             (path / file).write_bytes((tiny_model / file).read_bytes())
         return path
 
-    def test_the_plan_says_what_they_are_and_how_to_select_them(
+    def test_the_plan_lists_them_and_shows_how_to_select_them(
         self, gemma: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["plan", str(gemma), "--projectors", "experts"]) == 2
@@ -253,7 +253,7 @@ class TestStacksOfAFamilyThatIsNotKnown:
         assert row["action"] == "copied"
         assert row["reason"] == "not selected: a stack of 4 matrices, which --include REGEX with its name selects"
 
-    def test_they_are_taken_apart_as_they_lie(self, gemma: Path, tmp_path: Path) -> None:
+    def test_they_are_split_in_their_stored_layout(self, gemma: Path, tmp_path: Path) -> None:
         calibration = make_text(tmp_path / "calibration.txt", 1500, seed=77)
         flags = ["--include", r"experts\.", "--preset", "fast", "--bits", "4", "--calibration-windows", "4", "--local"]
         flags += ["--calibration", str(calibration), "--calibration-seqlen", "32"]
@@ -302,7 +302,7 @@ def test_a_stack_that_does_not_fit_the_config_is_refused_in_one_line(
         ({"rows": [10, 2, 2, 48]}, "parts overlap"),
     ],
 )
-def test_what_config_says_of_a_stack_may_be_wrong(
+def test_a_wrong_description_of_a_stack_in_config_json_is_refused(
     change: dict[str, Any], wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = FamilyModel("gpt_oss", tmp_path)

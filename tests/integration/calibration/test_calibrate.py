@@ -52,12 +52,12 @@ def best(tiny_model: Path, calibration: Path, tmp_path_factory: pytest.TempPathF
     return output
 
 
-def moments_beside(output: Path) -> Hessians:
+def hessians_beside(output: Path) -> Hessians:
     (cache,) = (output.parent / ".swsc-cache").iterdir()
     return Hessians(Store.at(str(cache)), 0.5)
 
 
-def test_moments_are_those_of_a_loop_written_out(tiny_model: Path) -> None:
+def test_hessians_are_those_of_an_explicit_loop(tiny_model: Path) -> None:
     """Two matrices with the same input, one with another: sums over two windows, by autograd on the outputs."""
     names = [f"model.layers.1.{part}.weight" for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")]
     windows = np.arange(40).reshape(2, 20) % 250
@@ -99,7 +99,7 @@ def test_a_blend_has_half_of_each_direction_whatever_their_size() -> None:
     assert torch.equal(blend(plain, weighted * 0, 0.5), plain)
 
 
-def test_moments_do_not_depend_on_shards_ranges_or_the_matrices_asked_for(
+def test_hessians_do_not_depend_on_shards_ranges_or_the_requested_matrices(
     tiny_model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, settings = (
@@ -127,10 +127,10 @@ def test_moments_do_not_depend_on_shards_ranges_or_the_matrices_asked_for(
     assert len(list((tmp_path / "grown").iterdir())) == 1
 
 
-def test_moments_whose_owner_was_never_written_are_gathered_again(
+def test_hessians_whose_owner_was_never_written_are_gathered_again(
     tiny_model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Q, which has the inputs' moment for K and V, too, is lost; the next run wants V alone."""
+    """The file of Q, which holds the shared Hessian of Q, K and V, is lost; the next run needs V alone."""
     flags = ["--preset", "fast", "--bits", "3", "--cache-dir", str(tmp_path / "cache"), "--projectors"]
     whole = ExtractHessian.run
 
@@ -177,7 +177,7 @@ def test_a_budget_over_the_whole_model_counts_what_is_not_compressed(
     assert 5 * 0.98 <= report["whole_model_bits_per_weight"] <= 5
 
 
-def test_measured_allocation_foretells_less_loss_than_a_uniform_one(
+def test_measured_allocation_predicts_less_loss_than_a_uniform_one(
     tiny_model: Path, calibration: Path, tmp_path: Path
 ) -> None:
     losses = {}
@@ -185,7 +185,7 @@ def test_measured_allocation_foretells_less_loss_than_a_uniform_one(
         flags = ["--preset", "fast", "--bits", "3", "--projectors", ROLES, "--allocation", allocation]
         output = tmp_path / allocation
         report = compress(tiny_model, output, calibration, *flags)
-        hessians = moments_beside(output)
+        hessians = hessians_beside(output)
         losses[allocation] = sum(
             hessians.metric(row["name"], "cpu")[1] * row["stats"]["energy"]
             for row in report["tensors"]
@@ -195,7 +195,7 @@ def test_measured_allocation_foretells_less_loss_than_a_uniform_one(
     assert losses["measured"] < losses["uniform"]
 
 
-def test_a_matrix_of_zeros_says_nothing_of_the_others_of_its_kind(calibration: Path, tmp_path: Path) -> None:
+def test_a_matrix_of_zeros_does_not_describe_the_others_of_its_kind(calibration: Path, tmp_path: Path) -> None:
     path = make_tiny_model(tmp_path / "model", shards=False)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     model.model.layers[1].self_attn.q_proj.weight.data.zero_()
@@ -212,14 +212,14 @@ def test_activations_beat_the_papers_form_at_equal_numbers_in_perplexity_of_the_
     flags = ["--clusters", "12", "--rank", "4"]
     whitened = compress(tiny_model, tmp_path / "a", calibration, *flags, "--metric", "activations")
     assert main(["compress", str(tiny_model), str(tmp_path / "b"), "--local", *flags]) == 0
-    hessians, plain = moments_beside(tmp_path / "a"), open_model(str(tmp_path / "b"))
+    hessians, plain = hessians_beside(tmp_path / "a"), open_model(str(tmp_path / "b"))
     for row in (row for row in whitened["tensors"] if row["action"] == "compressed"):
         dense = open_model(str(tiny_model)).read(row["name"]).float()
         paper = hessians.metric(row["name"], "cpu")[0].energy(dense - plain.read(row["name"]).float())
         assert row["stats"]["energy"] < paper
 
 
-def test_a_second_run_finds_moments_and_curves_again(
+def test_a_second_run_reuses_hessians_and_curves(
     tiny_model: Path, calibration: Path, best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = str(best.parent / ".swsc-cache")
@@ -274,7 +274,7 @@ def test_what_a_model_was_calibrated_on_is_known_of_all_that_is_made_of_it(
         assert "shares passages with the calibration text" in capsys.readouterr().err
 
 
-def test_a_text_that_is_too_short_says_what_it_holds(tiny_model: Path, calibration: Path) -> None:
+def test_an_error_of_a_text_that_is_too_short_counts_its_tokens(tiny_model: Path, calibration: Path) -> None:
     settings = CalibrationSettings(calibration=str(calibration), calibration_windows=100, calibration_seqlen=512)
     with pytest.raises(TextError, match=r"1500 tokens, wanted 100 windows of 512; give a longer text, or lower"):
         calibration_windows(str(tiny_model), settings)

@@ -1,4 +1,4 @@
-"""The verbs on texts that lie in tables: the same figures and bytes as on the plain text, and the same refusals."""
+"""Verbs on texts in tables have the same figures, bytes and errors as on the plain text."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def plain(passages: list[str], tmp_path: Path) -> Path:
     return path
 
 
-def test_a_perplexity_is_that_of_the_plain_text_and_says_what_it_is_of(
+def test_a_perplexity_is_that_of_the_plain_text_and_names_column_and_documents(
     tiny_model: Path, lines: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = []

@@ -1,4 +1,4 @@
-"""Files and config.json of different models are refused before any work, by a line that says which is at fault."""
+"""Files and config.json of different models are refused before any work, in one line that names the wrong one."""
 
 import json
 import re
@@ -251,7 +251,7 @@ def test_tensors_that_are_no_weights_are_copied_and_named(
     assert "model.layers.0.self_attn.steps" in open_model(str(tmp_path / "output")).names
 
 
-def test_a_model_that_transformers_does_not_know_is_said_not_to_be_compared(
+def test_a_model_that_transformers_does_not_know_is_reported_as_not_compared(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure(model, model_type="unheard_of", architectures=["UnheardOf"])

@@ -67,7 +67,7 @@ def test_fingerprint_changes_with_the_headers_and_the_config(broken: Path) -> No
     assert open_checkpoint(str(broken)).fingerprint != before
 
 
-def test_fingerprint_tells_every_tensor_that_is_another(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_every_tensor(tiny_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     whole = open_checkpoint(str(model))
     before = whole.fingerprint
@@ -192,12 +192,12 @@ class TestDamage:
             (broken / "config.json").write_text(config)
         self.refused(broken, "config.json")
 
-    def test_a_directory_of_gguf_files_says_how_one_of_them_is_given(self, tmp_path: Path) -> None:
+    def test_the_error_of_a_directory_of_gguf_files_shows_how_to_choose_one(self, tmp_path: Path) -> None:
         (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
         with pytest.raises(CheckpointError, match=r"give one of them by its name: \S+model-q4.gguf"):
             open_checkpoint(str(tmp_path))
 
-    def test_foreign_addresses_say_that_they_are_not_read(self) -> None:
+    def test_addresses_of_unknown_schemes_are_refused(self) -> None:
         for location in ("ftp://host/model", "s3://"):
             with pytest.raises(SwscError, match="read"):
                 open_checkpoint(location)

@@ -67,7 +67,7 @@ def flip(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, ra
     return change
 
 
-def test_every_row_says_what_it_was_made_of(tiny_model: Path, right: Path) -> None:
+def test_every_report_row_names_the_digests_of_its_sources(tiny_model: Path, right: Path) -> None:
     source = open_checkpoint(str(tiny_model))
     rows = {row["name"]: row for row in json.loads((right / "swsc_report.json").read_text())["tensors"]}
     compressed = [row for row in rows.values() if row["action"] == "compressed"]

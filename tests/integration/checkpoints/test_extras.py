@@ -1,4 +1,4 @@
-"""Files of a model that lie in folders: in every output, its manifest, its copies in an object store and on the Hub."""
+"""Files in subfolders of a model are in every output, its manifest, its copies in an object store and on the Hub."""
 
 import builtins
 import errno
@@ -83,7 +83,7 @@ def test_folders_of_an_output_go_when_it_is_replaced(model: Path, output: Path, 
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "code/inner/modeling.py", "model.safetensors.index.json"])
-def test_a_link_that_leads_nowhere_is_told_of_before_work(
+def test_a_dangling_link_is_an_error_before_work(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     """As in a cache of the Hub whose blobs were removed: the file was missing in the output, without a word."""
@@ -95,7 +95,7 @@ def test_a_link_that_leads_nowhere_is_told_of_before_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_may_not_be_read_is_told_of_before_work(
+def test_an_unreadable_file_is_an_error_before_work(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real, name = builtins.open, f"{model}/code/inner/modeling.py"
@@ -179,10 +179,10 @@ def test_a_file_given_as_a_model_is_called_one(model: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("verb", ["compress", "restore"])
-def test_a_file_that_was_changed_in_the_source_since_is_told_of_and_copied_with_overwrite(
+def test_a_file_that_has_changed_in_the_source_is_reported_and_copied_with_overwrite(
     model: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
-    """ "complete already", it said, with --overwrite, too, and the old tokenizer stayed."""
+    """Regression: with --overwrite, too, the output counted as complete, and the old tokenizer stayed."""
     source = Path(shutil.copytree(model if verb == "compress" else output, tmp_path / "source"))
     (source / "swsc_manifest.json").unlink(missing_ok=True)
     command = [verb, str(source), str(tmp_path / "out"), *(QK if verb == "compress" else ["--local"])]

@@ -1,4 +1,4 @@
-"""A GGUF file as MODEL: dequantized once, kept beside it, and said so wherever figures of it are."""
+"""A GGUF file as MODEL is dequantized once, cached beside the file, and named wherever its figures are printed."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def kept_of(file: Path) -> list[Path]:
-    """What lies in the cache."""
+    """Files of the cache."""
     return sorted((file.parent / ".swsc-cache").glob("*"))
 
 
@@ -61,7 +61,7 @@ def test_report_and_card_name_the_file_and_its_type_and_so_does_what_is_restored
         assert "dequantized from a GGUF file, `tiny one.gguf (Q8_0)`" in card
 
 
-def test_a_plan_comes_from_its_headers_and_is_that_of_what_it_becomes(
+def test_a_plan_comes_from_its_headers_and_is_that_of_the_dequantized_model(
     file: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = ["plan", str(file), "--projectors", "q,k,down", "--bits", "3", "--json"]
@@ -113,7 +113,7 @@ def test_two_processes_at_once_make_it_once(file: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_a_killed_process_has_left_is_made_anew(file: Path, tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_written_again(file: Path, tmp_path: Path) -> None:
     assert main(["compress", str(file), str(tmp_path / "out"), *SMALL]) == 0
     (kept,) = kept_of(file)
     whole = {path.name: path.read_bytes() for path in kept.iterdir()}
@@ -145,7 +145,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(file: Path) -> None
     assert not kept_of(file)
 
 
-def test_a_disk_without_room_is_told_of_before(
+def test_a_disk_without_room_is_an_error_before_work(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = type(shutil.disk_usage("/"))

@@ -41,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compressed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole one, compressed; it lies beside a copy of it."""
+    """The intact model, compressed, beside a copy of it."""
     folder = tmp_path_factory.mktemp("compressed")
     shutil.copytree(whole, folder / "model")
     assert main(["compress", str(folder / "model"), str(folder / "out"), "--local"]) == 0
@@ -54,7 +54,7 @@ def place(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(place: Path) -> bool:
-    """Whether it opens; what it says is a sentence of ours otherwise, and what opens lies within its files."""
+    """Whether the directory opens. Otherwise the error is one of this project; an opened tensor is within its file."""
     said = ""
     tracemalloc.start()
     started = time.process_time()
@@ -101,12 +101,12 @@ def test_bytes_of_a_file_that_were_changed(whole: Path, place: Path, data: st.Da
         else:
             del content[at : at + data.draw(st.integers(1, 20))]
     (place / SINGLE).write_bytes(bytes(content))
-    assert not opened(place), "the file is shorter than its header says"
+    assert not opened(place), "the file is shorter than its header states"
 
 
 @PATIENT
 @given(data=st.data())
-def test_headers_that_say_odd_things(whole: Path, place: Path, data: st.DataObject) -> None:
+def test_headers_with_odd_values(whole: Path, place: Path, data: st.DataObject) -> None:
     header, body = split((whole / SINGLE).read_bytes())
     names = sorted(header)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -152,7 +152,7 @@ def test_lengths_of_headers_that_cannot_be(place: Path, length: int) -> None:
     assert not opened(place)
 
 
-def test_a_file_of_holes_that_says_it_is_all_header(place: Path) -> None:
+def test_a_sparse_file_whose_header_length_is_the_file_size(place: Path) -> None:
     with open(place / SINGLE, "wb") as file:
         file.write((2**40).to_bytes(8, "little"))
         file.truncate(2**41)
@@ -186,9 +186,7 @@ def test_json_files_of_holes(whole: Path, tmp_path: Path, name: str) -> None:
 
 @PATIENT
 @given(data=st.data())
-def test_indexes_that_say_odd_things(
-    whole: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_indexes_with_odd_values(whole: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     place = sharded(whole, tmp_path_factory.mktemp("odd") / "model")
     weight_map: Any = json.loads((place / INDEX).read_text())["weight_map"]
     assert opened(place)
@@ -201,7 +199,7 @@ def test_indexes_that_say_odd_things(
 
 @PATIENT
 @given(data=st.data())
-def test_configs_that_say_odd_things(whole: Path, place: Path, data: st.DataObject) -> None:
+def test_configs_with_odd_values(whole: Path, place: Path, data: st.DataObject) -> None:
     (place / SINGLE).write_bytes((whole / SINGLE).read_bytes())
     config = json.loads((whole / "config.json").read_text())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -216,7 +214,7 @@ def test_configs_that_say_odd_things(whole: Path, place: Path, data: st.DataObje
 
 @PATIENT
 @given(data=st.data())
-def test_compressed_models_that_say_odd_things(compressed: Path, data: st.DataObject) -> None:
+def test_compressed_models_with_odd_values(compressed: Path, data: st.DataObject) -> None:
     """Of their tensors: what is read then is refused, or read without harm."""
     config = json.loads((compressed / "config.json").read_text())
     whole, entries = json.dumps(config), config["quantization_config"]["tensors"]
@@ -234,7 +232,7 @@ def test_compressed_models_that_say_odd_things(compressed: Path, data: st.DataOb
         with contextlib.suppress(SwscError):
             model = open_model(str(compressed))
             for name in model.names:
-                with contextlib.suppress(ValueError, RuntimeError):  # parts that do not fit what is said of them
+                with contextlib.suppress(ValueError, RuntimeError):  # parts that do not fit their description
                     model.read(name)
         assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
     finally:
@@ -253,7 +251,7 @@ def test_an_entry_that_does_not_fit_its_matrix_is_refused_by_name(compressed: Pa
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"files": {"config.json": {"size": "x", "sha256": "y"}}}', "{}"])
-def test_manifests_that_say_odd_things(
+def test_manifests_with_odd_values(
     compressed: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = shutil.copytree(compressed, tmp_path / "out")
@@ -264,7 +262,7 @@ def test_manifests_that_say_odd_things(
     assert "make the output again by --overwrite" in capsys.readouterr().err
 
 
-def test_a_secret_in_an_address_is_refused_and_not_said_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_secret_in_an_address_is_refused_and_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "s3://AKIAKEY:secret/with@bucket/model"]) == 2
     assert main(["plan", "s3://AKIAKEY:secret@bucket/model"]) == 2
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Checkpoints as they lie on hubs: names that transformers changes, buffers among the weights, a tied head stored twice."""
+"""Checkpoints as hubs store them: names that transformers changes, buffers among the weights, a tied head stored twice."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def save(model: Any, path: Path, rename: dict[str, str], more: dict[str, torch.Tensor]) -> Path:
-    """A model with a tokenizer, whose file says `rename`d beginnings of names and holds `more`."""
+    """A model with a tokenizer whose file has `rename`d prefixes of names and holds `more`."""
     make_tiny_model(path, shards=False)
     model.to(torch.bfloat16).save_pretrained(path)
     tensors = load_file(path / "model.safetensors")
@@ -65,7 +65,7 @@ def test_a_tensor_that_is_renamed_on_loading_is_found_by_its_values(
     assert json.loads((tmp_path / "r.json").read_text())["seqlen"] == 64  # the default of 2048, cut to n_positions
 
 
-def test_windows_longer_than_a_table_of_positions_are_told_of_by_its_size(
+def test_an_error_of_windows_longer_than_the_position_table_names_its_size(
     gpt2: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["compress", str(gpt2), str(tmp_path / "out"), "--local", "--bits", "4", "--calibration-windows", "2"]

@@ -102,7 +102,7 @@ def test_an_adapter_beside_is_named_and_neither_measured_nor_copied(
     AutoModelForCausalLM.from_pretrained(output)
 
 
-def test_an_adapter_alone_is_said_to_be_one(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_without_a_model_is_refused_as_such(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = model.parent / "alone"
     alone.mkdir()
     shutil.copy(model / SINGLE, alone / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""Families × ways in which a checkpoint may lie: every stage uses the weights that `from_pretrained` does, or refuses before work.
+"""Families × layouts of a checkpoint: every stage uses the weights that `from_pretrained` does, or refuses before work.
 
 pytest tests/integration/checkpoints/test_model_table.py --hypothesis-profile thorough       all families, not only those unlike others
 """
@@ -99,7 +99,7 @@ def lying(family_name: str, tmp_path: Path) -> Lying:
     return Lying(family_name, tmp_path / "model")
 
 
-def test_said_or_not_the_tie_is_the_class_own(lying: Lying) -> None:
+def test_ties_are_those_of_the_class_whether_config_json_has_them_or_not(lying: Lying) -> None:
     wanted = {saved_name(lying.model, one) for one in lying.model.all_tied_weights_keys}
     for said in (True, False):
         if not said and type(lying.model.config)().tie_word_embeddings == lying.model.config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""Whatever a small file says, a verb ends with 0, 1 or 2 and one line: no traceback, not 5 seconds, not 300 MB.
+"""Whatever a small file contains, a verb ends with 0, 1 or 2 and one line: no traceback, not 5 seconds, not 300 MB.
 
 pytest tests/integration/checkpoints/test_mutations.py --hypothesis-profile thorough       10,000 of each
 """
@@ -228,7 +228,7 @@ def test_a_result_that_stands_beside_another(folder: Path, data: st.DataObject) 
     "value", [Array(4, [1]), Array(4, []), Array(8, ["a", "b"]), "text", "\ud800", 7, float("nan")]
 )
 def test_a_gguf_header_whose_notes_are_of_another_type(tmp_path: Path, key: str, value: Array | str | float) -> None:
-    """They say nothing of the model: it is planned, or refused in one line where it is no text."""
+    """These files do not describe the model: it is planned, or refused in one line where a file is no text."""
     tree = parsed(make_tiny_gguf(tmp_path / "whole.gguf", file_type=7).read_bytes())
     (held,) = (one for one in tree.keys if one.name == key)
     held.value, held.kind = value, {Array: 9, str: 8, int: 4, float: 6}[type(value)]
@@ -238,7 +238,7 @@ def test_a_gguf_header_whose_notes_are_of_another_type(tmp_path: Path, key: str,
 
 
 def test_a_gguf_header_that_makes_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The line says of what the library complains, and what."""
+    """The line names the file that the library rejects, and the reason."""
     file = make_tiny_gguf(tmp_path / "whole.gguf")
     tree = parsed(file.read_bytes())
     assert written(tree) == file.read_bytes()

@@ -154,7 +154,7 @@ def test_other_code_makes_it_another_model(model: Path, tmp_path: Path, capsys: 
 
 def test_code_that_predicts_no_tokens_is_none_to_compare_with(model: Path, text: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    del config["auto_map"]["AutoModelForCausalLM"]  # embedding models, say
+    del config["auto_map"]["AutoModelForCausalLM"]  # as for embedding models
     (model / "config.json").write_text(json.dumps(config))
     trusted = ["--local", "--trust-remote-code"]
     assert main(["compress", str(model), str(tmp_path / "out"), "--bits", "4", *QK, *trusted]) == 0

@@ -29,7 +29,7 @@ def by_block(weight: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def meant(values: Tensor, scales: Tensor, size: tuple[int, int]) -> Tensor:
-    """What they say together, block by block."""
+    """The product of codes and scales, block by block."""
     dense = torch.empty(values.shape)
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
@@ -60,7 +60,7 @@ def fp8_model(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def say(path: Path, quantization: dict[str, Any] | None) -> None:
-    """Let config.json say how a model is quantized."""
+    """Write the quantization of a model to config.json."""
     config = json.loads((path / "config.json").read_text())
     config.pop("quantization_config", None)
     (path / "config.json").write_text(
@@ -205,7 +205,7 @@ class TestRefusals:
         say(tmp_path, {"quant_method": "compressed-tensors", "format": "pack-quantized"})
         assert "quantized by 'compressed-tensors' in the form 'pack-quantized'" in refused(tmp_path, capsys)
 
-    def test_packed_weights_of_which_config_says_nothing(
+    def test_packed_weights_without_a_quantization_config(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         save_file({"model.layers.0.self_attn.q_proj.qweight": torch.zeros(4, 8)}, tmp_path / "model.safetensors")

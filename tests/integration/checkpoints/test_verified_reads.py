@@ -32,7 +32,7 @@ from tests.support.offline_tasks import make_tasks
 from tests.support.tiny import contents, make_text, make_tiny_model, save_tokenizer
 
 SHORT = ["--local", "--calibration-windows", "8", "--calibration-seqlen", "32"]
-FAST = [*SHORT, "--preset", "fast", "--bits", "4"]  # moments, and curves by which bits are allocated
+FAST = [*SHORT, "--preset", "fast", "--bits", "4"]  # Hessians, and curves by which bits are allocated
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_evaluation_of_a_verified_model_reads_nothing_else(
     assert not (tmp_path / "stays").exists()
 
 
-def spoiled_moments(location: str) -> AbstractContextManager[Any]:
+def spoiled_hessians(location: str) -> AbstractContextManager[Any]:
     """Calibrations of a model of which one value is another one."""
     real = loading._load
 
@@ -155,7 +155,7 @@ def spoiled_moments(location: str) -> AbstractContextManager[Any]:
     return mock.patch.object(loading, "_load", load)
 
 
-def test_moments_that_were_made_of_other_bytes_and_what_rests_on_them_are_not_used_once_the_bytes_are_known(
+def test_hessians_of_other_bytes_and_results_based_on_them_are_not_used_once_the_bytes_are_known(
     local: Path, tmp_path: Path
 ) -> None:
     def interrupted(*_: Any) -> None:
@@ -163,7 +163,7 @@ def test_moments_that_were_made_of_other_bytes_and_what_rests_on_them_are_not_us
 
     source, out = str(local / "tiny"), tmp_path / "run/out"
     assert main(calibrated(source, local, tmp_path / "right/out")) == 0
-    with spoiled_moments(source), mock.patch.object(flow, "finish", interrupted):
+    with spoiled_hessians(source), mock.patch.object(flow, "finish", interrupted):
         assert main(calibrated(source, local, out)) == 130  # all files are there, but for the manifest
     shutil.copytree(tmp_path / "run", tmp_path / "control")
     assert main(calibrated(source, local, tmp_path / "control/out")) == 0
@@ -212,7 +212,7 @@ def spoil(model: Path, name: str) -> None:
 
 
 def digests(model: Path) -> SourceDigests:
-    """Of a model as it lies there."""
+    """Digests of the files of a model."""
     source = open_checkpoint(str(model))
     infos = {info.name: info for own in source.tensors.values() for info in own.stored}
     found: dict[str, tuple[str, ...]] = {}
@@ -291,7 +291,7 @@ def test_a_calibration_that_has_read_other_bytes_than_the_compression_ends_the_r
     assert open_checkpoint(str(local / "tiny")).tensors[name].file in error
     assert str(moments) in error
     assert not (tmp_path / "run/out" / MANIFEST).exists()
-    assert main(argv) == 1  # the moments are still those
+    assert main(argv) == 1  # the Hessians are still there
     shutil.rmtree(moments)
     assert main(argv) == 0
     assert main(calibrated(str(local / "tiny"), local, tmp_path / "right/out")) == 0
@@ -311,7 +311,7 @@ def test_workers_that_load_other_bytes_than_those_before_them_gather_nothing(
 
 
 @pytest.mark.parametrize("content", ["{}", '{"ranges": {"a": "beef"}}', "{"])
-def test_a_damaged_record_of_what_moments_were_gathered_from_is_one_line(
+def test_a_damaged_record_of_the_source_of_hessians_is_one_error_line(
     content: str, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = calibrated(str(local / "tiny"), local, tmp_path / "out")

@@ -14,7 +14,7 @@ GPU = "NVIDIA H200"
 
 
 def begun_on_a_gpu(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that was cut off before its manifest, by what says that it is on a GPU."""
+    """A run that was interrupted before its manifest, on a device that claims to be a GPU."""
 
     def cut_off(*_: object) -> None:
         raise KeyboardInterrupt

@@ -191,7 +191,7 @@ def test_output_or_result_in_a_place_that_cannot_be_written(
     refused("evaluate", tiny_model, "--text", text, *flags, wanted=("e.json", "No such file"))
 
 
-def test_a_text_too_short_is_told_before_anything_is_compressed(
+def test_a_text_that_is_too_short_is_an_error_before_anything_is_compressed(
     tiny_model: Path, text: Path, tmp_path: Path, refused: Refused
 ) -> None:
     refused(*compress(tiny_model, tmp_path, "--text", text, "--seqlen", "4096"), wanted=("0 windows of 4096",))
@@ -225,7 +225,7 @@ def test_output_that_is_the_model_itself(model: Path, refused: Refused) -> None:
     refused("compress", model, model, "--local", wanted=("the same place",))
 
 
-def test_disk_too_small_is_foretold(
+def test_a_disk_that_is_too_small_is_an_error_before_work(
     tiny_model: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -233,7 +233,7 @@ def test_disk_too_small_is_foretold(
     refused(*compress(tiny_model, tmp_path), wanted=("bytes are needed", "5,000 are free"))
 
 
-def test_plan_says_that_the_disk_is_too_small(
+def test_plan_reports_that_the_disk_is_too_small(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -316,7 +316,7 @@ def test_an_empty_text_config_is_none(model: Path, text: Path) -> None:
     assert main(["evaluate", str(model), "--text", str(text), "--seqlen", "64", "--local"]) == 0
 
 
-def test_compressed_model_that_does_not_say_what_is_compressed(model: Path, refused: Refused) -> None:
+def test_a_compressed_model_without_a_list_of_compressed_tensors(model: Path, refused: Refused) -> None:
     written = json.loads((model / "config.json").read_text())
     quantization = {"quant_method": "swsc", "format_version": 2}
     (model / "config.json").write_text(json.dumps({**written, "quantization_config": quantization}))
@@ -357,7 +357,7 @@ def test_flags_that_would_be_ignored(
     refused(*compress(tiny_model, tmp_path, *flags), wanted=(wanted,))
 
 
-def test_all_mistakes_of_an_evaluation_are_told_at_once(tiny_model: Path, text: Path, refused: Refused) -> None:
+def test_all_mistakes_of_an_evaluation_are_reported_at_once(tiny_model: Path, text: Path, refused: Refused) -> None:
     flags = ("--seqlen", "1", "--workers", "0")
     refused("evaluate", tiny_model, "--text", text, *flags, wanted=("seqlen", "workers"))
 
@@ -373,7 +373,7 @@ def test_one_wrong_variant_is_one_finding(
 
 
 @pytest.mark.parametrize("place", [1, 2])
-def test_a_name_that_no_json_can_hold_is_told_of_before_any_work(
+def test_a_name_that_json_cannot_hold_is_an_error_before_any_work(
     tiny_model: Path, tmp_path: Path, refused: Refused, place: int
 ) -> None:
     argv = ["compress", str(tiny_model), str(tmp_path / "out"), "--local"]

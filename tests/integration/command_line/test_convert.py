@@ -36,7 +36,7 @@ def test_the_weights_are_what_the_file_stands_for(converted: Path) -> None:
         assert torch.equal(found[f"{ours}.weight"], torch.from_numpy(values).to(torch.bfloat16)), ours
 
 
-def test_it_says_what_was_dequantized(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_what_was_dequantized(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(file), str(tmp_path / "out"), "--dtype", "float32"]) == 0
     said = capsys.readouterr().out
     assert "21 tensors (5 F32, 16 Q8_0) as float32 safetensors" in said

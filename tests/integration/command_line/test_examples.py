@@ -1,4 +1,4 @@
-"""The scripts of examples/ do what they say, on tiny models and offline."""
+"""The scripts of examples/ do what their docstrings promise, on tiny models and offline."""
 
 import io
 import json
@@ -94,7 +94,7 @@ def _noting(asked: list[str], real: Any) -> Any:
     return apply
 
 
-def test_a_directory_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_directory_is_one_error_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"error: .*nowhere: no such directory"):
         load_and_chat.main([str(tmp_path / "nowhere"), "--prompt", "w1"])
 
@@ -129,7 +129,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def divergence(wanted: Any, model: Any) -> float:
-    """Nats a token that `model` is from `wanted`, on tokens that neither has seen."""
+    """KL divergence of `model` to `expected` in nats per token, on tokens that neither has seen."""
     first, second = (logits(one).log_softmax(-1).flatten(0, 1) for one in (wanted, model))
     return float(torch.nn.functional.kl_div(second, first, log_target=True, reduction="batchmean"))
 

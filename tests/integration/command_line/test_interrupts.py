@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at every moment of a run: exit code 130, nothing finished is lost, nothing half done is taken for whole."""
+"""Ctrl-C and SIGTERM at every operation of a run: exit code 130, no finished file is lost, no partial file counts as complete."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A user's own folder named like one of this tool's packages: it hides nothing, or the command says in one line that it does."""
+"""A user's own folder named like one of this tool's packages: it hides nothing, or the command names it in one error line."""
 
 import os
 import subprocess

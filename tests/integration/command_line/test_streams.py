@@ -1,4 +1,4 @@
-"""Results are kept and exit codes are right whatever becomes of what is printed."""
+"""Results are kept and exit codes are right even if output cannot be printed."""
 
 import errno
 import io

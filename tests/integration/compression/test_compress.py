@@ -145,7 +145,7 @@ def test_selection_by_expression(tiny_model: Path, tmp_path: Path) -> None:
 
 
 class TestInterruption:
-    """A run that was cut short goes on; what it left is never taken for a model."""
+    """An interrupted run resumes; its files never count as a model."""
 
     def interrupted(self, tiny_model: Path, output: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
         written = 0
@@ -196,7 +196,7 @@ class TestInterruption:
         assert "seed 0 -> 3" in capsys.readouterr().err
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
-    def test_room_is_wanted_only_for_what_is_not_finished(
+    def test_disk_space_is_required_only_for_unfinished_files(
         self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.interrupted(tiny_model, tmp_path / "out", monkeypatch, after=3)
@@ -296,7 +296,7 @@ def _counting(execute: Any, calls: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("flags", [["--bits", "4"], ["--method", "rtn", "--bits", "3", "--granularity", "group"]])
-def test_the_plan_foretells_what_is_stored(tiny_model: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_the_plan_predicts_the_stored_bytes(tiny_model: Path, tmp_path: Path, flags: list[str]) -> None:
     assert main(["plan", str(tiny_model), *flags, "--json", str(tmp_path / "plan.json")]) == 0
     foretold = json.loads((tmp_path / "plan.json").read_text())
     report = compress(tiny_model, tmp_path / "out", *flags)

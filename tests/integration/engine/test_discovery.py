@@ -28,7 +28,7 @@ _reply: Any = gcs_service_pb2.InternalKVGetReply  # type: ignore[attr-defined]
 
 
 class FakeHead(gcs_service_pb2_grpc.InternalKVGcsServiceServicer):
-    """Says `about` of itself, to whoever brings `token`."""
+    """Answers `about` to clients with `token`."""
 
     def __init__(self, about: dict[str, Any], token: str | None) -> None:
         self._about, self._token = about, token
@@ -75,7 +75,7 @@ def test_a_cluster_of_ray_start_is_joined(monkeypatch: pytest.MonkeyPatch) -> No
         discovery.require_joinable(address)
 
 
-def test_another_programs_own_is_never_joined_and_not_talked_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_private_cluster_of_another_program_is_never_joined_nor_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
     with head(ray_init_cluster=True) as address:
         assert found(monkeypatch, address) == (None, [])
         with pytest.raises(ClusterError, match="ends with it"):
@@ -96,7 +96,7 @@ def test_what_a_killed_cluster_left_behind_costs_one_line(monkeypatch: pytest.Mo
 
 @contextmanager
 def silent() -> Iterator[str]:
-    """A port where somebody listens and says nothing."""
+    """A port whose server never answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -132,7 +132,7 @@ def test_one_of_other_versions_is_passed_over_or_refused(
             discovery.require_joinable(address)
 
 
-def test_a_token_that_is_wanted_is_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_token_is_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
     with head(token="secret") as address:
         with pytest.raises(discovery.TokenRefused, match="RAY_AUTH_MODE=token"):
             discovery.require_joinable(address)
@@ -142,7 +142,7 @@ def test_a_token_that_is_wanted_is_spoken_of(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", b"", b"\0" * 64])
-def test_what_is_no_head_is_said_to_be_none(answer: bytes) -> None:
+def test_a_server_that_is_no_head_is_reported_as_none(answer: bytes) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -163,7 +163,7 @@ def test_what_is_no_head_is_said_to_be_none(answer: bytes) -> None:
 
 
 @pytest.mark.parametrize("about", [b"", b"[]", b"{}", b"\xff"])
-def test_a_head_that_says_nonsense_is_none(monkeypatch: pytest.MonkeyPatch, about: bytes) -> None:
+def test_a_head_with_a_malformed_answer_is_none(monkeypatch: pytest.MonkeyPatch, about: bytes) -> None:
     reply = _reply(value=about)
     monkeypatch.setattr(FakeHead, "InternalKVGet", lambda self, request, context: reply)
     with head() as address, pytest.raises(ClusterError, match="no Ray cluster"):

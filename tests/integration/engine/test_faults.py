@@ -31,7 +31,7 @@ def compress(model: Path, output: Path) -> int:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_whatever_fails_is_told_of_and_the_same_command_completes_it(
+def test_every_failure_is_reported_and_the_same_command_completes_the_output(
     model: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setattr(lease, "_RENEWAL_SECONDS", 60.0)  # no operations of another thread among those that are counted
@@ -49,7 +49,7 @@ def test_whatever_fails_is_told_of_and_the_same_command_completes_it(
         if (place / MANIFEST).exists() and main(["verify", str(place), "--local"]) == 0:
             assert contents(place) == expected
         elif codes[-1] == 0:
-            raise AssertionError(f"operation {number} broke the output, and nobody said so")
+            raise AssertionError(f"operation {number} broke the output without an error")
         assert compress(model, place) == 0
         assert contents(place) == expected
     assert main(["verify", str(place), "--local"]) == 0

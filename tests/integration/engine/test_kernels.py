@@ -27,7 +27,7 @@ from tests.support.tiny import contents, make_tiny_model, moved, save_tokenizer
 OFFSETS = (0, 8, 40)
 CLAIMS = (
     "tests/integration/engine/test_kernels.py",  # all but the last
-    "tests/integration/transformers/test_families_opened.py::test_saved_and_opened_again_it_says_the_same[deepseek_v2]",
+    "tests/integration/transformers/test_families_opened.py::test_a_saved_and_reopened_model_has_equal_logits[deepseek_v2]",
     "tests/integration/transformers/test_experts_opened.py::test_other_families_open_as_well[glm4_moe]",
     "tests/integration/evaluation/test_evaluate.py::test_compressed_restored_and_dense_forms_measure_the_same",
     "tests/integration/compression/test_compress.py::test_streaming_equals_in_memory",
@@ -55,7 +55,7 @@ def windowed(model: Any) -> torch.Tensor:
         return forward(model, torch.arange(1, 65)[None]).logits
 
 
-def test_a_model_that_is_measured_lies_in_aligned_memory_and_says_the_same_wherever_its_file_has_it(
+def test_an_evaluated_model_is_in_aligned_memory_and_its_logits_do_not_depend_on_file_offsets(
     places: list[Path],
 ) -> None:
     models = [load_model(open_model(str(place)), ModelKey(str(place), "auto", 1), "cpu") for place in places]
@@ -64,7 +64,7 @@ def test_a_model_that_is_measured_lies_in_aligned_memory_and_says_the_same_where
         assert all(torch.equal(say(model), say(models[0])) for model in models)
 
 
-def test_opened_by_transformers_it_lies_where_the_file_has_it_and_agrees_nearly_and_once_aligned_to_the_bit(
+def test_a_model_opened_by_transformers_agrees_closely_and_bitwise_once_aligned(
     places: list[Path],
 ) -> None:
     models = [AutoModelForCausalLM.from_pretrained(place) for place in places]

@@ -15,7 +15,7 @@ FLAGS = ["--local", "--projectors", "q,k", "--clusters", "4", "--rank", "1", "--
 
 
 def refused_after(finished: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker on another kind of device comes up after a number of tasks."""
+    """A worker on another kind of device starts after a number of tasks."""
     real, count = LocalPool.wait, iter(range(1000))
 
     def wait(self: LocalPool) -> TaskResult[Any] | None:

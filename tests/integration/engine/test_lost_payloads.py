@@ -1,4 +1,4 @@
-"""What lay in a node's memory goes with it: whoever deals out tasks has it made again, and nothing differs."""
+"""Objects in a lost node's memory are recomputed by the stage that distributes tasks, and no byte differs."""
 
 import json
 from pathlib import Path

@@ -59,7 +59,7 @@ def test_equals_a_plain_transformers_loop(tiny_model: Path, text: Path, tmp_path
     assert result["perplexity"] == pytest.approx(plain_loop(tiny_model, text, 64), rel=1e-6)
 
 
-def test_everything_that_must_be_said_is_said(
+def test_every_figure_that_perplexity_depends_on_is_printed(
     tiny_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = evaluate(tiny_model, text, tmp_path, "--windows", "3")
@@ -148,7 +148,7 @@ def test_swapping_variants_in_and_out_leaves_the_model_as_it_was(tiny_model: Pat
     assert before == after != swapped
 
 
-def test_windows_are_no_longer_than_the_model_was_made_for_unless_told(
+def test_windows_are_no_longer_than_the_models_context_by_default(
     tiny_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [

@@ -22,7 +22,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says how it wants to generate."""
+    """A model with a generation config."""
     path = make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
     GenerationConfig(repetition_penalty=1.7, bos_token_id=0, eos_token_id=[1, 9]).save_pretrained(path)
     return path
@@ -137,7 +137,7 @@ def test_what_is_asked_for_must_fit_together(model: Path, tmp_path: Path, capsys
         assert said in refused(capsys, model, *flags)
 
 
-def test_a_task_that_is_not_there_is_told_of_with_the_nearest_names(
+def test_the_error_of_an_unknown_task_lists_the_nearest_names(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "task arc_eazy: lm-eval knows none of this name; there is arc_easy" in refused(
@@ -153,7 +153,7 @@ def test_a_task_file_that_cannot_be_read_is_named(
     assert f"task broken: lm-eval knows none of this name; {tmp_path}/broken.yaml cannot be read: " in said
 
 
-def test_data_that_the_network_must_bring_are_told_of_offline(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_need_the_network_are_an_error_offline(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tasks arc_easy: lm-eval cannot run them: " in (said := refused(capsys, model, "--tasks", "arc_easy"))
     assert "allenai/ai2_arc" in said
 

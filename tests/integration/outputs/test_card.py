@@ -1,4 +1,4 @@
-"""The model card of an output: what it says, that it is the same for equal runs, and what a measurement adds to it."""
+"""The model card of an output: its content, its identity for equal runs, and what an evaluation adds."""
 
 import json
 import re
@@ -145,7 +145,7 @@ class TestWhatItSays:
         assert "Calibrated on 6 windows of 32 tokens of prose.txt." in card
         assert str(tmp_path) not in card
 
-    def test_a_restored_model_says_what_was_compressed_and_keeps_licence_and_card(
+    def test_the_card_of_a_restored_model_lists_what_was_compressed_and_keeps_licence_and_text(
         self, made: Path, tmp_path: Path
     ) -> None:
         assert main(["restore", str(made), str(tmp_path / "dense"), "--local"]) == 0
@@ -207,7 +207,7 @@ BOMB = "\n".join(
         (f"---\nlicense: {'1:' * 100_000}1\n---\n", "a number of more than 100 digits"),
     ],
 )
-def test_a_card_that_cannot_be_read_is_said_and_stops_nothing(
+def test_an_unreadable_card_is_reported_and_stops_nothing(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], card: str, said: str
 ) -> None:
     assert compress(changed(model, tmp_path / "model", card), tmp_path / "out") == 0
@@ -233,7 +233,7 @@ def test_a_licence_that_is_empty_or_no_word_is_none(model: Path, tmp_path: Path,
     assert "No card of it names a licence" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_card_is_the_same_wherever_the_model_lies_and_whatever_reports_say(
+def test_the_card_depends_on_neither_the_location_nor_the_times_of_a_run(
     model: Path, made: Path, tmp_path: Path
 ) -> None:
     elsewhere = Path(shutil.copytree(model, tmp_path / "another-name"))
@@ -328,7 +328,7 @@ class TestMeasured:
         assert "measured by another protocol (windows 3, not 2)" in capsys.readouterr().err
         assert contents(output) == kept
 
-    def test_measurements_that_end_at_the_same_moment_all_stand_in_the_card(
+    def test_evaluations_that_end_at_the_same_time_are_all_in_the_card(
         self, output: Path, texts: tuple[Path, Path], tmp_path: Path
     ) -> None:
         assert evaluate(output, texts[0], "--json", str(tmp_path / "r.json")) == 0

@@ -1,4 +1,4 @@
-"""Nothing of the user's is ever destroyed: every verb, told to write into what it reads by every other path to it, refuses.
+"""Nothing of the user's is ever destroyed: every verb that is to write into its input, by any path to it, refuses.
 
 What is refused leaves the tree that is read as it was, to the byte. Here the place that is read is one that --overwrite would clear:
 an output of this tool.
@@ -113,7 +113,7 @@ def _link(path: Path, target: Path) -> str:
     return str(path)
 
 
-# verb -> (what is read, its arguments when it is told to write to a path)
+# verb -> (what is read, its arguments when it is to write to a path)
 VERBS: dict[str, tuple[str, Callable[[Place, str], list[str]]]] = {
     "compress": ("dense", lambda p, there: ["compress", f"{p.read}/dense", there, *SMALL, "--overwrite"]),
     "compress, by a link": ("dense", lambda p, there: ["compress", f"{p / 'mnt'}/read/dense", there, *SMALL, "--overwrite"]),
@@ -146,7 +146,7 @@ def test_a_directory_that_is_read_is_not_written_to(
     assert tree(place.root) == before
 
 
-# what a verb writes beside its output, or reads beside its model, and the arguments when it is told to write to `there`
+# what a verb writes beside its output, or reads beside its model, and the arguments when it is to write to `there`
 BESIDE: dict[str, tuple[str, Callable[[Place, str], list[str]]]] = {
     "cache inside the model": (
         "dense", lambda p, there: ["compress", f"{p.read}/dense", f"{p / 'new'}", *CALIBRATED, "--cache-dir", there,
@@ -334,7 +334,7 @@ class TestOverwrite:
         assert self.again(place) == 0
         assert [name for name in self.MINE if (out / name).read_text() != name] == []
 
-    def test_a_file_of_the_user_in_the_place_of_one_to_be_written_is_told_of_before_work(
+    def test_a_file_of_the_user_in_the_place_of_an_output_file_is_an_error_before_work(
         self, place: Place, capsys: pytest.CaptureFixture[str]
     ) -> None:
         for name in ("notes.txt", "tool/vocab.json"):
@@ -349,7 +349,7 @@ class TestOverwrite:
             (place.read / "out" / name).unlink()
 
     @pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json"])
-    def test_a_file_that_would_be_opened_in_place_of_the_output_is_told_of_before_work(
+    def test_a_file_that_would_be_opened_in_place_of_the_output_is_an_error_before_work(
         self, place: Place, capsys: pytest.CaptureFixture[str], name: str
     ) -> None:
         """`save_pretrained` into an output leaves one, which outlives --overwrite: it is the user's, and was read instead."""

@@ -1,4 +1,4 @@
-"""What happens to an output after it is made, or while two want to make it: verify, overwrite, a second run."""
+"""Outputs after a run, or with two concurrent runs: verify, overwrite, a second run."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ QUERY = "model.layers.0.self_attn.q_proj.labels"
 class TestVerify:
     """Every kind of damage is named, down to the tensor."""
 
-    def test_a_whole_output_is_told_so_and_so_is_a_restored_one(
+    def test_a_complete_output_and_a_restored_one_verify(
         self, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["restore", str(output), str(tmp_path / "dense"), "--local"]) == 0
@@ -96,7 +96,7 @@ class TestVerify:
         said = capsys.readouterr().err
         assert name in said
         assert "make it again by --overwrite" not in said
-        (output / name).unlink()  # as it says
+        (output / name).unlink()  # the remedy of the error
         if own:
             (output / name).write_bytes(elsewhere.read_bytes())
         assert main(["verify", str(output), "--local"]) == 0
@@ -107,7 +107,7 @@ class TestVerify:
         assert main(["verify", str(tiny_model), "--local"]) == 2
         assert "not a finished output" in capsys.readouterr().err
 
-    def test_evaluation_verifies_first_if_it_is_told_to(
+    def test_evaluation_verifies_first_with_the_flag(
         self, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         _flip(first_layer(output), QUERY)
@@ -134,9 +134,9 @@ def _flip(path: Path, tensor: str | None) -> None:
 
 
 class TestOverwrite:
-    """Another output in the place of one that is there, if that is said, and never a mixture of both."""
+    """--overwrite replaces an existing output, and never leaves a mixture of both."""
 
-    def test_other_settings_are_refused_with_the_remedy_and_replaced_when_told(
+    def test_other_settings_are_refused_with_the_remedy_and_replaced_with_overwrite(
         self, tiny_model: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         before = contents(output)
@@ -167,7 +167,7 @@ class TestOverwrite:
             lambda out: (out / MANIFEST).write_text("{"),
         ],
     )
-    def test_a_damaged_output_is_refused_and_made_again_when_told(
+    def test_a_damaged_output_is_refused_and_recomputed_with_overwrite(
         self, tiny_model: Path, output: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
     ) -> None:
         whole = contents(output)
@@ -214,7 +214,7 @@ class TestOverwrite:
         assert compress(tiny_model, tmp_path / "begun", "--overwrite") == 0
         assert contents(tmp_path / "begun") == contents(output)
 
-    def test_a_manifest_that_lies_makes_nobody_remove_what_is_not_ours(self, tiny_model: Path, output: Path) -> None:
+    def test_a_false_manifest_causes_no_removal_of_foreign_files(self, tiny_model: Path, output: Path) -> None:
         (output / "mine").mkdir()
         (output / "mine" / "thesis.tex").write_text("three years of work")
         manifest = json.loads((output / MANIFEST).read_text())
@@ -281,7 +281,7 @@ def test_a_node_that_does_not_see_the_model_does_not_take_away_what_others_resto
     assert contents(tmp_path / "dense") == contents(tmp_path / "straight")
 
 
-def test_restoring_verifies_first_if_it_is_told_to(
+def test_restoring_verifies_first_with_the_flag(
     output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _flip(first_layer(output), QUERY)

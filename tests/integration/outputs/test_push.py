@@ -72,14 +72,14 @@ def files_of(output: Path) -> dict[str, bytes]:
 
 
 def error_of(done: Ended) -> str:
-    """The one line of an error; what the client says by itself is not ours."""
+    """The one line of an error; lines of the Hub's client do not count."""
     assert TOKEN not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     return line
 
 
-def test_what_is_pushed_is_what_lies_on_the_disk(output: Path, hub: PushedHub, tmp_path: Path) -> None:
+def test_pushed_files_are_those_on_the_disk(output: Path, hub: PushedHub, tmp_path: Path) -> None:
     (output / "notes.txt").write_text("of somebody, and none of the output's")
     done = swsc(tmp_path / "home", hub.address, "push", str(output), REPO, "--local")
     assert done.returncode == 0, done.stderr
@@ -119,7 +119,7 @@ def test_a_second_push_sends_what_is_new_and_removes_tensor_files_of_the_first(
 def test_a_model_of_somebody_else_is_not_replaced(
     output: Path, hub: PushedHub, in_process: InProcess, tmp_path: Path, weights: str
 ) -> None:
-    """MODEL's own repository, say. On a new branch it takes the place of nothing."""
+    """For example MODEL's own repository. A new branch replaces nothing."""
     before = {weights: b"weights", "README.md": b"a card"}
     hub.repos[REPO] = Repo(branches={"main": dict(before), "old": dict(before)})
     for branch in ("", "main", "old"):
@@ -188,7 +188,7 @@ def test_what_is_damaged_or_not_finished_is_refused_by_name_and_nothing_is_sent(
 
 
 @pytest.mark.parametrize("verb", ["push", "compress"])
-def test_nobody_logged_in_is_told_of_with_the_remedy_before_any_work(
+def test_a_push_without_a_login_is_an_error_with_the_remedy_before_any_work(
     tiny_model: Path, output: Path, hub: PushedHub, in_process: InProcess, tmp_path: Path, verb: str
 ) -> None:
     new = tmp_path / "new"

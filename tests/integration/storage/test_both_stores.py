@@ -44,7 +44,7 @@ def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return contents(output)
 
 
-def test_model_and_output_may_lie_anywhere_and_the_bytes_are_the_same(
+def test_bytes_do_not_depend_on_the_locations_of_model_and_output(
     tiny_model: Path, bucket: str, remote_model: str, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     for source, output in [

@@ -52,7 +52,7 @@ def _arguments(folder: Path, cache: str) -> list[str]:
 
 
 def _changed_copy(folder: Path, data: st.DataObject, kept: str, inner: bool) -> None:
-    """The cache once more, with one of its files changed; `inner`: with a tuning that goes on from its state."""
+    """The cache once more, with one of its files changed; `inner`: with a tuning that resumes from its state."""
     file = _copied(folder, kept)
     whole = file.read_bytes()
     file.write_bytes(data.draw(changed_header(whole) if file.suffix == ".safetensors" else changed_json(whole)))
@@ -104,7 +104,7 @@ def test_curves_of_no_spec_on_the_menu(
 def test_a_state_of_a_finished_tuning_that_was_changed(
     folder: Path, capsys: pytest.CaptureFixture[str], said: str
 ) -> None:
-    """Its header says another shape, or a byte of it is another."""
+    """Its header has another shape, or one of its bytes differs."""
     file = _copied(folder, "tuned-*/*.safetensors")
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")

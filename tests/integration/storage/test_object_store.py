@@ -1,4 +1,4 @@
-"""Texts and caches in an object store, a server that dies, and what is said and read: of S3 (both kinds: test_both_stores.py)."""
+"""Texts and caches in S3, a server that dies, messages, and bytes read (both kinds of stores: test_both_stores.py)."""
 
 import os
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def test_an_object_whose_server_dies_during_the_upload_is_not_there(server: Obje
 
 
 def test_no_more_is_read_than_the_tensors_that_are_needed(remote_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny model's headers and fingerprint are large beside its weights, and are counted apart."""
+    """The tiny model's headers and fingerprint are large beside its weights, and are counted separately."""
     ranges: list[int] = []
     real = object_files.ObjectFiles.read
 
@@ -71,7 +71,7 @@ def test_no_more_is_read_than_the_tensors_that_are_needed(remote_model: str, mon
     assert weights <= sum(ranges) <= weights + headers + own + again
 
 
-def test_texts_caches_and_results_may_lie_there_too(remote_model: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_texts_caches_and_results_may_be_in_the_store(remote_model: str, tiny_model: Path, tmp_path: Path) -> None:
     calibration, text = make_text(tmp_path / "calibration.txt", 1500, seed=77), make_text(tmp_path / "text.txt", seed=5)
     there = Store.at(f"{BUCKET}/texts")
     for path in (calibration, text):
@@ -114,7 +114,7 @@ def test_tasks_of_lm_eval_find_the_same_there(remote_model: str, tiny_model: Pat
     assert findings(far) == findings(near)
 
 
-def test_a_wrong_secret_is_one_line_that_does_not_tell_it(
+def test_a_wrong_secret_is_one_error_line_that_does_not_contain_it(
     remote_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
@@ -132,7 +132,7 @@ def test_a_wrong_secret_is_one_line_that_does_not_tell_it(
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in error
 
 
-def test_an_address_of_another_kind_says_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_of_an_unknown_scheme_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "ftp://host/model"]) == 2
     assert "give a local path, s3://BUCKET/…, gs://BUCKET/…" in capsys.readouterr().err
 

@@ -58,7 +58,7 @@ def test_a_run_whose_place_was_taken_writes_no_more(
 def test_files_of_a_run_that_lost_its_place_are_not_taken_for_work_of_its_successor(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run with 5 bits hangs in its last moment before a commit; one with 3 bits takes its place; then it goes on."""
+    """A run with 5 bits hangs just before a commit, one with 3 bits takes its place, then the first one resumes."""
     assert compress(tiny_model, tmp_path / "straight", "--bits", "3") == 0
     place, real = tmp_path / "out", Store.write
 

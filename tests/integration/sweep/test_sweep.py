@@ -169,7 +169,7 @@ def test_an_interrupted_sweep_does_not_take_the_place_of_a_whole_one(
     assert main(command) == 0
 
 
-def test_each_evaluation_says_its_own_dtype(models: list[Path], text: Path) -> None:
+def test_each_evaluation_reports_its_own_dtype(models: list[Path], text: Path) -> None:
     settings = sweep_of(models[:1], text, VARIANTS[:1])
     settings["evaluations"][1]["dtype"] = "bfloat16"
     sweep = Sweep(validated(SweepSettings, settings))

@@ -1,4 +1,4 @@
-"""What tuned rows of a sweep leave behind, what they ask of a disk, and what is said of them."""
+"""Tuned rows of a sweep: their files, the disk space that they need, and their messages."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def command(model: Path, text: Path, tmp_path: Path) -> list[str]:
 
 
 def cached(tmp_path: Path) -> list[str]:
-    """Kinds of what lies in the cache."""
+    """Kinds of the entries in the cache."""
     return sorted(place.name.partition("-")[0] for place in (tmp_path / "cache").iterdir())
 
 
@@ -196,7 +196,7 @@ def test_results_that_no_disk_takes_are_printed_at_least(
 
 
 @pytest.mark.parametrize("kind", ["variant", "untuned", "tuned", "moments"])
-def test_of_a_damaged_part_of_the_cache_it_is_said_what_to_remove_and_that_helps(
+def test_the_error_of_a_damaged_cache_entry_names_what_to_remove_and_that_helps(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr("pipeline.sweep.sweep.forget_stages", lambda *_: None)
@@ -220,7 +220,7 @@ def test_of_a_damaged_part_of_the_cache_it_is_said_what_to_remove_and_that_helps
 
 
 def damage(place: Path) -> None:
-    """Cut a file of an output short; take from another what says whose it is."""
+    """Truncate a file of an output, and remove from another the key that names its owner."""
     if (place / "config.json").exists():
         (place / "config.json").write_text("{")
     elif (place / "result.json").exists():

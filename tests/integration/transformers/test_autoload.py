@@ -36,7 +36,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that Python takes for site-packages as it starts, with the wheel's two files in it."""
+    """A folder that Python treats as site-packages at its start, with the wheel's two files in it."""
     site = tmp_path_factory.mktemp("site")
     wheel = ["--no-deps", "--no-build-isolation", "--quiet", "--target", str(site), str(ROOT / "autoload")]
     subprocess.run([sys.executable, "-m", "pip", "install", *wheel], check=True)
@@ -88,7 +88,7 @@ def test_a_program_that_does_not_import_transformers_imports_nothing_of_ours(com
     assert ended.stdout.strip() == "set()"
 
 
-def test_with_swsc_uninstalled_transformers_still_works_and_says_what_is_missing(
+def test_with_swsc_uninstalled_transformers_still_works_and_names_the_missing_package(
     compressed: Path, installed: Path
 ) -> None:
     ended = run(GONE + "from transformers import PreTrainedModel as A; print(A.__name__)", compressed, installed)

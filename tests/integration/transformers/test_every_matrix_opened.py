@@ -172,7 +172,7 @@ def test_a_class_that_initializes_the_experts_of_a_block_opens(tmp_path: Path, m
     assert family.off(family.load(compressed), family.load(family.restored(compressed))) <= 1e-5
 
 
-def test_a_stack_that_lies_in_no_layer_is_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stack_outside_of_layers_is_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     language = {**_HEADLESS, "n_routed_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
                 "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
                 "v_head_dim": 16, "num_key_value_heads": 4}  # fmt: skip

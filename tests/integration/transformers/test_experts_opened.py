@@ -43,7 +43,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> FamilyModel:
 
 
 def held(model: Any) -> int:
-    """Bytes that lie in memory, but for tables of positions, which no file holds."""
+    """Bytes in memory without tables of positions, which no file holds."""
     stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
 
@@ -63,7 +63,7 @@ def test_every_expert_is_compressed_by_itself(family: FamilyModel) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_says_what_the_restored_model_says(mixtral: FamilyModel, form: str) -> None:
+def test_every_form_has_the_logits_of_the_restored_model(mixtral: FamilyModel, form: str) -> None:
     compressed = mixtral.folder / form
     if not compressed.exists():
         assert main(["compress", str(mixtral.dense), str(compressed), "--local", *EXPERTS, *FORMS[form]]) == 0
@@ -192,7 +192,7 @@ def test_it_opens_by_a_device_map(mixtral: FamilyModel, device_map: Any) -> None
     assert torch.equal(mixtral.logits(model), mixtral.logits(mixtral.load(mixtral.compressed)))
 
 
-def test_layers_may_lie_on_disk(mixtral: FamilyModel, tmp_path: Path) -> None:
+def test_layers_may_be_offloaded_to_disk(mixtral: FamilyModel, tmp_path: Path) -> None:
     here = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     device_map = here | {"model.layers.0": "cpu", "model.layers.1": "disk"}
     model = mixtral.load(mixtral.compressed, device_map=device_map, offload_folder=tmp_path / "offloaded")
@@ -228,7 +228,7 @@ ADAPTED = {
 
 @pytest.mark.parametrize("flags", [("--projectors", "q,o,experts"), ("--include", MIXED["one expert in two"])], ids=str)
 @pytest.mark.parametrize("what", ADAPTED)
-def test_adapters_come_to_lie_where_they_do_in_the_restored_model(
+def test_adapters_attach_to_the_same_layers_as_in_the_restored_model(
     what: str, flags: tuple[str, str], tmp_path: Path
 ) -> None:
     kind, targets = ADAPTED[what]

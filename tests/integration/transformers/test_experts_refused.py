@@ -1,4 +1,4 @@
-"""What is refused, or left joined, of mixtures of experts: damaged parts, other ways to calculate them, classes of their own kind."""
+"""Mixtures of experts that are refused or stay fused: damaged parts, other implementations, unknown classes."""
 
 import inspect
 import json
@@ -139,7 +139,7 @@ def empty(family: FamilyModel) -> Any:
         return MixtralForCausalLM(config)
 
 
-def test_experts_whose_forward_pass_is_their_own_are_not_laid_apart(mixtral: FamilyModel) -> None:
+def test_experts_with_a_custom_forward_pass_are_not_unfused(mixtral: FamilyModel) -> None:
     names = [name for name in tensors_of(mixtral.dense) if ".experts." in name]
     model = empty(mixtral)
     for layer in model.model.layers[1:]:
@@ -169,7 +169,7 @@ def test_neither_are_those_with_parameters_of_another_kind(mixtral: FamilyModel)
     assert not unfuse_experts(model, names, names, WeightNames(model))
 
 
-def test_experts_that_are_multiplied_all_at_once_are_not_laid_apart() -> None:
+def test_experts_that_are_multiplied_in_one_product_are_not_unfused() -> None:
     with torch.device("meta"):
         model = Llama4ForCausalLM(
             Llama4TextConfig(

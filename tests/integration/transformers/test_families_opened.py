@@ -50,7 +50,7 @@ def test_generated_tokens_are_those_of_the_restored_model(opened: Any, dense: An
     assert torch.equal(tokens(opened), tokens(dense))
 
 
-def test_saved_and_opened_again_it_says_the_same(family: FamilyModel, opened: Any) -> None:
+def test_a_saved_and_reopened_model_has_equal_logits(family: FamilyModel, opened: Any) -> None:
     saved = family.folder / "saved"
     opened.save_pretrained(saved, max_shard_size="100KB")
     assert torch.equal(family.logits(family.load(saved)), family.logits(opened))

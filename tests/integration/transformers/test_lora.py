@@ -61,7 +61,7 @@ def config(**more: Any) -> LoraConfig:
 
 
 def adapted(model: Any, name: str = "default", seed: int = 1, **more: Any) -> Any:
-    """`model` with an adapter that changes what it says."""
+    """`model` with an adapter that changes its logits."""
     if isinstance(model, PeftModel):
         model.add_adapter(name, config(**more))
     else:
@@ -203,10 +203,10 @@ class TestAdapters:
 
 
 class TestMerging:
-    """An adapter becomes compensation of a higher rank, exactly; or it is refused and nothing has changed."""
+    """An adapter is merged into compensation of a higher rank exactly, or it is refused and nothing has changed."""
 
     @pytest.mark.parametrize("form", MERGED)
-    def test_a_merged_model_says_the_same_and_is_saved_compressed(
+    def test_a_merged_model_has_equal_logits_and_is_saved_compressed(
         self, places: dict[str, Path], tmp_path: Path, form: str
     ) -> None:
         model = adapted(opened(places[form]), target_modules="all-linear")

@@ -125,7 +125,7 @@ def test_it_opens_by_a_device_map(whole: Path, device_map: Any) -> None:
     assert torch.equal(logits(model), logits(opened(whole).to(where)))
 
 
-def test_layers_may_lie_on_disk(whole: Path, tmp_path: Path) -> None:
+def test_layers_may_be_offloaded_to_disk(whole: Path, tmp_path: Path) -> None:
     device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
     model = opened(whole, device_map=device_map, offload_folder=tmp_path / "offloaded")
@@ -217,7 +217,7 @@ def test_a_class_without_a_head_passes_over_one_that_is_compressed(untied: Path)
             assert torch.equal(found, whole.model(ids()).last_hidden_state)
 
 
-def test_parts_want_no_gradient_unasked(whole: Path) -> None:
+def test_parts_require_no_gradient_by_default(whole: Path) -> None:
     model = opened(whole)
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert wanted == {name for name, _ in model.named_parameters() if "norm" in name}
@@ -234,7 +234,7 @@ except ValueError as error:
 
 
 def test_tensor_parallel_loading_is_refused_by_name(whole: Path, tmp_path: Path) -> None:
-    """It would cut centroids as if they were rows, and say that labels are damaged."""
+    """It would slice centroids as if they were rows, and report damaged labels."""
     (tmp_path / "load.py").write_text(_TWO_RANKS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -467,7 +467,7 @@ def test_a_label_out_of_range_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("swapped", [True, False], ids=["tensors of one shape are swapped", "one byte is another"])
-def test_what_only_hashes_can_tell_is_told_by_verify(
+def test_damage_that_only_hashes_reveal_is_found_by_verify(
     place: Path, swapped: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def flip(tensors: dict[str, torch.Tensor]) -> None:

@@ -84,7 +84,7 @@ def test_by_default_every_matrix_of_a_layer_is_selected_and_nothing_else(checkpo
     assert set(selected(str(checkpoint), LINEAR_OF_LAYERS)) == names
 
 
-def test_an_expression_that_finds_nothing_is_told_of(checkpoint: Path) -> None:
+def test_an_expression_without_a_match_is_an_error(checkpoint: Path) -> None:
     with pytest.raises(Refusal, match="no matrix has a name that 'lm_head' finds"):
         selected(str(checkpoint), "lm_head")
 
@@ -127,7 +127,7 @@ ROW = Row("rtn", 2, 64, ())
 
 
 @pytest.mark.parametrize("other", [Row("rtn", 3, 64, ()), Row("rtn", 2, 128, ()), Row("rtn", 2, 64, ("--x",))])
-def test_the_key_tells_settings_apart(other: Row) -> None:
+def test_the_key_differs_between_settings(other: Row) -> None:
     assert key(ROW, COMMON, "") == key(Row("rtn", 2, 64, ()), dict(reversed(COMMON.items())), "")
     assert key(ROW, COMMON, "") != key(other, COMMON, "")
 
@@ -178,9 +178,7 @@ def test_a_quantized_row_is_only_evaluated_and_its_checkpoint_goes(
 
 
 @pytest.mark.parametrize(("code", "refused", "said"), [(1, False, "exit code 1: no room; see "), (2, True, "no room")])
-def test_a_process_that_ends_badly_is_told_of_by_its_last_line(
-    tmp_path: Path, code: int, refused: bool, said: str
-) -> None:
+def test_the_error_of_a_failed_process_is_its_last_line(tmp_path: Path, code: int, refused: bool, said: str) -> None:
     log = tmp_path / "log.txt"
     with pytest.raises(RowFailure) as failure:
         run_process([sys.executable, "-c", f"print('first'); print('no room'); raise SystemExit({code})"], log, True)
@@ -188,7 +186,7 @@ def test_a_process_that_ends_badly_is_told_of_by_its_last_line(
     assert str(failure.value) == said + (str(log) if code == 1 else "")
 
 
-def test_cells_say_settings_true_bits_and_cost() -> None:
+def test_cells_show_settings_true_bits_and_cost() -> None:
     line = cells({"tensors": "Q & K", "label": "x", "peer": PEER, "evaluation": {"perplexity": 20.5}})
     assert dict(zip(HEADER, line, strict=True)) == {
         "tensors": "Q & K", "tool": "RTN ours", "settings": "group 64, calibration 4×128", "nominal bits": "2",
@@ -196,7 +194,7 @@ def test_cells_say_settings_true_bits_and_cost() -> None:
     }  # fmt: skip
 
 
-def test_a_row_without_figures_says_why() -> None:
+def test_a_row_without_figures_shows_the_reason() -> None:
     line = cells({"tensors": "Q", "label": "awq-2bit-g128", "reason": "576 is no multiple of 128"})
     assert line == ("Q", "awq-2bit-g128", "576 is no multiple of 128", "", "", "", "", "")
 
@@ -226,7 +224,7 @@ def test_a_benchmark_on_its_own_calibration_text_is_refused_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_matrices_that_lie_transposed_are_refused_before_anything_is_made(
+def test_transposed_matrices_are_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, out = tmp_path / "gpt2", tmp_path / "out"

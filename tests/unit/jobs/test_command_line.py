@@ -1,4 +1,4 @@
-"""Help, examples, completion and docs/cli.md: what a user reads about the command line is what the settings say."""
+"""Help, examples, completion and docs/cli.md: the command line's documentation matches the settings."""
 
 import argparse
 import shlex

@@ -1,4 +1,4 @@
-"""Errors of a GPU told from others, kinds of devices, and what an identity says of the arithmetic."""
+"""Errors of a GPU are distinguished from others; kinds of devices; the arithmetic in an identity."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,24 +66,24 @@ HARMLESS: list[Exception] = [
 
 
 @pytest.mark.parametrize("error", [*BROKEN, *FULL], ids=str)
-def test_an_error_of_the_gpu_wants_a_fresh_process(error: Exception) -> None:
+def test_an_error_of_the_gpu_needs_a_fresh_process(error: Exception) -> None:
     assert requires_new_process(error)
     assert is_out_of_memory(error) == (error in FULL)
 
 
 @pytest.mark.parametrize("error", HARMLESS, ids=str)
-def test_an_error_of_the_tasks_own_wants_none(error: Exception) -> None:
+def test_an_error_of_the_task_itself_needs_no_fresh_process(error: Exception) -> None:
     assert not requires_new_process(error)
 
 
-def test_a_gpu_that_is_too_small_is_told_of_and_no_gpu_is_no_matter() -> None:
+def test_a_gpu_that_is_too_small_is_an_error_and_a_missing_one_is_not() -> None:
     require_gpu_memory(8_000_000_000, 8_000_000_000)
     require_gpu_memory(8_000_000_000, 0)
     with pytest.raises(ClusterError, match=r"8\.0 GB of a GPU, a worker has 6\.0 GB of one; use larger GPUs"):
         require_gpu_memory(8_000_000_000, 6_000_000_000)
 
 
-def test_out_of_memory_is_the_tasks_own_failure_and_says_what_helps() -> None:
+def test_out_of_memory_is_a_failure_of_the_task_and_names_the_remedy() -> None:
     found = as_swsc_error(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore"), "layer 3")
     assert isinstance(found, RunError)
     assert str(found).startswith("layer 3: ")
@@ -166,7 +166,7 @@ def test_a_cumulative_sum_in_order_is_that_of_torch(dim: int, dtype: torch.dtype
     assert torch.equal(one, other)
 
 
-def test_what_has_no_order_on_a_gpu_is_told_of_with_a_remedy() -> None:
+def test_a_nondeterministic_operation_on_a_gpu_is_an_error_with_a_remedy() -> None:
     with pytest.raises(RunError, match=r"histc.*--gpus-per-worker 0"), deterministic("cuda"):
         raise RuntimeError("histc_cuda does not have a deterministic implementation, but you set ...\nmore")
     with pytest.raises(RuntimeError, match="shapes"), deterministic("cuda"):
@@ -188,7 +188,7 @@ def test_workers_on_unlike_devices_are_refused() -> None:
             require_same_kind("NVIDIA H200", kind)
 
 
-def test_a_cluster_with_gpus_of_two_models_wants_one_named() -> None:
+def test_a_cluster_with_gpus_of_two_models_requires_a_choice() -> None:
     nodes = [{"CPU": 8, "GPU": 1, f"accelerator_type:{model}": 1.0} for model in ("A100", "L4")]
     with pytest.raises(ClusterError, match=r"A100, L4.*--gpu-type"):
         _require_one_type(WorkerResources(1, 1), nodes)
@@ -237,12 +237,12 @@ class TestIdentity:
         standing.require_replaceable(store, here, overwrite=False)
         assert run_digest(here) == run_digest(self.SETTINGS)  # its records are found again
 
-    def test_other_settings_are_told_first(self, tmp_path: Path) -> None:
+    def test_other_settings_are_reported_first(self, tmp_path: Path) -> None:
         store = self.begun(tmp_path, device="cpu")
         with pytest.raises(OutputError, match="bits 3 -> 4"):
             standing.require_replaceable(store, {"bits": 4, "threads": 1, "device": "NVIDIA H200"}, False)
 
-    def test_names_in_a_cache_say_nothing_of_cpus(self) -> None:
+    def test_names_in_a_cache_do_not_depend_on_cpus(self) -> None:
         assert Arithmetic(1).gpu_identity == {}
         assert Arithmetic(1, "NVIDIA H200").gpu_identity["device"] == "NVIDIA H200"
 
@@ -265,7 +265,7 @@ def test_out_of_memory_is_tried_twice_and_never_goes_on_and_on(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("error", [FULL[0], BROKEN[0]], ids=str)
-def test_a_gpu_that_fails_while_a_model_is_loaded_says_nothing_about_the_checkpoint(error: Exception) -> None:
+def test_a_gpu_that_fails_while_a_model_is_loaded_does_not_blame_the_checkpoint(error: Exception) -> None:
     with pytest.raises(RuntimeError), loading_errors("model"):
         raise error
     with pytest.raises(CheckpointError), loading_errors("model"):

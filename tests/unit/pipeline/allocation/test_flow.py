@@ -34,7 +34,7 @@ class NoPools:
 
 
 def measured(folder: Path, settings: CompressSettings, reach: list[float]) -> Hessians:
-    """Moments beside which losses lie: `reach` of each matrix, of which a spec leaves the less the more bytes it takes."""
+    """Hessians with measured losses: the `reach` of each matrix, of which a spec with more bytes leaves less."""
     hessians = Hessians(Store.at(str(folder)), 0.5)
     shares = [(asdict(spec), 1 / spec.stored_bytes(SHAPE, 16)) for spec in candidates(SHAPE, 16)]
     identity = versioned(

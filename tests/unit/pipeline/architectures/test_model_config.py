@@ -1,4 +1,4 @@
-"""What config.json says is found under every family's name for it, in the language part first."""
+"""Numbers of config.json are found under every family's alias, in the language part first."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the names of tensors say."""
+"""Claims about names of tensors: layers and kinds."""
 
 import pytest
 

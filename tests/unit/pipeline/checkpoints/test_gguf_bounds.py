@@ -1,4 +1,4 @@
-"""Headers of GGUF files that say more than the file can hold are refused before anything believes them."""
+"""Headers of GGUF files that claim more than the file can hold are refused before they are used."""
 
 import contextlib
 import struct

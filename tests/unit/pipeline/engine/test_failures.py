@@ -87,7 +87,7 @@ def test_a_worker_is_replaced_if_its_process_is_gone_and_blamed_unless_its_node_
     assert failure.blames_worker is blamed
 
 
-def test_the_death_of_a_commit_says_nothing_about_the_worker() -> None:
+def test_the_death_of_a_commit_does_not_blame_the_worker() -> None:
     assert not classify(WorkerCrashedError(), Phase.COMMIT, "layer 3", False).replaces_worker
 
 

@@ -23,7 +23,7 @@ print((full - resident()) // {_MIB})
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts pages by /proc and tells glibc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts pages by /proc and configures glibc")
 @pytest.mark.parametrize(("weights", "given_back"), [(1 << 22, 64), (1 << 20, 0)])
 def test_blocks_freed_between_others_are_given_back_where_matrices_are_large(weights: int, given_back: int) -> None:
     command = [sys.executable, "-c", _HOLES, str(weights)]

@@ -1,4 +1,4 @@
-"""The driver's loop, on pools that do what they are told."""
+"""The driver's loop on scripted pools."""
 
 import signal
 from collections.abc import Iterator
@@ -114,9 +114,9 @@ def test_what_kills_its_workers_comes_last_after_a_second_try() -> None:
 
 
 def test_the_loss_of_nodes_is_hardly_charged_to_the_tasks_that_were_there() -> None:
-    pool, finished = run("abc", {"b": [NodeLost("its node went away")] * 8})
+    pool, finished = run("abc", {"b": [NodeLost("its node was lost")] * 8})
     assert sorted(finished) == list("abc")
-    pool = ScriptedPool({"b": [NodeLost("its node went away")] * 99})
+    pool = ScriptedPool({"b": [NodeLost("its node was lost")] * 99})
     with Progress("test", 3, 0) as progress:
         execute(pool, TaskList([Task(name, Work()) for name in "abc"], lambda done: None), progress)
     assert pool.started.count("b") == 12

@@ -1,4 +1,4 @@
-"""Where Q, K and V lie in joined tensors, held against the code of the models that use them."""
+"""Locations of Q, K and V in fused tensors, compared with the code of the models that use them."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ N = 5  # inputs
 
 
 def pieces(name: str, weight: Tensor, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The pieces of a joined tensor, by role."""
+    """The pieces of a fused tensor, by role."""
     info = TensorInfo(name, "F32", tuple(weight.shape), "model.safetensors", 0, 4 * weight.numel())
     checkpoint = Checkpoint(Store("/nowhere"), {name: info}, config)
     found = matrices_of(checkpoint, Family(config), info)
@@ -70,7 +70,7 @@ def test_bloom_and_gpt_neox() -> None:
             assert torch.equal(found[role], part[0].permute(0, 2, 1).reshape(-1, N)), role
 
 
-def test_bloom_says_its_width_by_a_name_of_its_own_too() -> None:
+def test_bloom_has_an_alias_for_its_width() -> None:
     """config.json of bigscience/bloom, and of those made like it, has n_embed; transformers takes it for hidden_size."""
     name, weight = "h.0.self_attention.query_key_value.weight", torch.randn(96, N)
     said: dict[str, Any] = {"model_type": "bloom", "n_embed": 32, "n_layer": 1, "num_attention_heads": 4}
@@ -79,7 +79,7 @@ def test_bloom_says_its_width_by_a_name_of_its_own_too() -> None:
     assert all(torch.equal(old[role], new[role]) for role in "qkv")
 
 
-def test_gpt_2_lies_transposed_and_phi_3_does_not() -> None:
+def test_gpt_2_is_transposed_and_phi_3_is_not() -> None:
     weight = torch.randn(N, 96)
     found = pieces("h.0.attn.c_attn.weight", weight, {"model_type": "gpt2", "n_embd": 32, "n_head": 4})
     for role, columns in zip("qkv", weight.split(32, dim=1), strict=True):

@@ -1,4 +1,4 @@
-"""Where a checkpoint's tensor lies in the loaded model: by its name, by its values, or as rows of a stacked parameter."""
+"""The parameter of a checkpoint's tensor in the loaded model is found by name, by values, or as rows of a stacked parameter."""
 
 import pytest
 import torch

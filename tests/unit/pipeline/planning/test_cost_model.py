@@ -1,4 +1,4 @@
-"""Claims about forecasts: what grows with what, and that the parts that are certain are exact."""
+"""Claims about cost estimates: monotony, and exactness of the parts that are certain."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def seconds(shapes: Shapes = SQUARE, **settings: Any) -> float:
         ({"preset": "fast", "bits": 2}, {"preset": "fast", "bits": 2.5}),
     ],
 )
-def test_more_work_is_foretold_to_take_longer(less: dict[str, Any], more: dict[str, Any]) -> None:
+def test_more_work_is_predicted_to_take_longer(less: dict[str, Any], more: dict[str, Any]) -> None:
     assert seconds(**less) < seconds(**more)
 
 
@@ -46,7 +46,7 @@ def test_twice_the_layers_take_twice_the_time_and_no_more_memory() -> None:
     assert two["output_bytes"] == 2 * one["output_bytes"]
 
 
-def test_dense_output_is_foretold_at_its_full_size() -> None:
+def test_dense_output_is_predicted_at_its_full_size() -> None:
     assert estimate_cost(plan_of(SQUARE, projectors="q", bits=3), "dense", SPEED, 2)["output_bytes"] == 2 * 2048**2
 
 
@@ -64,22 +64,22 @@ def test_the_vocabulary_of_a_multimodal_model_is_that_of_its_text_part() -> None
     assert evaluation_bytes(nested, "auto", 10) == evaluation_bytes(plain, "auto", 10)
 
 
-def test_moments_take_memory_beside_the_matrices() -> None:
+def test_hessians_take_memory_beside_the_matrices() -> None:
     plain, metric = (plan_of(SQUARE, projectors="q", clusters=64, metric=m) for m in ("weights", "activations"))
     extra = (
         estimate_cost(metric, "swsc", SPEED, 2)["worker_peak_bytes"]
         - estimate_cost(plain, "swsc", SPEED, 2)["worker_peak_bytes"]
     )
-    assert extra == 2 * 4 * 2048**2  # the moment and its root
+    assert extra == 2 * 4 * 2048**2  # the Hessian and its root
 
 
-def test_a_matrix_whose_input_no_other_one_has_holds_two_moments() -> None:
+def test_a_matrix_with_an_input_of_its_own_holds_two_hessians() -> None:
     widths = {"q_proj": 64, "k_proj": 64, "down_proj": 96}
     shapes = {f"model.layers.{n}.x.{name}.weight": (32, w) for name, w in widths.items() for n in (0, 1)}
     matrices = [whole_matrix(info) for info in checkpoint_of(shapes).tensors.values()]
     assert hessian_bytes(matrices) == 2 * 4 * (
         3 * 64**2 + 2 * 96**2
-    )  # by layers; Q and K share the moment of their input
+    )  # by layers; Q and K share the Hessian of their input
 
 
 def test_segments_are_worked_through_in_less_memory_than_whole_channels() -> None:

@@ -108,7 +108,7 @@ def test_rtn_stores_scales_in_no_fewer_than_16_bits_even_for_fp8() -> None:
     assert decision.stored_bytes == rows * columns // 2 + rows * 2 + rows // 2
 
 
-def test_tied_heads_are_told_of_and_kept() -> None:
+def test_tied_heads_are_reported_and_kept() -> None:
     tied = make_plan(checkpoint_of(SHAPES, tie_word_embeddings=True), CompressSettings())
     assert [d.info.name for d in tied.decisions if d.action == "tied"] == ["lm_head.weight"]
     assert tied.weights == plan_of().weights

@@ -53,7 +53,7 @@ def test_a_role_that_the_family_lacks_is_refused_with_those_that_it_has() -> Non
         plan_of(shapes, {"model_type": "opt"}, projectors="q,gate")
 
 
-def test_a_role_of_a_joined_tensor_is_its_own_rows_and_the_others_stay() -> None:
+def test_a_role_of_a_fused_tensor_is_its_own_rows_and_the_others_stay() -> None:
     plan = plan_of(PHI, PHI_CONFIG, projectors="q,gate,up")
     assert chosen(plan) == {
         "0.self_attn.qkv_proj.q.weight", "0.mlp.gate_up_proj.gate.weight", "0.mlp.gate_up_proj.up.weight",
@@ -78,7 +78,7 @@ def test_expressions_see_the_tensor_and_its_pieces() -> None:
     assert chosen(plan_of(PHI, PHI_CONFIG, projectors="q,o", exclude="qkv")) == {"0.self_attn.o_proj.weight"}
 
 
-def test_a_joined_tensor_that_does_not_fit_the_config_can_be_excluded() -> None:
+def test_a_fused_tensor_that_does_not_fit_the_config_can_be_excluded() -> None:
     config = PHI_CONFIG | {"num_attention_heads": 16, "head_dim": 8}
     with pytest.raises(CheckpointError, match="or --exclude it"):
         plan_of(PHI, config, projectors="o")

@@ -1,4 +1,4 @@
-"""YAML with bounds says what PyYAML says, and refuses what would take all memory or all time."""
+"""YAML with bounds equals PyYAML, and refuses files that would take all memory or all time."""
 
 import time
 from pathlib import Path

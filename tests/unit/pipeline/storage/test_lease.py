@@ -68,7 +68,7 @@ def test_a_run_elsewhere_that_gives_no_sign_of_life_is_replaced(store: Store) ->
     lease.release()
 
 
-def test_one_that_does_is_waited_for_if_that_is_wanted(store: Store) -> None:
+def test_a_running_owner_is_waited_for_on_request(store: Store) -> None:
     foreign(store)
     told: list[str] = []
     signs = [lambda: foreign(store, beat=2), lambda: foreign(store, beat=3), lambda: store.remove(LEASE_FILE)]
@@ -97,7 +97,7 @@ def test_what_a_replaced_run_still_sends_is_refused(store: Store) -> None:
     assert store.read_json(LEASE_FILE)["owner"] == "another", "and it does not touch what is no longer its own"
 
 
-def test_a_node_that_does_not_see_the_directory_says_so(store: Store) -> None:
+def test_a_node_that_does_not_see_the_directory_raises(store: Store) -> None:
     lease = acquire_lease(store)
     store.remove(LEASE_FILE)
     with pytest.raises(RunError, match="not seen by node"):
@@ -106,7 +106,7 @@ def test_a_node_that_does_not_see_the_directory_says_so(store: Store) -> None:
 
 
 @pytest.mark.parametrize("left", ["nothing", "a lease of a run that is gone", "half a lease"])
-def test_of_many_that_come_at_the_same_moment_one_has_it(
+def test_of_many_simultaneous_acquisitions_one_succeeds(
     store: Store, left: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.lease._RENEWAL_SECONDS", 0.002)
@@ -164,7 +164,7 @@ def test_one_that_was_put_into_the_place_of_an_old_one_is_not_cleared_away(
     assert store.read_json(LEASE_FILE)["owner"] == "another"
 
 
-def test_of_two_that_sign_at_the_same_moment_one_waits_for_the_other_if_that_is_wanted(
+def test_of_two_simultaneous_acquisitions_one_waits_for_the_other_on_request(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, faster = Store.locked, iter([lambda: foreign(store)])
@@ -182,7 +182,7 @@ def test_of_two_that_sign_at_the_same_moment_one_waits_for_the_other_if_that_is_
     lease.release()
 
 
-def test_a_directory_that_is_removed_at_the_same_moment_is_made_again(
+def test_a_directory_that_is_removed_concurrently_is_created_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever was done in it has removed it, empty, just before it is locked."""

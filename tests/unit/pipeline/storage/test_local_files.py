@@ -174,7 +174,7 @@ class _Listed:
         (["a 0", "a 0 1", "a 1 2", "a 2 3", "a 3 4", "a 4 5", "a 5 6"], "a"),  # others write and remove there
     ],
 )
-def test_over_plain_http_a_folder_holds_what_two_listings_in_a_row_or_most_of_them_say(
+def test_over_plain_http_a_listing_counts_once_two_in_a_row_or_most_agree(
     listings: list[str], wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""Checksums that object stores tell of what was written there, in the words of their clients."""
+"""Checksums that object stores report for written objects, in the formats of their clients."""
 
 import base64
 import hashlib
@@ -51,15 +51,13 @@ def proved(scheme: str, about: dict[str, str] | Exception, monkeypatch: pytest.M
         ("gs", {"crc32c": "3n67zA==", "componentCount": "2"}, False),  # a composite object, which has no MD5
     ],
 )
-def test_what_a_store_tells_proves_the_bytes_or_nothing(
+def test_a_checksum_of_a_store_proves_the_bytes_or_nothing(
     scheme: str, about: dict[str, str], right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert proved(scheme, about, monkeypatch) == right
 
 
 @pytest.mark.parametrize("error", [ValueError("I/O operation on closed file"), OSError("curlCode 7")])
-def test_a_store_that_fails_while_it_is_asked_is_said_to_do_so(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_fails_during_a_request_is_reported(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoreError, match="bucket/file"):
         proved("gs", error, monkeypatch)

@@ -58,7 +58,7 @@ def test_places_that_are_yet_to_be_made_are_compared_too(model: Path, tmp_path: 
     assert not contains(at(model / "out" / "cache"), at(model / "out"))
 
 
-def test_names_that_differ_in_case_are_one_place_where_the_file_system_says_so(
+def test_names_that_differ_in_case_are_one_path_on_a_case_insensitive_file_system(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.stat
@@ -101,10 +101,10 @@ def test_bind_mounts_are_seen_through(mounted: Path, model: Path) -> None:
     assert not contains(at(mounted / "other"), at(mounted / "whole"))
 
 
-def test_the_table_of_mounts_says_what_inodes_do_not(
+def test_the_mount_table_reveals_what_inodes_do_not(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder of the model lies at a path with a blank; what is above it there says nothing of the model."""
+    """A folder of the model is mounted at a path with a blank; parents of the mount point do not contain the model."""
     (tmp_path / "a part").mkdir()
     table = tmp_path / "mountinfo"
     point = f"{tmp_path}/a part".replace(" ", "\\040")
@@ -116,9 +116,7 @@ def test_the_table_of_mounts_says_what_inodes_do_not(
     assert not contains(at(tmp_path / "other"), at(tmp_path / "a part"))
 
 
-def test_what_is_mounted_below_a_directory_lies_inside_it(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mount_below_a_directory_is_inside_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tmp_path / "mountinfo"
     table.write_text(f"20 1 8:1 / / rw - ext4 x rw\n21 20 8:1 {tmp_path}/other {model}/sub rw - ext4 x rw\n")
     monkeypatch.setattr(places, "_MOUNT_TABLE", table)
@@ -137,7 +135,7 @@ def test_one_prefix_of_an_object_store_in_two_ways(first: str, second: str) -> N
     assert contains(at(second), at(first))
 
 
-def test_prefixes_lie_inside_each_other_at_folders_only() -> None:
+def test_prefixes_contain_each_other_at_folders_only() -> None:
     assert contains(at("s3://b"), at("s3://b/x"))
     assert contains(at("s3://b/x"), at("s3://b/x/y"))
     for outer, inner in [("b/x", "b/xy"), ("b/xy", "b/x"), ("b", "bb/x"), ("b/x/y", "b/x"), ("b/X", "b/x")]:
@@ -198,7 +196,7 @@ class TestRequireApart:
 
 
 class TestLinks:
-    """What a file that is a link, or lies behind one, leads to."""
+    """Targets of files that are links or are reached through one."""
 
     def test_a_linked_folder_leads_out_as_a_linked_file_does(self, model: Path, tmp_path: Path) -> None:
         (tmp_path / "other" / "secret").write_text("")

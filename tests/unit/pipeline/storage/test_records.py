@@ -24,7 +24,7 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 @pytest.mark.parametrize("figure", NOT_FINITE)
 def test_a_result_that_is_no_number_is_a_result(figure: float) -> None:
-    """A tuning in float16 that overflowed is not applied; a matrix of 1e21 has an infinite energy in float32."""
+    """A tuning in float16 that overflowed is not applied; a matrix of 1e21 has an infinite squared norm in float32."""
     tuning = {"steps": 3, "divergence_before": 0.1, "divergence_after": figure, "applied": False, "tokens": 64}
     assert check_record(TuningRecord, tuning) == tuning
     made = {"entry": ENTRY, "stored_bytes": 1, "read_seconds": 0.5, "stats": {"energy": figure}}
@@ -41,7 +41,7 @@ def test_what_is_no_number_at_all_is_not(value: object) -> None:
 
 
 @pytest.mark.parametrize("lacking", ["stats", "stored_bytes", "read_seconds", "entry"])
-def test_a_row_of_a_matrix_says_all_that_a_report_is_made_of(lacking: str) -> None:
+def test_a_row_of_a_matrix_needs_all_fields_of_a_report(lacking: str) -> None:
     row = {"name": "w", "entry": ENTRY, "stored_bytes": 1, "read_seconds": 0.5, "stats": {}}
     assert check_record(FinishedRowRecord, row) == row
     with pytest.raises(ValueError, match="says nothing of a matrix"):

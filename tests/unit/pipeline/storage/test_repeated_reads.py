@@ -24,7 +24,7 @@ def _flipped(data: bytes, place: int) -> bytearray:
 
 
 @given(st.integers(1, 9000), st.data())
-def test_what_spoils_single_answers_is_mended_or_told(size: int, data: st.DataObject) -> None:
+def test_corrupt_answers_are_repaired_or_reported(size: int, data: st.DataObject) -> None:
     content = _object(size)
     start = data.draw(st.integers(0, size))
     stop = data.draw(st.integers(start, size))

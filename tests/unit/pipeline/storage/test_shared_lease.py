@@ -60,7 +60,7 @@ def test_a_process_that_was_killed_uses_nothing(store: Store, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_many_that_end_at_the_same_moment_one_removes_it(store: Store, tmp_path: Path) -> None:
+def test_of_many_that_end_at_the_same_time_one_removes_it(store: Store, tmp_path: Path) -> None:
     together, seen = threading.Barrier(4), []
 
     def run() -> None:

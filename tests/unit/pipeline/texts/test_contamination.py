@@ -38,7 +38,7 @@ def test_a_copied_passage_is_found_whatever_is_set_between_its_words() -> None:
     assert traces(" ".join(plain)) == traces(" ".join(wikitext).replace("old", "ｏｌｄ")) != frozenset()
 
 
-def test_texts_of_the_same_words_in_another_order_are_apart() -> None:
+def test_texts_of_the_same_words_in_another_order_are_distinct() -> None:
     require_apart(traces(" ".join(words(5, 4000))), " ".join(words(6, 4000)), "t.txt")
 
 

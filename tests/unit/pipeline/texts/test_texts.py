@@ -1,4 +1,4 @@
-"""Texts: plain files to the byte, and the documents of tables, whatever they lie in."""
+"""Texts: plain files to the byte, and the documents of tables in every format."""
 
 import bz2
 import csv
@@ -84,7 +84,7 @@ def stored(path: Path, data: bytes | str) -> str:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_documents_are_joined_by_blank_lines_whatever_they_lie_in(name: str, tmp_path: Path) -> None:
+def test_documents_of_every_format_are_joined_by_blank_lines(name: str, tmp_path: Path) -> None:
     found = open_text(stored(tmp_path / name, FORMATS[name](DOCUMENTS)))
     assert (found.content, found.documents, found.column) == ("\n\n".join(DOCUMENTS), 4, "text")
 
@@ -104,7 +104,7 @@ def test_a_plain_file_is_read_to_the_byte(name: str, tmp_path: Path) -> None:
     assert (found.content, found.documents) == (content, None)
 
 
-def test_what_a_name_says_counts_before_the_content(tmp_path: Path) -> None:
+def test_the_extension_counts_before_the_content(tmp_path: Path) -> None:
     lines = json_lines(DOCUMENTS)
     assert read_text(stored(tmp_path / "a.txt", lines)) == lines.decode()
     assert read_text(stored(tmp_path / "latex", "{\\bf hello}\nworld")) == "{\\bf hello}\nworld"
@@ -146,7 +146,7 @@ REFUSED: dict[str, tuple[bytes | str, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_file_that_is_not_what_its_name_says_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_a_file_that_contradicts_its_extension_is_refused_by_name(name: str, tmp_path: Path) -> None:
     data, wanted = REFUSED[name]
     with pytest.raises(TextError, match=wanted) as error:
         open_text(stored(tmp_path / name, data))

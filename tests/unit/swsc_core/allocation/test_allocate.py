@@ -1,4 +1,4 @@
-"""Claims about dividing a budget, about the menu, and about losses foretold."""
+"""Claims about dividing a budget, about candidate specs, and about predicted losses."""
 
 import itertools
 
@@ -93,7 +93,7 @@ def test_the_largest_candidate_within_the_bits_is_the_first_of_those_of_equal_si
     assert largest_within(specs, shape, 16, 8 * sizes[0] / 512**2 - 1e-9) is None
 
 
-def test_the_loss_foretold_from_some_rows_is_near_what_a_compression_measures() -> None:
+def test_the_loss_predicted_from_some_rows_is_near_that_of_a_compression() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 64, generator=generator) * (torch.rand(512, 1, generator=generator) + 0.1)
     mixing = torch.randn(64, 64, generator=generator) * torch.logspace(-0.5, 0.5, 64)
@@ -106,7 +106,7 @@ def test_the_loss_foretold_from_some_rows_is_near_what_a_compression_measures() 
 
 @pytest.mark.parametrize("columns", [90, 96])
 def test_every_spec_of_the_menu_has_a_share_of_a_tall_and_narrow_matrix(columns: int) -> None:
-    """Segments that run down the columns want a number of rows that they divide."""
+    """Segments that run down the columns need a number of rows that they divide."""
     weight, metric = torch.randn(1000, columns), Metric(torch.eye(columns))
     specs = [spec for spec in candidates((1000, columns), 16) if spec.rank == 0]
     assert any(spec.channel_axis == "input" for spec in specs)

@@ -1,4 +1,4 @@
-"""docs/format.md says what is stored: its example is decoded as it stands there."""
+"""docs/format.md documents the format: its example is decoded as printed there."""
 
 import json
 import re
@@ -19,19 +19,19 @@ FUSED = {"tensor": "b.weight", "rows": [0, 4, 4, 1]}
 EXAMPLE = json.loads(re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)[1])  # type: ignore[index]
 
 
-def test_the_example_of_the_page_is_decoded_to_what_it_says() -> None:
+def test_the_example_of_the_page_is_decoded_to_its_stated_weight() -> None:
     parts = {name: torch.tensor(values, dtype=torch.float32) for name, values in EXAMPLE["parts"].items()}
     parts["labels"] = parts["labels"].to(torch.uint8)
     assert decode(parts, entry_of(EXAMPLE["entry"])).tolist() == EXAMPLE["restored"]
 
 
-def test_the_labels_of_the_page_are_packed_as_it_says() -> None:
+def test_the_labels_of_the_page_are_packed_as_documented() -> None:
     labels = torch.tensor([0, 1, 1, 0])
     assert pack(labels, 1).tolist() == [6]
     assert pack(labels, 2).tolist() == [20]
 
 
-def test_the_page_says_the_present_version() -> None:
+def test_the_page_names_the_present_version() -> None:
     assert f'"format_version": {FORMAT_VERSION}' in PAGE
 
 

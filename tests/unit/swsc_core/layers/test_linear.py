@@ -99,7 +99,7 @@ def test_half_precision_is_as_close_as_a_dense_layer_is(layer: SwscLinear, dtype
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", SPECS)
-def test_the_input_says_the_dtype_whatever_that_of_the_parts(name: str, bias: bool) -> None:
+def test_the_output_has_the_dtype_of_the_input_whatever_that_of_the_parts(name: str, bias: bool) -> None:
     layer, x = compressed(name, bias), torch.randn(16, N)
     for dtype, most in ((torch.float64, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 3e-3)):
         found, wanted = layer(x.to(dtype)), expected(layer, x)
@@ -166,7 +166,7 @@ def test_parts_that_are_asked_to_can_be_tuned(name: str) -> None:
     assert torch.autograd.gradcheck(loss, values, fast_mode=True)
 
 
-def test_nothing_but_the_bias_wants_a_gradient_unasked(layer: SwscLinear) -> None:
+def test_only_the_bias_requires_a_gradient_by_default(layer: SwscLinear) -> None:
     assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["bias"]
 
 

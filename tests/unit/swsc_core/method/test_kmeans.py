@@ -122,7 +122,7 @@ def test_a_far_offset_does_not_cost_the_clustering_its_digits() -> None:
 
 
 @pytest.mark.parametrize("k", [0, -1, 11])
-def test_number_of_clusters_out_of_range_says_the_range(k: int) -> None:
+def test_the_error_of_a_number_of_clusters_out_of_range_names_the_range(k: int) -> None:
     with pytest.raises(ValueError, match=f"n_clusters {k} is out of range; choose 1 to 10"):
         kmeans(torch.zeros(10, 2), k)
 
@@ -145,7 +145,7 @@ def test_sums_by_products_are_those_by_index(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(by_products, points_module.sum_by_label(rows, labels, 9))
 
 
-def test_both_routes_assign_points_alike_and_tell_the_same_costs() -> None:
+def test_both_routes_return_equal_labels_and_costs() -> None:
     points = points_of(4, 300, 40)
     points -= points.mean(dim=0)
     labels = torch.randint(20, (300,), generator=torch.Generator().manual_seed(0))

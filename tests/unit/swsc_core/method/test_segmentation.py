@@ -25,7 +25,7 @@ def weight_of(seed: int, m: int, n: int) -> torch.Tensor:
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
 
 
-def moment_of(seed: int, n: int) -> torch.Tensor:
+def hessian_of(seed: int, n: int) -> torch.Tensor:
     """Second moment of correlated inputs, some of them much larger than others."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(n, n, generator=generator) * torch.logspace(-1, 1, n)
@@ -47,7 +47,7 @@ def test_stored_parts_are_counted_exactly_and_decode_to_what_was_restored(
 ) -> None:
     spec = replace(SEGMENTED, channel_axis=axis, codebooks=codebooks, rank=rank, centroid_bits=bits, factor_bits=bits)
     weight = weight_of(0, 12, 20).bfloat16()
-    encoded = encode(weight, [spec], metric=Metric(moment_of(1, 20)), name="layer")
+    encoded = encode(weight, [spec], metric=Metric(hessian_of(1, 20)), name="layer")
     assert encoded.stored_bytes == spec.stored_bytes((12, 20), 16)
     assert torch.equal(
         decode(encoded.tensors, entry_of(json.loads(json.dumps(encoded.entry.to_json())))), encoded.restored
@@ -56,7 +56,7 @@ def test_stored_parts_are_counted_exactly_and_decode_to_what_was_restored(
 
 def test_restored_segments_are_scaled_centroids_by_label_by_hand() -> None:
     weight, spec = weight_of(2, 6, 8), replace(SEGMENTED, centroid_bits=None, rank=2, factor_bits=None)
-    encoded = encode(weight, [spec], metric=Metric(moment_of(3, 8)))
+    encoded = encode(weight, [spec], metric=Metric(hessian_of(3, 8)))
     parts = encoded.tensors
     stream = "".join(f"{byte:08b}"[::-1] for byte in parts["labels"].tolist())
     labels = [int(stream[i : i + 3][::-1], 2) for i in range(0, 3 * 24, 3)]
@@ -70,12 +70,12 @@ def test_restored_segments_are_scaled_centroids_by_label_by_hand() -> None:
     seed=st.integers(0, 500), axis=st.sampled_from(["output", "input"]), plain=st.booleans(), rows=st.booleans(),
     size=st.sampled_from([1, 2, 4]), scaled=st.booleans(),
 )  # fmt: skip
-def test_reassigning_and_refitting_never_raise_the_energy(
+def test_reassigning_and_refitting_never_raise_the_weighted_error(
     seed: int, axis: Axis, plain: bool, rows: bool, size: int, scaled: bool
 ) -> None:
     weight = weight_of(seed, 12, 16)
     importance = torch.rand(12, generator=torch.Generator().manual_seed(seed)) + 0.1 if rows else None
-    metric = Metric(None if plain else moment_of(seed + 1, 16), importance)
+    metric = Metric(None if plain else hessian_of(seed + 1, 16), importance)
     spec = SwscSpec(4, 0, axis, segment_size=size, scaled=scaled)
     sharing = Sharing(weight, metric, spec, torch.float32)
     sharing.start(torch.Generator().manual_seed(seed))
@@ -88,9 +88,9 @@ def test_reassigning_and_refitting_never_raise_the_energy(
     assert all(later <= earlier + limit for earlier, later in itertools.pairwise(energies))
 
 
-def test_each_step_of_the_family_lowers_the_energy_at_equal_labels() -> None:
+def test_each_step_of_the_family_lowers_the_weighted_error_at_equal_labels() -> None:
     """Plain metric → activations → error feedback → rounds, on one matrix whose inputs are correlated."""
-    weight, metric = weight_of(5, 48, 64), Metric(moment_of(6, 64))
+    weight, metric = weight_of(5, 48, 64), Metric(hessian_of(6, 64))
     steps = [
         replace(SEGMENTED, metric="weights", feedback=False, rounds=0),
         replace(SEGMENTED, feedback=False, rounds=0),
@@ -104,7 +104,7 @@ def test_each_step_of_the_family_lowers_the_energy_at_equal_labels() -> None:
 
 
 def test_whole_channels_in_the_whitened_space_beat_the_papers_form_in_the_metric() -> None:
-    weight, metric = weight_of(7, 40, 32), Metric(moment_of(8, 32))
+    weight, metric = weight_of(7, 40, 32), Metric(hessian_of(8, 32))
     paper, whitened = SwscSpec(8, 4), SwscSpec(8, 4, metric="activations")
     energies = [metric.energy(weight - encode(weight, [s], metric=metric).restored) for s in (paper, whitened)]
     assert energies[1] < 0.5 * energies[0]
@@ -120,27 +120,27 @@ def test_the_plain_metric_given_explicitly_is_the_papers_form() -> None:
 
 
 def test_whitened_svd_meets_the_eckart_young_bound_of_its_metric() -> None:
-    weight, metric = weight_of(10, 20, 16), Metric(moment_of(11, 16), torch.rand(20) + 0.5)
+    weight, metric = weight_of(10, 20, 16), Metric(hessian_of(11, 16), torch.rand(20) + 0.5)
     left_over = weight - encode(weight, [SwscSpec(0, 5, metric="activations")], metric=metric).restored
     spectrum = torch.linalg.svdvals(metric.whiten_(weight.clone()).double())
     assert metric.energy(left_over) == pytest.approx(float(spectrum[5:].square().sum()), rel=1e-3)
 
 
 def test_alternating_with_the_svd_does_not_lose() -> None:
-    weight, metric = weight_of(12, 32, 32), Metric(moment_of(13, 32))
+    weight, metric = weight_of(12, 32, 32), Metric(hessian_of(13, 32))
     once, often = (relative(weight, replace(SEGMENTED, rank=3, rounds=rounds), metric) for rounds in (0, 4))
     assert often < once
 
 
 def test_more_rounds_never_end_worse() -> None:
-    weight, metric = weight_of(14, 24, 24), Metric(moment_of(15, 24))
+    weight, metric = weight_of(14, 24, 24), Metric(hessian_of(15, 24))
     energies = [relative(weight, replace(SEGMENTED, centroid_bits=4, rounds=rounds), metric) for rounds in range(5)]
     assert energies == sorted(energies, reverse=True)
 
 
 def test_feedback_matches_its_definition_column_by_column() -> None:
     """Against GPTQ's loop written out, scalars for segments, in float64; the last column is the first."""
-    weight, moment = weight_of(16, 3, 6), moment_of(17, 6)
+    weight, moment = weight_of(16, 3, 6), hessian_of(17, 6)
     metric = Metric(moment)
     sharing = Sharing(weight, metric, SwscSpec(4, 0, segment_size=1), torch.float32)
     sharing.start(torch.Generator().manual_seed(0))
@@ -156,7 +156,7 @@ def test_feedback_matches_its_definition_column_by_column() -> None:
 
 
 def test_slabs_and_lazy_updates_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, metric = weight_of(18, 24, 32), Metric(moment_of(19, 32))
+    weight, metric = weight_of(18, 24, 32), Metric(hessian_of(19, 32))
     whole = encode(weight, [SEGMENTED], metric=metric)
     monkeypatch.setattr("swsc_core.method.codebook_fit.slab_values", lambda count: 32 * 5)
     monkeypatch.setattr("swsc_core.method.codebook_fit._LAZY_COLUMNS", 6)
@@ -166,7 +166,7 @@ def test_slabs_and_lazy_updates_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_rows_that_matter_more_are_kept_better() -> None:
-    weight, moment = weight_of(20, 16, 32), moment_of(21, 32)
+    weight, moment = weight_of(20, 16, 32), hessian_of(21, 32)
     importance = torch.ones(16)
     importance[:4] = 100
     even, uneven = (
@@ -186,12 +186,12 @@ def test_rows_that_matter_more_are_kept_better() -> None:
         ({"rank": 7}, "w: rank 7 is out of range; choose 0 to 6"),
     ],
 )
-def test_a_spec_that_does_not_fit_says_what_would(change: dict[str, Any], message: str) -> None:
+def test_the_error_of_a_spec_that_does_not_fit_names_one_that_does(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compress(torch.ones(6, 8), replace(SEGMENTED, **change), metric=Metric(torch.eye(8)), name="w")
 
 
-def test_a_missing_or_empty_moment_is_told_of() -> None:
+def test_a_missing_or_empty_hessian_is_an_error() -> None:
     with pytest.raises(
         ValueError, match="w: metric activations needs the second moment of its inputs; calibrate first"
     ):
@@ -213,12 +213,12 @@ def test_fewer_distinct_segments_than_centroids_are_kept_exactly() -> None:
 @pytest.mark.parametrize("axis", ["output", "input"])
 def test_a_zero_matrix_stays_zero_in_any_metric(axis: Axis) -> None:
     spec = replace(SEGMENTED, channel_axis=axis, rank=1)
-    restored = encode(torch.zeros(6, 8), [spec], metric=Metric(moment_of(1, 8))).restored
+    restored = encode(torch.zeros(6, 8), [spec], metric=Metric(hessian_of(1, 8))).restored
     assert not restored.any()
 
 
 def test_few_tokens_are_trusted_less() -> None:
-    """A moment of fewer tokens than inputs says nothing of most directions; error there is to cost something."""
+    """A Hessian of fewer tokens than inputs has no information on most directions; error there must still cost something."""
     generator = torch.Generator().manual_seed(5)
     mixing = torch.randn(64, 64, generator=generator) * torch.logspace(-1, 0.5, 64)
     truth, weight = Metric(mixing @ mixing.T), weight_of(22, 48, 64)
@@ -231,7 +231,7 @@ def test_few_tokens_are_trusted_less() -> None:
     assert careful < 0.8 * trusting
 
 
-def test_a_moment_that_has_no_root_names_its_tensor() -> None:
+def test_the_error_of_a_hessian_without_a_root_names_its_tensor() -> None:
     moment = torch.eye(8)
     moment[0, 0] = -5.0  # its mean is positive, it is not
     with pytest.raises(WeightError, match="q_proj: its second moment is not positive definite"):

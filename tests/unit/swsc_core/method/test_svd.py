@@ -88,7 +88,7 @@ def test_same_seed_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("rank", [-1, 6])
-def test_rank_out_of_range_says_the_range(rank: int) -> None:
+def test_the_error_of_a_rank_out_of_range_names_the_range(rank: int) -> None:
     with pytest.raises(ValueError, match=f"rank {rank} is out of range; choose 0 to 5"):
         truncated_svd(torch.zeros(5, 7), rank)
 

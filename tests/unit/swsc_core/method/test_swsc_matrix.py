@@ -142,7 +142,7 @@ def test_non_finite_weights_name_the_tensor_and_the_count(value: float, count: i
         (1, 5, "w: rank 5 is out of range; choose 0 to 4"),
     ],
 )
-def test_numbers_out_of_range_say_the_range(k: int, rank: int, message: str) -> None:
+def test_the_error_of_numbers_out_of_range_names_the_range(k: int, rank: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compress(torch.eye(4), SwscSpec(k, rank), name="w")
 
@@ -156,7 +156,7 @@ def test_what_is_not_a_floating_point_matrix_is_refused_by_name(bad: torch.Tenso
 
 
 @pytest.mark.parametrize("spec", [SwscSpec(16, 8), RtnSpec(3)])
-def test_restored_values_that_overflow_the_weights_own_dtype_are_told_of(spec: Any) -> None:
+def test_restored_values_that_overflow_the_dtype_of_the_weight_are_an_error(spec: Any) -> None:
     weight = (weight_of(5, 64, 48) * 40_000).clamp(-65_504, 65_504)  # up to the largest float16
     with pytest.raises(WeightError, match="layer: restored values overflow float16; leave this tensor out"):
         encode(weight.half(), [spec], name="layer")

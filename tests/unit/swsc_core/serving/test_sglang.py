@@ -142,7 +142,7 @@ def test_heads_that_two_groups_split_are_refused(door: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("about", [{"tensor": "a.qkv_proj.weight", "rows": [0, 32, 32, 1]}, {"transposed": True}])
-def test_joined_and_transposed_matrices_are_refused_by_name(door: ModuleType, about: dict[str, Any]) -> None:
+def test_fused_and_transposed_matrices_are_refused_by_name(door: ModuleType, about: dict[str, Any]) -> None:
     """Its loaders only warn of what no parameter takes, and how they would name these was not seen."""
     entry = encode(torch.randn(32, 48), [SwscSpec(10, 3)]).entry.to_json() | about
     with pytest.raises(ValueError, match=r"a\.qkv_proj.*\.weight: fused and transposed .* `swsc restore` first"):

@@ -1,4 +1,4 @@
-"""Claims about aligned memory: the same values, copied only where they lie elsewhere, ties kept."""
+"""Claims about aligned memory: the same values, copied only if they are not aligned, ties kept."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def test_a_model_is_aligned_in_place_and_what_is_tied_stays_tied() -> None:
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (7,), (5, 9)])
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F8_E4M3", "I64"])
-def test_a_part_from_anywhere_becomes_an_aligned_tensor_of_its_own(dtype: str, shape: tuple[int, ...]) -> None:
+def test_a_part_from_any_buffer_is_copied_to_an_aligned_tensor(dtype: str, shape: tuple[int, ...]) -> None:
     nbytes = int(np.prod(shape)) * DTYPES[dtype][1]
     memory = np.arange(nbytes + 8, dtype=np.uint8)
     memory.flags.writeable = False  # as the object store gives it

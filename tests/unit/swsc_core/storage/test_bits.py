@@ -75,7 +75,7 @@ def test_a_solved_budget_is_kept_and_one_rank_more_would_break_it(
     assert k == geometry.channels - 1 or cost(k + 1, 0) > share * bits
 
 
-def test_a_budget_too_small_says_the_least() -> None:
+def test_the_error_of_a_budget_that_is_too_small_names_the_least() -> None:
     with pytest.raises(ValueError, match=r"0\.001 bits a weight buy nothing on 64×64; the least is 0\.25"):
         solve_budget(Geometry(64, 64, "output"), 0.001)
 

@@ -1,4 +1,4 @@
-"""Where a matrix lies: JSON there and back, and what a location of each kind says of shapes and rows."""
+"""MatrixLocation: round trip through JSON, and shapes and rows of each kind of location."""
 
 from typing import Any
 

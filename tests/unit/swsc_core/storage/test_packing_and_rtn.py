@@ -47,7 +47,7 @@ GRANULARITIES = st.sampled_from(["tensor", "channel", "group"])
     seed=st.integers(0, 1000), m=st.integers(1, 12), n=st.integers(1, 40), bits=st.integers(2, 8),
     granularity=GRANULARITIES, group=st.integers(1, 50), symmetric=st.booleans(),
 )  # fmt: skip
-def test_every_weight_lies_within_a_step_and_bytes_are_as_foretold(
+def test_every_weight_is_within_a_step_and_bytes_are_as_predicted(
     seed: int,
     m: int,
     n: int,
@@ -102,6 +102,6 @@ def test_zero_rows_and_constant_rows_survive() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 9, -3])
-def test_bits_out_of_range_say_the_range(bits: int) -> None:
+def test_the_error_of_bits_out_of_range_names_the_range(bits: int) -> None:
     with pytest.raises(ValueError, match=f"layer7: bits {bits} is out of range; choose 2 to 8"):
         quantize(torch.ones(2, 2), bits, name="layer7")

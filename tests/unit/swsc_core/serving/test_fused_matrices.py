@@ -1,4 +1,4 @@
-"""Matrices that join q, k and v, as engines split them: whole, by heads that lie side by side, and turned round."""
+"""Matrices that fuse q, k and v, as engines split them: whole, by adjacent heads, and transposed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Spec]] = {
 
 
 class Whole:
-    """A joined matrix of which pieces are compressed: `stored` by name, `dense` as it is restored."""
+    """A fused matrix with compressed pieces: `stored` tensors by name, `dense` the restored matrix."""
 
     def __init__(self, laid: dict[str, RowBlocks], specs: dict[str, Spec], turned: bool = False) -> None:
         torch.manual_seed(0)
@@ -93,7 +93,7 @@ def test_a_layer_of_q_k_and_v_has_the_rows_of_its_rank(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_layer_that_knows_nothing_of_heads_has_the_rows_as_they_lie(kind: str, ranks: int) -> None:
+def test_a_layer_without_heads_has_the_rows_in_their_stored_order(kind: str, ranks: int) -> None:
     whole, x, bias = Whole(BY_GROUP, KINDS[kind]), torch.randn(3, HIDDEN), torch.randn(128 // ranks)
     for rank in range(ranks):
         layer = whole.load(rank, ranks, [128 // ranks])
@@ -127,7 +127,7 @@ class TestWhatDoesNotFitIsRefusedByName:
         with pytest.raises(ValueError, match=r"not in the checkpoint: .*a\.query_key_value\.q\.labels"):
             method.process_weights_after_loading(layer)  # type: ignore[attr-defined]
 
-    def test_heads_that_are_joined_in_another_order(self) -> None:
+    def test_heads_that_are_fused_in_another_order(self) -> None:
         laid = {"k": RowBlocks(0, 16, 64, 2), "v": RowBlocks(16, 16, 64, 2), "q": RowBlocks(32, 32, 64, 2)}
         with pytest.raises(ValueError, match=r"a\.query_key_value: its heads are not fused as q, k and v by group"):
             Whole(laid, {"q": OUTPUT}).load(0, 1, [64, 32, 32])

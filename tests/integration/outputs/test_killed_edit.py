@@ -26,8 +26,8 @@ def measured(card: str) -> str:
     return card if "measured" in card else card + "measured"
 
 
-def killed_while_amending(output: Path, at: int) -> bool:
-    """Whether a process that amends the card was there to be killed (SIGKILL) at its operation number `at`."""
+def killed_while_editing(output: Path, at: int) -> bool:
+    """Whether a process that edits the card was alive at its operation number `at`, where it is killed (SIGKILL)."""
     process = os.fork()
     if process == 0:
         count = 0
@@ -65,7 +65,7 @@ def test_a_process_killed_while_it_writes_a_card_leaves_an_output_that_verifies_
     while True:
         at += 1
         shutil.copytree(made, output)
-        if not killed_while_amending(output, at):
+        if not killed_while_editing(output, at):
             break
         seen |= {Path(name).name.split(".")[0] for name in left(output) if name.endswith(".partial")}
         assert main(["verify", str(output), "--local"]) == 0
