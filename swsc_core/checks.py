@@ -8,18 +8,20 @@ from torch import Tensor
 _PART_VALUES = 1 << 20  # that are looked at at a time: what is made of them stays in a cache
 
 
-class WeightError(ValueError):
+class InvalidWeightError(ValueError):
     """The weights themselves cannot be compressed (NaN, Inf, not a matrix), whatever the settings."""
 
 
 def require_matrix(name: str, weight: Tensor) -> None:
-    """Raise WeightError unless `weight` is a non-empty 2-D floating point tensor of finite values."""
+    """Raise InvalidWeightError unless `weight` is a non-empty 2-D floating point tensor of finite values."""
     if weight.dim() != 2 or weight.numel() == 0:
-        raise WeightError(f"{name}: shape {list(weight.shape)}, wanted a non-empty 2-D matrix; exclude this tensor")
+        raise InvalidWeightError(
+            f"{name}: shape {list(weight.shape)}, wanted a non-empty 2-D matrix; exclude this tensor"
+        )
     if not weight.is_floating_point():
-        raise WeightError(f"{name}: dtype {weight.dtype}, wanted a floating point matrix; exclude this tensor")
+        raise InvalidWeightError(f"{name}: dtype {weight.dtype}, wanted a floating point matrix; exclude this tensor")
     if bad := not_finite(weight):
-        raise WeightError(
+        raise InvalidWeightError(
             f"{name}: {bad} of {weight.numel()} values are NaN or Inf; repair the checkpoint or exclude this tensor"
         )
 

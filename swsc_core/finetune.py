@@ -8,17 +8,19 @@ and Ba 2015.)
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from swsc_core.method.pairwise import sum_by_label
-from swsc_core.method.stored_values import Values, store_scales, store_values
+from swsc_core.method.stored_values import StoredValues, store_scales, store_values
 from swsc_core.method.swsc_matrix import SwscMatrix
 from swsc_core.storage.bits import label_bits
 from swsc_core.storage.packing import unpack
 
-_DECAYS = 0.9, 0.95  # of the running means of gradients and of their squares
+# Decay rates of Adam's running means of gradients and of their squares.
+_MEAN_DECAY, _SQUARE_DECAY = 0.9, 0.95
 _TINY = 1e-12
 
 
@@ -50,7 +52,7 @@ class Tunable:
 
     def rounded(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`values` as they are once stored. A loss is taken there, and its gradient as if nothing had been rounded."""
-        return values_of(self.stored(values))
+        return tunable_values(self.stored(values))
 
     def restored(self, values: Mapping[str, Tensor]) -> Tensor:
         """Ŵ in float32, [m, n]."""
@@ -77,7 +79,7 @@ class Tunable:
         return self.matrix.layout.matrix(values["centroids"][self._places])
 
 
-def values_of(matrix: SwscMatrix) -> dict[str, Tensor]:
+def tunable_values(matrix: SwscMatrix) -> dict[str, Tensor]:
     """What a matrix stores, in float32."""
     found = {"centroids": matrix.centroids.expand(), "left": matrix.left.expand(), "right": matrix.right.expand()}
     if matrix.scales is not None:
@@ -85,25 +87,39 @@ def values_of(matrix: SwscMatrix) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in found.items() if value.numel()}
 
 
-def _stored_like(before: Values, values: Tensor | None) -> Values:
+def _stored_like(before: StoredValues, values: Tensor | None) -> StoredValues:
     if values is None:
         return before
     return store_values(values, before.bits, (before.data if before.scales is None else before.scales).dtype)
 
 
-def unit_of(name: str, value: Tensor) -> Tensor:
+def step_unit(name: str, value: Tensor) -> Tensor:
     """What counts as one for a step: a scale's own size, or the RMS of all values of a part; never zero."""
     size = value.abs() if name == "scales" else value.square().mean().sqrt().expand_as(value)
     return size.clamp(min=_TINY)
 
 
-def adam_step(
-    value: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, unit: Tensor, step: int, rate: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`value`, `mean` and `square` after step number `step` (from 1) of Adam in units of `unit`."""
+class AdamState(NamedTuple):
+    """A value and Adam's running means of its gradient and of the gradient's square, float32 tensors of one shape."""
+
+    value: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+def adam_step(state: AdamState, gradient: Tensor, unit: Tensor, step: int, rate: float) -> AdamState:
+    """One step of Adam (Kingma and Ba 2015, algorithm 1) on a value that is measured in multiples of `unit`.
+
+    Args:
+        state: the value and its running means; zeros before the first step.
+        gradient: derivative of the loss with respect to the value.
+        unit: size of the value, as `step_unit` returns it.
+        step: number of the step, counted from 1.
+        rate: step size, in multiples of `unit`.
+    """
     gradient = gradient * unit
-    mean = _DECAYS[0] * mean + (1 - _DECAYS[0]) * gradient
-    square = _DECAYS[1] * square + (1 - _DECAYS[1]) * gradient.square()
-    towards = mean / (1 - _DECAYS[0] ** step)
-    spread = (square / (1 - _DECAYS[1] ** step)).sqrt()
-    return value - rate * unit * towards / (spread + _TINY), mean, square
+    mean = _MEAN_DECAY * state.mean + (1 - _MEAN_DECAY) * gradient
+    square = _SQUARE_DECAY * state.square + (1 - _SQUARE_DECAY) * gradient.square()
+    unbiased_mean = mean / (1 - _MEAN_DECAY**step)
+    deviation = (square / (1 - _SQUARE_DECAY**step)).sqrt()
+    return AdamState(state.value - rate * unit * unbiased_mean / (deviation + _TINY), mean, square)

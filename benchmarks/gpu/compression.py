@@ -13,7 +13,7 @@ from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.planning.cost_model import matrix_device_bytes
 from swsc_core import Encoded, Metric, SwscSpec, decode, encode
 from swsc_core.layers.linear import SwscLinear
-from swsc_core.method.codebook_fit import Sharing
+from swsc_core.method.codebook_fit import CodebookFit
 
 BEST: dict[str, Any] = {
     "segment_size": 4, "scaled": True, "metric": "activations", "feedback": True, "rounds": 4, "centroid_bits": 8,
@@ -69,7 +69,7 @@ def blocks(bench: Bench) -> Iterator[Finding]:
     n = bench.size(2048, 64)
     spec = specs(bench)["best"]
     metric = Metric(moment(n).to(bench.device), tokens=2 * n)
-    sharing = Sharing(structured_weight(n, n, 0, rank=16).to(bench.device), metric, spec, torch.bfloat16)
+    sharing = CodebookFit(structured_weight(n, n, 0, rank=16).to(bench.device), metric, spec, torch.bfloat16)
     sharing.start(torch.Generator().manual_seed(0))
     count = n // sharing.layout.width * len(list(sharing._slabs()))
     assign = lambda: sharing.assign(feedback=True)  # noqa: E731

@@ -7,7 +7,7 @@ from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.engine.task import JobContext, JobOutput
 from pipeline.models.matrix_reader import read_source_matrix
 from pipeline.storage.store import Store
-from swsc_core.allocation.sensitivity import reach, share_left
+from swsc_core.allocation.sensitivity import relative_distortion, sensitivity
 from swsc_core.method.spec import SwscSpec
 
 
@@ -21,7 +21,7 @@ class MeasureSensitivity:
 
     def run(self, context: JobContext) -> JobOutput[float]:
         metric, unit = self.hessians.metric(self.info.name, context.device)
-        return JobOutput(unit * reach(read_source_matrix(self.source, self.info, context.device).weight, metric))
+        return JobOutput(unit * sensitivity(read_source_matrix(self.source, self.info, context.device).weight, metric))
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,5 @@ class MeasureDistortions:
     def run(self, context: JobContext) -> JobOutput[tuple[SpecDistortion, ...]]:
         weight = read_source_matrix(self.source, self.info, context.device).weight
         metric, _ = self.hessians.metric(self.info.name, context.device)
-        shares = (share_left(weight, spec, metric, self.seed, self.info.name) for spec in self.specs)
+        shares = (relative_distortion(weight, spec, metric, self.seed, self.info.name) for spec in self.specs)
         return JobOutput(tuple(map(SpecDistortion, self.specs, shares)))

@@ -79,10 +79,10 @@ def read_tensor(store: Store, info: TensorInfo, digests: RangeDigests | None = N
         if info.sha256 or digests is not None:
             deque(verify_pieces(store, info, [data], digests), maxlen=0)
         return _tensor(_placed(data), info.dtype, info.shape)
-    from swsc_core.storage.fp8 import scaled
+    from swsc_core.storage.fp8 import dequantize_blocks
 
     weight, scales = (read_tensor(store, stored, digests) for stored in info.stored)
-    return scaled(weight, scales.expand(-(-len(weight) // info.fp8.block[0]), -1), info.fp8.block)
+    return dequantize_blocks(weight, scales.expand(-(-len(weight) // info.fp8.block[0]), -1), info.fp8.block)
 
 
 def read_matrix(store: Store, matrix: MatrixInfo, digests: RangeDigests | None = None) -> "Tensor":

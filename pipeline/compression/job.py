@@ -21,7 +21,7 @@ from pipeline.planning.plan import CopyTask, LayerTask
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import FileRecord, Store
 from swsc_core import Encoded, encode
-from swsc_core.checks import WeightError
+from swsc_core.checks import InvalidWeightError
 from swsc_core.method.spec import Spec
 
 
@@ -148,7 +148,7 @@ def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: s
         return_freed_blocks(info.count)
     try:
         encoded = _encoded(matrix, variant, device)
-    except WeightError as error:
+    except InvalidWeightError as error:
         raise UncompressibleWeight(f"{matrix.path}: {error}") from None
     return encoded, matrix_result(matrix, encoded, time.perf_counter() - started, variant.hessians)
 

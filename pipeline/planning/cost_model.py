@@ -17,9 +17,9 @@ from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.matrix import MatrixSettings
 from swsc_core.method.codebook import sample_size
 from swsc_core.method.codebook_fit import CONJUGATE_STEPS
-from swsc_core.method.kmeans import effort
-from swsc_core.method.pairwise import gram_pays
-from swsc_core.method.segmentation import GPU_SLAB, slab_values
+from swsc_core.method.kmeans import starts_and_refined
+from swsc_core.method.pairwise import use_gram
+from swsc_core.method.segmentation import GPU_SLAB_WEIGHTS, slab_values
 from swsc_core.method.spec import Spec, SwscSpec
 from swsc_core.method.svd import is_exact
 from swsc_core.storage.bits import Geometry
@@ -116,13 +116,13 @@ def device_bytes(plan: Plan) -> int:
 def matrix_device_bytes(info: MatrixInfo, spec: Spec) -> int:
     """The same for one matrix. There a slab may be all of it."""
     return _CUBLAS + 4 * (
-        _peak_values(info, spec) + (_SLAB_COPIES * min(info.count, GPU_SLAB) if spec.cuts_channels else 0)
+        _peak_values(info, spec) + (_SLAB_COPIES * min(info.count, GPU_SLAB_WEIGHTS) if spec.cuts_channels else 0)
     )
 
 
 def _peak_values(info: MatrixInfo, spec: Spec) -> int:
     count, inputs = info.count, info.shape[1]
-    moments = _MOMENTS * inputs**2 if spec.needs_moments else 0
+    moments = _MOMENTS * inputs**2 if spec.needs_hessian else 0
     return (_SEGMENTED if spec.cuts_channels else _WHOLE) * count + moments
 
 
@@ -212,7 +212,7 @@ def _segment_seconds(m: int, n: int, spec: SwscSpec, speed: Speed) -> float:
     """Products with the moment, distances to centroids (bound by memory, not by the GEMM), and small calls per block."""
     layout, k = spec.layout((m, n)), spec.n_clusters
     passes = 1 + spec.rounds
-    products = 2 * m * n * n * (passes + CONJUGATE_STEPS * spec.rounds) + n**3 if spec.needs_moments else 0
+    products = 2 * m * n * n * (passes + CONJUGATE_STEPS * spec.rounds) + n**3 if spec.needs_hessian else 0
     distances = _DISTANCE * k * (layout.count * passes + _CODEBOOK_PASSES * sample_size(k) * spec.codebooks)
     blocks = passes * layout.grid[1] * _BLOCK_SECONDS * -(-m * n // slab_values(m * n))
     return (products + distances) / speed.gemm + blocks
@@ -223,8 +223,8 @@ def _kmeans_seconds(m: int, n: int, spec: SwscSpec, speed: Speed) -> float:
     if k == 0:
         return 0.0
     points, length = geometry.channels, geometry.length
-    starts, refined = effort(points, k, spec.n_init)
-    gram = gram_pays(points, length, k, starts)
+    starts, refined = starts_and_refined(points, k, spec.n_init)
+    gram = use_gram(points, length, k, starts)
     once = 2 * points**2 * length / speed.gemm if gram else 0
     step = points**2 / speed.additions if gram else 2 * points * k * length / speed.gemm
     step += _NEAREST * k * points / speed.additions + _STEP_SECONDS

@@ -7,7 +7,7 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.errors import ConfigError
 from pipeline.settings.matrix import MatrixSettings
-from swsc_core.allocation.budget import Count, solve_budget
+from swsc_core.allocation.budget import BitCount, solve_budget
 from swsc_core.allocation.candidate_specs import largest_within, uncompensated
 from swsc_core.compressed.registry import method_named
 from swsc_core.method.spec import Spec, SwscSpec
@@ -20,7 +20,7 @@ class Budget:
     """What a matrix may take, in bits per weight, and what these count: stored bytes, or as in the paper's Table II."""
 
     bits: float
-    count: Count = "true"
+    count: BitCount = "true"
 
 
 def budget_of(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], settings: MatrixSettings) -> Budget:
@@ -33,7 +33,7 @@ def budget_of(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], settings: 
         nbytes = budget_bytes(checkpoint, matrices, settings)
         _require_affordable(matrices, nbytes, settings)
         return Budget(8 * nbytes / max(1, sum(info.count for info in matrices)))
-    by_default: Count = settings.preset_definition.bits_counted if settings.bits is None else "true"
+    by_default: BitCount = settings.preset_definition.bits_counted if settings.bits is None else "true"
     return Budget(settings.budget_bits, settings.count or by_default)
 
 
@@ -85,7 +85,7 @@ def resolve(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> tuple
     """
     spec_type = method_named(settings.method).spec_type
     resolver = _RESOLVERS.get(spec_type)
-    return resolver(info, settings, budget) if resolver else (spec_type.of_settings(settings, budget.bits),)
+    return resolver(info, settings, budget) if resolver else (spec_type.from_settings(settings, budget.bits),)
 
 
 def _resolve_swsc(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> tuple[Spec, ...]:
@@ -158,7 +158,7 @@ def _of_numbers(info: MatrixInfo, axis: ChannelAxis, settings: MatrixSettings) -
             f"{info.name}: rank {r} is out of range for shape {list(info.shape)}; choose 0 to {min(info.shape)}"
         )
     spec = _in_form(SwscSpec(k, r, axis, settings.n_init), settings)
-    if refusal := spec.refusal(info.shape):
+    if refusal := spec.shape_error(info.shape):
         raise ConfigError(f"{info.name}: {refusal}")
     return spec
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.tensor_io import Payload, to_stored_tensor, to_tensor
-from swsc_core.finetune import adam_step, unit_of
+from swsc_core.finetune import AdamState, adam_step, step_unit
 
 Values = dict[str, dict[str, Tensor]]  # tensor -> name of a value (swsc_core/finetune.py) -> float32
 
@@ -32,10 +32,10 @@ class TuneState:
         for name, own in self.values.items():
             values[name], means[name], squares[name] = {}, {}, {}
             for part, value in own.items():
+                state = AdamState(value, self.means[name][part], self.squares[name][part])
                 values[name][part], means[name][part], squares[name][part] = adam_step(
-                    value, gradients[name][part], self.means[name][part], self.squares[name][part],
-                    unit_of(part, value), step, rate,
-                )  # fmt: skip
+                    state, gradients[name][part], step_unit(part, value), step, rate
+                )
         return TuneState(values, means, squares)
 
     def payload(self) -> Payload:

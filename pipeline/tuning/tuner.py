@@ -25,7 +25,7 @@ from pipeline.storage.store import Store
 from pipeline.tuning.state import TuneState, Values, from_payload
 from swsc_core.compressed.codec import Encoded, encoded_as
 from swsc_core.compressed.registry import matrix_of
-from swsc_core.finetune import Tunable, values_of
+from swsc_core.finetune import Tunable, tunable_values
 
 _ROWS = 512  # positions whose predictions are compared at a time
 
@@ -60,7 +60,7 @@ class Tuner:
 
     def start(self) -> TuneState:
         """The values that are stored."""
-        return TuneState.start({name: values_of(tunable.matrix) for name, tunable in self._tunables.items()})
+        return TuneState.start({name: tunable_values(tunable.matrix) for name, tunable in self._tunables.items()})
 
     def load_weights(self, step: int, *state: Payload) -> None:
         """Take on the values after `step` steps, or the stored ones if there is no `state`; not again if it has them."""

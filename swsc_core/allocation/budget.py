@@ -5,11 +5,11 @@ from typing import Literal
 from swsc_core.method.spec import SwscSpec
 from swsc_core.storage.bits import Geometry
 
-Count = Literal["true", "paper"]
+BitCount = Literal["true", "paper"]
 
 
 def solve_budget(
-    geometry: Geometry, bits: float, *, cluster_share: float = 0.5, value_bits: int = 16, count: Count = "true"
+    geometry: Geometry, bits: float, *, cluster_share: float = 0.5, value_bits: int = 16, count: BitCount = "true"
 ) -> tuple[int, int]:
     """Largest (n_clusters, rank) that a budget of `bits` a weight buys.
 

@@ -30,7 +30,7 @@ def candidates(shape: tuple[int, int], value_bits: int) -> Iterator[SwscSpec]:
             )  # fmt: skip
             family = [spec] + ([replace(spec, channel_axis="input")] if (size, width) in _INPUT_AXIS else [])
             for member in family:
-                if member.refusal(shape) is None and _modest(member, shape, value_bits):
+                if member.shape_error(shape) is None and _modest(member, shape, value_bits):
                     yield member
                     yield from _compensated(member, shape, value_bits)
 

@@ -18,8 +18,8 @@ _SLAB_ROWS = 512  # that are held in float64 at a time
 _SEGMENTS_PER_CENTROID = 32  # fewer would flatter: a codebook fits what it was learnt from
 
 
-def reach(weight: Tensor, metric: Metric) -> float:
-    """Σ D_i α_i² · Σ d_j of a weight [m, n], in the units of `metric.energy`."""
+def sensitivity(weight: Tensor, metric: Metric) -> float:
+    """Σ D_i α_i² · Σ d_j of a weight [m, n], in the units of `metric.weighted_error`."""
     slabs = weight.split(_SLAB_ROWS)  # in float64 the whole would be four copies of it
     rows = torch.cat([slab.float().double().square().mean(dim=1) for slab in slabs])
     if metric.row_weights is not None:
@@ -28,7 +28,7 @@ def reach(weight: Tensor, metric: Metric) -> float:
     return float(rows.sum()) * (weight.shape[1] if columns is None else float(columns.double().sum()))
 
 
-def share_left(weight: Tensor, spec: SwscSpec, metric: Metric, seed: int, name: str) -> float:
+def relative_distortion(weight: Tensor, spec: SwscSpec, metric: Metric, seed: int, name: str) -> float:
     """Energy that `spec` leaves of the reach, measured on evenly spaced rows (all, where it has a rank); 1 for a zero weight."""
     m, n = weight.shape
     layout = spec.layout((m, n))
@@ -38,5 +38,5 @@ def share_left(weight: Tensor, spec: SwscSpec, metric: Metric, seed: int, name: 
         rows = torch.linspace(0, m - 1, wanted, device=weight.device).long()
         weight, metric = weight[rows], metric.of_rows(rows)
     stats = compress(weight, spec, metric=metric, seed=seed, name=name)[1]
-    whole = reach(weight, metric)
-    return stats.energy / whole if whole > 0 else 1.0  # of nothing, nothing is kept
+    whole = sensitivity(weight, metric)
+    return stats.weighted_error / whole if whole > 0 else 1.0  # of nothing, nothing is kept

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swsc_core.checks import WeightError, not_finite
+from swsc_core.checks import InvalidWeightError, not_finite
 from swsc_core.compressed.compressed_matrix import CompressedMatrix, CompressOptions
 from swsc_core.compressed.entry import Entry
 from swsc_core.compressed.registry import matrix_of, method_named
@@ -88,7 +88,7 @@ def encoded_as(matrix: CompressedMatrix, weight: Tensor, name: str) -> Encoded:
     """A compressed form of `weight` that was calculated elsewhere, with its errors.
 
     Raises:
-        WeightError: values that overflow.
+        InvalidWeightError: values that overflow.
     """
     return _encoded(matrix, weight, name, {})
 
@@ -99,10 +99,14 @@ def _encoded(
     parts = {part: tensor.contiguous() for part, tensor in matrix.tensors.items()}
     for tensor in parts.values():
         if tensor.is_floating_point() and not_finite(tensor):
-            raise WeightError(f"{name}: values overflow {dtype_name(tensor.dtype)}; choose a wider storage dtype")
+            raise InvalidWeightError(
+                f"{name}: values overflow {dtype_name(tensor.dtype)}; choose a wider storage dtype"
+            )
     restored = matrix.restore()
     if not_finite(restored):
-        raise WeightError(f"{name}: restored values overflow {dtype_name(restored.dtype)}; leave this tensor out")
+        raise InvalidWeightError(
+            f"{name}: restored values overflow {dtype_name(restored.dtype)}; leave this tensor out"
+        )
     return Encoded(parts, matrix.entry, restored, *_squares(weight, restored), stats, spec)
 
 

@@ -5,7 +5,7 @@ or factors of few bits are packed codes with weight_scales, or left_scales and r
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from swsc_core.compressed.slicing import columns_of, rows_of
 from swsc_core.finetune import Tunable
 from swsc_core.method.compress import compress
 from swsc_core.method.spec import SwscSpec
-from swsc_core.method.stored_values import Values
+from swsc_core.method.stored_values import StoredValues
 from swsc_core.method.swsc_matrix import SwscMatrix, restore, restore_rows
 from swsc_core.storage.location import MatrixLocation
 
@@ -57,22 +57,22 @@ class CompressedSwsc(CompressedMatrix):
     def compress(
         cls, weight: Tensor, spec: SwscSpec, options: CompressOptions
     ) -> tuple["CompressedSwsc", dict[str, Any]]:
-        matrix, measured = compress(
+        matrix, stats = compress(
             weight,
             spec,
-            metric=options.metric if spec.needs_moments else None,
+            metric=options.metric if spec.needs_hessian else None,
             seed=options.seed,
             storage_dtype=options.storage_dtype,
             name=options.name,
         )
-        return cls.of(matrix, str(weight.dtype).removeprefix("torch.")), asdict(measured)
+        return cls.of(matrix, str(weight.dtype).removeprefix("torch.")), stats.to_json()
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], entry: SwscEntry) -> "CompressedSwsc":
         (m, n), layout = entry.shape, entry.layout
 
-        def values(part: str, rows: int, columns: int, bits: int | None) -> Values:
-            return Values((rows, columns), tensors[part], tensors.get(f"{part}_scales"), bits)
+        def values(part: str, rows: int, columns: int, bits: int | None) -> StoredValues:
+            return StoredValues((rows, columns), tensors[part], tensors.get(f"{part}_scales"), bits)
 
         matrix = SwscMatrix(
             layout,
@@ -125,7 +125,7 @@ class CompressedSwsc(CompressedMatrix):
 
     def without_low_rank(self) -> Tensor:
         m, n = self.entry.shape
-        left, right = (Values((0, side), torch.empty(0, side)) for side in (m, n))
+        left, right = (StoredValues((0, side), torch.empty(0, side)) for side in (m, n))
         return restore(replace(self.matrix, left=left, right=right), self.entry.torch_dtype)
 
     def tunable(self) -> Tunable:
@@ -135,5 +135,5 @@ class CompressedSwsc(CompressedMatrix):
         return replace(self, matrix=self.tunable().stored(values))
 
 
-def _exact(values: Values) -> Tensor:
+def _exact(values: StoredValues) -> Tensor:
     return values.data if values.bits is None and values.data.itemsize > 1 else values.expand()

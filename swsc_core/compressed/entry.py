@@ -66,7 +66,7 @@ class Entry:
         """Stored tensors of the matrix: part name ("weight", "labels", …) -> shape and kind."""
         raise NotImplementedError
 
-    def low_rank_refusal(self, added: int) -> str | None:
+    def low_rank_error(self, added: int) -> str | None:
         """Why the rank of the low-rank part cannot grow by `added`; None if it can."""
         return f"a matrix of method {self.method} has no low-rank part"
 
@@ -120,7 +120,7 @@ class SwscEntry(Entry):
     def __post_init__(self) -> None:
         super().__post_init__()
         spec = SwscSpec(self.n_clusters, self.rank, self.channel_axis, None, self.segment_size, self.codebooks)
-        if wrong := spec.refusal(self.shape):
+        if wrong := spec.shape_error(self.shape):
             raise ValueError(f"a matrix of {self.shape[0]}×{self.shape[1]}: {wrong}")
 
     @property
@@ -152,7 +152,7 @@ class SwscEntry(Entry):
         added = {"segment_size": length, "codebooks": 1, "scaled": False, "centroid_bits": None, "factor_bits": None}
         return {**added, **data}
 
-    def low_rank_refusal(self, added: int) -> str | None:
+    def low_rank_error(self, added: int) -> str | None:
         if self.factor_bits is not None:
             return f"its low-rank part is stored in {self.factor_bits} bits a value"
         rank, most = self.rank + added, min(self.shape)

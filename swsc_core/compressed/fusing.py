@@ -14,7 +14,7 @@ from torch import Tensor
 from swsc_core.compressed.entry import SwscEntry
 from swsc_core.method.segmentation import Layout
 from swsc_core.method.spec import MAX_CLUSTERS
-from swsc_core.method.stored_values import Values
+from swsc_core.method.stored_values import StoredValues
 from swsc_core.method.swsc_matrix import SwscMatrix
 from swsc_core.storage.bits import label_bits
 from swsc_core.storage.packing import pack
@@ -46,8 +46,8 @@ def fuse(matrices: Sequence[SwscMatrix]) -> SwscMatrix:
     )
 
 
-def _values(data: Tensor) -> Values:
-    return Values((data.shape[0], data.shape[1]), data)
+def _values(data: Tensor) -> StoredValues:
+    return StoredValues((data.shape[0], data.shape[1]), data)
 
 
 def _labels(matrices: Sequence[SwscMatrix]) -> Tensor:

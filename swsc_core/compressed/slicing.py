@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swsc_core.method.segmentation import Layout
-from swsc_core.method.stored_values import Values
+from swsc_core.method.stored_values import StoredValues
 from swsc_core.method.swsc_matrix import SwscMatrix
 from swsc_core.storage.bits import label_bits
 from swsc_core.storage.packing import pack
@@ -65,7 +65,7 @@ def _cut(matrix: SwscMatrix, size: int, to: int) -> SwscMatrix:
     data = _plain(matrix.centroids).data.reshape(-1, to)
     k = matrix.n_clusters * pieces
     labels = indices % k if k else indices
-    centroids = Values((data.shape[0], to), data)
+    centroids = StoredValues((data.shape[0], to), data)
     return replace(matrix, layout=layout, centroids=centroids, labels=pack(labels.reshape(-1), label_bits(k)))
 
 
@@ -87,27 +87,29 @@ def _relabelled(matrix: SwscMatrix, layout: Layout, indices: Tensor, first_row: 
     used, labels = torch.unique(indices, return_inverse=True)
     data = _plain(matrix.centroids).data[used]
     packed = pack(labels.reshape(-1), label_bits(len(used)))
-    return replace(matrix, layout=layout, codebooks=1, centroids=Values((len(used), layout.size), data), labels=packed)
+    return replace(
+        matrix, layout=layout, codebooks=1, centroids=StoredValues((len(used), layout.size), data), labels=packed
+    )
 
 
-def _with_factors(matrix: SwscMatrix, scales: Tensor | None, left: Values, right: Values) -> SwscMatrix:
+def _with_factors(matrix: SwscMatrix, scales: Tensor | None, left: StoredValues, right: StoredValues) -> SwscMatrix:
     """`matrix` with these; more factors than it has rows or columns are multiplied out, which says the same with fewer."""
     m, n = matrix.layout.m, matrix.layout.n
     if left.shape[0] > min(m, n):
         dense = (left.data.float().T @ right.data.float()).to(left.data.dtype)
         one = torch.eye(min(m, n), dtype=dense.dtype, device=dense.device)
         pair = (one, dense) if m <= n else (dense.T.contiguous(), one)
-        left, right = (Values((side.shape[0], side.shape[1]), side) for side in pair)
+        left, right = (StoredValues((side.shape[0], side.shape[1]), side) for side in pair)
     return replace(matrix, scales=scales, left=left, right=right)
 
 
-def _plain(values: Values) -> Values:
-    return values if values.scales is None else Values(values.shape, values.expand(values.scales.dtype))
+def _plain(values: StoredValues) -> StoredValues:
+    return values if values.scales is None else StoredValues(values.shape, values.expand(values.scales.dtype))
 
 
-def _rows(values: Values, first: int, last: int) -> Values:
-    return Values((last - first, values.shape[1]), _plain(values).data[first:last])
+def _rows(values: StoredValues, first: int, last: int) -> StoredValues:
+    return StoredValues((last - first, values.shape[1]), _plain(values).data[first:last])
 
 
-def _columns(values: Values, first: int, last: int) -> Values:
-    return Values((values.shape[0], last - first), _plain(values).data[:, first:last].contiguous())
+def _columns(values: StoredValues, first: int, last: int) -> StoredValues:
+    return StoredValues((values.shape[0], last - first), _plain(values).data[:, first:last].contiguous())

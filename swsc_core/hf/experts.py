@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 from swsc_core.hf.layer_replacement import put_layer
 from swsc_core.hf.weight_names import WeightNames
-from swsc_core.layers.experts import REMEDY, SwscExperts, refusal
+from swsc_core.layers.experts import REMEDY, SwscExperts, eager_error
 
 _LEAF = re.compile(r"\.\*\.(\w+)\\?\.weight\$?$")
 # the code that every class decorated so runs as its forward pass; a subclass with a forward pass of its own runs another
@@ -121,7 +121,7 @@ def join(model: Any, dtype: torch.dtype) -> None:
     """Put joined experts in the place of those that were laid apart, whose matrices are all dense by now."""
     for path, experts in list(model.named_modules()):
         if isinstance(experts, SwscExperts):
-            put_layer(model, path, experts.rejoined(dtype))
+            put_layer(model, path, experts.to_fused(dtype))
 
 
 def implementations(config: Any) -> dict[str, str | None]:
@@ -140,7 +140,7 @@ def require_eager(model: Any, asked: Mapping[str, str | None]) -> None:
         ValueError: another implementation was asked for, or that the model be spread over processes.
     """
     if other := {name for name in asked.values() if name not in (None, "eager")}:
-        raise ValueError(refusal(other.pop()))
+        raise ValueError(eager_error(other.pop()))
     if getattr(model.config, "distributed_config", None):
         raise ValueError("distributed_config: experts that stay compressed are not spread; " + REMEDY)
     model.config._experts_implementation = "eager"

@@ -77,7 +77,7 @@ class SwscLoraLinear(Linear):
         own = [name for name in names if name in self.lora_A and name not in self.merged_adapters]
         if any(self.lora_bias[name] for name in own):
             return "a low-rank part takes no biases"
-        return self._base.why_no_low_rank(sum(self.r[name] for name in own)) if own else None
+        return self._base.low_rank_error(sum(self.r[name] for name in own)) if own else None
 
     def unmerge(self) -> None:
         """Take the merged adapters out again, to the bit."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 REMEDY = "leave it out, or open the model with SwscConfig(dequantize=True)"
 
 
-def refusal(implementation: str) -> str:
+def eager_error(implementation: str) -> str:
     """Why experts that lie apart cannot be calculated so."""
     return (
         f"experts_implementation {implementation!r} wants the experts of a layer in one dense tensor, these stay compressed"
@@ -59,7 +59,7 @@ class SwscExperts(nn.Module):
             ValueError: the model was asked to calculate its experts in another way, or a router asks for one that is not there.
         """
         if (asked := self.joined.config._experts_implementation) not in (None, "eager"):
-            raise ValueError(refusal(asked))
+            raise ValueError(eager_error(asked))
         order = chosen.reshape(-1).argsort(stable=True)
         sent = chosen.reshape(-1).bincount(minlength=len(self)).tolist()
         if len(sent) > len(self):
@@ -78,7 +78,7 @@ class SwscExperts(nn.Module):
     def _matrices(self, number: int) -> Any:
         return self._modules[str(number)]
 
-    def rejoined(self, dtype: torch.dtype) -> Any:
+    def to_fused(self, dtype: torch.dtype) -> Any:
         """`joined`, with the weights of this one; of experts whose matrices are dense."""
         joined, experts = self.joined, [self._matrices(number) for number in range(len(self))]
         wide = [torch.cat([expert[leaf].weight for leaf in self.leaves[:-1]]) for expert in experts]

@@ -105,19 +105,19 @@ class SwscLinear(CompressedWeight):
         made.load_state_dict(parts, assign=True)
         return made
 
-    def why_no_low_rank(self, rank: int) -> str | None:
+    def low_rank_error(self, rank: int) -> str | None:
         """Why the compensation cannot become higher by `rank`; None if it can."""
-        if self.tied and self.entry.low_rank_refusal(0) is None:
+        if self.tied and self.entry.low_rank_error(0) is None:
             return "it is tied to another layer, which would change, too"
-        return self.entry.low_rank_refusal(rank)
+        return self.entry.low_rank_error(rank)
 
     def add_low_rank(self, left: Tensor, right: Tensor) -> None:
         """Add leftᵀ · right to W, [r, m] and [r, n]: compensation of a rank higher by r, rounded to the dtype of its factors.
 
         Raises:
-            ValueError: as `why_no_low_rank` says.
+            ValueError: as `low_rank_error` says.
         """
-        if why := self.why_no_low_rank(left.shape[0]):
+        if why := self.low_rank_error(left.shape[0]):
             raise ValueError(why)
         added = {"left": left, "right": right}
         parts = {part: torch.cat([self.parts[part], more.to(self.parts[part])]) for part, more in added.items()}

@@ -1,4 +1,4 @@
-"""Sharing in any metric: labels, codebook and scales of one matrix, each improved while the others stand.
+"""CodebookFit in any metric: labels, codebook and scales of one matrix, each improved while the others stand.
 
 Lloyd's two steps, taken in the metric of the error (metric.py):
 
@@ -20,15 +20,15 @@ from torch import Tensor
 from swsc_core.method.codebook import nearest, sample_size, weighted_kmeans
 from swsc_core.method.metric import Metric
 from swsc_core.method.pairwise import sum_by_label
-from swsc_core.method.segmentation import GPU_SLAB, slab_values
+from swsc_core.method.segmentation import GPU_SLAB_WEIGHTS, slab_values
 from swsc_core.method.spec import SwscSpec
-from swsc_core.method.stored_values import Values, store_scales, store_values
+from swsc_core.method.stored_values import StoredValues, store_scales, store_values
 
 _LAZY_COLUMNS = 128  # columns after which the rest of a slab is updated
 CONJUGATE_STEPS = 4  # a later round goes on where this one stopped: twelve gave the same energies (docs/experiments.md)
 
 
-class Sharing:
+class CodebookFit:
     """Labels, codebooks and scales of one matrix.
 
     Attributes:
@@ -70,16 +70,16 @@ class Sharing:
             weight = weight * self.metric.row_weights[rows]
         return weighted_kmeans(points, weight, self.spec.n_clusters, generator)
 
-    def snapshot(self) -> tuple[Tensor, Values, Tensor | None]:
+    def snapshot(self) -> tuple[Tensor, StoredValues, Tensor | None]:
         """Labels, centroids and scales, to be put back by `put_back` if what follows does not help."""
         return self.labels.clone(), self.centroids, None if self.scales is None else self.scales.clone()
 
-    def put_back(self, state: tuple[Tensor, Values, Tensor | None]) -> None:
+    def put_back(self, state: tuple[Tensor, StoredValues, Tensor | None]) -> None:
         self.labels, self.centroids, self.scales = state
 
     def assign(self, *, feedback: bool) -> None:
         """Assign every segment, from the last column on; with `feedback` the error of each goes into the columns before it."""
-        centroids, moment, width = self.centroids.expand(), self.metric.moment, self.layout.width
+        centroids, moment, width = self.centroids.expand(), self.metric.hessian, self.layout.width
         if moment is None:
             roots = None
         else:
@@ -114,7 +114,7 @@ class Sharing:
 
     def reassign(self) -> int:
         """Assign every segment again while all others stand; returns how many changed. The energy does not grow."""
-        before, centroids, moment = self.labels.clone(), self.centroids.expand(), self.metric.moment
+        before, centroids, moment = self.labels.clone(), self.centroids.expand(), self.metric.hessian
         roots = None if moment is None else self.metric.factor(_diagonal_blocks(moment, self.layout.width))
         for rows in self._slabs():
             if moment is None or roots is None:  # blocks do not see each other
@@ -160,7 +160,7 @@ class Sharing:
             diagonal += self._gather(rows, self._diagonal(rows))
         preconditioner = torch.where(diagonal > 0, 1 / diagonal, 0)
         direction = preconditioner * residual
-        if self.metric.moment is None:
+        if self.metric.hessian is None:
             return centroids + direction
         centroids, step_from = centroids.clone(), direction
         fit = _dot(residual, direction)
@@ -179,10 +179,10 @@ class Sharing:
     def _diagonal(self, rows: slice) -> Tensor:
         """What the square of each weight of some rows costs, times the row's scale: [rows, n]."""
         shape = self.target[rows].shape
-        if self.metric.moment is None:
+        if self.metric.hessian is None:
             ones = self.target.new_ones(shape)
         else:
-            ones = self.metric.moment.diagonal().expand(shape)
+            ones = self.metric.hessian.diagonal().expand(shape)
         return ones if self.scales is None else ones * self.scales[rows]
 
     def _normal(self, centroids: Tensor) -> Tensor:
@@ -195,11 +195,11 @@ class Sharing:
         segments = self.layout.segments(image * self._row_factor(rows, 1))
         return sum_by_label(segments, self._places(rows), self.centroids.shape[0])
 
-    def energy(self) -> float:
+    def weighted_error(self) -> float:
         """Of what the stored parts leave of the target."""
         centroids = self.centroids.expand()
         errors = ((rows.start, self.target[rows] - self._slab(rows, centroids)) for rows in self._slabs())
-        return math.fsum(self.metric.energy(error, first) for first, error in errors)
+        return math.fsum(self.metric.weighted_error(error, first) for first, error in errors)
 
     def restored(self) -> Tensor:
         """What the stored parts stand for, [m, n]."""
@@ -258,7 +258,7 @@ class Sharing:
     def _stored_scales(self, scales: Tensor) -> Tensor:
         return store_scales(scales, self.dtype).float()
 
-    def _stored(self, centroids: Tensor) -> Values:
+    def _stored(self, centroids: Tensor) -> StoredValues:
         return store_values(centroids, self.spec.centroid_bits, self.dtype)
 
     def _book(self, rows: slice) -> slice:
@@ -274,7 +274,7 @@ class Sharing:
     def _slabs(self) -> Iterator[slice]:
         """Blocks of rows of one codebook each, of bounded size."""
         step = self.layout.row_step
-        values = GPU_SLAB if self.target.is_cuda else slab_values(self.target.numel())
+        values = GPU_SLAB_WEIGHTS if self.target.is_cuda else slab_values(self.target.numel())
         height = max(1, values // self.layout.n // step) * step
         for book in self._book_rows():
             yield from (slice(start, min(book.stop, start + height)) for start in range(book.start, book.stop, height))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swsc_core.checks import WeightError, derive_seed, not_finite, require_matrix
-from swsc_core.method.codebook_fit import Sharing
+from swsc_core.checks import InvalidWeightError, derive_seed, not_finite, require_matrix
+from swsc_core.method.codebook_fit import CodebookFit
 from swsc_core.method.kmeans import kmeans
 from swsc_core.method.metric import Metric
 from swsc_core.method.pairwise import means_of
@@ -29,14 +29,33 @@ _HELPS = 1e-3  # share by which a round must lower the energy to be followed by 
 
 @dataclass(frozen=True)
 class CompressStats:
-    """What a compression measured: energies in the spec's metric, of the clustering alone and of all; seconds."""
+    """Measurements of one compression.
+
+    Attributes:
+        cluster_error: weighted error of the clustering alone, W − W′, in the spec's metric.
+        weighted_error: weighted error of the whole approximation, W − W_New.
+        weight_norm: weighted error of approximating W by zero.
+        rounds: refinement rounds that ran, including the last one if it was undone.
+        kmeans_seconds, svd_seconds: time spent on clustering and on the compensation.
+    """
 
     cluster_error: float
-    energy: float
-    weight_energy: float
+    weighted_error: float
+    weight_norm: float
     rounds: int
     kmeans_seconds: float
     svd_seconds: float
+
+    def to_json(self) -> dict[str, float]:
+        """The measurements under the keys that reports have used since their first version."""
+        return {
+            "cluster_error": self.cluster_error,
+            "energy": self.weighted_error,
+            "weight_energy": self.weight_norm,
+            "rounds": self.rounds,
+            "kmeans_seconds": self.kmeans_seconds,
+            "svd_seconds": self.svd_seconds,
+        }
 
 
 def compress(
@@ -63,7 +82,7 @@ def compress(
     """
     require_matrix(name, weight)
     shape = (weight.shape[0], weight.shape[1])
-    if refusal := spec.refusal(shape):
+    if refusal := spec.shape_error(shape):
         raise ValueError(f"{name}: {refusal}")
     if spec.metric == "activations" and metric is None:
         raise ValueError(f"{name}: metric activations needs the second moment of its inputs; calibrate first")
@@ -79,7 +98,7 @@ class _Compression:
 
     def __init__(self, dense: Tensor, spec: SwscSpec, metric: Metric, seed: int, dtype: torch.dtype) -> None:
         self.dense, self.spec, self.metric, self.seed, self.dtype = dense, spec, metric, seed, dtype
-        self.sharing = Sharing(dense, metric, spec, dtype)
+        self.sharing = CodebookFit(dense, metric, spec, dtype)
         self.seconds = {"sharing": 0.0, "svd": 0.0}
         self.rounds, self.cluster_error, self.energy = 0, 0.0, math.inf
 
@@ -89,7 +108,7 @@ class _Compression:
             self._first_sharing()
         self.seconds["sharing"] += time.perf_counter() - started
         if not_finite(self.sharing.centroids.expand()):
-            raise WeightError(f"{name}: centroids overflow {self.dtype}; choose a wider storage dtype")
+            raise InvalidWeightError(f"{name}: centroids overflow {self.dtype}; choose a wider storage dtype")
         self._decompose()
         while self.spec.n_clusters and self.rounds < self.spec.rounds and self._another_round():
             pass
@@ -125,7 +144,7 @@ class _Compression:
     def _compensate(self) -> None:
         self.sharing.target = self.dense  # a round's own is not needed any more: one matrix less while the SVD runs
         error = self._shared().neg_().add_(self.dense)
-        self.cluster_error = self.metric.energy(error)
+        self.cluster_error = self.metric.weighted_error(error)
         low_rank = truncated_svd(self.metric.whiten_(error), self.spec.rank, seed=self.seed)
         del error
         left, right = self.metric.unwhiten_left(low_rank.left), self.metric.unwhiten_right(low_rank.right)
@@ -136,7 +155,9 @@ class _Compression:
 
     def _left(self) -> float:
         """Energy of what the stored parts leave of the sharing's target."""
-        return self.sharing.energy() if self.spec.n_clusters else self.metric.energy(self.sharing.target)
+        return (
+            self.sharing.weighted_error() if self.spec.n_clusters else self.metric.weighted_error(self.sharing.target)
+        )
 
     def _another_round(self) -> bool:
         """Refit, reassign, decompose again; whether it helped. What does not help is taken back."""
@@ -159,7 +180,7 @@ class _Compression:
 
     def result(self) -> tuple[SwscMatrix, CompressStats]:
         stats = CompressStats(
-            self.cluster_error, self.energy, self.metric.energy(self.dense), self.rounds,
+            self.cluster_error, self.energy, self.metric.weighted_error(self.dense), self.rounds,
             self.seconds["sharing"], self.seconds["svd"],
         )  # fmt: skip
         sharing, k = self.sharing, self.sharing.centroids.shape[0] // self.spec.codebooks

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from swsc_core.checks import require_range
-from swsc_core.method.pairwise import PointSpace, gram_pays, inertia_of, means_of
+from swsc_core.method.pairwise import PointSpace, inertia_of, means_of, use_gram
 
 _SINGLE_MOVES = 6  # moves of one cluster in vain before a clustering is taken to be at rest
 _ROUNDS = 40  # of moves at the most: they bring less and less
@@ -67,7 +67,7 @@ def kmeans(
     """
     n = points.shape[0]
     require_range("kmeans", "n_clusters", n_clusters, 1, n)
-    n_init, n_refined = effort(n, n_clusters, n_init)
+    n_init, n_refined = starts_and_refined(n, n_clusters, n_init)
     require_range("kmeans", "n_init", n_init, 1, 1000)
     require_range("kmeans", "max_iter", max_iter, 1, 100_000)
     original = points.float()
@@ -76,7 +76,7 @@ def kmeans(
     scale = 2.0 ** -max(-100, min(100, exponent))
     centred = original * scale
     centred -= centred.mean(dim=0)
-    space = PointSpace(centred, gram=gram_pays(n, points.shape[1], n_clusters, n_init))
+    space = PointSpace(centred, gram=use_gram(n, points.shape[1], n_clusters, n_init))
     generator = torch.Generator().manual_seed(seed)
     seeds = (_seed(space, n_clusters, generator) for _ in range(n_init))
     starts = [_lloyd(space, labels, closest, n_clusters, max_iter, tolerance) for labels, closest in seeds]
@@ -89,7 +89,7 @@ def kmeans(
     return KMeansResult(centroids, labels, inertia_of(original, centroids, labels), history, best.converged)
 
 
-def effort(n: int, n_clusters: int, n_init: int | None) -> tuple[int, int]:
+def starts_and_refined(n: int, n_clusters: int, n_init: int | None) -> tuple[int, int]:
     """Starts of a clustering of n points, and how many of them are refined."""
     if n_init is None:
         n_init = _MANY_STARTS if n * n_clusters <= _SMALL else _FEW_STARTS

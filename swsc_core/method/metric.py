@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swsc_core.checks import WeightError, not_finite
+from swsc_core.checks import InvalidWeightError, not_finite
 
 _ROWS = 512  # of an error that are multiplied at a time
 _DAMPING = 0.01  # share of the mean diagonal that is added: keeps directions that calibration never saw from being free
@@ -28,19 +28,23 @@ class Metric:
     """
 
     def __init__(
-        self, moment: Tensor | None = None, row_weights: Tensor | None = None, *, tokens: int | None = None,
+        self,
+        hessian: Tensor | None = None,
+        row_weights: Tensor | None = None,
+        *,
+        tokens: int | None = None,
         name: str = "weight",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`moment` [n, n], a mean over `tokens` inputs (None: the truth), and `row_weights` [m], in any scale.
 
         A float32 `moment` is taken over and scaled where it lies: two of its kind would be the most of the memory of a matrix
         that is wider than tall.
 
         Raises:
-            WeightError: values that are not finite, or a moment that is zero: no input ever reached the matrix.
+            InvalidWeightError: values that are not finite, or a moment that is zero: no input ever reached the matrix.
         """
         self.name = name
-        self.moment = None if moment is None else _damped(moment, tokens, name)
+        self.hessian = None if hessian is None else _damped(hessian, tokens, name)
         self.row_weights = None if row_weights is None else _normalised(row_weights, name)
 
     def of_rows(self, rows: Tensor) -> "Metric":
@@ -51,9 +55,9 @@ class Metric:
 
     def product(self, error: Tensor) -> Tensor:
         """E H, [rows, n], for some rows of an error."""
-        return error if self.moment is None else error @ self.moment
+        return error if self.hessian is None else error @ self.hessian
 
-    def energy(self, error: Tensor, first: int = 0) -> float:
+    def weighted_error(self, error: Tensor, first: int = 0) -> float:
         """tr(D E H Eᵀ) of an error [any, n] of rows `first` and on, summed in float64."""
         parts = [(self.product(some) * some).sum(dim=1, dtype=torch.float64) for some in error.split(_ROWS)]
         rows = torch.cat(parts)
@@ -74,7 +78,7 @@ class Metric:
 
     def whiten_inputs(self, rows: Tensor) -> Tensor:
         """Rows times L, [any, n]: their plain squared distances are those of the layer's outputs."""
-        return rows if self.moment is None else rows @ self.root
+        return rows if self.hessian is None else rows @ self.root
 
     def unwhiten_left(self, left: Tensor) -> Tensor:
         """D^-½ A for a left factor A [m, r] that was found in whitened space."""
@@ -82,7 +86,7 @@ class Metric:
 
     def unwhiten_right(self, right: Tensor) -> Tensor:
         """B L⁻¹ for a right factor B [r, n] that was found in whitened space."""
-        if self.moment is None:
+        if self.hessian is None:
             return right
         return torch.linalg.solve_triangular(self.root, right, upper=False, left=False)
 
@@ -94,14 +98,14 @@ class Metric:
         column of E that comes earlier can cancel what later ones left in its column of E L, and no more than that. So
         columns are worked through from the last to the first.
         """
-        assert self.moment is not None
-        return self.factor(self.moment)
+        assert self.hessian is not None
+        return self.factor(self.hessian)
 
     def factor(self, moment: Tensor) -> Tensor:
-        """Cholesky's factor of the moment, or of blocks on its diagonal, [.., n, n]; WeightError if it is not positive definite."""
+        """Cholesky's factor of the moment, or of blocks on its diagonal, [.., n, n]; InvalidWeightError if it is not positive definite."""
         factor, info = torch.linalg.cholesky_ex(moment)
         if bool((info != 0).any()):
-            raise WeightError(
+            raise InvalidWeightError(
                 f"{self.name}: its second moment is not positive definite in float32, its inputs are too much alike: give more"
                 " text, or exclude this tensor"
             )
@@ -110,7 +114,7 @@ class Metric:
     @property
     def column_weights(self) -> Tensor | None:
         """What an error of each column costs once the columns before it have made up for it: diag(L)², [n]."""
-        return None if self.moment is None else self.root.diagonal().square()
+        return None if self.hessian is None else self.root.diagonal().square()
 
 
 def _damped(moment: Tensor, tokens: int | None, name: str) -> Tensor:
@@ -119,7 +123,7 @@ def _damped(moment: Tensor, tokens: int | None, name: str) -> Tensor:
         what = (
             "is zero, so all of its inputs were zeros" if mean == 0 else f"has a mean diagonal of {mean}, it overflowed"
         )
-        raise WeightError(f"{name}: its second moment {what}: give more text, or exclude this tensor")
+        raise InvalidWeightError(f"{name}: its second moment {what}: give more text, or exclude this tensor")
     damped = moment.float().div_(mean)
     damped.diagonal().add_(_DAMPING + (_NOISE * len(moment) / tokens if tokens else 0.0))
     return damped
@@ -128,5 +132,5 @@ def _damped(moment: Tensor, tokens: int | None, name: str) -> Tensor:
 def _normalised(row_weights: Tensor, name: str) -> Tensor:
     mean = float(row_weights.double().mean())
     if not 0 < mean < float("inf") or not bool((row_weights >= 0).all()):
-        raise WeightError(f"{name}: row weights of mean {mean}; wanted finite ones that are not negative")
+        raise InvalidWeightError(f"{name}: row weights of mean {mean}; wanted finite ones that are not negative")
     return (row_weights.float() / mean).clamp_(min=1e-3)  # a row that seemed to matter to nobody is still a row

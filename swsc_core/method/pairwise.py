@@ -20,7 +20,7 @@ _GRAM_POINTS = 8192  # largest Gram matrix: 8192**2 float32 = 256 MiB
 _BLOCK_VALUES = 1 << 23  # 32 MiB of float32: bound of a temporary block
 
 
-def gram_pays(n: int, d: int, k: int, n_init: int) -> bool:
+def use_gram(n: int, d: int, k: int, n_init: int) -> bool:
     """Whether n**2 additions an iteration beat n*k*d multiplications of a GEMM, and the n**2 * d of a Gram matrix its use.
 
     The twelve was measured on a CPU: an addition of scattered rows costs about as much as that many multiplications.

@@ -14,7 +14,7 @@ from swsc_core.storage.bits import ChannelAxis
 
 _LEAST_SLAB, _SLAB, _SLABS = 1 << 19, 1 << 21, 16  # weights of a slab, and the number of them from which it grows
 
-GPU_SLAB = (
+GPU_SLAB_WEIGHTS = (
     1 << 28
 )  # of one on a GPU, where time goes by the number of blocks: never by free memory, on which sums would then depend
 

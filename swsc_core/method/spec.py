@@ -43,7 +43,7 @@ class Spec(ABC):
         return False
 
     @property
-    def needs_moments(self) -> bool:
+    def needs_hessian(self) -> bool:
         """Whether errors are weighed by second moments of the layer's inputs."""
         return False
 
@@ -54,7 +54,7 @@ class Spec(ABC):
             raise ValueError(f"bits: {bits:g} is out of range (choose more than 0)")
 
     @classmethod
-    def of_settings(cls, settings: Any, bits: float) -> Self:
+    def from_settings(cls, settings: Any, bits: float) -> Self:
         """The spec whose fields are the settings of the same names; others keep their defaults.
 
         Args:
@@ -106,7 +106,7 @@ class SwscSpec(Spec):
         return self.segment_size is not None
 
     @property
-    def needs_moments(self) -> bool:
+    def needs_hessian(self) -> bool:
         return self.metric == "activations"
 
     def stored_bytes(self, shape: tuple[int, int], value_bits: int) -> int:
@@ -121,7 +121,7 @@ class SwscSpec(Spec):
         values = self.codebooks * self.n_clusters * self.layout(shape).size + self.rank * sum(shape)
         return 16 * values / (shape[0] * shape[1])
 
-    def refusal(self, shape: tuple[int, int]) -> str | None:
+    def shape_error(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix of `shape` cannot be compressed so, with the remedy; None if it can."""
         geometry = Geometry(*shape, self.channel_axis)
         size = self.segment_size or geometry.length
@@ -163,5 +163,5 @@ class RtnSpec(Spec):
             raise ValueError(f"bits: {bits:g} is out of range for rtn (choose a whole number from 2 to 8)")
 
     @classmethod
-    def of_settings(cls, settings: Any, bits: float) -> Self:
+    def from_settings(cls, settings: Any, bits: float) -> Self:
         return cls(int(bits), settings.granularity, settings.group_size, settings.symmetric)

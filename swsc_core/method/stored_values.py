@@ -16,7 +16,7 @@ GROUP = 64  # values that share a scale: at 8 bits a scale adds 3% to them
 
 
 @dataclass(frozen=True)
-class Values:
+class StoredValues:
     """A matrix of values [a, b] as stored.
 
     Attributes:
@@ -41,14 +41,14 @@ class Values:
         return dequantize(codes, dtype).reshape(self.shape)
 
 
-def store_values(values: Tensor, bits: int | None, dtype: torch.dtype) -> Values:
+def store_values(values: Tensor, bits: int | None, dtype: torch.dtype) -> StoredValues:
     """`values` [a, b] in `dtype`, or in codes of `bits` bits with scales in `dtype` (bfloat16 in place of fp8)."""
     shape = (values.shape[0], values.shape[1])
     if bits is None or not values.numel():
-        return Values(shape, values.to(dtype))
+        return StoredValues(shape, values.to(dtype))
     flat, scales = values.reshape(1, -1), scale_dtype(dtype)
     codes = quantize(flat, bits, granularity="group", group_size=GROUP, symmetric=True, scale_dtype=scales)
-    return Values(shape, codes.codes, codes.scales, bits)
+    return StoredValues(shape, codes.codes, codes.scales, bits)
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swsc_core.method.segmentation import Layout
-from swsc_core.method.stored_values import Values
+from swsc_core.method.stored_values import StoredValues
 from swsc_core.storage.bits import label_bits
 from swsc_core.storage.packing import unpack, unpack_eights
 
@@ -33,11 +33,11 @@ class SwscMatrix:
 
     layout: Layout
     codebooks: int
-    centroids: Values
+    centroids: StoredValues
     labels: Tensor
     scales: Tensor | None
-    left: Values
-    right: Values
+    left: StoredValues
+    right: StoredValues
 
     @property
     def n_clusters(self) -> int:

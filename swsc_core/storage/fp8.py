@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def scaled(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     """`weight` [m, n] times its scales, as bfloat16 [m, n]; calculated in float32, some rows at a time.
 
     Args:

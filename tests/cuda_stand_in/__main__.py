@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.common import print_markdown
-from swsc_core.method.codebook_fit import Sharing
+from swsc_core.method.codebook_fit import CodebookFit
 from tests.cuda_stand_in.device import StandIn
 from tests.cuda_stand_in.test_core import BEST, metric, weight
 
@@ -15,7 +15,7 @@ def rows(n: int = 128) -> list[tuple[str, str, float, float, int]]:
     found = []
     for axis in ("output", "input"):
         spec = replace(BEST, channel_axis=axis)
-        sharing = Sharing(weight(64, n), metric(64, n), spec, torch.bfloat16)
+        sharing = CodebookFit(weight(64, n), metric(64, n), spec, torch.bfloat16)
         sharing.start(torch.Generator().manual_seed(0))
         blocks = n // sharing.layout.width
         for name, step in (("assign", lambda s=sharing: s.assign(feedback=True)), ("reassign", sharing.reassign)):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from swsc_core import SwscSpec, decode, dequantize, encode, kmeans, quantize, truncated_svd
-from swsc_core.allocation.sensitivity import reach, share_left
+from swsc_core.allocation.sensitivity import relative_distortion, sensitivity
 from swsc_core.compressed.codec import Encoded
 from swsc_core.compressed.registry import matrix_of
-from swsc_core.finetune import adam_step, unit_of, values_of
+from swsc_core.finetune import AdamState, adam_step, step_unit, tunable_values
 from swsc_core.layers.linear import SwscEmbedding, SwscJoined, SwscLinear
-from swsc_core.method.codebook_fit import Sharing
+from swsc_core.method.codebook_fit import CodebookFit
 from swsc_core.method.compress import compress
 from swsc_core.method.metric import Metric
 from swsc_core.method.rtn import Granularity
@@ -118,12 +118,12 @@ def joined(train: bool = False) -> Tensor:
 def tuning() -> dict[str, Tensor]:
     encoded = plain()
     tunable = matrix_of(encoded.tensors, encoded.entry).tunable()
-    values = tunable.rounded(values_of(tunable.matrix))
+    values = tunable.rounded(tunable_values(tunable.matrix))
     tunable.restored(values)
     gradients = tunable.gradients(values, weight(64, 64))
     for name, value in values.items():
         zeros = torch.zeros_like(value)
-        values[name] = adam_step(value, gradients[name], zeros, zeros, unit_of(name, value), 1, 1e-3)[0]
+        values[name] = adam_step(AdamState(value, zeros, zeros), gradients[name], step_unit(name, value), 1, 1e-3).value
     tunable.stored(values)
     return values
 
@@ -167,8 +167,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "fp8": lambda: encode(
         weight(64, 64, torch.float8_e4m3fn), [SwscSpec(4, 4, n_init=2)], storage_dtype=torch.bfloat16
     ),
-    "reach": lambda: reach(weight(32, 64), metric(32, 64)),
-    "share": lambda: share_left(weight(64, 64), BEST, metric(64, 64), 0, "w"),
+    "reach": lambda: sensitivity(weight(32, 64), metric(32, 64)),
+    "share": lambda: relative_distortion(weight(64, 64), BEST, metric(64, 64), 0, "w"),
     "pieces": pieces,
     "linear, paper, output, backward": lambda: linear(paper(), train=True),
     "linear, paper, input, backward": lambda: linear(paper("input"), train=True),
@@ -218,7 +218,7 @@ ASSIGN, REASSIGN = 22.2, 22.7
 
 @pytest.mark.parametrize("n", [64, 128])
 def test_no_wait_in_the_loop_over_columns_and_few_launches(n: int, gpu: StandIn) -> None:
-    sharing = Sharing(weight(64, n), metric(64, n), BEST, torch.bfloat16)
+    sharing = CodebookFit(weight(64, n), metric(64, n), BEST, torch.bfloat16)
     sharing.start(torch.Generator().manual_seed(0))
     _ = sharing.metric.root
     for step, most in ((lambda: sharing.assign(feedback=True), ASSIGN), (sharing.reassign, REASSIGN)):

@@ -116,8 +116,8 @@ def test_hessians_do_not_depend_on_shards_ranges_or_the_requested_matrices(
         infos = [whole_matrix(source.tensors[name]) for name in names]
         hessians = flow.Calibration(source, infos, ids, own, str(tmp_path / place), 0).run(local)
         metrics = {name: hessians.metric(name, "cpu") for name in names}
-        assert all(metric.moment is not None for metric, _ in metrics.values())
-        return {name: [unit, *metric.moment.flatten().tolist()] for name, (metric, unit) in metrics.items()}  # type: ignore[union-attr]
+        assert all(metric.hessian is not None for metric, _ in metrics.values())
+        return {name: [unit, *metric.hessian.flatten().tolist()] for name, (metric, unit) in metrics.items()}  # type: ignore[union-attr]
 
     whole = gather("whole", names, 4.0)
     assert gather("ranges", names, 1e-9) == whole  # a pass for each layer
@@ -215,7 +215,7 @@ def test_activations_beat_the_papers_form_at_equal_numbers_in_perplexity_of_the_
     hessians, plain = hessians_beside(tmp_path / "a"), open_model(str(tmp_path / "b"))
     for row in (row for row in whitened["tensors"] if row["action"] == "compressed"):
         dense = open_model(str(tiny_model)).read(row["name"]).float()
-        paper = hessians.metric(row["name"], "cpu")[0].energy(dense - plain.read(row["name"]).float())
+        paper = hessians.metric(row["name"], "cpu")[0].weighted_error(dense - plain.read(row["name"]).float())
         assert row["stats"]["energy"] < paper
 
 

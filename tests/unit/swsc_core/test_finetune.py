@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from swsc_core import Metric, SwscMatrix, SwscSpec, compress, restore
-from swsc_core.finetune import Tunable, adam_step, unit_of, values_of
+from swsc_core.finetune import AdamState, Tunable, adam_step, step_unit, tunable_values
 
 SPECS = {
     "paper": SwscSpec(5, 3),
@@ -27,7 +27,7 @@ def made(spec: SwscSpec, shape: tuple[int, int] = (12, 16)) -> SwscMatrix:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_gradients_are_those_of_autograd(spec: SwscSpec) -> None:
     matrix = made(spec)
-    tunable, values = Tunable(matrix), {name: v.requires_grad_() for name, v in values_of(matrix).items()}
+    tunable, values = Tunable(matrix), {name: v.requires_grad_() for name, v in tunable_values(matrix).items()}
     direction = torch.randn(12, 16, generator=torch.Generator().manual_seed(1))
     (tunable.restored(values) * direction).sum().backward()
     found = tunable.gradients({name: value.detach() for name, value in values.items()}, direction)
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_autograd(spec: SwscSpec) -> None:
 @pytest.mark.parametrize("bits", [None, 8])
 def test_its_own_values_give_the_matrix_back(spec: SwscSpec, bits: int | None) -> None:
     matrix = made(replace(spec, centroid_bits=bits, factor_bits=bits))
-    tunable, values = Tunable(matrix), values_of(matrix)
+    tunable, values = Tunable(matrix), tunable_values(matrix)
     torch.testing.assert_close(tunable.restored(values), restore(matrix, torch.float32))
     again = tunable.rounded(values)
     for name, value in values.items():
@@ -51,7 +51,7 @@ def test_its_own_values_give_the_matrix_back(spec: SwscSpec, bits: int | None) -
 def test_what_is_stored_is_what_was_rounded() -> None:
     matrix = made(replace(SPECS["codebooks"], centroid_bits=4, factor_bits=4))
     tunable = Tunable(matrix)
-    moved = {name: value * 1.03 + 0.001 for name, value in values_of(matrix).items()}
+    moved = {name: value * 1.03 + 0.001 for name, value in tunable_values(matrix).items()}
     stored = restore(tunable.stored(moved), torch.float32)
     torch.testing.assert_close(tunable.restored(tunable.rounded(moved)), stored)
     assert tunable.stored(moved).labels is matrix.labels
@@ -68,11 +68,11 @@ def test_steps_are_those_of_adam() -> None:
         gradient: Tensor = torch.randn(7, generator=draw)
         reference.grad = gradient * unit
         adam.step()
-        value, mean, square = adam_step(value, gradient, mean, square, unit, step, 0.01)
+        value, mean, square = adam_step(AdamState(value, mean, square), gradient, unit, step, 0.01)
     torch.testing.assert_close(value / unit, reference.detach())
 
 
 def test_units_are_sizes() -> None:
-    assert unit_of("scales", torch.tensor([-2.0, 0.5])).tolist() == [2.0, 0.5]
-    assert unit_of("left", torch.tensor([3.0, 4.0])).tolist() == pytest.approx([12.5**0.5] * 2)
-    assert bool((unit_of("left", torch.zeros(2, 2)) > 0).all())
+    assert step_unit("scales", torch.tensor([-2.0, 0.5])).tolist() == [2.0, 0.5]
+    assert step_unit("left", torch.tensor([3.0, 4.0])).tolist() == pytest.approx([12.5**0.5] * 2)
+    assert bool((step_unit("left", torch.zeros(2, 2)) > 0).all())

@@ -11,7 +11,7 @@ from swsc_core import Metric, SwscSpec, compress
 from swsc_core.allocation import sensitivity as curve
 from swsc_core.allocation.allocate import Choice, allocate, equal_shares, lower_hull
 from swsc_core.allocation.candidate_specs import candidates, largest_within, uncompensated
-from swsc_core.allocation.sensitivity import reach, share_left
+from swsc_core.allocation.sensitivity import relative_distortion, sensitivity
 
 SPEC = SwscSpec(2, 0)
 
@@ -72,7 +72,7 @@ def test_equal_shares_keep_the_budget_where_one_matrix_cannot_be_as_small_as_the
 @pytest.mark.parametrize("shape", [(576, 576), (192, 576), (4096, 11008), (96, 64)])
 def test_the_menu_spans_half_a_bit_to_eight_and_fits(shape: tuple[int, int]) -> None:
     specs = list(candidates(shape, 16))
-    assert all(spec.refusal(shape) is None for spec in specs)
+    assert all(spec.shape_error(shape) is None for spec in specs)
     bits = sorted(8 * spec.stored_bytes(shape, 16) / (shape[0] * shape[1]) for spec in specs)
     assert bits[0] < 1 or shape == (96, 64)  # of a tiny matrix every codebook is a large part
     assert bits[0] < 2.5
@@ -100,8 +100,10 @@ def test_the_loss_predicted_from_some_rows_is_near_that_of_a_compression() -> No
     metric = Metric(mixing @ mixing.T, torch.rand(512, generator=generator))
     for clusters, size in ((16, 4), (16, 2), (64, 2)):
         spec = SwscSpec(clusters, 0, segment_size=size, scaled=True, metric="activations", feedback=True)
-        foretold = share_left(weight[:256], spec, metric.of_rows(torch.arange(256)), 0, "w") * reach(weight, metric)
-        assert foretold == pytest.approx(compress(weight, spec, metric=metric)[1].energy, rel=0.2)
+        foretold = relative_distortion(weight[:256], spec, metric.of_rows(torch.arange(256)), 0, "w") * sensitivity(
+            weight, metric
+        )
+        assert foretold == pytest.approx(compress(weight, spec, metric=metric)[1].weighted_error, rel=0.2)
 
 
 @pytest.mark.parametrize("columns", [90, 96])
@@ -110,11 +112,11 @@ def test_every_spec_of_the_menu_has_a_share_of_a_tall_and_narrow_matrix(columns:
     weight, metric = torch.randn(1000, columns), Metric(torch.eye(columns))
     specs = [spec for spec in candidates((1000, columns), 16) if spec.rank == 0]
     assert any(spec.channel_axis == "input" for spec in specs)
-    assert all(0 < share_left(weight, spec, metric, 0, "w") < 1 for spec in specs)
+    assert all(0 < relative_distortion(weight, spec, metric, 0, "w") < 1 for spec in specs)
 
 
 def test_reach_is_the_same_sum_however_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, metric = torch.randn(40, 8).bfloat16(), Metric(torch.eye(8), torch.rand(40))
-    whole = reach(weight, metric)
+    whole = sensitivity(weight, metric)
     monkeypatch.setattr(curve, "_SLAB_ROWS", 7)
-    assert reach(weight, metric) == whole == reach(weight.float(), metric)
+    assert sensitivity(weight, metric) == whole == sensitivity(weight.float(), metric)

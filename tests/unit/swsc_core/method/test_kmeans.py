@@ -29,7 +29,7 @@ def blobs(seed: int, n: int, d: int, centres: int) -> torch.Tensor:
 @pytest.fixture(params=["gram", "gemm"])
 def either_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to the inner products, whatever the size of the points."""
-    monkeypatch.setattr(module, "gram_pays", lambda *_: request.param == "gram")
+    monkeypatch.setattr(module, "use_gram", lambda *_: request.param == "gram")
     return str(request.param)
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swsc_core import Metric, SwscSpec, compress, decode, encode, restore
-from swsc_core.checks import WeightError
+from swsc_core.checks import InvalidWeightError
 from swsc_core.compressed.registry import entry_of
-from swsc_core.method.codebook_fit import Sharing
+from swsc_core.method.codebook_fit import CodebookFit
 
 Axis = Literal["output", "input"]
 SEGMENTED = SwscSpec(
@@ -77,14 +77,14 @@ def test_reassigning_and_refitting_never_raise_the_weighted_error(
     importance = torch.rand(12, generator=torch.Generator().manual_seed(seed)) + 0.1 if rows else None
     metric = Metric(None if plain else hessian_of(seed + 1, 16), importance)
     spec = SwscSpec(4, 0, axis, segment_size=size, scaled=scaled)
-    sharing = Sharing(weight, metric, spec, torch.float32)
+    sharing = CodebookFit(weight, metric, spec, torch.float32)
     sharing.start(torch.Generator().manual_seed(seed))
     sharing.assign(feedback=True)
-    energies = [metric.energy(weight - sharing.restored())]
+    energies = [metric.weighted_error(weight - sharing.restored())]
     for step in [sharing.reassign, sharing.refit] * 3:
         step()
-        energies.append(metric.energy(weight - sharing.restored()))
-    limit = 1e-5 * metric.energy(weight)
+        energies.append(metric.weighted_error(weight - sharing.restored()))
+    limit = 1e-5 * metric.weighted_error(weight)
     assert all(later <= earlier + limit for earlier, later in itertools.pairwise(energies))
 
 
@@ -98,7 +98,7 @@ def test_each_step_of_the_family_lowers_the_weighted_error_at_equal_labels() -> 
         SEGMENTED,
     ]
     errors = [weight - encode(weight, [spec], metric=metric).restored for spec in steps]
-    energies = [metric.energy(error) for error in errors]
+    energies = [metric.weighted_error(error) for error in errors]
     assert energies == sorted(energies, reverse=True)
     assert energies[-1] < 0.6 * energies[0]
 
@@ -106,7 +106,7 @@ def test_each_step_of_the_family_lowers_the_weighted_error_at_equal_labels() -> 
 def test_whole_channels_in_the_whitened_space_beat_the_papers_form_in_the_metric() -> None:
     weight, metric = weight_of(7, 40, 32), Metric(hessian_of(8, 32))
     paper, whitened = SwscSpec(8, 4), SwscSpec(8, 4, metric="activations")
-    energies = [metric.energy(weight - encode(weight, [s], metric=metric).restored) for s in (paper, whitened)]
+    energies = [metric.weighted_error(weight - encode(weight, [s], metric=metric).restored) for s in (paper, whitened)]
     assert energies[1] < 0.5 * energies[0]
 
 
@@ -123,7 +123,7 @@ def test_whitened_svd_meets_the_eckart_young_bound_of_its_metric() -> None:
     weight, metric = weight_of(10, 20, 16), Metric(hessian_of(11, 16), torch.rand(20) + 0.5)
     left_over = weight - encode(weight, [SwscSpec(0, 5, metric="activations")], metric=metric).restored
     spectrum = torch.linalg.svdvals(metric.whiten_(weight.clone()).double())
-    assert metric.energy(left_over) == pytest.approx(float(spectrum[5:].square().sum()), rel=1e-3)
+    assert metric.weighted_error(left_over) == pytest.approx(float(spectrum[5:].square().sum()), rel=1e-3)
 
 
 def test_alternating_with_the_svd_does_not_lose() -> None:
@@ -142,11 +142,11 @@ def test_feedback_matches_its_definition_column_by_column() -> None:
     """Against GPTQ's loop written out, scalars for segments, in float64; the last column is the first."""
     weight, moment = weight_of(16, 3, 6), hessian_of(17, 6)
     metric = Metric(moment)
-    sharing = Sharing(weight, metric, SwscSpec(4, 0, segment_size=1), torch.float32)
+    sharing = CodebookFit(weight, metric, SwscSpec(4, 0, segment_size=1), torch.float32)
     sharing.start(torch.Generator().manual_seed(0))
     sharing.assign(feedback=True)
-    assert metric.moment is not None
-    upper = torch.linalg.cholesky(torch.linalg.inv(metric.moment.double().flip(0, 1)), upper=True)
+    assert metric.hessian is not None
+    upper = torch.linalg.cholesky(torch.linalg.inv(metric.hessian.double().flip(0, 1)), upper=True)
     centroids, work = sharing.centroids.expand().double()[:, 0], weight.double().flip(1)
     for column in range(6):
         labels = (work[:, column, None] - centroids).abs().argmin(dim=1)
@@ -162,7 +162,7 @@ def test_slabs_and_lazy_updates_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("swsc_core.method.codebook_fit._LAZY_COLUMNS", 6)
     pieces = encode(weight, [SEGMENTED], metric=metric)
     assert pieces.stats["energy"] == pytest.approx(whole.stats["energy"], rel=0.05)
-    assert metric.energy(pieces.restored - whole.restored) < 0.2 * whole.stats["weight_energy"]
+    assert metric.weighted_error(pieces.restored - whole.restored) < 0.2 * whole.stats["weight_energy"]
 
 
 def test_rows_that_matter_more_are_kept_better() -> None:
@@ -174,7 +174,7 @@ def test_rows_that_matter_more_are_kept_better() -> None:
         for rows in (None, importance)
     )
     plain = Metric(moment)
-    assert plain.energy(uneven[:4]) < plain.energy(even[:4])
+    assert plain.weighted_error(uneven[:4]) < plain.weighted_error(even[:4])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,9 @@ def test_a_missing_or_empty_hessian_is_an_error() -> None:
         (torch.zeros(4, 4), "is zero, so all"),
         (torch.full((4, 4), torch.nan), "has a .* nan, it overflowed"),
     ):
-        with pytest.raises(WeightError, match=rf"w: its second moment {why}.* give more text, or exclude this tensor"):
+        with pytest.raises(
+            InvalidWeightError, match=rf"w: its second moment {why}.* give more text, or exclude this tensor"
+        ):
             Metric(moment, name="w")
 
 
@@ -225,7 +227,7 @@ def test_few_tokens_are_trusted_less() -> None:
     inputs = torch.randn(32, 64, generator=generator) @ mixing.T
     spec = replace(SEGMENTED, n_clusters=16)
     trusting, careful = (
-        truth.energy(weight - encode(weight, [spec], metric=Metric(inputs.T @ inputs, tokens=tokens)).restored)
+        truth.weighted_error(weight - encode(weight, [spec], metric=Metric(inputs.T @ inputs, tokens=tokens)).restored)
         for tokens in (None, 32)
     )
     assert careful < 0.8 * trusting
@@ -234,5 +236,5 @@ def test_few_tokens_are_trusted_less() -> None:
 def test_the_error_of_a_hessian_without_a_root_names_its_tensor() -> None:
     moment = torch.eye(8)
     moment[0, 0] = -5.0  # its mean is positive, it is not
-    with pytest.raises(WeightError, match="q_proj: its second moment is not positive definite"):
+    with pytest.raises(InvalidWeightError, match="q_proj: its second moment is not positive definite"):
         _ = Metric(moment, name="q_proj").root

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swsc_core import RtnSpec, SwscSpec, compress, decode, encode, restore
-from swsc_core.checks import WeightError
+from swsc_core.checks import InvalidWeightError
 from swsc_core.compressed.registry import entry_of
 from swsc_core.storage.bits import label_bits
 from swsc_core.storage.packing import unpack
@@ -91,7 +91,7 @@ def test_the_error_is_taken_against_the_centroids_as_they_are_stored() -> None:
 @pytest.mark.parametrize("rank", [0, 2])
 def test_values_that_overflow_the_storage_dtype_name_the_tensor_and_the_remedy(rank: int) -> None:
     weight = (weight_of(3, 12, 12) * 1e6).bfloat16()
-    with pytest.raises(WeightError, match=r"layer: .* overflow .*float16; choose a wider storage dtype"):
+    with pytest.raises(InvalidWeightError, match=r"layer: .* overflow .*float16; choose a wider storage dtype"):
         encode(weight, [SwscSpec(3, rank)], name="layer", storage_dtype=torch.float16)
 
 
@@ -130,7 +130,7 @@ def test_non_finite_weights_name_the_tensor_and_the_count(value: float, count: i
     weight = torch.ones(4, 4)
     weight.view(-1)[:count] = value
     for spec in (SwscSpec(2, 1), RtnSpec(3)):
-        with pytest.raises(WeightError, match=f"layer.q: {count} of 16 values are NaN or Inf; repair"):
+        with pytest.raises(InvalidWeightError, match=f"layer.q: {count} of 16 values are NaN or Inf; repair"):
             encode(weight.to(dtype), [spec], name="layer.q")
 
 
@@ -151,14 +151,14 @@ def test_the_error_of_numbers_out_of_range_names_the_range(k: int, rank: int, me
     "bad", [torch.ones(3), torch.ones(2, 2, 2), torch.ones(0, 3), torch.ones(2, 2, dtype=torch.int32)]
 )
 def test_what_is_not_a_floating_point_matrix_is_refused_by_name(bad: torch.Tensor) -> None:
-    with pytest.raises(WeightError, match=r"norm: .* wanted a .*matrix; exclude this tensor"):
+    with pytest.raises(InvalidWeightError, match=r"norm: .* wanted a .*matrix; exclude this tensor"):
         encode(bad, [SwscSpec(1, 0)], name="norm")
 
 
 @pytest.mark.parametrize("spec", [SwscSpec(16, 8), RtnSpec(3)])
 def test_restored_values_that_overflow_the_dtype_of_the_weight_are_an_error(spec: Any) -> None:
     weight = (weight_of(5, 64, 48) * 40_000).clamp(-65_504, 65_504)  # up to the largest float16
-    with pytest.raises(WeightError, match="layer: restored values overflow float16; leave this tensor out"):
+    with pytest.raises(InvalidWeightError, match="layer: restored values overflow float16; leave this tensor out"):
         encode(weight.half(), [spec], name="layer")
 
 
