@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import print_markdown, timed
-from swsc_core.method.codebook import nearest
+from swsc_core.method.weighted_kmeans import nearest
 
 _CASES = ((1, 32), (2, 64), (2, 1024), (3, 1024), (4, 256), (4, 1024), (8, 16), (8, 256))  # segment size, centroids
 _POINTS, _RUNS = 1 << 16, 9

@@ -1,7 +1,7 @@
-"""SWSC (arXiv 2501.08631): share weights between similar channels, compensate by a truncated SVD.
+"""SWSC (arXiv 2501.08631): shared weights for similar channels, compensated by a truncated SVD.
 
-Pure PyTorch: one matrix in, one compressed matrix out. No Ray, no files, no logging, no global random state and
-no choice of device: everything runs where the given tensor lies.
+Pure PyTorch: one matrix in, one compressed matrix out. No Ray, no files, no logging, no global random state, and no
+choice of device: everything runs on the device of the given tensor.
 """
 
 from swsc_core.compressed.codec import Encoded, decode, encode

@@ -1,9 +1,9 @@
-"""The stored values of a compressed matrix as parameters of a loss.
+"""Fine-tuning of the stored values of a compressed matrix.
 
-With its labels standing a compressed matrix Ŵ = s ∘ C[labels] + leftᵀ · right is differentiable in the centroids C, the
-scales s and the factors. A loss that knows its gradient by Ŵ therefore knows it by what is stored: for a centroid the
-sum over all segments that share it. (Fine-tuning of codebooks: AQLM, Egiazarian et al. 2024; AdamW-style steps: Kingma
-and Ba 2015.)
+With fixed labels, a compressed matrix Ŵ = s ∘ C[labels] + leftᵀ · right is differentiable in the centroids C, the
+scales s and the factors. The gradient of a loss with respect to Ŵ therefore determines the gradients with respect to
+the stored values; that of a centroid is the sum over all segments with its label. AQLM (Egiazarian et al. 2024)
+fine-tunes codebooks in this way.
 """
 
 from collections.abc import Mapping
@@ -21,14 +21,15 @@ from swsc_core.storage.packing import unpack
 
 # Decay rates of Adam's running means of gradients and of their squares.
 _MEAN_DECAY, _SQUARE_DECAY = 0.9, 0.95
+# Keeps divisors from being zero.
 _TINY = 1e-12
 
 
 class Tunable:
-    """One compressed matrix, its labels unpacked.
+    """A compressed matrix with unpacked labels, as a function of its stored values.
 
-    Values go by the names "centroids" [codebooks * k, size], "scales" [m], "left" [r, m] and "right" [r, n], all float32;
-    those that the matrix does not have are absent.
+    The values are float32 tensors under the names "centroids" [codebooks * k, size], "scales" [m], "left" [r, m] and
+    "right" [r, n]. Values that the matrix does not store are absent.
     """
 
     def __init__(self, matrix: SwscMatrix) -> None:
@@ -38,63 +39,72 @@ class Tunable:
         if k:
             labels = unpack(matrix.labels, label_bits(k), layout.count).reshape(matrix.codebooks, -1)
             first = torch.arange(0, count, k, dtype=labels.dtype, device=labels.device)
-            self._places = (labels + first[:, None]).reshape(-1)
+            self._indices = (labels + first[:, None]).reshape(-1)
 
     def stored(self, values: Mapping[str, Tensor]) -> SwscMatrix:
-        """The matrix with `values` in place of its own, in the same dtypes and bits."""
-        own = self.matrix
-        scales = None if own.scales is None else store_scales(values["scales"], own.scales.dtype)
-        centroids, left, right = (
-            _stored_like(stored, values.get(name))
-            for name, stored in (("centroids", own.centroids), ("left", own.left), ("right", own.right))
-        )
-        return replace(own, scales=scales, centroids=centroids, left=left, right=right)
+        """The matrix with other values, stored in the same dtypes and bits."""
+        matrix = self.matrix
+        scales = None if matrix.scales is None else store_scales(values["scales"], matrix.scales.dtype)
+        centroids = _stored_like(matrix.centroids, values.get("centroids"))
+        left, right = _stored_like(matrix.left, values.get("left")), _stored_like(matrix.right, values.get("right"))
+        return replace(matrix, scales=scales, centroids=centroids, left=left, right=right)
 
     def rounded(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`values` as they are once stored. A loss is taken there, and its gradient as if nothing had been rounded."""
+        """`values` rounded as they will be stored.
+
+        The loss is computed for rounded values, and its gradient is applied to unrounded ones (straight-through
+        estimator).
+        """
         return tunable_values(self.stored(values))
 
     def restored(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Ŵ in float32, [m, n]."""
+        """Ŵ, float32 [m, n]."""
         layout = self.matrix.layout
-        dense = self._spread(values) if "centroids" in values else values["left"].new_zeros(layout.m, layout.n)
+        restored = self._unscaled(values) if "centroids" in values else values["left"].new_zeros(layout.m, layout.n)
         if "scales" in values:
-            dense = dense * values["scales"][:, None]
-        return dense + values["left"].T @ values["right"] if "left" in values else dense
+            restored = restored * values["scales"][:, None]
+        return restored + values["left"].T @ values["right"] if "left" in values else restored
 
     def gradients(self, values: Mapping[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
-        """The gradient of a loss by each of `values`, given the one by Ŵ [m, n]."""
-        found: dict[str, Tensor] = {}
+        """Gradients of a loss with respect to `values`, by name.
+
+        Args:
+            values: where the gradients are taken.
+            gradient: of the loss with respect to Ŵ, [m, n].
+        """
+        gradients: dict[str, Tensor] = {}
         if "left" in values:
-            found |= {"left": values["right"] @ gradient.T, "right": values["left"] @ gradient}
+            gradients |= {"left": values["right"] @ gradient.T, "right": values["left"] @ gradient}
         if "scales" in values:
-            found["scales"] = (gradient * self._spread(values)).sum(dim=1)
+            gradients["scales"] = (gradient * self._unscaled(values)).sum(dim=1)
             gradient = gradient * values["scales"][:, None]
         if "centroids" in values:
             segments = self.matrix.layout.segments(gradient)
-            found["centroids"] = sum_by_label(segments, self._places.long(), len(values["centroids"]))
-        return found
+            gradients["centroids"] = sum_by_label(segments, self._indices.long(), len(values["centroids"]))
+        return gradients
 
-    def _spread(self, values: Mapping[str, Tensor]) -> Tensor:
-        return self.matrix.layout.matrix(values["centroids"][self._places])
+    def _unscaled(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The centroid of each segment, [m, n], before rows are scaled."""
+        return self.matrix.layout.matrix(values["centroids"][self._indices])
 
 
 def tunable_values(matrix: SwscMatrix) -> dict[str, Tensor]:
-    """What a matrix stores, in float32."""
-    found = {"centroids": matrix.centroids.expand(), "left": matrix.left.expand(), "right": matrix.right.expand()}
+    """The stored values of a matrix, float32 copies under the names of `Tunable`."""
+    values = {"centroids": matrix.centroids.expand(), "left": matrix.left.expand(), "right": matrix.right.expand()}
     if matrix.scales is not None:
-        found["scales"] = matrix.scales.float()
-    return {name: value.clone() for name, value in found.items() if value.numel()}
+        values["scales"] = matrix.scales.float()
+    return {name: value.clone() for name, value in values.items() if value.numel()}
 
 
-def _stored_like(before: StoredValues, values: Tensor | None) -> StoredValues:
+def _stored_like(previous: StoredValues, values: Tensor | None) -> StoredValues:
+    """`values` in the dtype and bits of `previous`; None: `previous` itself."""
     if values is None:
-        return before
-    return store_values(values, before.bits, (before.data if before.scales is None else before.scales).dtype)
+        return previous
+    return store_values(values, previous.bits, (previous.data if previous.scales is None else previous.scales).dtype)
 
 
 def step_unit(name: str, value: Tensor) -> Tensor:
-    """What counts as one for a step: a scale's own size, or the RMS of all values of a part; never zero."""
+    """Unit of the step size of each value, positive: the absolute value of a scale, else the RMS of all values."""
     size = value.abs() if name == "scales" else value.square().mean().sqrt().expand_as(value)
     return size.clamp(min=_TINY)
 

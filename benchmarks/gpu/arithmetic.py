@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.gpu.finding import Bench, Finding
 from pipeline.device import fix_arithmetic
-from swsc_core.method.codebook import nearest
-from swsc_core.method.svd import by_eigenvectors
+from swsc_core.method.svd import svd_by_eigenvectors
+from swsc_core.method.weighted_kmeans import nearest
 
 _ASSERT = "torch.zeros(4, device='cuda')[torch.tensor([9], device='cuda')].sum().item()"
 _FULL = "torch.empty(1 << 50, dtype=torch.uint8, device='cuda')"
@@ -45,14 +45,14 @@ def factorisations(bench: Bench) -> Iterator[Finding]:
     """The SVD by eigenvectors against cuSOLVER's own kinds, in seconds and error."""
     for m, n in ((1024, 4096), (2048, 2048)) if not bench.small else ((64, 128),):
         matrix = torch.randn(m, n).to(bench.device)
-        yield Finding(f"SVD {m}×{n} by eigenvectors", bench.seconds(lambda a=matrix: by_eigenvectors(a), 1), "s")  # type: ignore[misc]
+        yield Finding(f"SVD {m}×{n} by eigenvectors", bench.seconds(lambda a=matrix: svd_by_eigenvectors(a), 1), "s")  # type: ignore[misc]
         for driver in ("gesvdj", "gesvd") if bench.on_gpu else (None,):
             call = lambda a=matrix, d=driver: torch.linalg.svd(a, full_matrices=False, driver=d)  # noqa: E731
             yield Finding(f"SVD {m}×{n} {driver or 'LAPACK'}", bench.seconds(call, 1), "s")
-        u, s, vh = by_eigenvectors(matrix)
+        u, s, vh = svd_by_eigenvectors(matrix)
         worst = float(((u * s) @ vh - matrix).abs().max())
         yield Finding(f"SVD {m}×{n} by eigenvectors, largest error", worst, "", worst < 1e-4)
-        again = all(torch.equal(x, y) for x, y in zip((u, s, vh), by_eigenvectors(matrix), strict=True))
+        again = all(torch.equal(x, y) for x, y in zip((u, s, vh), svd_by_eigenvectors(matrix), strict=True))
         yield Finding(f"SVD {m}×{n} by eigenvectors, twice", "equal" if again else "unlike", ok=again)
     square = torch.randn(bench.size(4096, 64), bench.size(4096, 64)).to(bench.device)
     spd = square @ square.T + len(square) * torch.eye(len(square), device=bench.device)

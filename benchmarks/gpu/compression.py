@@ -1,6 +1,7 @@
 """Compression of one matrix: the same bytes twice, as near as on a CPU, kernels and waits a block of columns, seconds, memory."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,10 +70,11 @@ def blocks(bench: Bench) -> Iterator[Finding]:
     n = bench.size(2048, 64)
     spec = specs(bench)["best"]
     metric = Metric(moment(n).to(bench.device), tokens=2 * n)
-    sharing = CodebookFit(structured_weight(n, n, 0, rank=16).to(bench.device), metric, spec, torch.bfloat16)
-    sharing.start(torch.Generator().manual_seed(0))
-    count = n // sharing.layout.width * len(list(sharing._slabs()))
-    assign = lambda: sharing.assign(feedback=True)  # noqa: E731
+    weight = structured_weight(n, n, 0, rank=16).to(bench.device)
+    fit = CodebookFit(weight, metric, spec, torch.bfloat16)
+    fit.start(weight, torch.Generator().manual_seed(0))
+    count = n // fit.layout.width * len(list(fit._slabs()))
+    assign, reassign = partial(fit.assign, weight, feedback=True), partial(fit.reassign, weight)
     assign()
     if bench.on_gpu:
         torch.cuda.set_sync_debug_mode("error")
@@ -83,10 +85,10 @@ def blocks(bench: Bench) -> Iterator[Finding]:
             yield Finding("waits of the host in the loop over columns", str(error).splitlines()[0], ok=False)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    for name, step in (("assign", assign), ("reassign", sharing.reassign)):
+    for name, step in (("assign", assign), ("reassign", reassign)):
         yield Finding(f"{name}, a block of columns", 1e3 * bench.seconds(step, 1) / count, "ms")
         yield from _kernels(bench, name, step, count)
-    yield Finding("refit", bench.seconds(sharing.refit, 1), "s")
+    yield Finding("refit", bench.seconds(partial(fit.refit, weight), 1), "s")
 
 
 def _kernels(bench: Bench, name: str, step: Any, count: int) -> Iterator[Finding]:

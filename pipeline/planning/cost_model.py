@@ -15,13 +15,13 @@ from pipeline.planning.machine_speed import Speed
 from pipeline.planning.plan import Plan
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.matrix import MatrixSettings
-from swsc_core.method.codebook import sample_size
 from swsc_core.method.codebook_fit import CONJUGATE_STEPS
 from swsc_core.method.kmeans import starts_and_refined
 from swsc_core.method.pairwise import use_gram
 from swsc_core.method.segmentation import GPU_SLAB_WEIGHTS, slab_values
 from swsc_core.method.spec import Spec, SwscSpec
 from swsc_core.method.svd import is_exact
+from swsc_core.method.weighted_kmeans import sample_size
 from swsc_core.storage.bits import Geometry
 
 WORKER_BASE = 450 << 20  # bytes of a worker that holds no weights: Python, torch, transformers, Ray

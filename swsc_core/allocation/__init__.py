@@ -1,1 +1,1 @@
-"""Dividing a bit budget over matrices."""
+"""Allocation of a bit budget to matrices: candidate specs, their predicted losses, and the choice among them."""

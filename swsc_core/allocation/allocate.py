@@ -1,8 +1,8 @@
-"""Dividing a budget of bytes between matrices, given what each choice costs and loses.
+"""Allocation of a budget of bytes to matrices, given the bytes and the predicted loss of each choice.
 
-Minimising Σ loss under Σ bytes ≤ budget: for a Lagrange multiplier λ every matrix takes the choice of least
-loss + λ · bytes, which lies on the lower convex hull of its curve (Shoham and Gersho 1988). Walking the edges of all hulls
-from steep to flat visits these solutions in order; what the last edge leaves of the budget is filled with single steps.
+The task is to minimize Σ loss subject to Σ bytes ≤ budget. For a Lagrange multiplier λ each matrix takes the choice of
+least loss + λ · bytes, a vertex of the lower convex hull of its curve (Shoham and Gersho 1988). The edges of all hulls,
+from steep to flat, lead through these solutions in order. The remainder of the budget is then spent on single steps.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,13 @@ from swsc_core.method.spec import Spec
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a matrix: `nbytes` stored, `loss` foretold, in any unit that all matrices share."""
+    """One way to store a matrix.
+
+    Attributes:
+        spec: how the matrix is compressed.
+        nbytes: stored bytes.
+        loss: predicted loss, in the same unit for all matrices.
+    """
 
     spec: Spec
     nbytes: int
@@ -23,47 +29,61 @@ class Choice:
 
 
 def allocate(curves: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
-    """The choice of each matrix, of least total loss within `budget` bytes.
+    """The choice for each matrix of least total loss within `budget` bytes.
+
+    Args:
+        curves: the choices of each matrix, in any order.
+        budget: bytes of all matrices together.
 
     Raises:
-        ValueError: even the smallest choices are larger than the budget; the message says how large they are.
+        ValueError: the smallest choices together are larger than the budget; the message states their size.
     """
     hulls = [lower_hull(curve) for curve in curves]
     chosen = [hull[0] for hull in hulls]
-    left = budget - sum(choice.nbytes for choice in chosen)
-    if left < 0:
-        raise ValueError(f"{budget:,} bytes do not hold the smallest choices, which take {budget - left:,}")
+    remaining = budget - sum(choice.nbytes for choice in chosen)
+    if remaining < 0:
+        least = budget - remaining
+        raise ValueError(f"{budget:,} bytes are less than the smallest choices take, {least:,}; raise the budget")
     steps = [(-_gain(hull[0], hull[1]), index, 1) for index, hull in enumerate(hulls) if len(hull) > 1]
     heapify(steps)
     while steps:
         _, index, step = heappop(steps)
         hull = hulls[index]
         extra = hull[step].nbytes - chosen[index].nbytes
-        if extra <= left:
-            left -= extra
+        if extra <= remaining:
+            remaining -= extra
             chosen[index] = hull[step]
             if step + 1 < len(hull):
                 heappush(steps, (-_gain(hull[step], hull[step + 1]), index, step + 1))
-    return _fill(curves, chosen, left)
+    return _spend(curves, chosen, remaining)
 
 
 def equal_shares(counts: Sequence[int], least: Sequence[int], budget: int) -> list[int]:
-    """Bytes of each matrix, of `counts` weights, at equal bits a weight; all together at most `budget`.
+    """Bytes of each matrix at equal bits per weight, together at most `budget`.
 
-    One whose smallest choice, of `least` bytes, takes more has that, and the others share what it leaves.
+    A matrix whose smallest choice takes more gets the bytes of that choice, and the others share the remainder equally.
+
+    Args:
+        counts: weights of each matrix.
+        least: bytes of the smallest choice of each matrix.
+        budget: bytes of all matrices together.
     """
-    dear: set[int] = set()
+    at_least: set[int] = set()
     while True:
-        rest = [index for index in range(len(counts)) if index not in dear]
-        share = Fraction(budget - sum(least[index] for index in dear), max(1, sum(counts[index] for index in rest)))
-        dearer = {index for index in rest if least[index] > share * counts[index]}
-        if not dearer:
-            return [least[index] if index in dear else int(share * count) for index, count in enumerate(counts)]
-        dear |= dearer
+        sharing = [index for index in range(len(counts)) if index not in at_least]
+        shared_bytes = budget - sum(least[index] for index in at_least)
+        bytes_per_weight = Fraction(shared_bytes, max(1, sum(counts[index] for index in sharing)))
+        above = {index for index in sharing if least[index] > bytes_per_weight * counts[index]}
+        if not above:
+            return [
+                least[index] if index in at_least else int(bytes_per_weight * count)
+                for index, count in enumerate(counts)
+            ]
+        at_least |= above
 
 
 def lower_hull(curve: Sequence[Choice]) -> list[Choice]:
-    """The choices that are best for some multiplier: bytes rise, losses fall, gains a byte fall."""
+    """Choices that are optimal for some multiplier, in order of bytes; losses and gains per byte decrease."""
     hull: list[Choice] = []
     for choice in sorted(curve, key=lambda choice: (choice.nbytes, choice.loss)):
         if hull and choice.loss >= hull[-1].loss:
@@ -77,21 +97,21 @@ def lower_hull(curve: Sequence[Choice]) -> list[Choice]:
 
 
 def _gain(smaller: Choice, larger: Choice) -> float:
-    """Loss that each further byte takes away."""
+    """Decrease of the loss per byte."""
     return (smaller.loss - larger.loss) / (larger.nbytes - smaller.nbytes)
 
 
-def _fill(curves: Sequence[Sequence[Choice]], chosen: list[Choice], left: int) -> list[Choice]:
-    """Spend what is left on single better choices, hull or not, the most useful first."""
+def _spend(curves: Sequence[Sequence[Choice]], chosen: list[Choice], remaining: int) -> list[Choice]:
+    """Spend `remaining` bytes on better choices, of the hull or not, one matrix at a time, the largest gain first."""
     while True:
         better = [
-            (chosen[index].loss - choice.loss, -choice.nbytes, index, place)
+            (chosen[index].loss - choice.loss, -choice.nbytes, index, position)
             for index, curve in enumerate(curves)
-            for place, choice in enumerate(curve)
-            if choice.loss < chosen[index].loss and choice.nbytes - chosen[index].nbytes <= left
+            for position, choice in enumerate(curve)
+            if choice.loss < chosen[index].loss and choice.nbytes - chosen[index].nbytes <= remaining
         ]
         if not better:
             return chosen
-        _, _, index, place = max(better)
-        left -= curves[index][place].nbytes - chosen[index].nbytes
-        chosen[index] = curves[index][place]
+        _, _, index, position = max(better)
+        remaining -= curves[index][position].nbytes - chosen[index].nbytes
+        chosen[index] = curves[index][position]

@@ -1,5 +1,6 @@
-"""The paper's split of a budget between clusters and rank (section IV-C): half and half, unless told otherwise."""
+"""Split of a bit budget between clusters and rank (paper, section IV-C); one half each by default."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from swsc_core.method.spec import SwscSpec
@@ -11,20 +12,20 @@ BitCount = Literal["true", "paper"]
 def solve_budget(
     geometry: Geometry, bits: float, *, cluster_share: float = 0.5, value_bits: int = 16, count: BitCount = "true"
 ) -> tuple[int, int]:
-    """Largest (n_clusters, rank) that a budget of `bits` a weight buys.
+    """Largest (n_clusters, rank) within a budget of `bits` bits per weight.
 
     Args:
         geometry: of the matrix.
-        bits: budget in bits a weight, > 0.
-        cluster_share: share of the budget that goes to centroids and labels; what they leave goes to the rank.
+        bits: budget in bits per weight, > 0.
+        cluster_share: share of the budget for centroids and labels, 0 to 1; the remainder is for the rank.
         value_bits: width of a stored centroid or factor value.
-        count: "true" counts stored bytes at `value_bits`; "paper" as Table II does.
+        count: "true" counts stored bytes at `value_bits`; "paper" counts as Table II does.
 
     Returns:
         n_clusters in 0 .. channels - 1 and rank in 0 .. min(m, n), not both zero.
 
     Raises:
-        ValueError: the budget does not buy one cluster or one rank, or the share is not in 0 .. 1.
+        ValueError: the budget is too small for one cluster or rank one, or the share is out of range.
     """
     if not 0 <= cluster_share <= 1:
         raise ValueError(f"cluster_share {cluster_share} is out of range; choose 0 to 1")
@@ -39,12 +40,13 @@ def solve_budget(
     rank = _largest(lambda r: cost(n_clusters, r) <= bits, min(geometry.m, geometry.n))
     if n_clusters == 0 and rank == 0:
         least = min(cost(1, 0), cost(0, 1))
-        raise ValueError(f"{bits} bits a weight buy nothing on {geometry.m}×{geometry.n}; the least is {least:.3f}")
+        shape = f"{geometry.m}×{geometry.n}"
+        raise ValueError(f"{bits} bits per weight are too few for a matrix of {shape}; the least is {least:.3f}")
     return n_clusters, rank
 
 
-def _largest(fits, upper: int) -> int:  # type: ignore[no-untyped-def]
-    """Largest integer in 0 .. upper for which the monotone predicate `fits` holds (0 is taken to fit)."""
+def _largest(fits: Callable[[int], bool], upper: int) -> int:
+    """Largest integer in 0 .. upper for which the monotone predicate `fits` holds; `fits(0)` is assumed."""
     low, high = 0, max(upper, 0)
     while low < high:
         middle = (low + high + 1) // 2

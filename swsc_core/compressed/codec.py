@@ -1,28 +1,29 @@
-"""Encode and decode by any method: a spec and a weight in, named tensors and an entry out, and back.
+"""Encoding and decoding by any method: from a weight and a spec to named tensors and an entry, and back.
 
-A compressed checkpoint holds both: the tensors in its files, the entry in `quantization_config`. Parts are named after the
-tensor `X.weight` that they replace: `X.weight` itself, `X.labels`, `X.scales` and so on (docs/format.md).
+A compressed checkpoint stores both: the tensors in its files, the entry in `quantization_config`. Stored tensors
+("parts") are named after the tensor `X.weight` that they replace: `X.weight` itself, `X.labels`, `X.scales` and so on
+(docs/format.md).
 
-The name `.weight` is kept on purpose: a loader that does not know the format then meets a shape that does not fit
-and refuses, instead of filling a layer whose weight is missing with random numbers.
+One part keeps the name `X.weight` on purpose. A loader that does not know the format then finds a shape that does not
+match and refuses the file, instead of initializing a layer without a weight randomly.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from swsc_core.checks import InvalidWeightError, not_finite
-from swsc_core.compressed.compressed_matrix import CompressedMatrix, CompressOptions
+from swsc_core.checks import InvalidWeightError, count_nonfinite
+from swsc_core.compressed.compressed_matrix import WEIGHTED_ERROR, CompressedMatrix, CompressOptions
 from swsc_core.compressed.entry import Entry
 from swsc_core.compressed.registry import matrix_of, method_named
 from swsc_core.method.metric import Metric
 from swsc_core.method.spec import Spec
 
-_ROWS = 256  # rows that are held in float64 at a time
+# Rows that are converted to float64 at a time.
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Encoded:
 
     Attributes:
         tensors: part name ("weight", "labels", …) -> contiguous tensor.
-        entry: what `decode` must know beside the tensors; `entry.to_json()` is what config.json states.
-        restored: the dense weight as a loader will see it, in the weight's own dtype.
-        squared_error: ‖W − Ŵ‖²_F, of the weight and what is restored.
+        entry: what `decode` needs beside the tensors; config.json holds `entry.to_json()`.
+        restored: the dense weight Ŵ that a loader restores, [m, n] in the dtype of the weight.
+        squared_error: ‖W − Ŵ‖²_F.
         squared_norm: ‖W‖²_F.
-        stats: what the method measured: seconds, iterations, the clustering's own error.
-        spec: the one of smallest error among those that `encode` was given; None for a matrix that it did not compress.
+        stats: measurements of the method, by their keys in reports: seconds, rounds, weighted errors.
+        spec: the spec of smallest error among those given to `encode`; None for a result of `encoded_as`.
     """
 
     tensors: dict[str, Tensor]
@@ -44,7 +45,7 @@ class Encoded:
     restored: Tensor
     squared_error: float
     squared_norm: float
-    stats: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, float] = field(default_factory=dict)
     spec: Spec | None = None
 
     @property
@@ -56,7 +57,8 @@ class Encoded:
 
     @property
     def stored_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        """Bytes of all stored tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def encode(
@@ -68,50 +70,56 @@ def encode(
     storage_dtype: torch.dtype | None = None,
     metric: Metric | None = None,
 ) -> Encoded:
-    """Compress `weight` [m, n] by each of `specs` and keep the result of smallest error (the first, if equal).
+    """Compress a weight by each of several specs and return the result of smallest error, the first of equal ones.
 
-    More than one spec is how the axis "auto" is asked for: one spec an axis, at equal true bits. The error is that of
-    the weights, or, for specs of metric "activations", the energy in `metric`.
+    Channel axis "auto" passes one spec per axis, at equal true bits. The error is the method's weighted error if it
+    measures one, else the squared error of the restored weight.
+
+    Args:
+        weight: floating point [m, n]; not changed.
+        specs: at least one.
+        name: of the tensor; part of its seed, and named in errors.
+        seed: of the run.
+        storage_dtype: of stored values; None for the dtype of the weight.
+        metric: cost of an error, for specs of metric "activations".
 
     Raises:
-        ValueError: from the method, naming the tensor.
+        ValueError: raised by the method, naming the tensor.
     """
     options = CompressOptions(name, seed, storage_dtype, metric)
     results = []
     for spec in specs:
         matrix, stats = method_named(spec.method).compress(weight, spec, options)
         results.append(_encoded(matrix, weight, name, stats, spec))
-    return min(results, key=lambda result: result.stats.get("energy", result.squared_error))
+    return min(results, key=lambda result: result.stats.get(WEIGHTED_ERROR, result.squared_error))
 
 
 def encoded_as(matrix: CompressedMatrix, weight: Tensor, name: str) -> Encoded:
-    """A compressed form of `weight` that was calculated elsewhere, with its errors.
+    """The result of `encode` for a compressed form of `weight` that exists already, with its errors.
 
     Raises:
-        InvalidWeightError: values that overflow.
+        InvalidWeightError: stored or restored values overflow.
     """
     return _encoded(matrix, weight, name, {})
 
 
 def _encoded(
-    matrix: CompressedMatrix, weight: Tensor, name: str, stats: dict[str, Any], spec: Spec | None = None
+    matrix: CompressedMatrix, weight: Tensor, name: str, stats: dict[str, float], spec: Spec | None = None
 ) -> Encoded:
     parts = {part: tensor.contiguous() for part, tensor in matrix.tensors.items()}
     for tensor in parts.values():
-        if tensor.is_floating_point() and not_finite(tensor):
+        if tensor.is_floating_point() and count_nonfinite(tensor):
             raise InvalidWeightError(
                 f"{name}: values overflow {dtype_name(tensor.dtype)}; choose a wider storage dtype"
             )
     restored = matrix.restore()
-    if not_finite(restored):
-        raise InvalidWeightError(
-            f"{name}: restored values overflow {dtype_name(restored.dtype)}; leave this tensor out"
-        )
+    if count_nonfinite(restored):
+        raise InvalidWeightError(f"{name}: restored values overflow {dtype_name(restored.dtype)}; exclude this tensor")
     return Encoded(parts, matrix.entry, restored, *_squares(weight, restored), stats, spec)
 
 
 def decode(tensors: Mapping[str, Tensor], entry: Entry) -> Tensor:
-    """The dense weight, in its own dtype, from the stored parts and the entry of `encode`.
+    """The dense weight [m, n], in its original dtype, from the stored parts and the entry of `encode`.
 
     Raises:
         ValueError: the parts do not fit the entry, or a label is out of range.
@@ -132,25 +140,26 @@ def checked_matrix_of(tensors: Mapping[str, Tensor], entry: Entry) -> Compressed
 
 
 def require_parts(tensors: Mapping[str, Tensor], entry: Entry) -> None:
-    """Raise ValueError, naming the part, unless `tensors` are parts of the shapes and kinds that `entry` asks for."""
+    """Raise ValueError, naming the part, unless `tensors` have the shapes and kinds of `entry.part_shapes()`."""
     for part, (shape, is_float) in entry.part_shapes().items():
         tensor = tensors[part]
         if tuple(tensor.shape) != shape or tensor.is_floating_point() != is_float:
             kind = "floating point values" if is_float else "uint8"
-            found = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
-            raise ValueError(f"{part} is {found}, wanted {kind} {list(shape)}")
+            raise ValueError(
+                f"{part} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, expected {kind} {list(shape)}"
+            )
 
 
 def _squares(weight: Tensor, restored: Tensor) -> tuple[float, float]:
     """‖W − Ŵ‖²_F and ‖W‖²_F, in float64, some rows at a time."""
     error = norm = 0.0
-    for before, after in zip(weight.split(_ROWS), restored.split(_ROWS), strict=True):
-        dense = before.float().double()
-        error += float((dense - after.float().double()).square_().sum())
+    for rows, restored_rows in zip(torch.split(weight, _ROWS), torch.split(restored, _ROWS), strict=True):
+        dense = rows.float().double()
+        error += float((dense - restored_rows.float().double()).square_().sum())
         norm += float(dense.square_().sum())
     return error, norm
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name as it stands in `torch`: "bfloat16", "float8_e4m3fn"."""
+    """Name of the dtype in `torch`, such as "bfloat16" or "float8_e4m3fn"."""
     return str(dtype).removeprefix("torch.")

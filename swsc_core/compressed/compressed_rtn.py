@@ -1,12 +1,15 @@
-"""Method "rtn": round to nearest, the paper's baseline. Stored tensors: weight = packed codes, scales, zero_points."""
+"""Method "rtn": rounding to nearest, the paper's baseline (section IV-A).
+
+Stored tensors: weight (packed codes), scales and zero_points.
+"""
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
+from swsc_core.checks import require_matrix, require_range
 from swsc_core.compressed.compressed_matrix import CompressedMatrix, CompressOptions, Range
 from swsc_core.compressed.entry import RtnEntry
 from swsc_core.compressed.rtn_slicing import rtn_columns, rtn_rows
@@ -16,7 +19,7 @@ from swsc_core.method.spec import RtnSpec
 
 @dataclass(frozen=True)
 class CompressedRtn(CompressedMatrix):
-    """A `RtnMatrix` and its entry."""
+    """An `RtnMatrix` and its entry."""
 
     spec_type = RtnSpec
     entry_type = RtnEntry
@@ -27,8 +30,10 @@ class CompressedRtn(CompressedMatrix):
     @classmethod
     def compress(
         cls, weight: Tensor, spec: RtnSpec, options: CompressOptions
-    ) -> tuple["CompressedRtn", dict[str, Any]]:
+    ) -> tuple["CompressedRtn", dict[str, float]]:
         started = time.perf_counter()
+        require_matrix(options.name, weight)
+        require_range(options.name, "bits", spec.bits, 2, 8)
         matrix = quantize(
             weight,
             spec.bits,
@@ -36,7 +41,6 @@ class CompressedRtn(CompressedMatrix):
             group_size=spec.group_size,
             symmetric=spec.symmetric,
             scale_dtype=options.storage_dtype,
-            name=options.name,
         )
         entry = RtnEntry(
             shape=matrix.shape,

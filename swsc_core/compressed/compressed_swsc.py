@@ -1,12 +1,12 @@
-"""Method "swsc": shared weights (K-Means over channels or vector quantization of segments) plus a low-rank compensation.
+"""Method "swsc": K-Means over channels or vector quantization of segments, plus a low-rank compensation.
 
-Stored tensors: weight = centroids [codebooks * k, size], labels, scales (with `scaled`), left [r, m] and right [r, n]; centroids
-or factors of few bits are packed codes with weight_scales, or left_scales and right_scales, beside them.
+Stored tensors: weight (centroids [codebooks * k, size]), labels, scales (for scaled rows), left [r, m] and right [r,
+n]. Centroids and factors of few bits are stored as packed codes, with their scales in weight_scales, left_scales and
+right_scales.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from swsc_core.compressed.compressed_matrix import CompressedMatrix, CompressOptions, Range
 from swsc_core.compressed.entry import Entry, SwscEntry
 from swsc_core.compressed.fusing import can_fuse, fuse
-from swsc_core.compressed.matmul import product
+from swsc_core.compressed.matmul import swsc_matmul
 from swsc_core.compressed.slicing import columns_of, rows_of
 from swsc_core.finetune import Tunable
 from swsc_core.method.compress import compress
@@ -36,7 +36,15 @@ class CompressedSwsc(CompressedMatrix):
 
     @classmethod
     def of(cls, matrix: SwscMatrix, dtype: str, location: MatrixLocation | None = None) -> "CompressedSwsc":
-        """A matrix with the entry that states it; ValueError if it cannot be stored."""
+        """The matrix with an entry that describes it.
+
+        Args:
+            dtype: torch's name of the dtype of a restored matrix.
+            location: of the matrix in a dense checkpoint; None: a tensor of its own.
+
+        Raises:
+            ValueError: no entry can describe the matrix.
+        """
         layout = matrix.layout
         entry = SwscEntry(
             shape=(layout.m, layout.n),
@@ -56,7 +64,7 @@ class CompressedSwsc(CompressedMatrix):
     @classmethod
     def compress(
         cls, weight: Tensor, spec: SwscSpec, options: CompressOptions
-    ) -> tuple["CompressedSwsc", dict[str, Any]]:
+    ) -> tuple["CompressedSwsc", dict[str, float]]:
         matrix, stats = compress(
             weight,
             spec,
@@ -100,7 +108,7 @@ class CompressedSwsc(CompressedMatrix):
         return restore_rows(self.matrix, rows)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = product(x, self.matrix)
+        y = swsc_matmul(x, self.matrix)
         return y if bias is None else y + bias.to(y.dtype)
 
     def require_valid(self) -> None:
@@ -111,17 +119,17 @@ class CompressedSwsc(CompressedMatrix):
 
     @classmethod
     def can_fuse(cls, entries: Sequence[Entry]) -> bool:
-        swsc = [entry for entry in entries if isinstance(entry, SwscEntry)]
-        return len(swsc) == len(entries) and can_fuse(swsc)
+        swsc_entries = [entry for entry in entries if isinstance(entry, SwscEntry)]
+        return len(swsc_entries) == len(entries) and can_fuse(swsc_entries)
 
     @classmethod
     def fuse(cls, matrices: Sequence["CompressedSwsc"]) -> "CompressedSwsc":
         if len(matrices) == 1:
             return matrices[0]
-        return cls.of(fuse([one.matrix for one in matrices]), matrices[0].entry.dtype)
+        return cls.of(fuse([compressed.matrix for compressed in matrices]), matrices[0].entry.dtype)
 
     def low_rank_part(self) -> tuple[Tensor, Tensor]:
-        return _exact(self.matrix.left), _exact(self.matrix.right)
+        return _unrounded(self.matrix.left), _unrounded(self.matrix.right)
 
     def without_low_rank(self) -> Tensor:
         m, n = self.entry.shape
@@ -135,5 +143,6 @@ class CompressedSwsc(CompressedMatrix):
         return replace(self, matrix=self.tunable().stored(values))
 
 
-def _exact(values: StoredValues) -> Tensor:
+def _unrounded(values: StoredValues) -> Tensor:
+    """The values in the dtype of storage, or in float32 if that is fp8 or codes."""
     return values.data if values.bits is None and values.data.itemsize > 1 else values.expand()

@@ -1,48 +1,48 @@
-"""What `quantization_config` of a compressed checkpoint says, by version, and under which names its parts are stored.
+"""`quantization_config` of a compressed checkpoint, in all format versions, and the names of stored tensors.
 
     {"quant_method": "swsc", "format_version": 4, "tensors": {tensor name: entry, …}}
 
-Entries are those of entry.py. A reader knows every version up to its own: an entry of version 1 (whole channels, 16-bit
-values), 2 (no pieces, nothing transposed) or 3 (nothing stacked) says less, and what it leaves out has one meaning.
-docs/format.md has all of it.
+Entries are defined in entry.py. All versions up to FORMAT_VERSION are readable. Entries of version 1 (whole channels,
+16-bit values), 2 (no parts of fused tensors, no transposed tensors) and 3 (no stacked tensors) have fewer keys, whose
+absence is unambiguous. docs/format.md is the specification.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from swsc_core.compressed.entry import Entry
 from swsc_core.compressed.registry import entry_of
+from swsc_core.storage.json_fields import JsonValue
 from swsc_core.storage.location import MatrixLocation
 
 QUANT_METHOD = "swsc"
 FORMAT_VERSION = 4
 
 
-def quantization_config(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """What config.json states about the compressed tensors: tensor name -> what `swsc_core.decode` must know."""
+def quantization_config(entries: Mapping[str, Entry]) -> dict[str, JsonValue]:
+    """The value of `quantization_config` for the entries of all compressed tensors, by tensor name."""
     tensors = {name: entry.to_json() for name, entry in entries.items()}
     return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "tensors": tensors}
 
 
-def entries_of(quantization: Mapping[str, Any]) -> dict[str, Entry]:
-    """The entries that `quantization` holds, of any version that this release reads: tensor name -> entry.
+def entries_of(quantization: Mapping[str, object]) -> dict[str, Entry]:
+    """Tensor name -> entry, from a `quantization_config` of any readable version.
 
     Raises:
-        ValueError: an unknown version; an entry that is damaged, naming the tensor and the key.
+        ValueError: an unknown version, or a damaged entry, naming the tensor and the key.
     """
     version, entries = quantization.get("format_version"), quantization.get("tensors")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"format version {version}, this release reads 1 to {FORMAT_VERSION}; update swsc")
     if not isinstance(entries, Mapping):
-        raise ValueError("quantization_config: tensors is no table of entries; download config.json again")
+        raise ValueError("quantization_config: tensors is not an object; download config.json again")
     return {name: _entry(name, data, version) for name, data in entries.items()}
 
 
 def _entry(name: str, data: object, version: int) -> Entry:
     try:
         if not isinstance(data, Mapping):
-            raise ValueError("it is no table")
+            raise ValueError("it is not an object")
         return entry_of(data, version)
     except ValueError as error:
         raise ValueError(
@@ -52,11 +52,12 @@ def _entry(name: str, data: object, version: int) -> Entry:
 
 @dataclass(frozen=True)
 class CompressedTensor:
-    """A tensor of a dense checkpoint that is stored compressed: as one matrix, or some of the matrices that it fuses.
+    """A tensor of a dense checkpoint that is stored compressed, as one matrix or as parts that it fuses.
 
     Attributes:
         name: of the dense tensor.
-        entries: name of a part ("q", "3.gate") -> entry; that of a tensor that is compressed as one matrix is "".
+        entries: name of a part ("q", "3.gate") -> entry. A tensor that is compressed as one matrix has the single name
+            "".
     """
 
     name: str
@@ -64,32 +65,32 @@ class CompressedTensor:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the entries are of parts."""
+        """Whether the tensor is compressed in parts."""
         return "" not in self.entries
 
     @property
     def location(self) -> MatrixLocation:
-        """Where its first matrix lies: the others share `transposed` and `n_experts`."""
+        """Location of its first matrix. All its matrices have the same `transposed` and `n_experts`."""
         return next(iter(self.entries.values())).location
 
 
 def compressed_tensors(entries: Mapping[str, Entry]) -> dict[str, CompressedTensor]:
-    """The dense tensors that `entries` are of, by name, in the order of their first entries."""
-    found: dict[str, dict[str, Entry]] = {}
+    """The dense tensors that the given matrices belong to, by name, in the order of their first entries."""
+    parts_of: dict[str, dict[str, Entry]] = {}
     for name, entry in entries.items():
         tensor = entry.location.tensor or name
         stem = tensor.removesuffix(".weight")
         part = "" if tensor == name else name.removeprefix(f"{stem}.").removesuffix(".weight")
-        found.setdefault(tensor, {})[part] = entry
-    return {name: CompressedTensor(name, parts) for name, parts in found.items()}
+        parts_of.setdefault(tensor, {})[part] = entry
+    return {name: CompressedTensor(name, parts) for name, parts in parts_of.items()}
 
 
 def piece_name(tensor: str, piece: str) -> str:
-    """Name of the matrix that is the part `piece` of a tensor; the inverse of the naming of `compressed_tensors`."""
+    """Name of the matrix that is the part `piece` of a tensor; the inverse of `compressed_tensors`."""
     return f"{tensor.removesuffix('.weight')}.{piece}.weight" if piece else tensor
 
 
 def part_name(tensor: str, part: str) -> str:
-    """Stored name of a part: `X.weight` and part `left` give `X.left`."""
+    """Name of a stored tensor: `X.left` for the tensor `X.weight` and the part `left`."""
     stem = tensor.removesuffix(".weight")
     return tensor if part == "weight" else f"{stem}.{part}"

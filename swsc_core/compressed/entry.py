@@ -1,11 +1,11 @@
-"""What config.json states about one compressed matrix: one frozen dataclass per method, checked when it is constructed.
+"""Entries of config.json about compressed matrices: one frozen dataclass per method, checked on construction.
 
-An entry and the tensors that it names determine the dense weight. docs/format.md describes the JSON form.
+An entry and the stored tensors that it describes determine the dense weight. docs/format.md specifies the JSON form.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 
@@ -14,7 +14,16 @@ from swsc_core.method.segmentation import Layout
 from swsc_core.method.spec import SwscSpec
 from swsc_core.method.stored_values import GROUP
 from swsc_core.storage.bits import ChannelAxis, label_bits
-from swsc_core.storage.json_fields import FLAG, integer, integers, json_field, one_of, read_fields, written_fields
+from swsc_core.storage.json_fields import (
+    FLAG,
+    JsonValue,
+    integer,
+    integers,
+    json_field,
+    one_of,
+    read_fields,
+    written_fields,
+)
 from swsc_core.storage.location import MatrixLocation
 from swsc_core.storage.packing import packed_bytes
 
@@ -24,7 +33,7 @@ _POSITIVE = "a positive number"
 
 
 class PartShape(NamedTuple):
-    """Shape of a stored tensor, and whether it holds floating point values; else it holds packed uint8."""
+    """Shape of a stored tensor, and whether it holds floating point values or else packed uint8."""
 
     shape: tuple[int, ...]
     is_float: bool
@@ -32,15 +41,15 @@ class PartShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """Base class of all entries; a method adds its own fields by `json_field`.
+    """Base class of all entries; a method adds fields by `json_field`.
 
     Attributes:
         shape: [outputs, inputs] of the matrix.
-        dtype: torch's name of the dtype that a restored matrix is rounded to.
-        location: where the matrix lies in a dense checkpoint.
+        dtype: torch's name of the dtype of a restored matrix.
+        location: of the matrix in a dense checkpoint.
 
     Raises:
-        ValueError: values that do not fit each other.
+        ValueError: contradictory values.
     """
 
     method: ClassVar[str]
@@ -54,12 +63,12 @@ class Entry:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of a restored matrix."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def low_rank(self) -> int:
-        """Rank of the low-rank part that is stored beside the rest; 0 for a method without one."""
+        """Rank of the stored low-rank part; 0 for a method without one."""
         return 0
 
     def part_shapes(self) -> dict[str, PartShape]:
@@ -67,43 +76,48 @@ class Entry:
         raise NotImplementedError
 
     def low_rank_error(self, added: int) -> str | None:
-        """Why the rank of the low-rank part cannot grow by `added`; None if it can."""
+        """Error message if the rank of the low-rank part cannot grow by `added`; None if it can."""
         return f"a matrix of method {self.method} has no low-rank part"
 
     def with_low_rank(self, rank: int) -> Self:
         """The entry of the same matrix with a low-rank part of rank `rank`."""
         raise NotImplementedError
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
         """The JSON object of config.json."""
         return {"method": self.method, **written_fields(self), **self.location.to_json()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], version: int | None = None) -> Self:
+    def from_json(cls, data: Mapping[str, object], version: int | None = None) -> Self:
         """Inverse of `to_json`; unknown keys are ignored.
 
         Args:
-            version: of the format that `data` was written in; None for the present one.
+            data: the JSON object.
+            version: format version of `data`; None for the current one.
 
         Raises:
-            ValueError: a value that is missing, of the wrong kind, or that does not fit the others; names the key.
+            ValueError: a value is missing, of the wrong type, or contradicts others; the message names the key.
         """
         values = read_fields(cls, cls._upgraded(data) if version == 1 else data)
         return cls(**values, location=MatrixLocation.from_json(data))
 
     @staticmethod
-    def _upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
-        """An entry of version 1 with the keys of the present version."""
+    def _upgraded(data: Mapping[str, object]) -> Mapping[str, object]:
+        """An entry of version 1 with the keys of the current version."""
         return data
 
 
 @dataclass(frozen=True)
 class SwscEntry(Entry):
-    """Entry of method "swsc": what a matrix of `SwscSpec` became.
+    """Entry of method "swsc", a matrix that was compressed by an `SwscSpec`.
 
     Attributes:
-        n_clusters: centroids of a codebook.
-        segment_size: weights of a segment; the whole channel in the paper's form.
+        n_clusters: centroids per codebook.
+        rank: of the low-rank part.
+        channel_axis: channels are rows ("output") or columns ("input") of the matrix.
+        segment_size: weights per segment; the length of a channel in the paper's form.
+        codebooks: groups of rows with a codebook each.
+        scaled: a scale per row is stored.
         centroid_bits, factor_bits: width of stored values; None for floating point values.
     """
 
@@ -120,12 +134,12 @@ class SwscEntry(Entry):
     def __post_init__(self) -> None:
         super().__post_init__()
         spec = SwscSpec(self.n_clusters, self.rank, self.channel_axis, None, self.segment_size, self.codebooks)
-        if wrong := spec.shape_error(self.shape):
-            raise ValueError(f"a matrix of {self.shape[0]}×{self.shape[1]}: {wrong}")
+        if shape_error := spec.shape_error(self.shape):
+            raise ValueError(f"a matrix of {self.shape[0]}×{self.shape[1]}: {shape_error}")
 
     @property
     def layout(self) -> Layout:
-        """How the matrix is cut into segments."""
+        """Segmentation of the matrix."""
         return Layout(*self.shape, self.channel_axis, self.segment_size)
 
     @property
@@ -143,11 +157,12 @@ class SwscEntry(Entry):
         return parts | _value_shapes("right", (self.rank, n), self.factor_bits)
 
     @staticmethod
-    def _upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Version 1 knew whole channels alone, and no values of few bits."""
+    def _upgraded(data: Mapping[str, object]) -> Mapping[str, object]:
+        """Version 1 had only whole channels and floating point values."""
         shape = data.get("shape")
         if not isinstance(shape, list) or len(shape) != 2:
-            return data  # which is refused
+            # `read_fields` refuses the shape.
+            return data
         length = shape[1 if data.get("channel_axis") == "output" else 0]
         added = {"segment_size": length, "codebooks": 1, "scaled": False, "centroid_bits": None, "factor_bits": None}
         return {**added, **data}
@@ -155,8 +170,10 @@ class SwscEntry(Entry):
     def low_rank_error(self, added: int) -> str | None:
         if self.factor_bits is not None:
             return f"its low-rank part is stored in {self.factor_bits} bits a value"
-        rank, most = self.rank + added, min(self.shape)
-        return f"its low-rank part would have rank {rank}, the largest useful rank is {most}" if rank > most else None
+        rank, largest = self.rank + added, min(self.shape)
+        if rank > largest:
+            return f"its low-rank part would have rank {rank}, the largest useful rank is {largest}"
+        return None
 
     def with_low_rank(self, rank: int) -> "SwscEntry":
         return replace(self, rank=rank)
@@ -172,7 +189,14 @@ def _value_shapes(part: str, shape: tuple[int, int], bits: int | None) -> dict[s
 
 @dataclass(frozen=True)
 class RtnEntry(Entry):
-    """Entry of method "rtn", round to nearest; `group_size` is given for granularity "group"."""
+    """Entry of method "rtn", a matrix that was quantized by rounding to nearest.
+
+    Attributes:
+        bits: width of a code.
+        granularity: what shares a scale: the whole tensor, an output channel, or a group of weights.
+        symmetric: no zero points are stored.
+        group_size: weights per group, for granularity "group"; else None.
+    """
 
     method: ClassVar[str] = "rtn"
     bits: int = json_field(one_of(*range(2, 9)), "2 to 8")
@@ -183,7 +207,7 @@ class RtnEntry(Entry):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.granularity == "group" and self.group_size is None:
-            raise ValueError("group_size is missing")
+            raise ValueError("group_size is missing, which granularity group needs")
 
     @property
     def group_length(self) -> int:

@@ -1,6 +1,7 @@
-"""Rows or columns of a matrix that was rounded to nearest, as a matrix of its own.
+"""Slices of rows or columns of a round-to-nearest matrix, as matrices of their own.
 
-Codes that do not begin at a byte are packed anew; groups that a slice begins within are cut into smaller ones.
+Codes that do not begin at a byte are packed again. If a slice begins within a group, groups are cut into smaller
+groups.
 """
 
 from dataclasses import replace
@@ -27,18 +28,18 @@ def rtn_rows(matrix: RtnMatrix, first: int, last: int) -> RtnMatrix:
 
 
 def rtn_columns(matrix: RtnMatrix, first: int, last: int) -> RtnMatrix:
-    """Columns `first` to `last`. Groups that the slice begins within are cut into smaller ones, which repeat their scale."""
+    """Columns `first` to `last`. If the slice begins within a group, its groups are smaller and scales are repeated."""
     (m, n), bits, width = matrix.shape, matrix.bits, last - first
     if width == n:
         return matrix
     codes = pack(unpack(matrix.codes, bits, m * n).reshape(m, n)[:, first:last].reshape(-1), bits)
     if matrix.group_size == m * n:
         return replace(matrix, shape=(m, width), group_size=m * width, codes=codes)
-    one_group = first // matrix.group_size == (last - 1) // matrix.group_size
-    size = width if one_group else gcd(matrix.group_size, first)
-    own = (first + torch.arange(0, width, size, device=codes.device)) // matrix.group_size
-    scales = matrix.scales.reshape(m, -1)[:, own].reshape(-1)
+    is_within_group = first // matrix.group_size == (last - 1) // matrix.group_size
+    size = width if is_within_group else gcd(matrix.group_size, first)
+    groups = (first + torch.arange(0, width, size, device=codes.device)) // matrix.group_size
+    scales = matrix.scales.reshape(m, -1)[:, groups].reshape(-1)
     zeros = matrix.zero_points
     if not matrix.symmetric:
-        zeros = pack(unpack(zeros, bits, matrix.scales.numel()).reshape(m, -1)[:, own].reshape(-1), bits)
+        zeros = pack(unpack(zeros, bits, matrix.scales.numel()).reshape(m, -1)[:, groups].reshape(-1), bits)
     return replace(matrix, shape=(m, width), group_size=size, codes=codes, scales=scales, zero_points=zeros)

@@ -1,9 +1,10 @@
-"""The rows or columns of a compressed matrix that one rank of a tensor parallel layer works with, compressed as well.
+"""Slices of rows or columns of a compressed matrix, for the ranks of a tensor parallel layer.
 
-Column-parallel layers split output rows, row-parallel ones input columns. Along whole channels a slice shortens the centroids;
-across channels it takes labels, and the centroids that they name. Segments that a split would cut are cut everywhere into
-pieces with a label each: nothing is lost, but such a slice is larger than its share. Labels and codes that do not begin at a
-byte are packed anew. Values of few bits share scales in groups that a slice does not keep: they become plain values.
+Column-parallel layers split output rows, row-parallel layers split input columns. A slice along whole channels shortens
+the centroids. A slice across channels selects labels, and the centroids that they name. If a split would cut segments,
+all segments are cut into pieces with a label each: this is exact, but the slice is larger than its share. Labels that
+do not begin at a byte are packed again. Values of few bits share scales in groups that a slice does not keep, so they
+are stored as floating point values.
 """
 
 from dataclasses import replace
@@ -25,15 +26,14 @@ def rows_of(matrix: SwscMatrix, first: int, last: int) -> SwscMatrix:
     if (first, last) == (0, layout.m):
         return matrix
     if layout.row_step == layout.m and layout.channel_axis == "input":
-        to = Layout(last - first, layout.n, "input", last - first)
-        shared = replace(matrix, layout=to, centroids=_columns(matrix.centroids, first, last))
+        sliced_layout = Layout(last - first, layout.n, "input", last - first)
+        clustered = replace(matrix, layout=sliced_layout, centroids=_columns(matrix.centroids, first, last))
     else:
-        finer = _cut(matrix, layout.row_step, gcd(layout.row_step, first, last))
-        to = replace(finer.layout, m=last - first)
-        step = to.row_step
-        shared = _relabelled(finer, to, finer.indices()[first // step : last // step], first // step)
+        finer = _cut_segments(matrix, layout.row_step, gcd(layout.row_step, first, last))
+        sliced_layout, step = replace(finer.layout, m=last - first), finer.layout.row_step
+        clustered = _relabelled(finer, sliced_layout, finer.indices()[first // step : last // step], first // step)
     scales = None if matrix.scales is None else matrix.scales[first:last]
-    return _with_factors(shared, scales, _columns(matrix.left, first, last), _plain(matrix.right))
+    return _with_factors(clustered, scales, _columns(matrix.left, first, last), _floating_point(matrix.right))
 
 
 def columns_of(matrix: SwscMatrix, first: int, last: int) -> SwscMatrix:
@@ -42,74 +42,79 @@ def columns_of(matrix: SwscMatrix, first: int, last: int) -> SwscMatrix:
     if (first, last) == (0, layout.n):
         return matrix
     if layout.width == layout.n and layout.channel_axis == "output":
-        to = Layout(layout.m, last - first, "output", last - first)
-        shared = replace(matrix, layout=to, centroids=_columns(matrix.centroids, first, last))
+        sliced_layout = Layout(layout.m, last - first, "output", last - first)
+        clustered = replace(matrix, layout=sliced_layout, centroids=_columns(matrix.centroids, first, last))
     else:
-        finer = _cut(matrix, layout.width, gcd(layout.width, first, last))
-        to = replace(finer.layout, n=last - first)
-        shared = _relabelled(finer, to, finer.indices()[:, first // to.width : last // to.width], 0)
-    return _with_factors(shared, matrix.scales, _plain(matrix.left), _columns(matrix.right, first, last))
+        finer = _cut_segments(matrix, layout.width, gcd(layout.width, first, last))
+        sliced_layout, width = replace(finer.layout, n=last - first), finer.layout.width
+        clustered = _relabelled(finer, sliced_layout, finer.indices()[:, first // width : last // width], 0)
+    return _with_factors(clustered, matrix.scales, _floating_point(matrix.left), _columns(matrix.right, first, last))
 
 
-def _cut(matrix: SwscMatrix, size: int, to: int) -> SwscMatrix:
-    """Segments, which span `size` of what is split, cut into pieces of `to`: each centroid becomes size / to of them."""
-    pieces = size // to
+def _cut_segments(matrix: SwscMatrix, size: int, piece_size: int) -> SwscMatrix:
+    """The same matrix with segments of `piece_size` in place of `size` rows or columns; centroids are cut, too."""
+    pieces = size // piece_size
     if pieces == 1:
         return matrix
-    indices, layout = matrix.indices() * pieces, replace(matrix.layout, size=to)
+    indices, layout = matrix.indices() * pieces, replace(matrix.layout, size=piece_size)
     along = torch.arange(pieces, dtype=indices.dtype, device=indices.device)
     if layout.channel_axis == "output":
         indices = (indices[:, :, None] + along).flatten(1)
     else:
         indices = (indices[:, None, :] + along[:, None]).flatten(0, 1)
-    data = _plain(matrix.centroids).data.reshape(-1, to)
+    data = _floating_point(matrix.centroids).data.reshape(-1, piece_size)
     k = matrix.n_clusters * pieces
     labels = indices % k if k else indices
-    centroids = StoredValues((data.shape[0], to), data)
+    centroids = StoredValues((data.shape[0], piece_size), data)
     return replace(matrix, layout=layout, centroids=centroids, labels=pack(labels.reshape(-1), label_bits(k)))
 
 
 def _relabelled(matrix: SwscMatrix, layout: Layout, indices: Tensor, first_row: int) -> SwscMatrix:
-    """The matrix of `layout` whose segments are the centroids `indices` of `matrix`, from row `first_row` of its grid on.
+    """The matrix of `layout` whose segments are the centroids `indices` of `matrix`.
 
-    Codebooks are kept where the slice has them whole, and segments for their centroids; else one takes those that are used.
+    Codebooks are kept if the slice contains all rows of each and has enough segments. Otherwise the slice has one
+    codebook, of the centroids that occur in it.
+
+    Args:
+        indices: row of the centroids of `matrix` of each segment, int32 [rows of the grid, blocks].
+        first_row: row of the grid of `matrix` where the slice begins.
     """
-    rows_a_book, k = matrix.layout.grid[0] // matrix.codebooks, matrix.n_clusters
-    books, rest = divmod(len(indices), rows_a_book)
+    rows_per_codebook, k = matrix.layout.grid[0] // matrix.codebooks, matrix.n_clusters
     if not k:
         return replace(matrix, layout=layout, codebooks=1)
-    whole = not rest and not first_row % rows_a_book and k * books <= layout.count and not matrix.shares_whole_channels
-    if whole:
-        start = first_row // rows_a_book * k
-        kept = matrix.centroids if books == matrix.codebooks else _rows(matrix.centroids, start, start + books * k)
+    codebooks, remaining_rows = divmod(len(indices), rows_per_codebook)
+    is_aligned = not remaining_rows and not first_row % rows_per_codebook
+    if is_aligned and k * codebooks <= layout.count and not matrix.shares_whole_channels:
+        start, centroids = first_row // rows_per_codebook * k, matrix.centroids
+        if codebooks < matrix.codebooks:
+            centroids = _rows(centroids, start, start + codebooks * k)
         labels = pack((indices % k).reshape(-1), label_bits(k))
-        return replace(matrix, layout=layout, codebooks=books, centroids=kept, labels=labels)
+        return replace(matrix, layout=layout, codebooks=codebooks, centroids=centroids, labels=labels)
     used, labels = torch.unique(indices, return_inverse=True)
-    data = _plain(matrix.centroids).data[used]
-    packed = pack(labels.reshape(-1), label_bits(len(used)))
-    return replace(
-        matrix, layout=layout, codebooks=1, centroids=StoredValues((len(used), layout.size), data), labels=packed
-    )
+    centroids = StoredValues((len(used), layout.size), _floating_point(matrix.centroids).data[used])
+    labels = pack(labels.reshape(-1), label_bits(len(used)))
+    return replace(matrix, layout=layout, codebooks=1, centroids=centroids, labels=labels)
 
 
 def _with_factors(matrix: SwscMatrix, scales: Tensor | None, left: StoredValues, right: StoredValues) -> SwscMatrix:
-    """`matrix` with these; more factors than it has rows or columns are multiplied out, which says the same with fewer."""
+    """`matrix` with these scales and factors; the factors are multiplied if their rank is above its smaller side."""
     m, n = matrix.layout.m, matrix.layout.n
     if left.shape[0] > min(m, n):
         dense = (left.data.float().T @ right.data.float()).to(left.data.dtype)
-        one = torch.eye(min(m, n), dtype=dense.dtype, device=dense.device)
-        pair = (one, dense) if m <= n else (dense.T.contiguous(), one)
-        left, right = (StoredValues((side.shape[0], side.shape[1]), side) for side in pair)
+        identity = torch.eye(min(m, n), dtype=dense.dtype, device=dense.device)
+        factors = (identity, dense) if m <= n else (dense.T.contiguous(), identity)
+        left, right = (StoredValues((factor.shape[0], factor.shape[1]), factor) for factor in factors)
     return replace(matrix, scales=scales, left=left, right=right)
 
 
-def _plain(values: StoredValues) -> StoredValues:
+def _floating_point(values: StoredValues) -> StoredValues:
+    """The values as floating point values, in the dtype of their scales if they are stored as codes."""
     return values if values.scales is None else StoredValues(values.shape, values.expand(values.scales.dtype))
 
 
 def _rows(values: StoredValues, first: int, last: int) -> StoredValues:
-    return StoredValues((last - first, values.shape[1]), _plain(values).data[first:last])
+    return StoredValues((last - first, values.shape[1]), _floating_point(values).data[first:last])
 
 
 def _columns(values: StoredValues, first: int, last: int) -> StoredValues:
-    return StoredValues((values.shape[0], last - first), _plain(values).data[:, first:last].contiguous())
+    return StoredValues((values.shape[0], last - first), _floating_point(values).data[:, first:last].contiguous())

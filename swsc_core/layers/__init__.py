@@ -1,1 +1,1 @@
-"""Modules of PyTorch whose weights stay compressed."""
+"""PyTorch modules whose weights stay compressed in memory."""

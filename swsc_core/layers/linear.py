@@ -1,8 +1,8 @@
-"""Layers whose weight stays compressed: the parts lie in memory as they are stored, and the forward pass works from them.
+"""Layers whose weight stays compressed in memory and is used in that form by the forward pass.
 
-A part is a parameter under its stored name (`weight`, `labels`, `left`, …), so that a state dict is what the files hold.
-Nothing requires a gradient unless it is asked for: `layer.left.requires_grad_()` fine-tunes the factors, say. These are no
-`nn.Linear` on purpose: code that reaches for `.weight` as the dense matrix would be silently wrong.
+A part is a parameter under its stored name (`weight`, `labels`, `left`, …), so that the state dict has the tensors of
+the file. No part requires a gradient by default; `layer.left.requires_grad_()`, for example, fine-tunes a factor. The
+layers are no subclass of `nn.Linear` on purpose: code that uses `.weight` as the dense matrix would be silently wrong.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,12 @@ from swsc_core.storage.location import row_blocks_of
 from swsc_core.storage.row_blocks import fuse_rows, require_partition, row_permutation
 
 
-def _hold(layer: nn.Module, name: str, tensor: Tensor, requires_grad: bool = False) -> None:
-    """Parameters of no size all lie at address 0, which tools that look for tied ones take for one and the same: they are buffers."""
+def _register(layer: nn.Module, name: str, tensor: Tensor, requires_grad: bool = False) -> None:
+    """Register a tensor as a parameter, or as a buffer if it is empty.
+
+    All empty tensors have the address 0, so that tools that detect tied parameters would treat empty parameters as
+    tied.
+    """
     if tensor.numel():
         layer.register_parameter(name, nn.Parameter(tensor, requires_grad))
     else:
@@ -29,14 +33,15 @@ def _hold(layer: nn.Module, name: str, tensor: Tensor, requires_grad: bool = Fal
 
 
 class CompressedWeight(nn.Module):
-    """The parts of one matrix [m, n], empty until they are loaded.
+    """The parts of one matrix [m, n], uninitialized until they are loaded.
 
     Args:
-        entry: that of `encode`.
-        dtype: of the parts that are floating point values; torch's default if None.
+        entry: of the compressed matrix, as `encode` returns it.
+        dtype: of the parts with floating point values; torch's default if None.
+        device: of the parts; torch's default if None.
 
     Attributes:
-        tied: another layer works from the same parts.
+        tied: another layer uses the same parts.
     """
 
     def __init__(
@@ -47,32 +52,36 @@ class CompressedWeight(nn.Module):
         self._part_names = tuple(entry.part_shapes())
         for part, (shape, is_float) in entry.part_shapes().items():
             kind = (dtype or torch.get_default_dtype()) if is_float else torch.uint8
-            self._hold(part, torch.empty(shape, dtype=kind, device=device))
+            self._set_part(part, torch.empty(shape, dtype=kind, device=device))
 
-    def _hold(self, part: str, tensor: Tensor) -> None:
-        """`tensor` as the part of that name."""
-        wanted = getattr(self, part, tensor).requires_grad
+    def _set_part(self, part: str, tensor: Tensor) -> None:
+        """Replace a part; whether it requires a gradient stays."""
+        requires_grad = getattr(self, part, tensor).requires_grad
         if part in self._parameters or part in self._buffers:
             delattr(self, part)
-        _hold(self, part, tensor, wanted)
+        _register(self, part, tensor, requires_grad)
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """part -> tensor."""
+        """Part name -> stored tensor."""
         return {part: getattr(self, part) for part in self._part_names}
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the parts that are floating point values."""
+        """Dtype of the parts with floating point values."""
         return next(part.dtype for part in self.parts.values() if part.is_floating_point())
 
     @property
     def matrix(self) -> CompressedMatrix:
-        """The compressed matrix that the parts are."""
+        """The compressed matrix of the parts."""
         return matrix_of(self.parts, self.entry)
 
     def dense_weight(self) -> Tensor:
-        """W, [m, n], in the dtype that it had before it was compressed; ValueError if the parts are damaged."""
+        """W, [m, n], in its dtype before compression.
+
+        Raises:
+            ValueError: a part is damaged.
+        """
         with torch.no_grad():
             return decode(self.parts, self.entry)
 
@@ -82,7 +91,14 @@ class CompressedWeight(nn.Module):
 
 
 class SwscLinear(CompressedWeight):
-    """y = x Wᵀ + b by the compressed W, as its method multiplies (`CompressedMatrix.matmul`)."""
+    """y = x Wᵀ + b with a compressed W, multiplied by its method (`CompressedMatrix.matmul`).
+
+    Args:
+        entry: of the compressed matrix.
+        bias: whether the layer has a bias.
+        dtype: of the bias and of the parts with floating point values; torch's default if None.
+        device: of the parameters; torch's default if None.
+    """
 
     def __init__(
         self,
@@ -98,40 +114,52 @@ class SwscLinear(CompressedWeight):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, spec: Spec, *, metric: Metric | None = None, seed: int = 0) -> "SwscLinear":
-        """Compress the weight of `linear`, which is not changed; ValueError as from `encode`."""
+        """A layer with the compressed weight and the bias of `linear`, which is not changed.
+
+        Args:
+            spec: how to compress the weight.
+            metric: cost of an error, for specs of metric "activations".
+            seed: of the run.
+
+        Raises:
+            ValueError: the conditions of `encode`.
+        """
         encoded = encode(linear.weight.detach(), [spec], seed=seed, metric=metric)
-        made = cls(encoded.entry, linear.bias is not None, linear.weight.dtype, "meta")
+        layer = cls(encoded.entry, linear.bias is not None, linear.weight.dtype, "meta")
         parts = dict(encoded.tensors) | ({} if linear.bias is None else {"bias": linear.bias.detach().clone()})
-        made.load_state_dict(parts, assign=True)
-        return made
+        layer.load_state_dict(parts, assign=True)
+        return layer
 
     def low_rank_error(self, rank: int) -> str | None:
-        """Why the compensation cannot become higher by `rank`; None if it can."""
+        """Error message if the rank of the compensation cannot grow by `rank`; None if it can."""
         if self.tied and self.entry.low_rank_error(0) is None:
-            return "it is tied to another layer, which would change, too"
+            return "it is tied to another layer, which would change as well"
         return self.entry.low_rank_error(rank)
 
     def add_low_rank(self, left: Tensor, right: Tensor) -> None:
-        """Add leftᵀ · right to W, [r, m] and [r, n]: compensation of a rank higher by r, rounded to the dtype of its factors.
+        """Add leftᵀ · right to W. The rank of the compensation grows by r.
+
+        Args:
+            left, right: [r, m] and [r, n]; rounded to the dtype of the stored factors.
 
         Raises:
-            ValueError: as `low_rank_error` says.
+            ValueError: the message of `low_rank_error`.
         """
-        if why := self.low_rank_error(left.shape[0]):
-            raise ValueError(why)
-        added = {"left": left, "right": right}
-        parts = {part: torch.cat([self.parts[part], more.to(self.parts[part])]) for part, more in added.items()}
-        self._hold_low_rank(parts, self.entry.low_rank + left.shape[0])
+        if message := self.low_rank_error(left.shape[0]):
+            raise ValueError(message)
+        factors = {"left": left, "right": right}
+        parts = {part: torch.cat([self.parts[part], factor.to(self.parts[part])]) for part, factor in factors.items()}
+        self._set_low_rank(parts, self.entry.low_rank + left.shape[0])
 
     def drop_low_rank(self, rank: int) -> None:
-        """Undo `add_low_rank` of that rank, to the bit."""
-        kept = self.entry.low_rank - rank
-        self._hold_low_rank({part: self.parts[part][:kept].clone() for part in ("left", "right")}, kept)
+        """Remove the last `rank` factors; undoes `add_low_rank` of that rank exactly."""
+        remaining = self.entry.low_rank - rank
+        self._set_low_rank({part: self.parts[part][:remaining].clone() for part in ("left", "right")}, remaining)
 
-    def _hold_low_rank(self, parts: Mapping[str, Tensor], rank: int) -> None:
+    def _set_low_rank(self, parts: Mapping[str, Tensor], rank: int) -> None:
         self.entry = self.entry.with_low_rank(rank)
         for part, tensor in parts.items():
-            self._hold(part, tensor.detach())
+            self._set_part(part, tensor.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m]."""
@@ -139,68 +167,88 @@ class SwscLinear(CompressedWeight):
 
 
 class SwscJoined(nn.Module):
-    """y = x Wᵀ + b of a matrix that joins several, some of them compressed: each is multiplied by itself, then rows are put in order.
+    """y = x Wᵀ + b for a fused matrix W of which some parts are compressed.
+
+    The outputs of all parts are computed separately and permuted to the row order of W.
 
     Args:
-        pieces: name of a piece ("q", "k", …) -> its entry, which says which rows it is.
-        rest: rows that are in no piece; their weight is dense.
+        pieces: name of a compressed part ("q", "k", …) -> its entry, whose location states its rows.
+        remaining: number of rows that belong to no part; their weight is dense.
+        bias: whether the layer has a bias.
+        dtype: of dense rows, the bias, and parts with floating point values; torch's default if None.
+        device: of the parameters; torch's default if None.
 
     Raises:
-        ValueError: pieces that overlap or leave rows out.
+        ValueError: parts that overlap or leave rows out.
     """
 
     def __init__(
         self,
         pieces: Mapping[str, Entry],
-        rest: int,
+        remaining: int,
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.rows = row_blocks_of(entry.location for entry in pieces.values())
-        require_partition(rest, self.rows)
+        require_partition(remaining, self.rows)
         for name, entry in pieces.items():
             self.add_module(name, SwscLinear(entry, dtype=dtype, device=device))
-        self.out_features = rest + sum(rows.total for rows in self.rows)
+        self.out_features = remaining + sum(rows.total for rows in self.rows)
         self.in_features = next(iter(pieces.values())).shape[1]
         kind = dtype or torch.get_default_dtype()
-        _hold(self, "weight", torch.empty(rest, self.in_features, dtype=kind, device=device))
-        # no buffer: models are made without memory, and what no file holds would stay so
+        _register(self, "weight", torch.empty(remaining, self.in_features, dtype=kind, device=device))
+        # Not a buffer: models are created on the meta device, and buffers that no file contains would stay there.
         self._order = torch.tensor(row_permutation(self.out_features, self.rows), device="cpu")
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=kind, device=device)) if bias else None
 
     @property
     def pieces(self) -> dict[str, SwscLinear]:
-        """name -> layer."""
+        """Name of a compressed part -> its layer."""
         return {name: layer for name, layer in self.named_children() if isinstance(layer, SwscLinear)}
 
     @property
-    def _rest(self) -> Tensor:
+    def _remaining_weight(self) -> Tensor:
+        """Dense weight of the rows of no part, [remaining, n]."""
         return self.get_parameter("weight") if "weight" in self._parameters else self.get_buffer("weight")
 
     def dense_weight(self) -> Tensor:
-        """W, [m, n], in the dtype of the rows that are in no piece; ValueError if a part is damaged."""
+        """W, [m, n], in the dtype of the dense rows.
+
+        Raises:
+            ValueError: a stored tensor is damaged.
+        """
         with torch.no_grad():
-            return fuse_rows(self._rest, self.rows, (layer.dense_weight() for layer in self.pieces.values()))
+            parts = (layer.dense_weight() for layer in self.pieces.values())
+            return fuse_rows(self._remaining_weight, self.rows, parts)
 
     def _order_on(self, device: torch.device) -> Tensor:
-        """Where each row is found among those of the pieces, int64 [m]; copied once, not in every pass."""
+        """Permutation of the concatenated outputs to the row order of W, int64 [m]; copied to the device once."""
         if self._order.device != device:
-            with torch.inference_mode(False):  # a later pass may be one with gradients
+            # A tensor that is created in inference mode could not be used in a later pass with gradients.
+            with torch.inference_mode(False):
                 self._order = self._order.to(device)
         return self._order
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m]."""
-        found = [layer(x) for layer in self.pieces.values()]
-        y = torch.cat([*found, nn.functional.linear(x, self._rest.to(x.dtype)).to(found[0].dtype)], dim=-1)
+        outputs = [layer(x) for layer in self.pieces.values()]
+        dense_output = nn.functional.linear(x, self._remaining_weight.to(x.dtype)).to(outputs[0].dtype)
+        y = torch.cat([*outputs, dense_output], dim=-1)
         y = y.index_select(-1, self._order_on(x.device))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class SwscEmbedding(CompressedWeight):
-    """Rows of W by their indices, times `scale`, as the method restores rows (`CompressedMatrix.restore_rows`)."""
+    """Rows of a compressed W by their indices, times `scale`, restored by its method (`CompressedMatrix.restore_rows`).
+
+    Args:
+        entry: of the compressed matrix.
+        scale: factor of all embeddings.
+        dtype: of the parts with floating point values; torch's default if None.
+        device: of the parameters; torch's default if None.
+    """
 
     def __init__(
         self,
@@ -214,6 +262,6 @@ class SwscEmbedding(CompressedWeight):
         self.num_embeddings, self.embedding_dim = entry.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [...] -> [..., n], in the dtype of the parts."""
+        """Embeddings [..., n] of the indices `ids`, int64 [...], in the dtype of the parts."""
         rows = self.matrix.restore_rows(ids.reshape(-1)).to(self.dtype)
         return rows.reshape(*ids.shape, self.embedding_dim) * self.scale

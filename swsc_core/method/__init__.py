@@ -1,1 +1,1 @@
-"""The algorithms: K-Means, codebook fit, truncated SVD, round-to-nearest."""
+"""The algorithms: K-Means, codebook fit, truncated SVD, rounding to nearest."""

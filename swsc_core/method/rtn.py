@@ -1,8 +1,8 @@
 """Round-to-nearest quantization, the paper's baseline (section IV-A): per tensor, per output channel or per group.
 
-A group of weights shares one scale and, unless symmetric, one zero point: w ≈ scale · (code − zero_point). The grid
-is that of GPTQ's published code: asymmetric ranges always include zero; a symmetric range is the asymmetric one of
-[−max|w|, max|w|] with the zero point fixed at 2^(bits−1). Codes are computed with the scale as it is stored.
+The weights of a group share one scale and, unless symmetric, one zero point: w ≈ scale · (code − zero_point). The grid
+is that of GPTQ's published code: an asymmetric range always includes zero; a symmetric range is the asymmetric range
+[−max|w|, max|w|] with the zero point 2^(bits−1). Codes are computed with the scale as it is stored.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,13 @@ class RtnMatrix:
     """A quantized m×n matrix.
 
     Attributes:
+        shape: (m, n).
+        bits: width of a code.
+        group_size: weights that share a scale: m * n, n, or as given. The last group of a row may be shorter.
+        symmetric: all groups have the zero point 2^(bits−1), which is not stored.
         codes: uint8 [packed_bytes(m * n, bits)], row-major codes of `bits` bits.
         scales: [groups] in the storage dtype.
         zero_points: uint8 [packed_bytes(groups, bits)]; empty if symmetric.
-        group_size: weights that share a scale: m * n, n, or as given. The last group of a row may be shorter.
     """
 
     shape: tuple[int, int]
@@ -45,7 +48,7 @@ def group_length(shape: tuple[int, int], granularity: Granularity, group_size: i
 
 
 def group_count(shape: tuple[int, int], length: int) -> int:
-    """Number of groups; a group never crosses from one row into the next, unless it is the whole tensor."""
+    """Number of groups of `length` weights; unless it is the whole tensor, a group is part of one row."""
     return 1 if length == shape[0] * shape[1] else shape[0] * -(-shape[1] // length)
 
 
@@ -57,41 +60,53 @@ def quantize(
     group_size: int = 128,
     symmetric: bool = False,
     scale_dtype: torch.dtype | None = None,
-    name: str = "weight",
 ) -> RtnMatrix:
-    """Quantize a floating point matrix [m, n] to `bits` (2 to 8) bits by rounding to nearest.
+    """Quantize a matrix by rounding to nearest.
 
-    Scales are stored in `scale_dtype`; by default in the weight's own, or in bfloat16 for an fp8 weight.
+    Args:
+        weight: floating point [m, n]; not changed.
+        bits: width of a code, 2 to 8.
+        granularity: what shares a scale: the whole tensor, an output channel, or `group_size` weights of one.
+        group_size: weights per group, for granularity "group".
+        symmetric: fix the zero point in the middle of the grid.
+        scale_dtype: dtype of stored scales; by default that of the weight, or bfloat16 for an fp8 weight.
 
     Raises:
         ValueError: not a finite matrix, bits or group_size out of range.
     """
-    require_matrix(name, weight)
-    require_range(name, "bits", bits, 2, 8)
-    require_range(name, "group_size", group_size, 1, max(group_size, 1))
-    shape = (weight.shape[0], weight.shape[1])
+    require_matrix("quantize", weight)
+    require_range("quantize", "bits", bits, 2, 8)
+    if group_size < 1:
+        raise ValueError(f"quantize: group_size {group_size} is out of range; choose 1 or more")
+    shape, top = (weight.shape[0], weight.shape[1]), 2**bits - 1
     length = group_length(shape, granularity, group_size)
     groups = _grouped(weight.float(), length)
-    top = 2**bits - 1
-    low, high = groups.amin(dim=1).clamp(max=0), groups.amax(dim=1).clamp(min=0)
-    if symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
+    low, high = _ranges(groups, symmetric)
     dtype = scale_dtype or (torch.bfloat16 if weight.element_size() == 1 else weight.dtype)
-    steps = torch.full_like(high, top)  # a number of the host: CUDA would multiply by its reciprocal, off by a last bit
+    # A tensor, not a number: CUDA multiplies by the reciprocal of a number, which changes the last bit.
+    steps = torch.full_like(high, top)
     scales = ((high - low) / steps).to(dtype)
-    used = scales.float()
-    used = torch.where(used > 0, used, 1.0)  # an all-zero group, or one whose scale underflows, becomes zero
+    # A group of zeros, or one whose scale underflows, is restored as zeros.
+    divisors = torch.where(scales.float() > 0, scales.float(), 1.0)
     middle = torch.full_like(low, 2 ** (bits - 1))
-    zeros = middle if symmetric else (-low / used).round().clamp(0, top)
-    codes = (groups / used[:, None]).round_().add_(zeros[:, None]).clamp_(0, top)
+    zeros = middle if symmetric else (-low / divisors).round().clamp(0, top)
+    codes = (groups / divisors[:, None]).round_().add_(zeros[:, None]).clamp_(0, top)
     codes = _ungrouped(codes, shape, length).reshape(-1).to(torch.uint8)
     packed_zeros = pack(zeros.to(torch.uint8), 0 if symmetric else bits)
     return RtnMatrix(shape, bits, length, symmetric, pack(codes, bits), scales, packed_zeros)
 
 
+def _ranges(groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Least and largest value on the grid of each group [groups, length], [groups] each; zero is between them."""
+    low, high = groups.amin(dim=1).clamp(max=0), groups.amax(dim=1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    return low, high
+
+
 def dequantize(matrix: RtnMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense [m, n] matrix that `matrix` stands for, computed in float32 and rounded to `dtype`."""
+    """The dense matrix [m, n] of stored codes, computed in float32 and rounded to `dtype`."""
     m, n = matrix.shape
     codes = unpack(matrix.codes, matrix.bits, m * n).float().reshape(m, n)
     count = group_count(matrix.shape, matrix.group_size)
@@ -105,7 +120,7 @@ def dequantize(matrix: RtnMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _grouped(weight: Tensor, length: int) -> Tensor:
-    """[groups, length] copy of the matrix; a short last group of a row is filled up with the row's last value."""
+    """Copy of the matrix as [groups, length]; a short last group of a row is padded with the row's last value."""
     m, n = weight.shape
     if length == m * n:
         return weight.reshape(1, -1).clone()
@@ -114,5 +129,6 @@ def _grouped(weight: Tensor, length: int) -> Tensor:
 
 
 def _ungrouped(groups: Tensor, shape: tuple[int, int], length: int) -> Tensor:
+    """Inverse of `_grouped`: [m, n] without the padding."""
     m, n = shape
     return groups.reshape(m, -1)[:, :n] if length != m * n else groups.reshape(m, n)

@@ -1,7 +1,7 @@
-"""What is to be done to one matrix, and what it will cost: values without weights.
+"""Specs: how one matrix is compressed by one method, and how many bytes the result takes.
 
-A spec is resolved: cluster counts and ranks stand as numbers. The pipeline makes specs from bit budgets
-(`bits.solve_budget`), workers carry them out (`codec.encode`), reports quote their bits.
+A spec is resolved, cluster counts and ranks are numbers. The pipeline derives specs from bit budgets
+(allocation/budget.py), workers apply them (`encode` in compressed/codec.py), and reports state their bits.
 """
 
 from abc import ABC, abstractmethod
@@ -15,11 +15,12 @@ from swsc_core.storage.bits import ChannelAxis, Geometry, label_bits, rtn_bytes
 from swsc_core.storage.packing import packed_bytes
 
 MetricName = Literal["weights", "activations"]
-MAX_CLUSTERS = 1 << 16  # labels of more bits are not packed
+# Labels have at most 16 bits.
+MAX_CLUSTERS = 1 << 16
 
 
 class Spec(ABC):
-    """What is done to one matrix by one method; a method's own specs are frozen dataclasses.
+    """Base class of the specs of all methods, which are frozen dataclasses.
 
     Attributes:
         method: name of the method.
@@ -31,20 +32,20 @@ class Spec(ABC):
 
     @abstractmethod
     def stored_bytes(self, shape: tuple[int, int], value_bits: int) -> int:
-        """Bytes stored for a matrix of `shape` whose storage dtype has `value_bits` bits a value."""
+        """Bytes stored for a matrix of `shape` if the storage dtype has `value_bits` bits per value."""
 
     @abstractmethod
     def paper_bits(self, shape: tuple[int, int]) -> float:
-        """Bits a weight as the paper counts them (Table II)."""
+        """Bits per weight as the paper counts them (section IV-C, Table II)."""
 
     @property
     def cuts_channels(self) -> bool:
-        """Whether channels are cut into segments, which are worked through in slabs of rows."""
+        """Whether channels are cut into segments, which are processed in slabs of rows."""
         return False
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether errors are weighed by second moments of the layer's inputs."""
+        """Whether errors are weighted by the Hessian, the second moment of the layer's inputs."""
         return False
 
     @classmethod
@@ -55,30 +56,31 @@ class Spec(ABC):
 
     @classmethod
     def from_settings(cls, settings: Any, bits: float) -> Self:
-        """The spec whose fields are the settings of the same names; others keep their defaults.
+        """The spec whose fields are the settings of the same names; further fields have their defaults.
 
         Args:
-            bits: the budget in bits a weight, for a method that has a field for it.
+            settings: any object with settings as attributes.
+            bits: the budget in bits per weight, for a method that has a field for it.
         """
-        names = [one.name for one in fields(cls) if one.name != "method"]  # type: ignore[arg-type]
+        names = [spec_field.name for spec_field in fields(cls) if spec_field.name != "method"]  # type: ignore[arg-type]
         return cls(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
 
 
 @dataclass(frozen=True)
 class SwscSpec(Spec):
-    """One member of the family whose plainest is the paper's method: all defaults are the paper's.
+    """Shared weights plus a low-rank compensation; with the default of every further parameter, the paper's method.
 
     Attributes:
-        n_clusters: centroids of a codebook; 0 stores no clusters (a pure truncated SVD).
-        rank: of the compensation; 0 for none.
-        channel_axis: channels are rows ("output") or columns ("input").
-        n_init: starts of K-Means over whole channels.
-        segment_size: weights of a piece of a channel that shares on its own; None: the whole channel.
-        codebooks: row groups of the matrix with a codebook each.
-        scaled: each row is divided by a scale of its own before it shares.
-        metric: plain squared errors of weights, or of the layer's outputs (needs a second moment).
-        feedback: the error of each block of columns is fed into the columns before it (metric "activations").
-        rounds: of reassigning, refitting and decomposing again, while that helps.
+        n_clusters: centroids per codebook, k in the paper; 0 stores no clusters (a truncated SVD alone).
+        rank: of the compensation, r in the paper; 0 for none.
+        channel_axis: channels are rows ("output") or columns ("input") of the matrix.
+        n_init: starts of K-Means over whole channels; None: by the number of channels.
+        segment_size: weights of a segment, which has a label of its own; None: the whole channel.
+        codebooks: groups of rows with a codebook each.
+        scaled: rows are divided by a stored scale before clustering.
+        metric: squared errors of the weights, or of the layer's outputs (needs the Hessian).
+        feedback: the error of each block of columns is compensated by the columns before it (metric "activations").
+        rounds: refinement rounds (refit, reassign, decompose) at most; refinement ends when a round does not help.
         centroid_bits, factor_bits: width of stored centroids and factors; None: the storage dtype.
     """
 
@@ -117,16 +119,16 @@ class SwscSpec(Spec):
         return centroids + packed_bytes(layout.count, label_bits(self.n_clusters)) + scales + factors
 
     def paper_bits(self, shape: tuple[int, int]) -> float:
-        """As the paper counts: 16-bit centroids and factors, nothing else."""
+        """16 (k · size + r (m + n)) / (m n): 16-bit centroids and factors, no labels (section IV-C, Table II)."""
         values = self.codebooks * self.n_clusters * self.layout(shape).size + self.rank * sum(shape)
         return 16 * values / (shape[0] * shape[1])
 
     def shape_error(self, shape: tuple[int, int]) -> str | None:
-        """Why a matrix of `shape` cannot be compressed so, with the remedy; None if it can."""
+        """Error message, with the remedy, for a matrix of `shape` that the spec does not fit; None if it fits."""
         geometry = Geometry(*shape, self.channel_axis)
-        size = self.segment_size or geometry.length
-        if size < 1 or geometry.length % size:
-            return f"segment_size {size} does not divide its {self.channel_axis} channels of {geometry.length}; choose a divisor"
+        size, length = self.segment_size or geometry.length, geometry.length
+        if size < 1 or length % size:
+            return f"segment_size {size} does not divide its {self.channel_axis} channels of {length}; choose a divisor"
         rows = shape[0] // self.codebooks if self.codebooks > 0 else 0
         if rows * self.codebooks != shape[0] or rows % self.layout(shape).row_step:
             return f"codebooks {self.codebooks} do not divide its {shape[0]} rows into whole segments; choose a divisor"
@@ -140,7 +142,14 @@ class SwscSpec(Spec):
 
 @dataclass(frozen=True)
 class RtnSpec(Spec):
-    """Round to nearest on a grid of 2^bits values; `group_size` counts for granularity "group" only."""
+    """Rounding to nearest on a grid of 2^bits values (section IV-A).
+
+    Attributes:
+        bits: width of a code, 2 to 8.
+        granularity: what shares a scale: the whole tensor, an output channel, or a group of weights.
+        group_size: weights per group, for granularity "group".
+        symmetric: the zero point is fixed in the middle of the grid and not stored.
+    """
 
     bits: int
     granularity: Granularity = "channel"
@@ -149,12 +158,12 @@ class RtnSpec(Spec):
     method: Literal["rtn"] = "rtn"
 
     def stored_bytes(self, shape: tuple[int, int], value_bits: int) -> int:
-        """Bytes of codes, zero points and scales; scales are never fp8."""
+        """Bytes of codes, zero points and scales; scales have at least 16 bits."""
         groups = group_count(shape, group_length(shape, self.granularity, self.group_size))
-        return rtn_bytes(*shape, self.bits, groups, max(value_bits, 16), self.symmetric)
+        return rtn_bytes(shape[0] * shape[1], self.bits, groups, max(value_bits, 16), self.symmetric)
 
     def paper_bits(self, shape: tuple[int, int]) -> float:
-        """The width of a code: scales are left out."""
+        """The width of a code, without scales."""
         return float(self.bits)
 
     @classmethod

@@ -1,1 +1,1 @@
-"""How values are stored: packed integers, fp8, locations in tensors, headers of safetensors files."""
+"""How values are stored: packed integers, fp8, locations of matrices in tensors, headers of safetensors files."""

@@ -1,9 +1,10 @@
-"""Rows of a fused matrix that belong to one of its parts: Q of a matrix that holds Q, K and V.
+"""Rows of a fused matrix that belong to one of its parts, such as Q in a matrix of Q, K and V.
 
-Families that fuse their projections concatenate them, or interleave them by head or by group of heads. Each of these layouts
-consists of blocks of equal length at equal distances, so that four numbers describe a part, whatever the number of heads.
+Families that fuse their projections concatenate them, or interleave them by head or by group of heads. Each of these
+layouts consists of blocks of equal length at equal distances, so that four numbers describe a part for any number of
+heads.
 
-A stack of matrices (one per expert) is treated as a fused matrix, too: that of all their rows, one matrix after the other.
+A stack of matrices (one per expert) is treated as a fused matrix of all their rows, one matrix after the other.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,7 +39,7 @@ class RowBlocks:
         return [(start, start + self.length) for start in self.starts().tolist()]
 
     def shifted(self, rows: int) -> "RowBlocks":
-        """The same blocks, `rows` further down."""
+        """The same blocks, `rows` rows further down."""
         return replace(self, first=self.first + rows)
 
     def starts(self, device: torch.device | str = "cpu") -> Tensor:
@@ -50,7 +51,7 @@ class RowBlocks:
         return (self.starts(device)[:, None] + torch.arange(self.length, device=device)).reshape(-1)
 
     def take(self, matrix: Tensor) -> Tensor:
-        """The part [total, n] of a fused matrix [m, n]: a copy."""
+        """Copy of the part [total, n] of a fused matrix [m, n]."""
         return matrix[self.index(matrix.device)]
 
     def put(self, matrix: Tensor, part: Tensor) -> None:
@@ -59,27 +60,29 @@ class RowBlocks:
 
 
 def remaining_rows(m: int, parts: Sequence[RowBlocks]) -> Tensor:
-    """The rows, int64 [remaining], in order, of a fused matrix of `m` rows that belong to none of `parts`."""
-    free = torch.ones(m, dtype=torch.bool)
+    """Rows of a fused matrix of `m` rows that belong to none of `parts`, int64 [remaining], in ascending order."""
+    is_remaining = torch.ones(m, dtype=torch.bool)
     for part in parts:
-        free[part.index()] = False
-    return free.nonzero()[:, 0]
+        is_remaining[part.index()] = False
+    return is_remaining.nonzero()[:, 0]
 
 
 def row_permutation(m: int, parts: Sequence[RowBlocks]) -> list[int]:
     """Permutation [m] that restores the fused matrix's row order from `concat(parts, remaining_rows)`."""
-    taken = [row for part in parts for start, stop in part.blocks for row in range(start, stop)]
-    in_parts = set(taken)
-    position = {row: place for place, row in enumerate([*taken, *(row for row in range(m) if row not in in_parts)])}
+    part_rows = [row for part in parts for start, stop in part.blocks for row in range(start, stop)]
+    in_parts = set(part_rows)
+    concatenated = [*part_rows, *(row for row in range(m) if row not in in_parts)]
+    position = {row: index for index, row in enumerate(concatenated)}
     return [position[row] for row in range(m)]
 
 
 def fuse_rows(remaining: Tensor, row_blocks: Sequence[RowBlocks], parts: Iterable[Tensor]) -> Tensor:
-    """The fused matrix [m, n] of its parts and of the rows [remaining, n] of none; in the dtype of `remaining`.
+    """The fused matrix [m, n], in the dtype of `remaining`.
 
     Args:
+        remaining: the rows of no part, [remaining, n].
         row_blocks: the rows of each part.
-        parts: [rows, n] each, in the same order, consumed one at a time.
+        parts: [rows, n] each, in the same order; consumed one at a time.
 
     Raises:
         ValueError: parts that overlap or leave rows out.
@@ -93,11 +96,11 @@ def fuse_rows(remaining: Tensor, row_blocks: Sequence[RowBlocks], parts: Iterabl
 
 
 def require_partition(remaining: int, parts: Sequence[RowBlocks]) -> None:
-    """Raise ValueError unless `parts` and `remaining` further rows make up a whole matrix, each row once."""
+    """Raise ValueError unless `parts` and `remaining` further rows cover each row of a matrix exactly once."""
     if any(min(rows.length, rows.stride, rows.count) < 1 or rows.first < 0 for rows in parts):
         raise ValueError("a part of the fused matrix has no rows")
     m = remaining + sum(rows.total for rows in parts)
-    # models are created where another device is the default
+    # Models are created while another device, such as meta, is the default.
     empty = torch.zeros(0, dtype=torch.int64, device="cpu")
     starts = torch.cat([empty, *(rows.starts() for rows in parts)])
     stops = torch.cat([empty, *(rows.starts() + rows.length for rows in parts)])
@@ -108,6 +111,12 @@ def require_partition(remaining: int, parts: Sequence[RowBlocks]) -> None:
 
 
 def apply_view(tensor: Tensor, transposed: bool = False, row_blocks: RowBlocks | None = None) -> Tensor:
-    """A matrix [outputs, inputs] from the tensor that holds it: transposed if that is [inputs, outputs], then some rows of it."""
+    """A matrix [outputs, inputs] from the tensor that holds it.
+
+    Args:
+        tensor: [m, n], or [n, m] if `transposed`.
+        transposed: the tensor holds [inputs, outputs].
+        row_blocks: the rows of the matrix among those of the tensor; None: all.
+    """
     matrix = tensor.T.contiguous() if transposed else tensor
     return row_blocks.take(matrix) if row_blocks else matrix

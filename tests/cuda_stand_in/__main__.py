@@ -1,6 +1,7 @@
 """Launches and waits of a block of columns, as the stand-in counts them: `python -m tests.cuda_stand_in`."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -15,13 +16,14 @@ def rows(n: int = 128) -> list[tuple[str, str, float, float, int]]:
     found = []
     for axis in ("output", "input"):
         spec = replace(BEST, channel_axis=axis)
-        sharing = CodebookFit(weight(64, n), metric(64, n), spec, torch.bfloat16)
-        sharing.start(torch.Generator().manual_seed(0))
-        blocks = n // sharing.layout.width
-        for name, step in (("assign", lambda s=sharing: s.assign(feedback=True)), ("reassign", sharing.reassign)):
+        target = weight(64, n)
+        fit = CodebookFit(target, metric(64, n), spec, torch.bfloat16)
+        fit.start(target, torch.Generator().manual_seed(0))
+        blocks = n // fit.layout.width
+        for name, step in (("assign", partial(fit.assign, feedback=True)), ("reassign", fit.reassign)):
             with device.counted() as counts:
-                step()
-            launches, waits = counts.at("_feed_slab", "_descend_slab", "_assign", "nearest")
+                step(target)
+            launches, waits = counts.at("_assign_with_feedback", "_descend", "assign_block", "_nearest", "nearest")
             found.append((axis, name, launches / blocks, waits / blocks, sum(counts.waits.values())))
     return found
 

@@ -163,13 +163,13 @@ class TestDamagedPieces:
             ({"rows": [16, 16, 48, 4]}, "do not make up the fused tensor (parts overlap"),
             ({"rows": [150, 16, 48, 4]}, "the 192 rows"),
             ({"rows": [0, 64, 0, 1]}, "has no rows"),
-            ({"rows": [0, 1, 1, 1 << 30]}, "are not the 64 of its shape"),
-            ({"rows": [0, 16, 48]}, "wanted four numbers"),
-            ({"rows": None}, "wanted four numbers"),
+            ({"rows": [0, 1, 1, 1 << 30]}, "64 rows of its shape"),
+            ({"rows": [0, 16, 48]}, "rows is "),
+            ({"rows": None}, "rows is "),
             ({"tensor": "gpt_neox.layers.9.attention.query_key_value.weight"}, "do not make up the fused tensor"),
             ({"tensor": "gpt_neox.layers.0.input_layernorm.weight"}, "do not make up the fused tensor"),
             ({"transposed": True}, "differ in columns, dtype, transposed"),
-            ({"transposed": "yes"}, "wanted true or false"),
+            ({"transposed": "yes"}, "transposed is yes"),
         ],
     )
     def test_it_is_refused(

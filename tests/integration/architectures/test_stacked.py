@@ -297,8 +297,8 @@ def test_a_stack_that_does_not_fit_the_config_is_refused_in_one_line(
     ("change", "wanted"),
     [
         ({"stacked": 3}, "differ in columns, dtype, transposed or stacked"),
-        ({"stacked": 0}, "stacked is 0, wanted a positive number"),
-        ({"tensor": None}, "wanted the name of a tensor"),
+        ({"stacked": 0}, "stacked is 0"),
+        ({"tensor": None}, "tensor is None"),
         ({"rows": [10, 2, 2, 48]}, "parts overlap"),
     ],
 )

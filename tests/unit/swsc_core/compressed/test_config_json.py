@@ -112,7 +112,7 @@ class TestDamagedEntries:
 
     @pytest.mark.parametrize("entries", [None, 7, "magic", [], ["a"], {"a": None}, {"a": [1]}])
     def test_so_is_what_is_no_table(self, entries: object) -> None:
-        with pytest.raises(ValueError, match="no table"):
+        with pytest.raises(ValueError, match="not an object"):
             read(entries)
 
     @pytest.mark.parametrize("shape", [None, 4, "44", [], [4], {}])

@@ -141,7 +141,7 @@ def test_sums_by_products_are_those_by_index(monkeypatch: pytest.MonkeyPatch) ->
     """The way that CUDA takes, on the CPU, in more than one block."""
     monkeypatch.setattr(points_module, "_BLOCK_VALUES", 64)
     rows, labels = points_of(6, 50, 4), torch.randint(9, (50,), generator=torch.Generator().manual_seed(1))
-    by_products = points_module._add_products(torch.zeros(9, 4), rows, labels)
+    by_products = points_module._add_one_hot_products(torch.zeros(9, 4), rows, labels)
     torch.testing.assert_close(by_products, points_module.sum_by_label(rows, labels, 9))
 
 

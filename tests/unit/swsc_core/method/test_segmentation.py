@@ -77,15 +77,15 @@ def test_reassigning_and_refitting_never_raise_the_weighted_error(
     importance = torch.rand(12, generator=torch.Generator().manual_seed(seed)) + 0.1 if rows else None
     metric = Metric(None if plain else hessian_of(seed + 1, 16), importance)
     spec = SwscSpec(4, 0, axis, segment_size=size, scaled=scaled)
-    sharing = CodebookFit(weight, metric, spec, torch.float32)
-    sharing.start(torch.Generator().manual_seed(seed))
-    sharing.assign(feedback=True)
-    energies = [metric.weighted_error(weight - sharing.restored())]
-    for step in [sharing.reassign, sharing.refit] * 3:
-        step()
-        energies.append(metric.weighted_error(weight - sharing.restored()))
+    fit = CodebookFit(weight, metric, spec, torch.float32)
+    fit.start(weight, torch.Generator().manual_seed(seed))
+    fit.assign(weight, feedback=True)
+    errors = [metric.weighted_error(weight - fit.clustered())]
+    for step in [fit.reassign, fit.refit] * 3:
+        step(weight)
+        errors.append(metric.weighted_error(weight - fit.clustered()))
     limit = 1e-5 * metric.weighted_error(weight)
-    assert all(later <= earlier + limit for earlier, later in itertools.pairwise(energies))
+    assert all(later <= earlier + limit for earlier, later in itertools.pairwise(errors))
 
 
 def test_each_step_of_the_family_lowers_the_weighted_error_at_equal_labels() -> None:
@@ -142,27 +142,34 @@ def test_feedback_matches_its_definition_column_by_column() -> None:
     """Against GPTQ's loop written out, scalars for segments, in float64; the last column is the first."""
     weight, moment = weight_of(16, 3, 6), hessian_of(17, 6)
     metric = Metric(moment)
-    sharing = CodebookFit(weight, metric, SwscSpec(4, 0, segment_size=1), torch.float32)
-    sharing.start(torch.Generator().manual_seed(0))
-    sharing.assign(feedback=True)
+    fit = CodebookFit(weight, metric, SwscSpec(4, 0, segment_size=1), torch.float32)
+    fit.start(weight, torch.Generator().manual_seed(0))
+    fit.assign(weight, feedback=True)
     assert metric.hessian is not None
     upper = torch.linalg.cholesky(torch.linalg.inv(metric.hessian.double().flip(0, 1)), upper=True)
-    centroids, work = sharing.centroids.expand().double()[:, 0], weight.double().flip(1)
+    centroids, work = fit.centroids.expand().double()[:, 0], weight.double().flip(1)
     for column in range(6):
         labels = (work[:, column, None] - centroids).abs().argmin(dim=1)
-        assert labels.tolist() == sharing.labels[:, 5 - column].tolist()
+        assert labels.tolist() == fit.labels[:, 5 - column].tolist()
         error = (work[:, column] - centroids[labels]) / upper[column, column]
         work[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
 
 
-def test_slabs_and_lazy_updates_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slabs_and_lazy_updates_change_nothing_but_rounding() -> None:
     weight, metric = weight_of(18, 24, 32), Metric(hessian_of(19, 32))
-    whole = encode(weight, [SEGMENTED], metric=metric)
-    monkeypatch.setattr("swsc_core.method.codebook_fit.slab_values", lambda count: 32 * 5)
-    monkeypatch.setattr("swsc_core.method.codebook_fit._LAZY_COLUMNS", 6)
-    pieces = encode(weight, [SEGMENTED], metric=metric)
-    assert pieces.stats["energy"] == pytest.approx(whole.stats["energy"], rel=0.05)
-    assert metric.weighted_error(pieces.restored - whole.restored) < 0.2 * whole.stats["weight_energy"]
+    fits = [
+        CodebookFit(weight, metric, SEGMENTED, torch.float32),
+        CodebookFit(weight, metric, SEGMENTED, torch.float32, slab_weights=32 * 5, lazy_columns=6),
+    ]
+    for fit in fits:
+        fit.start(weight, torch.Generator().manual_seed(0))
+        fit.assign(weight, feedback=True)
+        fit.refit(weight)
+        fit.reassign(weight)
+    whole, parts = fits
+    assert parts.weighted_error(weight) == pytest.approx(whole.weighted_error(weight), rel=0.05)
+    difference = metric.weighted_error(parts.clustered() - whole.clustered())
+    assert difference < 0.2 * metric.weighted_error(weight)
 
 
 def test_rows_that_matter_more_are_kept_better() -> None:
@@ -192,17 +199,10 @@ def test_the_error_of_a_spec_that_does_not_fit_names_one_that_does(change: dict[
 
 
 def test_a_missing_or_empty_hessian_is_an_error() -> None:
-    with pytest.raises(
-        ValueError, match="w: metric activations needs the second moment of its inputs; calibrate first"
-    ):
+    with pytest.raises(ValueError, match=r"w: metric activations needs .*; calibrate first"):
         compress(torch.ones(4, 4), SEGMENTED, name="w")
-    for moment, why in (
-        (torch.zeros(4, 4), "is zero, so all"),
-        (torch.full((4, 4), torch.nan), "has a .* nan, it overflowed"),
-    ):
-        with pytest.raises(
-            InvalidWeightError, match=rf"w: its second moment {why}.* give more text, or exclude this tensor"
-        ):
+    for moment, reason in ((torch.zeros(4, 4), "zero"), (torch.full((4, 4), torch.nan), "nan")):
+        with pytest.raises(InvalidWeightError, match=f"^w: .*{reason}.*exclude this tensor"):
             Metric(moment, name="w")
 
 
@@ -236,5 +236,5 @@ def test_few_tokens_are_trusted_less() -> None:
 def test_the_error_of_a_hessian_without_a_root_names_its_tensor() -> None:
     moment = torch.eye(8)
     moment[0, 0] = -5.0  # its mean is positive, it is not
-    with pytest.raises(InvalidWeightError, match="q_proj: its second moment is not positive definite"):
+    with pytest.raises(InvalidWeightError, match=r"q_proj: .* not positive definite"):
         _ = Metric(moment, name="q_proj").root

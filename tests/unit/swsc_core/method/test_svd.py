@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import swsc_core.method.svd as module
 from swsc_core import kmeans, truncated_svd
-from swsc_core.method.svd import by_eigenvectors
+from swsc_core.method.svd import svd_by_eigenvectors
 
 
 def matrix_of(seed: int, m: int, n: int) -> torch.Tensor:
@@ -98,7 +98,7 @@ def test_the_error_of_a_rank_out_of_range_names_the_range(rank: int) -> None:
 def test_eigenvectors_give_the_svd_that_a_gpu_is_slow_at(shape: tuple[int, int], rank: int) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
-    u, s, vh = by_eigenvectors(matrix)
+    u, s, vh = svd_by_eigenvectors(matrix)
     assert u.shape == (shape[0], min(shape))
     assert vh.shape == (min(shape), shape[1])
     torch.testing.assert_close(s, torch.linalg.svdvals(matrix), rtol=1e-5, atol=1e-4)

@@ -231,7 +231,7 @@ class TestWhatDoesNotFitIsRefusedByName:
         self.refused(r"not in the checkpoint: a\.v_proj\.weight", {"a.v_proj.weight": None})
 
     def test_a_part_of_another_shape(self) -> None:
-        self.refused(r"a\.q_proj\.labels is uint8 \[5\], wanted uint8 \[32\]", {"a.q_proj.labels": torch.zeros(5, dtype=torch.uint8)})  # fmt: skip
+        self.refused(r"a\.q_proj\.labels is uint8 \[5\], .*\[32\]", {"a.q_proj.labels": torch.zeros(5, dtype=torch.uint8)})  # fmt: skip
         self.refused(r"a\.q_proj\.weight is float32 \[3, 48\], wanted", {"a.q_proj.weight": torch.zeros(3, 48)})
 
     def test_a_label_beyond_the_centroids(self) -> None:

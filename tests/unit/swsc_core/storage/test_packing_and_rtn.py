@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import swsc_core.storage.packing as packing
-from swsc_core import RtnSpec, dequantize, quantize
+from swsc_core import RtnSpec, dequantize, encode, quantize
 from swsc_core.storage.packing import pack, packed_bytes, unpack
 
 
@@ -35,7 +35,7 @@ def test_three_bit_values_by_hand() -> None:
 
 
 def test_value_too_large_for_its_bits_is_refused() -> None:
-    with pytest.raises(ValueError, match="span 0 to 8, which 3 bits cannot hold"):
+    with pytest.raises(ValueError, match="span 0 to 8, expected 0 to 7"):
         pack(torch.tensor([0, 8]), 3)
 
 
@@ -103,5 +103,7 @@ def test_zero_rows_and_constant_rows_survive() -> None:
 
 @pytest.mark.parametrize("bits", [1, 9, -3])
 def test_the_error_of_bits_out_of_range_names_the_range(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"layer7: bits {bits} is out of range; choose 2 to 8"):
-        quantize(torch.ones(2, 2), bits, name="layer7")
+    with pytest.raises(ValueError, match=f"layer7: bits {bits} .* 2 to 8"):
+        encode(torch.ones(2, 2), [RtnSpec(bits)], name="layer7")
+    with pytest.raises(ValueError, match=f"bits {bits} .* 2 to 8"):
+        quantize(torch.ones(2, 2), bits)

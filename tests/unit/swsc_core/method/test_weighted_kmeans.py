@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swsc_core.method.codebook import nearest, weighted_kmeans
+from swsc_core.method.weighted_kmeans import nearest, weighted_kmeans
 
 
 @settings(deadline=None, max_examples=60)
@@ -26,7 +26,7 @@ def test_blocks_of_points_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     generator = torch.Generator().manual_seed(0)
     points, centroids = torch.randn(500, 3, generator=generator), torch.randn(16, 3, generator=generator)
     whole = nearest(points, centroids)
-    monkeypatch.setattr("swsc_core.method.codebook._BLOCK_VALUES", 16 * 7)
+    monkeypatch.setattr("swsc_core.method.weighted_kmeans._BLOCK_VALUES", 16 * 7)
     assert torch.equal(nearest(points, centroids), whole)
 
 
