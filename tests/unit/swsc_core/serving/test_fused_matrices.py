@@ -117,7 +117,7 @@ class TestWhatDoesNotFitIsRefusedByName:
     def test_a_piece_of_another_size_than_its_rows(self) -> None:
         whole = Whole(SIDE_BY_SIDE, KINDS["q and k"])
         whole.entries[f"{NAME}.k.weight"]["rows"] = [64, 16, 128, 1]
-        with pytest.raises(ValueError, match=r"a\.query_key_value\.k.*rows .* are not the 32 of its shape"):
+        with pytest.raises(ValueError, match=r"a\.query_key_value\.k.*rows .* 32 rows of its shape"):
             whole.load(0, 1, [64, 32, 32])
 
     def test_a_missing_part_of_a_piece(self) -> None:

@@ -232,7 +232,7 @@ class TestWhatDoesNotFitIsRefusedByName:
 
     def test_a_part_of_another_shape(self) -> None:
         self.refused(r"a\.q_proj\.labels is uint8 \[5\], .*\[32\]", {"a.q_proj.labels": torch.zeros(5, dtype=torch.uint8)})  # fmt: skip
-        self.refused(r"a\.q_proj\.weight is float32 \[3, 48\], wanted", {"a.q_proj.weight": torch.zeros(3, 48)})
+        self.refused(r"a\.q_proj\.weight is float32 \[3, 48\], .*\[12, 48\]", {"a.q_proj.weight": torch.zeros(3, 48)})
 
     def test_a_label_beyond_the_centroids(self) -> None:
         self.refused(r"a\.q_proj\.labels: label 15 is out of range for 12", {"a.q_proj.labels": torch.full((32,), 255, dtype=torch.uint8)})  # fmt: skip
@@ -257,7 +257,7 @@ class TestWhatDoesNotFitIsRefusedByName:
         [
             ({"format_version": 99, "tensors": {}}, "format version 99, this release reads 1 to 4; update swsc"),
             ({"tensors": {}}, "format version None"),
-            ({"format_version": 2}, "no table of entries"),
+            ({"format_version": 2}, "quantization_config: tensors"),
             ({"format_version": 2, "tensors": {"a.weight": {"method": "swsc"}}}, r"a\.weight: its entry .* damaged"),
             ({"format_version": 2, "tensors": {"a.weight": 3}}, r"a\.weight: its entry .* damaged"),
         ],
