@@ -35,4 +35,4 @@ def test_an_unknown_method_is_refused(name: object) -> None:
     with pytest.raises(ValueError, match=str(name)):
         method_named(name)
     with pytest.raises(ValueError, match=str(name)):
-        entry_of({"method": name, "shape": [1, 1], "dtype": "float32"})  # type: ignore[dict-item]
+        entry_of({"method": name, "shape": [1, 1], "dtype": "float32"})
