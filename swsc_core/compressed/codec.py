@@ -133,13 +133,13 @@ def checked_matrix_of(tensors: Mapping[str, Tensor], entry: Entry) -> Compressed
     Raises:
         ValueError: the parts do not fit the entry, or a label is out of range.
     """
-    require_parts(tensors, entry)
+    require_part_shapes(tensors, entry)
     matrix = matrix_of(tensors, entry)
     matrix.require_valid()
     return matrix
 
 
-def require_parts(tensors: Mapping[str, Tensor], entry: Entry) -> None:
+def require_part_shapes(tensors: Mapping[str, Tensor], entry: Entry) -> None:
     """Raise ValueError, naming the part, unless `tensors` have the shapes and kinds of `entry.part_shapes()`."""
     for part, (shape, is_float) in entry.part_shapes().items():
         tensor = tensors[part]

@@ -15,7 +15,7 @@ from swsc_core.compressed.compressed_matrix import CompressedMatrix, CompressOpt
 from swsc_core.compressed.entry import Entry, SwscEntry
 from swsc_core.compressed.fusing import can_fuse, fuse
 from swsc_core.compressed.matmul import swsc_matmul
-from swsc_core.compressed.slicing import columns_of, rows_of
+from swsc_core.compressed.slicing import slice_columns, slice_rows
 from swsc_core.finetune import Tunable
 from swsc_core.method.compress import compress
 from swsc_core.method.spec import SwscSpec
@@ -115,7 +115,7 @@ class CompressedSwsc(CompressedMatrix):
         self.matrix.require_labels()
 
     def slice(self, rows: Range, columns: Range) -> "CompressedSwsc":
-        return self.of(columns_of(rows_of(self.matrix, *rows), *columns), self.entry.dtype)
+        return self.of(slice_columns(slice_rows(self.matrix, *rows), *columns), self.entry.dtype)
 
     @classmethod
     def can_fuse(cls, entries: Sequence[Entry]) -> bool:

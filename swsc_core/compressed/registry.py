@@ -54,7 +54,7 @@ def entry_of(data: Mapping[str, object], version: int | None = None) -> Entry:
 
 
 def matrix_of(tensors: Mapping[str, Tensor], entry: Entry) -> CompressedMatrix:
-    """The compressed matrix of stored tensors that `codec.require_parts` accepts for `entry`."""
+    """The compressed matrix of stored tensors that `codec.require_part_shapes` accepts for `entry`."""
     return method_named(entry.method).from_tensors(tensors, entry)
 
 

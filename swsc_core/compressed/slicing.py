@@ -20,7 +20,7 @@ from swsc_core.storage.bits import label_bits
 from swsc_core.storage.packing import pack
 
 
-def rows_of(matrix: SwscMatrix, first: int, last: int) -> SwscMatrix:
+def slice_rows(matrix: SwscMatrix, first: int, last: int) -> SwscMatrix:
     """Rows `first` to `last` of the matrix."""
     layout = matrix.layout
     if (first, last) == (0, layout.m):
@@ -36,7 +36,7 @@ def rows_of(matrix: SwscMatrix, first: int, last: int) -> SwscMatrix:
     return _with_factors(clustered, scales, _columns(matrix.left, first, last), _floating_point(matrix.right))
 
 
-def columns_of(matrix: SwscMatrix, first: int, last: int) -> SwscMatrix:
+def slice_columns(matrix: SwscMatrix, first: int, last: int) -> SwscMatrix:
     """Columns `first` to `last` of the matrix."""
     layout = matrix.layout
     if (first, last) == (0, layout.n):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swsc_core.compressed.codec import require_parts
+from swsc_core.compressed.codec import require_part_shapes
 from swsc_core.compressed.compressed_matrix import CompressedMatrix, Range
 from swsc_core.compressed.config_json import CompressedTensor
 from swsc_core.compressed.entry import Entry
@@ -158,7 +158,7 @@ def _slice(name: str, parts: Mapping[str, Tensor], entry: Entry, rows: Range, co
 def require_whole(name: str, parts: Mapping[str, Tensor], entry: Entry) -> None:
     """Raise ValueError, naming the tensor, unless `parts` are what `entry` says, labels in range."""
     try:
-        require_parts(parts, entry)
+        require_part_shapes(parts, entry)
     except ValueError as error:
         raise ValueError(f"{name}.{error}; {REMEDY}") from error
     try:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swsc_core import RtnEntry, RtnSpec, SwscSpec, encode
-from swsc_core.compressed.codec import Encoded, require_parts
+from swsc_core.compressed.codec import Encoded, require_part_shapes
 from swsc_core.compressed.compressed_matrix import CompressedMatrix
 from swsc_core.compressed.registry import matrix_of
 from swsc_core.method.spec import Spec
@@ -73,7 +73,7 @@ def test_any_slice_is_that_of_the_dense_matrix_and_can_be_stored(
 ) -> None:
     whole, rows, columns = encoded(name), within(rows, M), within(columns, N)
     found = sliced(whole, rows, columns)
-    require_parts(found.tensors, found.entry)
+    require_part_shapes(found.tensors, found.entry)
     assert torch.allclose(found.restore(), whole.restored[slice(*rows), slice(*columns)], atol=1e-5)
 
 
