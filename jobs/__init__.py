@@ -1,1 +1,1 @@
-"""Entry points: argv to settings, one call of the pipeline, exit code. `swsc VERB` and `python -m jobs VERB`."""
+"""Entry points: a module per verb turns arguments into a request, calls the verb and prints its result."""

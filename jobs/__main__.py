@@ -1,4 +1,4 @@
-"""`python -m jobs VERB …`, which is what `ray job submit --working-dir . -- …` runs."""
+"""The command as a module: `python -m jobs VERB …`, which submitted Ray jobs run."""
 
 from jobs.cli import main
 

@@ -1,17 +1,15 @@
-"""`swsc push OUTPUT ORG/NAME`: an output to the Hugging Face Hub."""
+"""`swsc push OUTPUT REPO_ID`: verify an output and upload it to the Hugging Face Hub."""
 
 import argparse
 
 from jobs.command_line.flags import settings_of
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.push import PushSettings
-from pipeline.verification.push import push_output
+from pipeline.verbs.push import PushRequest, push
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings, cluster = settings_of(arguments, PushSettings, ClusterSettings)
-    from pipeline.engine.ray_backend.worker_pools import worker_pools
-
-    with worker_pools(cluster) as pools:
-        print(f"{arguments.model}: pushed, {push_output(arguments.model, arguments.repo, settings, pools)}")
+    settings = settings_of(arguments, PushSettings, ClusterSettings)
+    request = PushRequest(arguments.model, arguments.repo, settings[PushSettings], settings[ClusterSettings])
+    print(f"{arguments.model}: pushed, {push(request).commit}")
     return 0

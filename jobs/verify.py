@@ -1,15 +1,12 @@
-"""`swsc verify OUTPUT`: is every byte as it was written?"""
+"""`swsc verify OUTPUT`: compare every file of an output with its manifest."""
 
 import argparse
 
 from jobs.command_line.flags import cluster_of
-from pipeline.verification.flow import verify_output
+from pipeline.verbs.verify import VerifyRequest, verify
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pipeline.engine.ray_backend.worker_pools import worker_pools
-
-    with worker_pools(cluster_of(arguments)) as pools:
-        found = verify_output(arguments.model, pools)
-    print(f"{arguments.model}: {found['files']} files, {found['bytes']:,} bytes, all as they were written")
+    result = verify(VerifyRequest(arguments.model, cluster_of(arguments)))
+    print(f"{arguments.model}: {result.files} files, {result.nbytes:,} bytes, all match the manifest")
     return 0

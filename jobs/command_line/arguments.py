@@ -1,4 +1,4 @@
-"""The arguments of each verb. Nothing here needs torch, Ray or transformers: help and mistakes of a command show at once."""
+"""The arguments of each verb. This module imports neither torch nor Ray, so that help and mistakes show at once."""
 
 from collections.abc import Callable
 
@@ -16,20 +16,23 @@ from pipeline.settings.push import PushSettings
 from pipeline.settings.sweep import SweepSettings
 
 SHELLS = ("bash", "zsh", "fish")
-_MODEL = "Checkpoint: a directory (local, s3://…, gs://…) with safetensors files, a local GGUF file, or a Hub id ORG/NAME[@REVISION]."
-_WRITTEN = "Directory that compress or restore has written."
+_MODEL = (
+    "Checkpoint: a directory (local, s3://…, gs://…) with safetensors files, a local GGUF file, or a Hub id"
+    " ORG/NAME[@REVISION]."
+)
+_WRITTEN = "Output directory of compress or restore."
 _OUTPUT, _HUB, _EVALUATION = "output", PushSettings.groups[0], "evaluation after the compression"
 _COMPRESSION = (CompressSettings, CalibrationSettings, OutputSettings)
 
 
 def add_arguments(verb: str, parser: Parser) -> None:
-    """Give a verb's parser its arguments."""
+    """Add the arguments of a verb to its parser."""
     _ARGUMENTS[verb](parser)
 
 
 def _add_config(parser: Parser) -> None:
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with settings, named like the flags; flags win over it."
+        "--config", metavar="FILE", help="YAML file with settings, named like the flags; flags override the file."
     )
 
 
@@ -93,7 +96,8 @@ def _restore(parser: Parser) -> None:
     output.add_argument(
         "--adapter",
         action="store_true",
-        help=f"Write the low-rank factors as a LoRA adapter for PEFT, to DENSE/{ADAPTER_FOLDER}, instead of adding them to the weights.",
+        help="Write the low-rank factors as a LoRA adapter for PEFT, to"
+        f" DENSE/{ADAPTER_FOLDER}, instead of adding them to the weights.",
     )
     output.add_argument("--verify", action="store_true", help="Check OUTPUT first, as `swsc verify` does.")
     add_setting(output, OutputSettings, "overwrite", default=False)

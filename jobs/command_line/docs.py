@@ -1,4 +1,4 @@
-"""docs/cli.md, written from the parser and the settings: `python -m jobs.command_line.docs`, or `--check`, which fails if it is out of date."""
+"""Generates docs/cli.md from the parser and the settings; with `--check`, fails if the page is out of date."""
 
 import argparse
 import sys
@@ -11,7 +11,8 @@ from jobs.command_line.verbs import VERBS
 from pipeline.settings.sweep import SweepSettings
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
-_FULL = "compress"  # the verb with most options
+# The verb whose tables of options other verbs refer to.
+_FULL = "compress"
 _TITLES = {"positional arguments": "arguments"}
 _INTRODUCTION = """\
 # Command line
@@ -25,11 +26,12 @@ _COMMON = """
 `swsc VERB --help` shows the same; `swsc --version` prints the version. `python -m jobs VERB …` is the same command,
 for submitted Ray jobs. Flags may be abbreviated as long as they stay unambiguous.
 
-Exit codes: 0 done · 1 the run failed, and what is finished is kept · 2 a mistake in the command or in a file that it names,
-in one line on standard error that begins with `error:`; nothing is written · 130 interrupted.
+Exit codes: 0 done · 1 the run failed, and finished files are kept · 2 a mistake in the command or in a file that it
+names, in one line on standard error that begins with `error:`; nothing is written · 130 interrupted.
 
-`compress` and `plan` read settings from a YAML file, too (`--config FILE`): keys are the flags of the settings without `--`,
-with `-` or `_`; switches are `true` or `false`; flags win over the file. All mistakes of flags and file are reported at once.
+`compress` and `plan` read settings from a YAML file, too (`--config FILE`): keys are the flags of the settings without
+`--`, with `-` or `_`; switches are `true` or `false`; flags override the file. All mistakes of flags and file are
+reported at once.
 """
 
 
@@ -41,7 +43,7 @@ def page() -> str:
 
 
 def _section(name: str, parsers: dict[str, Parser]) -> str:
-    """A verb. Groups of options that are those of compress are named, not listed again."""
+    """The section of a verb, which refers to compress for groups of options that are equal."""
     verb, groups = VERBS[name], _groups(parsers[name])
     shared = _groups(parsers[_FULL]).items() if name != _FULL else set()
     alike = [title for title, table in groups.items() if (title, table) in shared]
@@ -80,8 +82,9 @@ def _keys_of_a_sweep() -> str:
         if name in SweepSettings.__annotations__
     ]
     return (
-        "\nCONFIG has these keys, and those of the groups calibration and loading the model of `swsc compress`. A variant has a"
-        " `name`, optionally a `reference`, and the settings of a compression; an evaluation has those of `swsc evaluate --text`."
+        "\nCONFIG has these keys, and those of the groups calibration and loading the model of `swsc compress`."
+        " A variant has a `name`, optionally a `reference`, and the settings of a compression; an evaluation has"
+        " those of `swsc evaluate --text`."
         f"\n\n| Keys of CONFIG | |\n|---|---|\n{''.join(rows)}"
     )
 

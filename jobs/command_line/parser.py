@@ -1,4 +1,4 @@
-"""A parser with groups of arguments that reports a mistake in one line. It needs no library."""
+"""An argument parser with named groups that reports a mistake in one line."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake in one line, as every other error of the command is reported."""
+    """An argument parser that reports a mistake in one line, like every other error of the command."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def reject(self, unknown: Collection[str]) -> NoReturn:
-        """Report arguments that the parser does not know, with the most similar flag of each."""
+        """Report unknown arguments, with the most similar flag of each, and exit with code 2."""
         known = list(self._option_string_actions)
         similar = [match for word in unknown for match in get_close_matches(word.partition("=")[0], known, 1)]
         hint = f"; similar: {', '.join(similar)}" if similar else ""

@@ -1,4 +1,4 @@
-"""Standard output and standard error that cost no result: any encoding, closed, cut off by `| head`, or on a full disk."""
+"""Standard output and standard error that never raise: any encoding, closed, a reader that stops early, a full disk."""
 
 import errno
 import io
@@ -10,28 +10,29 @@ from typing import Any
 
 
 @contextmanager
-def lasting() -> Iterator[Callable[[], OSError | None]]:
+def safe_streams() -> Iterator[Callable[[], OSError | None]]:
     """While entered, printing raises nothing.
 
-    Letters that an encoding lacks are printed as escapes. Once a stream cannot be written, what is printed to it is dropped.
+    Characters that the encoding lacks are printed as escapes. Text for a stream that cannot be written is dropped.
 
     Yields:
-        Flushes standard output and says what kept it from being written; None for nothing, or for a reader that had enough.
+        A function that flushes standard output and returns the error that prevented writing. It returns None if there
+        was none, or if the reader closed the pipe.
     """
-    _open_closed()
-    before = sys.stdout, sys.stderr
-    output, errors = _Lasting(before[0]), _Lasting(before[1])
+    _open_closed_descriptors()
+    streams = sys.stdout, sys.stderr
+    output, errors = _SafeStream(streams[0]), _SafeStream(streams[1])
     sys.stdout, sys.stderr = output, errors
     try:
         yield output.failure
     finally:
         output.flush()
         errors.flush()
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = streams
 
 
-class _Lasting:
-    """A text stream that goes silent when it cannot be written."""
+class _SafeStream:
+    """A text stream that drops text once it cannot be written."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") if stream is None else stream
@@ -44,7 +45,7 @@ class _Lasting:
             try:
                 self._stream.write(text)
             except OSError as error:
-                self._lose(error)
+                self._redirect(error)
         return len(text)
 
     def flush(self) -> None:
@@ -52,17 +53,18 @@ class _Lasting:
             try:
                 self._stream.flush()
             except OSError as error:
-                self._lose(error)
+                self._redirect(error)
 
-    def _lose(self, error: OSError) -> None:
-        """What is still in the stream's buffer, and what the interpreter flushes at its end, has to go somewhere."""
+    def _redirect(self, error: OSError) -> None:
+        """Send the stream's buffer, which the interpreter flushes when it exits, to the null device."""
         self._error = error
         with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
 
     def failure(self) -> OSError | None:
+        """The error that prevented writing; None for a reader that closed the pipe."""
         self.flush()
         return None if self._error is None or self._error.errno == errno.EPIPE else self._error
 
@@ -70,13 +72,13 @@ class _Lasting:
         return getattr(self._stream, name)
 
 
-def _open_closed() -> None:
-    """Descriptors 0 to 2 that are closed are opened: the next file would take their number, and what libraries print would go into it."""
+def _open_closed_descriptors() -> None:
+    """Open descriptors 0 to 2 if they are closed: a file with such a number would receive what libraries print."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)

@@ -1,16 +1,16 @@
-"""The verbs of `swsc`: what each does, how it is called, and examples. `run` of the module jobs.VERB carries it out."""
+"""The verbs of `swsc` as help describes them. The function `run` of the module jobs.VERB runs a verb."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Verb:
-    """What help says about a verb.
+    """The help of a verb.
 
     Attributes:
-        usage: arguments, as the usage line shows them.
+        usage: the arguments in the usage line.
         summary: one line for `swsc --help`.
-        details: sentences that only the help of the verb has.
+        details: further sentences for the help of the verb.
         examples: command lines, without `swsc`.
     """
 

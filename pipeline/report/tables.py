@@ -1,9 +1,8 @@
-"""Tables for people: Markdown that reads well in a terminal and can be pasted into a README."""
+"""Tables on standard output, as Markdown that can be pasted into a document."""
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -11,8 +10,12 @@ from rich.table import Table
 
 from pipeline.architectures.tensor_names import tensor_kind
 
-_MOST = 300  # rows about tensors; more of them are shown kind by kind
-_WIDTH = 200  # columns where there is no terminal that says how wide it is
+Row = Mapping[str, object]
+
+# Tables of more matrices than this have one row per kind of matrix.
+_MAX_ROWS = 300
+# Width in characters of a table that is not printed to a terminal.
+_WIDTH = 200
 
 # key of a row -> heading and format
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -35,17 +38,17 @@ COLUMNS: dict[str, tuple[str, str]] = {
 }
 
 
-def print_table(rows: Iterable[Mapping[str, Any]], keys: Iterable[str], title: str = "") -> None:
-    """Print the given keys of rows to standard output; columns that are empty in every row are left out.
+def print_table(rows: Iterable[Row], keys: Iterable[str], title: str = "") -> None:
+    """Print the given keys of rows; a column without any value is left out.
 
-    Rows that are about tensors come by model, in the order of layers; where they are very many, those whose names and
-    shapes are alike but for numbers stand together, with the means of their figures.
+    Rows with the key "name" are sorted by model and layer. If there are very many, rows whose names and shapes differ
+    only in numbers become one row with the means of their figures.
     """
     keys, rows = tuple(keys), list(rows)
     if "name" in keys:
-        rows = sorted(rows, key=_in_depth)
-        if len(rows) > _MOST:
-            rows, keys = _by_kind(rows), ("tensors", *keys)
+        rows = sorted(rows, key=_layer_order)
+        if len(rows) > _MAX_ROWS:
+            rows, keys = _kinds(rows), ("tensors", *keys)
     shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
     table = Table(box=box.MARKDOWN, title=title or None, title_justify="left")
     for key in shown:
@@ -57,29 +60,30 @@ def print_table(rows: Iterable[Mapping[str, Any]], keys: Iterable[str], title: s
     Console(width=width, highlight=False, markup=False).print(table)
 
 
-def _by_kind(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    kinds: dict[Any, list[Mapping[str, Any]]] = {}
+def _kinds(rows: Iterable[Row]) -> list[Row]:
+    """One row per kind of matrix, model and variant."""
+    kinds: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        same = [str(row.get(key)) for key in ("model", "variant", "shape")]
-        kinds.setdefault((tensor_kind(row["name"]), *same), []).append(row)
+        kind = tensor_kind(str(row["name"]))
+        kinds.setdefault((kind, *(str(row.get(key)) for key in ("model", "variant", "shape"))), []).append(row)
     return [_mean(kind[0], members) for kind, members in kinds.items()]
 
 
-def _mean(name: str, members: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row for several: means of figures, and what is the same in all."""
-    figures = {key for row in members for key, value in row.items() if isinstance(value, float)}
-    known = {key: [row[key] for row in members if row.get(key) is not None] for key in figures}
-    means = {key: sum(values) / len(values) for key, values in known.items()}
-    return {**members[0], **means, "name": name, "tensors": len(members)}
+def _mean(name: str, rows: Sequence[Row]) -> Row:
+    """One row for several: means of their figures, and values that all share."""
+    keys = {key for row in rows for key, value in row.items() if isinstance(value, float)}
+    figures = {key: [value for row in rows if isinstance(value := row.get(key), int | float)] for key in keys}
+    means = {key: sum(values) / len(values) for key, values in figures.items()}
+    return {**rows[0], **means, "name": name, "tensors": len(rows)}
 
 
-def _in_depth(row: Mapping[str, Any]) -> tuple[str, list[tuple[int, str]]]:
-    """Sorts layer 2 before layer 10."""
-    pieces = re.split(r"(\d+)", row["name"])
-    return row.get("model", ""), [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
+def _layer_order(row: Row) -> tuple[str, list[tuple[int, str]]]:
+    """A sort key by which layer 2 comes before layer 10."""
+    pieces = re.split(r"(\d+)", str(row["name"]))
+    return str(row.get("model", "")), [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
 
 
-def _cell(value: Any, form: str) -> str:
+def _cell(value: object, form: str) -> str:
     if value is None:
         return ""
     if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""Restoring a compressed model to a dense checkpoint: the job, and the flow that hands it out."""
+"""Restoration of a compressed model to a dense checkpoint."""

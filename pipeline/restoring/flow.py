@@ -1,133 +1,132 @@
-"""A compressed model directory in, a plain dense one out, which stock loaders open.
+"""Restoration of a compressed model to a plain dense checkpoint that any loader opens.
 
-With `adapter` the dense matrices hold what is shared alone, and the low-rank part lies beside them as a LoRA adapter that stock
-PEFT opens: the folder `swsc_adapter`, under the same manifest.
+With an adapter, the dense weights hold the clustered part W′ alone, and the low-rank part is written beside them as a
+LoRA adapter for PEFT: the folder `swsc_adapter`, under the same manifest.
 """
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.architectures.tensor_info import TensorInfo
-from pipeline.architectures.tensor_names import layer_of
-from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
 from pipeline.checkpoints.sources.gguf import is_gguf
-from pipeline.checkpoints.weight_files import tensor_files
 from pipeline.compression.job import copy_task
 from pipeline.engine.stage import Pools, Stage
-from pipeline.engine.task import Destination, Task, TaskResult
+from pipeline.engine.task import Destination, Job, Task, TaskResult
 from pipeline.errors import ConfigError
-from pipeline.models.lora_export import adapter_bytes, adapter_config, carried_by_adapter
+from pipeline.models.lora_export import adapter_config, carried_by_adapter
 from pipeline.models.stored_model import Model, open_model
 from pipeline.outputs.card_content import card_of_restoring
 from pipeline.outputs.owned_files import ADAPTER_FILES
 from pipeline.outputs.preflight import begin_with_room, examine, require_unmixed
 from pipeline.outputs.report import versions
 from pipeline.outputs.stage import run_output_stage
-from pipeline.outputs.transaction import finish, names_beside
+from pipeline.outputs.transaction import Output, finish, names_beside
 from pipeline.planning.cost_model import restoring_bytes
-from pipeline.planning.plan import CopyTask
 from pipeline.redaction import redacted_argv
 from pipeline.restoring.job import ExtractLowRank, RestoreTensors
+from pipeline.restoring.plan import RestorePlan, make_restore_plan
 from pipeline.storage.cache_key import VERSIONS
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import FileRecord, Store
 from swsc_core.compressed.config_json import FORMAT_VERSION
 
 
-def restore_model(
-    location: str, output: str, pools: Pools, overwrite: bool = False, adapter: bool = False, trusted: bool = False
-) -> dict[str, Any]:  # fmt: skip
-    """Restore every compressed tensor of the model at `location` and copy the others, shard by shard.
+@dataclass(frozen=True)
+class RestoreOptions:
+    """How a model is restored.
 
-    Args:
-        adapter: leave the low-rank part to a LoRA adapter, where one can carry it.
-        trusted: code that the model brings may be run, to learn which matrices are linear layers.
+    Attributes:
+        overwrite: replace an output of other options, or a damaged one.
+        adapter: write the low-rank part as a LoRA adapter where one can carry it, instead of adding it to the weights.
+        trusted: code that the model brings may run, to find out which matrices are linear layers.
+    """
+
+    overwrite: bool = False
+    adapter: bool = False
+    trusted: bool = False
+
+
+_DEFAULT_OPTIONS = RestoreOptions()
+
+
+def restore_model(
+    location: str, output: str, pools: Pools, options: RestoreOptions = _DEFAULT_OPTIONS
+) -> dict[str, Any]:
+    """Restore the compressed tensors of the model at `location`, and copy the others, into the directory `output`.
+
+    Returns:
+        The report, as swsc_report.json holds it.
 
     Raises:
         ConfigError: the model is not compressed, or has nothing that an adapter could carry.
         OutputError: the directory holds something else, another run writes there, or the disk has not enough room.
+        RunError: tasks failed; finished files are kept, and the same call resumes.
     """
     model = None if is_gguf(location) else open_model(location)
     if model is None or not model.entries:
-        raise ConfigError(f"{location}: not a swsc model, nothing to restore; use it as it is")
+        raise ConfigError(f"{location}: not a compressed model, so there is nothing to restore; use it as it is")
     store, source = Store.at(output), model.checkpoint
     require_unmixed(source, store)
-    examine(model, trusted)
-    carried = carried_by_adapter(model, location, trusted) if adapter else {}
-    identity = {"restored_from": source.fingerprint, "algorithm": VERSIONS["output"], "format_version": FORMAT_VERSION}
-    identity |= {"adapter": True} if adapter else {}
-    sizes = [model.nbytes(name) for name in model.names]
-    report = _report(model, carried)
-    low_rank = adapter_bytes(model, carried)
-    names = [*_files(model), *(ADAPTER_FILES if carried else ()), *names_beside(source)]
-    with begin_with_room(store, source, identity, names, sum(sizes) + low_rank, overwrite) as out:
-        if out.complete:
-            return report
-        records = {file: record for file, (record, _) in out.finished.items()}
-
-        def note(done: TaskResult[FileRecord | None]) -> None:
-            record = done.record or done.value
-            assert record is not None  # every task writes a file
-            records[record.name] = record
-
-        todo = [task for task in _tasks(model, out.ticket, carried) if task.key not in out.finished]
-        stage = Stage("restore", restoring_bytes(model) + 2 * low_rank, unit="files", on_cpu=True)
-        run_output_stage(pools, stage, todo, note, out)
-        ordered = [records[name] for name in sorted(records)]
-        if carried:
-            ordered.append(store.write_json(ADAPTER_FILES[1], adapter_config(model, carried)))
-        finish(out, source, ordered, model.config, report, card_of_restoring(model))
+    examine(model, options.trusted)
+    plan = make_restore_plan(model, carried_by_adapter(model, location, options.trusted) if options.adapter else {})
+    names = [*plan.files, *names_beside(source)]
+    with begin_with_room(store, source, _identity(model, options), names, plan.nbytes, options.overwrite) as out:
+        report = _report(plan)
+        if not out.complete:
+            records = _write_files(plan, out, pools)
+            finish(out, source, records, model.config, report, card_of_restoring(model))
     return report
 
 
-def _done(model: Model, name: str, carried: Mapping[str, str]) -> tuple[str, str]:
-    if not model.is_compressed(name):
-        return "copied", "was stored as it is"
-    if name in carried:
-        return "restored", f"was compressed; its low-rank part is in {ADAPTER_FOLDER}"
-    whole = carried and any(model.entries[own].low_rank for own in model.pieces.get(name, [name]))
-    return "restored", "was compressed" + ("; whole, as it is no linear layer of its own" if whole else "")
+def _identity(model: Model, options: RestoreOptions) -> dict[str, Any]:
+    """What the bytes of the output depend on."""
+    versions_of_output = {"algorithm": VERSIONS["output"], "format_version": FORMAT_VERSION}
+    adapter = {"adapter": True} if options.adapter else {}
+    return {"restored_from": model.checkpoint.fingerprint, **versions_of_output, **adapter}
 
 
-def _report(model: Model, carried: Mapping[str, str]) -> dict[str, Any]:
-    rows = []
-    for name in model.names:
-        done = _done(model, name, carried)
-        rows.append({"name": name, "action": done[0], "reason": done[1], "shape": list(model.shape(name))})
-    left_out = dict(model.checkpoint.left_out)
-    return {"format": "dense", "tensors": rows, "left_out": left_out, "versions": versions(), "argv": redacted_argv()}
+def _report(plan: RestorePlan) -> dict[str, Any]:
+    left_out = dict(plan.model.checkpoint.left_out)
+    return {
+        "format": "dense",
+        "tensors": plan.rows(),
+        "left_out": left_out,
+        "versions": versions(),
+        "argv": redacted_argv(),
+    }
 
 
-def _files(model: Model) -> list[str]:
-    """Names of the files of tensors, as many as `_tasks` has tasks for the dense model."""
-    layers = {layer_of(name) for name in model.names if model.is_compressed(name)}
-    copies = {model.checkpoint.tensors[name].file for name in model.names if not model.is_compressed(name)}
-    return tensor_files(len(layers) + len(copies))
+def _write_files(plan: RestorePlan, out: Output, pools: Pools) -> list[FileRecord]:
+    """Run the tasks of all files that are not finished; returns the records of all files, sorted by name."""
+    records = {file: record for file, (record, _) in out.finished.items()}
+
+    def add(done: TaskResult[FileRecord | None]) -> None:
+        record = done.record or done.value
+        assert record is not None  # every task writes a file
+        records[record.name] = record
+
+    tasks = [task for task in _tasks(plan, out.ticket) if task.key not in out.finished]
+    memory = restoring_bytes(plan.model) + 2 * plan.adapter_bytes
+    run_output_stage(pools, Stage("restore", memory, unit="files", on_cpu=True), tasks, add, out)
+    ordered = [records[name] for name in sorted(records)]
+    if plan.adapter_layers:
+        ordered.append(out.store.write_json(ADAPTER_FILES[1], adapter_config(plan.model, plan.adapter_layers)))
+    return ordered
 
 
-def _tasks(model: Model, ticket: Ticket, carried: Mapping[str, str]) -> list[Task[Any]]:
-    """A task for each layer that holds compressed tensors, one for each source file that holds others, one for an adapter."""
-    layers: dict[str, list[str]] = {}
-    copies: dict[str, list[TensorInfo]] = {}
-    for name in model.names:
-        if model.is_compressed(name):
-            layers.setdefault(layer_of(name), []).append(name)
-        else:
-            info = model.checkpoint.tensors[name]
-            copies.setdefault(info.file, []).append(info)
-    files = iter(tensor_files(len(layers) + len(copies)))
-    location = model.checkpoint.store.root
-    tasks: list[Task[Any]] = []
-    for layer, names in layers.items():
-        file, nbytes = next(files), sum(model.nbytes(name) for name in names)
-        job = RestoreTensors(location, tuple(names), frozenset(name for name in names if name in carried))
-        tasks.append(Task(file, job, layer, outputs=1, commit_to=Destination(ticket, file), weight=nbytes))
-    for infos in copies.values():
-        tasks.append(copy_task(model.checkpoint.store, CopyTask(next(files), tuple(infos)), ticket))
-    if carried:
-        file, nbytes = ADAPTER_FILES[0], adapter_bytes(model, carried)
-        low_rank = ExtractLowRank(location, dict(carried))
-        tasks.append(
-            Task(file, low_rank, "low-rank part", outputs=1, commit_to=Destination(ticket, file), weight=nbytes)
-        )
+def _tasks(plan: RestorePlan, ticket: Ticket) -> list[Task[Any]]:
+    """A task per file."""
+
+    def task(file: str, job: Job[None], label: str, nbytes: int) -> Task[Any]:
+        return Task(file, job, label, outputs=1, commit_to=Destination(ticket, file), weight=nbytes)
+
+    source, adapter_layers = plan.model.checkpoint.store, plan.adapter_layers
+    tasks = []
+    for restored in plan.restored:
+        without_low_rank = frozenset(name for name in restored.names if name in adapter_layers)
+        job = RestoreTensors(source.root, restored.names, without_low_rank)
+        tasks.append(task(restored.file, job, restored.layer, restored.nbytes))
+    tasks += [copy_task(source, copy, ticket) for copy in plan.copied]
+    if adapter_layers:
+        low_rank = ExtractLowRank(source.root, dict(adapter_layers))
+        tasks.append(task(ADAPTER_FILES[0], low_rank, "low-rank part", plan.adapter_bytes))
     return tasks

@@ -1,108 +1,134 @@
-"""What a sweep consists of: runs (a model × a variant) and the units that they share.
-
-A unit is one tensor of one model compressed in one way. Q at 3 bits is the same unit in "Q" and in "Q and K".
-"""
+"""What a sweep consists of: runs (a model × a variant) and the compressed matrices that runs share."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.checkpoint import Checkpoint
-from pipeline.checkpoints.source import open_checkpoint
 from pipeline.compression.job import CompressionVariant
 from pipeline.engine.task import Task
 from pipeline.errors import ConfigError, UserError
-from pipeline.evaluation.flow import require_measurable
-from pipeline.models.causality import require_causal
-from pipeline.models.stored_model import Model
-from pipeline.outputs.preflight import examine
-from pipeline.planning.plan import Plan, make_plan
+from pipeline.planning.plan import Decision, Plan, make_plan
+from pipeline.settings.compression import CompressSettings
+from pipeline.settings.matrix import MatrixSettings
 from pipeline.settings.sweep import SweepSettings, Variant
-from pipeline.texts.windows import Windows, make_windows
 from pipeline.variants.tuned_variant import TunedVariant
 
 UNCOMPRESSED = "uncompressed"
-Unit = tuple[int, str, CompressionVariant]  # model, tensor, how it is compressed
+
+
+class Unit(NamedTuple):
+    """One matrix of one model, compressed in one way. The variants "Q" and "Q and K" at 3 bits share the units of Q."""
+
+    model: int
+    matrix: str
+    variant: CompressionVariant
+
+
+@dataclass
+class Measurement:
+    """The state of the evaluation of a run.
+
+    Attributes:
+        units: matrix -> unit that the evaluation needs; empty once the run is over.
+        missing: units that are not compressed yet.
+        tasks: evaluation tasks that are not started yet, the next one last.
+        outstanding: number of evaluation tasks that have not ended.
+        losses: (evaluation, first window) -> loss of each window.
+        dtypes: evaluation -> data type of its computation.
+        error: why the run failed.
+        lost: message about a unit that was lost with its node, until the units are recomputed.
+        recomputations: number of times that the units were recomputed.
+    """
+
+    units: dict[str, Unit] = field(default_factory=dict)
+    missing: set[Unit] = field(default_factory=set)
+    tasks: list[Task[Any]] = field(default_factory=list)
+    outstanding: int = 0
+    losses: dict[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)
+    dtypes: dict[int, str] = field(default_factory=dict)
+    error: str | None = None
+    lost: str | None = None
+    recomputations: int = 0
 
 
 @dataclass
 class Run:
-    """One model × one variant: what it needs, and what has been measured of it."""
+    """One model × one variant.
 
+    Attributes:
+        number: position among the runs of the sweep.
+        model: position of the model in the settings.
+        variant: None for the uncompressed model.
+        plan: None for the uncompressed model.
+        hessians: second moments that a calibrated variant weights errors by.
+        tuned: the compressed model, if its matrices are tuned together: then it does not consist of units.
+    """
+
+    number: int
     model: int
-    variant: Variant | None  # None: the model as it is
+    variant: Variant | None
     plan: Plan | None
-    hessians: Hessians | None = None  # of a variant that measures errors by activations
-    made: TunedVariant | None = None  # of a variant whose matrices are tuned together: it is no sum of units
-    units: dict[str, Unit] = field(default_factory=dict)  # tensor -> unit
-    missing: set[Unit] = field(default_factory=set)
-    parts: list[Task[Any]] = field(default_factory=list)  # evaluation tasks not yet given out
-    outstanding: int = 0  # evaluation tasks not yet done
-    losses: dict[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)  # (evaluation, first window)
-    dtypes: dict[int, str] = field(default_factory=dict)  # evaluation -> arithmetic it was measured in
-    error: str | None = None
-    lost: str | None = None  # what was said when one of its units was not there any more
-    begun_again: int = 0  # times that its units had to be made again
+    hessians: Hessians | None = None
+    tuned: TunedVariant | None = None
+    measurement: Measurement = field(default_factory=Measurement)
+
+    @property
+    def name(self) -> str:
+        """Name of the variant."""
+        return self.variant.name if self.variant else UNCOMPRESSED
+
+    @property
+    def is_segmented(self) -> bool:
+        """Whether a spec of the plan cuts channels into segments."""
+        return any(spec.cuts_channels for decision in self.decisions for spec in decision.specs)
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """The matrices that the run compresses, with their specs."""
+        return self.plan.compressed if self.plan else []
 
     def begin(self) -> None:
-        """All units are missing yet."""
-        self.units = self.all_units()
-        self.missing = set(self.units.values())
+        """Start a new measurement, for which all units are missing."""
+        units = self.units
+        self.measurement = Measurement(units, set(units.values()))
 
-    def all_units(self) -> dict[str, Unit]:
-        """The units that the run is made of, by tensor."""
-        if self.variant is None or self.plan is None or self.made:
+    @property
+    def units(self) -> dict[str, Unit]:
+        """Matrix -> unit, of all matrices that the variant compresses."""
+        if self.variant is None or self.plan is None or self.tuned:
             return {}
         seed, dtype = self.variant.seed, self.variant.storage_dtype
         return {
-            decision.info.name: (
-                self.model,
-                decision.info.name,
-                CompressionVariant(decision.specs, seed, dtype, self.hessians),
+            decision.info.name: Unit(
+                self.model, decision.info.name, CompressionVariant(decision.specs, seed, dtype, self.hessians)
             )
             for decision in self.plan.compressed
         }
 
-    @property
-    def name(self) -> str:
-        return self.variant.name if self.variant else UNCOMPRESSED
-
-
-def open_models(settings: SweepSettings) -> list[Checkpoint]:
-    """The models, each held against its config; CheckpointError for one that cannot be measured or compressed."""
-    checkpoints = [open_checkpoint(location) for location in settings.models]
-    for checkpoint in checkpoints:
-        examine(Model(checkpoint, {}), settings.trust_remote_code, measured=True)
-        if settings.evaluations:
-            require_causal(Model(checkpoint, {}), settings.trust_remote_code)
-    return checkpoints
-
-
-def open_windows(settings: SweepSettings, checkpoints: list[Checkpoint]) -> list[list[Windows]]:
-    """Windows of each text for each model; TextError for a text that cannot be measured on, or must not be."""
-    texts = settings.evaluations
-    found = [[make_windows(location, text) for text in texts] for location in settings.models]
-    for checkpoint, windows in zip(checkpoints, found, strict=True):
-        for own, text in zip(windows, texts, strict=True):
-            require_measurable(Model(checkpoint, {}), own, text)
-    return found
-
 
 def make_runs(settings: SweepSettings, checkpoints: list[Checkpoint]) -> list[Run]:
-    """Plan every variant on every model; ConfigError names all that do not fit, before any work."""
-    runs, wrong = [], []
+    """Plan every variant on every model; ConfigError names all variants that do not fit a model."""
+    runs: list[Run] = []
+    mistakes = []
     for model, checkpoint in enumerate(checkpoints):
         if settings.uncompressed and settings.evaluations:
-            runs.append(Run(model, None, None))
+            runs.append(Run(len(runs), model, None, None))
         for variant in settings.variants:
             try:
                 plan = make_plan(checkpoint, variant)
             except UserError as error:
-                wrong.append(f"variant {variant.name}: {error}")
+                mistakes.append(f"variant {variant.name}: {error}")
                 continue
-            run = Run(model, variant, plan)
+            run = Run(len(runs), model, variant, plan)
             run.begin()
             runs.append(run)
-    if wrong:
-        raise ConfigError("; ".join(wrong))
+    if mistakes:
+        raise ConfigError("; ".join(mistakes))
     return runs
+
+
+def settings_of(variant: Variant) -> CompressSettings:
+    """The settings of a variant as those of a compression."""
+    fields = variant.model_fields_set & MatrixSettings.model_fields.keys()
+    return CompressSettings(**{name: getattr(variant, name) for name in fields})

@@ -1,1 +1,1 @@
-"""One variant of one model from start to end: calibrate, allocate, compress, tune."""
+"""One compression of one model from start to end: calibration, allocation, compression, tuning."""

@@ -1,7 +1,7 @@
-"""What comes before a compression that needs a text: second moments, the specs that follow from them, windows to tune on."""
+"""The stages before a compression that need text: calibration, and allocation of the bit budget from its Hessians."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,94 +12,117 @@ from pipeline.calibration.self_generated_text import self_generated_windows
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.console import log
-from pipeline.device import Arithmetic
-from pipeline.engine.stage import Pools
 from pipeline.errors import ConfigError
 from pipeline.outputs.preflight import OF_SOURCE
 from pipeline.outputs.transaction import known_traces
-from pipeline.planning.plan import Plan
 from pipeline.redaction import redacted
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.evaluation import EvaluateSettings
 from pipeline.settings.loading import LoadSettings
-from pipeline.settings.matrix import MatrixSettings
 from pipeline.storage.cache_key import digest_of, spec_identity, windows_identity
 from pipeline.storage.store import Store
 from pipeline.texts.contamination import require_apart
 from pipeline.texts.texts import read_text
 from pipeline.texts.windows import CalibrationText, calibration_windows, require_within
 from pipeline.tuning.flow import TuningWindows
-from pipeline.variants.compress import Calibrated
+from pipeline.variants.compression import CalibrationRecord, CalibrationResult, Compression, Compute
 
 
-def prepare(
-    source: Checkpoint, plan: Plan, settings: MatrixSettings, calibration: CalibrationSettings, beside: str,
-    pools: Pools, arithmetic: Arithmetic, unseen: Sequence[EvaluateSettings] = (),
-) -> tuple[Plan, Calibrated | None]:  # fmt: skip
-    """The plan with its final specs, and the calibration that it rests on; both are found again if they were made before.
+def calibrate_and_allocate(
+    compression: Compression, cache: str, compute: Compute, evaluation_texts: Sequence[EvaluateSettings] = ()
+) -> Compression:
+    """`compression` with its calibration and its final specs. Results of earlier runs in the cache are reused.
+
+    Settings that need no calibration return the compression as it is.
 
     Args:
-        beside: the output, beside which moments are kept unless a cache directory is given.
-        unseen: texts that the result will be measured on.
+        cache: directory, visible to all nodes, of intermediate results; see `cache_location`.
+        evaluation_texts: texts that the result will be evaluated on, which must not share passages with the
+            calibration.
 
     Raises:
-        ConfigError: a calibration that nothing needs, or a budget that cannot be met.
-        TextError: a text that is missing or too short, or that shares passages with `unseen`.
+        ConfigError: settings of a calibration that the compression does not need, or a budget that cannot be met.
+        TextError: a text that is missing or too short, or that shares passages with an evaluation text.
     """
+    settings = compression.settings
     if not settings.needs_calibration:
-        own = CalibrationSettings.model_fields.keys() - LoadSettings.model_fields.keys()
-        if idle := sorted(calibration.model_fields_set & (own - ({"text_column"} if unseen else set()))):
-            raise ConfigError(
-                f"{', '.join(idle)} mean nothing to metric weights without tune: choose preset best or fast, or drop them"
-            )
-        return plan, None
-    cache = cache_of_source(cache_of(calibration, beside), source)
-    if settings.preset_definition.generates_text:
-        if calibration.calibration:
-            raise ConfigError(f"calibration means nothing to preset {settings.preset}: drop it, or choose preset best")
-        require_within(np.zeros((1, calibration.calibration_seqlen), dtype=np.int64), source)
-        text = CalibrationText(
-            self_generated_windows(source, calibration, cache, settings.seed, pools, arithmetic), frozenset()
+        _require_no_calibration(compression.calibration, bool(evaluation_texts))
+        return compression
+    cache = _cache_of_source(cache, compression.source)
+    text = _calibration_text(compression, cache, compute)
+    record = _record(compression, text)
+    for evaluation in evaluation_texts:
+        content = read_text(evaluation.text, evaluation.text_column)
+        require_apart(frozenset(record.traces), content, evaluation.text)
+    if settings.epochs:
+        TuningWindows(
+            text.ids, settings.epochs, settings.seed
+        )  # raises before hours of work if there are too few windows
+    hessians = _hessians(compression, text.ids, cache, compute) if settings.needs_hessians else None
+    plan = compression.plan
+    if hessians and settings.preset_definition.allocates:
+        plan = allocate_plan(compression.source, plan, settings, hessians, compute.pools)
+    compression = replace(compression, plan=plan)
+    fingerprint = _fingerprint(compression, text.ids, hessians)
+    return replace(compression, calibrated=CalibrationResult(hessians, fingerprint, record, text.ids, cache))
+
+
+def cache_location(calibration: CalibrationSettings, output: str) -> str:
+    """Directory of intermediate results: the one of the settings, else `.swsc-cache` beside the output."""
+    return calibration.cache_dir or Store.at(output).parent.below(".swsc-cache").root
+
+
+def _require_no_calibration(calibration: CalibrationSettings, evaluated: bool) -> None:
+    """Raise ConfigError for calibration settings that were given although nothing is calibrated."""
+    unused = CalibrationSettings.model_fields.keys() - LoadSettings.model_fields.keys()
+    if evaluated:
+        unused -= {"text_column"}  # that of the evaluation text
+    if given := sorted(calibration.model_fields_set & unused):
+        raise ConfigError(
+            f"{', '.join(given)}: only apply when calibration is needed; use --preset best|fast, or remove them"
         )
-    else:
+
+
+def _cache_of_source(cache: str, source: Checkpoint) -> str:
+    """The folder of a verified source inside the cache, which holds no results of unverified bytes."""
+    digests = digests_of_source(source)
+    return Store.at(cache).below(f"{OF_SOURCE}{digests.name}").root if digests else cache
+
+
+def _calibration_text(compression: Compression, cache: str, compute: Compute) -> CalibrationText:
+    """Windows of the calibration text, or of text that the model generates (preset data-free)."""
+    source, settings, calibration = compression.source, compression.settings, compression.calibration
+    if not settings.preset_definition.generates_text:
         text = calibration_windows(source.store.root, calibration)
         if text.origin:
             log(f"note: calibration {calibration.calibration}: {text.origin}")
-    require_within(text.ids, source)
-    about = _about(source, calibration, text)
-    for measured in unseen:
-        require_apart(frozenset(about["traces"]), read_text(measured.text, measured.text_column), measured.text)
-    if settings.epochs:
-        TuningWindows(text.ids, settings.epochs, settings.seed)  # too few windows are told of before hours of work
-    hessians = None
-    if settings.needs_hessians:
-        infos = [decision.matrix for decision in plan.compressed]
-        hessians = Calibration(source, infos, text.ids, calibration, cache, settings.seed, arithmetic).run(pools)
-        if settings.preset_definition.allocates:
-            plan = allocate_plan(source, plan, settings, hessians, pools)
-    return plan, Calibrated(hessians, _fingerprint(plan, text, hessians, calibration), about, text.ids, cache)
+        require_within(text.ids, source)
+        return text
+    if calibration.calibration:
+        raise ConfigError(f"calibration: preset {settings.preset} generates its text; remove it, or use --preset best")
+    require_within(np.zeros((1, calibration.calibration_seqlen), dtype=np.int64), source)
+    ids = self_generated_windows(source, calibration, cache, settings.seed, compute.pools, compute.arithmetic)
+    require_within(ids, source)
+    return CalibrationText(ids, frozenset())
 
 
-def cache_of(calibration: CalibrationSettings, beside: str) -> str:
-    """Where moments and models that are yet to be tuned are kept."""
-    return calibration.cache_dir or Store.at(beside).parent.below(".swsc-cache").root
+def _hessians(compression: Compression, ids: np.ndarray, cache: str, compute: Compute) -> Hessians:
+    matrices = [decision.matrix for decision in compression.plan.compressed]
+    settings, seed = compression.calibration, compression.settings.seed
+    calibration = Calibration(compression.source, matrices, ids, settings, cache, seed, compute.arithmetic)
+    return calibration.run(compute.pools)
 
 
-def cache_of_source(cache: str, source: Checkpoint) -> str:
-    """The part of a cache that is of a verified source: what was made of bytes that nobody knew is not in it."""
-    known = digests_of_source(source)
-    return Store.at(cache).below(f"{OF_SOURCE}{known.name}").root if known else cache
+def _fingerprint(compression: Compression, ids: np.ndarray, hessians: Hessians | None) -> str:
+    specs = {one.info.name: [spec_identity(spec) for spec in one.specs] for one in compression.plan.compressed}
+    inputs: dict[str, object] = {"dtype": compression.calibration.calibration_dtype}
+    if hessians:  # the name of their directory covers the arithmetic, which tuning covers without Hessians
+        inputs = {"moments": hessians.store.name, "gradient_share": hessians.gradient_share}
+    return digest_of({"specs": specs, **inputs, **windows_identity(ids)})
 
 
-def _fingerprint(plan: Plan, text: CalibrationText, hessians: Hessians | None, calibration: CalibrationSettings) -> str:
-    specs = {one.info.name: [spec_identity(spec) for spec in one.specs] for one in plan.compressed}
-    # The name of moments stands for their arithmetic, too; without moments it is that of the tuning.
-    gathered = {"moments": hessians.store.name, "gradient_share": hessians.gradient_share} if hessians else {}
-    about = gathered or {"dtype": calibration.calibration_dtype}
-    return digest_of({"specs": specs, **about, **windows_identity(text.ids)})
-
-
-def _about(source: Checkpoint, calibration: CalibrationSettings, text: CalibrationText) -> dict[str, Any]:
-    """What swsc_calibration.json says: this text's name, and traces of it and of what the source was calibrated on before."""
-    name = calibration.calibration and redacted(calibration.calibration)
-    return {"text": name, "traces": sorted(text.traces | known_traces(source.store))}
+def _record(compression: Compression, text: CalibrationText) -> CalibrationRecord:
+    """The calibration text's name, and hashes of its passages and of those that the source was calibrated on before."""
+    location = compression.calibration.calibration
+    traces = text.traces | known_traces(compression.source.store)
+    return CalibrationRecord(location and redacted(location), tuple(sorted(traces)))

@@ -1,119 +1,106 @@
-"""A compression from plan to finished directory, tuned or not."""
+"""The compression of one variant, followed by tuning if its settings ask for it."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
-from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint
+from pipeline.checkpoints.checkpoint import MANIFEST
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.device import Arithmetic
-from pipeline.engine.stage import Pools, log_and_release
 from pipeline.outputs.owned_files import REPORT
-from pipeline.outputs.preflight import STAGED, identity_of
+from pipeline.outputs.preflight import STAGED
 from pipeline.outputs.report import compressed_rows
 from pipeline.outputs.report_rows import measured_rows
-from pipeline.planning.plan import Plan
-from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.compression import CompressSettings
-from pipeline.settings.matrix import MatrixSettings
-from pipeline.settings.sweep import Variant
-from pipeline.storage.cache_key import CALIBRATION_KEY, cache_name
+from pipeline.storage.cache_key import cache_name
 from pipeline.storage.records import report_damaged_cache
 from pipeline.storage.shared_lease import remove_if_unleased, shared_lease
 from pipeline.storage.store import Store
 from pipeline.tuning.flow import Tuning, TuningWindows
-from pipeline.variants.compress import Calibrated, TunedModel, compress_model
+from pipeline.variants.compress import compress_model
+from pipeline.variants.compression import Compression, Compute, Target, TunedModel
 from pipeline.variants.tuned_variant import TunedVariant
 
-VARIANT = "variant"  # how the name of a tuned model in the cache begins that a sweep measures
+# Prefix of the name, in the cache, of a tuned model that a sweep evaluates.
+VARIANT = "variant"
 
 
-def produce(
-    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, calibration: CalibrationSettings,
-    calibrated: Calibrated | None, arithmetic: Arithmetic, pools: Pools, overwrite: bool = False,
-    on_wait: Callable[[str], None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Carry out `plan` into `output`, and return the report.
+def compress_and_tune(compression: Compression, target: Target, compute: Compute) -> dict[str, Any]:
+    """Carry out a plan into the target directory, and return the report.
 
-    To be tuned, a model is first compressed into the cache, where it is found again by whoever needs the same.
+    A model is compressed into the cache before it is tuned; later runs that need the same model reuse it.
 
     Raises:
-        As `compress_model`; ConfigError: fewer calibration windows than tuning needs.
+        ConfigError: tuning needs more calibration windows.
+        All errors of `compress_model`.
     """
+    calibrated, settings = compression.calibrated, compression.settings
     if not settings.epochs or calibrated is None:
-        return compress_model(source, plan, output, settings, arithmetic, pools, calibrated, None, overwrite, on_wait)
+        return compress_model(compression, target, compute)
     text = TuningWindows(calibrated.ids, settings.epochs, settings.seed)
-    untuned = _untuned(settings)
-    staging = _staging(source, settings, calibrated, arithmetic)
+    location = _untuned_location(compression, compute.arithmetic)
+    with ExitStack() as uses:  # other runs must not remove these directories before the output is written
 
-    kept = ExitStack()  # of the cache, until the output is written: another run may be done with the same
+        def tune() -> TunedModel:
+            store = Store.at(location)
+            uses.enter_context(shared_lease(store))
+            with report_damaged_cache(store):
+                untuned = replace(compression, settings=_untuned_settings(settings))
+                compress_model(untuned, Target(location, waits=True), compute)
+            tuning = _tuning(compression, text, location, compute.arithmetic)
+            uses.enter_context(shared_lease(tuning.store))
+            tuned, summary = tuning.run(compute.pools)
+            return TunedModel(tuned, measured_rows(store.read_json(REPORT)), summary)
 
-    def tune() -> TunedModel:
-        kept.enter_context(shared_lease(Store.at(staging)))
-        with report_damaged_cache(Store.at(staging)):
-            compress_model(
-                source, plan, staging, untuned, arithmetic, pools, calibrated, on_wait=log_and_release(pools)
-            )
-        tuning = Tuning(source, staging, text, calibration, calibrated.cache, arithmetic)
-        kept.enter_context(shared_lease(tuning.store))
-        tuned, about = tuning.run(pools)
-        return TunedModel(tuned, measured_rows(Store.at(staging).read_json(REPORT)), about)
-
-    with kept:
-        return compress_model(source, plan, output, settings, arithmetic, pools, calibrated, tune, overwrite, on_wait)
+        return compress_model(compression, target, compute, tune)
 
 
-def produce_variant(
-    source: Checkpoint, plan: Plan, variant: Variant, calibration: CalibrationSettings, calibrated: Calibrated, arithmetic: Arithmetic,
-    pools: Pools, kept: ExitStack,
-) -> TunedVariant:  # fmt: skip
-    """A tuned row of a sweep, as a directory in the cache, which is kept there until `kept` is closed."""
-    settings = _settings_of(variant)
-    output = _place(VARIANT, source, settings, calibrated, arithmetic)
-    kept.enter_context(shared_lease(Store.at(output)))
-    with report_damaged_cache(Store.at(output)):
-        report = produce(
-            source, plan, output, settings, calibration, calibrated, arithmetic, pools, on_wait=log_and_release(pools)
-        )
-    return TunedVariant(open_checkpoint(output), compressed_rows(report), report["tuning"])
+def tuned_variant(compression: Compression, compute: Compute, uses: ExitStack) -> TunedVariant:
+    """A tuned row of a sweep, as a directory in the cache that other runs cannot remove until `uses` is closed."""
+    location = _cached_location(VARIANT, compression, compute.arithmetic)
+    uses.enter_context(shared_lease(Store.at(location)))
+    with report_damaged_cache(Store.at(location)):
+        report = compress_and_tune(compression, Target(location, waits=True), compute)
+    return TunedVariant(open_checkpoint(location), compressed_rows(report), report["tuning"])
 
 
-def forget_stages(
-    source: Checkpoint, variant: Variant, calibration: CalibrationSettings, calibrated: Calibrated, arithmetic: Arithmetic,
-    shared: bool,
-) -> None:  # fmt: skip
-    """Remove what a finished tuned row was made of: the state of its tuning and, unless it is `shared`, the compressed model.
+def remove_intermediates(compression: Compression, arithmetic: Arithmetic, keep_untuned: bool) -> None:
+    """Remove the intermediate results of a finished tuned row: the state of its tuning, and the untuned model.
 
-    What another run uses at the time stays; it is that run's to remove.
+    A directory that another run uses stays; that run removes it.
+
+    Args:
+        keep_untuned: another row will be tuned from the same untuned model.
     """
-    settings = _settings_of(variant)
-    staging = _staging(source, settings, calibrated, arithmetic)
-    with shared_lease(Store.at(staging)):
-        if not Store.at(staging).exists(MANIFEST):
+    calibrated, settings = compression.calibrated, compression.settings
+    assert calibrated is not None  # every tuned model is calibrated
+    location = _untuned_location(compression, arithmetic)
+    with shared_lease(Store.at(location)):
+        if not Store.at(location).exists(MANIFEST):
             return
         text = TuningWindows(calibrated.ids, settings.epochs, settings.seed)
-        Tuning(source, staging, text, calibration, calibrated.cache, arithmetic).forget()
-    if not shared:
-        remove_if_unleased(Store.at(staging))
+        _tuning(compression, text, location, arithmetic).forget()
+    if not keep_untuned:
+        remove_if_unleased(Store.at(location))
 
 
-def _settings_of(variant: Variant) -> CompressSettings:
-    given = {key: getattr(variant, key) for key in variant.model_fields_set & MatrixSettings.model_fields.keys()}
-    return CompressSettings(**given)
+def _tuning(compression: Compression, text: TuningWindows, untuned_location: str, arithmetic: Arithmetic) -> Tuning:
+    assert compression.calibrated is not None  # its windows are those of `text`
+    cache = compression.calibrated.cache
+    return Tuning(compression.source, untuned_location, text, compression.calibration, cache, arithmetic)
 
 
-def _untuned(settings: CompressSettings) -> CompressSettings:
+def _untuned_settings(settings: CompressSettings) -> CompressSettings:
     return settings.model_copy(update={"tune": 0, "format": "swsc"})
 
 
-def _staging(source: Checkpoint, settings: CompressSettings, calibrated: Calibrated, arithmetic: Arithmetic) -> str:
-    """Directory of the model that is yet to be tuned."""
-    return _place(STAGED, source, _untuned(settings), calibrated, arithmetic)
+def _untuned_location(compression: Compression, arithmetic: Arithmetic) -> str:
+    """Directory of the model before its tuning."""
+    untuned = replace(compression, settings=_untuned_settings(compression.settings))
+    return _cached_location(STAGED, untuned, arithmetic)
 
 
-def _place(
-    kind: str, source: Checkpoint, settings: CompressSettings, calibrated: Calibrated, arithmetic: Arithmetic
-) -> str:
-    """A directory in the cache for one model, made in one way."""
-    identity = identity_of(source, settings, arithmetic) | {CALIBRATION_KEY: calibrated.fingerprint}
-    return f"{calibrated.cache}/{cache_name(kind, identity)}"
+def _cached_location(kind: str, compression: Compression, arithmetic: Arithmetic) -> str:
+    """Directory in the cache of a calibrated compression."""
+    assert compression.calibrated is not None
+    return f"{compression.calibrated.cache}/{cache_name(kind, compression.identity(arithmetic))}"

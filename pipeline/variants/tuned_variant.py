@@ -1,4 +1,4 @@
-"""A variant of a model whose matrices were tuned together."""
+"""A variant of a model after tuning."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +8,13 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class TunedVariant:
-    """A variant as a finished directory in the cache, the rows of its report as JSON, and what the report says of its tuning."""
+    """A variant as a finished directory in the cache.
+
+    Attributes:
+        rows: the rows of its report, as JSON.
+        tuning: what the report states about the tuning.
+    """
 
     checkpoint: Checkpoint
-    table: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
     tuning: dict[str, Any]

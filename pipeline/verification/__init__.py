@@ -1,1 +1,1 @@
-"""Verifying an output against its manifest, a source against known hashes, and the upload of verified outputs."""
+"""Verification of an output against its manifest, and of a source against known hashes."""

@@ -1,6 +1,7 @@
-"""Every byte of a finished output against its manifest: what was written is what lies there."""
+"""Verification of a finished output: every file is hashed and compared with the manifest."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.checkpoints.checkpoint import MANIFEST
@@ -15,78 +16,84 @@ from pipeline.storage.records import ManifestRecord, ReportRecord, read_record
 from pipeline.storage.store import Store
 from pipeline.verification.job import CheckFile
 
-_NAMED = 8  # findings that an error names
-_AGAIN = "make it again by --overwrite"
-_AWAY = "move away what is not one of its files (and put those in the place of links to them)"
+# Number of findings that an error names.
+_NAMED = 8
+_OVERWRITE = "write the output again with --overwrite"
+_MOVE_AWAY = "move files that do not belong to the output to another place, and replace links by the files themselves"
 
 
-def verify_output(location: str, pools: Pools) -> dict[str, Any]:
-    """Hash the files of the output at `location` over the workers, each file read in pieces.
+@dataclass(frozen=True)
+class VerifiedOutput:
+    """Number of files of an output and their bytes, all of which match the manifest."""
 
-    Returns {"files": number, "bytes": number} of what was found whole.
+    files: int
+    nbytes: int
+
+
+def verify_output(location: str, pools: Pools) -> VerifiedOutput:
+    """Hash the files of the output at `location` on the workers.
 
     Raises:
-        CheckpointError: no finished output there.
-        DamageError: names what is missing, cut or changed, down to the tensor, and links and tensor files that were added.
+        CheckpointError: there is no finished output.
+        DamageError: names files that are missing, cut or changed, with the tensors in question, and links and weight
+            files that the manifest does not list.
     """
     store = Store.at(location)
     files = as_amended(store, manifest_of(store)["files"])
-    findings: dict[Any, list[str]] = {"": list(_of_report(store))}
+    damage: dict[str, list[str]] = {"": list(_report_damage(store))}
 
     def note(done: TaskResult[list[str]]) -> None:
-        findings[done.task.key] = done.value
+        damage[done.task.key] = done.value
 
     tasks = [
-        Task(name, CheckFile(store, name, about), name, weight=about["size"])
-        for name, about in files.items()
+        Task(name, CheckFile(store, name, record), name, weight=record["size"])
+        for name, record in files.items()
         if not link_problem(store, name)
     ]
     stage = Stage("verify", WORKER_BASE, unit="files", on_cpu=True)
     run_stage(pools, stage, sorted(tasks, key=lambda task: -task.weight), note)
-    damage = [line for name in sorted(findings) for line in findings[name]]
-    strange = list(_strange(store, files))
-    if damage or strange:
-        raise DamageError(f"{location}: damaged: {_told(damage, strange)}")
-    return {"files": len(files), "bytes": sum(about["size"] for about in files.values())}
+    damaged = [line for name in sorted(damage) for line in damage[name]]
+    foreign = list(_foreign_files(store, files))
+    if damaged or foreign:
+        raise DamageError(f"{location}: damaged: {_findings(damaged, foreign)}")
+    return VerifiedOutput(len(files), sum(record["size"] for record in files.values()))
 
 
-def _told(damage: list[str], strange: list[str]) -> str:
-    """What was found, and what helps: `--overwrite` replaces the output's own files, and leaves those that somebody else has put there."""
+def _findings(damaged: list[str], foreign: list[str]) -> str:
+    """Findings and remedies: `--overwrite` replaces files of the output only, foreign files have to be moved."""
     parts = []
-    for found, remedy in ((damage, _AGAIN), (strange, _AWAY)):
-        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        parts += [f"{'; '.join(found[:_NAMED])}{more}; {remedy}"] if found else []
+    for lines, remedy in ((damaged, _OVERWRITE), (foreign, _MOVE_AWAY)):
+        more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+        parts += [f"{'; '.join(lines[:_NAMED])}{more}; {remedy}"] if lines else []
     return "; ".join(parts)
 
 
 def manifest_of(store: Store) -> dict[str, Any]:
-    """What the output says of itself; CheckpointError if it says nothing."""
-    if found := link_problem(store, MANIFEST):
-        raise DamageError(f"{store.root}: damaged: {found}; {_AWAY}")
+    """The manifest of an output; CheckpointError if there is none, DamageError if it cannot be read."""
+    if link := link_problem(store, MANIFEST):
+        raise DamageError(f"{store.root}: damaged: {link}; {_MOVE_AWAY}")
     if not store.exists(MANIFEST):
         raise CheckpointError(
-            f"{store.root}: no {MANIFEST}: not a finished output (run the command that makes it again), or saved by another tool,"
-            " which leaves no hashes to hold it against"
+            f"{store.root}: no {MANIFEST}: the output is not finished (run the command that writes it again), or"
+            " another tool saved it, which writes no hashes"
         )
     try:
         return read_record(store, MANIFEST, ManifestRecord)
     except ValueError as error:
-        raise DamageError(
-            f"{store.root}: {MANIFEST} is damaged ({error}); make the output again by --overwrite"
-        ) from None
+        raise DamageError(f"{store.root}: {MANIFEST} is damaged ({error}); {_OVERWRITE}") from None
 
 
-def _strange(store: Store, files: dict[str, Any]) -> Iterator[str]:
-    """What is there beside its own files, or in place of them, and does harm: links, and files of tensors or adapters that the manifest does not know."""
+def _foreign_files(store: Store, files: Mapping[str, object]) -> Iterator[str]:
+    """Links, and weight or adapter files that the manifest does not list: a loader would read them."""
     yield from filter(None, (link_problem(store, name) for name in sorted({*store.entries(), *files})))
-    tensors = [name for name in store.names() if name.endswith(".safetensors") and name not in files]
-    yield from (f"{name} is not one of its files" for name in sorted({*tensors, *rivals(store, files)}))
+    weights = [name for name in store.names() if name.endswith(".safetensors") and name not in files]
+    yield from (f"{name} is not one of its files" for name in sorted({*weights, *rivals(store, files)}))
 
 
-def _of_report(store: Store) -> Iterator[str]:
-    """What is wrong with the report, which has no hash."""
+def _report_damage(store: Store) -> Iterator[str]:
+    """Damage of the report, which has no hash in the manifest because it holds times."""
     try:
         if not link_problem(store, REPORT):
             read_record(store, REPORT, ReportRecord)
     except (OSError, ValueError):
-        yield f"{REPORT} is missing or no report"
+        yield f"{REPORT} is missing or not a report"

@@ -1,4 +1,4 @@
-"""Jobs that hash files."""
+"""Jobs that hash files of outputs and of sources."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from pipeline.storage.store import Store
 
 @dataclass(frozen=True)
 class CheckFile:
-    """What is wrong with a file of an output, in sentences; `about` is its record in the manifest."""
+    """Differences between a file of an output and its record in the manifest, one sentence each."""
 
     store: Store
     file: str
-    about: Mapping[str, Any]
+    record: Mapping[str, Any]
 
     def run(self, context: JobContext) -> JobOutput[list[str]]:
-        return JobOutput(file_differences(self.store, self.file, self.about))
+        return JobOutput(file_differences(self.store, self.file, self.record))
 
 
 @dataclass(frozen=True)

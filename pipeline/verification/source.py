@@ -1,7 +1,7 @@
-"""The weight files of a source against hashes that are known: from a file, or from the Hub that published them.
+"""Verification of a source: its weight files are compared with sha256 hashes from a file, or from the Hub.
 
-Each file is read once from end to end. The digests of its tensors that are taken on the way go with the tensors, so that what a
-worker reads later is held against them, too.
+Each file is read once. The digests of its tensors, which are computed on the way, stay with the tensors, so that every
+later read by a worker is compared with them.
 """
 
 from itertools import chain
@@ -28,51 +28,53 @@ HUB = "hub"
 
 
 def verified(source: Checkpoint, hashes: str, pools: Pools) -> Checkpoint:
-    """The same checkpoint, of which every tensor is held against what was verified whenever it is read.
+    """The same checkpoint with digests that every later read is compared with.
 
     Args:
-        hashes: "hub", or a file as `sha256sum` writes it.
+        hashes: "hub", or the location of a file in the format of `sha256sum`.
 
     Raises:
-        ConfigError: no hash of one of the weight files. CheckpointError: a file that is another one than the hash was taken of.
+        ConfigError: the hash of a weight file is not given.
+        CheckpointError: a file has another hash.
     """
     if source.dequantized:
-        raise ConfigError("verify_source reads safetensors files; check a GGUF file by `sha256sum`")
+        raise ConfigError("verify_source: only safetensors files can be verified; check a GGUF file with `sha256sum`")
     root = source.store.root
     files: dict[str, dict[str, TensorInfo]] = {}
     for info in chain.from_iterable(info.stored for info in (*source.tensors.values(), *source.buffers)):
         files.setdefault(info.file, {})[info.name] = info
-    known = (
-        published_hashes(root) if hashes == HUB else match_file_names(parse_sha256sums(_text_of(hashes), hashes), files)
+    expected = (
+        published_hashes(root)
+        if hashes == HUB
+        else match_file_names(parse_sha256sums(_read_text(hashes), hashes), files)
     )
-    require_digest_of_each(known, files, hashes)
-    found: dict[str, tuple[str, ...]] = {}
+    require_digest_of_each(expected, files, hashes)
+    digests: dict[str, tuple[str, ...]] = {}
 
     def note(done: TaskResult[FileDigests]) -> None:
-        digests = done.value
-        require_file_digest(root, done.task.key, digests.sha256, known[done.task.key])
-        found.update(digests.tensors)
+        require_file_digest(root, done.task.key, done.value.sha256, expected[done.task.key])
+        digests.update(done.value.tensors)
 
     tasks = [
-        Task(file, HashFile(source.store, file, tuple(own.values())), file, weight=source.store.size(file))
-        for file, own in sorted(files.items())
+        Task(file, HashFile(source.store, file, tuple(tensors.values())), file, weight=source.store.size(file))
+        for file, tensors in sorted(files.items())
     ]
     run_stage(pools, Stage("verify source", WORKER_BASE, unit="files"), tasks, note)
-    return with_verified_digests(source, found)
+    return with_verified_digests(source, digests)
 
 
 def verified_digests(source: Checkpoint, hashes: str, pools: Pools) -> SourceDigests | None:
-    """Digests of the source for those who open it themselves; raises as `verified`."""
+    """Digests of a source, for jobs that open the source themselves; raises as `verified`."""
     return digests_of_source(verified(source, hashes, pools))
 
 
-def _text_of(name: str) -> str:
-    place = Store.at(name)
+def _read_text(location: str) -> str:
+    file = Store.at(location)
     try:
-        return place.parent.read(place.name).decode()
+        return file.parent.read(file.name).decode()
     except OSError as error:
         raise ConfigError(
-            f"verify_source {name}: {error.strerror}; give {HUB}, or a file as sha256sum writes it"
+            f"verify_source {location}: {error.strerror}; give {HUB}, or a file as sha256sum writes it"
         ) from None
     except UnicodeDecodeError:
-        raise ConfigError(f"verify_source {name}: not a text; give a file as sha256sum writes it") from None
+        raise ConfigError(f"verify_source {location}: not a text; give a file as sha256sum writes it") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from jobs.command_line.streams import lasting
+from jobs.command_line.streams import safe_streams
 from tests.support.project import ROOT
 
 
@@ -36,7 +36,7 @@ def stream(number: int, **how: object) -> io.TextIOWrapper:
 def test_letters_that_an_encoding_lacks_are_printed_as_escapes(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-    with lasting() as lost:
+    with safe_streams() as lost:
         print("3×4… \U0001f600 end")
         assert lost() is None
     assert raw.getvalue().decode(encoding).endswith(" end\n")
@@ -48,7 +48,7 @@ def test_a_stream_that_fails_goes_silent(
     number: int, told: bool, buffered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", stream(number, write_through=not buffered))
-    with lasting() as lost:
+    with safe_streams() as lost:
         for _ in range(3):
             print("x" * (1 if buffered else 100))
         assert (lost() is not None) is told
@@ -57,7 +57,7 @@ def test_a_stream_that_fails_goes_silent(
 def test_streams_that_are_closed_are_none_for_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
-    with lasting() as lost:
+    with safe_streams() as lost:
         print("nobody reads this")
         assert not sys.stdout.isatty()
         assert lost() is None

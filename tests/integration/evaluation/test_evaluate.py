@@ -163,9 +163,9 @@ def test_windows_are_no_longer_than_the_models_context_by_default(
         str(tmp_path / "r.json"),
     ]
     for flags, length, said in (
-        ([], 256, "note: windows of 256 tokens, the positions that the model was made for"),
-        (["--seqlen", "300"], 300, "note: the model was made for 256 positions, windows of 300 tokens are longer"),
+        ([], 256, "note: windows of 256 tokens"),
+        (["--seqlen", "300"], 300, "note: windows of 300 tokens"),
     ):
         assert main([*argv, *flags]) == 0
         assert json.loads((tmp_path / "r.json").read_text())["seqlen"] == length
-        assert said in capsys.readouterr().out
+        assert said in capsys.readouterr().err

@@ -125,9 +125,9 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 
 def test_what_is_asked_for_must_fit_together(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, said in (
-        ([], "nothing to measure: give --text FILE"),
-        (["--tasks", "x", "--windows", 3], "windows mean nothing without --text"),
-        (["--text", "x", "--limit", 3, "--seed", 4], "limit, seed mean nothing without --tasks"),
+        ([], "--text TEXT"),
+        (["--tasks", "x", "--windows", 3], "windows: only apply with --text"),
+        (["--text", "x", "--limit", 3, "--seed", 4], "limit, seed: only apply with --tasks"),
         (["--tasks", "x", "--limit", 0, "--num-fewshot", -1], "num_fewshot: "),
         (["--tasks", "x", "--seed", "1,2"], "seed"),
         (["--tasks", "x,y,x"], "tasks are named twice: x"),

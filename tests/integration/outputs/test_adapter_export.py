@@ -18,7 +18,7 @@ from pipeline.engine.ray_backend.worker_pools import LocalPools
 from pipeline.engine.stage import Stage
 from pipeline.engine.task import JobContext, Pool
 from pipeline.errors import CheckpointError
-from pipeline.restoring.flow import restore_model
+from pipeline.restoring.flow import RestoreOptions, restore_model
 from pipeline.restoring.job import ExtractLowRank
 from pipeline.settings.cluster import ClusterSettings
 from swsc_core import SwscSpec, encode
@@ -111,7 +111,7 @@ def test_stock_peft_gives_what_the_restored_model_gives(
     for found in stock(base):
         assert (found - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
     assert (alone - wanted).abs().max() > 0.1
-    assert ("note: 1 restored whole" in said and "embed_tokens" in said) == (form == "with the tied head")
+    assert ("note: 1 tensors" in said and "embed_tokens" in said) == (form == "with the tied head")
     assert main(["verify", str(base), "--local"]) == 0
 
 
@@ -185,7 +185,7 @@ def test_fused_experts_are_restored_whole_beside_an_adapter_on_what_is_linear(
     assert restore(tmp_path / "out", tmp_path / "whole") == 0
     assert restore(tmp_path / "out", tmp_path / "base", "--adapter") == 0
     assert "the low-rank part of 2 of them" in (said := capsys.readouterr().out)
-    assert f"note: {2 * 4 * 3} restored whole" in said
+    assert f"note: {2 * 4 * 3} tensors" in said
     wanted = logits(tmp_path / "whole")
     for found in stock(tmp_path / "base"):
         assert (found - wanted).abs().max() <= 1e-5 * float(wanted.abs().max())
@@ -248,6 +248,6 @@ def test_workers_that_stand_elsewhere_find_a_model_that_was_named_from_here(
             return super().__call__(tasks, stage)
 
     there = Elsewhere(ClusterSettings(local=True))
-    restore_model(compressed.name, str(tmp_path / "dense"), there, adapter=adapter)
+    restore_model(compressed.name, str(tmp_path / "dense"), there, RestoreOptions(adapter=adapter))
     monkeypatch.chdir(tmp_path)
     assert main(["verify", str(tmp_path / "dense"), "--local"]) == 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import jobs.demo
+import pipeline.verbs.demo
 from jobs.cli import main
 from pipeline.checkpoints.checkpoint import MANIFEST
 from pipeline.storage import paths as places
@@ -230,8 +230,8 @@ def test_one_place_by_paths_of_which_nobody_knows_shows_before_anything_is_remov
 
 
 def test_the_demo_writes_to_nothing_that_it_reads(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.demo, "fetch_model", lambda out: place.read / "dense")
-    monkeypatch.setattr(jobs.demo, "fetch_text", lambda out: place / "data/text.txt")
+    monkeypatch.setattr(pipeline.verbs.demo, "fetch_model", lambda out: place.read / "dense")
+    monkeypatch.setattr(pipeline.verbs.demo, "fetch_text", lambda out: place / "data/text.txt")
     (place / "demo").mkdir()
     (place / "demo" / "smollm2-swsc").symlink_to(place / "mnt/read/dense")
     before = tree(place.root)

@@ -50,7 +50,7 @@ class TestVerify:
         for place in (output, tmp_path / "dense"):
             assert main(["verify", str(place), "--local"]) == 0
             size = sum(len(data) for name, data in contents(place).items() if name != MANIFEST)
-            assert f"{size:,} bytes, all as they were written" in capsys.readouterr().out
+            assert f"{size:,} bytes, " in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("damage", "said"),
@@ -63,7 +63,7 @@ class TestVerify:
             (lambda out: _flip(out / "config.json", None), "config.json: content differs"),
             (lambda out: (out / "extra.safetensors").write_bytes(b""), "extra.safetensors is not one of its files"),
             (lambda out: (out / "swsc_report.json").unlink(), "swsc_report.json is missing"),
-            (lambda out: (out / "swsc_report.json").write_text("[]"), "swsc_report.json is missing or no report"),
+            (lambda out: (out / "swsc_report.json").write_text("[]"), "swsc_report.json is missing or"),
             (lambda out: (out / MANIFEST).write_text("{"), "swsc_manifest.json is damaged"),
             (lambda out: (out / MANIFEST).write_text('{"files": {"a": {}}}'), "swsc_manifest.json is damaged"),
         ],
@@ -95,7 +95,7 @@ class TestVerify:
         assert main(["verify", str(output), "--local"]) == 1
         said = capsys.readouterr().err
         assert name in said
-        assert "make it again by --overwrite" not in said
+        assert "--overwrite" not in said
         (output / name).unlink()  # the remedy of the error
         if own:
             (output / name).write_bytes(elsewhere.read_bytes())
@@ -105,7 +105,7 @@ class TestVerify:
         self, tiny_model: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["verify", str(tiny_model), "--local"]) == 2
-        assert "not a finished output" in capsys.readouterr().err
+        assert "no swsc_manifest.json" in capsys.readouterr().err
 
     def test_evaluation_verifies_first_with_the_flag(
         self, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -183,7 +183,7 @@ def test_what_is_damaged_or_not_finished_is_refused_by_name_and_nothing_is_sent(
     assert (done.returncode, "config.json: content differs" in error_of(done)) == (1, True)
     (output / "swsc_manifest.json").unlink()
     done = in_process("push", str(output), REPO)
-    assert (done.returncode, "not a finished output" in error_of(done)) == (2, True)
+    assert (done.returncode, "no swsc_manifest.json" in error_of(done)) == (2, True)
     assert not hub.repos
 
 

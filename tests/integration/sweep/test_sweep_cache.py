@@ -199,7 +199,7 @@ def test_results_that_no_disk_takes_are_printed_at_least(
 def test_the_error_of_a_damaged_cache_entry_names_what_to_remove_and_that_helps(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("pipeline.sweep.sweep.forget_stages", lambda *_: None)
+    monkeypatch.setattr("pipeline.sweep.sweep.remove_intermediates", lambda *_, **__: None)
     assert main([*command, "--keep-tuned"]) == 0
     for place in (tmp_path / "cache").iterdir():
         if place.name.startswith(kind):

@@ -71,7 +71,8 @@ def test_examples_can_be_called(example: str) -> None:
 @pytest.mark.parametrize("example", [one for one in EXAMPLES if one.startswith("compress") and "--config" not in one])
 def test_settings_of_the_examples_are_valid(example: str) -> None:
     kinds = (CompressSettings, CalibrationSettings, ClusterSettings, OutputSettings, SourceSettings)
-    assert len(settings_of(parsed(example), *kinds)) == len(kinds)
+    settings = settings_of(parsed(example), *kinds)
+    assert [type(settings[kind]) for kind in kinds] == list(kinds)
 
 
 def test_flags_that_are_not_given_leave_no_trace() -> None:

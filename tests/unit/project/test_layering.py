@@ -35,6 +35,7 @@ FOLDERS = (
     "variants",
     "sweep",
     "report",
+    "verbs",
 )  # each imports only those before it
 FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 PLUG_IN = ("swsc_core", "hf")  # what transformers calls: the one part of the core that knows it

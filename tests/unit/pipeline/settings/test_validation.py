@@ -50,9 +50,9 @@ def test_table_1_has_the_papers_rows_and_figures() -> None:
 
 
 def test_the_demo_asks_for_what_can_be_carried_out() -> None:
-    from jobs.demo import _sweep
+    from pipeline.verbs.demo import DemoRequest, DemoResult
 
-    variants = _sweep(Path("model"), Path("text")).variants
+    variants = DemoResult(DemoRequest("out"), Path("model"), Path("text")).sweep_settings.variants
     assert [(v.method, v.bits) for v in variants] == [("rtn", 3), ("rtn", 3), ("swsc", 3)]
 
 

@@ -1,0 +1,134 @@
+"""The verb plan: a model and settings in, the action on every tensor and the estimated cost out."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.checkpoints.sources.gguf_headers import open_headers
+from pipeline.errors import OutputError
+from pipeline.models.stored_model import Model
+from pipeline.outputs.preflight import examine
+from pipeline.planning.cost_model import cached_bytes, estimate_cost, stage_bytes
+from pipeline.planning.machine_speed import measure_speed
+from pipeline.planning.plan import Decision, Plan, make_plan, require_coverage
+from pipeline.settings.calibration import CalibrationSettings
+from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.compression import CompressSettings, OutputSettings
+from pipeline.storage.store import Store
+from pipeline.verbs.json_file import JsonFile
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A plan of a compression.
+
+    Attributes:
+        output: directory whose disk must have room for the output; None: not checked.
+        json: file that receives the plan.
+        config: file that the settings were read from, which `json` must not replace.
+    """
+
+    model: str
+    settings: CompressSettings = field(default_factory=CompressSettings)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    writing: OutputSettings = field(default_factory=OutputSettings)
+    output: str | None = None
+    json: str | None = None
+    config: str | None = None
+
+    def json_file(self) -> JsonFile | None:
+        """The file of the plan; OutputError if it cannot be written."""
+        inputs = [("MODEL", self.model), ("--calibration", self.calibration.calibration), ("--config", self.config)]
+        return JsonFile.at(self.json, inputs) if self.json else None
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A plan and its estimated cost.
+
+    Attributes:
+        left_out: file beside the weights -> reason for which it is not read.
+        estimates: bytes, bits, seconds and workers, by name, as the JSON file has them.
+        free_bytes: room on the disk of the output; None if it is not known or was not requested.
+    """
+
+    request: PlanRequest
+    plan: Plan
+    left_out: Mapping[str, str]
+    estimates: Mapping[str, float]
+    free_bytes: int | None
+
+    def to_json(self) -> dict[str, object]:
+        """The plan as the JSON file has it."""
+        tensors = [_row(decision) for decision in self.plan.decisions]
+        return {"tensors": tensors, "left_out": dict(self.left_out), **self.estimates}
+
+    def require_acceptable(self) -> None:
+        """Raise ConfigError if too few weights are compressed, OutputError if the disk has not enough room."""
+        require_coverage(self.plan, self.request.writing.require_coverage)
+        if self.free_bytes is not None and self.free_bytes < self.estimates["disk_bytes"]:
+            raise OutputError(
+                f"{self.request.output}: the disk has not enough room; free some, or choose another directory"
+            )
+
+
+def plan(request: PlanRequest) -> PlanResult:
+    """Plan a compression, and write the plan if the request names a file.
+
+    Raises:
+        ConfigError: settings that do not fit the model. CheckpointError: the model cannot be opened.
+        OutputError: the JSON file cannot be written.
+    """
+    json_file = request.json_file()
+    source = open_headers(request.model)
+    decided = make_plan(source, request.settings, dense=request.settings.format == "dense")
+    examine(Model(source, {}), request.calibration.trust_remote_code)
+    free = Store.at(request.output).free_bytes() if request.output else None
+    estimates = _estimates(request, source, decided) | ({} if free is None else {"free_bytes": free})
+    result = PlanResult(request, decided, dict(source.left_out), estimates, free)
+    if json_file:
+        json_file.write(result.to_json())
+    return result
+
+
+def comparable_paper_bits(decided: Plan) -> dict[str, float]:
+    """Matrix -> its bits per weight by the paper's count, which does not cover vector quantization of segments."""
+    return {
+        decision.info.name: decision.paper_bits
+        for decision in decided.compressed
+        if decision.paper_bits is not None and not any(spec.cuts_channels for spec in decision.specs)
+    }
+
+
+def _estimates(request: PlanRequest, source: Checkpoint, decided: Plan) -> dict[str, float]:
+    settings = request.settings
+    stages = stage_bytes(source, decided, settings, request.calibration)
+    workers = _workers(request.cluster, decided, stages)
+    estimates: dict[str, float] = estimate_cost(decided, settings.format, measure_speed(source), workers)
+    estimates |= {f"{stage}_peak_bytes": nbytes for stage, nbytes in stages.items() if stage != "compress"}
+    return estimates | {"disk_bytes": estimates["output_bytes"] + cached_bytes(decided, settings)}
+
+
+def _workers(cluster: ClusterSettings, decided: Plan, stages: Mapping[str, int]) -> int:
+    """Workers that a cluster with an address has room for; else the requested number, or one per core."""
+    tasks = len(decided.layers) + len(decided.copies)
+    if cluster.address:
+        from pipeline.engine.ray_backend.cluster import workers_for
+
+        return workers_for(cluster, tasks, stages["compress"], later=max(stages.values()))
+    return 1 if cluster.local else cluster.workers or min(tasks, len(os.sched_getaffinity(0)))
+
+
+def _row(decision: Decision) -> dict[str, object]:
+    return {
+        "name": decision.info.name,
+        "action": decision.action,
+        "reason": decision.reason,
+        "shape": list(decision.info.shape),
+        **decision.location.to_json(),
+        "method": decision.specs[0].method if decision.specs else None,
+        "bits_per_weight": 8 * decision.stored_bytes / decision.info.count if decision.specs else None,
+        "paper_bits": decision.paper_bits,
+    }
