@@ -1,7 +1,7 @@
-"""transformers opens compressed checkpoints: `import swsc_core.hf`, then `from_pretrained` as ever.
+"""Plug-in that lets transformers open compressed checkpoints: `import swsc_core.hf`, then `from_pretrained` as usual.
 
-The import registers quantization method "swsc". Without it transformers meets tensors whose shapes do not fit and refuses,
-because the first part of each matrix stands under the matrix' own name.
+The import registers quantization method "swsc". Without it transformers refuses a compressed checkpoint, because the
+first part of each matrix is stored under the matrix's own name with another shape.
 """
 
 from transformers.quantizers import auto
@@ -13,7 +13,7 @@ from swsc_core.hf.quantizer import SwscQuantizer
 if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
     auto.register_quantization_config(QUANT_METHOD)(SwscConfig)
     auto.register_quantizer(QUANT_METHOD)(SwscQuantizer)
-    # whose attributes may be given while a checkpoint is loaded; transformers has no function to be asked for it
+    # lets `quantization_config=SwscConfig(dequantize=True)` override the stored config; there is no function for this
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (SwscConfig,)  # type: ignore[assignment]
 
 __all__ = ["SwscConfig", "SwscQuantizer"]

@@ -1,4 +1,4 @@
-"""A dense model compressed right after it was loaded, without any text: `quantization_config=SwscConfig(bits=3)`."""
+"""Compression of a dense model after it was loaded, without calibration: `quantization_config=SwscConfig(bits=3)`."""
 
 import re
 from dataclasses import replace
@@ -17,44 +17,45 @@ from swsc_core.storage.bits import Geometry
 
 
 def compress_loaded(model: Any, config: SwscConfig) -> None:
-    """Replace the linear layers of `model` that `config.include` finds by compressed ones.
+    """Replace the linear layers of `model` that `config.include` selects by compressed ones.
 
     Raises:
-        ValueError: there are none, one is tied to another layer, not in memory or has to stay dense, or the bits buy nothing.
+        ValueError: no layer is selected; a selected layer is tied to another one, offloaded, or has to stay dense; or
+            the bits are too few for a matrix. The model is not changed in the first three cases.
     """
-    chosen = [p for p, m in model.named_modules() if type(m) is nn.Linear and re.search(config.include, p)]
-    if not chosen:
-        raise ValueError(f"SwscConfig: include {config.include!r} finds no linear layer of {type(model).__name__}")
+    paths = [p for p, module in model.named_modules() if type(module) is nn.Linear and re.search(config.include, p)]
+    if not paths:
+        raise ValueError(f"SwscConfig: include {config.include!r} matches no linear layer of {type(model).__name__}")
     dense = DenseLayers(model)
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    for path in chosen:
-        _require_own_weight(path, model.get_submodule(path), tied)
+    for path in paths:
+        _require_compressible(path, model.get_submodule(path), tied)
         if reason := dense.reason(path, floats=True):
             raise ValueError(f"SwscConfig: {path} has to stay dense ({reason}); leave it out of include")
-    for path in chosen:
+    for path in paths:
         linear = model.get_submodule(path)
         put_layer(model, path, SwscLinear.from_linear(linear, _spec(linear, config), seed=config.seed))
 
 
-def _require_own_weight(path: str, linear: nn.Linear, tied: set[str]) -> None:
+def _require_compressible(path: str, linear: nn.Linear, tied: set[str]) -> None:
     if f"{path}.weight" in tied:
         raise ValueError(
             f"SwscConfig: {path} is tied to another layer; leave it out of include, or use `swsc compress`"
         )
     if linear.weight.device.type == "meta":
         raise ValueError(
-            f"SwscConfig: {path} lies on disk; leave it in memory, or use `swsc compress` and open its output"
+            f"SwscConfig: {path} is offloaded to disk; keep it in memory, or use `swsc compress` and open its output"
         )
 
 
 def _spec(linear: nn.Linear, config: SwscConfig) -> SwscSpec:
-    """The largest spec within `config.bits`, of the requested form."""
+    """The largest spec of the requested form within `config.bits`."""
     m, n = linear.weight.shape
     width = 8 * linear.weight.element_size()
     if config.form == "paper":
         return SwscSpec(*solve_budget(Geometry(m, n, "output"), config.bits, value_bits=width))
-    forms = (replace(spec, metric="weights", feedback=False, rounds=0) for spec in uncompensated((m, n), width))
-    spec = largest_within(forms, (m, n), width, config.bits)
+    candidates = (replace(spec, metric="weights", feedback=False, rounds=0) for spec in uncompensated((m, n), width))
+    spec = largest_within(candidates, (m, n), width, config.bits)
     if spec is None:
-        raise ValueError(f"SwscConfig: bits {config.bits:g} buy nothing on a matrix of {m}×{n}; raise bits")
+        raise ValueError(f"SwscConfig: bits {config.bits:g} are too few for a matrix of {m}×{n}; raise bits")
     return spec

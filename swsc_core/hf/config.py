@@ -1,4 +1,4 @@
-"""`quantization_config` as transformers holds it: what a checkpoint says of itself, or what is to be done while it is loaded."""
+"""`SwscConfig`: the entries of a compressed checkpoint, or a request to compress a dense one, for transformers."""
 
 import math
 import re
@@ -11,24 +11,30 @@ from swsc_core.compressed.config_json import QUANT_METHOD, entries_of, quantizat
 from swsc_core.compressed.entry import Entry
 
 Form = Literal["segments", "paper"]
-_OWN = ("quant_method", "format_version", "tensors")
+_STORED_KEYS = ("quant_method", "format_version", "tensors")
 
 
 class SwscConfig(QuantizationConfigMixin):
-    """Of a compressed checkpoint its entries; of a dense one how to compress it on load, without any text.
+    """Configuration of quantization method "swsc".
 
-        AutoModelForCausalLM.from_pretrained(dense, quantization_config=SwscConfig(bits=3))
+    transformers constructs it from the `quantization_config` of a compressed checkpoint. Users construct it to compress
+    a dense checkpoint while it is loaded, without calibration text:
+
+        AutoModelForCausalLM.from_pretrained("DENSE", quantization_config=SwscConfig(bits=3))
 
     Args:
-        bits: true bits a weight of each compressed matrix.
-        include: a regular expression; modules whose name it finds are compressed. Q and K by default, as in the paper.
-        form: "segments", pieces of a channel that share each on its own; or "paper", whole channels, half of the bits for
-            clusters and half for the compensation.
-        seed: of K-Means.
-        dequantize: restore every matrix while loading; the model is a plain dense one then.
+        bits: stored bits per weight of each compressed matrix.
+        include: regular expression that selects the linear layers to compress; it may match anywhere in a layer's name.
+            The default selects Q and K, as in the paper.
+        form: "segments" for vector quantization of channel segments; "paper" for K-Means over whole channels, with half
+            of the bits for clusters and half for the compensation.
+        seed: seed of K-Means.
+        dequantize: restore every matrix of a compressed checkpoint while it is loaded, which gives a plain dense model.
+        **stored: `quantization_config` of a compressed checkpoint.
 
     Raises:
-        ValueError: a format version that this release does not know, a damaged entry, or a value that is not one of the above.
+        ValueError: this release does not read the format version, an entry is damaged, or an argument is invalid or
+            unknown.
     """
 
     def __init__(
@@ -44,33 +50,35 @@ class SwscConfig(QuantizationConfigMixin):
         self.bits, self.include, self.form, self.seed = bits, include, form, seed
         self.dequantize = dequantize
         self._require_arguments()
-        said = stored.keys() & {"tensors", "format_version"}  # by a checkpoint, of itself
-        self.tensors: Mapping[str, Entry] = entries_of(stored) if said else {}
-        if odd := sorted(set(stored) - set(_OWN)):
-            raise ValueError(f"SwscConfig: {', '.join(odd)} not known; this release knows bits, include, form, seed")
+        is_compressed = bool(stored.keys() & {"tensors", "format_version"})
+        self.tensors: Mapping[str, Entry] = entries_of(stored) if is_compressed else {}
+        if unknown := sorted(set(stored) - set(_STORED_KEYS)):
+            raise ValueError(
+                f"SwscConfig: unknown argument {', '.join(unknown)}; use bits, include, form, seed or dequantize"
+            )
 
     def _require_arguments(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int | float) or not 0 < self.bits < math.inf:
-            raise ValueError(f"SwscConfig: bits {self.bits!r}, wanted a positive number")
-        if self.form not in (known := get_args(Form)):
-            raise ValueError(f"SwscConfig: form {self.form!r} is not known; choose {' or '.join(known)}")
+            raise ValueError(f"SwscConfig: bits is {self.bits!r}, expected a positive number")
+        if self.form not in (forms := get_args(Form)):
+            raise ValueError(f"SwscConfig: form is {self.form!r}; choose {' or '.join(forms)}")
         try:
             re.compile(self.include)
         except (re.error, TypeError) as error:
             raise ValueError(
-                f"SwscConfig: include {self.include!r} is no regular expression ({error}); repair it"
+                f"SwscConfig: include {self.include!r} is not a regular expression ({error}); correct it"
             ) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in config.json: what is said of the stored tensors, and nothing of how they came about."""
+        """The JSON object of config.json: the entries, without the arguments they were made with."""
         return quantization_config(self.tensors)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """transformers asks a config that was loaded before as it asks a dictionary."""
+        """Dictionary access, which transformers uses on the config of an opened model."""
         return self.to_dict().get(key, default)
 
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What may be asked for while a compressed checkpoint is loaded."""
+    def get_loading_attributes(self) -> dict[str, bool]:
+        """Attributes that a config passed to `from_pretrained` overrides in the config of a compressed checkpoint."""
         return {"dequantize": self.dequantize}
 
     def __repr__(self) -> str:

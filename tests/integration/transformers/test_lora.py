@@ -239,7 +239,7 @@ class TestMerging:
         ("few bits", {}, "its low-rank part is stored in 8 bits a value"),
         ("round to nearest", {}, "rtn has no low-rank part"),
         ("paper", {"r": 40}, r"rank 4\d, .* 32"),
-        ("paper", {"lora_bias": True}, "takes no biases"),
+        ("paper", {"lora_bias": True}, "no bias"),
     )
 
     @pytest.mark.parametrize(("form", "how", "said"), REFUSED)
@@ -277,9 +277,9 @@ class TestMerging:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"use_dora": True}, "takes plain LoRA alone"),
-        ({"init_lora_weights": "pissa"}, "'pissa' wants a dense weight"),
-        ({"init_lora_weights": "olora"}, "'olora' wants a dense weight"),
+        ({"use_dora": True}, "plain LoRA"),
+        ({"init_lora_weights": "pissa"}, "'pissa'"),
+        ({"init_lora_weights": "olora"}, "'olora'"),
     ],
 )
 def test_kinds_of_lora_that_need_the_dense_weight_are_refused(

@@ -277,7 +277,7 @@ def test_what_is_left_of_a_deleted_adapter_is_not_saved_under_names_that_nothing
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     model.delete_adapter("default")
-    with pytest.raises(ValueError, match="still lies within that of an adapter; open the model again"):
+    with pytest.raises(ValueError, match="base_layer"):
         model.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob("*.safetensors"))
 
@@ -297,7 +297,7 @@ class TestCompressedOnLoad:
     def test_a_layer_on_disk_is_refused(self, dense: Path, tmp_path: Path) -> None:
         where = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
         how = {"device_map": where | {"model.layers": "disk"}, "offload_folder": tmp_path}
-        with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj lies on disk"):
+        with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj is offloaded"):
             opened(dense, quantization_config=swsc_core.hf.SwscConfig(bits=6), **how)
 
     def test_there_is_nothing_to_dequantize(self, dense: Path) -> None:
@@ -307,12 +307,12 @@ class TestCompressedOnLoad:
     @pytest.mark.parametrize(
         ("how", "said"),
         [
-            ({"bits": "4"}, "bits '4', wanted a positive number"),
-            ({"bits": 0}, "bits 0, wanted a positive number"),
-            ({"bits": float("nan")}, "bits nan, wanted a positive number"),
-            ({"form": "magic"}, "form 'magic' is not known; choose segments or paper"),
-            ({"include": "("}, r"include '\(' is no regular expression"),
-            ({"bitz": 4}, "bitz not known"),
+            ({"bits": "4"}, "bits is '4'"),
+            ({"bits": 0}, "bits is 0"),
+            ({"bits": float("nan")}, "bits is nan"),
+            ({"form": "magic"}, "form is 'magic'"),
+            ({"include": "("}, r"include '\('"),
+            ({"bitz": 4}, "bitz"),
         ],
     )
     def test_settings_that_cannot_be_are_refused_by_name(self, how: dict[str, Any], said: str) -> None:
@@ -395,16 +395,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "parts of another matrix": (
         lambda p: changed(p, Q, swap(LABELS, LABELS.replace("q_proj", "k_proj"))),
-        r"labels is U8 \[\d+\], wanted U8",
+        r"labels is U8 \[\d+\]",
     ),
     "labels of another kind": (
         lambda p: changed(p, Q, lambda t: t.update({LABELS: t[LABELS].float()})),
-        r"labels is F32 \[\d+\], wanted U8",
+        r"labels is F32 \[\d+\]",
     ),
-    "the same tensor twice": (same_file_twice, "stands in another file, too"),
+    "the same tensor twice": (same_file_twice, f"{Q}|{LABELS}"),
     "a wrong config of the model": (
         lambda p: config_of(p, lambda c: c.update(intermediate_size=128)),
-        r"matrix of \[64, 128\], \[64, 96\] in its entry",
+        r"\[64, 128\].*\[64, 96\]",
     ),
     "a newer version": (
         lambda p: config_of(p, lambda c: c["quantization_config"].update(format_version=99)),
@@ -417,19 +417,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a transposed entry": (entry_of("transposed", True), rf"{Q} .*transposed"),
     "an entry is gone": (
         lambda p: config_of(p, lambda c: c["quantization_config"]["tensors"].pop(Q)),
-        r"q_proj.labels is stored, and config.json has no entry for it",
+        r"q_proj.labels has no entry",
     ),
     "no entry at all": (
         lambda p: config_of(p, lambda c: c.update(quantization_config={"quant_method": "swsc"})),
-        "labels is stored, and config.json has no entry for it",
+        "labels has no entry",
     ),
     "a dense tensor of another shape": (
         lambda p: changed(p, "model.norm.weight", lambda t: t.update({"model.norm.weight": torch.ones(32)})),
-        r"model.norm.weight is F32 \[32\], this model wants \[64\]",
+        r"model.norm.weight is F32 \[32\].* \[64\]",
     ),
     "a config of fewer layers": (
         lambda p: config_of(p, lambda c: c.update(num_hidden_layers=2)),
-        r"model.layers.2.\S+ has no place in this model",
+        r"model.layers.2.\S+ has no parameter",
     ),
     "a header that is nested without end": (
         lambda p: file_of(p, Q).write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000),
