@@ -1,1 +1,1 @@
-"""Compressed models in the engines that serve models: what they share here, a module for each engine beside it."""
+"""Plug-ins that let vLLM and SGLang serve compressed models: one module per engine, and the code that both share."""

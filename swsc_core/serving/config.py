@@ -1,4 +1,7 @@
-"""What the quantization interfaces of vLLM and SGLang want of a format: here, a config, which says what each layer's method is."""
+"""`ServedConfig`: the part of an engine's quantization config that decides which method loads and computes each layer.
+
+vLLM and SGLang inherit their quantization interface from the same origin, so both use this class.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,13 +13,17 @@ from swsc_core.compressed.config_json import compressed_tensors, entries_of
 from swsc_core.compressed.entry import Entry
 from swsc_core.serving.weight_loader import CheckpointTensor
 
-HEADS = ("lm_head", "embed_out", "output")  # last names of heads, which share the shape of the embedding
+# last names of output heads, which have the shape of the embedding
+_HEAD_NAMES = ("lm_head", "embed_out", "output")
 
 
 class ServedConfig:
-    """`quantization_config` of config.json: which layers are compressed. An engine's config class is made of it and of its base.
+    """Compressed tensors of a checkpoint, and the method of each layer. An engine's config class derives from it.
 
-    The class attributes are the engine's own classes.
+    Class attributes, which an engine's class sets to the engine's own classes:
+        linear, embedding, head: layer classes.
+        linear_method, embedding_method: methods of compressed layers.
+        dense_linear_method, dense_head_method: methods of layers that are not compressed.
     """
 
     linear: ClassVar[type]
@@ -26,6 +33,7 @@ class ServedConfig:
     embedding_method: ClassVar[type]
     dense_linear_method: ClassVar[type]
     dense_head_method: ClassVar[type]
+    # fused layer -> names of the layers in the checkpoint; set by the engine
     packed_modules_mapping: dict[str, list[str]]
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
@@ -34,7 +42,11 @@ class ServedConfig:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ServedConfig":
-        """Of `quantization_config`; ValueError for a newer format, or entries that are damaged."""
+        """Construct from `quantization_config` of config.json.
+
+        Raises:
+            ValueError: this release does not read the format version, or an entry is damaged.
+        """
         return cls(entries_of(config))
 
     def get_name(self) -> str:
@@ -51,50 +63,55 @@ class ServedConfig:
     def get_config_filenames() -> list[str]:
         return []
 
-    def rename(self, mapper: Any) -> None:
-        """Names of the checkpoint become those of the engine's modules, by its own mapper."""
+    def rename_tensors(self, mapper: Any) -> None:
+        """Rename the tensors of the checkpoint to the engine's module names, by the engine's own mapper."""
         self.compressed = mapper.apply_dict(self.compressed)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """The method of a layer by its name; None where the engine's own serves.
+        """The method of the layer named `prefix`; None where the engine's default serves.
 
         Raises:
-            ValueError: something compressed that cannot be served compressed.
+            ValueError: the layer holds a compressed tensor that cannot be served compressed.
         """
         if isinstance(layer, self.linear):
             sources = self._sources(prefix)
-            compressed = any(source.compressed for source in sources)
-            return self.linear_method(sources) if compressed else self.dense_linear_method()
+            is_compressed = any(source.compressed for source in sources)
+            return self.linear_method(sources) if is_compressed else self.dense_linear_method()
         if isinstance(layer, self.embedding):
             return self._embedding_method(layer, prefix)
-        if inside := self.inside(prefix):
-            raise ValueError(f"{inside[0]}: a {type(layer).__name__} is not served compressed; `swsc restore` first")
+        if names := self.compressed_names(prefix):
+            raise ValueError(f"{names[0]}: a {type(layer).__name__} is not served compressed; `swsc restore` first")
         return None
 
-    def source(self, name: str) -> CheckpointTensor:
-        """The tensor of the checkpoint whose name, without ".weight", is `name`."""
+    def checkpoint_tensor(self, name: str) -> CheckpointTensor:
+        """The tensor of the checkpoint with this name, which is given without ".weight"."""
         return CheckpointTensor(name, self.compressed.get(f"{name}.weight"))
 
-    def inside(self, prefix: str) -> list[str]:
-        """Names of the compressed tensors of a layer that is not linear and no embedding."""
+    def compressed_names(self, prefix: str) -> list[str]:
+        """Names of the compressed tensors inside the module `prefix`."""
         return [name for name in self.compressed if prefix and name.startswith(f"{prefix}.")]
 
     def _sources(self, prefix: str) -> list[CheckpointTensor]:
+        """The tensors of the checkpoint that the engine's linear layer `prefix` fuses."""
         parent, _, last = prefix.rpartition(".")
         names = self.packed_modules_mapping.get(last, [last])
-        return [self.source(f"{parent}.{name}" if parent else name) for name in names]
+        return [self.checkpoint_tensor(f"{parent}.{name}" if parent else name) for name in names]
 
     def _embedding_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, self.head):
             (source,) = self._sources(prefix)
             return self.embedding_method([source]) if source.compressed else self.dense_head_method()
         shape = [layer.org_vocab_size, layer.embedding_dim]
-        found = [prefix] if f"{prefix}.weight" in self.compressed else self._embeddings(shape)
-        if len(found) > 1:
-            raise ValueError(f"{' and '.join(found)} may each be the embedding; `swsc restore` first")
-        return self.embedding_method([self.source(found[0])]) if found else None
+        names = [prefix] if f"{prefix}.weight" in self.compressed else self._embedding_names(shape)
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} may each be the embedding; `swsc restore` first")
+        return self.embedding_method([self.checkpoint_tensor(names[0])]) if names else None
 
-    def _embeddings(self, shape: list[Any]) -> list[str]:
-        """Names of what may be the embedding, where an engine does not say the name: nothing else but a head has its shape."""
-        whole = {name.removesuffix(".weight"): e.entries[""] for name, e in self.compressed.items() if not e.is_fused}
-        return [name for name, e in whole.items() if list(e.shape) == shape and name.rpartition(".")[2] not in HEADS]
+    def _embedding_names(self, shape: list[Any]) -> list[str]:
+        """Names of tensors that may be the embedding, for engines that pass no name: its shape, no name of a head."""
+        whole = {name.removesuffix(".weight"): t.entries[""] for name, t in self.compressed.items() if not t.is_fused}
+        return [
+            name
+            for name, entry in whole.items()
+            if list(entry.shape) == shape and name.rpartition(".")[2] not in _HEAD_NAMES
+        ]

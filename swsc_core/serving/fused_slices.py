@@ -1,80 +1,103 @@
-"""A rank's slices of a fused matrix, parts of which are compressed: of each part, and of the rows that belong to none.
+"""A rank's slices of a fused matrix some pieces of which are compressed.
 
-The rank holds certain rows of the fused matrix. Those of one part are consecutive rows of it wherever an engine splits by heads,
-so a part is sliced as any matrix is; the outputs of the slices are then put into the order that the rank expects.
+Wherever an engine splits by heads, the rows of one piece that a rank holds are consecutive rows of that piece. Each
+piece is therefore sliced like any matrix, and the outputs of the slices are put into the order that the rank expects.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from swsc_core.compressed.compressed_matrix import CompressedMatrix, Range
-from swsc_core.compressed.entry import Entry
-from swsc_core.serving.shard_slices import LinearShard
+from swsc_core.serving.shard_slices import LinearShard, RankSlices, slice_matrix
 from swsc_core.storage.location import row_blocks_of
-from swsc_core.storage.row_blocks import RowBlocks, remaining_rows, require_partition
-
-Cuts = tuple[
-    list[CompressedMatrix | Tensor], Tensor | None
-]  # slices, and which of their rows each output is if not in order
+from swsc_core.storage.row_blocks import remaining_rows, require_partition
 
 
-def slice_fused(
-    name: str, sizes: tuple[int, ...], entries: Mapping[str, Entry], rest: Tensor, shard: LinearShard,
-    cut: Callable[[str, Range, Range], CompressedMatrix],
-) -> Cuts:  # fmt: skip
-    """The rank's slices of the matrix that fuses the parts of `entries` and `rest` [rows that belong to none, n].
+class FusedMatrix:
+    """A fused matrix [m, n] of a checkpoint.
 
     Args:
-        cut: gives rows and columns of a part by its name.
+        name: name of the tensor, for error messages.
+        pieces: name of a piece ("q", "k", …) -> compressed matrix.
+        remaining: [rows that belong to no piece, n], dense.
 
     Raises:
-        ValueError: parts that do not make up a matrix; rows of a rank that are scattered over a part.
+        ValueError: the pieces and the remaining rows do not make up a matrix.
     """
-    pieces = dict(zip(entries, row_blocks_of(entry.location for entry in entries.values()), strict=True))
-    shape = _shape(name, entries, pieces, rest)
-    order, slices = shard.order(name, sizes, shape, pieces), shard.slices(name, sizes, shape)
-    wanted, columns = torch.cat([order[slice(*rows)] for rows, _ in slices]), slices[0][1]
-    cuts: list[CompressedMatrix | Tensor] = []
-    found, before = torch.empty_like(wanted), 0
-    for piece, rows in pieces.items():
-        here, own = _own(wanted, rows.index(), shape[0])
-        if len(own):
-            first, last = _consecutive(f"{name}.{piece}", own)
-            cuts.append(cut(piece, (first, last), columns))
-            found[here] = before + own - first
-            before += len(own)
-    here, own = _own(wanted, remaining_rows(shape[0], list(pieces.values())), shape[0])
-    if len(own):
-        cuts.append(rest[own.to(rest.device), slice(*columns)].clone())
-        found[here] = torch.arange(before, before + len(own))
-    return cuts, None if torch.equal(found, torch.arange(len(found))) else found
+
+    def __init__(self, name: str, pieces: Mapping[str, CompressedMatrix], remaining: Tensor) -> None:
+        self.name, self.pieces, self.remaining = name, pieces, remaining
+        locations = [matrix.entry.location for matrix in pieces.values()]
+        self.row_blocks = dict(zip(pieces, row_blocks_of(locations), strict=True))
+        self._require_matrix()
+        total = sum(rows.total for rows in self.row_blocks.values())
+        self.shape = (len(remaining) + total, remaining.shape[1])
+
+    def _require_matrix(self) -> None:
+        remaining, row_blocks = self.remaining, self.row_blocks
+        if remaining.ndim != 2 or not remaining.is_floating_point():
+            raise ValueError(
+                f"{self.name}: {list(remaining.shape)} are no rows of a fused matrix; `swsc verify DIR` names the file"
+            )
+        for piece, rows in row_blocks.items():
+            if (shape := self.pieces[piece].entry.shape) != (rows.total, remaining.shape[1]):
+                raise ValueError(
+                    f"{self.name}.{piece}: {list(shape)}, expected {[rows.total, remaining.shape[1]]};"
+                    " `swsc verify DIR` names the file"
+                )
+        try:
+            require_partition(len(remaining), list(row_blocks.values()))
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}; compress again") from None
+
+    def slice(self, sizes: Sequence[int], shard: LinearShard) -> RankSlices:
+        """The rank's slices of all pieces and of the remaining rows.
+
+        Args:
+            sizes: rows of the rank's slice of each of the matrices that the engine's layer fuses.
+            shard: the rank's share of the layer.
+
+        Raises:
+            ValueError: the matrix does not divide by ranks, or the rank's rows of a piece are not consecutive.
+        """
+        stored_rows, columns = self._rank_rows(sizes, shard)
+        matrices: list[CompressedMatrix | Tensor] = []
+        order, total = torch.empty_like(stored_rows), 0
+        for piece, rows in self.row_blocks.items():
+            is_in_piece, numbers = self._positions(stored_rows, rows.index())
+            if len(numbers):
+                name = f"{self.name}.{piece}"
+                first, last = _consecutive_range(name, numbers)
+                matrices.append(slice_matrix(name, self.pieces[piece], (first, last), columns))
+                order[is_in_piece] = total + numbers - first
+                total += len(numbers)
+        remaining = remaining_rows(self.shape[0], list(self.row_blocks.values()))
+        is_remaining, numbers = self._positions(stored_rows, remaining)
+        if len(numbers):
+            matrices.append(self.remaining[numbers.to(self.remaining.device), slice(*columns)].clone())
+            order[is_remaining] = torch.arange(total, total + len(numbers))
+        return RankSlices(matrices, None if torch.equal(order, torch.arange(len(order))) else order)
+
+    def _rank_rows(self, sizes: Sequence[int], shard: LinearShard) -> tuple[Tensor, Range]:
+        """The stored rows, int64 [rows of the rank], in the order that the engine expects, and the rank's columns."""
+        order = shard.row_order(self.name, sizes, self.shape, self.row_blocks)
+        slices = shard.slices(self.name, sizes, self.shape)
+        return torch.cat([order[slice(*rows)] for rows, _ in slices]), slices[0][1]
+
+    def _positions(self, stored_rows: Tensor, part_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of `stored_rows` are among `part_rows`, bool, and the positions of these within `part_rows`."""
+        position = torch.full((self.shape[0],), -1)
+        position[part_rows] = torch.arange(len(part_rows))
+        positions = position[stored_rows]
+        return positions >= 0, positions[positions >= 0]
 
 
-def _shape(name: str, entries: Mapping[str, Entry], pieces: Mapping[str, RowBlocks], rest: Tensor) -> tuple[int, int]:
-    if rest.ndim != 2 or not rest.is_floating_point():
-        raise ValueError(f"{name}: {list(rest.shape)} are no rows of a fused matrix; `swsc verify DIR` names the file")
-    for piece, rows in pieces.items():
-        if (shape := entries[piece].shape) != (rows.total, rest.shape[1]):
-            raise ValueError(f"{name}.{piece}: {list(shape)}, but it takes {rows.total}×{rest.shape[1]}")
-    try:
-        require_partition(len(rest), list(pieces.values()))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}; compress again") from None
-    return len(rest) + sum(rows.total for rows in pieces.values()), rest.shape[1]
-
-
-def _own(wanted: Tensor, rows: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Which of the wanted rows are among `rows`, bool, and which of these each of them is."""
-    number = torch.full((m,), -1)
-    number[rows] = torch.arange(len(rows))
-    found = number[wanted]
-    return found >= 0, found[found >= 0]
-
-
-def _consecutive(name: str, own: Tensor) -> tuple[int, int]:
-    first, last = int(own.min()), int(own.max()) + 1
-    if last - first != len(own):
-        raise ValueError(f"{name}: a rank would take {len(own)} rows scattered over {first} to {last}; use fewer ranks")
+def _consecutive_range(name: str, numbers: Tensor) -> Range:
+    first, last = int(numbers.min()), int(numbers.max()) + 1
+    if last - first != len(numbers):
+        raise ValueError(
+            f"{name}: a rank would take {len(numbers)} rows scattered over {first} to {last}; use fewer ranks"
+        )
     return first, last

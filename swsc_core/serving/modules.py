@@ -1,4 +1,4 @@
-"""What computes in the place of an engine's weight: a rank's slices of a linear layer, of an embedding, of a head."""
+"""Modules that compute in place of an engine's weight: a rank's slices of a linear layer, an embedding or a head."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from swsc_core.compressed.compressed_matrix import CompressedMatrix
 from swsc_core.compressed.registry import can_fuse, fuse
 from swsc_core.layers.linear import SwscEmbedding, SwscLinear
+from swsc_core.serving.shard_slices import RankSlices
 
 
 class ServedLinear(nn.Module):
-    """y = x Wᵀ + b of a rank's slices one above the other, each compressed or dense; whole output channels by one product.
+    """y = x Wᵀ + b, where W consists of a rank's slices, each compressed or dense.
 
-    Args:
-        order: which of the slices' rows, counted through, each output is; None if they are in order.
+    Neighbouring slices that can be fused, as those of whole output channels can, are computed by one product.
     """
 
-    def __init__(self, slices: Sequence[CompressedMatrix | Tensor], order: Tensor | None = None) -> None:
+    def __init__(self, slices: RankSlices) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_linear(cut) for cut in _fused(slices))
+        self.layers = nn.ModuleList(_linear(matrix) for matrix in _fuse_neighbours(slices.matrices))
         self.order: Tensor | None
-        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("order", slices.order, persistent=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n] -> [..., m of the rank]."""
@@ -32,43 +32,49 @@ class ServedLinear(nn.Module):
 
 
 class ServedEmbedding(nn.Module):
-    """A rank's rows of an embedding, filled up to `rows` with zeros, and the head that shares them."""
+    """A rank's rows of an embedding, and the head that shares them.
 
-    def __init__(self, cut: CompressedMatrix, rows: int, dtype: torch.dtype) -> None:
+    Args:
+        matrix: the rank's rows [m, n].
+        rows: number of logits that the engine expects; those after the first m are zero.
+        dtype: dtype of the embedded tokens.
+    """
+
+    def __init__(self, matrix: CompressedMatrix, rows: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.head, self.embedding = _linear(cut), SwscEmbedding(cut.entry, dtype=dtype, device="meta")
-        self.embedding.load_state_dict(cut.tensors, assign=True)
-        self.missing = rows - cut.entry.shape[0]
+        self.head, self.embedding = _linear(matrix), SwscEmbedding(matrix.entry, dtype=dtype, device="meta")
+        self.embedding.load_state_dict(matrix.tensors, assign=True)
+        self.padding = rows - matrix.entry.shape[0]
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n] -> logits [..., rows]."""
-        y = nn.functional.pad(self.head(x), (0, self.missing))
+        y = nn.functional.pad(self.head(x), (0, self.padding))
         return y if bias is None else y + bias
 
 
-def _fused(slices: Sequence[CompressedMatrix | Tensor]) -> Iterator[CompressedMatrix | Tensor]:
-    """Neighbours that can be one matrix as one."""
+def _fuse_neighbours(matrices: Sequence[CompressedMatrix | Tensor]) -> Iterator[CompressedMatrix | Tensor]:
+    """The matrices, with runs of neighbours fused where their methods allow it."""
     run: list[CompressedMatrix] = []
-    for cut in slices:
-        if not isinstance(cut, Tensor) and can_fuse([one.entry for one in [*run, cut]]):
-            run.append(cut)
+    for matrix in matrices:
+        if not isinstance(matrix, Tensor) and can_fuse([member.entry for member in [*run, matrix]]):
+            run.append(matrix)
             continue
         if run:
             yield fuse(run)
         run = []
-        if isinstance(cut, Tensor) or not can_fuse([cut.entry]):
-            yield cut
+        if isinstance(matrix, Tensor) or not can_fuse([matrix.entry]):
+            yield matrix
         else:
-            run = [cut]
+            run = [matrix]
     if run:
         yield fuse(run)
 
 
-def _linear(cut: CompressedMatrix | Tensor) -> nn.Module:
-    if isinstance(cut, Tensor):
-        layer: nn.Module = nn.Linear(cut.shape[1], cut.shape[0], bias=False, device="meta")
-        state = {"weight": cut}
+def _linear(matrix: CompressedMatrix | Tensor) -> nn.Module:
+    if isinstance(matrix, Tensor):
+        layer: nn.Module = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+        state = {"weight": matrix}
     else:
-        layer, state = SwscLinear(cut.entry, device="meta"), cut.tensors
+        layer, state = SwscLinear(matrix.entry, device="meta"), matrix.tensors
     layer.load_state_dict(state, assign=True)
     return layer.requires_grad_(False)

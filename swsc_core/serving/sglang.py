@@ -1,4 +1,9 @@
-"""SGLang's door (entry point sglang.srt.plugins), written after the source of 0.5.23 and never run in SGLang: docs/vllm.md."""
+"""Plug-in of SGLang (entry point sglang.srt.plugins), written from the source of 0.5.23 and never run in SGLang.
+
+docs/vllm.md states what is tested.
+"""
+# SGLang has no type information: its base classes are Any to mypy
+# mypy: allow-subclassing-any
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,23 +19,23 @@ from torch import nn
 from swsc_core.serving.config import ServedConfig
 from swsc_core.serving.methods import ServedEmbeddingMethod, ServedMethod
 
-# what its models fuse, which few of them say
-PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+# layers that SGLang's models fuse; few model classes declare them
+_PACKED_MODULES = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 class SwscLinearMethod(ServedMethod, LinearMethodBase):
-    """A linear layer of which at least one tensor is compressed."""
+    """Method of a linear layer with at least one compressed tensor."""
 
-    def ranks_of(self, layer: nn.Module) -> tuple[int, int]:
+    def rank_and_size(self, layer: nn.Module) -> tuple[int, int]:
         group = getattr(layer, "tp_group", None)
         if getattr(layer, "kv_tp_group", group) is not group:
             raise ValueError(f"{self.sources[0].name}: heads split by two groups are not served; `swsc restore` first")
-        rank, ranks = get_group_rank_size(group)
-        return rank, ranks
+        rank, size = get_group_rank_size(group)
+        return rank, size
 
 
 class SwscEmbeddingMethod(ServedEmbeddingMethod, LinearMethodBase):
-    """A compressed embedding or head."""
+    """Method of a compressed embedding or head."""
 
 
 class SwscConfig(ServedConfig, QuantizationConfig):
@@ -42,24 +47,25 @@ class SwscConfig(ServedConfig, QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ServedConfig:
-        made = super().from_config(config)
-        for name, tensor in made.compressed.items():
+        served = super().from_config(config)
+        for name, tensor in served.compressed.items():
             if tensor.is_fused or tensor.location.transposed:
                 raise ValueError(
                     f"{name}: fused and transposed matrices are not served compressed; `swsc restore` first"
                 )
-        made.packed_modules_mapping = {**PACKED, **config.get("packed_modules_mapping", {})}
-        return made
+        served.packed_modules_mapping = {**_PACKED_MODULES, **config.get("packed_modules_mapping", {})}
+        return served
 
     def get_scaled_act_names(self) -> list[str]:
         return []
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
-        """Names of the checkpoint become those of the engine's modules."""
-        self.rename(hf_to_sglang_mapper)
+        """Rename the tensors of the checkpoint to SGLang's module names."""
+        self.rename_tensors(hf_to_sglang_mapper)
 
 
 def register() -> None:
-    """Make the format known; SGLang calls this in each of its processes."""
+    """Register the format; SGLang calls this in each of its processes."""
     quantization.QUANTIZATION_METHODS["swsc"] = SwscConfig
-    quantization.CPU_QUANTIZATION_METHODS["swsc"] = SwscConfig  # what it asks instead on a CPU with AMX
+    # SGLang looks methods up here on a CPU with AMX
+    quantization.CPU_QUANTIZATION_METHODS["swsc"] = SwscConfig

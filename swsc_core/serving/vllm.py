@@ -1,4 +1,6 @@
-"""vLLM's door: `vllm serve DIR` opens a compressed model once this package is installed (entry point vllm.general_plugins)."""
+"""Plug-in of vLLM (entry point vllm.general_plugins): `vllm serve DIR` opens a compressed model."""
+# mypy runs without vLLM, whose base classes are Any then
+# mypy: allow-subclassing-any
 
 from typing import Any
 
@@ -21,23 +23,24 @@ from swsc_core.serving.weight_loader import CheckpointTensor
 
 
 class SwscLinearMethod(ServedMethod, LinearMethodBase):
-    """A linear layer of which at least one tensor is compressed."""
+    """Method of a linear layer with at least one compressed tensor."""
 
-    def ranks_of(self, layer: nn.Module) -> tuple[int, int]:
+    def rank_and_size(self, layer: nn.Module) -> tuple[int, int]:
         return layer.tp_rank, layer.tp_size  # type: ignore[return-value]
 
 
 class SwscEmbeddingMethod(ServedEmbeddingMethod, LinearMethodBase):
-    """A compressed embedding or head."""
+    """Method of a compressed embedding or head."""
 
 
 class DenseHeadMethod(UnquantizedEmbeddingMethod):
-    """A head that is not compressed; tied to an embedding that is, it is the embedding."""
+    """Method of a head that is not compressed; a head that is tied to a compressed embedding is that embedding."""
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         if isinstance(embed_tokens.quant_method, SwscEmbeddingMethod):
             return embed_tokens
-        return super().tie_weights(layer, embed_tokens)
+        tied: nn.Module = super().tie_weights(layer, embed_tokens)
+        return tied
 
 
 class SwscConfig(ServedConfig, QuantizationConfig):
@@ -48,33 +51,33 @@ class SwscConfig(ServedConfig, QuantizationConfig):
     dense_linear_method, dense_head_method = UnquantizedLinearMethod, DenseHeadMethod
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """That of any layer, and of experts."""
-        if isinstance(layer, RoutedExperts) and self.inside(prefix):
+        """The method of any layer, those of experts included."""
+        if isinstance(layer, RoutedExperts) and self.compressed_names(prefix):
             return SwscExpertsMethod(layer, self, prefix)
         method = super().get_quant_method(layer, prefix)
         if isinstance(method, SwscLinearMethod):
-            _require_left_alone(method.sources[0].name)
+            _require_unchanged_by_vllm(method.sources[0].name)
         return method
 
-    def source(self, name: str) -> CheckpointTensor:
-        """By vLLM's name, or without what its GPT-2 puts before the names of the hub's checkpoints as it loads them."""
+    def checkpoint_tensor(self, name: str) -> CheckpointTensor:
+        """The tensor by vLLM's name, or by that name without the prefix that vLLM's GPT-2 adds to names of the Hub."""
         short = name.removeprefix("transformer.")
-        return super().source(name if f"{name}.weight" in self.compressed or short == name else short)
+        return super().checkpoint_tensor(name if f"{name}.weight" in self.compressed or short == name else short)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Names of the checkpoint become those of the engine's modules."""
-        self.rename(hf_to_vllm_mapper)
+        """Rename the tensors of the checkpoint to vLLM's module names."""
+        self.rename_tensors(hf_to_vllm_mapper)
 
 
-def _require_left_alone(name: str) -> None:
-    """Raise ValueError for a layer whose tensors vLLM changes before it hands them over."""
+def _require_unchanged_by_vllm(name: str) -> None:
+    """Raise ValueError for a layer whose stored tensors vLLM changes before the plug-in receives them."""
     if name.endswith("query_key_value") and get_current_vllm_config().model_config.hf_config.model_type == "bloom":
         raise ValueError(
-            f"{name}: vLLM's BLOOM reorders the rows of whatever is called query_key_value, its compressed parts, too;"
+            f"{name}: vLLM's BLOOM reorders the rows of every tensor named query_key_value, compressed parts included;"
             " `swsc restore` first, or compress without --projectors q,k,v"
         )
 
 
 def register() -> None:
-    """Make the format known; vLLM calls this in each of its processes."""
+    """Register the format; vLLM calls this in each of its processes."""
     register_quantization_config("swsc")(SwscConfig)

@@ -1,8 +1,8 @@
-"""The stored tensors of one layer of an engine, from the first that comes to a rank's slices of them.
+"""Loading of one engine layer: from stored tensors, which arrive in any order, to a rank's slices.
 
-An engine fuses what a checkpoint keeps apart (q, k and v; gate and up), and each of its ranks computes a slice. Tensors come in
-any order and whole. As soon as a matrix is complete its slice is cut and the rest let go, so that a rank never holds more than
-its slices and what it is just reading.
+An engine fuses tensors that a checkpoint stores separately (q, k and v; gate and up), and each rank computes with a
+slice. Tensors arrive whole. As soon as all parts of a matrix have arrived, its slice is cut and the rest is released,
+so that a rank holds no more than its slices and the matrix that it is reading.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,26 +11,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swsc_core.compressed.codec import require_part_shapes
-from swsc_core.compressed.compressed_matrix import CompressedMatrix, Range
+from swsc_core.compressed.codec import require_parts
+from swsc_core.compressed.compressed_matrix import CompressedMatrix
 from swsc_core.compressed.config_json import CompressedTensor
 from swsc_core.compressed.entry import Entry
 from swsc_core.compressed.registry import matrix_of
-from swsc_core.serving.fused_slices import Cuts, slice_fused
-from swsc_core.serving.shard_slices import EmbeddingShard, LinearShard
+from swsc_core.serving.fused_slices import FusedMatrix
+from swsc_core.serving.shard_slices import EmbeddingShard, LinearShard, RankSlices, slice_matrix
 
-_SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}  # what engines call the tensors of a fused layer, when not by number
+# engines identify the tensors of a fused layer by number or by these names
+_SHARD_NUMBERS = {None: 0, "q": 0, "k": 1, "v": 2}
 REMEDY = "`swsc verify DIR` names the file"
 
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """A tensor of the checkpoint, and the rows of it that a rank holds.
+    """A tensor of the checkpoint that an engine's layer is loaded from.
 
     Attributes:
-        name: without ".weight".
-        compressed: how it is stored; None: dense.
-        sizes: rows of the rank's slices of it, where an engine names these.
+        name: name without ".weight".
+        compressed: how it is stored; None if it is dense.
+        sizes: rows of the rank's slices of the tensor, one per matrix that it fuses; empty for an embedding.
     """
 
     name: str
@@ -39,26 +40,26 @@ class CheckpointTensor:
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """name of a part -> entry, as of `CompressedTensor`; none if it is dense."""
+        """Name of a piece ("" for the whole tensor) -> entry; empty if the tensor is dense."""
         return self.compressed.entries if self.compressed else {}
 
     @property
     def is_fused(self) -> bool:
-        """Whether parts of it are compressed."""
+        """Whether pieces of the tensor are compressed, not the tensor as one matrix."""
         return self.compressed is not None and self.compressed.is_fused
 
     @property
     def parts(self) -> dict[str, torch.dtype]:
-        """What it is stored as ("labels", or "q.labels" of a piece) -> the dtype that it is likely stored in."""
-        rest = {} if "" in self.entries else {"weight": torch.get_default_dtype()}
-        return rest | {
+        """Stored name of each part ("labels", or "q.labels" of a piece) -> the dtype that it is probably stored in."""
+        dense = {} if "" in self.entries else {"weight": torch.get_default_dtype()}
+        return dense | {
             f"{piece}.{part}" if piece else part: entry.torch_dtype if is_float else torch.uint8
             for piece, entry in self.entries.items()
             for part, (_, is_float) in entry.part_shapes().items()
         }
 
     def as_stored(self, part: str, tensor: Tensor) -> Tensor:
-        """A tensor as it is stored: vLLM's GPT-2 transposes whatever is called weight, as dense tensors of it need it."""
+        """Undo the transpose that vLLM's GPT-2 applies to every tensor named weight, as its dense tensors need it."""
         piece, _, last = part.rpartition(".")
         if self.compressed is None or not self.compressed.location.transposed or last != "weight" or tensor.ndim != 2:
             return tensor
@@ -67,96 +68,109 @@ class CheckpointTensor:
         return tensor.T if tensor.shape[1] != columns or not tensor.is_contiguous() else tensor
 
 
-class Loading:
-    """Takes the tensors of `sources`, and keeps the slices of each that belong to the rank's `shard`."""
+class ShardLoader:
+    """Collects the stored tensors of `sources` and keeps the slices that belong to the rank's `shard`.
+
+    Args:
+        sources: the tensors of the checkpoint that the layer fuses, in order.
+        shard: the rank's share of the layer.
+        dtype: dtype of floating point values in memory.
+    """
 
     def __init__(
         self, sources: Sequence[CheckpointTensor], shard: LinearShard | EmbeddingShard, dtype: torch.dtype
     ) -> None:
         self.sources, self.shard, self.dtype = sources, shard, dtype
         self._arrived: list[dict[str, Tensor]] = [{} for _ in sources]
-        self._cuts: dict[int, Cuts] = {}
+        self._slices: dict[int, RankSlices] = {}
 
     def parts(self) -> dict[str, torch.dtype]:
-        """Names of the tensors that come, as the engine sees them, with a dtype."""
+        """Names of the stored parts of all sources, which the engine sees as parameters, and their dtypes."""
         return {part: dtype for source in reversed(self.sources) for part, dtype in source.parts.items()}
 
-    def take(self, part: str, tensor: Tensor, shard: str | int | None, device: torch.device) -> None:
-        """A tensor has come; ValueError, naming it, if it does not belong there."""
-        number = shard if isinstance(shard, int) else _SHARDS[shard]
-        source, arrived = self.sources[number], self._arrived[number]
+    def take(self, part: str, tensor: Tensor, shard_id: str | int | None, device: torch.device) -> None:
+        """Add a stored tensor, and cut the slices of its source if that is complete.
+
+        Args:
+            part: stored name of the part.
+            tensor: the whole stored tensor.
+            shard_id: the engine's number or name of the source; None if there is one source.
+            device: device of the rank.
+
+        Raises:
+            ValueError: config.json names no such part, or the matrix is damaged or does not divide.
+        """
+        number = shard_id if isinstance(shard_id, int) else _SHARD_NUMBERS[shard_id]
+        source, parts = self.sources[number], self._arrived[number]
         if part not in source.parts:
-            raise ValueError(f"{source.name}.{part}: config.json knows no such part; {REMEDY}")
+            raise ValueError(f"{source.name}.{part}: config.json names no such part; {REMEDY}")
         tensor = source.as_stored(part, tensor)
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        # the engine may use its buffer again
-        arrived[part] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-        if arrived.keys() == source.parts.keys():
-            self._cuts[number] = self._cut(source, arrived)
-            arrived.clear()
+        # a copy, because the engine may reuse its buffer
+        parts[part] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        if parts.keys() == source.parts.keys():
+            self._slices[number] = self._slice(source, parts)
+            parts.clear()
 
-    def _cut(self, source: CheckpointTensor, parts: dict[str, Tensor]) -> Cuts:
+    def _slice(self, source: CheckpointTensor, parts: Mapping[str, Tensor]) -> RankSlices:
         if source.is_fused:
-            return self._cut_fused(source, parts)
+            return self._slice_fused(source, parts)
         entry = source.entries.get("")
         if entry is None:
-            return self._cut_dense(source, parts["weight"]), None
-        require_whole(source.name, parts, entry)
+            return self._slice_dense(source, parts["weight"])
+        require_complete(source.name, parts, entry)
+        matrix = matrix_of(parts, entry)
         ranges = self.shard.slices(source.name, source.sizes, entry.shape)
-        return [_slice(source.name, parts, entry, *one) for one in ranges], None
+        return RankSlices([slice_matrix(source.name, matrix, rows, columns) for rows, columns in ranges])
 
-    def _cut_dense(self, source: CheckpointTensor, weight: Tensor) -> list[CompressedMatrix | Tensor]:
+    def _slice_dense(self, source: CheckpointTensor, weight: Tensor) -> RankSlices:
         if weight.ndim != 2 or not weight.is_floating_point():
-            raise ValueError(f"{source.name}: {list(weight.shape)} is no dense matrix, and config.json has no entry")
+            raise ValueError(
+                f"{source.name}: {list(weight.shape)} is no dense matrix, and config.json has no entry; {REMEDY}"
+            )
         ranges = self.shard.slices(source.name, source.sizes, (weight.shape[0], weight.shape[1]))
-        return [weight[slice(*rows), slice(*columns)].clone() for rows, columns in ranges]
+        return RankSlices([weight[slice(*rows), slice(*columns)].clone() for rows, columns in ranges])
 
-    def _cut_fused(self, source: CheckpointTensor, parts: dict[str, Tensor]) -> Cuts:
-        own = {
-            piece: {part: parts[f"{piece}.{part}"] for part in e.part_shapes()} for piece, e in source.entries.items()
-        }
+    def _slice_fused(self, source: CheckpointTensor, parts: Mapping[str, Tensor]) -> RankSlices:
+        pieces = {}
         for piece, entry in source.entries.items():
-            require_whole(f"{source.name}.{piece}", own[piece], entry)
-
-        def cut(piece: str, rows: Range, columns: Range) -> CompressedMatrix:
-            return _slice(f"{source.name}.{piece}", own[piece], source.entries[piece], rows, columns)
-
+            piece_parts = {part: parts[f"{piece}.{part}"] for part in entry.part_shapes()}
+            require_complete(f"{source.name}.{piece}", piece_parts, entry)
+            pieces[piece] = matrix_of(piece_parts, entry)
         assert isinstance(self.shard, LinearShard)
-        return slice_fused(source.name, source.sizes, source.entries, parts["weight"], self.shard, cut)
+        return FusedMatrix(source.name, pieces, parts["weight"]).slice(source.sizes, self.shard)
 
-    def cuts(self) -> Cuts:
-        """The rank's slices of all sources, and the order of their rows; ValueError, naming what has not come."""
-        slices: list[CompressedMatrix | Tensor] = []
-        orders, before = [], 0
+    def slices(self) -> RankSlices:
+        """The rank's slices of all sources.
+
+        Raises:
+            ValueError: parts are missing; names them.
+        """
+        matrices: list[CompressedMatrix | Tensor] = []
+        orders, total = [], 0
         for number, source in enumerate(self.sources):
-            if number not in self._cuts:
+            if number not in self._slices:
                 missing = [f"{source.name}.{part}" for part in source.parts if part not in self._arrived[number]]
                 raise ValueError(f"not in the checkpoint: {', '.join(missing)}; {REMEDY}")
-            own, order = self._cuts[number]
-            rows = sum(len(cut) if isinstance(cut, Tensor) else cut.entry.shape[0] for cut in own)
-            slices += own
-            orders.append(before + (torch.arange(rows) if order is None else order))
-            before += rows
-        in_order = all(order is None for _, order in self._cuts.values())
-        return slices, None if in_order else torch.cat(orders).to(_device(slices[0]))
+            slices = self._slices[number]
+            rows = sum(_row_count(matrix) for matrix in slices.matrices)
+            matrices += slices.matrices
+            orders.append(total + (torch.arange(rows) if slices.order is None else slices.order))
+            total += rows
+        is_in_order = all(slices.order is None for slices in self._slices.values())
+        return RankSlices(matrices, None if is_in_order else torch.cat(orders).to(_device(matrices[0])))
 
 
-def _device(cut: CompressedMatrix | Tensor) -> torch.device:
-    return cut.device if isinstance(cut, Tensor) else next(iter(cut.tensors.values())).device
+def _row_count(matrix: CompressedMatrix | Tensor) -> int:
+    return len(matrix) if isinstance(matrix, Tensor) else int(matrix.entry.shape[0])
 
 
-def _slice(name: str, parts: Mapping[str, Tensor], entry: Entry, rows: Range, columns: Range) -> CompressedMatrix:
-    try:
-        cut = matrix_of(parts, entry).slice(rows, columns)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}; use fewer ranks, or `swsc restore` first") from error
-    return matrix_of(
-        {part: tensor.clone() for part, tensor in cut.tensors.items()}, cut.entry
-    )  # a view would keep all of it
+def _device(matrix: CompressedMatrix | Tensor) -> torch.device:
+    return matrix.device if isinstance(matrix, Tensor) else next(iter(matrix.tensors.values())).device
 
 
-def require_whole(name: str, parts: Mapping[str, Tensor], entry: Entry) -> None:
-    """Raise ValueError, naming the tensor, unless `parts` are what `entry` says, labels in range."""
+def require_complete(name: str, parts: Mapping[str, Tensor], entry: Entry) -> None:
+    """Raise ValueError, naming the tensor, unless `parts` have the shapes and kinds of `entry` and valid labels."""
     try:
         require_part_shapes(parts, entry)
     except ValueError as error:

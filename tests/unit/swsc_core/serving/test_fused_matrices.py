@@ -168,9 +168,9 @@ class TestExperts:
 
     def test_a_part_too_many_and_one_too_few(self) -> None:
         experts = RestoredExperts({(0, "w2"): ("a.experts.0.w2", encode(torch.randn(64, HIDDEN), [OUTPUT]).entry)})
-        with pytest.raises(ValueError, match=r"a\.experts\.0\.w2\.zero_points: config\.json knows no such part"):
+        with pytest.raises(ValueError, match=r"a\.experts\.0\.w2\.zero_points: config\.json names no such part"):
             experts.take((0, "w2"), "zero_points", torch.zeros(1))
-        with pytest.raises(ValueError, match=r"expert 1, w2\.labels: config\.json knows no such part"):
+        with pytest.raises(ValueError, match=r"expert 1, w2\.labels: config\.json names no such part"):
             experts.take((1, "w2"), "labels", torch.zeros(1))
         with pytest.raises(ValueError, match=r"not in the checkpoint: .*a\.experts\.0\.w2\.weight"):
             experts.require_all()

@@ -54,7 +54,7 @@ class Head(Embedding): ...
 
 
 class Method(ServedMethod):
-    def ranks_of(self, layer: nn.Module) -> tuple[int, int]:
+    def rank_and_size(self, layer: nn.Module) -> tuple[int, int]:
         return layer.rank, layer.ranks  # type: ignore[return-value]
 
 
@@ -243,7 +243,7 @@ class TestWhatDoesNotFitIsRefusedByName:
     def test_a_part_that_nobody_knows(self) -> None:
         checkpoint = Checkpoint({"a.q_proj": OUTPUT, "a.k_proj": OUTPUT, "a.v_proj": RTN})
         checkpoint.stored["a.q_proj.zero_points"] = torch.zeros(1, dtype=torch.uint8)
-        with pytest.raises(ValueError, match=r"a\.q_proj\.zero_points: config\.json knows no such part"):
+        with pytest.raises(ValueError, match=r"a\.q_proj\.zero_points: config\.json names no such part"):
             qkv(checkpoint, 0, 1)
 
     def test_ranks_that_do_not_divide_a_matrix(self) -> None:
