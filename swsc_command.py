@@ -1,4 +1,4 @@
-"""The `swsc` command as it is installed: sees to it that `jobs` and `pipeline` are this tool's own before it imports them."""
+"""Entry point of the installed `swsc` command, which first checks that it imports this tool's own packages."""
 
 import sys
 from importlib.util import find_spec
@@ -9,15 +9,15 @@ _HOME = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    """Run the command; exit code 2 if a folder of somebody else's hides one of its packages."""
+    """Run the command; exit code 2 if a directory on the import path hides one of the tool's packages."""
     for name in PACKAGES:
         spec = find_spec(name)
-        places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
-        if not any(Path(place).resolve() == _HOME / name for place in places):
-            found = places[0] if places else "nothing"
+        locations = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+        if not any(Path(location).resolve() == _HOME / name for location in locations):
+            imported = locations[0] if locations else "nothing"
             print(
-                f"error: {found} is found in place of this tool's own package {_HOME / name}: rename that folder, or run the"
-                " command where neither PYTHONPATH nor the working directory puts it first",
+                f"error: {imported} is imported instead of this tool's package {_HOME / name}: rename that directory,"
+                " or run the command where neither PYTHONPATH nor the working directory puts it first",
                 file=sys.stderr,
             )
             return 2

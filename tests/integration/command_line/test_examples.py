@@ -104,22 +104,22 @@ class TestCompareTwoModels:
 
     def test_a_model_agrees_with_itself_everywhere(self, compressed: Path, texts: tuple[str, str]) -> None:
         found = compare_two_models.main([str(compressed), str(compressed), "--text", texts[1], *self.FLAGS])
-        assert found["agreement"] == 1
-        assert found["same"] == [6]
-        assert found["perplexities"][0] == found["perplexities"][1]
+        assert found.agreement == 1
+        assert found.common_prefixes == [6]
+        assert found.perplexities[0] == found.perplexities[1]
 
     def test_perplexities_are_those_of_evaluate_and_other_models_part(
         self, dense: Path, compressed: Path, texts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         found = compare_two_models.main([str(dense), str(compressed), "--text", texts[1], *self.FLAGS])
-        assert found["perplexities"] == [evaluated(place, texts[1], tmp_path) for place in (dense, compressed)]
-        assert found["agreement"] < 0.9
-        assert f"the same for {found['same'][0]} tokens" in capsys.readouterr().out
+        assert found.perplexities == [evaluated(place, texts[1], tmp_path) for place in (dense, compressed)]
+        assert found.agreement < 0.9
+        assert f"the same for {found.common_prefixes[0]} tokens" in capsys.readouterr().out
 
     def test_how_long_two_beginnings_are_equal(self) -> None:
-        assert compare_two_models.common([1, 2, 3], [1, 2, 4]) == 2
-        assert compare_two_models.common([1, 2], [1, 2, 3]) == 2
-        assert compare_two_models.common([4], [5]) == 0
+        assert compare_two_models.common_prefix([1, 2, 3], [1, 2, 4]) == 2
+        assert compare_two_models.common_prefix([1, 2], [1, 2, 3]) == 2
+        assert compare_two_models.common_prefix([4], [5]) == 0
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The slices of all ranks make up the matrix, and rows that heads interleave are put into the order of an engine's layer."""
+"""The slices of all ranks make up the matrix, and interleaved heads are put into the order of an engine's layer."""
 
 import pytest
 import torch
