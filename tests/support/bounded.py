@@ -1,4 +1,4 @@
-"""A verb called in this process, with bounds on what the one call takes: seconds, and bytes at its peak."""
+"""Run a verb in this process, with limits on the time and the peak memory of that one call."""
 
 import resource
 import signal
@@ -10,13 +10,14 @@ from types import FrameType
 
 from jobs.cli import main
 
-MOST_SECONDS, MOST_BYTES = 5.0, 300 << 20
-_HANGS = 60  # seconds after which a call is interrupted, however busy the machine is
+MAX_SECONDS, MAX_BYTES = 5.0, 300 << 20
+# seconds after which a call is interrupted, however busy the machine is
+_TIMEOUT = 60
 _PROC = Path("/proc/self")
 
 
 def ends(*argv: str) -> int:
-    """Exit code of a verb, which comes soon and takes little memory."""
+    """Exit code of a verb, which has to end within the limits of `bounded`."""
     with bounded():
         code = main(argv)
     assert code in (0, 1, 2)
@@ -25,30 +26,30 @@ def ends(*argv: str) -> int:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Raise AssertionError if what is inside takes more than 5 s or 300 MB.
+    """Raise AssertionError if the block takes more than 5 s or 300 MB.
 
-    Seconds in which it was ready to run and other processes had the processors are not counted; sleeping and waiting are.
-    Bytes are those of the peak of this block above what the process holds at its begin, whatever it held before.
+    Time during which the main thread waits for a processor that other processes use does not count; sleeping and
+    waiting do. Memory is the peak during the block minus what the process holds at its start.
     """
-    before = signal.signal(signal.SIGALRM, _hangs)
-    signal.alarm(_HANGS)
-    held, started = _reset_peak(), _own_seconds()
+    previous = signal.signal(signal.SIGALRM, _raise_timeout)
+    signal.alarm(_TIMEOUT)
+    bytes_at_start, started = _reset_peak(), _busy_seconds()
     try:
         yield
-        took, peak = _own_seconds() - started, _peak() - held
+        seconds, peak = _busy_seconds() - started, _peak() - bytes_at_start
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    assert took < MOST_SECONDS, f"took {took:.1f} s"
-    assert peak < MOST_BYTES, f"took {peak >> 20} MiB"
+        signal.signal(signal.SIGALRM, previous)
+    assert seconds < MAX_SECONDS, f"took {seconds:.1f} s"
+    assert peak < MAX_BYTES, f"took {peak >> 20} MiB"
 
 
-def _hangs(number: int, frame: FrameType | None) -> None:
-    raise AssertionError(f"has not ended after {_HANGS} s")
+def _raise_timeout(number: int, frame: FrameType | None) -> None:
+    raise AssertionError(f"has not ended after {_TIMEOUT} s")
 
 
-def _own_seconds() -> float:
-    """Seconds of the clock without those in which the main thread waited for a processor; of the processors, where nothing counts those."""
+def _busy_seconds() -> float:
+    """Wall-clock seconds without the waits of the main thread for a processor; CPU seconds without /proc."""
     try:
         waited = int((_PROC / "schedstat").read_text().split()[1])
     except OSError:
@@ -57,7 +58,7 @@ def _own_seconds() -> float:
 
 
 def _reset_peak() -> int:
-    """Bytes of memory that the process holds, which is its peak from now on; where that cannot be set, its peak so far."""
+    """Reset the peak to the current memory of the process, in bytes; where that is impossible, the peak so far."""
     try:
         (_PROC / "clear_refs").write_text("5")
     except OSError:

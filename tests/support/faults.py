@@ -1,4 +1,4 @@
-"""A filesystem that fails once: at its n-th operation, in one of several ways."""
+"""A file system that fails once, at its n-th operation, in one of several ways."""
 
 import errno
 import os
@@ -12,15 +12,22 @@ from pipeline.storage.files import BytesLike, Files
 _WRITES = frozenset({"write", "create"})
 _CHANGES = _WRITES | {"remove", "remove_empty"}
 _ALL = _CHANGES | {"size", "is_folder", "children", "read", "locked", "free_bytes"}
-# The operations that each mode spoils in a way of its own: a read that fails late is one that fails.
+# mode -> operations that it affects; for reads, "late" would equal "fail"
 MODES = {"fail": _ALL, "late": _CHANGES, "full": _WRITES, "short": _WRITES | {"read"}, "slow": _ALL}
 
 
 class FaultyFiles:
-    """Counts those operations of `inner` that a mode can spoil, and spoils number `at` of them.
+    """Forwards operations to `inner` and injects a fault into number `at` of those that the mode can affect.
 
-    Modes: "fail", an error in place of the operation; "late", an error although it was done; "full", no space left, halfway through
-    a write; "short", half of the bytes read, or written without a word; "slow", a pause.
+    Modes:
+        "fail": the operation raises OSError and is not done.
+        "late": the operation is done and then raises OSError.
+        "full": a write raises ENOSPC halfway.
+        "short": half of the bytes are read, or written without an error.
+        "slow": a pause before the operation.
+
+    Attributes:
+        count: operations counted so far.
     """
 
     def __init__(self, inner: Files, mode: str, at: int) -> None:
@@ -28,6 +35,7 @@ class FaultyFiles:
         self.count = 0
 
     def _struck(self, operation: str) -> str:
+        """Count the operation; the mode if the fault is due now, else ""."""
         if operation not in MODES[self._mode]:
             return ""
         self.count += 1

@@ -1,6 +1,7 @@
-"""A GGUF file as a tree of its content, changed in one place or a few, and written again with everything else consistent.
+"""A GGUF file as a tree of its fields, in which a few fields are changed before it is written again.
 
-Bytes that are changed at random mostly break the framing, which is refused at once; here the framing holds, and the values are wrong.
+Random changes of bytes mostly break the framing of the file, which is refused at once. Here the framing is intact, and
+the values of fields are wrong.
 """
 
 import copy
@@ -13,44 +14,50 @@ from hypothesis import strategies as st
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_TYPES = st.one_of(st.integers(0, 13), st.just(2**32 - 1))  # of values; 13 is none
-_TENSOR_TYPES = st.one_of(st.integers(0, 42), st.just(2**32 - 1))  # of llama.cpp, some of which are gone
-_ODD = st.sampled_from(
-    [0, 1, 2, 3, 7, 31, 32, 63, 127, 128, 255, 256, 1000, 9999, 2**16, 2**20, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1, -1,
-     0.0, 0.5, 1e-300, 1e300, float("nan"), float("inf"), True]
-)  # fmt: skip
-_TEXTS = st.one_of(
-    st.sampled_from(["", "llama", "gpt2", "bert", "t5", "\0", "é", "x" * 70_000, "{{", "<unk>", "../x", "none", "linear"]),
-    st.text(max_size=6),
-)  # fmt: skip
-_KNOWN = [
-    "general.architecture", "general.alignment", "general.file_type", "general.name", "general.license", "general.quantization_version",
-    "llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length", "llama.vocab_size",
-    "llama.attention.head_count", "llama.attention.head_count_kv", "llama.attention.key_length", "llama.attention.value_length",
-    "llama.attention.layer_norm_rms_epsilon", "llama.rope.dimension_count", "llama.rope.freq_base", "llama.rope.scaling.type",
-    "llama.rope.scaling.factor", "llama.expert_count", "llama.expert_used_count", "llama.attention.sliding_window", "split.count",
-    "split.no", "split.tensors.count", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.scores",
-    "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.unknown_token_id",
-    "tokenizer.ggml.padding_token_id", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.added_tokens", "tokenizer.chat_template",
-]  # fmt: skip
-ARCHITECTURES = [
-    "llama", "mistral", "qwen2", "qwen2moe", "qwen2_moe", "qwen3", "qwen3moe", "falcon", "bloom", "gpt2", "gpt-oss", "mamba", "nemotron",
-    "gemma", "gemma2", "gemma3", "phi3", "stablelm", "starcoder2", "t5", "t5encoder", "umt5", "deci", "lfm2", "lfm2moe", "clip", "bert",
-]  # fmt: skip
+# types of values; 13 is not defined
+_TYPES = st.one_of(st.integers(0, 13), st.just(2**32 - 1))
+# tensor types of llama.cpp, some of which were removed
+_TENSOR_TYPES = st.one_of(st.integers(0, 42), st.just(2**32 - 1))
+_SMALL = [0, 1, 2, 3, 7, 31, 32, 63, 127, 128, 255, 256, 1000, 9999, -1]
+_POWERS = [2**16, 2**20, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]
+_ODD = st.sampled_from([*_SMALL, *_POWERS, 0.0, 0.5, 1e-300, 1e300, float("nan"), float("inf"), True])
+_STRINGS = ["", "llama", "gpt2", "bert", "t5", "\0", "é", "x" * 70_000, "{{", "<unk>", "../x", "none", "linear"]
+_TEXTS = st.one_of(st.sampled_from(_STRINGS), st.text(max_size=6))
+_KEY_NAMES = """
+general.architecture general.alignment general.file_type general.name general.license general.quantization_version
+llama.block_count llama.context_length llama.embedding_length llama.feed_forward_length llama.vocab_size
+llama.attention.head_count llama.attention.head_count_kv llama.attention.key_length llama.attention.value_length
+llama.attention.layer_norm_rms_epsilon llama.rope.dimension_count llama.rope.freq_base llama.rope.scaling.type
+llama.rope.scaling.factor llama.expert_count llama.expert_used_count llama.attention.sliding_window split.count split.no
+split.tensors.count tokenizer.ggml.model tokenizer.ggml.pre tokenizer.ggml.tokens tokenizer.ggml.scores
+tokenizer.ggml.token_type tokenizer.ggml.merges tokenizer.ggml.bos_token_id tokenizer.ggml.unknown_token_id
+tokenizer.ggml.padding_token_id tokenizer.ggml.add_bos_token tokenizer.ggml.added_tokens tokenizer.chat_template
+"""
+_ARCHITECTURE_NAMES = """
+llama mistral qwen2 qwen2moe qwen2_moe qwen3 qwen3moe falcon bloom gpt2 gpt-oss mamba nemotron gemma gemma2 gemma3 phi3
+stablelm starcoder2 t5 t5encoder umt5 deci lfm2 lfm2moe clip bert
+"""
+_KNOWN, ARCHITECTURES = _KEY_NAMES.split(), _ARCHITECTURE_NAMES.split()
 
 
 @dataclass
 class Array:
-    """Values of one type; `stated`: their number in the file, if it differs."""
+    """Values of one type.
+
+    Attributes:
+        kind: type of the values.
+        values: the values.
+        stated_count: number of values that the header states; None for the true one.
+    """
 
     kind: int
     values: list[Any]
-    said: int | None = None
+    stated_count: int | None = None
 
 
 @dataclass
 class Key:
-    """A key of the header, its stated type, and its value."""
+    """A key of the header, the type that the header states, and the value."""
 
     name: str
     kind: int
@@ -59,7 +66,7 @@ class Key:
 
 @dataclass
 class Tensor:
-    """The description of a tensor."""
+    """What the header states about a tensor."""
 
     name: str
     dims: list[int]
@@ -69,7 +76,16 @@ class Tensor:
 
 @dataclass
 class Tree:
-    """A file; `stated_…` are counts in the file, if they differ from the true ones."""
+    """A file.
+
+    Attributes:
+        keys, tensors: the entries of the header.
+        data: bytes of the tensors.
+        alignment: alignment of the tensors in the file.
+        version: version of the format.
+        stated_keys, stated_tensors: counts that the header states; None for the true ones.
+        order: byte order, as in `struct`.
+    """
 
     keys: list[Key]
     tensors: list[Tensor]
@@ -82,7 +98,7 @@ class Tree:
 
 
 def parsed(content: bytes) -> Tree:
-    """The tree of a whole file, little-endian, of version 3."""
+    """The tree of a valid file: little-endian, version 3."""
     import io
 
     file = io.BytesIO(content)
@@ -105,10 +121,10 @@ def parsed(content: bytes) -> Tree:
 
 
 def written(tree: Tree) -> bytes:
-    """The file with the content of the tree."""
+    """The file whose fields are those of the tree."""
     head = b"GGUF" + _number(tree, 4, tree.version)
     counts = (tree.stated_tensors, tree.tensors), (tree.stated_keys, tree.keys)
-    head += b"".join(_number(tree, 10, len(there) if said is None else said) for said, there in counts)
+    head += b"".join(_number(tree, 10, len(entries) if stated is None else stated) for stated, entries in counts)
     for key in tree.keys:
         head += _text(tree, key.name) + _number(tree, 4, key.kind) + _value(tree, key.kind, key.value)
     for tensor in tree.tensors:
@@ -124,7 +140,7 @@ def _text(tree: Tree, text: str) -> bytes:
 
 
 def _number(tree: Tree, kind: int, value: Any) -> bytes:
-    """A scalar, by force: its lowest bits if it has too many, and the length of what is no number."""
+    """A scalar: the lowest bits of a number that is too large, and the length of a value that is not a number."""
     letter = _SCALARS[kind]
     value = value if isinstance(value, int | float) else len(value.values if isinstance(value, Array) else value)
     if letter in "fd":
@@ -140,15 +156,15 @@ def _value(tree: Tree, kind: int, value: Any) -> bytes:
         return _text(tree, value if isinstance(value, str) else str(value)[:100])
     if kind == _ARRAY:
         array = value if isinstance(value, Array) else Array(8 if isinstance(value, str) else 4, [value])
-        said = len(array.values) if array.said is None else array.said
-        inner = b"".join(_value(tree, array.kind, one) for one in array.values)
-        return _number(tree, 4, array.kind) + _number(tree, 10, said) + inner
+        count = len(array.values) if array.stated_count is None else array.stated_count
+        inner = b"".join(_value(tree, array.kind, element) for element in array.values)
+        return _number(tree, 4, array.kind) + _number(tree, 10, count) + inner
     return _number(tree, kind, value) if kind in _SCALARS else b"\0" * 8
 
 
 @st.composite
 def changed_gguf(draw: Any, tree: Tree) -> bytes:
-    """A GGUF file with one to three wrong values."""
+    """A GGUF file in which one to three fields are wrong."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
         change = draw(
@@ -169,7 +185,7 @@ def changed_gguf(draw: Any, tree: Tree) -> bytes:
 
 
 def _change_value(draw: Any, tree: Tree) -> None:
-    """A key has another value, of its type or of another."""
+    """Another value of a key, of its type or of another type."""
     if not tree.keys:
         return
     key = draw(st.sampled_from(tree.keys))
@@ -181,30 +197,30 @@ def _change_value(draw: Any, tree: Tree) -> None:
 
 
 def _change_array(draw: Any, tree: Tree) -> None:
-    """Another type or number of elements, stated or true, and another element."""
+    """Another type of elements, another number of elements (stated or real), or another element."""
     arrays = [key.value for key in tree.keys if isinstance(key.value, Array)]
     if not arrays:
         return
     array = draw(st.sampled_from(arrays))
-    kind = draw(st.sampled_from(["kind", "said", "fewer", "more", "one", "deep"]))
+    kind = draw(st.sampled_from(["kind", "count", "fewer", "more", "element", "nested"]))
     if kind == "kind":
         array.kind = draw(_TYPES)
-    elif kind == "said":
-        array.said = draw(
+    elif kind == "count":
+        array.stated_count = draw(
             st.sampled_from([0, 1, len(array.values) - 1, len(array.values) + 1, 2**22, 2**31, 2**40, 2**63])
         )
     elif kind == "fewer":
         del array.values[draw(st.integers(0, len(array.values))) :]
     elif kind == "more":
         array.values += draw(st.sampled_from([array.values, [""] * 300, ["x"] * 300]))
-    elif kind == "one" and array.values:
+    elif kind == "element" and array.values:
         array.values[draw(st.integers(0, len(array.values) - 1))] = draw(_TEXTS if array.kind == _STRING else _ODD)
     else:
         array.kind, array.values = _ARRAY, [Array(array.kind, array.values)]
 
 
 def _change_keys(draw: Any, tree: Tree) -> None:
-    """Keys dropped, twice there, renamed, or added."""
+    """A key dropped, duplicated, renamed, or added."""
     if not tree.keys:
         return
     at = draw(st.integers(0, len(tree.keys) - 1))
@@ -221,7 +237,7 @@ def _change_keys(draw: Any, tree: Tree) -> None:
 
 
 def _change_tensor(draw: Any, tree: Tree) -> None:
-    """A tensor of another shape, type, place or name; dropped, or twice there."""
+    """A tensor of another shape, type, offset or name, dropped, or duplicated."""
     if not tree.tensors:
         return
     at = draw(st.integers(0, len(tree.tensors) - 1))
@@ -258,16 +274,16 @@ def _change_tensor(draw: Any, tree: Tree) -> None:
 
 
 def _change_file(draw: Any, tree: Tree) -> None:
-    """Counts that are not right, another alignment, byte order or version, data that are cut off or longer."""
+    """Wrong counts, another alignment, byte order or version, or data that are truncated or longer."""
     kind = draw(st.sampled_from(["keys", "tensors", "alignment", "pad", "order", "version", "data", "longer"]))
     if kind == "keys":
         tree.stated_keys = draw(st.sampled_from([0, len(tree.keys) - 1, len(tree.keys) + 1, 9999, 2**40]))
     elif kind == "tensors":
         tree.stated_tensors = draw(st.sampled_from([0, len(tree.tensors) - 1, len(tree.tensors) + 1, 2**20, 2**40]))
     elif kind == "alignment":
-        said = draw(st.sampled_from([0, 1, 2, 3, 8, 16, 31, 64, 4096, 2**31, 2**32 - 1]))
-        tree.keys.append(Key("general.alignment", draw(st.sampled_from([4, 4, 4, 5, 6, 8, 10])), said))
-        tree.alignment = said if said <= 4096 and draw(st.booleans()) else tree.alignment
+        stated = draw(st.sampled_from([0, 1, 2, 3, 8, 16, 31, 64, 4096, 2**31, 2**32 - 1]))
+        tree.keys.append(Key("general.alignment", draw(st.sampled_from([4, 4, 4, 5, 6, 8, 10])), stated))
+        tree.alignment = stated if stated <= 4096 and draw(st.booleans()) else tree.alignment
     elif kind == "pad":
         tree.alignment = draw(st.sampled_from([1, 8, 64]))
     elif kind == "order":

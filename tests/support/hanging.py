@@ -1,4 +1,4 @@
-"""Parts of a payload that take an hour to be read, but the second time none."""
+"""Parts of a payload whose first reading hangs."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,12 @@ from pipeline.checkpoints.tensor_io import StoredTensor
 
 @dataclass(frozen=True)
 class HangsOnce:
-    """`mark`: a file that is there as soon as somebody has tried."""
+    """Parts whose first iteration takes an hour.
+
+    Attributes:
+        parts: the parts.
+        mark: path of a file that the first iteration creates.
+    """
 
     parts: tuple[StoredTensor, ...]
     mark: str

@@ -1,9 +1,8 @@
-"""Stands in for the Hub, at the few addresses that its client asks for: serves one model from a folder, or takes what is pushed.
+"""Servers that replace the Hugging Face Hub in tests: one serves a model from a directory, one accepts uploads.
 
-The client reads its settings once, when it is imported: a test starts a process for them, which takes seconds, or changes them by
-`client_of`.
-
-Large files come by LFS, so the client needs HF_HUB_DISABLE_XET=1: the protocol of its newer store has no description.
+They answer only the requests that the client sends. The client reads its settings when it is imported, so a test either
+starts a process with other settings, which takes seconds, or changes them by `client_of`. Large files are transferred
+by LFS, which needs HF_HUB_DISABLE_XET=1, because the protocol of the newer store is not documented.
 """
 
 import base64
@@ -26,7 +25,7 @@ REPO, COMMIT = "org/tiny", "a" * 40
 
 @contextmanager
 def client_of(address: str, home: Path) -> Iterator[None]:
-    """The client in this process asks the server at `address`, is logged in by HF_TOKEN only, and has its cache in `home`."""
+    """Point the client in this process to the server at `address`; it logs in by HF_TOKEN only and caches in `home`."""
     settings = {
         "ENDPOINT": address,
         "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
@@ -44,7 +43,7 @@ def client_of(address: str, home: Path) -> Iterator[None]:
 
 @contextmanager
 def hub(folder: Path) -> Iterator[str]:
-    """Address of a server that has the files of `folder` as the model REPO."""
+    """Address of a server that serves the files of `folder` as the model REPO."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -90,7 +89,7 @@ def _served(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 def _named(path: str) -> str:
-    """Name of a file in /REPO/resolve/REVISION/NAME."""
+    """NAME of the path /REPO/resolve/REVISION/NAME."""
     return path.removeprefix(f"/{REPO}/resolve/").partition("/")[2]
 
 
@@ -109,7 +108,7 @@ def _entry(folder: Path, file: Path) -> dict[str, object]:
 
 @dataclass
 class Repo:
-    """A repository: its branches, as path -> content, and the messages of its commits."""
+    """A repository: its branches, each path -> content, and the messages of its commits."""
 
     private: bool = False
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
@@ -118,16 +117,24 @@ class Repo:
 
 @dataclass
 class PushedHub:
-    """What has come to a stand-in that takes uploads from whoever has `token`."""
+    """State of a server that accepts uploads.
+
+    Attributes:
+        token: token that clients need.
+        address: address of the server.
+        repos: repository name -> repository.
+        blobs: sha256 -> content of large files.
+        sent: sha256 of each large file, in the order of upload.
+    """
 
     token: str
     address: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
-    blobs: dict[str, bytes] = field(default_factory=dict)  # sha256 -> content of large files
-    sent: list[str] = field(default_factory=list)  # sha256 of each large file that was sent
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    sent: list[str] = field(default_factory=list)
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
-        """Status and JSON for a request whose token is right."""
+        """Status and JSON of the response to a request with the right token."""
         if method == "PUT":
             digest = hashlib.sha256(body).hexdigest()
             assert path == f"/lfs/{digest}"
@@ -139,7 +146,7 @@ class PushedHub:
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
         if path.endswith(".git/info/lfs/objects/batch"):
-            return 200, {"objects": [self._wanted(one) for one in json.loads(body)["objects"]]}
+            return 200, {"objects": [self._upload_action(blob) for blob in json.loads(body)["objects"]]}
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/(tree|branch|preupload|commit)/([^/]+))?", path)
         if match is None or match[1] not in self.repos:
             return 404, {"error": f"no {path}"}
@@ -147,20 +154,20 @@ class PushedHub:
         if match[3] is None:
             return 200, {"id": match[1], "sha": COMMIT, "private": repo.private, "siblings": []}
         if match[3] == "branch":
-            known = match[4] in repo.branches
+            exists = match[4] in repo.branches
             repo.branches.setdefault(match[4], dict(repo.branches["main"]))
-            return (409 if known else 200), {}
+            return (409 if exists else 200), {}
         return 200, getattr(self, f"_{match[3]}")(repo, match[1], match[4], body)
 
-    def _create(self, asked: dict[str, Any]) -> tuple[int, Any]:
-        name = f"{asked['organization']}/{asked['name']}"
-        known = name in self.repos
-        self.repos.setdefault(name, Repo(asked.get("visibility") == "private"))
-        return (409 if known else 200), {"url": f"{self.address}/{name}"}
+    def _create(self, request: dict[str, Any]) -> tuple[int, Any]:
+        name = f"{request['organization']}/{request['name']}"
+        exists = name in self.repos
+        self.repos.setdefault(name, Repo(request.get("visibility") == "private"))
+        return (409 if exists else 200), {"url": f"{self.address}/{name}"}
 
-    def _wanted(self, one: dict[str, Any]) -> dict[str, Any]:
-        upload = {"actions": {"upload": {"href": f"{self.address}/lfs/{one['oid']}"}}}
-        return one | ({} if one["oid"] in self.blobs else upload)
+    def _upload_action(self, blob: dict[str, Any]) -> dict[str, Any]:
+        upload = {"actions": {"upload": {"href": f"{self.address}/lfs/{blob['oid']}"}}}
+        return blob | ({} if blob["oid"] in self.blobs else upload)
 
     def _tree(self, repo: Repo, name: str, branch: str, body: bytes) -> Any:
         files = repo.branches[branch]
@@ -169,16 +176,16 @@ class PushedHub:
         ]
 
     def _preupload(self, repo: Repo, name: str, branch: str, body: bytes) -> Any:
-        there = repo.branches[branch]
+        files = repo.branches[branch]
         return {
             "files": [
                 {
-                    "path": one["path"],
-                    "uploadMode": "lfs" if _is_large(one["path"]) else "regular",
+                    "path": file["path"],
+                    "uploadMode": "lfs" if _is_large(file["path"]) else "regular",
                     "shouldIgnore": False,
-                    "oid": _oid(one["path"], there[one["path"]]) if one["path"] in there else None,
+                    "oid": _oid(file["path"], files[file["path"]]) if file["path"] in files else None,
                 }
-                for one in json.loads(body)["files"]
+                for file in json.loads(body)["files"]
             ]
         }
 
@@ -209,7 +216,7 @@ def _oid(path: str, data: bytes) -> str:
 
 @contextmanager
 def pushed_hub(token: str) -> Iterator[PushedHub]:
-    """A server that takes what is pushed with `token`, and refuses everybody else."""
+    """A server that accepts uploads with `token` and refuses all other requests."""
     state = PushedHub(token)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -224,10 +231,10 @@ def pushed_hub(token: str) -> Iterator[PushedHub]:
 
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            known = self.command == "PUT" or self.headers.get("Authorization") == f"Bearer {state.token}"
+            is_authorized = self.command == "PUT" or self.headers.get("Authorization") == f"Bearer {state.token}"
             status, value = (
                 state.answer(self.command, self.path.split("?")[0], body)
-                if known
+                if is_authorized
                 else (401, {"error": "Invalid username or password."})
             )
             data = json.dumps(value).encode()

@@ -1,12 +1,15 @@
-"""The suite under the kernels of another processor: `make test KERNELS=avx2`, or KERNELS=avx2 before any pytest.
+"""Environment variables that make the test suite use the kernels of another processor: `make test KERNELS=avx2`.
 
-Which code multiplies matrices is chosen by three libraries, each by a variable of its own, read when it is first used:
+KERNELS=avx2 before any pytest command has the same effect. Three libraries choose the code of matrix products. Each
+reads variables of its own when it is first used:
 
-- ATEN_CPU_CAPABILITY (avx512, avx2, default): PyTorch's own vectorised loops and attention;
-- ONEDNN_MAX_CPU_ISA (ALL, AVX2, SSE41): oneDNN, which multiplies bfloat16 and float16 (AMX and AVX-512 where there are). It must not
-  stand above the first: attention in bfloat16 asks the processor whether there is AMX, and then fails in kernels without it;
-- MKL_ENABLE_INSTRUCTIONS (AVX512, AVX2, SSE4_2): MKL, which multiplies float32 and has LAPACK. On processors of Intel only;
-- MKL_CBWR (AUTO, AVX2, COMPATIBLE, …): MKL's reproducible mode. It takes the same order of summation for every alignment, which others do not.
+- ATEN_CPU_CAPABILITY (avx512, avx2, default): PyTorch's own vectorised loops and attention.
+- ONEDNN_MAX_CPU_ISA (ALL, AVX2, SSE41): oneDNN, for products in bfloat16 and float16 (with AMX and AVX-512 where
+  available). It must not exceed the first variable: attention in bfloat16 checks whether the processor has AMX, and
+  then fails in kernels without it.
+- MKL_ENABLE_INSTRUCTIONS (AVX512, AVX2, SSE4_2): MKL, for products in float32 and LAPACK; Intel processors only.
+- MKL_CBWR (AUTO, AVX2, COMPATIBLE, …): MKL's reproducible mode, whose order of summation is the same for every
+  alignment.
 """
 
 from collections.abc import Mapping
@@ -25,10 +28,10 @@ VARIABLES = frozenset(variable for row in KERNELS.values() for variable in row)
 
 
 def variables_of(name: str) -> Mapping[str, str]:
-    """The variables of one row, to be set before torch is imported, for a process and those that it starts.
+    """The variables of a set of kernels, to be set before torch is imported; child processes inherit them.
 
     Raises:
-        ValueError: no row of that name.
+        ValueError: there is no set of that name.
     """
     if name not in KERNELS:
         raise ValueError(f"KERNELS={name} is not known; choose one of {', '.join(KERNELS)}")

@@ -1,4 +1,4 @@
-"""A tiny Llama as a GGUF file, made by llama.cpp's own package."""
+"""A tiny Llama as a GGUF file, written by llama.cpp's own package."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ Q8, F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
 
 
 def tensors() -> dict[str, np.ndarray]:
-    """A tiny Llama's weights, by the names of GGUF."""
+    """Weights of a tiny Llama under GGUF's names."""
     draw = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (VOCABULARY, HIDDEN),
@@ -21,13 +21,20 @@ def tensors() -> dict[str, np.ndarray]:
         shapes |= {f"{block}.attn_{role}.weight": (HIDDEN, HIDDEN) for role in ("q", "k", "v", "output")}
         shapes |= {f"{block}.ffn_{role}.weight": (INNER, HIDDEN) for role in ("gate", "up")}
         shapes |= {f"{block}.ffn_down.weight": (HIDDEN, INNER)}
-    made = {name: (0.2 * draw.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+    weights = {name: (0.2 * draw.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
     norms = [f"blk.{layer}.{kind}_norm.weight" for layer in range(LAYERS) for kind in ("attn", "ffn")]
-    return made | {name: np.ones(HIDDEN, np.float32) for name in (*norms, "output_norm.weight")}
+    return weights | {name: np.ones(HIDDEN, np.float32) for name in (*norms, "output_norm.weight")}
 
 
 def make_tiny_gguf(path: Path, without: str = "", file_type: int | None = None, inner: int = INNER) -> Path:
-    """The weights in 8 bits, norms in 32; `without`: the name of a tensor to omit; `inner`: its description in the header."""
+    """Write a file with weights in Q8_0 and norms in F32.
+
+    Args:
+        path: path of the file.
+        without: name of a tensor to leave out.
+        file_type: general.file_type of the header.
+        inner: intermediate size that the header states.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
@@ -38,9 +45,9 @@ def make_tiny_gguf(path: Path, without: str = "", file_type: int | None = None, 
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
-    letters, joined = [chr(0x21 + number) for number in range(90)], ['!"', "#$"]
-    writer.add_token_list([*letters, *joined, *(f"<{number}>" for number in range(VOCABULARY - 92))])
-    writer.add_token_merges([" ".join(pair) for pair in joined])
+    letters, merged = [chr(0x21 + number) for number in range(90)], ['!"', "#$"]
+    writer.add_token_list([*letters, *merged, *(f"<{number}>" for number in range(VOCABULARY - 92))])
+    writer.add_token_merges([" ".join(pair) for pair in merged])
     writer.add_bos_token_id(100)
     writer.add_eos_token_id(101)
     writer.add_license("apache-2.0")

@@ -20,7 +20,7 @@ from jobs.cli import main
 from pipeline.errors import ConfigError
 from pipeline.planning import machine_speed as speed
 from pipeline.storage import lease
-from tests.support.bounded import MOST_BYTES, bounded, ends
+from tests.support.bounded import MAX_BYTES, bounded, ends
 from tests.support.gguf_tree import Array, changed_gguf, parsed, written
 from tests.support.mutations import changed_bytes, changed_json, changed_yaml, patient
 from tests.support.tiny import make_text, make_tiny_model
@@ -70,12 +70,12 @@ def replaced(file: Path, content: bytes) -> Iterator[None]:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts the peak of a block")
 def test_bounds_are_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what an earlier one took; and a call that sleeps takes time, too."""
-    b"\1" * (MOST_BYTES + (100 << 20))
+    b"\1" * (MAX_BYTES + (100 << 20))
     with pytest.raises(AssertionError, match="MiB"), bounded():
-        b"\1" * (MOST_BYTES + (10 << 20))
+        b"\1" * (MAX_BYTES + (10 << 20))
     with bounded():
-        b"\1" * (MOST_BYTES // 2)
-    monkeypatch.setattr("tests.support.bounded.MOST_SECONDS", 0.01)
+        b"\1" * (MAX_BYTES // 2)
+    monkeypatch.setattr("tests.support.bounded.MAX_SECONDS", 0.01)
     with pytest.raises(AssertionError, match=r"0\.. s"), bounded():
         time.sleep(0.1)
 
