@@ -92,8 +92,8 @@ class WeightNames:
         splits = {p: c.target_patterns for c in self.converters for p in c.source_patterns}
         for name in stored:
             target, pattern = self.target(name)
-            first, *others = splits[pattern] if pattern else [""]
-            parameters |= {target, *(target.replace(first, other) for other in others)}
+            first, *further = splits[pattern] if pattern else [""]
+            parameters |= {target, *(target.replace(first, replacement) for replacement in further)}
         return parameters
 
 
