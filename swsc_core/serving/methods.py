@@ -67,7 +67,7 @@ class ServedMethod:
         for part, dtype in loader.parts().items():
             empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             empty.weight_loader = _weight_loader(loader, part)  # type: ignore[attr-defined]
-            piece, _, name = part.rpartition(".")
+            piece, name = part.rpartition(".")[::2]
             _parameter_holder(layer, piece).register_parameter(name, empty)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
