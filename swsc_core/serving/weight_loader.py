@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swsc_core.compressed.codec import require_parts
+from swsc_core.compressed.codec import require_part_shapes
 from swsc_core.compressed.compressed_matrix import CompressedMatrix
 from swsc_core.compressed.config_json import CompressedTensor
 from swsc_core.compressed.entry import Entry
