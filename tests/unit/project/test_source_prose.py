@@ -11,7 +11,12 @@ import pytest
 from tests.support.glossary import DIALECT, GLOSSARY, pattern_of
 from tests.support.project import ROOT
 
-FOLDERS = ("pipeline/settings",)
+FOLDERS = (
+    "autoload",
+    "pipeline/settings",
+    "swsc_core/hf",
+    "swsc_core/serving",
+)
 FILES = [path.relative_to(ROOT) for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 PATTERN = pattern_of(GLOSSARY, DIALECT)
 SYNTAX = {"slots", "__slots__"}  # of Python

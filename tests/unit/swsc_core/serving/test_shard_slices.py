@@ -14,7 +14,7 @@ SHAPE = (Q_ROWS + 2 * KV_ROWS, COLUMNS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_row_slices_of_all_ranks_are_the_matrix(ranks: int) -> None:
     sizes = [Q_ROWS // ranks, KV_ROWS // ranks, KV_ROWS // ranks]
-    rows = []
+    rows: list[int] = []
     for rank in range(ranks):
         for (first, last), columns in LinearShard(COLUMNS, rank, ranks).slices("qkv", sizes, SHAPE):
             rows += range(first, last)
@@ -25,7 +25,7 @@ def test_row_slices_of_all_ranks_are_the_matrix(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_column_slices_of_all_ranks_are_the_matrix(ranks: int) -> None:
     width = COLUMNS // ranks
-    columns = []
+    columns: list[int] = []
     for rank in range(ranks):
         (((first_row, last_row), (first, last)),) = LinearShard(width, rank, ranks).slices("o", [64], (64, COLUMNS))
         assert (first_row, last_row) == (0, 64)
