@@ -66,7 +66,7 @@ def _print_stage(result: CompressResult) -> None:
     if result.commit:
         print(f"{result.request.output}: pushed, {result.commit}")
     elif result.evaluation:
-        print_evaluation(result.evaluation)
+        print_evaluation(result.evaluation, result.note)
     else:
         print_compression(result)
         print_preset_hint(result)

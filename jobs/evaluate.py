@@ -54,4 +54,4 @@ def _print_stage(result: EvaluateResult) -> None:
     if result.lm_eval:
         print_lm_eval(result)
     elif result.perplexity:
-        print_evaluation(result.perplexity)
+        print_evaluation(result.perplexity, result.note)

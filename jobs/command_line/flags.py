@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
-from jobs.command_line.parser import Parser
+from jobs.command_line.parser import Group, Parser
 from pipeline.errors import ConfigError
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.validation import Option, Settings, read_config, validated
@@ -30,7 +30,7 @@ def add_settings(parser: Parser, *kinds: type[Settings]) -> None:
         add_setting(parser.group(heading_of(kind, name)), kind, name)
 
 
-def add_setting(group: Any, kind: type[Settings], name: str, **replaced: Any) -> None:
+def add_setting(group: Group, kind: type[Settings], name: str, **replaced: Any) -> None:
     """Add the flag of one field.
 
     Args:
@@ -93,7 +93,7 @@ class ParsedSettings:
     """Settings of several classes; `settings[Class]` gives those of one."""
 
     def __init__(self, settings: Iterable[Settings]) -> None:
-        self._settings: dict[type[Settings], Settings] = {type(one): one for one in settings}
+        self._settings: dict[type[Settings], Settings] = {type(item): item for item in settings}
 
     def __getitem__(self, kind: type[S]) -> S:
         return cast(S, self._settings[kind])

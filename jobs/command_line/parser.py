@@ -4,7 +4,10 @@ import argparse
 import sys
 from collections.abc import Collection
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
+
+# The class of argument groups has no public name.
+Group: TypeAlias = argparse._ArgumentGroup
 
 
 class Parser(argparse.ArgumentParser):
@@ -12,9 +15,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self._headings: dict[str, Any] = {}
+        self._headings: dict[str, Group] = {}
 
-    def group(self, heading: str) -> Any:
+    def group(self, heading: str) -> Group:
         """The argument group with this heading, created when it is first used."""
         if heading not in self._headings:
             self._headings[heading] = self.add_argument_group(heading)

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
 from pipeline.report.tables import print_table
@@ -27,7 +26,8 @@ def print_compression(result: CompressResult) -> None:
         f" {report['whole_model_bits_per_weight']:.3f} over the whole model,"
         f" {report['seconds']:.1f} s{_resumed(report)}"
     )
-    if tuning := report.get("tuning"):
+    tuning = report.get("tuning")
+    if isinstance(tuning, Mapping):
         print(
             f"tuning: KL divergence to the original model {tuning['divergence_before']:.4f} to"
             f" {tuning['divergence_after']:.4f} nats per token on held-out windows"
@@ -35,7 +35,7 @@ def print_compression(result: CompressResult) -> None:
         )
 
 
-def _resumed(report: Mapping[str, Any]) -> str:
+def _resumed(report: Mapping[str, object]) -> str:
     if report.get("resumed"):
         return " (it was complete already)"
     count = report["files_of_an_earlier_run"]
@@ -52,8 +52,10 @@ def print_preset_hint(result: CompressResult) -> None:
         )
 
 
-def print_evaluation(evaluation: Mapping[str, Any]) -> None:
-    """A perplexity, and the protocol it was measured by."""
+def print_evaluation(evaluation: Mapping[str, object], note: str = "") -> None:
+    """A perplexity, and the protocol it was measured by, after a note that may be empty."""
+    if note:
+        print(f"note: {note}")
     seconds = evaluation["seconds"]
     print(f"{evaluation['model']}: perplexity {evaluation['perplexity']:.4f}, {seconds:.1f} s\n{_protocol(evaluation)}")
 
@@ -65,7 +67,7 @@ def print_lm_eval(result: EvaluateResult) -> None:
         print(f"{tasks['model']}: {', '.join(settings.tasks)}, {tasks['seconds']:.1f} s\n\n{tasks['tables']}")
 
 
-def _protocol(evaluation: Mapping[str, Any]) -> str:
+def _protocol(evaluation: Mapping[str, object]) -> str:
     """How a perplexity was measured. Perplexities of different protocols cannot be compared."""
     documents = evaluation.get("text_documents")
     column = ""
@@ -74,7 +76,7 @@ def _protocol(evaluation: Mapping[str, Any]) -> str:
     return (
         f"  {evaluation['windows']} windows of {evaluation['seqlen']} tokens, no overlap, BOS {evaluation['bos']},"
         f" {evaluation['dtype']}\n  text {evaluation['text']}{column}"
-        f" (sha256 {evaluation['text_sha256'][:16]}…, {evaluation['text_tokens']} tokens)"
+        f" (sha256 {evaluation['text_sha256']:.16}…, {evaluation['text_tokens']} tokens)"
     )
 
 
@@ -102,15 +104,16 @@ def print_plan(result: PlanResult) -> None:
 
 def print_restoration(result: RestoreResult) -> None:
     """The number of restored tensors, and what an adapter holds of them."""
-    dense, rows = result.request.dense, result.report["tensors"]
+    dense, rows = result.request.dense, result.rows
     restored = [row for row in rows if row["action"] == "restored"]
     print(f"{dense}: {len(restored)} of {len(rows)} tensors restored, the others copied")
     if not result.request.options.adapter:
         return
-    in_adapter = sum(ADAPTER_FOLDER in row["reason"] for row in restored)
-    whole = [row["name"] for row in restored if "whole" in row["reason"]]
+    in_adapter = sum(ADAPTER_FOLDER in str(row["reason"]) for row in restored)
+    whole = [str(row["name"]) for row in restored if "whole" in str(row["reason"])]
     print(
-        f"{dense}/{ADAPTER_FOLDER}: LoRA adapter for PEFT with the low-rank part of {in_adapter} of them; the model needs it"
+        f"{dense}/{ADAPTER_FOLDER}: LoRA adapter for PEFT with the low-rank part of {in_adapter} of them;"
+        " the model needs it"
     )
     if whole:
         names = ", ".join(whole[:_SHOWN])

@@ -50,7 +50,7 @@ _DEFAULT_OPTIONS = RestoreOptions()
 
 def restore_model(
     location: str, output: str, pools: Pools, options: RestoreOptions = _DEFAULT_OPTIONS
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Restore the compressed tensors of the model at `location`, and copy the others, into the directory `output`.
 
     Returns:
@@ -77,14 +77,14 @@ def restore_model(
     return report
 
 
-def _identity(model: Model, options: RestoreOptions) -> dict[str, Any]:
+def _identity(model: Model, options: RestoreOptions) -> dict[str, object]:
     """What the bytes of the output depend on."""
     versions_of_output = {"algorithm": VERSIONS["output"], "format_version": FORMAT_VERSION}
     adapter = {"adapter": True} if options.adapter else {}
     return {"restored_from": model.checkpoint.fingerprint, **versions_of_output, **adapter}
 
 
-def _report(plan: RestorePlan) -> dict[str, Any]:
+def _report(plan: RestorePlan) -> dict[str, object]:
     left_out = dict(plan.model.checkpoint.left_out)
     return {
         "format": "dense",

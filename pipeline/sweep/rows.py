@@ -77,7 +77,7 @@ def _header(run: Run, inputs: SweepInputs, matrices: Mapping[str, CompressedRow]
     checkpoint, variant = inputs.checkpoint_of(run), run.variant
     header: dict[str, object] = {"model": inputs.location_of(run), "variant": run.name}
     header["method"] = variant.method if variant else None
-    header["tuning"] = ("applied" if run.tuned.tuning["applied"] else "not applied") if run.tuned else None
+    header["tuning"] = ("applied" if run.tuned.applied else "not applied") if run.tuned else None
     header |= _compressed_bits(run.plan, matrices) if run.plan else _uncompressed_bits(checkpoint)
     references = variant.reference if variant else inputs.settings.reference
     header["reference"] = references.get(known_model(checkpoint.config) or "")

@@ -114,7 +114,9 @@ def _hessians(compression: Compression, ids: np.ndarray, cache: str, compute: Co
 
 
 def _fingerprint(compression: Compression, ids: np.ndarray, hessians: Hessians | None) -> str:
-    specs = {one.info.name: [spec_identity(spec) for spec in one.specs] for one in compression.plan.compressed}
+    specs = {
+        decision.info.name: [spec_identity(spec) for spec in decision.specs] for decision in compression.plan.compressed
+    }
     inputs: dict[str, object] = {"dtype": compression.calibration.calibration_dtype}
     if hessians:  # the name of their directory covers the arithmetic, which tuning covers without Hessians
         inputs = {"moments": hessians.store.name, "gradient_share": hessians.gradient_share}

@@ -30,7 +30,7 @@ Tune = Callable[[], TunedModel]
 
 def compress_model(
     compression: Compression, target: Target, compute: Compute, tune: Tune | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Carry out a plan into the target directory.
 
     The directory of an interrupted run of equal identity is resumed. A complete output of equal identity stays as it
@@ -115,7 +115,7 @@ def _tasks(compression: Compression, ticket: Ticket, tuned: TunedModel | None) -
     return tasks + [copy_task(source.store, copy, ticket) for copy in plan.copies]
 
 
-def _report(compression: Compression, files: WrittenFiles, seconds: float, arithmetic: Arithmetic) -> dict[str, Any]:
+def _report(compression: Compression, files: WrittenFiles, seconds: float, arithmetic: Arithmetic) -> dict[str, object]:
     source, form = compression.source, compression.settings.format
     rows = {name: result.row for name, result in files.results.items()}
     report = build_report(compression.plan, rows, seconds, files.peak_rss, form)
@@ -129,7 +129,7 @@ def _report(compression: Compression, files: WrittenFiles, seconds: float, arith
     return report
 
 
-def _commit(compression: Compression, output: Output, files: WrittenFiles, report: dict[str, Any]) -> None:
+def _commit(compression: Compression, output: Output, files: WrittenFiles, report: dict[str, object]) -> None:
     """Write the files beside the tensors; the manifest, which makes the output complete, last."""
     source, settings, calibrated = compression.source, compression.settings, compression.calibrated
     records = [files.records[name] for name in sorted(files.records)]

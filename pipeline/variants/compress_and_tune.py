@@ -1,8 +1,8 @@
 """The compression of one variant, followed by tuning if its settings ask for it."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 from pipeline.checkpoints.checkpoint import MANIFEST
 from pipeline.checkpoints.source import open_checkpoint
@@ -25,7 +25,7 @@ from pipeline.variants.tuned_variant import TunedVariant
 VARIANT = "variant"
 
 
-def compress_and_tune(compression: Compression, target: Target, compute: Compute) -> dict[str, Any]:
+def compress_and_tune(compression: Compression, target: Target, compute: Compute) -> dict[str, object]:
     """Carry out a plan into the target directory, and return the report.
 
     A model is compressed into the cache before it is tuned; later runs that need the same model reuse it.
@@ -61,7 +61,9 @@ def tuned_variant(compression: Compression, compute: Compute, uses: ExitStack) -
     uses.enter_context(shared_lease(Store.at(location)))
     with report_damaged_cache(Store.at(location)):
         report = compress_and_tune(compression, Target(location, waits=True), compute)
-    return TunedVariant(open_checkpoint(location), compressed_rows(report), report["tuning"])
+    tuning = report["tuning"]
+    applied = isinstance(tuning, Mapping) and bool(tuning["applied"])
+    return TunedVariant(open_checkpoint(location), compressed_rows(report), applied)
 
 
 def remove_intermediates(compression: Compression, arithmetic: Arithmetic, keep_untuned: bool) -> None:

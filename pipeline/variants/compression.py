@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -99,7 +98,7 @@ class Compression:
         """The Hessians, if specs use them."""
         return self.calibrated.hessians if self.calibrated else None
 
-    def identity(self, arithmetic: Arithmetic) -> dict[str, Any]:
+    def identity(self, arithmetic: Arithmetic) -> dict[str, object]:
         """What the bytes of the output depend on; two compressions of equal identity give equal outputs."""
         fingerprint = self.calibrated.fingerprint if self.calibrated else None
         return {**identity_of(self.source, self.settings, arithmetic), CALIBRATION_KEY: fingerprint}
@@ -117,4 +116,4 @@ class TunedModel:
 
     tuned: TunedValues
     rows: dict[str, CompressedRow]
-    summary: dict[str, Any]
+    summary: dict[str, object]

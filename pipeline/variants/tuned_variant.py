@@ -1,7 +1,6 @@
 """A variant of a model after tuning."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.checkpoints.checkpoint import Checkpoint
 
@@ -12,9 +11,9 @@ class TunedVariant:
 
     Attributes:
         rows: the rows of its report, as JSON.
-        tuning: what the report states about the tuning.
+        applied: whether tuning lowered the divergence, so that the tuned values are stored.
     """
 
     checkpoint: Checkpoint
-    rows: list[dict[str, Any]]
-    tuning: dict[str, Any]
+    rows: list[dict[str, object]]
+    applied: bool

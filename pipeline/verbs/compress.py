@@ -1,8 +1,7 @@
 """The verb compress: a checkpoint in, a compressed model out, optionally evaluated and pushed to the Hub."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.source import open_checkpoint
@@ -97,13 +96,15 @@ class CompressResult:
         matrices: the report's rows of compressed matrices, for a table: without bits by the paper's count for a matrix
             whose form the paper does not have.
         evaluation: perplexity, as `swsc evaluate --json` writes it; None if none was requested.
+        note: what the user should know about the length of the evaluation's windows; may be empty.
         commit: address of the commit on the Hub; None if no upload was requested.
     """
 
     request: CompressRequest
-    report: dict[str, Any]
-    matrices: list[dict[str, Any]]
-    evaluation: dict[str, Any] | None = None
+    report: Mapping[str, object]
+    matrices: Sequence[Mapping[str, object]]
+    evaluation: Mapping[str, object] | None = None
+    note: str = ""
     commit: str | None = None
 
 
@@ -120,7 +121,8 @@ def compress(
         RunError: tasks failed; finished files are kept, and the same request resumes.
     """
     request.require_valid()
-    compression, evaluation = _checked(request)
+    checked = _checked(request)
+    compression, evaluation = checked.compression, checked.evaluation
     # Late, because importing Ray takes a second, and mistakes should show before.
     from pipeline.engine.ray_backend.arithmetic import arithmetic_of
     from pipeline.engine.ray_backend.worker_pools import worker_pools
@@ -133,7 +135,8 @@ def compress(
         result = _compressed(request, compression, Compute(pools, arithmetic), evaluation)
         on_stage(result)
         if evaluation:
-            result = replace(result, evaluation=evaluate_model(request.output, evaluation, pools))
+            perplexity = evaluate_model(request.output, evaluation, pools)
+            result = replace(result, evaluation=perplexity, note=checked.note)
             on_stage(result)
         if request.push:
             commit = push_output(request.output, request.push, request.push_settings, pools)
@@ -142,8 +145,22 @@ def compress(
     return result
 
 
-def _checked(request: CompressRequest) -> tuple[Compression, EvaluateSettings | None]:
-    """The compression and the evaluation, after all checks that need only headers and texts."""
+@dataclass(frozen=True)
+class _Checked:
+    """A compression and an evaluation that passed all checks which need no worker.
+
+    Attributes:
+        note: what the user should know about the length of the windows; may be empty.
+    """
+
+    compression: Compression
+    evaluation: EvaluateSettings | None
+    note: str
+
+
+def _checked(request: CompressRequest) -> _Checked:
+    """Open the model and check what needs only headers and texts."""
+    note = ""
     settings, calibration, evaluation = request.settings, request.calibration, request.evaluation
     source = open_checkpoint(request.model)
     require_unmixed(source, Store.at(request.output))
@@ -155,9 +172,9 @@ def _checked(request: CompressRequest) -> tuple[Compression, EvaluateSettings | 
     require_output(source, plan, request.output, settings, arithmetic, request.cache, request.writing.overwrite)
     if evaluation:
         require_causal(model, trusted)
-        evaluation = within_positions(evaluation, source.config)
+        evaluation, note = within_positions(evaluation, source.config)
         require_within(make_windows(request.model, evaluation).ids, source)
-    return Compression(source, plan, settings, calibration), evaluation
+    return _Checked(Compression(source, plan, settings, calibration), evaluation, note)
 
 
 def _compressed(

@@ -1,12 +1,10 @@
 """The verb evaluate: a dense or compressed model in, its perplexity and its results on lm-eval tasks out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from pipeline.architectures.model_config import ModelConfig, max_positions
 from pipeline.checkpoints.integrity.source_digests import SourceDigests
-from pipeline.console import log
 from pipeline.engine.stage import Pools
 from pipeline.errors import ConfigError
 from pipeline.evaluation.flow import evaluate_model
@@ -61,7 +59,7 @@ class EvaluateRequest:
     @property
     def trusted(self) -> bool:
         """Whether code that the model brings may run."""
-        return any(one.trust_remote_code for one in (self.perplexity, self.lm_eval) if one)
+        return any(settings.trust_remote_code for settings in (self.perplexity, self.lm_eval) if settings)
 
     def json_file(self) -> JsonFile | None:
         """The file of the result; OutputError if it cannot be written."""
@@ -80,18 +78,20 @@ class EvaluateResult:
     """Results of the measurements that were requested.
 
     Attributes:
+        note: what the user should know about the length of the windows; may be empty.
         perplexity: perplexity, loss of each window and protocol, as JSON.
         lm_eval: results of the lm-eval tasks, their tables and seconds.
     """
 
     request: EvaluateRequest
-    perplexity: dict[str, Any] | None = None
-    lm_eval: dict[str, Any] | None = None
+    note: str = ""
+    perplexity: Mapping[str, object] | None = None
+    lm_eval: Mapping[str, object] | None = None
 
     def to_json(self) -> dict[str, object]:
         """The result as `--json` writes it."""
         if self.lm_eval is None:
-            return dict(self.perplexity or {})
+            return {**(self.perplexity or {})}
         return {"model": self.lm_eval["model"], **(self.perplexity or {}), "lm_eval": self.lm_eval["lm_eval"]}
 
 
@@ -111,7 +111,8 @@ def evaluate(
     """
     json_file = request.json_file()
     model = open_model(request.model)
-    request = _checked(request, model)
+    result = _checked(request, model)
+    request = result.request
     uncompressed = read_result(request.uncompressed) if request.uncompressed else None
     if request.lm_eval:
         require_harness(request.lm_eval)
@@ -125,7 +126,6 @@ def evaluate(
 
     with worker_pools(request.cluster) as pools:
         digests = _verified(request, model, pools)
-        result = EvaluateResult(request)
         if request.perplexity:
             perplexity = evaluate_model(request.model, request.perplexity, pools, digests)
             result = finish_stage(replace(result, perplexity=perplexity))
@@ -137,27 +137,36 @@ def evaluate(
     return result
 
 
-def within_positions(settings: EvaluateSettings, config: ModelConfig) -> EvaluateSettings:
-    """Limit the default window length to the positions of the model. A given length is kept, with a note."""
+def within_positions(settings: EvaluateSettings, config: ModelConfig) -> tuple[EvaluateSettings, str]:
+    """Limit the default window length to the positions of the model.
+
+    Returns:
+        The settings, and a note for the user; it is empty for windows that have positions for all tokens.
+    """
     positions = max_positions(config)
     if not positions or settings.seqlen <= positions:
-        return settings
+        return settings, ""
     if "seqlen" in settings.model_fields_set:
-        log(f"note: windows of {settings.seqlen} tokens are longer than the {positions} positions of the model")
-        return settings
-    log(f"note: windows of {positions} tokens, the number of positions of the model")
-    return settings.model_copy(update={"seqlen": positions})
+        return settings, f"windows of {settings.seqlen} tokens are longer than the {positions} positions of the model"
+    note = f"windows of {positions} tokens, the number of positions of the model"
+    return settings.model_copy(update={"seqlen": positions}), note
 
 
-def _checked(request: EvaluateRequest, model: Model) -> EvaluateRequest:
-    """The request for this model, after all checks that need only its headers and its card."""
+def _checked(request: EvaluateRequest, model: Model) -> EvaluateResult:
+    """Check what needs only the headers of the model and its card.
+
+    Returns:
+        A result without measurements, whose request has the window length for this model.
+    """
+    note = ""
     examine(model, request.trusted, measured=True)
     require_causal(model, request.trusted)
     if request.perplexity:
-        request = replace(request, perplexity=within_positions(request.perplexity, model.config))
+        settings, note = within_positions(request.perplexity, model.config)
+        request = replace(request, perplexity=settings)
     if request.card:
         require_card(request.model)
-    return request
+    return EvaluateResult(request, note)
 
 
 def _verified(request: EvaluateRequest, model: Model, pools: Pools) -> SourceDigests | None:

@@ -1,7 +1,7 @@
 """The verb restore: a compressed model in, a plain dense checkpoint out, optionally with a LoRA adapter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline.restoring.flow import RestoreOptions, restore_model
 from pipeline.settings.cluster import ClusterSettings
@@ -33,7 +33,14 @@ class RestoreResult:
     """The report of a restoration, as swsc_report.json has it."""
 
     request: RestoreRequest
-    report: dict[str, Any]
+    report: Mapping[str, object]
+
+    @property
+    def rows(self) -> list[Mapping[str, object]]:
+        """The rows of the report, one per tensor."""
+        rows = self.report["tensors"]
+        assert isinstance(rows, list)  # by the format of the report
+        return rows
 
 
 def restore(request: RestoreRequest) -> RestoreResult:

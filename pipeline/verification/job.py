@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.checkpoints.integrity.digests import FileDigests, file_digests
@@ -17,7 +16,7 @@ class CheckFile:
 
     store: Store
     file: str
-    record: Mapping[str, Any]
+    record: Mapping[str, object]
 
     def run(self, context: JobContext) -> JobOutput[list[str]]:
         return JobOutput(file_differences(self.store, self.file, self.record))

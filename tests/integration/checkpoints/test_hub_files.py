@@ -82,9 +82,9 @@ def test_a_compression_is_measured_on_windows_of_the_models_positions(
 ) -> None:
     argv = ["compress", str(gpt2), str(tmp_path / "out"), "--local", "--clusters", "4", "--rank", "1"]
     assert main([*argv, "--text", str(texts[1]), "--windows", "2"]) == 0
-    said = capsys.readouterr()
-    assert "note: windows of 64 tokens" in said.err
-    assert "2 windows of 64 tokens" in said.out
+    said = capsys.readouterr().out
+    assert "note: windows of 64 tokens" in said
+    assert "2 windows of 64 tokens" in said
 
 
 def test_masks_are_neither_counted_nor_written(gpt2: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:

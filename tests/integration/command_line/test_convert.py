@@ -73,7 +73,7 @@ def test_a_directory_that_holds_something_is_left_alone(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine").write_text("mine")
-    for target, wanted in ((str(tmp_path), "not empty"), ("s3://bucket/model", "on this machine only")):
+    for target, wanted in ((str(tmp_path), "not empty"), ("s3://bucket/model", "local directories only")):
         assert main(["convert", str(file), target]) == 2
         assert wanted in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -168,4 +168,4 @@ def test_windows_are_no_longer_than_the_models_context_by_default(
     ):
         assert main([*argv, *flags]) == 0
         assert json.loads((tmp_path / "r.json").read_text())["seqlen"] == length
-        assert said in capsys.readouterr().err
+        assert said in capsys.readouterr().out

@@ -458,7 +458,7 @@ class TestJson:
             assert self.plan(place, f"/proc/self/fd/{ends[1]}") == 2
         finally:
             list(map(os.close, ends))
-        assert "no plain file" in error_of(capsys)
+        assert "not a regular file" in error_of(capsys)
 
     def test_the_result_that_is_compared_with_is_not_replaced(self, place: Place) -> None:
         (place / "base.json").write_text('{"perplexity": 3.0}')

@@ -233,4 +233,4 @@ def test_private_without_push_is_a_mistake(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--local", "--private"]) == 2
-    assert "private means nothing without --push" in capsys.readouterr().err
+    assert "private: only applies with --push" in capsys.readouterr().err

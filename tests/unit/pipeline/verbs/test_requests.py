@@ -104,17 +104,18 @@ def test_a_conversion_writes_local_directories_only() -> None:
 
 def test_only_the_default_window_length_is_limited_to_the_positions_of_a_model() -> None:
     config = {"max_position_embeddings": 256}
-    assert within_positions(EvaluateSettings(text="t"), config).seqlen == 256
-    assert within_positions(EvaluateSettings(text="t", seqlen=300), config).seqlen == 300
-    assert within_positions(EvaluateSettings(text="t"), {}).seqlen == 2048
+    for given, positions, length in (({}, config, 256), ({"seqlen": 300}, config, 300), ({}, {}, 2048)):
+        settings, note = within_positions(EvaluateSettings(text="t", **given), positions)
+        assert settings.seqlen == length
+        assert bool(note) == bool(positions)
 
 
 def test_the_json_of_an_evaluation_has_both_measurements(model: str, text: str) -> None:
     request = EvaluateRequest(model, EvaluateSettings(text=text))
     perplexity, lm_eval = {"model": model, "perplexity": 2.0}, {"model": model, "lm_eval": {}, "tables": ""}
-    assert EvaluateResult(request, perplexity).to_json() == perplexity
-    assert EvaluateResult(request, perplexity, lm_eval).to_json() == {**perplexity, "lm_eval": {}}
-    assert EvaluateResult(request, None, lm_eval).to_json() == {"model": model, "lm_eval": {}}
+    assert EvaluateResult(request, "", perplexity).to_json() == perplexity
+    assert EvaluateResult(request, "", perplexity, lm_eval).to_json() == {**perplexity, "lm_eval": {}}
+    assert EvaluateResult(request, "", None, lm_eval).to_json() == {"model": model, "lm_eval": {}}
 
 
 def test_a_sweep_with_a_failed_row_names_its_cause() -> None:
