@@ -1,4 +1,4 @@
-"""What Ray's autoscaler starts nodes with in tests: processes of this machine."""
+"""Node provider with which Ray's autoscaler starts nodes in tests: processes on this machine."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeP
 
 
 class LoopbackProvider(FakeMultiNodeProvider):
-    """Ray's own feigned provider; it refuses nodes whose type has an amount of memory, as types of real ones have."""
+    """Ray's fake provider, for node types that state their memory, as real ones do; the fake one refuses these."""
 
     def create_node_with_resources_and_labels(
         self, node_config: Any, tags: Any, count: int, resources: dict[str, float], labels: Any
     ) -> None:
-        bare = {name: amount for name, amount in resources.items() if name != "memory"}
-        super().create_node_with_resources_and_labels(node_config, tags, count, bare, labels)
+        without_memory = {name: amount for name, amount in resources.items() if name != "memory"}
+        super().create_node_with_resources_and_labels(node_config, tags, count, without_memory, labels)

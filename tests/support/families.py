@@ -1,6 +1,6 @@
-"""Tiny random models of many families, built from the real config classes and saved under the names that hub checkpoints use.
+"""Tiny random models of many families, built from transformers' config classes and saved under the Hub's tensor names.
 
-`family` gives each of them in turn, with its compressed forms; a test of all families is a test of this fixture.
+A test that uses the fixture `family` runs once per family.
 """
 
 import json
@@ -40,7 +40,8 @@ _MLA = {
     "num_experts_per_tok": 2,
 }  # fmt: skip
 _VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
 }  # fmt: skip
 _LLAMA4 = {
     **_SHAPE,
@@ -120,17 +121,21 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen2_vl": lambda: t.Qwen2VLForConditionalGeneration(
         t.Qwen2VLConfig(
             text_config={**_SHAPE, "rope_parameters": _ROPE},
-            vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2},
+            vision_config={
+                "depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2,
+            },
         )
     ),
 }  # fmt: skip
 _ALL = "q,k,v,o,gate,up,down,experts"
-_ROLES = {  # of families that have other roles than Llama
+# projections of families whose projections differ from those of Llama
+_ROLES = {
     **dict.fromkeys(("gpt_neox", "falcon 7b", "falcon 40b", "falcon rw", "bloom", "gpt2", "opt"), "q,k,v,o,up,down"),
     **dict.fromkeys(("qwen2_moe", "deepseek_v2", "deepseek_v3"), _ALL),
     **dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss"), "q,k,v,o,experts"),
     **dict.fromkeys(("llama4", "llama4 with vision", "granitemoeshared", "aria_text", "qwen3_vl_moe"), _ALL),
 }
+# families that store all experts of a layer in one tensor
 STACKED = (
     "llama4",
     "llama4 with vision",
@@ -138,20 +143,20 @@ STACKED = (
     "granitemoeshared",
     "aria_text",
     "qwen3_vl_moe",
-)  # experts in one tensor
+)
 _COARSE = ["--clusters", "4", "--rank", "2", "--n-init", "1", "--local"]
 
 
 @dataclass(frozen=True)
 class FamilyModel:
-    """A tiny model in float32 as a directory, and what is made of it when it is first asked for."""
+    """A tiny model in float32 in a directory, and its compressed and restored forms, which are created on first use."""
 
     name: str
     folder: Path
 
     @cached_property
     def dense(self) -> Path:
-        """The checkpoint, as `save_pretrained` writes it: in several files that split layers."""
+        """The checkpoint as `save_pretrained` writes it, in several files that split layers."""
         path = self.folder / "dense"
         torch.manual_seed(0)
         MODELS[self.name]().save_pretrained(path, max_shard_size="100KB")
@@ -159,62 +164,63 @@ class FamilyModel:
 
     @property
     def roles(self) -> str:
-        """All roles that its language part has."""
+        """All projections of its language model, for --projectors."""
         return _ROLES.get(self.name, "q,k,v,o,gate,up,down")
 
     @cached_property
     def compressed(self) -> Path:
-        """Everything linear is compressed."""
+        """An output in which all projections are compressed."""
         return self.compress("all", "--projectors", self.roles)
 
     @cached_property
     def queries_and_keys(self) -> Path:
-        """Q and K are compressed."""
+        """An output in which Q and K are compressed."""
         return self.compress("qk", "--projectors", "q,k")
 
     def compress(self, name: str, *flags: str) -> Path:
-        """A directory of the model compressed, coarsely and fast."""
+        """Compress the model with few clusters and a low rank into the directory `name`."""
         assert main(["compress", str(self.dense), str(self.folder / name), *_COARSE, *flags]) == 0
         return self.folder / name
 
     def restored(self, compressed: Path) -> Path:
-        """A dense directory again."""
+        """Restore an output into a dense directory."""
         path = compressed.with_name(f"{compressed.name}-restored")
         assert path.exists() or main(["restore", str(compressed), str(path), "--local"]) == 0
         return path
 
     def load(self, directory: Path, **how: Any) -> Any:
-        """The model of a directory, in eval mode and aligned memory, by the class that its config names."""
+        """Load a directory by the class that its config names, in evaluation mode and aligned memory."""
         kind = getattr(t, json.loads((self.dense / "config.json").read_text())["architectures"][0])
         model, info = kind.from_pretrained(directory, output_loading_info=True, **how)
         assert not info["missing_keys"]
-        align(model)  # equal bits are promised in aligned memory (test_kernels.py has what holds elsewhere)
+        # results are equal to the bit in aligned memory only (test_kernels.py tests other alignments)
+        align(model)
         return model.eval()
 
     def logits(self, model: Any) -> torch.Tensor:
-        """Logits of a short text."""
+        """Logits [1, 24, vocabulary] of a fixed text."""
         with torch.no_grad():
             return model(input_ids=torch.arange(1, 25)[None]).logits
 
     def off(self, first: Any, second: Any) -> float:
-        """Largest difference of logits, to the largest logit (weights of tests are ten times as large as real ones)."""
-        wanted = self.logits(second)
-        return float((self.logits(first) - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+        """Largest difference of the logits, relative to the largest logit; weights are ten times the usual size."""
+        reference = self.logits(second)
+        return float((self.logits(first) - reference).abs().max() / reference.abs().max().clamp(min=1))
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    """Every stored tensor of a directory."""
+    """All stored tensors of a directory."""
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def experts_of(model: Any) -> list[SwscExperts]:
-    """The unfused ones, layer by layer."""
+    """The unfused experts, layer by layer."""
     return [module for module in model.modules() if isinstance(module, SwscExperts)]
 
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyModel]:
-    """All of them; read only, so that what is made of one for a test is there for the tests of other files."""
+    """All families; tests do not change them, so that all test files share their compressed and restored forms."""
     return {name: FamilyModel(name, tmp_path_factory.mktemp(name.replace(" ", "-"))) for name in MODELS}
 
 

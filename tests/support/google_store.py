@@ -1,4 +1,4 @@
-"""A server that speaks the protocol of Google Cloud Storage (gcp-storage-emulator from PyPI), in a process of its own."""
+"""A server with the protocol of Google Cloud Storage (gcp-storage-emulator from PyPI), in a separate process."""
 
 import contextlib
 import os
@@ -14,7 +14,8 @@ from pipeline.storage.filesystems import files_at
 from tests.support.ports import free_port
 
 BUCKET = "gs://models"
-# It writes headers and body separately: with Nagle's algorithm every answer would wait 40 ms for the client's acknowledgement.
+# The server writes headers and body separately. With Nagle's algorithm every response would wait 40 ms for the client's
+# acknowledgement.
 _SERVER = """
 from socketserver import StreamRequestHandler
 from gcp_storage_emulator.__main__ import main
@@ -25,7 +26,7 @@ main()
 
 @contextlib.contextmanager
 def google_store() -> Iterator[None]:
-    """Start a server, of which this process and those that it starts are clients as long as the context lasts: one at a time."""
+    """Start a server that this process and its child processes use while the context lasts; one server at a time."""
     port = free_port()
     command = [sys.executable, "-c", _SERVER, "start", "--host=127.0.0.1", f"--port={port}"]
     flags = ["--in-memory", f"--default-bucket={BUCKET.removeprefix('gs://')}"]

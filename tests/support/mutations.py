@@ -1,4 +1,4 @@
-"""Small files changed as by hand or by harm: values of other types, huge numbers, deep nests, missing keys, half letters, cut bytes."""
+"""Hypothesis strategies that damage small files: wrong types, huge numbers, deep nesting, missing keys, cut bytes."""
 
 import copy
 import json
@@ -8,13 +8,14 @@ import yaml
 from hypothesis import settings
 from hypothesis import strategies as st
 
-_FEW = 15  # examples of a test in an ordinary run
+# examples per test in an ordinary run
+_FEW = 15
 
 
 def patient(few: int = _FEW) -> settings:
-    """Few examples, unless the profile asks for thousands."""
-    asked = settings().max_examples
-    return settings(max_examples=few if asked <= 100 else asked, suppress_health_check=list(_SLOW))
+    """Settings with few examples, unless the profile requests thousands."""
+    requested = settings().max_examples
+    return settings(max_examples=few if requested <= 100 else requested, suppress_health_check=list(_SLOW))
 
 
 def _nest(depth: int) -> Any:
@@ -34,9 +35,10 @@ _SLOW = _slow()
 ODD = st.one_of(
     st.sampled_from(
         [
-            None, True, False, -1, 0, 1, 2, 7, 2**31, 2**53 + 1, 2**63, 10**12, 10**30, 10**400, -(10**400), 1.5, -0.0, 1e308, 5e-324,
-            float("nan"), float("inf"), "", "x", "..", "../..", "/etc/passwd", "a/b", "\0", "\ud800", "\ud83d\ude00", "100",
-            "x" * 5000, "(a+)+$", [], {}, [[]], [None], {"": None}, [1, "a", None], {"a": {"b": {}}},
+            None, True, False, -1, 0, 1, 2, 7, 2**31, 2**53 + 1, 2**63, 10**12, 10**30, 10**400, -(10**400), 1.5,
+            -0.0, 1e308, 5e-324, float("nan"), float("inf"), "", "x", "..", "../..", "/etc/passwd", "a/b", "\0",
+            "\ud800", "\ud83d\ude00", "100", "x" * 5000, "(a+)+$", [], {}, [[]], [None], {"": None}, [1, "a", None],
+            {"a": {"b": {}}},
         ]
     ),
     st.text(max_size=8), st.integers(), st.lists(st.integers(-2, 2**62), max_size=4),
@@ -44,21 +46,21 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
-def _places(tree: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths to everything in a tree but the tree itself."""
+def _paths(tree: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to all nodes of a tree except its root."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    found = []
+    paths = []
     for key, value in items:
-        found += [(*above, key), *_places(value, (*above, key))]
-    return found
+        paths += [(*above, key), *_paths(value, (*above, key))]
+    return paths
 
 
 def _change(draw: Any, tree: Any) -> Any:
-    """The tree with one thing changed."""
-    places = _places(tree)
-    if not places or draw(st.integers(0, 30)) == 0:
+    """The tree with one change."""
+    paths = _paths(tree)
+    if not paths or draw(st.integers(0, 30)) == 0:
         return copy.deepcopy(draw(ODD))
-    *above, key = draw(st.sampled_from(places))
+    *above, key = draw(st.sampled_from(paths))
     holder = tree
     for step in above:
         holder = holder[step]
@@ -83,25 +85,27 @@ def changed_tree(draw: Any, tree: Any) -> Any:
     return tree
 
 
-# Values as YAML alone can write them: tags that do not fit, dates that are none, sets, bytes, aliases, merges, half letters.
+# YAML syntax that has no equal in JSON: wrong tags, invalid dates, sets, bytes, aliases, merges, lone surrogates.
 _YAML = [
-    "!!int ''", "!!float ''", "!!bool x", "!!bool {a: 1}", "!!timestamp x", "!!timestamp ''", "!!null x", "!!int 0b", "!!int 1:x",
-    "!!binary x", "!!binary YWJj", "!!set {x, y}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!str [1]", "!!map x", "!!python/object:os.system x",
-    "!x y", "2024-01-31", "2024-99-99", "2001-12-14t21:59:43.10-99:99", "0001-01-01 00:00:00 +23:59", "190:20:30.15", "0x_", "1_000", ".inf",
-    ".nan", "-.inf", "1e999", "=", "<<", "{<<: 3}", "{<<: [{a: 1}, {b: 2}]}", "&x [*x]", "[&x a, *x, *x]", "*y", "? [1]", "{? [1] : 2}",
-    "{? {a: 1} : 2}", "{null: 1, true: 2, 1.5: 3, 2024-01-31: 4}", '"\\ud800"', '"\\0"', "|\n  x", ">-\n  x", "@x", "`x`", "%x", "!!int |\n  7",
-    "!!float 1:x", "09", "~", "yes", "{a: 1, a: 2}", "[", "{", "- x", "\t7", "x: y", "...", "---", "--- 1",
+    "!!int ''", "!!float ''", "!!bool x", "!!bool {a: 1}", "!!timestamp x", "!!timestamp ''", "!!null x", "!!int 0b",
+    "!!int 1:x", "!!binary x", "!!binary YWJj", "!!set {x, y}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!str [1]",
+    "!!map x", "!!python/object:os.system x", "!x y", "2024-01-31", "2024-99-99", "2001-12-14t21:59:43.10-99:99",
+    "0001-01-01 00:00:00 +23:59", "190:20:30.15", "0x_", "1_000", ".inf", ".nan", "-.inf", "1e999", "=", "<<",
+    "{<<: 3}", "{<<: [{a: 1}, {b: 2}]}", "&x [*x]", "[&x a, *x, *x]", "*y", "? [1]", "{? [1] : 2}", "{? {a: 1} : 2}",
+    "{null: 1, true: 2, 1.5: 3, 2024-01-31: 4}", '"\\ud800"', '"\\0"', "|\n  x", ">-\n  x", "@x", "`x`", "%x",
+    "!!int |\n  7", "!!float 1:x", "09", "~", "yes", "{a: 1, a: 2}", "[", "{", "- x", "\t7", "x: y", "...", "---",
+    "--- 1",
 ]  # fmt: skip
 
 
 @st.composite
 def changed_yaml(draw: Any, tree: dict[str, Any]) -> bytes:
-    """A YAML file whose tree or bytes are changed, or of which a value is such as no tree holds."""
+    """A YAML file whose tree or bytes are changed, or in which a value uses unusual YAML syntax."""
     text = yaml.dump(draw(changed_tree(tree)), allow_unicode=True)
     if draw(st.integers(0, 2)) == 0:
-        said = {key: value for key, value in tree.items() if draw(st.booleans())}
+        some_keys = {key: value for key, value in tree.items() if draw(st.booleans())}
         text = (
-            yaml.dump(said) if said else ""
+            yaml.dump(some_keys) if some_keys else ""
         ) + f"{draw(st.sampled_from(sorted(tree)))}: {draw(st.sampled_from(_YAML))}\n"
     content = text.encode(errors="surrogatepass")
     return draw(st.one_of(st.just(content), st.just(content), changed_bytes(content)))
@@ -109,7 +113,7 @@ def changed_yaml(draw: Any, tree: dict[str, Any]) -> bytes:
 
 @st.composite
 def changed_bytes(draw: Any, data: bytes, most: int = 1 << 16) -> bytes:
-    """Bytes with some set, dropped, put in or cut off, in the first `most` of them."""
+    """Bytes of which some of the first `most` are set, dropped, inserted or cut off."""
     content = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, min(len(content), most)))
@@ -129,7 +133,7 @@ def changed_bytes(draw: Any, data: bytes, most: int = 1 << 16) -> bytes:
 
 @st.composite
 def changed_json(draw: Any, data: bytes) -> bytes:
-    """A JSON file whose tree, or now and then whose bytes, are changed; numbers may have more digits than Python parses."""
+    """A JSON file whose tree or, sometimes, bytes are changed; numbers may have more digits than Python parses."""
     if draw(st.integers(0, 4)) == 0:
         return draw(changed_bytes(data))
     tree = draw(changed_tree(json.loads(data)))
@@ -141,14 +145,14 @@ def changed_json(draw: Any, data: bytes) -> bytes:
 
 @st.composite
 def changed_header(draw: Any, data: bytes) -> bytes:
-    """A safetensors file with a changed header, mostly with its length as it should be."""
+    """A safetensors file with a changed header, whose stated length is mostly right."""
     length = int.from_bytes(data[:8], "little")
     header = draw(changed_json(data[8 : 8 + length]))
-    said = draw(
+    stated_length = draw(
         st.one_of(
             st.just(len(header)),
             st.just(len(header)),
             st.sampled_from([0, 1, max(0, len(header) - 1), len(data), 2**40, 2**64 - 1]),
         )
     )
-    return int(said).to_bytes(8, "little") + header + data[8 + length :]
+    return int(stated_length).to_bytes(8, "little") + header + data[8 + length :]

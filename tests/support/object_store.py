@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS from PyPI) on loopback ports of its own, with one bucket."""
+"""An S3 server (SeaweedFS from PyPI) on free loopback ports, with one bucket."""
 
 import contextlib
 import os
@@ -17,17 +17,26 @@ from tests.support.ports import free_ports
 
 BUCKET = "s3://models"
 _LOG = "server.log"
-_GRPC = 10000  # each port has a twin for gRPC, so much higher; all stay below those that Linux gives to clients (32768)
-_STARTS = 3  # with other ports each time: another process may have taken one since it was found free
+# offset of the gRPC port of each server; all ports stay below those that Linux assigns to clients (32768 and up)
+_GRPC = 10000
+# attempts to start, each with other ports: another process may have taken a port since it was found free
+_STARTS = 3
 
 
-class DoesNotStart(RuntimeError):
-    """The server ended, or does not answer; holds the end of its log."""
+class ServerStartError(RuntimeError):
+    """The server ended or does not answer; the message is the end of its log."""
 
 
 @dataclass
 class ObjectStore:
-    """A running server; `environment` is what its clients need."""
+    """A running server.
+
+    Attributes:
+        folder: directory of its data and its log.
+        ports: name of a service -> port.
+        environment: environment variables that its clients need.
+        process: the server.
+    """
 
     folder: Path
     ports: dict[str, int]
@@ -35,17 +44,21 @@ class ObjectStore:
     process: "subprocess.Popen[bytes]"
 
     def kill(self) -> None:
-        """Pull the plug."""
+        """Kill the server without a shutdown."""
         self.process.kill()
         self.process.wait()
 
     def start_again(self) -> None:
-        """Up again, with the data that it had."""
+        """Start the server again with the same data."""
         self.process = _start(self.folder, self.ports, self.environment)
         self.wait()
 
     def wait(self) -> None:
-        """Until it answers."""
+        """Wait until the server answers.
+
+        Raises:
+            ServerStartError: the server ended, or does not answer within a minute.
+        """
         import pyarrow.fs as arrow
 
         for _ in range(240):
@@ -60,7 +73,7 @@ class ObjectStore:
             if self.process.poll() is not None:
                 break
             time.sleep(0.25)
-        raise DoesNotStart((self.folder / _LOG).read_text(errors="replace")[-2000:])
+        raise ServerStartError((self.folder / _LOG).read_text(errors="replace")[-2000:])
 
 
 @contextlib.contextmanager
@@ -79,7 +92,7 @@ def _started(folder: Path) -> ObjectStore:
         try:
             server.wait()
             return server
-        except DoesNotStart:
+        except ServerStartError:
             server.kill()
             if attempt == _STARTS:
                 raise
@@ -100,10 +113,15 @@ def _new(folder: Path) -> ObjectStore:
 
 @contextlib.contextmanager
 def as_client(server: ObjectStore, alone: bool = False) -> Iterator[None]:
-    """This process is a client of the server as long as the context lasts; `alone`, so that its leases need not wait."""
-    own = {key: value for key, value in server.environment.items() if key.startswith("AWS_")}
+    """Make this process a client of the server while the context lasts.
+
+    Args:
+        server: the server.
+        alone: there is no other client, so that leases need not wait.
+    """
+    variables = {key: value for key, value in server.environment.items() if key.startswith("AWS_")}
     with (
-        mock.patch.dict(os.environ, own),
+        mock.patch.dict(os.environ, variables),
         mock.patch.object(lease, "_SETTLING_SECONDS", 0.0 if alone else lease._SETTLING_SECONDS),
     ):
         files_at.cache_clear()
@@ -114,7 +132,7 @@ def as_client(server: ObjectStore, alone: bool = False) -> Iterator[None]:
 
 
 def upload(folder: Path, address: str) -> str:
-    """Put the files of a folder, and of those in it, at an address, which is returned."""
+    """Copy the files of a directory tree to an address, and return the address."""
     store = Store.at(address)
     for path in filter(Path.is_file, folder.rglob("*")):
         store.write(str(path.relative_to(folder)), [path.read_bytes()])
@@ -122,7 +140,7 @@ def upload(folder: Path, address: str) -> str:
 
 
 def stored(address: str) -> dict[str, bytes]:
-    """Like `tiny.contents`, for an output at any address."""
+    """The content of every file of an output at any address, except the report: like `tiny.contents`."""
     store = Store.at(address)
     return {name: bytes(store.read(name)) for name in store.names() if name != "swsc_report.json"}
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval that need no network: YAML files beside their data, in words that the tiny tokenizer knows."""
+"""Tasks of lm-eval that need no network: YAML files and their data, in the vocabulary of the tiny tokenizer."""
 
 import json
 import random
@@ -67,7 +67,7 @@ metadata: {version: 3.0}
 
 
 def make_tasks(folder: Path) -> Path:
-    """Write tiny_choice, tiny_more (of one-token choices), tiny_group of both, tiny_rolling, tiny_write and tiny_drawn."""
+    """Write tiny_choice, tiny_more (one-token choices), tiny_group (both), tiny_rolling, tiny_write and tiny_drawn."""
     draw = random.Random(7)
 
     def words(least: int, most: int) -> str:
@@ -106,7 +106,8 @@ def make_tasks(folder: Path) -> Path:
     return folder
 
 
-# What a random model writes matches no answer: a figure of the letters themselves differs between texts.
+# The output of a random model matches no answer. This metric, a number computed from the letters, differs between
+# outputs.
 _CHARACTERS = """
 def characters(references, predictions):
     return sum((place + 1) * ord(letter) for place, letter in enumerate(predictions[0])) % 9973
@@ -114,10 +115,10 @@ def characters(references, predictions):
 
 
 def findings(results: dict[str, Any]) -> dict[str, Any]:
-    """The results without the machine, the time, and addresses of functions."""
+    """The results of a run that do not depend on the machine, the time, or the memory addresses of functions."""
     parts = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
-    kept = {key: results[key] for key in parts if key in results}
-    about = (
+    stable = {key: results[key] for key in parts if key in results}
+    config_keys = (
         "model_num_parameters",
         "model_dtype",
         "batch_size",
@@ -126,5 +127,5 @@ def findings(results: dict[str, Any]) -> dict[str, Any]:
         "random_seed",
         "fewshot_seed",
     )
-    kept["config"] = {key: results["config"][key] for key in about} | {"max_length": results["max_length"]}
-    return json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(kept)))
+    stable["config"] = {key: results["config"][key] for key in config_keys} | {"max_length": results["max_length"]}
+    return json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(stable)))

@@ -4,8 +4,8 @@ import contextlib
 import random
 import socket
 
-# Linux gives clients ports from 32768 on, and Ray gives its workers those from 10002 to 19999: a server that got one of them
-# could lose it between the probe and its own start.
+# Linux gives clients ports from 32768 on, and Ray gives its workers those from 10002 to 19999: a server that got one of
+# them could lose it between the probe and its own start.
 _FIRST, _LAST = 20000, 32000
 
 

@@ -1,4 +1,4 @@
-"""A real Ray cluster on loopback addresses, with ports and a folder of its own; nodes come and go."""
+"""A Ray cluster on loopback addresses, with free ports and a temporary directory; nodes can be added and removed."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ import psutil
 from tests.support.ports import free_port
 from tests.support.project import ROOT
 
-# A node counts as dead after three seconds without an answer, in place of fourteen.
+# Ray declares a node dead after three seconds without an answer, instead of fourteen.
 _HEALTH = {f"RAY_health_check_{name}": value for name, value in (("period_ms", "1000"), ("timeout_ms", "1000"))}
 _HEALTH["RAY_health_check_failure_threshold"] = "3"
 _STARTS = 3
@@ -29,7 +29,14 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 @dataclass(frozen=True)
 class Cluster:
-    """Addresses of the cluster, and the environment that its users need."""
+    """A running cluster.
+
+    Attributes:
+        address: address of the head.
+        dashboard: URL of the dashboard.
+        environment: environment variables that its users need.
+        folder: temporary directory of the cluster.
+    """
 
     address: str
     dashboard: str
@@ -37,10 +44,10 @@ class Cluster:
     folder: str
 
     def join(self, ip: str, cpus: int = 1) -> "subprocess.Popen[bytes]":
-        """Start a node more, with a folder of its own as on a machine of its own; `end` it.
+        """Start another node with a separate temporary directory, as on a separate machine; `end` stops it.
 
-        Nodes that shared one would unpack a job's package over each other: Ray removes what is there first, and with it the
-        directory in which the job runs.
+        Nodes that shared one would unpack a job's package over each other: Ray removes what is there first, and with it
+        the directory in which the job runs.
         """
         folder = tempfile.mkdtemp(prefix="n", dir=self.folder)
         address = ["start", f"--address={self.address}", f"--node-ip-address={ip}", f"--num-cpus={cpus}"]
@@ -54,7 +61,7 @@ class Cluster:
         return node
 
     def _wait_to_be_counted(self, ip: str) -> None:
-        """Its process exists before the cluster lists it."""
+        """Wait until the cluster lists the node, which happens after its process has started."""
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         client = GcsClient(address=self.address)
@@ -66,7 +73,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def another_node(self, ip: str, cpus: int = 1) -> Iterator["subprocess.Popen[bytes]"]:
-        """A node more, as long as the context lasts."""
+        """Another node, while the context lasts."""
         node = self.join(ip, cpus)
         try:
             yield node
@@ -74,11 +81,11 @@ class Cluster:
             end(node)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command against the cluster from the repository's root."""
+        """Run a command that uses the cluster, in the root of the repository."""
         return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=540)
 
     def swsc(self, *argv: object) -> subprocess.CompletedProcess[str]:
-        """`swsc …` on the cluster, from this process: a new one would import everything again, which takes seconds."""
+        """Run `swsc …` on the cluster from this process; a new process would spend seconds on imports."""
         import ray
 
         from jobs.cli import main
@@ -95,9 +102,16 @@ class Cluster:
 
 @contextlib.contextmanager
 def ray_cluster(*flags: str, port: int = 0, **more: str) -> Iterator[Cluster]:
-    """A head with two CPUs and `flags`, whose processes and users have `more` in their environment."""
-    folder = tempfile.mkdtemp(prefix="swsc")  # short: socket paths are limited to 107 bytes
-    # The entrypoint of a job is `python`: it must be this one, also where no environment is activated.
+    """Start a head node with two CPUs.
+
+    Args:
+        flags: further flags of `ray start`.
+        port: port of the head; a free one if 0.
+        more: environment variables of the cluster's processes and users.
+    """
+    # a short path, because paths of sockets are limited to 107 bytes
+    folder = tempfile.mkdtemp(prefix="swsc")
+    # the entrypoint of a job is `python`, which has to be this interpreter even if no environment is activated
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), "PATH": path, **_HEALTH, **more}
     node, cluster = _start_head(environment, folder, port, flags)
@@ -111,13 +125,13 @@ def ray_cluster(*flags: str, port: int = 0, **more: str) -> Iterator[Cluster]:
 def _start_head(
     environment: dict[str, str], folder: str, port: int, flags: Sequence[str]
 ) -> tuple["subprocess.Popen[bytes]", Cluster]:
-    """A head that answers. One that ends at once is started again with other ports: another process may have taken one."""
+    """Start a head that answers; after a failure, try other ports, because another process may have taken one."""
     head = [*RAY, "start", "--head", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
     for _ in range(_STARTS):
-        own, dashboard = port or free_port(), free_port()
-        ports = [f"--port={own}", f"--dashboard-port={dashboard}", _agent()]
+        head_port, dashboard = port or free_port(), free_port()
+        ports = [f"--port={head_port}", f"--dashboard-port={dashboard}", _agent()]
         node = subprocess.Popen([*head, *ports, *_common(folder), *flags], **_quiet(environment))
-        cluster = Cluster(f"127.0.0.1:{own}", f"http://127.0.0.1:{dashboard}", environment, folder)
+        cluster = Cluster(f"127.0.0.1:{head_port}", f"http://127.0.0.1:{dashboard}", environment, folder)
         if _answers(f"{cluster.dashboard}/api/version", node):
             return node, cluster
         end(node)
@@ -129,18 +143,18 @@ def _common(folder: str) -> list[str]:
 
 
 def _agent() -> str:
-    """Jobs are submitted through a node's agent; its default port may be another cluster's."""
+    """A free port for the node's agent, which accepts jobs; another cluster may use the default port."""
     return f"--dashboard-agent-listen-port={free_port()}"
 
 
 def raylet_of(node: "subprocess.Popen[bytes]") -> psutil.Process | None:
-    """The process that is the node, as soon as it is there."""
+    """The raylet process of a node; None until it has started."""
     family = psutil.Process(node.pid).children(recursive=True)
     return next((process for process in family if process.name() == "raylet"), None)
 
 
 def server_of(cluster: Cluster) -> psutil.Process:
-    """The process that knows of everything in a cluster, of its head."""
+    """The global control service (GCS) of the cluster, a process of its head."""
     servers = [process for process in psutil.process_iter() if process.name() == "gcs_server"]
     return next(process for process in servers if cluster.folder in " ".join(process.cmdline()))
 
@@ -158,7 +172,7 @@ def _quiet(environment: dict[str, str]) -> dict[str, Any]:
 
 
 def _answers(url: str, server: "subprocess.Popen[bytes]") -> bool:
-    """Whether the server answers within two minutes; it does not if its process ends before."""
+    """Whether the server answers within two minutes, before its process ends."""
     for _ in range(480):
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
             return True
@@ -169,7 +183,7 @@ def _answers(url: str, server: "subprocess.Popen[bytes]") -> bool:
 
 
 def end(node: "subprocess.Popen[bytes]") -> None:
-    """Stop a node and the processes that it started, and no others."""
+    """Stop a node and the processes that it started."""
     family = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
     node.terminate()
     try:
@@ -182,12 +196,12 @@ def end(node: "subprocess.Popen[bytes]") -> None:
 
 
 def workers_at(kind: str, node: "subprocess.Popen[bytes] | None" = None) -> list[psutil.Process]:
-    """Processes of workers that run a job of the class `kind` ("" is any), of all nodes or of one."""
+    """Worker processes that run a job of the class `kind` ("" for any class), on all nodes or on one node."""
     family = psutil.Process(node.pid).children(recursive=True) if node else psutil.process_iter()
-    found = []
+    workers = []
     for process in family:
         with contextlib.suppress(psutil.Error):
             title = " ".join(process.cmdline())
             if title.startswith("ray::ActorWorker") and (not kind or f"ActorWorker.{kind}" in title):
-                found.append(process)
-    return found
+                workers.append(process)
+    return workers

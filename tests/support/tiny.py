@@ -1,4 +1,4 @@
-"""A tiny Llama with its own tokenizer, and a text for it: made here, in seconds, from seeds."""
+"""A tiny Llama with a tokenizer, and texts for it, generated from seeds."""
 
 import random
 import shutil
@@ -16,7 +16,7 @@ def make_tiny_model(
     path: Path, *, layers: int = 3, seed: int = 0, tied: bool = True, shards: bool = True, head_dim: int = 16,
     bias: bool = False, dtype: torch.dtype = torch.bfloat16,
 ) -> Path:  # fmt: skip
-    """Save a random Llama (hidden 64, k_proj 32×64: never square), in shards that split layers."""
+    """Save a random Llama with hidden size 64 and rectangular projections, in shards that split layers."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
@@ -31,7 +31,7 @@ def make_tiny_model(
 
 
 def save_tokenizer(path: Path) -> None:
-    """A tokenizer of 253 words beside a model."""
+    """Save a tokenizer of 253 words beside a model."""
     vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -41,19 +41,19 @@ def save_tokenizer(path: Path) -> None:
 
 
 def make_text(path: Path, words: int = 2000, seed: int = 0) -> Path:
-    """A text of `words` random words that the tiny tokenizer knows."""
+    """Write a text of `words` random words of the tiny tokenizer's vocabulary."""
     draw = random.Random(seed)
     path.write_text(" ".join(draw.choice(WORDS) for _ in range(words)), encoding="utf-8")
     return path
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a finished output but the report, which holds times."""
+    """The content of every file of a finished output, except the report, which holds times."""
     return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.is_file() and p.name != "swsc_report.json"}
 
 
 def moved(model: Path, target: Path, offset: int) -> Path:
-    """A copy of a model whose tensor data begin at `offset` (a multiple of 8) past a multiple of 64 bytes of each safetensors file."""
+    """A copy of a model whose tensor data start `offset` bytes (a multiple of 8) after a 64-byte boundary."""
     shutil.copytree(model, target)
     for file in target.glob("*.safetensors"):
         content = file.read_bytes()
