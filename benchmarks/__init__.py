@@ -1,1 +1,1 @@
-"""One script a claim; README.md says command, machine and figures. Run from the checkout: python -m benchmarks.NAME."""
+"""Measurements behind the figures of docs/: one script per claim; its docstring names the command and a good result."""

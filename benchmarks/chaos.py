@@ -1,12 +1,15 @@
-"""Claim: a run that is struck again and again, by kills and by pauses of all its parts, ends as if nothing had happened.
+"""Claim: a run that is disturbed by kills and pauses of all its components writes the same bytes as an undisturbed run.
 
     python -m benchmarks.chaos --rounds 100 --seed 0
 
-Each round compresses a small model from an object store into it, on a Ray cluster of two nodes, and strikes at random moments: a
-worker, the driver, the second node (another one joins) or the object store's server is killed, or a worker, the driver or the server is
-paused. One strike in twenty is a long pause, beyond all deadlines: a worker that hangs, or a driver that hangs while another one
-takes its place, and then goes on. A driver that fell is started again by the same command. Afterwards the output must be that of
-an undisturbed run, to the byte; meanwhile nothing may look finished that is not, and nothing that is finished may be made again.
+Each round compresses a small model from an object store to the same store, on a Ray cluster of two nodes, and injects
+faults at random times: a worker, the driver, the second node (a new one joins) or the server of the object store is
+killed, or a worker, the driver or the server is paused. One fault in twenty is a pause longer than all deadlines: a
+worker hangs, or a driver hangs, is replaced by another one, and resumes. A driver that ended is started again with the
+same command.
+
+Good result, exit code 0: every output is byte-identical to that of the undisturbed run and no finished file was
+computed again. The script stops if an output looks finished but is not, or if a command prints a traceback.
 """
 
 import argparse
@@ -39,63 +42,73 @@ FLAGS = ["--bits", "4", "--n-init", "60"]
 LAYERS = 12
 STRIKES = ("kill worker", "kill driver", "kill node", "kill store", "pause worker", "pause driver", "pause store")
 LONG_STRIKES, LONG_SHARE, LONG_SECONDS = ("hang worker", "replace driver"), 0.05, 45.0
-DEADLINE = 30  # seconds of a task
-MOST_STARTS = 20  # of a driver in one round: beyond that it does not go on, whatever it says
+# Seconds that a task may take.
+DEADLINE = 30
+# Driver starts in one round, after which the round counts as failed.
+MAX_STARTS = 20
 
 
 @dataclass
 class Round:
-    """What came of one."""
+    """Outcome of one round.
+
+    Attributes:
+        strikes: injected faults.
+        starts: number of times that a driver was started.
+        again: tasks that a running driver started again.
+        lost: finished files that were computed again.
+        identical: whether the output equals that of the undisturbed run.
+    """
 
     seed: str
     strikes: list[str] = field(default_factory=list)
     starts: int = 0
-    again: int = 0  # tasks that were begun again while a driver ran
-    lost: int = 0  # finished files that were made again
+    again: int = 0
+    lost: int = 0
     seconds: float = 0.0
     identical: bool = False
 
 
 class Arena:
-    """Cluster, object store and model of all rounds, and the driver of the present one."""
+    """Cluster, object store and model of all rounds."""
 
     def __init__(self, cluster: Cluster, server: ObjectStore, node: "subprocess.Popen[bytes]") -> None:
         self.cluster, self.server, self.node = cluster, server, node
         self._ip = 2
 
     def run(self, seed: str, strikes: int) -> Round:
-        """A round with `strikes` strikes, drawn by `seed`."""
+        """Run one round with `strikes` faults, which `seed` selects."""
         draw, outcome = random.Random(seed), Round(seed)
         output = Store.at(f"{BUCKET}/round-{seed.replace(' ', '-')}")
         started, code, records = time.monotonic(), -1, Records(output)
-        while code != 0 and outcome.starts < MOST_STARTS:
-            found = 0 if output.exists(MANIFEST) else records.look()
+        while code != 0 and outcome.starts < MAX_STARTS:
+            n_finished = 0 if output.exists(MANIFEST) else records.update()
             driver = self._driver(output)
             outcome.starts += 1
-            while len(outcome.strikes) < strikes and _still(driver, draw.uniform(1.0, 8.0)):
+            while len(outcome.strikes) < strikes and _runs_after(driver, draw.uniform(1.0, 8.0)):
                 strike, driver = self._strike(draw, driver, output)
                 outcome.strikes += [strike] if strike else []
-                records.look()
-            _, said = driver.communicate()
+                records.update()
+            _, log = driver.communicate()
             code = driver.returncode
-            outcome.again += said.count("starting it again")
-            self._require_honest(output, code, said)
+            outcome.again += log.count("starting it again")
+            self._require_valid(output, code, log)
         outcome.lost = records.changed
         if code == 0:
-            kept = output.read_json(REPORT).get("files_of_an_earlier_run", 0)
-            outcome.lost += max(0, found - kept)
+            n_reused = output.read_json(REPORT).get("files_of_an_earlier_run", 0)
+            outcome.lost += max(0, n_finished - n_reused)
         outcome.seconds = time.monotonic() - started
         outcome.identical = code == 0 and contents(output) == self.expected
         return outcome
 
     def measure_undisturbed(self) -> float:
-        """Seconds of a run that nobody strikes, whose output is what all others are held against."""
+        """Seconds of a run without faults. Its output is the reference for all others."""
         output = Store.at(f"{BUCKET}/undisturbed")
         started = time.monotonic()
         driver = self._driver(output)
-        _, said = driver.communicate()
+        _, log = driver.communicate()
         if driver.returncode:
-            raise SystemExit(f"the undisturbed run failed: {said}")
+            raise SystemExit(f"the undisturbed run failed: {log}")
         self.expected = contents(output)
         return time.monotonic() - started
 
@@ -106,22 +119,22 @@ class Arena:
             env=self.cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def _require_honest(self, output: Store, code: int, said: str) -> None:
+    def _require_valid(self, output: Store, code: int, log: str) -> None:
         if code not in (0, 1, 2, 130, -9):
-            raise SystemExit(f"{output.root}: exit {code}: {said}")
-        if "Traceback" in said:
-            raise SystemExit(f"{output.root}: a traceback: {said}")
+            raise SystemExit(f"{output.root}: exit {code}: {log}")
+        if "Traceback" in log:
+            raise SystemExit(f"{output.root}: a traceback: {log}")
         if code and output.exists(MANIFEST) and contents(output) != self.expected:
-            raise SystemExit(f"{output.root}: looks finished and is not, exit {code}: {said}")
+            raise SystemExit(f"{output.root}: looks finished but is not, exit {code}: {log}")
 
     def _strike(
         self, draw: random.Random, driver: "subprocess.Popen[str]", output: Store
     ) -> tuple[str, "subprocess.Popen[str]"]:
-        """Which strike it was ("": nobody was there to be struck), and the driver after it."""
+        """Inject one fault; returns its name, "" if its target did not run, and the driver afterwards."""
         strike = draw.choice(LONG_STRIKES if draw.random() < LONG_SHARE else STRIKES)
         if strike == "replace driver":
             return strike, self._replace(driver, output)
-        what, pause = strike.split()[1], draw.uniform(0.5, 4.0)
+        target, pause = strike.split()[1], draw.uniform(0.5, 4.0)
         if strike == "kill node":
             raylet = raylet_of(self.node)
             if raylet:
@@ -133,8 +146,8 @@ class Arena:
             self.server.kill()
             time.sleep(pause)
             self.server.start_again()
-        elif victim := self._victim(what, draw, driver):
-            with contextlib.suppress(psutil.Error):  # it may end by itself, or be ended for hanging
+        elif victim := self._victim(target, draw, driver):
+            with contextlib.suppress(psutil.Error):  # the process may end by itself, or be ended because it hangs
                 if strike.startswith("kill"):
                     victim.kill()
                 else:
@@ -146,21 +159,21 @@ class Arena:
         return strike, driver
 
     def _replace(self, driver: "subprocess.Popen[str]", output: Store) -> "subprocess.Popen[str]":
-        """Stop a driver until another one has taken its place, then let it go on: it must give way."""
+        """Pause a driver until another one has replaced it, then resume it: it must stop by itself."""
         os.kill(driver.pid, signal.SIGSTOP)
         other = self._driver(output)
-        _still(other, LONG_SECONDS)
+        _runs_after(other, LONG_SECONDS)
         os.kill(driver.pid, signal.SIGCONT)
-        _, said = driver.communicate()
-        self._require_honest(output, driver.returncode, said)
+        _, log = driver.communicate()
+        self._require_valid(output, driver.returncode, log)
         if driver.returncode == 0 and other.poll() is None:
-            raise SystemExit(f"{output.root}: two drivers at once, the first one ended well: {said}")
+            raise SystemExit(f"{output.root}: two drivers at once, the first one succeeded: {log}")
         return other
 
-    def _victim(self, what: str, draw: random.Random, driver: "subprocess.Popen[str]") -> psutil.Process | None:
-        if what == "store":
+    def _victim(self, target: str, draw: random.Random, driver: "subprocess.Popen[str]") -> psutil.Process | None:
+        if target == "store":
             return psutil.Process(self.server.process.pid)
-        if what == "driver":
+        if target == "driver":
             return psutil.Process(driver.pid)
         workers = [worker for worker in workers_at("") if self._is_ours(worker)]
         return draw.choice(sorted(workers, key=lambda worker: worker.pid)) if workers else None
@@ -171,35 +184,35 @@ class Arena:
         return False
 
 
-def _still(driver: "subprocess.Popen[str]", seconds: float) -> bool:
-    """Whether the driver still runs after some seconds."""
+def _runs_after(driver: "subprocess.Popen[str]", seconds: float) -> bool:
+    """Whether the driver still runs after `seconds`."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         driver.wait(seconds)
     return driver.poll() is None
 
 
 class Records:
-    """The records of finished files as they were last seen: one that changes tells that its file was made again."""
+    """Watches the records of finished files. A record that changes means that its file was computed again."""
 
     def __init__(self, output: Store) -> None:
         self._store = output.below(FINISHED_FOLDER)
         self._seen: dict[str, bytes] = {}
         self.changed = 0
 
-    def look(self) -> int:
-        """How many there are now."""
-        found = {}
-        with contextlib.suppress(FileNotFoundError, SwscError):  # they go when the run ends
+    def update(self) -> int:
+        """Read all records, count changes, and return the number of records."""
+        records = {}
+        with contextlib.suppress(FileNotFoundError, SwscError):  # they are removed when the run ends
             for name in self._store.names():
-                found[name] = bytes(self._store.read(name))
-        self.changed += sum(data != self._seen.get(name, data) for name, data in found.items())
-        self._seen |= found
-        return len(found)
+                records[name] = bytes(self._store.read(name))
+        self.changed += sum(data != self._seen.get(name, data) for name, data in records.items())
+        self._seen |= records
+        return len(records)
 
 
 @contextlib.contextmanager
-def arena() -> Iterator[Arena]:
-    """Everything that the rounds need."""
+def set_up() -> Iterator[Arena]:
+    """Set up the cluster, the object store and the model of all rounds."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos"))
         server = stack.enter_context(object_store(Path(folder, "store")))
@@ -208,38 +221,42 @@ def arena() -> Iterator[Arena]:
         for path in model.iterdir():
             Store.at(f"{BUCKET}/model").write(path.name, [path.read_bytes()])
         cluster = stack.enter_context(ray_cluster())
-        place = Arena(cluster, server, cluster.join("127.0.0.2"))
-        stack.callback(lambda: end(place.node))
-        yield place
+        arena = Arena(cluster, server, cluster.join("127.0.0.2"))
+        stack.callback(lambda: end(arena.node))
+        yield arena
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--strikes", type=int, default=3, help="in each round")
+    parser.add_argument("--strikes", type=int, default=3, help="faults in each round")
     arguments = parser.parse_args()
-    with arena() as place:
-        undisturbed = place.measure_undisturbed()
+    with set_up() as arena:
+        undisturbed = arena.measure_undisturbed()
         rounds = []
         for number in range(arguments.rounds):
-            rounds.append(place.run(f"{arguments.seed} {number}", arguments.strikes))
+            rounds.append(arena.run(f"{arguments.seed} {number}", arguments.strikes))
             print(f"{rounds[-1]}", file=sys.stderr, flush=True)
     print_summary(rounds, undisturbed)
     raise SystemExit(not all(outcome.identical and not outcome.lost for outcome in rounds))
 
 
 def print_summary(rounds: list[Round], undisturbed: float) -> None:
-    """A table, and how often each strike fell."""
+    """Print a table, and the number of faults of each kind."""
     strikes = Counter(strike for outcome in rounds for strike in outcome.strikes)
     total = sum(strikes.values())
     lost = sum(outcome.seconds - undisturbed for outcome in rounds) / max(1, total)
-    print_markdown(
-        ["rounds", "identical", "strikes", "tasks begun again a strike", "finished files lost", "seconds undisturbed",
-         "seconds lost a strike"],
-        [[len(rounds), sum(outcome.identical for outcome in rounds), total,
-          sum(outcome.again for outcome in rounds) / max(1, total), sum(outcome.lost for outcome in rounds), undisturbed, lost]],
-    )  # fmt: skip
+    row = {
+        "rounds": len(rounds),
+        "identical": sum(outcome.identical for outcome in rounds),
+        "faults": total,
+        "tasks started again per fault": sum(outcome.again for outcome in rounds) / max(1, total),
+        "finished files computed again": sum(outcome.lost for outcome in rounds),
+        "undisturbed, s": undisturbed,
+        "lost per fault, s": lost,
+    }
+    print_markdown(list(row), [list(row.values())])
     print(", ".join(f"{strike} {count}" for strike, count in sorted(strikes.items())))
 
 

@@ -1,9 +1,13 @@
-"""Claim: in aligned memory equal weights give equal logits under the kernels of any processor; elsewhere they agree to 5e-7 of the
-largest logit for windows and 2e-6 for single tokens.
+"""Claim: in aligned memory, equal weights give equal logits under the kernels of any processor.
 
-Tiny models of all families, their files shifted by 8, 24 and 40 bytes, under every row of tests/support/kernels.py, each in a process of
-its own; single tokens and a window. Experiment beside it: which bytes of an output, and which digits of a perplexity, depend on
-the kernels. One thread.
+    python -m benchmarks.kernels
+
+Opens tiny models of all families from files whose bytes are shifted by 8, 24 and 40, under every row of
+tests/support/kernels.py, each in its own process with one thread, and compares logits of single tokens and of a window.
+Also reports, as an experiment, which bytes of an output and which digits of a perplexity depend on the kernels.
+
+Good result, exit code 0: no difference in aligned memory; elsewhere at most 5e-7 of the largest logit for windows and
+2e-6 for single tokens.
 """
 
 import argparse
@@ -33,7 +37,7 @@ FORMS = {
     "tuned": ["--preset", "best", *_CALIBRATED],
 }
 OFFSETS = (0, 8, 24, 40)
-PROMISED = {
+LIMITS = {
     "as the files have it, window": 5e-7,
     "as the files have it, single tokens": 2e-6,
     "aligned, window": 0.0,
@@ -42,17 +46,17 @@ PROMISED = {
 
 
 def verb(*argv: object) -> None:
-    """Run one command quietly; RuntimeError with what it said if it fails."""
+    """Run one command without output. Raises RuntimeError with its output if it fails."""
     from jobs.cli import main
 
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         if main([str(arg) for arg in argv]):
-            raise RuntimeError(said.getvalue())
+            raise RuntimeError(output.getvalue())
 
 
 def make_inputs(folder: Path) -> None:
-    """A model and two texts, once for all: random numbers depend on the kernels, too."""
+    """Write a model and two texts for all processes, because random numbers depend on the kernels too."""
     import torch
 
     from tests.support.tiny import make_text, make_tiny_model
@@ -62,26 +66,26 @@ def make_inputs(folder: Path) -> None:
 
 
 def outputs(inputs: Path, folder: Path) -> dict[str, str]:
-    """sha256 of the weights of each form, and the perplexity of the model, as text."""
+    """sha256 of the weights of each form, and the perplexity of the model with all digits."""
     model, text, other = inputs / "model", inputs / "text.txt", inputs / "other.txt"
-    found = {}
+    digests = {}
     for form, flags in FORMS.items():
         given = [*flags, text] if "--calibration" in flags else flags
         verb("compress", model, folder / form, "--local", "--include", "proj", *given)
         weights = sorted((folder / form).glob("*.safetensors"))
-        found[form] = hashlib.sha256(b"".join(file.read_bytes() for file in weights)).hexdigest()[:8]
+        digests[form] = hashlib.sha256(b"".join(file.read_bytes() for file in weights)).hexdigest()[:8]
     verb("evaluate", model, "--text", other, "--seqlen", 64, "--local", "--json", folder / "e.json")
-    return found | {"perplexity": repr(json.loads((folder / "e.json").read_text())["perplexity"])}
+    return digests | {"perplexity": repr(json.loads((folder / "e.json").read_text())["perplexity"])}
 
 
-def difference(say: Callable[[Any], Any], models: list[Any]) -> float:
-    """Largest difference between logits of the first model and those of the others, to the largest logit."""
-    wanted, *others = map(say, models)
-    return float(max((logits - wanted).abs().max() for logits in others) / wanted.abs().max())
+def difference(logits_of: Callable[[Any], Any], models: list[Any]) -> float:
+    """Largest difference of logits between the first model and the others, relative to the largest logit."""
+    expected, *others = map(logits_of, models)
+    return float(max((logits - expected).abs().max() for logits in others) / expected.abs().max())
 
 
 def differences(folder: Path) -> dict[str, float]:
-    """Worst of all families: opened by transformers, and in aligned memory; single tokens and a window."""
+    """Largest relative differences over all families, in the memory of the files and in aligned memory."""
     import torch
 
     from swsc_core import align
@@ -90,29 +94,29 @@ def differences(folder: Path) -> dict[str, float]:
 
     def passes(model: Any, ids: Any) -> Any:
         with torch.no_grad():
-            return torch.cat([model(input_ids=one).logits.flatten() for one in ids])
+            return torch.cat([model(input_ids=batch).logits.flatten() for batch in ids])
 
-    ways = {"window": torch.arange(1, 25)[None, None], "single tokens": torch.arange(1, 25)[:, None, None]}
-    worst = dict.fromkeys(PROMISED, 0.0)
+    inputs = {"window": torch.arange(1, 25)[None, None], "single tokens": torch.arange(1, 25)[:, None, None]}
+    worst = dict.fromkeys(LIMITS, 0.0)
     for name, make in MODELS.items():
         torch.manual_seed(0)
-        made = make()
-        made.save_pretrained(folder / name)
+        model = make()
+        model.save_pretrained(folder / name)
         places = [moved(folder / name, folder / f"{name}-{offset}", offset) for offset in OFFSETS]
-        models = [type(made).from_pretrained(place).eval() for place in places]
+        models = [type(model).from_pretrained(place).eval() for place in places]
         for key in worst:
             if key.startswith("aligned"):
-                for model in models:
-                    align(model)
-            worst[key] = max(worst[key], difference(partial(passes, ids=ways[key.partition(", ")[2]]), models))
+                for opened in models:
+                    align(opened)
+            worst[key] = max(worst[key], difference(partial(passes, ids=inputs[key.partition(", ")[2]]), models))
     return worst
 
 
-def measured(name: str, inputs: str) -> dict[str, Any]:
-    """What a process under the kernels `name` finds."""
-    own = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+def measured(name: str, inputs: str) -> dict[str, str | float]:
+    """Digests and differences of a process with the kernels `name`."""
+    inherited = {key: value for key, value in os.environ.items() if key not in VARIABLES}
     command = [sys.executable, "-m", "benchmarks.kernels", "--child", inputs]
-    env = own | dict(variables_of(name)) | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    env = inherited | dict(variables_of(name)) | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
@@ -129,7 +133,7 @@ def main() -> int:
         rows = {name: measured(name, folder) for name in KERNELS}
     columns = list(rows["native"])
     print_markdown(["kernels", *columns], ([name, *map(row.get, columns)] for name, row in rows.items()))
-    return int(any(row[key] > most for row in rows.values() for key, most in PROMISED.items()))
+    return int(any(row[key] > limit for row in rows.values() for key, limit in LIMITS.items()))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Claim: compressing a checkpoint in the shape of Llama-2-7B keeps the driver below 1 GB and each worker below 1.5 GB.
 
-    python -m benchmarks.llama7b_shape make DIR            13.5 GB of made-up weights, written in two or three minutes
-    python -m benchmarks.llama7b_shape run DIR OUT         compress Q and K on a Ray cluster of its own, and watch it
+    python -m benchmarks.llama7b_shape make DIR            writes 13.5 GB of random weights in two or three minutes
+    python -m benchmarks.llama7b_shape run DIR OUT         compresses Q and K on its own Ray cluster
 
-`run` watches the processes of the job each 0.2 s (see watch.py), and says where the workers' time went.
+`run` samples the processes of the job every 0.2 s (watch.py), and prints their memory and where the workers' time went.
+
+Good result, exit code 0: no process exceeds its limit.
 """
 
 import argparse
@@ -29,7 +31,8 @@ CONFIG = {
     "rope_scaling": None, "attention_bias": False, "pretraining_tp": 1, "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2, "use_cache": True, "torch_dtype": "bfloat16",
 }  # fmt: skip
-INTERVAL, THOROUGH = 0.2, 5  # seconds between samples; every so many of them a thorough one
+# Seconds between samples, and the number of samples after which one is thorough.
+INTERVAL, THOROUGH = 0.2, 5
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -51,7 +54,7 @@ def nbytes(shape: tuple[int, ...]) -> int:
 
 
 def shards(tensors: Shapes) -> list[Shapes]:
-    """Tensors in order, as many to a shard as SHARD_BYTES hold."""
+    """Tensors in order, divided into shards of at most SHARD_BYTES."""
     groups: list[Shapes] = [{}]
     for name, shape in tensors.items():
         if groups[-1] and sum(map(nbytes, groups[-1].values())) + nbytes(shape) > SHARD_BYTES:
@@ -61,7 +64,7 @@ def shards(tensors: Shapes) -> list[Shapes]:
 
 
 def pieces(group: Shapes, block: bytes) -> Iterator[bytes | memoryview]:
-    """Bytes of a shard: Q and K have a structure of their own, all other tensors repeat one random block."""
+    """Bytes of a shard. Q and K are structured weights; all other tensors repeat one random block."""
     import torch
 
     from benchmarks.common import structured_weight
@@ -78,7 +81,7 @@ def pieces(group: Shapes, block: bytes) -> Iterator[bytes | memoryview]:
 
 
 def make(directory: str, layers: int) -> int:
-    """Write the checkpoint, a shard at a time."""
+    """Write the checkpoint, one shard at a time."""
     import torch
 
     from pipeline.checkpoints.weight_files import INDEX
@@ -99,10 +102,10 @@ def make(directory: str, layers: int) -> int:
 
 
 def run(directory: str, output: str, address: str, workers: int | None) -> int:
-    """Compress in a process of its own, watch it, print what was seen; 1 if a limit is broken."""
+    """Compress in another process, sample it, and print the samples; returns 1 if a limit is exceeded."""
     if Path(output).exists():
         print(
-            f"{output} exists: a run that goes on, or has nothing to do, would show too little; remove it",
+            f"{output} exists: a resumed run would be measured only in part; remove it",
             file=sys.stderr,
         )
         return 2
@@ -132,12 +135,12 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     maker = verbs.add_parser("make")
     maker.add_argument("directory")
-    maker.add_argument("--scale-layers", type=int, default=32, help="fewer layers, of the same shape")
+    maker.add_argument("--scale-layers", type=int, default=32, help="number of layers (default: 32)")
     runner = verbs.add_parser("run")
     runner.add_argument("directory")
     runner.add_argument("output")
     runner.add_argument("--workers", type=int)
-    runner.add_argument("--address", default="local", help="of a Ray cluster (default: one of its own)")
+    runner.add_argument("--address", default="local", help="Ray cluster (default: start one)")
     given = parser.parse_args()
     if given.verb == "make":
         return make(given.directory, given.scale_layers)

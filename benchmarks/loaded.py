@@ -1,10 +1,12 @@
-"""Claim: a compressed model is as small in memory as on disk; and what a forward pass from the parts costs in time.
+"""Claim: the parameters of a compressed model take no more memory than its files; also times a forward pass.
 
     python -m benchmarks.loaded DENSE COMPRESSED [COMPRESSED …]
 
-Each model is opened by transformers in a process of its own, in the dtype of its files. Memory is what its process has
-grown by (RSS) from the import of the libraries to the end of a forward pass over the prompt, activations and cache included; times are medians of five, given as ratios to the dense model of
-the same run. Exits 1 if the parameters take more than what the files hold.
+transformers opens each model in its own process, in the dtype of its files. Memory is the growth of the process (RSS)
+from the import of the libraries to the end of a forward pass over the prompt, including activations and cache. Times
+are medians of five, given as ratios to the dense model of the same run.
+
+Good result, exit code 0: the parameters of no model take more bytes than its files.
 """
 
 import argparse
@@ -20,7 +22,8 @@ from typing import Any
 
 from benchmarks.common import print_markdown
 
-_PROMPT = 256  # tokens
+# Tokens of the prompt.
+_PROMPT = 256
 _REPEATS = 5
 
 
@@ -30,32 +33,32 @@ def main() -> int:
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.alone:
-        print(json.dumps(look(given.alone)))
+        print(json.dumps(measure(given.alone)))
         return 0
-    found = [
+    results = [
         json.loads(subprocess.run(command(model), stdout=subprocess.PIPE, check=True).stdout) for model in given.models
     ]
-    dense = found[0]
-    print_markdown(
-        ("model", "files, MB", "parameters, MB", "memory, MB", "of the dense one's", "prompt, ratio of time", "one token, ratio"),
-        [
-            (
-                model.name, one["files"] / 1e6, one["parameters"] / 1e6, one["memory"] / 1e6, one["memory"] / dense["memory"],
-                one["prompt"] / dense["prompt"], one["token"] / dense["token"],
-            )
-            for model, one in zip(given.models, found, strict=True)
-        ],
-    )  # fmt: skip
-    return 1 if any(one["parameters"] > one["files"] for one in found) else 0
+    dense = results[0]
+    header = ("model", "files, MB", "parameters, MB", "memory, MB")
+    rows = [
+        (
+            model.name,
+            *(result[key] / 1e6 for key in ("files", "parameters", "memory")),
+            *(result[key] / dense[key] for key in ("memory", "prompt", "token")),
+        )
+        for model, result in zip(given.models, results, strict=True)
+    ]
+    print_markdown((*header, "ratio to dense", "prompt, ratio of time", "one token, ratio"), rows)
+    return 1 if any(result["parameters"] > result["files"] for result in results) else 0
 
 
 def command(model: Path) -> list[str]:
-    """This script again, for one model."""
+    """Command that measures one model with this script."""
     return [sys.executable, "-m", "benchmarks.loaded", "--alone", str(model)]
 
 
-def look(directory: Path) -> dict[str, float]:
-    """What one model takes: bytes and seconds."""
+def measure(directory: Path) -> dict[str, float]:
+    """Bytes and seconds of one model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,17 +66,19 @@ def look(directory: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     config = AutoConfig.from_pretrained(directory)
-    kind = AutoModelForCausalLM._model_mapping[type(config)]  # its code is no part of the model's memory
+    kind = AutoModelForCausalLM._model_mapping[
+        type(config)
+    ]  # importing its code before is not counted as memory of the model
     before = resident()
     model = kind.from_pretrained(directory, dtype="auto")
-    held = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters() if p.numel()}
+    parameters = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters() if p.numel()}
     prompt = torch.randint(0, config.vocab_size, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         cache = model(prompt, use_cache=True).past_key_values
         memory = resident() - before
         return {
             "files": sum(tensor_bytes(file) for file in directory.glob("*.safetensors")),
-            "parameters": sum(held.values()),
+            "parameters": sum(parameters.values()),
             "memory": memory,
             "prompt": median(lambda: model(prompt, use_cache=False)),
             "token": median(lambda: model(prompt[:, :1], past_key_values=cache, use_cache=True)),
@@ -87,13 +92,13 @@ def tensor_bytes(file: Path) -> int:
 
 
 def resident() -> int:
-    """RSS of this process."""
+    """RSS of this process, in bytes."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def median(call: Callable[[], Any]) -> float:
-    """Median seconds of some calls."""
+    """Median seconds of several calls."""
     seconds = []
     for _ in range(_REPEATS):
         started = time.perf_counter()

@@ -1,7 +1,12 @@
-"""Claim: a worker that compresses by activations holds at most 6 copies of its matrix in float32 beside the second moment.
+"""Claim: a worker that uses the metric of activations holds at most 6 float32 copies of its matrix besides the Hessian.
 
-Each shape runs in a process of its own. A worker reads the matrix (float16) and its moments from files as in a run; counted
-is the peak of resident memory less what the worker had before, in matrices, once the moment [n, n] is taken off.
+    python -m benchmarks.memory
+
+Each shape runs in its own process. The worker reads a float16 matrix and its Hessian from files, as in a run, and
+compresses it. The result is the growth of peak resident memory, minus the Hessian [n, n], in units of the float32
+matrix.
+
+Good result, exit code 0: at most 6 copies for every shape.
 """
 
 import argparse
@@ -29,21 +34,21 @@ _SHAPES = ((4096, 4096, 0), (4096, 4096, 32), (4096, 11008, 0), (2048, 5504, 0))
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM (the peak so far) of this process, in bytes."""
+    """VmRSS (present) or VmHWM (peak) resident memory of this process, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def write(folder: Path, name: str, m: int, n: int) -> None:
-    """A random matrix and its moments, as a checkpoint and a calibration have them."""
+    """Write a random matrix and its Hessian, in the files of a checkpoint and of a calibration."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(n, n, generator=generator)
-    moment = inputs.T @ inputs
+    hessian = inputs.T @ inputs
     save_file(
         {f"{name}.weight": torch.randn(m, n, generator=generator).mul_(0.02).half()},
         folder / f"{name}-model.safetensors",
     )
-    parts = {"plain": moment, "weighted": moment.clone(), "rows": torch.ones(m)}
+    parts = {"plain": hessian, "weighted": hessian.clone(), "rows": torch.ones(m)}
     file = hessian_file(f"{name}.weight")
     save_file({f"{name}.{part}": tensor for part, tensor in parts.items()}, folder / file)
     row = {"name": f"{name}.weight", "owner": f"{name}.weight", "tokens": 4096}
@@ -53,7 +58,7 @@ def write(folder: Path, name: str, m: int, n: int) -> None:
 
 
 def measure(folder: Path, m: int, n: int, rank: int) -> None:
-    """Print the peak in copies of the matrix, the moment left out, and seconds."""
+    """Print the peak in copies of the matrix, without the Hessian, and the seconds."""
     spec = SwscSpec(
         256, rank, segment_size=4, scaled=True, metric="activations", feedback=True, rounds=1,
         centroid_bits=8, factor_bits=8 if rank else None,
@@ -68,17 +73,17 @@ def measure(folder: Path, m: int, n: int, rank: int) -> None:
         for name in ("small", "large")
     )
     hessians = Hessians(store, gradient_share=0.5)
-    worker.run(CompressLayer(store, small, "swsc", 0, None, hessians))  # libraries allocate on their first call
+    worker.run(CompressLayer(store, small, "swsc", 0, None, hessians))  # libraries allocate in their first call
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     _, seconds = timed(lambda: worker.run(CompressLayer(store, large, "swsc", 0, None, hessians)))
     print((resident("VmHWM") - before - 4 * n * n) / (4 * m * n), seconds)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("M", "N", "RANK"), help="of one measurement")
-    parser.add_argument("--folder", type=Path, help="where its files are")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("M", "N", "RANK"), help="measure one shape")
+    parser.add_argument("--folder", type=Path, help="folder with its files")
     arguments = parser.parse_args()
     if arguments.shape:
         measure(arguments.folder, *arguments.shape)
@@ -100,7 +105,7 @@ def main() -> int:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
         copies, seconds = map(float, done.stdout.split())
         rows.append((f"{m}×{n}", rank, copies, seconds))
-    print_markdown(("shape", "rank", "copies of the matrix beside the moment", "seconds"), rows)
+    print_markdown(("shape", "rank", "copies of the matrix besides the Hessian", "seconds"), rows)
     return 0 if all(copies <= _LIMIT for _, _, copies, _ in rows) else 1
 
 

@@ -1,6 +1,10 @@
-"""Claim: `swsc plan` reads headers only, in seconds and under 1 GB, for checkpoints in the shape of 70B and 671B models.
+"""Claim: `swsc plan` reads only headers, in less than 60 s and 1 GB, also for 70B and 671B models.
 
-python -m benchmarks.plan DIR      makes both below DIR (files with holes: a few MB of disk), plans them, prints a table
+    python -m benchmarks.plan DIR
+
+Writes both checkpoints below DIR as sparse files (a few MB of disk), plans them, and prints a table.
+
+Good result, exit code 0: both plans stay within the limits.
 """
 
 import argparse
@@ -22,7 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def llama_70b() -> tuple[dict[str, object], Shapes]:
-    """Llama-3-70B: 80 layers of grouped-query attention."""
+    """config.json and shapes of Llama-3-70B: 80 layers of grouped-query attention."""
     hidden, mlp, keys, vocabulary = 8192, 28672, 1024, 128256
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in range(80):
@@ -39,7 +43,7 @@ def llama_70b() -> tuple[dict[str, object], Shapes]:
 
 
 def deepseek_671b() -> tuple[dict[str, object], Shapes]:
-    """DeepSeek-V3: latent attention, and 256 experts in each of 58 layers, every one three matrices."""
+    """config.json and shapes of DeepSeek-V3: latent attention, 256 experts of three matrices in each of 58 layers."""
     hidden, expert, vocabulary = 7168, 2048, 129280
     latent = {"q_a_proj": (1536, hidden), "q_b_proj": (24576, 1536), "kv_a_proj_with_mqa": (576, hidden)}
     latent |= {"kv_b_proj": (32768, 512), "o_proj": (hidden, 16384)}
@@ -68,7 +72,7 @@ def nbytes(shape: tuple[int, ...]) -> int:
 
 
 def make(folder: Path, config: dict[str, object], shapes: Shapes) -> None:
-    """A checkpoint of holes: true headers, true sizes, no weights."""
+    """Write a checkpoint of sparse files: real headers and sizes, no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     shards: list[Shapes] = [{}]
@@ -80,17 +84,17 @@ def make(folder: Path, config: dict[str, object], shapes: Shapes) -> None:
         shards[-1][name] = shape
         filled += nbytes(shape)
     weight_map = {}
-    for number, own in enumerate(shards, 1):
+    for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header = build_header((name, "BF16", shape, nbytes(shape)) for name, shape in own.items())
+        header = build_header((name, "BF16", shape, nbytes(shape)) for name, shape in shard.items())
         (folder / file).write_bytes(header)
-        os.truncate(folder / file, len(header) + sum(map(nbytes, own.values())))
-        weight_map |= dict.fromkeys(own, file)
+        os.truncate(folder / file, len(header) + sum(map(nbytes, shard.values())))
+        weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def planned(folder: Path) -> tuple[float, int, str]:
-    """Seconds and peak memory of `swsc plan`, and the line that says how large the output would be."""
+    """Seconds and peak memory of `swsc plan`, and the line of its output that estimates the output size."""
     command = [
         sys.executable,
         "-m",
@@ -107,26 +111,26 @@ def planned(folder: Path) -> tuple[float, int, str]:
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    said = [line for line in process.stdout if line.startswith("output_bytes")]
+    lines = [line for line in process.stdout if line.startswith("output_bytes")]
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"plan of {folder} failed")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024, said[0].strip()
+    return time.perf_counter() - started, usage.ru_maxrss * 1024, lines[0].strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    rows, held = [], True
+    rows, within_limits = [], True
     for name, (config, shapes) in {"Llama-3-70B": llama_70b(), "DeepSeek-V3 671B": deepseek_671b()}.items():
         make(folder / name.split()[0], config, shapes)
         seconds, peak, output = planned(folder / name.split()[0])
-        held &= seconds < SECONDS and peak < PEAK_BYTES
+        within_limits &= seconds < SECONDS and peak < PEAK_BYTES
         rows.append([name, len(shapes), seconds, peak / 1e9, output])
-    print_markdown(["shape of", "tensors", "seconds", "peak memory, GB", "foretold"], rows)
-    print("holds" if held else "DOES NOT HOLD")
-    raise SystemExit(not held)
+    print_markdown(["shape of", "tensors", "seconds", "peak memory, GB", "estimated output"], rows)
+    print("within the limits" if within_limits else "LIMITS EXCEEDED")
+    raise SystemExit(not within_limits)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""Claim: our truncated SVD stays within 0.1% of the Eckart-Young optimum, at a fraction of the full SVD's time.
+"""Claim: our truncated SVD stays within 0.1% of the Eckart-Young optimum, in a fraction of the time of the full SVD.
 
-The matrices are what SWSC gives it: errors of a K-Means with 256 clusters on a 4096×4096 Gaussian matrix (flat
-spectrum: the hard case) and on one of low rank + similar channels + noise. Truth is the tail of the singular values that
-torch.linalg.svd finds. torch.svd_lowrank stands beside it, with its error. Calls alternate within each run.
+    python -m benchmarks.svd
+
+The matrices are those that SWSC factorises: errors of a K-Means with 256 clusters on a 4096×4096 Gaussian matrix, whose
+flat spectrum is the hard case, and on a matrix of low rank with similar channels and noise. The optimum is the tail of
+the singular values of torch.linalg.svd. torch.svd_lowrank is measured too, with its error. Calls alternate within each
+run.
+
+Good result, exit code 0: the worst squared error is at most 1.001 × the optimum.
 """
 
 import argparse
@@ -15,11 +20,12 @@ from torch import Tensor
 from benchmarks.common import print_markdown, structured_weight, timed
 from swsc_core import kmeans, truncated_svd
 
-LIMIT = 1.001  # squared error over the optimum
+# Squared error over the optimum.
+LIMIT = 1.001
 
 
 def error_matrix(kind: str, side: int, k: int) -> Tensor:
-    """What K-Means leaves of a matrix."""
+    """The error of a K-Means on a matrix."""
     if kind == "random":
         weight = 0.02 * torch.randn(side, side, generator=torch.Generator().manual_seed(1))
     else:
@@ -44,8 +50,8 @@ def svd_lowrank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def measure(kind: str, matrix: Tensor, ranks: list[int], runs: int) -> list[tuple[object, ...]]:
-    """A row a rank: error ratios to the optimum (worst run) and time ratios to ours (median of runs)."""
-    torch.manual_seed(0)  # svd_lowrank draws from the global generator
+    """One row per rank: error ratios to the optimum (worst run) and time ratios to ours (median of runs)."""
+    torch.manual_seed(0)  # svd_lowrank uses the global generator
     full_times: list[float] = []
     errors: dict[int, list[tuple[float, float]]] = {rank: [] for rank in ranks}
     times: dict[int, list[tuple[float, float, float]]] = {rank: [] for rank in ranks}
@@ -78,7 +84,7 @@ def main() -> int:
     parser.add_argument("--clusters", type=int, default=256)
     parser.add_argument("--ranks", default="16,64,128,192,256")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of all; a worker has one")
+    parser.add_argument("--threads", type=int, default=1, help="threads of all methods; a worker has one")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ranks = [int(rank) for rank in arguments.ranks.split(",")]

@@ -1,10 +1,11 @@
-"""Claim: a sweep of 2 models × 4 variants as one submitted job costs less wall time than the sum of its single runs.
-
-The single runs are what a user would do by hand: `compress`, then `evaluate`, for each model and variant, each a command of
-its own on the same cluster. The second model is the first one with its weights rounded to float16. Perplexities are
-compared too: both ways must give the same to the last bit.
+"""Claim: a sweep of 2 models × 4 variants as one submitted job takes less wall time than the sum of its single runs.
 
     python -m benchmarks.sweep --model DIR --text FILE --dashboard http://127.0.0.1:8265 --address 127.0.0.1:6379
+
+A single run is `compress` and then `evaluate` for one model and variant, each a separate command on the same cluster.
+The second model is the first one with its weights rounded to float16.
+
+Good result, exit code 0: the sweep takes less time, and all perplexities are equal to the last bit.
 """
 
 import argparse
@@ -13,13 +14,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from benchmarks.common import timed
 
-VARIANTS: list[dict[str, Any]] = [
+VARIANTS: list[dict[str, str | int]] = [
     {"name": "swsc3", "projectors": "q,k", "bits": 3},
     {"name": "swsc2", "projectors": "q,k", "bits": 2},
     {"name": "rtn3", "method": "rtn", "projectors": "q,k", "bits": 3},
@@ -46,15 +46,15 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--dashboard", required=True, help="where jobs are submitted")
-    parser.add_argument("--address", required=True, help="the same cluster, for the single runs")
+    parser.add_argument("--dashboard", required=True, help="URL that jobs are submitted to")
+    parser.add_argument("--address", required=True, help="address of the same cluster, for the single runs")
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=4)
     return parser.parse_args()
 
 
 def half_precision_twin(model: Path, target: Path) -> Path:
-    """The same model as another checkpoint."""
+    """The same model in float16, as another checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +64,7 @@ def half_precision_twin(model: Path, target: Path) -> Path:
 
 
 def sweep(models: list[Path], arguments: argparse.Namespace, folder: Path) -> dict[tuple[str, str], float]:
-    """All of it as one job."""
+    """Perplexities of all models and variants, from one submitted job."""
     text = {"text": str(Path(arguments.text).absolute()), "seqlen": arguments.seqlen, "windows": arguments.windows}
     config = {"models": [str(m) for m in models], "variants": VARIANTS, "evaluations": [text], "uncompressed": False}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(config))
@@ -76,8 +76,8 @@ def sweep(models: list[Path], arguments: argparse.Namespace, folder: Path) -> di
 
 
 def singles(models: list[Path], arguments: argparse.Namespace, folder: Path) -> dict[tuple[str, str], float]:
-    """The same, one command after the other."""
-    found = {}
+    """Perplexities of all models and variants, from one command after the other."""
+    perplexities = {}
     for model in models:
         for variant in VARIANTS:
             output, result = folder / f"{model.name}-{variant['name']}", folder / "result.json"
@@ -85,8 +85,8 @@ def singles(models: list[Path], arguments: argparse.Namespace, folder: Path) -> 
             swsc("compress", model, output, *flags, "--address", arguments.address)
             cut = ["--seqlen", arguments.seqlen, "--windows", arguments.windows, "--json", result]
             swsc("evaluate", output, "--text", arguments.text, *cut, "--address", arguments.address)
-            found[str(model), variant["name"]] = json.loads(result.read_text())["perplexity"]
-    return found
+            perplexities[str(model), str(variant["name"])] = json.loads(result.read_text())["perplexity"]
+    return perplexities
 
 
 def swsc(*argv: object) -> None:

@@ -1,1 +1,1 @@
-"""Golden digests: what the commands write for many settings, recorded once and compared after every change of structure."""
+"""Golden digests: digests of what the commands write for many settings, recorded once and compared later."""

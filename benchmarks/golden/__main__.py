@@ -1,10 +1,12 @@
-"""Record digests of what the commands write, or compare them with a recording.
+"""Record digests of the files that the commands write, or compare them with a recording.
 
     python -m benchmarks.golden record FILE.json [--model DIR --calibration FILE --text FILE]
     python -m benchmarks.golden compare FILE.json [the same]
 
-`compare` prints every setting and file that differs and exits 1. Bytes depend on processor and torch version: compare on the
-machine that recorded. The code that runs is that of the current folder.
+`compare` prints every setting and file that differs. Bytes depend on the processor and the torch version, so compare on
+the machine that recorded. The code of the current folder runs.
+
+Good result, exit code 0: `equal`.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -24,9 +26,16 @@ import transformers
 
 import jobs
 from benchmarks.golden.commands import record_settings
-from benchmarks.golden.digests import differences, digests_of
+from benchmarks.golden.digests import Digests, differences, digests_of
 from benchmarks.golden.settings import Setting, model_settings, tiny_settings
 from benchmarks.golden.sources import make_sources
+
+
+class Recording(TypedDict):
+    """What is recorded: the machine, and digests of the outputs of each setting."""
+
+    machine: dict[str, str]
+    outputs: dict[str, Digests]
 
 
 def parse() -> argparse.Namespace:
@@ -36,15 +45,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="also record settings on this model (SmolLM2-135M)")
     parser.add_argument("--calibration", type=Path, help="calibration text for --model")
     parser.add_argument("--text", type=Path, help="evaluation text for --model")
-    parser.add_argument("--only", default="", metavar="REGEX", help="settings whose names match")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only settings whose names match")
     arguments = parser.parse_args()
     if arguments.model and not (arguments.calibration and arguments.text):
         parser.error("--model needs --calibration and --text")
     return arguments
 
 
-def machine() -> dict[str, Any]:
-    """What bytes depend on beside the settings."""
+def machine() -> dict[str, str]:
+    """Versions and processor features that bytes depend on besides the settings."""
     return {
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
@@ -53,29 +62,30 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run all settings in a temporary folder; progress goes to standard error."""
+def record(arguments: argparse.Namespace) -> Recording:
+    """Run all settings in a temporary folder. Progress goes to standard error."""
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
-        place = Path.cwd()
-        links = {name: place / path for name in ("model", "calibration", "text") if (path := getattr(arguments, name))}
+        start = Path.cwd()
+        links = {name: start / path for name in ("model", "calibration", "text") if (path := getattr(arguments, name))}
         os.chdir(folder)
         try:
             make_sources(Path("sources"))
             for name, target in links.items():
                 Path(name).symlink_to(target.absolute())
-            found = {"sources": digests_of(Path("sources"))}
-            found |= _run(tiny_settings(), "sources/test.txt", arguments.only)
+            outputs: dict[str, Digests] = {"sources": digests_of(Path("sources"))}
+            outputs |= _run(tiny_settings(), "sources/test.txt", arguments.only)
             if links:
-                found |= _run(model_settings("model", "calibration", "text"), "text", arguments.only)
+                outputs |= _run(model_settings("model", "calibration", "text"), "text", arguments.only)
         finally:
-            os.chdir(place)
-    return {"machine": machine(), "outputs": found}
+            os.chdir(start)
+    return {"machine": machine(), "outputs": outputs}
 
 
-def _run(settings: tuple[Setting, ...], text: str, only: str) -> dict[str, Any]:
-    recorded, started = {}, time.monotonic()
-    chosen = tuple(setting for setting in settings if re.search(only, setting.name))
-    for name, digests in record_settings(chosen, text):
+def _run(settings: tuple[Setting, ...], text: str, only: str) -> dict[str, Digests]:
+    recorded: dict[str, Digests] = {}
+    started = time.monotonic()
+    selected = tuple(setting for setting in settings if re.search(only, setting.name))
+    for name, digests in record_settings(selected, text):
         recorded[name] = digests
         print(f"{name}: {time.monotonic() - started:.1f} s {digests.get('error', '')}", file=sys.stderr)
         started = time.monotonic()
@@ -92,10 +102,10 @@ def main() -> int:
         print(f"{len(recording['outputs'])} settings recorded" + (f", failed: {', '.join(failed)}" if failed else ""))
         return 1 if failed else 0
     before = json.loads(arguments.file.read_text(encoding="utf-8"))
-    chosen = {name: value for name, value in before["outputs"].items() if name in recording["outputs"]}
+    compared = {name: value for name, value in before["outputs"].items() if name in recording["outputs"]}
     lines = list(differences(before["machine"], recording["machine"], "machine"))
-    lines += differences(chosen, json.loads(json.dumps(recording["outputs"])))
-    print("\n".join(sorted(lines)) if lines else f"equal: {len(chosen)} settings")
+    lines += differences(compared, json.loads(json.dumps(recording["outputs"])))
+    print("\n".join(sorted(lines)) if lines else f"equal: {len(compared)} settings")
     return 1 if lines else 0
 
 

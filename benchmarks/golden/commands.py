@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.golden.digests import digests_of, stable
+from benchmarks.golden.digests import Digests, digests_of, stable
 from benchmarks.golden.settings import Setting
 from jobs.cli import main
 
@@ -19,14 +19,14 @@ LOG = Path("commands.log")
 
 
 class CommandFailed(Exception):
-    """A verb of a setting did not end with exit code 0."""
+    """A verb of a setting ended with another exit code than 0."""
 
 
 def swsc(*argv: str) -> None:
-    """Run a verb; what it prints goes to the log.
+    """Run a verb. Its output goes to the log.
 
     Raises:
-        CommandFailed: with the last lines of the log.
+        CommandFailed: the exit code is not 0; the message ends with the last lines of the log.
     """
     with LOG.open("a", encoding="utf-8") as log:
         print("$ swsc", *argv, file=log, flush=True)
@@ -36,11 +36,11 @@ def swsc(*argv: str) -> None:
         raise CommandFailed(f"swsc {' '.join(argv)}: exit code {code}\n{LOG.read_text(encoding='utf-8')[-2000:]}")
 
 
-def record_setting(setting: Setting, text: str) -> dict[str, Any]:
-    """Digests of all that the commands of `setting` write in the current folder, which is left as it was.
+def record_setting(setting: Setting, text: str) -> Digests:
+    """Digests of all files that the commands of `setting` write in the current folder. The files are removed.
 
     Returns:
-        For each verb the files of its output, or the stable part of its JSON.
+        For each verb the digests of its output, or the stable part of its JSON.
     """
     try:
         swsc("compress", setting.model, "out", *setting.flags.split(), "--local")
@@ -74,7 +74,10 @@ def _evaluate(setting: Setting, text: str) -> Any:
 
 
 def _open(setting: Setting, text: str) -> Any:
-    """What transformers computes with the output, and the tensors that `save_pretrained` writes of it, in an order of its own."""
+    """Digests of the logits of the output in transformers, and of what `save_pretrained` writes.
+
+    Saved weights are compared tensor by tensor, because their order in the file varies.
+    """
     import transformers
 
     import swsc_core.hf  # noqa: F401 - registers the format
@@ -103,8 +106,8 @@ _STEPS: dict[str, Callable[[Setting, str], Any]] = {
 }
 
 
-def record_settings(settings: tuple[Setting, ...], text: str) -> Iterator[tuple[str, Any]]:
-    """Name and digests of one setting after the other; of one that fails, its error."""
+def record_settings(settings: tuple[Setting, ...], text: str) -> Iterator[tuple[str, Digests]]:
+    """Name and digests of one setting after the other; {"error": …} for a setting that fails."""
     for setting in settings:
         try:
             yield setting.name, record_setting(setting, text)

@@ -1,7 +1,7 @@
 """Digests of the files of a folder, and the differences between two recordings.
 
-Not recorded, because they change from run to run or with the words of the program: seconds, argv, versions, memory, reasons,
-the identity of an output, model cards (*.md). Their keys are recorded.
+Values that change from run to run or with the wording of the program are not recorded, only their keys: seconds, argv,
+versions, memory, reasons, the identity of an output, model cards (*.md).
 """
 
 import hashlib
@@ -10,12 +10,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from swsc_core.storage.json_fields import JsonValue
+
 _VOLATILE = {"argv", "versions", "peak_rss", "phases", "reason", "identity", "left_out", "kernels", "of_which_on_a_gpu"}
-_PARSED = {"swsc_manifest.json", "swsc_report.json"}  # JSON that holds volatile values
+# JSON files that contain volatile values.
+_PARSED = {"swsc_manifest.json", "swsc_report.json"}
+
+# File or part of an output -> its digest, or the stable part of its JSON.
+Digests = dict[str, JsonValue]
 
 
-def digests_of(folder: Path) -> dict[str, Any]:
-    """For every file its sha256, or what is stable of its JSON."""
+def digests_of(folder: Path) -> Digests:
+    """For every file of a folder its sha256, or the stable part of its JSON."""
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {str(name): _digest(folder / name) for name in names}
 
@@ -30,7 +36,7 @@ def _digest(path: Path) -> Any:
 
 
 def stable(value: Any, key: str = "") -> Any:
-    """A JSON value with the name of its type in place of each volatile one."""
+    """A JSON value in which every volatile value is replaced by the name of its type."""
     if key in _VOLATILE or key.endswith("seconds") or key.endswith(".md"):
         return f"<{type(value).__name__}>"
     if isinstance(value, dict):
@@ -39,7 +45,7 @@ def stable(value: Any, key: str = "") -> Any:
 
 
 def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
-    """One line for every place where two recordings differ; floats are compared to the last bit."""
+    """One line for every difference of two recordings; floats are compared to the last bit."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in before.keys() | after.keys():
             where = f"{place} · {name}" if place else name

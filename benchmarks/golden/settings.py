@@ -1,4 +1,4 @@
-"""The recorded settings: for each one a source, flags of `swsc compress`, and what is done with the output."""
+"""The recorded settings: for each one a source, flags of `swsc compress`, and the verbs that read the output."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Setting:
         name: unique name of the setting.
         model: source, relative to the folder in which the commands run.
         flags: further flags of `swsc compress`.
-        then: which of plan, restore, adapter, evaluate, open follow.
+        then: verbs that follow, of plan, restore, adapter, evaluate, open.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Setting:
 
 
 def tiny_settings() -> tuple[Setting, ...]:
-    """Settings on generated models of a few thousand weights."""
+    """Settings on generated models with a few thousand weights."""
     tiny, whole = "sources/tiny", ("plan", "restore", "evaluate", "open")
     return (
         Setting("paper-output", tiny, "--bits 3", (*whole, "adapter")),
@@ -65,7 +65,7 @@ def tiny_settings() -> tuple[Setting, ...]:
 
 
 def model_settings(model: str, calibration: str, text: str) -> tuple[Setting, ...]:
-    """Settings on a real model, few matrices each."""
+    """Settings on a real model, with few matrices each."""
     few = r"--include layers\.(3|21)\.self_attn\.[qk]_proj"
     tokens = f"--calibration {calibration} --calibration-windows 4 --calibration-seqlen 128"
     return (

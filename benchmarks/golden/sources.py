@@ -1,6 +1,6 @@
-"""Small checkpoints and texts, generated from fixed seeds: inputs of the recorded commands.
+"""Small checkpoints and texts, generated from fixed seeds, as inputs of the recorded commands.
 
-Nothing here imports the project, so that the same sources come out of any version of it.
+This module does not import the project, so that every version of it gives the same sources.
 """
 
 import json
@@ -29,9 +29,10 @@ _SHAPE: dict[str, Any] = {
     "initializer_range": 0.2,
     "pad_token_id": 0,
 }
-_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
-_FALCON = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-_FP8_BLOCK = 48, 40  # divides neither rows nor columns of the matrices
+_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+_FALCON: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Divides neither the rows nor the columns of the matrices.
+_FP8_BLOCK = 48, 40
 
 MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
     "tiny": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_SHAPE, tie_word_embeddings=True)).bfloat16(),
@@ -65,7 +66,7 @@ def make_sources(folder: Path) -> None:
 
 
 def write_text(path: Path, words: int, seed: int) -> None:
-    """Random words of the tiny tokenizer."""
+    """Write random words of the tiny tokenizer."""
     draw = random.Random(seed)
     path.write_text(" ".join(draw.choice(_WORDS) for _ in range(words)), encoding="utf-8")
 
@@ -79,7 +80,7 @@ def _save_tokenizer(path: Path) -> None:
 
 
 def _store_as_fp8(path: Path) -> None:
-    """Replace the projections by fp8 values with one scale a block, as DeepSeek-V3 and Qwen3-FP8 store them."""
+    """Replace the projections by fp8 values with one scale per block, as in DeepSeek-V3 and Qwen3-FP8."""
     tensors = load_file(path / "model.safetensors")
     for name in [name for name in tensors if "_proj" in name]:
         tensors[name], tensors[f"{name}_scale_inv"] = _fp8_blocks(tensors[name].float())
@@ -90,7 +91,7 @@ def _store_as_fp8(path: Path) -> None:
 
 
 def _fp8_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """fp8 values [m, n] and float32 scales, one a block, of a float32 weight [m, n]."""
+    """fp8 values [m, n] and float32 scales [blocks of rows, blocks of columns] of a float32 weight [m, n]."""
     blocks = [rows.split(_FP8_BLOCK[1], dim=1) for rows in weight.split(_FP8_BLOCK[0])]
     scales = torch.stack([torch.stack([block.abs().max() / 448 for block in row]) for row in blocks])
     spread = scales.repeat_interleave(_FP8_BLOCK[0], 0).repeat_interleave(_FP8_BLOCK[1], 1)
@@ -110,7 +111,7 @@ def _gguf_tensors() -> dict[str, np.ndarray]:
 
 
 def _write_gguf(path: Path) -> None:
-    """A Llama whose matrices are stored in Q8_0."""
+    """Write a Llama whose matrices are stored in Q8_0."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(64)

@@ -1,1 +1,1 @@
-"""What is claimed of a GPU, checked and measured on one: `python -m benchmarks.gpu`."""
+"""Checks and measurements on a GPU: `python -m benchmarks.gpu`."""

@@ -1,9 +1,11 @@
-"""Check and measure everything that is claimed of a GPU; a table on standard output, JSON where asked for.
+"""Check all claims about GPUs and measure times and memory; prints a table, and writes JSON with --json.
 
     python -m benchmarks.gpu [--json FILE] [--device cpu]
 
-One GPU, under eight minutes. Exit code 1: a claim does not hold. 2: there is no GPU; `--device cpu` then runs the same calls in
-small, which checks this script and nothing of a GPU.
+Needs one GPU and takes less than eight minutes. `--device cpu` runs the same calls on small matrices, which checks only
+this script.
+
+Good result, exit code 0: all claims hold. Exit code 1: a claim does not hold. Exit code 2: there is no GPU.
 """
 
 import argparse
@@ -21,7 +23,8 @@ from benchmarks.gpu import arithmetic, compression, models
 from benchmarks.gpu.finding import Bench, Finding
 from pipeline.device import device_name, fix_arithmetic
 
-_SECONDS = 440.0  # after which no further part is begun
+# Seconds after which no further part starts.
+_SECONDS = 440.0
 PARTS: tuple[Callable[[Bench], Iterator[Finding]], ...] = (
     arithmetic.tf32, arithmetic.errors, compression.twice_and_parity, models.models, compression.blocks,
     arithmetic.products, arithmetic.factorisations, compression.whole_matrices,
@@ -29,39 +32,46 @@ PARTS: tuple[Callable[[Bench], Iterator[Finding]], ...] = (
 
 
 def run(bench: Bench) -> list[Finding]:
-    """All parts, one after the other; one that fails is a finding like another."""
-    found, started = [], time.monotonic()
+    """Run all parts, one after the other. A part that raises gives a failed finding."""
+    findings: list[Finding] = []
+    started = time.monotonic()
     for part in PARTS:
         if time.monotonic() - started > _SECONDS:
-            found.append(Finding(part.__name__, "not begun: out of time", ok=False))
+            findings.append(Finding(part.__name__, "not started: out of time", ok=False))
             continue
         try:
-            found += part(bench)
+            findings += part(bench)
         except Exception as error:
-            found.append(Finding(part.__name__, f"{type(error).__name__}: {error}".splitlines()[0], ok=False))
-    return [*found, Finding("all of it", time.monotonic() - started, "s")]
+            findings.append(Finding(part.__name__, f"{type(error).__name__}: {error}".splitlines()[0], ok=False))
+    return [*findings, Finding("all parts", time.monotonic() - started, "s")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0] if __doc__ else ""
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the findings there")
+    parser.add_argument("--json", metavar="FILE", help="also write the findings to this file")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("error: no CUDA device here; --device cpu runs the same calls in small on this machine", file=sys.stderr)
+        print(
+            "error: no CUDA device; --device cpu runs the same calls on small matrices on this machine", file=sys.stderr
+        )
         return 2
     bench = Bench(arguments.device, arguments.device == "cpu")
     fix_arithmetic(bench.device)
-    found = run(bench)
+    findings = run(bench)
     about = {"device": device_name(bench.device), "torch": torch.__version__, "cuda": torch.version.cuda}
     words = {True: "holds", False: "FAILS", None: ""}
     print(f"{about['device']}, torch {about['torch']}, CUDA {about['cuda']}\n")
-    print_markdown(["what", "found", "unit", "claim"], [(f.what, f.value, f.unit, words[f.ok]) for f in found])
+    print_markdown(
+        ["measurement", "result", "unit", "claim"], [(f.subject, f.value, f.unit, words[f.ok]) for f in findings]
+    )
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({**about, "findings": [asdict(one) for one in found]}, indent=1))
-    return int(any(one.ok is False for one in found))
+        Path(arguments.json).write_text(
+            json.dumps({**about, "findings": [asdict(finding) for finding in findings]}, indent=1)
+        )
+    return int(any(finding.ok is False for finding in findings))
 
 
 if __name__ == "__main__":

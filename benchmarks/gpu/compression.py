@@ -1,6 +1,7 @@
-"""Compression of one matrix: the same bytes twice, as near as on a CPU, kernels and waits a block of columns, seconds, memory."""
+"""Compression of one matrix: repeatability, agreement with a CPU, kernels per block of columns, seconds, memory."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,42 +17,44 @@ from swsc_core import Encoded, Metric, SwscSpec, decode, encode
 from swsc_core.layers.linear import SwscLinear
 from swsc_core.method.codebook_fit import CodebookFit
 
-BEST: dict[str, Any] = {
-    "segment_size": 4, "scaled": True, "metric": "activations", "feedback": True, "rounds": 4, "centroid_bits": 8,
-}  # fmt: skip
-_PARITY = 0.01  # by how much a relative error may differ from that of a CPU
+# Relative difference that is allowed between the errors on a GPU and on a CPU.
+_PARITY = 0.01
 
 
-def moment(n: int) -> Tensor:
+def hessian(n: int) -> Tensor:
+    """A random Hessian [n, n]."""
     x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(1))
     return x.T @ x / len(x)
 
 
-def made(device: str, n: int, spec: SwscSpec) -> Encoded:
-    metric = Metric(moment(n).to(device), tokens=2 * n) if spec.metric == "activations" else None
+def encoded_weight(device: str, n: int, spec: SwscSpec) -> Encoded:
+    """An n×n weight, compressed on a device."""
+    metric = Metric(hessian(n).to(device), tokens=2 * n) if spec.metric == "activations" else None
     return encode(structured_weight(n, n, 0, rank=16).to(device).bfloat16(), [spec], name="w", metric=metric)
 
 
 def specs(bench: Bench) -> dict[str, SwscSpec]:
     k, rank = bench.size(256, 16), bench.size(32, 4)
+    best = SwscSpec(k, 0, segment_size=4, scaled=True, metric="activations", feedback=True, rounds=4, centroid_bits=8)
     return {
-        "best": SwscSpec(k, 0, **BEST),
-        "best, input": SwscSpec(k, 0, "input", **BEST),
-        "best, rank": SwscSpec(k, rank, **BEST, factor_bits=8),
+        "best": best,
+        "best, input": replace(best, channel_axis="input"),
+        "best, rank": replace(best, rank=rank, factor_bits=8),
         "paper": SwscSpec(bench.size(96, 8), rank),
     }
 
 
 def twice_and_parity(bench: Bench) -> Iterator[Finding]:
+    """Two runs give equal bytes, with an error close to that on a CPU."""
     n = bench.size(1024, 64)
     for name, spec in specs(bench).items():
-        one, other = (made(bench.device, n, spec) for _ in range(2))
-        equal = all(torch.equal(one.tensors[part], other.tensors[part]) for part in one.tensors)
-        yield Finding(f"encode twice, {name}", "equal" if equal else "unlike", ok=equal)
-        cpu = made("cpu", n, spec)
-        ratio = one.relative_error / cpu.relative_error
+        first, second = (encoded_weight(bench.device, n, spec) for _ in range(2))
+        equal = all(torch.equal(first.tensors[part], second.tensors[part]) for part in first.tensors)
+        yield Finding(f"encode twice, {name}", "equal" if equal else "different", ok=equal)
+        cpu = encoded_weight("cpu", n, spec)
+        ratio = first.relative_error / cpu.relative_error
         yield Finding(f"relative error over that of a CPU, {name}", ratio, "×", abs(ratio - 1) <= _PARITY)
-        yield from _layer(bench, name, one)
+        yield from _layer(bench, name, first)
 
 
 def _layer(bench: Bench, name: str, encoded: Encoded) -> Iterator[Finding]:
@@ -59,17 +62,17 @@ def _layer(bench: Bench, name: str, encoded: Encoded) -> Iterator[Finding]:
     parts = {part: t.float() if t.dtype == torch.bfloat16 else t for part, t in encoded.tensors.items()}
     layer.load_state_dict(parts, assign=True)
     x = torch.randn(8, encoded.entry.shape[1]).to(bench.device)
-    wanted = x @ decode(encoded.tensors, encoded.entry).float().T
-    gap = float((layer(x) - wanted).abs().max() / wanted.abs().max())
+    expected = x @ decode(encoded.tensors, encoded.entry).float().T
+    gap = float((layer(x) - expected).abs().max() / expected.abs().max())
     yield Finding(f"layer against the restored weight, {name}", gap, "", gap < 0.02)
     yield Finding(f"forward pass of a layer, {name}", 1e3 * bench.seconds(lambda: layer(x)), "ms")
 
 
 def blocks(bench: Bench) -> Iterator[Finding]:
-    """Kernels and waits of a block of columns; a wait is an error while CUDA is told to make it one."""
+    """Kernels and synchronisations per block of columns. CUDA's debug mode turns a synchronisation into an error."""
     n = bench.size(2048, 64)
     spec = specs(bench)["best"]
-    metric = Metric(moment(n).to(bench.device), tokens=2 * n)
+    metric = Metric(hessian(n).to(bench.device), tokens=2 * n)
     weight = structured_weight(n, n, 0, rank=16).to(bench.device)
     fit = CodebookFit(weight, metric, spec, torch.bfloat16)
     fit.start(weight, torch.Generator().manual_seed(0))
@@ -80,13 +83,13 @@ def blocks(bench: Bench) -> Iterator[Finding]:
         torch.cuda.set_sync_debug_mode("error")
         try:
             assign()
-            yield Finding("waits of the host in the loop over columns", 0, ok=True)
+            yield Finding("synchronisations in the loop over columns", 0, ok=True)
         except RuntimeError as error:
-            yield Finding("waits of the host in the loop over columns", str(error).splitlines()[0], ok=False)
+            yield Finding("synchronisations in the loop over columns", str(error).splitlines()[0], ok=False)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     for name, step in (("assign", assign), ("reassign", reassign)):
-        yield Finding(f"{name}, a block of columns", 1e3 * bench.seconds(step, 1) / count, "ms")
+        yield Finding(f"{name}, per block of columns", 1e3 * bench.seconds(step, 1) / count, "ms")
         yield from _kernels(bench, name, step, count)
     yield Finding("refit", bench.seconds(partial(fit.refit, weight), 1), "s")
 
@@ -96,17 +99,17 @@ def _kernels(bench: Bench, name: str, step: Any, count: int) -> Iterator[Finding
         return
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
         bench.wait()
-    kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     busy = sum(event.device_time_total for event in kernels) / 1e6
-    yield Finding(f"{name}, kernels a block", len(kernels) / count, "")
-    yield Finding(f"{name}, seconds that the GPU was busy", busy, "s")
+    yield Finding(f"{name}, kernels per block", len(kernels) / count, "")
+    yield Finding(f"{name}, GPU time", busy, "s")
 
 
 def whole_matrices(bench: Bench) -> Iterator[Finding]:
-    """Seconds and memory of a matrix; the estimate must hold what it takes."""
+    """Seconds and memory of a matrix. The memory must not exceed the estimate."""
     for name in ("best", "paper"):
         yield from _whole_matrix(bench, name, bench.size(4096, 64))
 
@@ -114,7 +117,7 @@ def whole_matrices(bench: Bench) -> Iterator[Finding]:
 def _whole_matrix(bench: Bench, name: str, n: int) -> Iterator[Finding]:
     spec = specs(bench)[name]
     seconds: list[float] = []
-    peak = bench.peak(lambda: seconds.append(bench.seconds(lambda: made(bench.device, n, spec), 1)))
+    peak = bench.peak(lambda: seconds.append(bench.seconds(lambda: encoded_weight(bench.device, n, spec), 1)))
     yield Finding(f"encode {n}×{n}, {name}", seconds[0], "s")
     if bench.on_gpu:
         share = peak / matrix_device_bytes(whole_matrix(TensorInfo("w", "BF16", (n, n), "f", 0, 2 * n * n)), spec)

@@ -1,4 +1,4 @@
-"""One line of the result, and the setting that it was found in."""
+"""One line of the result, and the environment of the measurements."""
 
 import time
 from collections.abc import Callable
@@ -10,14 +10,15 @@ import torch
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found.
+    """One measurement.
 
     Attributes:
-        value: a figure, or words.
-        ok: whether a claim holds; None: a figure without a claim.
+        subject: what was measured.
+        value: a figure, or a short text.
+        ok: whether the claim holds; None for a figure without a claim.
     """
 
-    what: str
+    subject: str
     value: float | int | str
     unit: str = ""
     ok: bool | None = None
@@ -25,7 +26,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where to measure: torch's name of the device, and whether sizes are to be small (a CPU takes the place of the GPU)."""
+    """The torch name of the device, and whether sizes are small, for a CPU in place of the GPU."""
 
     device: str
     small: bool
@@ -42,19 +43,19 @@ class Bench:
             torch.cuda.synchronize()
 
     def seconds(self, call: Callable[[], Any], times: int = 3) -> float:
-        """Least wall seconds of a call that has run before."""
+        """Minimum wall time of a call in seconds, after one call for warm-up."""
         call()
-        found = []
+        seconds = []
         for _ in range(times):
             self.wait()
             started = time.perf_counter()
             call()
             self.wait()
-            found.append(time.perf_counter() - started)
-        return min(found)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
 
     def peak(self, call: Callable[[], Any]) -> int:
-        """Most bytes of the GPU that lay allocated while `call` ran; 0 on a CPU."""
+        """Peak memory in bytes that `call` allocates on the GPU; 0 on a CPU."""
         if not self.on_gpu:
             call()
             return 0

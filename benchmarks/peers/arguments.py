@@ -1,4 +1,4 @@
-"""The command line of the benchmark; a mistake is told of in one line."""
+"""The command line of the benchmark. A mistake gives one line on standard error."""
 
 import argparse
 import re
@@ -9,7 +9,8 @@ from typing import NoReturn
 from benchmarks.peers.rows import DEFAULT, PEERS
 from benchmarks.peers.script import CHANNEL
 
-LINEAR_OF_LAYERS = r"\.\d+\..*\.weight$"  # every matrix that belongs to a numbered layer
+# Every matrix of a numbered layer.
+LINEAR_OF_LAYERS = r"\.\d+\..*\.weight$"
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,29 +24,38 @@ def parse(description: str | None) -> argparse.Namespace:
         prog="python -m benchmarks.peers", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="directory of a dense safetensors checkpoint")
-    parser.add_argument("--text", required=True, help="perplexity is measured on it, as by `swsc evaluate`")
+    parser.add_argument("--text", required=True, help="text that perplexity is measured on, as for `swsc evaluate`")
     parser.add_argument(
-        "--calibration", required=True, help="text as `swsc compress` takes it; none that is measured on"
+        "--calibration",
+        required=True,
+        help="calibration text, as for `swsc compress`; must not contain the text of --text",
     )
     parser.add_argument("--calibration-windows", type=int, default=128)
     parser.add_argument("--calibration-seqlen", type=int, default=512)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--windows", type=int, help="first N windows only (default: all)")
-    parser.add_argument("--dtype", default="float32", help="arithmetic of the evaluation, as of `swsc evaluate`")
-    parser.add_argument("--out", type=Path, required=True, help="rows, results.json and, unless told, environments")
-    parser.add_argument("--environments", type=Path, help="where the tools are installed (default: OUT/environments)")
-    parser.add_argument("--peers", type=peers, default=list(DEFAULT), help=f"some of {', '.join(PEERS)}")
+    parser.add_argument("--dtype", default="float32", help="dtype of the evaluation, as for `swsc evaluate`")
+    parser.add_argument("--out", type=Path, required=True, help="folder of rows, results.json and environments")
+    parser.add_argument(
+        "--environments", type=Path, help="folder in which the tools are installed (default: OUT/environments)"
+    )
+    parser.add_argument("--peers", type=peers, default=list(DEFAULT), help=f"comma-separated, of {', '.join(PEERS)}")
     parser.add_argument("--bits", type=numbers, default=[3, 2], help="widths of a code (default: 3,2)")
     parser.add_argument(
-        "--group-sizes", type=groups, default=[64, 128], help="weights a scale, or channel (default: 64,128)"
+        "--group-sizes", type=groups, default=[64, 128], help="weights per scale, or channel (default: 64,128)"
     )
     parser.add_argument(
-        "--include", type=regex, default=LINEAR_OF_LAYERS, help="tensor names (default: all linear layers)"
+        "--include",
+        type=regex,
+        default=LINEAR_OF_LAYERS,
+        help="regular expression of tensor names (default: all linear layers)",
     )
-    parser.add_argument("--name", default="all linear", help="what the table calls these tensors")
-    parser.add_argument("--autoround-iters", type=int, default=200, help="its best recipe: 1000")
-    parser.add_argument("--workers", type=int, help="evaluate by so many Ray workers (default: one process)")
-    parser.add_argument("--keep", action="store_true", help="leave the dense checkpoints")
+    parser.add_argument("--name", default="all linear", help="name of these tensors in the table")
+    parser.add_argument(
+        "--autoround-iters", type=int, default=200, help="iterations of AutoRound (its best recipe: 1000)"
+    )
+    parser.add_argument("--workers", type=int, help="number of Ray workers of the evaluation (default: one process)")
+    parser.add_argument("--keep", action="store_true", help="keep the dense checkpoints")
     return parser.parse_args()
 
 
@@ -53,7 +63,7 @@ def peers(value: str) -> list[str]:
     names = value.split(",")
     unknown = [name for name in names if name not in PEERS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} not known; known are {', '.join(PEERS)}")
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose from {', '.join(PEERS)}")
     return names
 
 

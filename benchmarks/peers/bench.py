@@ -1,7 +1,7 @@
-"""One row from start to end: quantize in the tool's environment, evaluate the dense checkpoint, delete it.
+"""One row of the table: quantize in the tool's environment, evaluate the dense checkpoint, delete it.
 
-A row has a folder, named by its key: `peer.json` says that it is quantized, `evaluation.json` that it is finished. Each is
-written whole or not at all, so a run that was cut short goes on where it was.
+Each row has a folder named by its key. `peer.json` marks a quantized row, `evaluation.json` a finished one. Both are
+written atomically, so that an interrupted run can be resumed.
 """
 
 import json
@@ -15,16 +15,23 @@ from typing import Any
 
 from benchmarks.peers.environments import python_of, requirements
 from benchmarks.peers.rows import PEERS, Row, key
+from swsc_core.storage.json_fields import JsonObject
 
 ROOT = Path(__file__).parents[2]
-REFUSED = 2  # exit code of a script whose tool cannot do what is asked
-UNCOMPRESSED: dict[str, Any] = {
-    "tool": "uncompressed", "version": "", "settings": {}, "bits_per_weight": None, "cpu_seconds": None, "peak_rss": None,
-}  # fmt: skip
+# Exit code of a script whose tool does not support the settings.
+REFUSED = 2
+UNCOMPRESSED: JsonObject = {
+    "tool": "uncompressed",
+    "version": "",
+    "settings": {},
+    "bits_per_weight": None,
+    "cpu_seconds": None,
+    "peak_rss": None,
+}
 
 
 class RowFailure(Exception):
-    """A row without figures; one line that says why. `refused`: the tool cannot do it, nothing went wrong."""
+    """A row without figures, with a reason of one line. `refused`: the tool does not support the settings."""
 
     def __init__(self, reason: str, refused: bool = False) -> None:
         super().__init__(reason)
@@ -33,28 +40,28 @@ class RowFailure(Exception):
 
 @dataclass(frozen=True)
 class Bench:
-    """What all rows share.
+    """Settings that all rows share.
 
     Attributes:
-        common: what a finished row's key depends on besides its own settings.
+        common: what the key of a row depends on, besides the row's own settings.
         protocol: flags of `jobs evaluate`.
-        keep: leave the dense checkpoints.
+        keep: keep the dense checkpoints.
     """
 
     model: str
     include: str
     tokens: Path
-    common: dict[str, Any]
+    common: JsonObject
     protocol: tuple[str, ...]
     out: Path
     environments: Path
     keep: bool
 
     def result(self, row: Row | None) -> dict[str, Any]:
-        """Figures of a row, from its folder if it is finished; None is the uncompressed model.
+        """Figures of a row, from its folder if it is finished. None stands for the uncompressed model.
 
         Raises:
-            RowFailure: the tool refuses, or something failed; the row's log.txt has all of it.
+            RowFailure: the tool refused or failed; log.txt of the row has the full output.
         """
         name = key(row, self.common, self._requirements(row))
         folder = self.out / "rows" / f"{row.label if row else 'uncompressed'}-{name}"
@@ -73,7 +80,7 @@ class Bench:
         return requirements(environment) if environment else ""
 
     def _quantize(self, row: Row, folder: Path) -> None:
-        (folder / "peer.json").unlink(missing_ok=True)  # it must not vouch for a checkpoint that is cut short now
+        (folder / "peer.json").unlink(missing_ok=True)  # the checkpoint is rewritten now
         shutil.rmtree(folder / "model", ignore_errors=True)
         peer = PEERS[row.peer]
         python = python_of(peer.environment, self.environments) if peer.environment else Path(sys.executable)
@@ -87,17 +94,17 @@ class Bench:
 
 
 def run(command: list[str], log: Path, refusable: bool = False) -> None:
-    """Run from the project's root with no hub in reach; what it prints goes to `log`.
+    """Run a command in the project's root, without access to the Hub. Its output goes to `log`.
 
     Raises:
-        RowFailure: by the last line of `log`; if `refusable`, one exit code is a refusal and no failure.
+        RowFailure: with the last line of `log`. If `refusable`, exit code 2 means that the tool refused.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment.pop("PYTHONPATH", None)  # it would lead one environment into another
+    environment.pop("PYTHONPATH", None)  # it would mix two environments
     with open(log, "w", encoding="utf-8") as file:
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
-        last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no word of why"])[-1]
+        last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
         refused = refusable and code == REFUSED
         raise RowFailure(last if refused else f"exit code {code}: {last}; see {log}", refused)
 

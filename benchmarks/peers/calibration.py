@@ -1,4 +1,4 @@
-"""Calibration tokens, made once so that every tool sees the same: those on which `swsc compress` calibrates."""
+"""Calibration tokens for all tools: the windows that `swsc compress` calibrates on."""
 
 import hashlib
 from pathlib import Path
@@ -15,10 +15,10 @@ from pipeline.texts.windows import calibration_windows
 def calibration_tokens(
     model: str, calibration: str, windows: int, seqlen: int, measured_on: str, folder: Path
 ) -> tuple[Path, str]:
-    """The file that holds the windows of `calibration`, int64 [windows, seqlen], and the sha256 of their tokens.
+    """Write the windows of `calibration`, int64 [windows, seqlen], to a file; returns it and the sha256 of the tokens.
 
     Raises:
-        ConfigError: windows out of range.
+        ConfigError: a setting is out of range.
         TextError: the text is too short, or shares passages with the text `measured_on`.
     """
     given = {"calibration": calibration, "calibration_windows": windows, "calibration_seqlen": seqlen}

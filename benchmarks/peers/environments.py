@@ -1,7 +1,8 @@
-"""A virtual environment for each tool, made when it is first wanted: the tools pin libraries against each other.
+"""Virtual environments of the tools, created on demand; each tool has its own, because their pinned libraries conflict.
 
-torch is installed first and alone, by its pinned version: a tool's own requirement would take the newest build, with
-gigabytes of CUDA. What was installed is written down last, so that an interrupted or outdated environment is made anew.
+torch is installed first in its pinned version, because a tool's own requirement would select the newest build with
+gigabytes of CUDA. The list of installed requirements is written last, so that an interrupted or outdated environment is
+created again.
 """
 
 import shutil
@@ -14,7 +15,7 @@ MARK = "installed.txt"
 
 
 class EnvironmentFailure(Exception):
-    """pip could not install; one line."""
+    """pip could not install an environment."""
 
 
 def requirements(name: str) -> str:
@@ -23,18 +24,18 @@ def requirements(name: str) -> str:
 
 
 def python_of(name: str, folder: Path) -> Path:
-    """The interpreter of environment `name` below `folder`, which is made if it is not there as it should be.
+    """The interpreter of environment `name` below `folder`, which is created if it is missing or outdated.
 
     Raises:
         EnvironmentFailure: pip failed.
     """
-    place = folder / name
-    python = place / "bin" / "python"
-    mark = place / MARK
+    environment = folder / name
+    python = environment / "bin" / "python"
+    mark = environment / MARK
     if not mark.is_file() or mark.read_text(encoding="utf-8") != requirements(name):
-        print(f"installing {name} into {place}", file=sys.stderr)
-        shutil.rmtree(place, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(place)], name)
+        print(f"installing {name} into {environment}", file=sys.stderr)
+        shutil.rmtree(environment, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", str(environment)], name)
         torch = next(line for line in requirements(name).splitlines() if line.startswith("torch=="))
         _run([str(python), "-m", "pip", "install", "--quiet", torch], name)
         _run([str(python), "-m", "pip", "install", "--quiet", "-r", str(HERE / f"requirements-{name}.txt")], name)

@@ -1,10 +1,10 @@
-"""AutoRound: rounding and ranges learned by signed gradient descent, block after block.
+"""AutoRound: rounding and ranges learned by signed gradient descent, block by block.
 
-Symmetric, the default of the tool's W2A16 and W3A16; at 2 bits with `enable_alg_ext`, which its documentation recommends
-there, and which `--extension` asks for at other widths. 200 iterations are its default, 1000 its best recipe. bfloat16
-autocast, its default, where the processor has AMX; float32 elsewhere, since most CPUs emulate bfloat16. Counted: codes at
-their width and one scale a group in 16 bits; the zero point is the same everywhere and not counted. The last
-group of a row may be shorter.
+Codes are symmetric, the default of the tool's W2A16 and W3A16. At 2 bits the script sets `enable_alg_ext`, as its
+documentation recommends; `--extension` sets it at other widths. 200 iterations are the default, 1000 the best recipe of
+the tool. It uses bfloat16 autocast, the default, where the processor has AMX, and float32 elsewhere, because most CPUs
+emulate bfloat16. Bits count codes at their width and one scale of 16 bits per group; the zero point is constant and not
+counted. The last group of a row may be shorter.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from swsc_core.storage.packing import packed_bytes
 def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
     windows, extension = np.load(request.calibration), request.extension or request.bits == 2
     model = AutoModelForCausalLM.from_pretrained(request.model, dtype=torch.float32)
-    left_alone = [
+    unselected = [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in shapes
@@ -34,7 +34,7 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
         model, AutoTokenizer.from_pretrained(request.model), scheme=f"W{request.bits}A16",
         group_size=request.group_size, iters=request.iters, enable_alg_ext=extension,
         dataset=[torch.from_numpy(ids)[None] for ids in windows], nsamples=len(windows), seqlen=windows.shape[1],
-        layer_config={name: {"bits": 16} for name in left_alone}, device_map="cpu", amp=amp,
+        layer_config={name: {"bits": 16} for name in unselected}, device_map="cpu", amp=amp,
         enable_torch_compile=False, low_cpu_mem_usage=False, seed=42,
     )  # fmt: skip
     model, _ = rounding.quantize()
@@ -48,7 +48,7 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
 
 
 def restored(layer: Any, bits: int) -> tuple[Tensor, int]:
-    """The restored matrix and the bytes that it takes."""
+    """The restored matrix and its stored bytes."""
     assert (layer.sym, layer.bits) == (True, bits), "counted without zero points"
     assert torch.equal(layer.scale.float(), layer.scale.half().float()), "counted as 16 bits"
     return layer.weight.data, packed_bytes(layer.weight.numel(), bits) + layer.scale.numel() * SCALE_BYTES

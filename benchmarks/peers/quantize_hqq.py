@@ -1,10 +1,11 @@
-"""HQQ (half-quadratic quantization): no calibration; its optimiser is on.
+"""HQQ (half-quadratic quantization): without calibration, with its optimiser.
 
-Groups lie along rows (axis=1), which fast kernels want, or along columns (axis=0), which its documentation calls better.
+Groups are along rows (axis=1), which fast kernels need, or along columns (axis=0), which its documentation recommends
+for quality.
 
-Counted: codes at their width, one scale and one zero point a group in 16 bits each, as `HQQLinear` keeps them. At 3 bits
-the tool puts ten codes into an int32; the two idle bits are not counted, in its favour. Groups may run over the end of a row,
-so any group size that divides the matrix will do.
+Bits count codes at their width, and one scale and one zero point of 16 bits each per group, as in `HQQLinear`. At 3
+bits the tool packs ten codes into an int32; the two unused bits are not counted, in its favour. A group may continue in
+the next row, so that any group size that divides the matrix is possible.
 """
 
 import argparse
@@ -25,13 +26,13 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
         raise Refusal(f"group size {group} does not divide the weights of {odd[0]}")
     weights, stored = {}, {}
     for name, weight in tensors(request.model, shapes):
-        weights[name], groups = one(weight, request.bits, group, request.axis)
+        weights[name], groups = quantize_matrix(weight, request.bits, group, request.axis)
         stored[name] = packed_bytes(weight.numel(), request.bits) + 2 * groups * SCALE_BYTES
     settings = {"bits": request.bits, "group": group or "channel", "axis": request.axis, "optimize": True}
     return Outcome("HQQ", version("hqq"), settings, weights, stored)
 
 
-def one(weight: Tensor, bits: int, group: int | None, axis: int) -> tuple[Tensor, int]:
+def quantize_matrix(weight: Tensor, bits: int, group: int | None, axis: int) -> tuple[Tensor, int]:
     """The restored matrix and its number of groups."""
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight

@@ -1,13 +1,13 @@
-"""GPTQ and AWQ as llm-compressor has them, block after block, the later ones calibrated on the quantized earlier ones.
+"""GPTQ and AWQ of llm-compressor, block by block; later blocks are calibrated on the quantized earlier ones.
 
-Both asymmetric, ranges by the `imatrix_mse` observer: the best of the tool's own documentation for GPTQ, and the best of
-three that were tried for AWQ, which has no clipping here. GPTQ: activation order (static: no index is stored), the default
-dampening. AWQ: grid search over 20 scales with duo scaling "both", as in the tool's example.
+Both are asymmetric, with ranges of the `imatrix_mse` observer: the best one of the tool's documentation for GPTQ, and
+the best of three that were tried for AWQ, which does not clip here. GPTQ uses activation order (static: no index is
+stored) and the default dampening. AWQ searches 20 scales with duo scaling "both", as in the tool's example.
 
-AWQ moves scales of columns into the layers before, where they cost nothing, and which are none of ours to change: the
-restored matrix is divided by them again, which is the same function of the input, and all other tensors stay as they are.
-Counted: what the tool's packed format stores, codes and zero points without gaps, scales in 16 bits. bfloat16, the dtype of
-most checkpoints and so of most runs of the tool, where the processor has AMX; float32 elsewhere.
+AWQ moves scales of columns into the preceding layers, which this benchmark must not change. The restored matrix is
+divided by the scales again, which gives the same function of the input, and all other tensors stay unchanged. Bits
+count what the packed format of the tool stores: codes and zero points without gaps, and scales of 16 bits. The dtype is
+bfloat16, that of most checkpoints, where the processor has AMX, and float32 elsewhere.
 """
 
 import argparse
@@ -31,16 +31,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from benchmarks.peers.script import CHANNEL, SCALE_BYTES, Outcome, Refusal, Shapes, arguments, run
 
 if not torch.accelerator.is_available():
-    IntermediatesCache.pin_memory = lambda *_: None  # 0.14 pins memory for an accelerator that need not be there
-ALL_ATTENTION_FUNCTIONS.register("eager", sdpa_attention_forward)  # 0.14 wants "eager": equal, but slower
-METHODS: dict[str, dict[str, Any]] = {"gptq": {"actorder": "static"}, "awq": {"duo_scaling": "both", "n_grid": 20}}
+    IntermediatesCache.pin_memory = lambda *_: None  # version 0.14 pins memory even without an accelerator
+ALL_ATTENTION_FUNCTIONS.register(
+    "eager", sdpa_attention_forward
+)  # version 0.14 selects "eager": equal results, but slower
+METHODS: dict[str, dict[str, str | int]] = {
+    "gptq": {"actorder": "static"},
+    "awq": {"duo_scaling": "both", "n_grid": 20},
+}
 
 
-UNDO: dict[torch.nn.Module, Tensor] = {}  # module -> what its matrix is multiplied by to take AWQ's scales out again
+# module -> factors that remove the scales of AWQ from its matrix
+UNDO: dict[torch.nn.Module, Tensor] = {}
 
 
 class RecordingAWQ(AWQModifier):
-    """AWQ that remembers by which scales it multiplied the columns of a module, or divided its rows."""
+    """AWQ that records the scales by which it multiplied the columns of a module, or divided its rows."""
 
     def _compute_best_scale(self, mapping: Any, *arguments: Any) -> Tensor:
         scales = super()._compute_best_scale(mapping, *arguments)
@@ -54,7 +60,7 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
     group = request.group_size
     odd = [columns for _, columns in shapes.values() if group != CHANNEL and columns % group]
     if odd:
-        raise Refusal(f"llm-compressor wants groups that divide a row: {odd[0]} columns are no multiple of {group}")
+        raise Refusal(f"llm-compressor needs groups that divide a row: {odd[0]} columns are not a multiple of {group}")
     dtype = torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
     model = AutoModelForCausalLM.from_pretrained(request.model, dtype=dtype)
     scheme = {
@@ -76,7 +82,7 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
     return Outcome(request.method.upper(), tool, settings | METHODS[request.method], weights, stored)
 
 
-def recipe_of(method: str, groups: dict[str, Any]) -> list[Any]:
+def recipe_of(method: str, groups: dict[str, object]) -> list[Any]:
     if method == "gptq":
         return [GPTQModifier(config_groups=groups, **METHODS[method])]
     return [RecordingAWQ(**METHODS[method]), QuantizationModifier(config_groups=groups)]
@@ -92,7 +98,7 @@ def batches(windows: np.ndarray) -> DataLoader:
 
 
 def restored(module: Any) -> tuple[Tensor, int]:
-    """What the packed form of a module unpacks to, AWQ's scales undone, and the bytes that it takes."""
+    """The matrix of a module, unpacked from its packed form and without AWQ's scales, and its stored bytes."""
     state = {part: getattr(module, part).data for part in ("weight", "weight_scale", "weight_zero_point")}
     packed = Packed.compress(state, module.quantization_scheme)
     assert torch.equal(packed["weight_scale"], packed["weight_scale"].half().float()), "counted as 16 bits"
@@ -104,5 +110,5 @@ def restored(module: Any) -> tuple[Tensor, int]:
 if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.add_argument("--method", choices=METHODS, required=True)
-    parser.add_argument("--observer", default="imatrix_mse", help="how ranges are found")
+    parser.add_argument("--observer", default="imatrix_mse", help="observer that determines ranges")
     raise SystemExit(run(parser, quantize))

@@ -1,6 +1,6 @@
-"""Ours: round to nearest (swsc_core/method/rtn.py), asymmetric, one scale a matrix, a row or a group.
+"""Round to nearest of this project (swsc_core/method/rtn.py), asymmetric, with one scale per matrix, row or group.
 
-Counted: codes and zero points packed without gaps at their width, scales in 16 bits.
+Bits count codes and zero points, packed without gaps at their width, and scales of 16 bits.
 """
 
 import argparse

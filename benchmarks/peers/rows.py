@@ -1,21 +1,23 @@
-"""The rows of the table: which tool runs with which settings, by what key a finished row is known, how it is printed."""
+"""The rows of the table: tools and settings, the key of a finished row, and the printed cells."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.peers.script import CHANNEL, WHOLE_TENSOR
+from swsc_core.storage.json_fields import JsonObject
 
 HEADER = ("tensors", "tool", "settings", "nominal bits", "true bits", "perplexity", "CPU seconds", "peak memory, GB")
 
-MEASURED = ("model", "text", "seqlen", "windows", "dtype")  # what a perplexity depends on
+# What a perplexity depends on.
+MEASURED = ("model", "text", "seqlen", "windows", "dtype")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A tool: its script, its environment (None: the driver's own), and flags of the script."""
+    """A tool: its script, its environment (None: the environment of the benchmark), and flags of the script."""
 
     script: str
     environment: str | None
@@ -46,40 +48,40 @@ class Row:
 
     @property
     def label(self) -> str:
-        """A name for people and for a folder."""
+        """Name in messages and of the folder."""
         group = {WHOLE_TENSOR: "tensor", CHANNEL: "channel"}.get(self.group_size, f"g{self.group_size}")
         return f"{self.peer}-{self.bits}bit-{group}"
 
 
 def rows_of(peers: Iterable[str], bits: Iterable[int], groups: Sequence[int], autoround_iters: int) -> list[Row]:
-    """All rows, tool by tool; RTN also with one scale a matrix and one a row."""
-    more = {"quantize_autoround": ("--iters", str(autoround_iters))}
-    own = list(dict.fromkeys((WHOLE_TENSOR, CHANNEL, *groups)))
+    """All rows, tool by tool. RTN also has rows with one scale per matrix and one per row."""
+    extra_flags = {"quantize_autoround": ("--iters", str(autoround_iters))}
+    rtn_groups = list(dict.fromkeys((WHOLE_TENSOR, CHANNEL, *groups)))
     return [
-        Row(peer, width, group, (*PEERS[peer].flags, *more.get(PEERS[peer].script, ())))
+        Row(peer, width, group, (*PEERS[peer].flags, *extra_flags.get(PEERS[peer].script, ())))
         for peer in peers
         for width in bits
-        for group in (own if peer == "rtn" else groups)
+        for group in (rtn_groups if peer == "rtn" else groups)
     ]
 
 
-def key(row: Row | None, common: dict[str, Any], requirements: str) -> str:
-    """What a finished row is known by: its settings, the versions of its tool, and what it shares with other rows.
+def key(row: Row | None, common: JsonObject, requirements: str) -> str:
+    """Key of a row: digest of its settings, of the requirements of its tool, and of the settings that all rows share.
 
-    The uncompressed model (None) shares only what it is measured with.
+    The key of the uncompressed model (None) depends only on the settings of the measurement.
     """
     if row is None:
         common = {name: common[name] for name in MEASURED}
-    what = {"row": row and asdict(row), "common": common, "requirements": requirements}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    identity = {"row": row and asdict(row), "common": common, "requirements": requirements}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def cells(result: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table; a row that a tool refused, or that failed, has a reason in place of figures."""
+def cells(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line of the table. A row that a tool refused, or that failed, has a reason in place of figures."""
     if "reason" in result:
         return (result["tensors"], result["label"], result["reason"], *[""] * (len(HEADER) - 3))
     peer = result["peer"]
-    settings = {name: told(value) for name, value in peer["settings"].items()}
+    settings = {name: formatted(value) for name, value in peer["settings"].items()}
     nominal = settings.pop("bits", "")
     return (
         result["tensors"],
@@ -93,7 +95,7 @@ def cells(result: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def told(setting: Any) -> str:
+def formatted(setting: Any) -> str:
     return "×".join(map(str, setting)) if isinstance(setting, list) else str(setting)
 
 

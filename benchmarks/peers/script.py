@@ -1,8 +1,8 @@
-"""What the quantizing scripts share: arguments, the tensors of a checkpoint, the dense checkpoint and `peer.json`.
+"""Shared part of the quantizing scripts: arguments, tensors of a checkpoint, the dense checkpoint and `peer.json`.
 
-It runs in the environment of each tool, so it needs torch and safetensors alone. A script is a function from a request and
-the names of the selected matrices to an Outcome; `run` does the rest. Clock and memory are those of the function: the
-tool's imports stand at the top of its script and are not counted.
+This module runs in the environment of each tool and therefore needs only torch and safetensors. A script defines a
+function from a request and the shapes of the selected matrices to an `Outcome`; `run` does the rest. Times and memory
+are those of the function, so that the imports of the tool, at the top of its script, are not counted.
 """
 
 import argparse
@@ -16,53 +16,60 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from swsc_core.storage.json_fields import JsonObject
+
 Shapes = dict[str, tuple[int, ...]]
-SCALE_BYTES = 2  # every tool's scales are stored in float16 or bfloat16
-WHOLE_TENSOR, CHANNEL = 0, -1  # group sizes that are no number of weights
+# All tools store scales in float16 or bfloat16.
+SCALE_BYTES = 2
+# Values of --group-size that are not a number of weights.
+WHOLE_TENSOR, CHANNEL = 0, -1
 
 
 class Refusal(Exception):
-    """The tool cannot do what is asked; one line that says why."""
+    """The tool does not support the request; the message is a reason of one line."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a tool made.
+    """Result of a tool.
 
     Attributes:
-        tool, version, settings: what is said beside the figures; `settings["bits"]` is the width of a code.
-        weights: restored matrices by tensor name; the checkpoint's own dtype is taken when they are written.
+        tool, version, settings: shown beside the figures; `settings["bits"]` is the width of a code.
+        weights: restored matrices by tensor name; they are written in the dtype of the checkpoint.
         stored: bytes of each matrix in the tool's format.
     """
 
     tool: str
     version: str
-    settings: dict[str, Any]
+    settings: "JsonObject"
     weights: dict[str, Tensor]
     stored: dict[str, int]
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The flags that every script knows."""
+    """Parser with the flags that all scripts have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory of a safetensors checkpoint")
-    parser.add_argument("output", type=Path, help="directory to make: model/ and, last of all, peer.json")
+    parser.add_argument("output", type=Path, help="directory for model/ and peer.json")
     parser.add_argument("--calibration", help="tokens, .npy int64 [windows, seqlen]")
     parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group-size", type=int, required=True, help="weights a scale; -1: a row, 0: the whole matrix")
+    parser.add_argument(
+        "--group-size", type=int, required=True, help="weights per scale; -1: a row, 0: the whole matrix"
+    )
     parser.add_argument("--include", required=True, help="regular expression of tensor names")
     return parser
 
 
 def run(parser: argparse.ArgumentParser, quantize: Callable[[argparse.Namespace, Shapes], Outcome]) -> int:
-    """Parse, quantize, write; 2 if the tool refuses, in which case the last line of stderr says why."""
+    """Parse, quantize, write. Returns 2 if the tool refuses; the last line of stderr is then the reason."""
     request = parser.parse_args()
     try:
         shapes = selected(request.model, request.include)
@@ -80,8 +87,19 @@ def run(parser: argparse.ArgumentParser, quantize: Callable[[argparse.Namespace,
     return 0
 
 
-def description(outcome: Outcome, shapes: Shapes) -> dict[str, Any]:
-    """The part of `peer.json` that says what was made; true bits are those of the selected matrices."""
+class Description(TypedDict):
+    """The part of `peer.json` that describes the result; true bits are those of the selected matrices."""
+
+    tool: str
+    version: str
+    settings: "JsonObject"
+    weights: int
+    stored_bytes: dict[str, int]
+    bits_per_weight: float
+
+
+def description(outcome: Outcome, shapes: Shapes) -> Description:
+    """Describe the result of a tool for the selected matrices."""
     weights = sum(rows * columns for rows, columns in shapes.values())
     return {
         "tool": outcome.tool,
@@ -98,15 +116,15 @@ def shards(model: str) -> list[Path]:
 
 
 def selected(model: str, include: str) -> Shapes:
-    """Shapes of the matrices whose tensor names the expression finds; Refusal if there are none."""
+    """Shapes of the matrices whose names match `include`. Raises Refusal if there are none."""
     shapes: Shapes = {}
     for shard in shards(model):
         with safe_open(shard, "pt") as file:
-            names = [name for name in file.keys() if re.search(include, name)]  # noqa: SIM118 - it is no mapping
+            names = [name for name in file.keys() if re.search(include, name)]  # noqa: SIM118 - not a mapping
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
     if not shapes:
-        raise Refusal(f"{model}: no matrix has a name that {include!r} finds")
+        raise Refusal(f"{model}: no matrix has a name that matches {include!r}")
     return shapes
 
 
@@ -119,27 +137,28 @@ def tensors(model: str, shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_dense(model: str, target: Path, weights: dict[str, Tensor]) -> None:
-    """The checkpoint with `weights` in place of its own, in its own shards and dtypes; all else is copied as it is."""
+    """Write the checkpoint with `weights` in place of its matrices, in its shards and dtypes; copy other files."""
     target.mkdir(parents=True, exist_ok=True)
     for path in Path(model).iterdir():
         if path.is_file() and path.suffix not in (".safetensors", ".bin", ".gguf"):
             shutil.copyfile(path, target / path.name)
     for shard in shards(model):
-        held = load_file(shard)
-        held |= {name: weights[name].to(held[name].dtype).contiguous() for name in held.keys() & weights.keys()}
-        save_file(held, target / shard.name, metadata={"format": "pt"})
+        tensors = load_file(shard)
+        replaced = tensors.keys() & weights.keys()
+        tensors |= {name: weights[name].to(tensors[name].dtype).contiguous() for name in replaced}
+        save_file(tensors, target / shard.name, metadata={"format": "pt"})
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process and of its children that have ended."""
+    """CPU seconds of this process and of its finished children."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def peak_rss() -> int:
-    """Largest resident size of this process in bytes.
+    """Peak resident memory of this process in bytes.
 
-    Linux hands ru_maxrss down from the parent through fork and exec, so the kernel's own mark is read where there is one.
+    On Linux, ru_maxrss is inherited from the parent through fork and exec, so VmHWM is read where it exists.
     """
     with suppress(OSError, AttributeError):
         status = Path("/proc/self/status").read_text(encoding="ascii")

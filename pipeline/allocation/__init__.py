@@ -1,1 +1,1 @@
-"""A bit budget becomes one spec per matrix."""
+"""Allocation: one spec per matrix, chosen so that the model loses least within a budget of bits."""

@@ -1,7 +1,8 @@
-"""Jobs of allocation: how much a matrix matters, and how much of that each candidate spec loses."""
+"""Jobs of allocation: the sensitivity of a matrix, and the relative distortion of candidate specs."""
 
 from dataclasses import dataclass
 
+from pipeline.allocation.curves import SpecDistortion
 from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.engine.task import JobContext, JobOutput
@@ -13,7 +14,7 @@ from swsc_core.method.spec import SwscSpec
 
 @dataclass(frozen=True)
 class MeasureSensitivity:
-    """Predicted loss, in nats a token, if each weight of a matrix kept nothing but its row's scale."""
+    """Estimated loss, in nats per token, if each weight of a matrix kept nothing but the scale of its row."""
 
     source: Store
     info: MatrixInfo
@@ -21,20 +22,13 @@ class MeasureSensitivity:
 
     def run(self, context: JobContext) -> JobOutput[float]:
         metric, unit = self.hessians.metric(self.info.name, context.device)
-        return JobOutput(unit * sensitivity(read_source_matrix(self.source, self.info, context.device).weight, metric))
-
-
-@dataclass(frozen=True)
-class SpecDistortion:
-    """The share of a matrix's sensitivity that remains as loss under a spec, measured on some of its rows."""
-
-    spec: SwscSpec
-    share: float
+        weight = read_source_matrix(self.source, self.info, context.device).weight
+        return JobOutput(unit * sensitivity(weight, metric))
 
 
 @dataclass(frozen=True)
 class MeasureDistortions:
-    """Relative distortion of a matrix under each of some specs."""
+    """Relative distortion of a matrix under each of `specs`, measured on some of its rows."""
 
     source: Store
     info: MatrixInfo
@@ -45,5 +39,5 @@ class MeasureDistortions:
     def run(self, context: JobContext) -> JobOutput[tuple[SpecDistortion, ...]]:
         weight = read_source_matrix(self.source, self.info, context.device).weight
         metric, _ = self.hessians.metric(self.info.name, context.device)
-        shares = (relative_distortion(weight, spec, metric, self.seed, self.info.name) for spec in self.specs)
-        return JobOutput(tuple(map(SpecDistortion, self.specs, shares)))
+        distortions = (relative_distortion(weight, spec, metric, self.seed, self.info.name) for spec in self.specs)
+        return JobOutput(tuple(map(SpecDistortion, self.specs, distortions)))

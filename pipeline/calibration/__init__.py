@@ -1,1 +1,1 @@
-"""Second moments of the inputs of matrices, gathered on a text."""
+"""Calibration: Hessians of a model on a text, gathered by all workers and cached."""

@@ -1,243 +1,150 @@
-"""Second moments of a model on a text, gathered over the workers and kept for every later run of the same model and text.
+"""Calibration flow: gathers the Hessians of a model on a text, and caches them for later runs.
 
-The text is cut into shards of a fixed number of windows; a task gathers one shard for one range of layers, others add the
-shards of a layer up in their order, each as soon as it is there. Nothing depends on who did what, and memory is bounded by the range.
+The text is cut into shards of a fixed number of windows. One task gathers one shard for one range of layers; other
+tasks add the shards of a layer in the order of the text, each as soon as it is available. The result does not depend on
+which worker ran which task, and the size of a range bounds the memory.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.calibration.hessian_store import SOURCE, Hessians, hessian_file, layers_of, require_same_source, source_of
-from pipeline.calibration.job import AddHessians, ExtractHessian, GatherHessians
+from pipeline.calibration.gathering import Gathering, LayerRange, WindowShards
+from pipeline.calibration.hessian_store import HessianRow, Hessians, hessian_file, layers_of
 from pipeline.checkpoints.checkpoint import Checkpoint
-from pipeline.checkpoints.integrity.digests import RangeDigests
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.device import Arithmetic
 from pipeline.engine.progress import Progress
-from pipeline.engine.scheduler import TaskList, execute
+from pipeline.engine.scheduler import execute
 from pipeline.engine.stage import Pools, Stage, log_and_release
-from pipeline.engine.task import Destination, Task, TaskResult
-from pipeline.errors import PayloadLost
 from pipeline.models.loading import ModelKey
-from pipeline.outputs.transaction import begin
+from pipeline.outputs.transaction import Output, begin
 from pipeline.planning.cost_model import calibration_bytes, calibration_device_bytes, hessian_bytes
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage.cache_key import cache_name, versioned, windows_identity
 from pipeline.storage.records import report_damaged_cache
 from pipeline.storage.store import Store, require_free_space
 
-_SHARD_TOKENS = 8192  # tokens of one task
-_GATHERINGS = 3  # of a layer whose sums were lost with a node
+# Tokens that one task gathers.
+_SHARD_TOKENS = 8192
+# Passes over the text: sums that were lost with a node are gathered again, at most this many times in all.
+_MAX_PASSES = 3
 _CPU = Arithmetic(1)
 
 
 def calibration_key(source: Checkpoint, settings: CalibrationSettings) -> ModelKey:
-    """How workers name the model that they calibrate."""
+    """Key under which workers load the model that is calibrated."""
     known = digests_of_source(source)
     return ModelKey(source.store.root, settings.calibration_dtype, 1, settings.trust_remote_code, known)
 
 
 @dataclass(frozen=True)
-class _Range:
-    """Layers whose moments fit the memory that is allowed, and the matrices of each."""
-
-    layers: dict[str, list[str]]
-
-    @property
-    def names(self) -> list[str]:
-        return [name for names in self.layers.values() for name in names]
-
-
-@dataclass
-class _Fold:
-    """The sum over the shards of one layer so far: they are added in their order, each as soon as it is there.
+class CalibrationInputs:
+    """What a calibration computes, besides its settings.
 
     Attributes:
-        total: handle of the sum. busy: a task is adding to it. added: shards in it. shards: those that wait, by first window.
+        source: the original model.
+        matrices: matrices whose Hessians are needed.
+        ids: windows of tokens, int64 [windows, seqlen].
+        seed: of the run.
+        arithmetic: of the workers. Different kinds of GPU give different last bits, so each kind has its own cache
+            entry.
     """
 
-    total: Any = None
-    busy: bool = False
-    added: int = 0
-    shards: dict[int, Any] = field(default_factory=dict)
-
-    def take(self, total: Any) -> None:
-        self.total, self.busy = total, False
-        self.added += 1
+    source: Checkpoint
+    matrices: Sequence[MatrixInfo]
+    ids: np.ndarray
+    seed: int
+    arithmetic: Arithmetic = _CPU
 
 
 class Calibration:
-    """Deals out the gathering of moments, and their addition as soon as all shards of a range are there."""
+    """Gathers the Hessians that the cache lacks. `store` is the directory of the cache that holds them."""
 
-    def __init__(
-        self, source: Checkpoint, infos: Sequence[MatrixInfo], ids: np.ndarray, settings: CalibrationSettings, cache: str,
-        seed: int, arithmetic: Arithmetic = _CPU,
-    ) -> None:  # fmt: skip
-        """A calibration that `run` begins, or goes on with.
+    def __init__(self, inputs: CalibrationInputs, settings: CalibrationSettings, cache: str) -> None:
+        """A calibration that `run` begins or resumes. All nodes must see the directory `cache`."""
+        self._inputs, self._settings = inputs, settings
+        self._infos = {info.name: info for info in inputs.matrices}
+        about = {"source": inputs.source.fingerprint, "seed": inputs.seed, "dtype": settings.calibration_dtype}
+        self._identity = versioned("moments", about | windows_identity(inputs.ids) | inputs.arithmetic.gpu_identity)
+        self.store = Store.at(f"{cache}/{cache_name('moments', self._identity)}")
 
-        Args:
-            infos: the matrices whose moments are wanted.
-            ids: int64 [windows, seqlen], the tokens.
-            cache: directory that all nodes see.
-            seed: of the run.
-            arithmetic: of the workers; moments of one kind of GPU are not those of another.
+    def run(self, pools: Pools) -> Hessians:
+        """Gather the missing Hessians, and return all of them.
+
+        Raises:
+            RunError: tasks failed; the matrices that were finished are kept.
         """
-        self._source, self._ids, self._settings, self._seed = source, ids, settings, seed
-        self._arithmetic = arithmetic
-        self._infos = {info.name: info for info in infos}
-        self.store = Store.at(f"{cache}/{cache_name('moments', self._identity())}")
-        self._starts = range(0, len(ids), max(1, _SHARD_TOKENS // ids.shape[1]))  # first window of each shard
-        self._folds: dict[tuple[int, int], _Fold] = defaultdict(_Fold)  # (range, place of a layer in it)
-        self._written: set[str] = set()  # matrices that this run has finished
+        with report_damaged_cache(self.store):
+            names = map(hessian_file, self._infos)
+            output = begin(self.store, self._identity, on_wait=log_and_release(pools), names=names)
+        with output:
+            ranges = self._missing_ranges(output)
+            if ranges:
+                self._gather(ranges, output, pools)
+        return Hessians(self.store, self._settings.gradient_share)
 
-    def _identity(self) -> dict[str, Any]:
-        about = {"source": self._source.fingerprint, "seed": self._seed, "dtype": self._settings.calibration_dtype}
-        return versioned("moments", about | windows_identity(self._ids) | self._arithmetic.gpu_identity)
+    def _gather(self, ranges: Sequence[LayerRange], output: Output, pools: Pools) -> None:
+        require_free_space(self.store, sum(self._sum_bytes(part.names) for part in ranges))
+        shards = self._shards()
+        gathering = Gathering(calibration_key(self._inputs.source, self._settings), shards, output)
+        stage = self._stage(max(self._sum_bytes(part.names) for part in ranges))
+        pool = pools(len(ranges) * len(shards.starts), stage)
+        try:
+            n_tasks = gathering.start_pass(ranges)
+            with Progress(stage.name, n_tasks, 0, stage.unit) as progress:
+                execute(pool, gathering, progress)
+                for _ in range(_MAX_PASSES - 1):
+                    if not gathering.lost:
+                        break
+                    progress.log(f"{gathering.lost[0].error}; layers that are not finished are gathered again")
+                    progress.add(gathering.start_pass(self._missing_ranges(output, gathering.written)))
+                    execute(pool, gathering, progress)
+        finally:
+            pool.close()
+        gathering.raise_failures()
 
-    def _cut(self) -> list[_Range]:
-        """Layers with matrices that have no moments yet, in ranges of bounded bytes; a layer is never cut."""
-        ranges: list[_Range] = []
+    def _shards(self) -> WindowShards:
+        seqlen = self._inputs.ids.shape[1]
+        return WindowShards(self._inputs.ids, max(1, _SHARD_TOKENS // seqlen), self._inputs.seed)
+
+    def _stage(self, sum_bytes: int) -> Stage:
+        """The stage of a pool whose workers hold at most `sum_bytes` of sums each."""
+        source, seqlen = self._inputs.source, self._inputs.ids.shape[1]
+        memory = calibration_bytes(source, seqlen, sum_bytes)
+        device = calibration_device_bytes(source, seqlen, sum_bytes, self._settings.calibration_dtype)
+        return Stage("calibrate", memory, device, keeps_model=True)
+
+    def _missing_ranges(self, output: Output, written: Collection[str] = ()) -> list[LayerRange]:
+        """Layers whose Hessians are missing, in ranges whose sums fit --moment-gib. A layer is never split."""
+        ranges: list[LayerRange] = []
         room = 0
-        missing = [name for name in self._infos if name not in self._written and not self._is_found(name)]
+        missing = [name for name in self._infos if name not in written and not _is_complete(name, output)]
         for layer, names in layers_of(missing).items():
             nbytes = self._sum_bytes(names)
             if not ranges or nbytes > room:
-                ranges.append(_Range({}))
+                ranges.append(LayerRange({}))
                 room = int(self._settings.moment_gib * 2**30)
             ranges[-1].layers[layer] = names
             room -= nbytes
         return ranges
 
-    def _is_found(self, name: str) -> bool:
-        """Whether an earlier run wrote the moments of a matrix, and those of the one that has its `plain`.
-
-        A run that was cut short may have left the one without the other, and this run may not want the other.
-        """
-        owner = self._owner(name)
-        return owner is not None and self._owner(owner) == owner
-
-    def _owner(self, name: str) -> str | None:
-        _, rows = self._out.finished.get(hessian_file(name), (None, [{"owner": None}]))
-        owner: str | None = rows[0]["owner"]
-        return owner
-
     def _sum_bytes(self, names: Sequence[str]) -> int:
         return hessian_bytes(self._infos[name] for name in names)
 
-    def run(self, pools: Pools) -> Hessians:
-        """Gather what is not there yet.
 
-        Raises:
-            RunError: tasks failed; finished matrices are kept.
-        """
-        with report_damaged_cache(self.store):
-            names = map(hessian_file, self._infos)
-            self._out = begin(self.store, self._identity(), on_wait=log_and_release(pools), names=names)
-        with self._out:
-            self._read = source_of(self.store)  # digests of what workers have loaded
-            self._ranges = self._cut()
-            self._gather(pools)
-        return Hessians(self.store, self._settings.gradient_share)
+def _is_complete(name: str, output: Output) -> bool:
+    """Whether earlier runs wrote the files of a matrix and of the matrix that stores its unweighted Hessian.
 
-    def _gather(self, pools: Pools) -> None:
-        self._failures: TaskList[Any] = TaskList([], lambda done: None)
-        if not self._ranges:
-            return
-        require_free_space(self.store, sum(self._sum_bytes(part.names) for part in self._ranges))
-        widest = max(self._sum_bytes(part.names) for part in self._ranges)
-        tasks = len(self._ranges) * len(self._starts)
-        length, dtype = self._ids.shape[1], self._settings.calibration_dtype
-        on_gpu = calibration_device_bytes(self._source, length, widest, dtype)
-        stage = Stage("calibrate", calibration_bytes(self._source, length, widest), on_gpu, keeps_model=True)
-        pool = pools(tasks, stage)
-        try:
-            with Progress(stage.name, self._total_tasks, 0, stage.unit) as progress:
-                for _ in range(_GATHERINGS):
-                    self._lost: list[TaskResult[Any]] = []
-                    self._queue = [task for index in range(len(self._ranges)) for task in self._gathering(index)][::-1]
-                    execute(pool, self, progress)
-                    if not self._lost:
-                        break
-                    self._ranges, self._folds = self._cut(), defaultdict(_Fold)
-                    progress.log(f"{self._lost[0].error}; layers that are not finished are gathered again")
-                    progress.add(self._total_tasks)
-        finally:
-            pool.close()
-        for lost in self._lost:
-            self._failures.done(lost)
-        self._failures.raise_failures()
+    An interrupted run may have left only one of them, and the present run may not need the other matrix.
+    """
+    owner = _finished_owner(name, output)
+    return owner is not None and _finished_owner(owner, output) == owner
 
-    @property
-    def _total_tasks(self) -> int:
-        """Gathering, adding and writing."""
-        shards = len(self._starts)
-        return sum(shards + (shards - 1) * len(part.layers) + len(part.names) for part in self._ranges)
 
-    def _gathering(self, index: int) -> list[Task[Any]]:
-        part, ids, size = self._ranges[index], self._ids, self._starts.step
-        key = calibration_key(self._source, self._settings)
-        layers = tuple(map(tuple, part.layers.values()))
-        return [
-            Task(
-                ("gather", index, start), GatherHessians(key, layers, ids[start : start + size], start, self._seed),
-                f"calibration windows {start} to {start + size - 1}", outputs=len(part.layers),
-            )
-            for start in self._starts
-        ]  # fmt: skip
-
-    def next(self, worker: int) -> Task[Any] | None:
-        return self._queue.pop() if self._queue else None
-
-    def done(self, done: TaskResult[Any]) -> None:
-        if isinstance(done.error, PayloadLost):
-            self._lost.append(done)
-            return
-        if done.error:
-            self._failures.done(done)
-            return
-        kind, index, *rest = done.task.key
-        if kind == "write":
-            self._written.add(rest[0])
-        if kind == "gather":
-            self._note_source(done.value)
-            for place, payload in enumerate(done.payloads):
-                self._folds[index, place].shards[rest[0]] = payload
-                self._go_on(index, place)
-        elif kind == "fold":
-            self._folds[index, rest[0]].take(done.payloads[0])
-            self._go_on(index, rest[0])
-
-    def _note_source(self, read: RangeDigests) -> None:
-        """All workers, and those of earlier runs, must have loaded the same bytes; raises StoreError."""
-        require_same_source(self.store, self._read, read)
-        if read.keys() - self._read.keys():
-            self._read = self._read | read
-            self.store.write_json(SOURCE, {"ranges": self._read})
-
-    def _go_on(self, index: int, place: int) -> None:
-        """Add the next shard to the sum of one layer if it is there; once all are in it, write its matrices."""
-        fold = self._folds[index, place]
-        if fold.total is None and 0 in fold.shards:
-            fold.take(fold.shards.pop(0))
-        if fold.added == len(self._starts):
-            self._queue += self._writings(index, place, self._folds.pop((index, place)).total)
-        elif not fold.busy and self._starts[fold.added] in fold.shards and fold.added:
-            fold.busy = True
-            key = ("fold", index, place, fold.added)
-            pair = (fold.total, fold.shards.pop(self._starts[fold.added]))
-            self._queue.append(Task(key, AddHessians(), "sum of Hessians", pair, outputs=1))
-
-    def _writings(self, index: int, place: int, total: Any) -> list[Task[Any]]:
-        names = list(self._ranges[index].layers.values())[place]
-        return [
-            Task(
-                ("write", index, name), ExtractHessian(name), f"moments of {name}", (total,), outputs=1,
-                commit_to=Destination(self._out.ticket, hessian_file(name)),
-            )
-            for name in names
-        ]  # fmt: skip
+def _finished_owner(name: str, output: Output) -> str | None:
+    """Matrix that stores the unweighted Hessian of `name`; None if no earlier run finished the file of `name`."""
+    finished = output.finished.get(hessian_file(name))
+    return None if finished is None else HessianRow.from_json(finished[1][0]).owner

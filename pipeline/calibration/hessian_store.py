@@ -1,12 +1,12 @@
-"""Where second moments lie: a directory for a model and a text, in it a safetensors file for each matrix.
+"""The cache of Hessians: one directory for each model and text, with one safetensors file per matrix.
 
-Of a matrix X.weight [m, n] it holds X.weighted, float32 [n, n], X.rows, float32 [m], and, unless another matrix of the same
-input has it, X.plain, float32 [n, n]; measure/calibration.py says what they are. The directory is begun as an output is
-(output.py) and never finished: another run may add more matrices.
+The file of matrix X, of shape [m, n], holds float32 sums over tokens: X.weighted [n, n], X.rows [m] and, unless another
+matrix with the same input stores it, X.plain [n, n]. `gather.py` defines them. The directory is opened like an output
+(outputs/transaction.py), but it is never marked as finished, because later runs may add matrices.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,31 +28,56 @@ from pipeline.storage.store import Store
 from swsc_core import Metric
 from swsc_core.compressed.config_json import part_name
 
-SOURCE = "source.json"  # beside them: digests of what they were gathered from, by range of a file
+# File of the directory that holds digests of what the sums were gathered from, by range of a file.
+SOURCE = "source.json"
+
+
+@dataclass(frozen=True)
+class HessianRow:
+    """Record of the sums of one matrix.
+
+    Attributes:
+        tokens: tokens of the text that reached the matrix.
+        owner: matrix that stores the unweighted Hessian (`plain`) for all matrices with the same input; None in a
+            damaged record.
+    """
+
+    name: str
+    tokens: int
+    owner: str | None
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "HessianRow":
+        """Inverse of `dataclasses.asdict`; other keys are ignored."""
+        return cls(row["name"], row["tokens"], row["owner"])
 
 
 def source_of(store: Store) -> RangeDigests:
-    """Digests of what the moments in `store` were gathered from; none, if nothing was or an earlier release did."""
+    """Digests of the byte ranges that the Hessians in `store` were gathered from.
+
+    Empty if there are no Hessians, or if an earlier release wrote them.
+    """
     if not store.exists(SOURCE):
         return {}
-    found: RangeDigests = read_cached(
+    digests: RangeDigests = read_cached(
         store, SOURCE, lambda: read_record(store, SOURCE, CalibrationSourceRecord)["ranges"]
     )
-    return found
+    return digests
 
 
-def require_same_source(store: Store, before: RangeDigests, read: RangeDigests) -> None:
-    """Raise StoreError if what is read of a model is not what the moments in `store` were gathered from, `before`."""
-    if differing := sorted(where for where in before.keys() & read.keys() if before[where] != read[where]):
+def require_same_source(store: Store, gathered_from: RangeDigests, digests: RangeDigests) -> None:
+    """Raise StoreError if `digests` of a model differ from what the Hessians in `store` were gathered from."""
+    common = gathered_from.keys() & digests.keys()
+    if differing := sorted(where for where in common if gathered_from[where] != digests[where]):
         raise StoreError(
-            f"{differing[0]} is read as other bytes than when the moments in {store.root} were gathered: the file was changed, or"
-            " its disk, the network or a memory corrupts what it holds; remove that directory and run the same command again, or"
-            " name the right bytes by --verify-source"
+            f"{differing[0]}: other bytes than the Hessians in {store.root} were gathered from: the file was changed,"
+            " or a disk, the network or memory corrupts it; remove that directory and run the same command again, or"
+            " name the right bytes with --verify-source"
         )
 
 
 def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """layer -> its matrices, in the order of the names."""
+    """layer -> names of its matrices, in the order of `names`."""
     layers: dict[str, list[str]] = {}
     for name in names:
         layers.setdefault(layer_of(name), []).append(name)
@@ -60,55 +85,59 @@ def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def hessian_file(name: str) -> str:
-    """File of the sums of one matrix."""
+    """File of the sums of the matrix `name`."""
     return f"{name}.safetensors"
 
 
 @dataclass(frozen=True)
 class Hessians:
-    """Sums of a calibration and how they are blended; a value, so that workers on other nodes can hold it too."""
+    """Hessians in a cache, and how the two kinds are mixed. Picklable, so that workers on other nodes can read them.
+
+    Attributes:
+        gradient_share: share of the gradient-weighted Hessian in the mixture, see `blend`.
+    """
 
     store: Store
     gradient_share: float
 
     def metric(self, name: str, device: str) -> tuple[Metric, float]:
-        """The metric of one matrix, and the loss (nats a token of the text) that one unit of its energy stands for.
+        """The metric of a matrix, and the loss, in nats per token of the text, of one unit of its weighted error.
 
-        An expert that no token of the text was sent to has the plain metric, and its errors cost nothing.
+        An expert that received no token gets the unweighted metric, and its errors cost nothing.
         """
         row = self._row(name)
-        if row["tokens"] == 0:
+        if row.tokens == 0:
             return Metric(), 0.0
         weighted, rows = (self._read(name, part).to(device) for part in ("weighted", "rows"))
-        plain = self._read(row["owner"], "plain").to(device)
-        moment = blend(plain, weighted, self.gradient_share)
+        plain = self._read(row.owner or name, "plain").to(device)
+        hessian = blend(plain, weighted, self.gradient_share)
         gradients = float(rows.sum())
         trace = float(weighted.trace()) / gradients if gradients > 0 else 0.0
-        unit = 0.5 * trace / len(moment) * gradients / self._text_tokens() / len(rows)
-        return Metric(moment, rows if gradients > 0 else None, tokens=row["tokens"], name=name), unit
+        # `Metric` scales the Hessian and the row weights to a mean of one, which this factor reverses.
+        unit = 0.5 * trace / len(hessian) * gradients / self._text_tokens() / len(rows)
+        return Metric(hessian, rows if gradients > 0 else None, tokens=row.tokens, name=name), unit
 
     def tokens(self, name: str) -> int:
         """Number of tokens of the text that reached a matrix."""
-        return int(self._row(name)["tokens"])
+        return self._row(name).tokens
 
     def sha256(self, name: str) -> str:
-        """Stands for what `metric` is made of: the file of a matrix, and the one that has its `plain`."""
-        files = dict.fromkeys((hessian_file(name), hessian_file(self._row(name)["owner"] or name)))
+        """Digest of the files that `metric` reads: the file of the matrix, and the file with its unweighted Hessian."""
+        files = dict.fromkeys((hessian_file(name), hessian_file(self._row(name).owner or name)))
         return hashlib.sha256(" ".join(finished_sha256(self.store, file) for file in files).encode()).hexdigest()
 
     def _text_tokens(self) -> int:
-        """Number of tokens of the text; an expert sees some of them."""
+        """Number of tokens of the text; an expert receives only some of them."""
         windows, length = read_cached(self.store, RUN, lambda: read_record(self.store, RUN, CalibrationRunRecord))[
             "windows"
         ]
         return int(windows * length)
 
-    def _row(self, name: str) -> dict[str, Any]:
+    def _row(self, name: str) -> HessianRow:
         file = f"{FINISHED_FOLDER}/{hessian_file(name)}.json"
-        row: dict[str, Any] = read_cached(
-            self.store, file, lambda: read_record(self.store, file, FinishedFileRecord)["rows"][0]
+        return read_cached(
+            self.store, file, lambda: HessianRow.from_json(read_record(self.store, file, FinishedFileRecord)["rows"][0])
         )
-        return row
 
     def _read(self, name: str, part: str) -> Tensor:
         infos = {info.name: info for info in read_header(self.store, hessian_file(name))[1]}
@@ -116,12 +145,12 @@ class Hessians:
 
 
 def blend(plain: Tensor, weighted: Tensor, gradient_share: float) -> Tensor:
-    """Both moments [n, n] at equal trace, `gradient_share` of the weighted one; made in the place of `plain`.
+    """(1 − s) plain / tr(plain) + s weighted / tr(weighted) with s = `gradient_share`, [n, n]. Overwrites `plain`.
 
-    The weighted moment is the right one in theory and noisy in practice, because few tokens carry most of the gradient;
-    the plain one is smooth and blind to what matters. docs/method.md has the experiment.
+    The weighted Hessian is right in theory but noisy in practice, because few tokens carry most of the gradient. The
+    unweighted one is smooth but ignores which tokens matter. docs/method.md describes the experiment.
     """
     traces = float(plain.trace()), float(weighted.trace())
-    if traces[1] <= 0:  # no gradient ever came: the loss does not depend on this matrix
+    if traces[1] <= 0:  # all gradients are zero: the loss does not depend on this matrix
         return plain
     return plain.mul_((1 - gradient_share) / traces[0]).add_(weighted, alpha=gradient_share / traces[1])

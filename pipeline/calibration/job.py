@@ -1,10 +1,11 @@
-"""Jobs of calibration: gather second moments of some windows, add them up, take one matrix out; write text."""
+"""Jobs of calibration: gather sums over some windows, add them up, extract one matrix, generate text."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from pipeline.calibration.gather import Calibrator, sums_payload
+from pipeline.calibration.hessian_store import HessianRow
 from pipeline.checkpoints.integrity.digests import RangeDigests
 from pipeline.checkpoints.tensor_io import Payload, to_stored_tensor, to_tensor
 from pipeline.engine.task import JobContext, JobOutput
@@ -14,14 +15,14 @@ from swsc_core.compressed.config_json import part_name
 
 @dataclass(frozen=True)
 class GatherHessians:
-    """Sums of second moments over some windows, for the matrices of some layers: one payload a layer.
+    """Gather the sums of some layers over some windows. The job returns one payload per layer.
 
-    X.weighted, X.plain and X.rows are sums over tokens, float32; `AddMoments` adds those of all windows up. The value holds digests of
-    what the model was loaded from.
+    A payload holds the float32 sums X.weighted, X.plain and X.rows of each matrix X; `AddHessians` adds the sums of
+    other windows. The value holds digests of the bytes that the model was loaded from.
 
     Attributes:
         layers: names of the matrices of each layer.
-        windows: int64 [windows, length].
+        windows: int64 [windows, seqlen].
         first: index of the first window in the text.
     """
 
@@ -36,38 +37,43 @@ class GatherHessians:
         names = [name for layer in self.layers for name in layer]
         sums = calibrator.gather(names, self.windows, self.first, self.seed)
         payloads = tuple(sums_payload({name: sums[name] for name in layer}) for layer in self.layers)
-        return JobOutput(calibrator.read, payloads)
+        return JobOutput(calibrator.source_digests, payloads)
 
 
 @dataclass(frozen=True)
 class AddHessians:
-    """Inputs: sums over some shards of a layer, and those over one more; the payload is their sum."""
+    """Add two payloads of sums of the same layer. Inputs: the sum of the earlier shards, and the next shard."""
 
     def run(self, context: JobContext) -> JobOutput[None]:
-        before, shard = context.inputs
-        pairs = zip(before.parts, shard.parts, strict=True)
-        total = tuple(to_stored_tensor(old.name, to_tensor(old) + to_tensor(new)) for old, new in pairs)
-        rows = zip(before.rows, shard.rows, strict=True)
-        counted = tuple(old | {"tokens": old["tokens"] + new["tokens"]} for old, new in rows)
-        return JobOutput(None, (Payload(total, counted),))
+        total, shard = context.inputs
+        part_pairs = zip(total.parts, shard.parts, strict=True)
+        parts = tuple(to_stored_tensor(a.name, to_tensor(a) + to_tensor(b)) for a, b in part_pairs)
+        row_pairs = zip(map(HessianRow.from_json, total.rows), map(HessianRow.from_json, shard.rows), strict=True)
+        rows = tuple(asdict(replace(a, tokens=a.tokens + b.tokens)) for a, b in row_pairs)
+        return JobOutput(None, (Payload(parts, rows),))
 
 
 @dataclass(frozen=True)
 class ExtractHessian:
-    """Input: the sums of a layer; the payload holds those of the matrix `name`, and says which matrix holds its `plain`."""
+    """Extract the sums of one matrix. Input: the sums of its layer."""
 
     name: str
 
     def run(self, context: JobContext) -> JobOutput[None]:
         (layer,) = context.inputs
-        wanted = {part_name(self.name, part) for part in ("weighted", "rows", "plain")}
+        names = {part_name(self.name, part) for part in ("weighted", "rows", "plain")}
         (row,) = (row for row in layer.rows if row["name"] == self.name)
-        return JobOutput(None, (Payload(tuple(part for part in layer.parts if part.name in wanted), (row,)),))
+        return JobOutput(None, (Payload(tuple(part for part in layer.parts if part.name in names), (row,)),))
 
 
 @dataclass(frozen=True)
 class GenerateText:
-    """Windows that the model itself samples after `prefix`; the value is int64 [count, length]."""
+    """Windows that the model itself samples after `prefix`. The value is int64 [count, length].
+
+    Attributes:
+        first: index of the first window, which selects its random numbers together with `seed`.
+        prefix: token ids that every window starts with, int64 [any]; empty: a random token.
+    """
 
     key: ModelKey
     count: int
@@ -78,4 +84,4 @@ class GenerateText:
 
     def run(self, context: JobContext) -> JobOutput[np.ndarray]:
         calibrator = context.model(Calibrator, self.key)
-        return JobOutput(calibrator.write(self.count, self.length, self.first, self.seed, self.prefix))
+        return JobOutput(calibrator.generate(self.count, self.length, self.first, self.seed, self.prefix))

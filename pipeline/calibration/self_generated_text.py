@@ -1,7 +1,7 @@
-"""Calibration text that a model writes itself: all that is to be had where there is no text (preset data-free).
+"""Calibration text that the model generates itself, for preset data-free.
 
-A model's own samples show its matrices what its inputs look like (Liu et al. 2023, LLM-QAT). They are kept beside the
-moments; how they are dealt out does not depend on the number of workers.
+Samples of a model show its matrices realistic inputs (Liu et al. 2023, LLM-QAT). The windows are cached beside the
+Hessians. They are generated in batches of fixed size, so that the text does not depend on the number of workers.
 """
 
 from typing import Any
@@ -21,7 +21,8 @@ from pipeline.storage.records import read_cached
 from pipeline.storage.store import Store
 from pipeline.texts.windows import load_tokenizer, opening_of
 
-_BATCH = 16  # windows that are written at a time
+# Windows that one task generates together.
+_BATCH = 16
 
 
 def self_generated_windows(
@@ -32,41 +33,53 @@ def self_generated_windows(
     pools: Pools,
     arithmetic: Arithmetic,
 ) -> np.ndarray:
-    """Windows of the model's own text, int64 [windows, seqlen]; read again if they were written before.
+    """Windows of text that the model generates, int64 [windows, seqlen]; read from the cache if they are in it.
 
     Raises:
-        TextError: the model has no tokenizer to say how its texts begin.
+        TextError: the model has no tokenizer, which defines how a text begins.
     """
-    count, length = settings.calibration_windows, settings.calibration_seqlen
-    opening = opening_of(load_tokenizer(source.store.root, settings.trust_remote_code))
-    identity = versioned("written", {
-        "source": source.fingerprint, "windows": [count, length], "seed": seed, "dtype": settings.calibration_dtype,
-        "opening": opening.tolist(), **arithmetic.gpu_identity,
-    })  # fmt: skip
-    store, name = Store.at(cache), f"{cache_name('written', identity)}.json"
-    if store.exists(name):
-        return read_cached(store, name, lambda: _windows(store.read_json(name), count, length))
-    written: dict[Any, np.ndarray] = {}
-
-    def note(done: TaskResult[np.ndarray]) -> None:
-        written[done.task.key] = done.value
-
+    count, seqlen = settings.calibration_windows, settings.calibration_seqlen
+    prefix = opening_of(load_tokenizer(source.store.root, settings.trust_remote_code))
+    identity = versioned(
+        "written",
+        {
+            "source": source.fingerprint,
+            "windows": [count, seqlen],
+            "seed": seed,
+            "dtype": settings.calibration_dtype,
+            "opening": prefix.tolist(),
+            **arithmetic.gpu_identity,
+        },
+    )
+    store, file = Store.at(cache), f"{cache_name('written', identity)}.json"
+    if store.exists(file):
+        return read_cached(store, file, lambda: _checked(store.read_json(file), count, seqlen))
     key = calibration_key(source, settings)
     tasks = [
-        Task(first, GenerateText(key, min(_BATCH, count - first), length, first, seed, opening), f"text {first}")
+        Task(first, GenerateText(key, min(_BATCH, count - first), seqlen, first, seed, prefix), f"text {first}")
         for first in range(0, count, _BATCH)
     ]
-    memory = calibration_bytes(source, length, 0)
-    device = calibration_device_bytes(source, length, 0, settings.calibration_dtype)
-    run_stage(pools, Stage("write text", memory, device, "parts"), tasks, note)
-    ids = np.concatenate([written[first] for first in sorted(written)])
-    store.write_json(name, ids.tolist())
+    memory = calibration_bytes(source, seqlen, 0)
+    device = calibration_device_bytes(source, seqlen, 0, settings.calibration_dtype)
+    ids = _run(tasks, Stage("write text", memory, device, "parts"), pools)
+    store.write_json(file, ids.tolist())
     return ids
 
 
-def _windows(ids: Any, count: int, length: int) -> np.ndarray:
-    """Token ids as they were written, int64 [count, length]; ValueError if they are none."""
-    found = np.array(ids)
-    if found.shape != (count, length) or found.dtype != np.int64 or found.min(initial=0) < 0:
-        raise ValueError(f"wanted token ids [{count}, {length}], got {found.dtype} {list(found.shape)}")
-    return found
+def _run(tasks: list[Task[np.ndarray]], stage: Stage, pools: Pools) -> np.ndarray:
+    """Results of the tasks, concatenated in the order of their keys."""
+    results: dict[int, np.ndarray] = {}
+
+    def on_done(done: TaskResult[np.ndarray]) -> None:
+        results[done.task.key] = done.value
+
+    run_stage(pools, stage, tasks, on_done)
+    return np.concatenate([results[first] for first in sorted(results)])
+
+
+def _checked(ids: Any, count: int, seqlen: int) -> np.ndarray:
+    """Cached token ids as int64 [count, seqlen]; raises ValueError for anything else."""
+    windows = np.array(ids)
+    if windows.shape != (count, seqlen) or windows.dtype != np.int64 or windows.min(initial=0) < 0:
+        raise ValueError(f"expected token ids [{count}, {seqlen}], got {windows.dtype} {list(windows.shape)}")
+    return windows

@@ -1,4 +1,4 @@
-"""Jobs of compression: one layer into the file of an output, one matrix in several ways, tensors that are copied."""
+"""Jobs of compression: compress a layer, compress one matrix in several variants, copy tensors."""
 
 import time
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ class CompressionVariant:
     """One way to compress a matrix.
 
     Attributes:
-        specs: candidates; the one with the smallest error is stored.
+        specs: candidates; the result with the smallest error is stored.
         seed: of the run.
-        storage_dtype: torch's name of the dtype of stored values; None: that of the weight.
-        moments: second moments, where a spec asks for the metric of the activations.
+        storage_dtype: torch name of the dtype of stored values; None: the dtype of the weight.
+        hessians: needed by specs whose metric is "activations".
     """
 
     specs: tuple[Spec, ...]
@@ -47,8 +47,8 @@ class LayerReport:
     """Measurements of a finished layer.
 
     Attributes:
-        results: row and entry of each matrix.
-        peak_rss: largest resident memory of the worker so far, in bytes.
+        results: report row and config.json entry of each matrix.
+        peak_rss: peak resident memory of the worker so far, in bytes.
         kernels: vector instructions of the worker's CPU, or its GPU.
     """
 
@@ -59,7 +59,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressionFailure:
-    """Why a matrix could not be compressed in one of several ways."""
+    """Error of a matrix that could not be compressed in one of several variants."""
 
     name: str
     error: str
@@ -67,12 +67,13 @@ class CompressionFailure:
 
 @dataclass(frozen=True)
 class CompressLayer:
-    """Compress the matrices of one layer; the payload is the layer's file.
+    """Compress the matrices of one layer. The payload is the layer's file.
 
     Attributes:
-        form: "swsc", or "dense" for restored weights.
+        form: "swsc" for compressed matrices, "dense" for restored weights.
 
-    Raises UncompressibleWeight for a weight that holds NaN or Inf.
+    Raises:
+        UncompressibleWeight: a weight holds NaN or Inf.
     """
 
     source: Store
@@ -94,9 +95,10 @@ class CompressLayer:
 
 @dataclass(frozen=True)
 class CompressVariants:
-    """Compress one matrix, read once, in several ways; one payload for each. The value holds a result for each.
+    """Read one matrix and compress it in several variants. Each variant gives one payload and one result in the value.
 
-    A way that fails gives a `CompressionFailure`, and the others go on, unless the failure leaves the GPU unusable.
+    A variant that fails gives a `CompressionFailure` and an empty payload. The others continue, unless the failure
+    leaves the GPU unusable; that error is raised.
     """
 
     source: Store
@@ -111,7 +113,7 @@ class CompressVariants:
 
 @dataclass(frozen=True)
 class CopyTensors:
-    """Stream tensors that stay as they are into their file."""
+    """Copy tensors that are not compressed into their file, as a stream."""
 
     source: Store
     copy: CopyTask
@@ -124,7 +126,10 @@ class CopyTensors:
 def compress_variant(
     matrix: SourceMatrix, variant: CompressionVariant, device: str
 ) -> tuple[MatrixResult | CompressionFailure, Payload]:
-    """Result and stored parts of a matrix; of one that cannot be compressed, why, unless it leaves the GPU unusable."""
+    """Result and stored parts of a matrix, or a `CompressionFailure` and an empty payload.
+
+    An error that leaves the GPU unusable is raised.
+    """
     name = matrix.info.name
     try:
         encoded, result = compress_matrix(matrix, variant, device)
@@ -140,10 +145,11 @@ def _parts(encoded: Encoded) -> tuple[StoredTensor, ...]:
 
 
 def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> tuple[Encoded, MatrixResult]:
-    """Compress one matrix; returns it with its row and entry. Raises UncompressibleWeight for NaN or Inf."""
+    """Compress one matrix, and describe it by its report row and entry. Raises UncompressibleWeight for NaN or Inf."""
     started = time.perf_counter()
     info = matrix.info
-    # Slabs of segments leave holes in the heap. K-Means over whole channels leaves none, and would pay a third of its time.
+    # Vector quantization of segments fragments the heap. K-Means over whole channels does not, and would become a third
+    # slower.
     if any(spec.cuts_channels for spec in variant.specs):
         return_freed_blocks(info.count)
     try:
@@ -163,7 +169,7 @@ def _encoded(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> 
 def layer_output(
     parts: LayerParts, layer: LayerTask, reader: MatrixReader, results: Sequence[MatrixResult], device: str
 ) -> JobOutput[LayerReport]:
-    """The file of a layer whose matrices are all in `parts`, with the rows of its report."""
+    """The file and the report of a layer whose compressed matrices `parts` already holds."""
     for fused in layer.fused:
         parts.add_remaining_rows(fused, reader.whole)
     report = LayerReport(tuple(results), peak_rss(), vector_instructions(device))
@@ -171,5 +177,5 @@ def layer_output(
 
 
 def copy_task(source: Store, copy: CopyTask, ticket: Ticket) -> Task[Any]:
-    """A task that copies tensors into a file of the output."""
+    """A task that copies tensors into one file of the output."""
     return Task(copy.file, CopyTensors(source, copy, ticket), f"copy to {copy.file}", weight=copy.nbytes)

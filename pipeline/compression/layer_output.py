@@ -1,4 +1,4 @@
-"""The output of one layer: the tensors of its file, and the rows of the report."""
+"""The output of one layer: the tensors of its file, and the report rows of its matrices."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,25 +20,31 @@ from swsc_core.storage.safetensors_header import DTYPES
 
 
 class LayerParts:
-    """The stored tensors of one layer, matrix by matrix, then what is left of tensors that join several."""
+    """Collects the stored tensors of one layer: each matrix, then the remaining rows of fused tensors."""
 
     def __init__(self, form: str) -> None:
-        """`form`: "swsc", or "dense" for restored weights as they lay in the source."""
+        """`form` is "swsc", or "dense" for restored weights in the layout of the source."""
         self._form = form
         self._parts: list[StoredTensor] = []
-        self._restored: dict[str, list[Tensor]] = {}  # joined tensor -> its pieces, in the dense form
+        # fused tensor -> its restored matrices, in the dense form
+        self._restored: dict[str, list[Tensor]] = {}
 
     def add(self, info: MatrixInfo, encoded: Encoded) -> None:
-        """A matrix that is compressed."""
+        """Add a compressed matrix."""
         if self._form == "swsc":
-            self._parts += [to_stored_tensor(part_name(info.name, part), own) for part, own in encoded.tensors.items()]
+            self._parts += [
+                to_stored_tensor(part_name(info.name, part), tensor) for part, tensor in encoded.tensors.items()
+            ]
         elif info.location.row_blocks is None:
             self._parts.append(to_stored_tensor(info.name, info.location.to_checkpoint_layout(encoded.restored)))
         else:
             self._restored.setdefault(info.tensor.name, []).append(encoded.restored.cpu())
 
     def add_remaining_rows(self, fused: FusedTensor, read: Callable[[MatrixInfo], Tensor]) -> None:
-        """The remaining rows of a fused tensor, which `read` reads, after all its matrices; in the dense form all of it."""
+        """Add the remaining rows of a fused tensor, or in the dense form the whole tensor.
+
+        All its compressed matrices must have been added before. `read` returns a matrix of the source.
+        """
         rows, name = _remaining_rows(fused, read), fused.tensor.name
         if self._form == "dense":
             matrix = fuse_rows(rows, fused.row_blocks, self._restored.pop(name))
@@ -47,24 +53,28 @@ class LayerParts:
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """All of them."""
+        """All parts of the layer's file."""
         return tuple(self._parts)
 
 
 def _remaining_rows(fused: FusedTensor, read: Callable[[MatrixInfo], Tensor]) -> Tensor:
-    """The rows [remaining, n] of a fused tensor of no compressed matrix, on the CPU; only what holds some is read."""
+    """Rows of a fused tensor that belong to no compressed matrix, [remaining, n], on the CPU.
+
+    Only the matrices that contain such rows are read.
+    """
     (m, n), matrices = fused.shape, fused.fused_matrices
-    remaining, each = remaining_rows(m, fused.row_blocks), m // len(matrices)
-    found = [torch.empty(0, n, dtype=getattr(torch, DTYPES[fused.tensor.dtype][0]))]
+    remaining, height = remaining_rows(m, fused.row_blocks), m // len(matrices)
+    slices = [torch.empty(0, n, dtype=getattr(torch, DTYPES[fused.tensor.dtype][0]))]
     for number, matrix in enumerate(matrices):
-        inside = remaining[(remaining >= each * number) & (remaining < each * (number + 1))] - each * number
-        if len(inside):
-            found.append(read(matrix)[inside])
-    return torch.cat(found)
+        first = height * number
+        rows = remaining[(remaining >= first) & (remaining < first + height)] - first
+        if len(rows):
+            slices.append(read(matrix)[rows])
+    return torch.cat(slices)
 
 
 def matrix_result(matrix: SourceMatrix, encoded: Encoded, seconds: float, hessians: Hessians | None) -> MatrixResult:
-    """Row and entry of a matrix that `encode` compressed."""
+    """Report row and config.json entry of a matrix that `encode` compressed in `seconds`."""
     info, spec, cluster_error = matrix.info, encoded.spec, encoded.stats.get("cluster_error")
     assert spec is not None
     row = CompressedRow(
@@ -87,7 +97,7 @@ def matrix_result(matrix: SourceMatrix, encoded: Encoded, seconds: float, hessia
 
 
 def with_errors(row: CompressedRow, encoded: Encoded) -> CompressedRow:
-    """`row` with the errors of `encoded`: relative and per weight, and the mean square of the weights."""
+    """`row` with the relative and mean squared error of `encoded`, and the mean square of the weights."""
     count = encoded.restored.numel()
     return replace(
         row,

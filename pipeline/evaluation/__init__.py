@@ -1,1 +1,1 @@
-"""Perplexity, and tasks of lm-evaluation-harness."""
+"""Evaluation: perplexity, and tasks of lm-evaluation-harness."""

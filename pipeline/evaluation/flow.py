@@ -1,8 +1,8 @@
-"""Perplexity of a model on workers: windows dealt out, losses added up in the order of the text."""
+"""Evaluation flow: distributes windows over workers, and adds their losses in the order of the text."""
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -21,21 +21,41 @@ from pipeline.texts.contamination import require_apart
 from pipeline.texts.texts import read_text
 from pipeline.texts.windows import Windows, make_windows, require_within
 
-_BATCHES = 4  # of one task: enough to hide its cost, few enough to share the work out evenly
+# Batches of one task: enough that its overhead does not matter, few enough to keep all workers busy to the end.
+_TASK_BATCHES = 4
+
+
+class EvaluationResult(TypedDict):
+    """JSON of `swsc evaluate --json`: perplexity, the loss of each window in nats per token, and the protocol."""
+
+    model: str
+    perplexity: float
+    nll_per_window: list[float]
+    seqlen: int
+    windows: int
+    text: str
+    text_sha256: str
+    text_tokens: int
+    bos: str
+    dtype: str
+    batch_size: int
+    text_documents: NotRequired[int]
+    text_column: NotRequired[str | None]
+    seconds: NotRequired[float]
 
 
 def evaluate_model(
     location: str, settings: EvaluateSettings, pools: Pools, known: SourceDigests | None = None
-) -> dict[str, Any]:
-    """Perplexity of the dense or compressed model at `location`, by the standard protocol (measure/windows.py).
+) -> EvaluationResult:
+    """Perplexity of the dense or compressed model at `location`, by the standard protocol (texts/windows.py).
 
-    `known`: digests of a model that was verified, which all that is read of it is held against.
-
-    Returns the values that `swsc evaluate --json` writes: perplexity, loss of each window, and the protocol.
+    Args:
+        known: digests of a verified model; all bytes that are read are compared with them.
 
     Raises:
-        CheckpointError: the model cannot be opened. TextError: the text cannot be cut.
-        NonFiniteLoss: a window's loss is NaN or Inf.
+        CheckpointError: the model cannot be opened.
+        TextError: the text cannot be cut into windows.
+        NonFiniteLoss: the loss of a window is NaN or Inf.
         RunError: a task failed.
     """
     started = time.perf_counter()
@@ -50,56 +70,64 @@ def evaluate_model(
         for start, part in batch_parts(windows.ids, settings)
     ]
 
-    def note(done: TaskResult[WindowLosses]) -> None:
+    def on_done(done: TaskResult[WindowLosses]) -> None:
         losses[done.task.key] = done.value.losses
         dtypes.add(done.value.dtype)
 
     memory, device = evaluator_bytes(model, settings), evaluator_device_bytes(model, settings)
-    run_stage(pools, Stage("evaluate", memory, device, "parts", keeps_model=True), tasks, note)
+    run_stage(pools, Stage("evaluate", memory, device, "parts", keeps_model=True), tasks, on_done)
     ordered = [loss for start in sorted(losses) for loss in losses[start]]
     seconds = time.perf_counter() - started
-    return evaluation_result(location, ordered, windows, settings, ", ".join(sorted(dtypes))) | {"seconds": seconds}
+    result = evaluation_result(location, ordered, windows, settings, ", ".join(sorted(dtypes)))
+    return {**result, "seconds": seconds}
 
 
 def require_measurable(model: Model, windows: Windows, settings: EvaluateSettings) -> None:
-    """Raise TextError for windows that the model has no rows for, or whose text it was calibrated on."""
+    """Raise TextError if the model has too few positions or tokens for the windows, or was calibrated on their text."""
     require_within(windows.ids, model.checkpoint)
     require_unseen(model, lambda: read_text(settings.text, settings.text_column), settings.text)
 
 
 def require_unseen(model: Model, read: Callable[[], str], name: str) -> None:
-    """Raise TextError if the model was calibrated on passages of the text `name` that it is to be measured on."""
-    if found := known_traces(model.checkpoint.store):
-        require_apart(found, read(), name)
+    """Raise TextError if the model was calibrated on passages of the evaluation text `name`.
+
+    `read` returns the text; it is called only if the model was calibrated.
+    """
+    if hashes := known_traces(model.checkpoint.store):
+        require_apart(hashes, read(), name)
 
 
 def evaluator_bytes(model: Model, settings: EvaluateSettings) -> int:
-    """Peak memory of a worker that measures `model`."""
+    """Estimated peak memory of a worker that evaluates `model`."""
     return evaluation_bytes(model, settings.dtype, settings.batch_size * settings.seqlen)
 
 
 def evaluator_device_bytes(model: Model, settings: EvaluateSettings) -> int:
-    """What of it lies on a GPU, if the worker has one."""
+    """Estimated peak memory on the GPU of a worker that evaluates `model`."""
     return evaluation_device_bytes(model, settings.dtype, settings.batch_size * settings.seqlen)
 
 
 def model_key(checkpoint: Checkpoint, settings: MeasureSettings) -> ModelKey:
-    """How workers name the loaded model."""
+    """Key under which workers load the model that is evaluated."""
     known = digests_of_source(checkpoint)
     return ModelKey(checkpoint.store.root, settings.dtype, settings.batch_size, settings.trust_remote_code, known)
 
 
 def batch_parts(ids: np.ndarray, settings: EvaluateSettings) -> list[tuple[int, np.ndarray]]:
-    """Parts of the windows with the index of their first: whole batches, cut alike for any number of workers."""
-    size = settings.batch_size * _BATCHES if len(ids) > 2 * _BATCHES * settings.batch_size else settings.batch_size
+    """The windows in parts of whole batches, each with the index of its first window.
+
+    The parts do not depend on the number of workers.
+    """
+    batch = settings.batch_size
+    size = batch * _TASK_BATCHES if len(ids) > 2 * _TASK_BATCHES * batch else batch
     return [(start, ids[start : start + size]) for start in range(0, len(ids), size)]
 
 
 def evaluation_result(
     location: str, losses: list[float], windows: Windows, settings: EvaluateSettings, dtype: str
-) -> dict[str, Any]:
-    """What is said of a measurement; raises NonFiniteLoss for a window that has no finite loss."""
-    return {
+) -> EvaluationResult:
+    """The result of an evaluation, without its time. Raises NonFiniteLoss if the loss of a window is NaN or Inf."""
+    result: EvaluationResult = {
         "model": location,
         "perplexity": perplexity(losses, location),
         "nll_per_window": losses,
@@ -111,5 +139,7 @@ def evaluation_result(
         "bos": windows.bos,
         "dtype": dtype,
         "batch_size": settings.batch_size,
-        **({} if windows.documents is None else {"text_documents": windows.documents, "text_column": windows.column}),
     }
+    if windows.documents is not None:
+        result |= {"text_documents": windows.documents, "text_column": windows.column}
+    return result

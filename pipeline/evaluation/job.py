@@ -11,7 +11,7 @@ from pipeline.models.loading import ModelKey
 
 @dataclass(frozen=True)
 class WindowLosses:
-    """Mean cross-entropy of each window, and torch's name of the dtype that the model computes in."""
+    """Mean cross-entropy of each window in nats per token, and the torch name of the dtype of the model."""
 
     losses: tuple[float, ...]
     dtype: str
@@ -21,11 +21,12 @@ class WindowLosses:
 class MeasureLosses:
     """Mean loss of each window under a model.
 
-    Inputs: compressed matrices that replace the model's own, one for each of `names`.
+    Inputs: compressed matrices that replace the model's weights, one for each of `names`.
 
     Attributes:
-        variant: identifies the replacement; "": the model as it is.
         windows: int64 [windows, seqlen].
+        variant: identifies the replacement; "" for the model without replacements.
+        names: matrices that are replaced.
     """
 
     key: ModelKey
@@ -39,5 +40,5 @@ class MeasureLosses:
             evaluator.load_weights(self.variant, dict(zip(self.names, context.inputs, strict=True)))
             return JobOutput(WindowLosses(tuple(evaluator.losses(self.windows)), evaluator.dtype))
         except BaseException:
-            context.models.clear()  # half swapped, it would contaminate the next measurement
+            context.models.clear()  # a model with only some weights replaced would falsify the next measurement
             raise

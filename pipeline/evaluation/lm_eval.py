@@ -1,10 +1,11 @@
-"""Tasks of lm-evaluation-harness on workers: requests dealt out batch by batch, answers put together in lm-eval's order."""
+"""lm-evaluation-harness flow: distributes batches of requests over workers, and returns answers in lm-eval's order."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 
@@ -22,37 +23,72 @@ from pipeline.models.stored_model import Model, open_model
 from pipeline.planning.cost_model import evaluation_bytes, evaluation_device_bytes
 from pipeline.settings.lm_eval import LmEvalSettings
 from pipeline.texts.windows import require_within
+from swsc_core.storage.json_fields import JsonObject
 
-_PARTS = 256  # that requests are dealt out in: enough for many workers, few enough to cost nothing themselves
+# Tasks that requests of one kind are divided into: enough for many workers, few enough that their overhead does not
+# matter.
+_TASKS = 256
 
 
 def require_harness(settings: LmEvalSettings) -> None:
-    """Raise ConfigError if lm-eval is not installed, or if there is no such directory of tasks."""
+    """Raise ConfigError if lm-eval is not installed, or if the directory of --include-path does not exist."""
     harness()
     if settings.include_path is not None and not Path(settings.include_path).is_dir():
         raise ConfigError(
-            f"include_path {settings.include_path}: no such directory; give one that holds tasks as YAML files"
+            f"include_path {settings.include_path}: no such directory; name a directory with tasks as YAML files"
+        )
+
+
+class LmEvalResult(TypedDict):
+    """Results of an lm-eval run.
+
+    `lm_eval` holds lm-eval's own results, and `tables` the tables that it prints for them.
+    """
+
+    model: str
+    lm_eval: JsonObject
+    tables: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _PoolSize:
+    """Number of tasks, and bytes on a worker and on its GPU, that a pool was started for."""
+
+    tasks: int = 0
+    memory: int = 0
+    device: int = 0
+
+    def covers(self, needed: "_PoolSize") -> bool:
+        return self.tasks >= needed.tasks and self.memory >= needed.memory and self.device >= needed.device
+
+    def enlarged(self, needed: "_PoolSize") -> "_PoolSize":
+        return _PoolSize(
+            max(self.tasks, needed.tasks), max(self.memory, needed.memory), max(self.device, needed.device)
         )
 
 
 def evaluate_lm_eval(
     location: str, settings: LmEvalSettings, pools: Pools, known: SourceDigests | None = None
-) -> dict[str, Any]:
-    """What lm-eval finds of the dense or compressed model at `location`.
+) -> LmEvalResult:
+    """Results of lm-eval for the dense or compressed model at `location`.
 
-    Returns {"model", "lm_eval": lm-eval's own results, "tables": as it prints them, "seconds"}.
+    Args:
+        known: digests of a verified model; all bytes that are read are compared with them.
 
     Raises:
-        ConfigError: lm-eval is not installed. CheckpointError: the model cannot be opened.
-        TaskError: a task that is not there, or cannot be carried out. RunError: a part of the requests failed.
+        ConfigError: lm-eval is not installed.
+        CheckpointError: the model cannot be opened.
+        LmEvalTaskError: a task does not exist, or lm-eval cannot run it.
+        RunError: a task of the pool failed.
     """
     started = time.perf_counter()
     require_harness(settings)
     lm_eval = harness()
     model = open_model(location, known)
     key = model_key(model.checkpoint, settings)
-    with PooledAnswers(model, key, settings, pools) as answers:
-        results = lm_eval.run_lm_eval(settings, lm_eval.Asker(model, key, answers))
+    with PooledRequests(model, key, settings, pools) as requests:
+        results = lm_eval.run_lm_eval(settings, lm_eval.RemoteModel(key, requests))
     return {
         "model": location,
         "lm_eval": results,
@@ -61,14 +97,14 @@ def evaluate_lm_eval(
     }
 
 
-class PooledAnswers:
-    """Has requests answered by a pool, which is begun by the first of them; a context manager."""
+class PooledRequests:
+    """The `RequestBackend` that answers requests with a pool, which the first requests start. A context manager."""
 
     def __init__(self, model: Model, key: ModelKey, settings: LmEvalSettings, pools: Pools) -> None:
         self.dtype = ""
         self._model, self._key, self._settings, self._pools = model, key, settings, pools
         self._pool: Pool | None = None
-        self._made_for = (0, 0, 0)  # tasks, bytes, bytes on a GPU
+        self._pool_size = _PoolSize()
 
     def __enter__(self) -> Self:
         return self
@@ -80,17 +116,40 @@ class PooledAnswers:
             self._pool.close()
 
     def require_unseen(self, read: Callable[[], str]) -> None:
-        """As pipeline.evaluation.lm_eval_tasks.Answers says."""
+        """See `lm_eval_tasks.RequestBackend`."""
         require_unseen(self._model, read, f"of tasks {', '.join(self._settings.tasks)}")
 
-    def __call__(self, kind: str, batches: list[list[Any]], tokens: int, together: bool) -> list[list[Any]]:
-        """As pipeline.evaluation.lm_eval_tasks.Answers says."""
-        if kind == harness().SCORES:
-            most = max((max(part, default=0) for batch in batches for _, *parts in batch for part in parts), default=0)
-            require_within(np.array([[most]]), self._model.checkpoint)
-        seed = self._settings.seed[2] if together else None  # that of torch: lm-eval sets it before anything is drawn
-        size = len(batches) if together else -(-len(batches) // _PARTS)
-        tasks = [
+    def answer(self, kind: str, batches: list[list[Any]], max_tokens: int, one_worker: bool) -> list[list[Any]]:
+        """See `lm_eval_tasks.RequestBackend`."""
+        if kind == harness().LOGLIKELIHOOD:
+            self._require_known_tokens(batches)
+        tasks = self._tasks(kind, batches, one_worker)
+        answers: dict[int, list[list[Any]]] = {}
+
+        def on_done(done: TaskResult[RequestAnswers]) -> None:
+            answers[done.task.key] = done.value.answers
+            self.dtype = done.value.dtype
+
+        source = TaskList(tasks, on_done)
+        batch_tokens = self._key.batch_size * max_tokens
+        memory = evaluation_bytes(self._model, self._key.dtype, batch_tokens)
+        device = evaluation_device_bytes(self._model, self._key.dtype, batch_tokens)
+        pool = self._pool_for(_PoolSize(len(tasks), memory, device))
+        with Progress(kind, len(tasks), 0, "parts") as progress:
+            execute(pool, source, progress)
+        source.raise_failures()
+        return [batch for start in sorted(answers) for batch in answers[start]]
+
+    def _require_known_tokens(self, batches: list[list[Any]]) -> None:
+        """Raise TextError if a token of the requests is not in the model's vocabulary."""
+        largest = max((max(ids, default=0) for batch in batches for _, *parts in batch for ids in parts), default=0)
+        require_within(np.array([[largest]]), self._model.checkpoint)
+
+    def _tasks(self, kind: str, batches: list[list[Any]], one_worker: bool) -> list[Task[RequestAnswers]]:
+        # Sampling uses the seed of torch, which lm-eval sets before the first sample.
+        seed = self._settings.seed[2] if one_worker else None
+        size = len(batches) if one_worker else -(-len(batches) // _TASKS)
+        return [
             Task(
                 start,
                 AnswerRequests(self._key, kind, batches[start : start + size], seed),
@@ -98,28 +157,13 @@ class PooledAnswers:
             )
             for start in range(0, len(batches), size)
         ]
-        found: dict[int, list[list[Any]]] = {}
 
-        def note(done: TaskResult[RequestAnswers]) -> None:
-            found[done.task.key] = done.value.answers
-            self.dtype = done.value.dtype
-
-        source = TaskList(tasks, note)
-        asked = self._model, self._key.dtype, self._key.batch_size * tokens
-        pool = self._pool_for(len(tasks), evaluation_bytes(*asked), evaluation_device_bytes(*asked))
-        with Progress(kind, len(tasks), 0, "parts") as progress:
-            execute(pool, source, progress)
-        source.raise_failures()
-        return [answers for start in sorted(found) for answers in found[start]]
-
-    def _pool_for(self, tasks: int, memory: int, device: int) -> Pool:
-        """The pool that is there, with its loaded models, or a larger one where it was made for less."""
-        needs, before = (tasks, memory, device), self._made_for
-        if self._pool is None or any(need > size for need, size in zip(needs, before, strict=True)):
+    def _pool_for(self, needed: _PoolSize) -> Pool:
+        """The present pool, with its loaded models, or a larger one if it was started for less."""
+        if self._pool is None or not self._pool_size.covers(needed):
             if self._pool:
                 self._pool.close()
                 self._pool = None
-            self._made_for = max(tasks, before[0]), max(memory, before[1]), max(device, before[2])
-            tasks, memory, device = self._made_for
-            self._pool = self._pools(tasks, Stage("tasks", memory, device, "parts", keeps_model=True))
+            size = self._pool_size = self._pool_size.enlarged(needed)
+            self._pool = self._pools(size.tasks, Stage("tasks", size.memory, size.device, "parts", keeps_model=True))
         return self._pool

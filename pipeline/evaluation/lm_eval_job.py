@@ -11,7 +11,7 @@ from pipeline.models.loading import ModelKey
 
 @dataclass(frozen=True)
 class RequestAnswers:
-    """Answers, batch by batch, and torch's name of the dtype that the model computes in."""
+    """Answers, batch by batch, and the torch name of the dtype that the model computes in."""
 
     answers: list[list[Any]]
     dtype: str
@@ -19,9 +19,10 @@ class RequestAnswers:
 
 @dataclass(frozen=True)
 class AnswerRequests:
-    """Answers of a model to batches of lm-eval's requests of one kind (measure/tasks.py).
+    """Answer batches of requests of lm-eval.
 
     Attributes:
+        kind: type of all requests, LOGLIKELIHOOD or GENERATE of lm_eval_tasks.py.
         seed: of torch, for requests that are sampled; None: no seed is set.
     """
 
@@ -31,5 +32,6 @@ class AnswerRequests:
     seed: int | None
 
     def run(self, context: JobContext) -> JobOutput[RequestAnswers]:
-        answerer = context.model(harness().Answerer, self.key)  # its module needs lm-eval, which may not be installed
+        # `harness` imports the module only here, because lm-eval may not be installed.
+        answerer = context.model(harness().Answerer, self.key)
         return JobOutput(RequestAnswers(answerer.answers(self.kind, self.batches, self.seed), answerer.dtype))

@@ -1,9 +1,12 @@
-"""lm-evaluation-harness behind one door: it asks and scores as ever, and a model elsewhere answers.
+"""Adapter of lm-evaluation-harness: lm-eval builds requests and scores answers, workers run the model.
 
-lm-eval is given an `Asker`, its own model class for transformers without weights. What that would run through the model leaves it as
-batches of requests, cut as the class itself would cut them; an `Answerer`, which has the weights, takes each batch by itself. So whoever
-answers which batch, every number is the one that lm-eval gets from the whole model in one process, and all else (few-shot
-examples, filters, metrics, groups, errors of measurement) is its own doing.
+No other module imports lm-eval.
+
+lm-eval receives a `RemoteModel`, a subclass of its own model class for transformers without weights. The requests that
+this class would run through the model are sent to workers instead, in the batches that the class itself would form. On
+a worker, an `Answerer` with the weights answers each batch independently. Every number therefore equals that of lm-eval
+with the whole model in one process, whichever worker answers a batch. Few-shot examples, filters, metrics, groups and
+standard errors are computed by lm-eval.
 """
 
 import contextlib
@@ -28,110 +31,130 @@ from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from pipeline.errors import LmEvalTaskError, NonFiniteLoss, SwscError, first_line
 from pipeline.models.loading import ModelKey, load_model, meta_model
-from pipeline.models.stored_model import Model, open_model
+from pipeline.models.stored_model import open_model
 from pipeline.settings.lm_eval import LmEvalSettings
 from pipeline.texts.windows import load_tokenizer
+from swsc_core.storage.json_fields import JsonObject
 
-SCORES, WRITES = (
-    "loglikelihood",
-    "generate_until",
-)  # the two kinds of requests; a rolling likelihood is made of the first
+# Kinds of requests, by lm-eval's names. Rolling log-likelihoods are computed from the first kind.
+LOGLIKELIHOOD, GENERATE = "loglikelihood", "generate_until"
 
-Request = tuple[
-    Any, ...
-]  # SCORES: (texts or None, tokens of the context, tokens to score); WRITES: (context, how to generate)
+# A request of lm-eval. LOGLIKELIHOOD: (texts or None, context tokens, tokens to score); GENERATE: (context, generation
+# arguments).
+Request = tuple[Any, ...]
 
 
-class Answers(Protocol):
-    """Whoever has batches of requests answered, in their order."""
+class RequestBackend(Protocol):
+    """Answers batches of requests.
+
+    Attributes:
+        dtype: torch name of the dtype of the model that answered.
+    """
 
     dtype: str
 
     def require_unseen(self, read: Callable[[], str]) -> None:
-        """Raise TextError if the model was calibrated on passages of this text."""
+        """Raise TextError if the model was calibrated on passages of the text that `read` returns."""
 
-    def __call__(self, kind: str, batches: list[list[Request]], tokens: int, together: bool) -> list[list[Any]]:
-        """Answers of each batch, whose longest request has `tokens` tokens; `together`: one after the other, in one place."""
+    def answer(self, kind: str, batches: list[list[Request]], max_tokens: int, one_worker: bool) -> list[list[Any]]:
+        """Answers of each batch, in order.
+
+        Args:
+            max_tokens: length of the longest request, with its answer.
+            one_worker: one worker has to answer all batches in order, because they share a random number generator.
+        """
 
 
-class Asker(HFLM):
-    """What lm-eval takes for the model."""
+class RemoteModel(HFLM):
+    """The model that lm-eval sees: HFLM without weights, whose requests a backend answers."""
 
-    def __init__(self, source: Model, key: ModelKey, answers: Answers) -> None:
+    def __init__(self, key: ModelKey, backend: RequestBackend) -> None:
         empty = meta_model(key)
-        empty.config._name_or_path = key.location  # what stands in lm-eval's results
-        with _unwarned():
-            super().__init__(empty, **_manner(key))
-        self._answers = answers
+        empty.config._name_or_path = key.location  # the name in lm-eval's results
+        with _without_warnings():
+            super().__init__(empty, **_model_arguments(key))
+        self._backend = backend
+        # Requests of each call of `_loglikelihood_tokens` in the first pass, and the answers that it returns in the
+        # second.
         self._calls: list[list[Request]] = []
-        self._found: Iterator[list[Any]] | None = None
+        self._answers: Iterator[list[Any]] | None = None
 
     def get_model_info(self) -> dict[str, Any]:
-        """As of the model that answered."""
-        return {**super().get_model_info(), "model_dtype": f"torch.{self._answers.dtype}"}
+        """lm-eval's description of the model, with the dtype of the model that answered."""
+        return {**super().get_model_info(), "model_dtype": f"torch.{self._backend.dtype}"}
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        return self._twice(super().loglikelihood, requests)
+        return self._with_answers(super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        return self._twice(super().loglikelihood_rolling, requests)
+        return self._with_answers(super().loglikelihood_rolling, requests)
 
-    def _twice(self, ask: Any, requests: list[Instance]) -> list[Any]:
-        """Do as HFLM does, once to learn what it would run through the model, and once with the answers."""
-        self._answers.require_unseen(partial(_text_of, requests))
-        self._calls, self._found = [], None
+    def _with_answers(self, ask: Any, requests: list[Instance]) -> list[Any]:
+        """Run a method of HFLM twice: first to record what it would run through the model, then with the answers."""
+        self._backend.require_unseen(partial(_text_of, requests))
+        self._calls, self._answers = [], None
         ask(requests, disable_tqdm=True)
-        places = [(call, batch) for call, asked in enumerate(self._calls) for batch in _batches(asked, self.batch_size)]
-        batches = [[self._calls[call][index] for index in batch] for call, batch in places]
+        self._answers = iter(self._answer_calls())
+        results: list[Any] = ask(requests, disable_tqdm=True)
+        return results
+
+    def _answer_calls(self) -> list[list[Any]]:
+        """Answers to all recorded requests, call by call."""
+        positions = [
+            (call, batch) for call, requests in enumerate(self._calls) for batch in _batches(requests, self.batch_size)
+        ]
+        batches = [[self._calls[call][index] for index in batch] for call, batch in positions]
         longest = max(len(context) + len(scored) for batch in batches for _, context, scored in batch)
-        answers = self._answers(SCORES, batches, min(longest, self.max_length), together=False)
-        found: list[list[Any]] = [[None] * len(asked) for asked in self._calls]
-        for (call, batch), answered in zip(places, answers, strict=True):
-            for index, answer in zip(batch, answered, strict=True):
-                found[call][index] = answer
-        self._found = iter(found)
-        return ask(requests, disable_tqdm=True)
+        answered = self._backend.answer(LOGLIKELIHOOD, batches, min(longest, self.max_length), one_worker=False)
+        answers: list[list[Any]] = [[None] * len(requests) for requests in self._calls]
+        for (call, batch), batch_answers in zip(positions, answered, strict=True):
+            for index, answer in zip(batch, batch_answers, strict=True):
+                answers[call][index] = answer
+        return answers
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> list[Any]:
-        if self._found is not None:
-            return next(self._found)
+        if self._answers is not None:
+            return next(self._answers)
         self._calls.append(list(requests))
         return [(0.0, False)] * len(requests)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        self._answers.require_unseen(partial(_text_of, requests))
-        asked = [request.args for request in requests]
-        lengths = {context: len(self.tok_encode(context)) for context, _ in asked}
+        self._backend.require_unseen(partial(_text_of, requests))
+        arguments = [request.args for request in requests]
+        lengths = {context: len(self.tok_encode(context)) for context, _ in arguments}
         order = Collator(
-            asked, sort_fn=lambda r: (-lengths[r[0]], r[0]), group_by="gen_kwargs", group_fn=lambda r: r[1]
+            arguments, sort_fn=lambda r: (-lengths[r[0]], r[0]), group_by="gen_kwargs", group_fn=lambda r: r[1]
         )
         batches: list[list[Request]] = list(order.get_batched(n=self.batch_size))
-        room = max(normalize_gen_kwargs(how, self.max_gen_toks)["max_gen_toks"] for _, how in asked)
-        drawn = any(how.get("do_sample") for _, how in asked)  # from one stream of random numbers, batch after batch
-        answers = self._answers(WRITES, batches, min(max(lengths.values()) + room, self.max_length), together=drawn)
-        return order.get_original([answer for batch in answers for answer in batch])
+        new_tokens = max(normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"] for _, options in arguments)
+        # All samples come from one random number generator, batch after batch.
+        sampled = any(options.get("do_sample") for _, options in arguments)
+        max_tokens = min(max(lengths.values()) + new_tokens, self.max_length)
+        answers = self._backend.answer(GENERATE, batches, max_tokens, one_worker=sampled)
+        texts: list[str] = order.get_original([answer for batch in answers for answer in batch])
+        return texts
 
 
 def _text_of(requests: Sequence[Instance]) -> str:
-    """All that is asked, each text once."""
+    """The text of all requests, each text once."""
     texts = ("".join(part for part in request.args if isinstance(part, str)) for request in requests)
     return "\n".join(dict.fromkeys(texts))
 
 
 def _batches(requests: Sequence[Request], size: int) -> list[list[int]]:
-    """Requests (their indices) that HFLM would answer by one forward pass of `size` rows.
+    """Batches of request indices that HFLM would answer by one forward pass of `size` rows each.
 
-    Those whose tokens differ in the last one at most share a row, that of the longest continuation; long rows come first.
+    Requests that differ at most in their last token share a row. Rows are sorted by length, the longest first.
     """
     rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, (_, context, scored) in enumerate(requests):
         rows[(*context, *scored[:-1])].append(index)
 
-    def place(row: list[int]) -> tuple[int, list[int]]:
+    def sort_key(row: list[int]) -> tuple[int, list[int]]:
         _, context, scored = requests[max(row, key=lambda index: len(requests[index][2]))]
         return -len(context) - len(scored), [*context, *scored]
 
-    ordered = sorted(rows.values(), key=place)
+    ordered = sorted(rows.values(), key=sort_key)
     starts = range(0, len(ordered), size)
     return [[index for row in ordered[start : start + size] for index in row] for start in starts]
 
@@ -142,8 +165,8 @@ class Answerer:
     def __init__(self, key: ModelKey, device: str) -> None:
         self.key = key
         model = load_model(open_model(key.location, key.known), key, device)
-        with _unwarned():
-            self._lm = HFLM(model, **_manner(key))
+        with _without_warnings():
+            self._lm = HFLM(model, **_model_arguments(key))
 
     @property
     def dtype(self) -> str:
@@ -151,37 +174,42 @@ class Answerer:
         return str(self._lm.model.dtype).removeprefix("torch.")
 
     def answers(self, kind: str, batches: Sequence[list[Request]], seed: int | None) -> list[list[Any]]:
-        """Answers to batches of SCORES, (log-likelihood, whether it is the likeliest) each, or of WRITES, texts.
+        """Answers to batches of requests: (log-likelihood, whether greedy decoding gives it) or generated texts.
+
+        Args:
+            seed: seed of torch that is set before the first batch; None: it is not set.
 
         Raises:
             NonFiniteLoss: a log-likelihood is NaN.
         """
         if seed is not None:
             set_torch_seed(seed)
-        return [(self._scores if kind == SCORES else self._texts)(batch) for batch in batches]
+        return [(self._scores if kind == LOGLIKELIHOOD else self._texts)(batch) for batch in batches]
 
     def _scores(self, batch: list[Request]) -> list[Any]:
-        found = self._lm._loglikelihood_tokens(batch, disable_tqdm=True)
-        if any(math.isnan(score) for score, _ in found):
+        answers: list[Any] = self._lm._loglikelihood_tokens(batch, disable_tqdm=True)
+        if any(math.isnan(score) for score, _ in answers):
             raise NonFiniteLoss(
-                f"{self.key.location}: a log-likelihood is NaN; the model is broken, nothing is dropped"
+                f"{self.key.location}: a log-likelihood is NaN, and no request may be dropped; use a wider --dtype, or"
+                " check the model"
             )
-        return found
+        return answers
 
     def _texts(self, batch: list[Request]) -> list[Any]:
-        asked = [Instance(WRITES, {}, request, index) for index, request in enumerate(batch)]
-        return self._lm.generate_until(asked, disable_tqdm=True)
+        requests = [Instance(GENERATE, {}, request, index) for index, request in enumerate(batch)]
+        texts: list[Any] = self._lm.generate_until(requests, disable_tqdm=True)
+        return texts
 
 
-def _manner(key: ModelKey) -> dict[str, Any]:
-    """How HFLM is made, with weights and without."""
+def _model_arguments(key: ModelKey) -> dict[str, object]:
+    """Arguments of HFLM, which are the same with and without weights."""
     tokenizer = load_tokenizer(key.location, key.trusted)
     return {"backend": "causal", "tokenizer": tokenizer, "batch_size": key.batch_size}
 
 
 @contextlib.contextmanager
-def _unwarned() -> Iterator[None]:
-    """Without HFLM's warnings that it is given a model and not the name of one."""
+def _without_warnings() -> Iterator[None]:
+    """Silence HFLM's warnings that it receives a model instead of a model's name."""
     logger = logging.getLogger(HFLM.__module__)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -191,58 +219,58 @@ def _unwarned() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def run_lm_eval(settings: LmEvalSettings, asker: Asker) -> dict[str, Any]:
-    """lm-eval's own results, as it would write them.
+def run_lm_eval(settings: LmEvalSettings, model: RemoteModel) -> JsonObject:
+    """lm-eval's own results, as it writes them to JSON.
 
     Raises:
-        TaskError: a task that is not there, or whose description or data lm-eval cannot use.
+        LmEvalTaskError: a task does not exist, or lm-eval cannot use its description or its data.
     """
-    manager = _index(settings.include_path)
-    names = [name for given in settings.tasks for name in _named(manager, given, settings.include_path)]
-    os.environ["DISABLE_MULTIPROC"] = (
-        "1"  # bootstrapping would fork this process, and Ray's threads do not survive that
-    )
+    manager = _task_manager(settings.include_path)
+    names = [name for given in settings.tasks for name in _matching_tasks(manager, given, settings.include_path)]
+    # Bootstrapping would fork this process, and the threads of Ray do not survive a fork.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     python, numpy, torch, fewshot = settings.seed
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # it says what it is at in the midst of results
+        with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints its progress to stdout, where results belong
             results = simple_evaluate(
-                model=asker, tasks=names, task_manager=manager, num_fewshot=settings.num_fewshot, limit=settings.limit,
+                model=model, tasks=names, task_manager=manager, num_fewshot=settings.num_fewshot, limit=settings.limit,
                 batch_size=settings.batch_size, log_samples=False, random_seed=python, numpy_random_seed=numpy,
                 torch_random_seed=torch, fewshot_random_seed=fewshot,
             )  # fmt: skip
     except SwscError:
         raise
-    except Exception as error:  # of a task's own code, a template, a data set that is not there: it has no common root
+    except Exception as error:  # task code, templates and missing data sets raise errors without a common class
         reason = first_line(error)
         raise LmEvalTaskError(
             f"tasks {', '.join(names)}: lm-eval cannot run them: {type(error).__name__}: {reason}"
         ) from None
-    return json.loads(json.dumps(results, default=handle_non_serializable))
+    written: JsonObject = json.loads(json.dumps(results, default=handle_non_serializable))
+    return written
 
 
 @lru_cache
-def _index(folder: str | None) -> TaskManager:
-    """All tasks that lm-eval knows, and those of a directory: 14,000 files, which take seconds to read."""
+def _task_manager(folder: str | None) -> TaskManager:
+    """Manager of lm-eval's tasks and of those in `folder`. Cached: it reads 14,000 files in several seconds."""
     return TaskManager(include_path=folder)
 
 
-def _named(manager: TaskManager, given: str, folder: str | None) -> list[str]:
-    """Names that lm-eval knows: one, or those of a pattern."""
+def _matching_tasks(manager: TaskManager, given: str, folder: str | None) -> list[str]:
+    """Names of the tasks that `given` stands for: a name, a pattern or a YAML file. LmEvalTaskError if none."""
     if given in manager.task_index or Path(given).is_file():
         return [given]
-    if found := manager.match_tasks([given]):
-        return list(found)
-    like = difflib.get_close_matches(given, manager.all_tasks)
+    if matching := manager.match_tasks([given]):
+        return list(matching)
+    similar = difflib.get_close_matches(given, manager.all_tasks)
     hint = (
-        f"there is {', '.join(like)}"
-        if like
-        else "see `lm-eval ls tasks`, or give a directory of YAML files by --include-path"
+        f"similar names: {', '.join(similar)}"
+        if similar
+        else "see `lm-eval ls tasks`, or name a directory of YAML files with --include-path"
     )
-    raise LmEvalTaskError(f"task {given}: lm-eval knows none of this name; {_unreadable(folder) or hint}")
+    raise LmEvalTaskError(f"task {given}: lm-eval has no task of this name; {_unreadable_file(folder) or hint}")
 
 
-def _unreadable(folder: str | None) -> str:
-    """What is wrong with a directory's task files, which lm-eval passes over in silence."""
+def _unreadable_file(folder: str | None) -> str:
+    """Error of the first task file in `folder` that cannot be read, which lm-eval ignores; "" if there is none."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     for file in sorted(Path(folder).rglob("*.yaml")) if folder else ():
@@ -253,6 +281,6 @@ def _unreadable(folder: str | None) -> str:
     return ""
 
 
-def tables(results: dict[str, Any]) -> str:
-    """lm-eval's tables of tasks and groups."""
+def tables(results: JsonObject) -> str:
+    """lm-eval's tables of tasks and groups, as text."""
     return "\n".join(make_table(results, column) for column in ("results", "groups") if column in results)

@@ -1,8 +1,8 @@
-"""Perplexity: mean cross-entropy over the L−1 shifted tokens of each window, exp of the mean over windows.
+"""Perplexity: mean cross-entropy over the L − 1 shifted tokens of each window, and exp of the mean over windows.
 
-A window's loss depends on that window alone (and on the fixed shape of the batch that it is in), and the sum runs in
-float64 over window indices: the result is the same to the last bit for any number of workers with processors of one kind, and for
-any layout of the model's files, since weights are moved to aligned memory.
+The loss of a window depends only on that window and on the fixed shape of its batch. Sums run in float64 in the order
+of the windows. The result is therefore identical to the last bit for any number of workers with processors of one kind.
+It does not depend on the layout of the model's files either, because weights are moved to aligned memory.
 """
 
 import math
@@ -22,50 +22,53 @@ from pipeline.models.stored_model import open_model
 from swsc_core import decode
 from swsc_core.compressed.registry import entry_of
 
-_ROWS = 512  # positions whose logits are made float32 at a time: 512 × 128k values are 256 MiB
+# Positions whose logits are converted to float32 at a time: 512 × 128k values are 256 MiB.
+_POSITIONS = 512
 
 
-def perplexity(losses: Sequence[float], what: str) -> float:
-    """exp of the mean loss; raises NonFiniteLoss that says which window is NaN or Inf."""
+def perplexity(losses: Sequence[float], location: str) -> float:
+    """exp of the mean loss. Raises NonFiniteLoss that names the model and the window whose loss is NaN or Inf."""
     for index, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise NonFiniteLoss(
-                f"{what}: the loss of window {index} is {loss}; the model is broken, nothing is dropped"
+                f"{location}: the loss of window {index} is {loss}, and no window may be dropped; use a wider --dtype,"
+                " or check the model"
             )
     return math.exp(math.fsum(losses) / len(losses))
 
 
 class Evaluator:
-    """One loaded model, into which the compressed weights of a variant can be swapped and out again."""
+    """A loaded model whose weights can be replaced by the compressed weights of a variant."""
 
     def __init__(self, key: ModelKey, device: str) -> None:
         self.key = key
         self._source = open_model(key.location, key.known)
         self._model = load_model(self._source, key, device)
         self._device = device
-        self._swapped: set[str] = set()
+        self._replaced: set[str] = set()
         self._views: dict[str, ParameterView] = {}
         self._variant: str | None = ""
 
     @property
     def dtype(self) -> str:
-        """torch's name of the model's arithmetic."""
+        """torch name of the dtype that the model computes in."""
         return str(self._model.dtype).removeprefix("torch.")
 
     def load_weights(self, variant: str, weights: Mapping[str, Payload]) -> None:
-        """Hold exactly `weights` (matrix name -> compressed parts) in place of the model's own; "" is the model as is.
+        """Replace exactly the matrices in `weights` (name -> compressed parts).
 
-        Weights of an earlier variant are read again from the checkpoint: a second copy is never kept.
+        `variant` identifies the replacement; "" stands for the model without replacements.
+        Matrices of an earlier variant are read again from the checkpoint, so that no second copy is kept in memory.
         """
         if variant == self._variant:
             return
         self._variant = None
-        for name in sorted(self._swapped - weights.keys()):
+        for name in sorted(self._replaced - weights.keys()):
             self._put(name, self._source.read_matrix(name))
         for name, payload in weights.items():
             parts = {part.name: to_tensor(part).to(self._device) for part in payload.parts}
             self._put(name, decode(parts, entry_of(payload.rows[0]["entry"])))
-        self._swapped, self._variant = set(weights), variant
+        self._replaced, self._variant = set(weights), variant
 
     def _put(self, name: str, weight: Tensor) -> None:
         if name not in self._views:
@@ -79,10 +82,10 @@ class Evaluator:
 
 @torch.inference_mode()
 def window_losses(model: Any, windows: np.ndarray, batch_size: int = 1) -> list[float]:
-    """Mean loss of each window, int64 [windows, seqlen], under a causal LM of transformers."""
+    """Mean loss of each window, int64 [windows, seqlen], under a causal LM of transformers, in nats per token."""
     ids = torch.from_numpy(np.array(windows)).to(model.device)
     with ordered_scans(model.device.type):
-        return [loss for batch in ids.split(batch_size) for loss in _batch_losses(model, batch)]
+        return [loss for batch in torch.split(ids, batch_size) for loss in _batch_losses(model, batch)]
 
 
 def _batch_losses(model: Any, batch: Tensor) -> list[float]:
@@ -91,7 +94,8 @@ def _batch_losses(model: Any, batch: Tensor) -> list[float]:
 
 
 def _window_loss(logits: Tensor, targets: Tensor) -> float:
-    pairs = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
+    """Mean cross-entropy of logits [positions, vocabulary] and targets, int64 [positions]."""
+    pairs = zip(torch.split(logits, _POSITIONS), torch.split(targets, _POSITIONS), strict=True)
     total = [
         torch.nn.functional.cross_entropy(rows.float(), ids, reduction="none").sum(dtype=torch.float64)
         for rows, ids in pairs

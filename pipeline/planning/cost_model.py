@@ -186,7 +186,7 @@ def tuning_bytes(source: Checkpoint, seqlen: int) -> int:
 
 
 def core_seconds(plan: Plan, speed: Speed) -> float:
-    """Seconds of one core; fitted to one run of 4096×4096 matrices (what that is worth elsewhere: benchmarks/forecast.py)."""
+    """Seconds of one core; fitted to one run of 4096×4096 matrices (what that is worth elsewhere: benchmarks/time_estimate.py)."""
     return sum(
         _WEIGHT_SECONDS * decision.matrix.count + _method_seconds(spec, decision.matrix, speed)
         for decision in plan.compressed

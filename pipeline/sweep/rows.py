@@ -95,7 +95,7 @@ def _evaluation(run: Run, inputs: SweepInputs, number: int) -> dict[str, object]
     parts = sorted(part for part in state.losses if part[0] == number)
     losses = [loss for part in parts for loss in state.losses[part]]
     try:
-        return row | evaluation_result(inputs.location_of(run), losses, windows, settings, state.dtypes[number])
+        return row | dict(evaluation_result(inputs.location_of(run), losses, windows, settings, state.dtypes[number]))
     except NonFiniteLoss as error:
         return row | {"perplexity": None, "error": str(error)}
 

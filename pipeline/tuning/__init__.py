@@ -1,1 +1,1 @@
-"""Stored values move to lower the KL divergence to the original model."""
+"""Tuning: the stored values of a compressed model move towards the predictions of the original model."""

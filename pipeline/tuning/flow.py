@@ -1,17 +1,11 @@
-"""Tuning: the stored values of a compressed model are moved until its predictions are closest to the original's.
+"""Tuning flow: moves the stored values of a compressed model so that its predictions approach those of the original.
 
-Layers were compressed one by one, each as if all others were whole; here they are looked at together. Labels stand, and
-with them the size of every stored byte. A step takes a few windows of the calibration text: a task finds the gradient of
-each, another adds them up in their order and steps. What goes from step to step lies in the object store and, now and
-then, in a file from which an interrupted tuning goes on. Some windows are held out: a tuning that does not help on them
-is not applied.
+Compression treats each matrix as if all others were uncompressed; tuning optimises them together. Labels do not change,
+and neither does the size of any stored tensor. Some windows are held out, and a tuning that does not reduce the
+divergence on them is not applied.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import cast
 
 from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
@@ -19,10 +13,9 @@ from pipeline.checkpoints.tensor_io import FINISHED_FOLDER, file_differences
 from pipeline.console import log
 from pipeline.device import Arithmetic
 from pipeline.engine.progress import Progress
-from pipeline.engine.scheduler import Rounds, TaskRounds, execute
+from pipeline.engine.scheduler import TaskRounds, execute
 from pipeline.engine.stage import Pools, Stage, log_and_release
-from pipeline.engine.task import Destination, Task, TaskResult
-from pipeline.errors import ConfigError, OutputError, PayloadLost
+from pipeline.errors import OutputError, PayloadLost
 from pipeline.outputs.transaction import Output, begin
 from pipeline.planning.cost_model import tuning_bytes, tuning_device_bytes
 from pipeline.settings.calibration import CalibrationSettings
@@ -31,201 +24,113 @@ from pipeline.storage.cache_key import cache_name, digest_of, versioned, windows
 from pipeline.storage.records import read_cached, read_record, report_damaged_cache
 from pipeline.storage.shared_lease import remove_if_unleased
 from pipeline.storage.store import Store
-from pipeline.tuning.job import Divergence, KeepState, MeasureDivergence, ReadState, TuneGradients, TuneStep
+from pipeline.tuning.steps import TuningReport, TuningSteps, state_file, state_files
 from pipeline.tuning.tuner import TunedValues, TuneKey
+from pipeline.tuning.windows import TuningWindows
 
-_STEP_TOKENS = 2048  # of the windows of one step
-_HELD_OUT = 8  # one window of so many
-_RATE = (
-    8e-3  # longest step of a model that is _FAR from the original, in units of a value's size (swsc_core/finetune.py)
-)
-_FAR = 0.5  # nats a token; a closer one takes shorter steps, or they would add more than there is to mend
-_WARM_UP = 0.1  # share of the steps in which the rate rises
-_KEPT_EVERY = 8  # steps after which the state is written
-_STARTS = 3  # of a tuning whose state was lost with a node
+# Starts of a tuning whose state is lost with its node.
+_MAX_STARTS = 3
 _RESULT = "result.json"
 
 
-@dataclass(frozen=True)
-class TuningWindows:
-    """What is tuned on: int64 windows [count, length], how many times each, and in which order."""
-
-    ids: np.ndarray
-    epochs: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if len(self.ids) < 2:
-            raise ConfigError("tune wants two calibration windows at the least, one to tune on and one held out")
-
-    @property
-    def held_out(self) -> np.ndarray:
-        return self.ids[-max(1, len(self.ids) // _HELD_OUT) :]
-
-    def batches(self) -> list[np.ndarray]:
-        """The windows of each step."""
-        some = self.ids[: len(self.ids) - len(self.held_out)]
-        size = min(len(some), max(1, _STEP_TOKENS // self.ids.shape[1]))
-        generator = np.random.default_rng(self.seed)
-        order = np.concatenate([generator.permutation(len(some)) for _ in range(self.epochs)])
-        return [some[order[start : start + size]] for start in range(0, len(order) - size + 1, size)]
-
-
 class Tuning:
-    """One tuning of one compressed model; what it finds is kept in `cache` for every later run of the same."""
+    """One tuning of one compressed model. `store` is the directory that caches its result for later runs."""
 
     def __init__(
-        self, source: Checkpoint, compressed: str, text: TuningWindows, settings: CalibrationSettings, cache: str,
+        self,
+        source: Checkpoint,
+        compressed: str,
+        windows: TuningWindows,
+        settings: CalibrationSettings,
+        cache: str,
         arithmetic: Arithmetic,
-    ) -> None:  # fmt: skip
-        self._source, self._text = source, text
+    ) -> None:
+        """A tuning that `run` begins or resumes.
+
+        Args:
+            compressed: location of the finished, compressed model.
+            cache: directory that all nodes see.
+            arithmetic: of the workers. Different kinds of GPU give different last bits, so each kind has its own cache
+                entry.
+        """
+        self._source, self._windows = source, windows
         dtype = settings.calibration_dtype
         self._key = TuneKey(source.store.root, compressed, dtype, settings.trust_remote_code, digests_of_source(source))
-        self._batches = text.batches()
-        self.identity = versioned("tuned", {
-            "source": source.fingerprint, "compressed": _digest_of(compressed), "epochs": text.epochs, "seed": text.seed,
-            "dtype": dtype, **windows_identity(text.ids), **arithmetic.gpu_identity,
-        })  # fmt: skip
+        self.identity = versioned(
+            "tuned",
+            {
+                "source": source.fingerprint,
+                "compressed": _digest_of(compressed),
+                "epochs": windows.epochs,
+                "seed": windows.seed,
+                "dtype": dtype,
+                **windows_identity(windows.ids),
+                **arithmetic.gpu_identity,
+            },
+        )
         self.store = Store.at(f"{cache}/{cache_name('tuned', self.identity)}")
 
-    def run(self, pools: Pools) -> tuple[TunedValues, dict[str, Any]]:
-        """Tune, go on with a tuning that was cut short, or find a finished one again.
+    def run(self, pools: Pools) -> tuple[TunedValues, TuningReport]:
+        """Tune, resume an interrupted tuning, or read a finished one from the cache.
 
-        Returns what came of it, and the divergence on the held-out windows before and after, in nats a token; it is
-        applied if that fell.
+        Returns the tuned values, which are those of the compressed model if tuning was not applied, and the report.
 
         Raises:
             RunError: a task failed; states that were written are kept.
         """
         if not self.store.exists(_RESULT):
             with report_damaged_cache(self.store):
-                begun = begin(self.store, self.identity, on_wait=log_and_release(pools), names=self._states())
-            with begun as out:
-                if not self.store.exists(_RESULT):  # the run that we waited for has made it
-                    self._move(out, pools)
-        about = read_cached(self.store, _RESULT, lambda: read_record(self.store, _RESULT, records.TuningRecord))
-        return TunedValues(
-            self._key.compressed, self.store, self._whole(about["steps"]) if about["applied"] else None
-        ), about
-
-    def _whole(self, steps: int) -> str:
-        """File of the state after `steps` steps; OutputError if its bytes are not those that were written."""
-        file = _state_file(steps)
-        record = f"{FINISHED_FOLDER}/{file}.json"
-        known = read_cached(self.store, record, lambda: read_record(self.store, record, records.FinishedFileRecord))
-        if found := file_differences(self.store, file, known):
-            raise OutputError(f"{self.store.root}: {found[0]}; remove this folder, and run the same command again")
-        return file
-
-    def _states(self) -> list[str]:
-        return [_state_file(step) for step in range(len(self._batches) + 1) if self._is_kept(step)]
+                files = state_files(len(self._windows.batches()))
+                output = begin(self.store, self.identity, on_wait=log_and_release(pools), names=files)
+            with output:
+                if not self.store.exists(_RESULT):  # another run, which `begin` waited for, may have finished it
+                    self._tune(output, pools)
+        result = read_cached(self.store, _RESULT, lambda: read_record(self.store, _RESULT, records.TuningRecord))
+        report = cast(TuningReport, result)
+        file = self._verified_state(report["steps"]) if report["applied"] else None
+        return TunedValues(self._key.compressed, self.store, file), report
 
     def forget(self) -> None:
-        """Remove what was found: whoever needs it again has to tune again."""
+        """Remove the cached result. A run that needs it later has to tune again."""
         remove_if_unleased(self.store)
 
-    def _move(self, out: Output, pools: Pools) -> None:
-        """Go on from the last state that was written; again, if the present one is lost with its node."""
-        self._ticket = out.ticket
-        self._kept = max(
-            (step for step in range(len(self._batches) + 1) if _state_file(step) in out.finished), default=0
-        )
-        for _ in range(_STARTS - 1):
+    def _tune(self, output: Output, pools: Pools) -> None:
+        """Tune from the last state in a file, and resume from there if the present state is lost with its node."""
+        steps = TuningSteps(self._key, self._windows, output)
+        for start in range(_MAX_STARTS):
             try:
-                return self._go_on(self._kept, pools)
+                self._execute(steps, pools)
+                break
             except PayloadLost as error:
-                log(f"tune: {error}; going on from step {self._kept}")
-        return self._go_on(self._kept, pools)
+                if start == _MAX_STARTS - 1:
+                    raise
+                log(f"tune: {error}; resuming from step {steps.kept_step}")
+        assert steps.report is not None
+        self.store.write_json(_RESULT, steps.report)
 
-    def _go_on(self, done: int, pools: Pools) -> None:
-        length = self._text.ids.shape[1]
-        on_gpu = tuning_device_bytes(self._source, length, self._key.dtype)
-        stage = Stage("tune", tuning_bytes(self._source, length), on_gpu)
-        pool = pools(len(self._batches[0]), stage)
+    def _execute(self, steps: TuningSteps, pools: Pools) -> None:
+        seqlen, step = self._windows.ids.shape[1], steps.kept_step
+        device = tuning_device_bytes(self._source, seqlen, self._key.dtype)
+        stage = Stage("tune", tuning_bytes(self._source, seqlen), device)
+        pool = pools(steps.batch_size, stage)
         try:
-            with Progress(stage.name, self._tasks_after(done), 0, stage.unit) as progress:
-                execute(pool, TaskRounds(self._stages(done)), progress)
+            with Progress(stage.name, steps.n_tasks_after(step), 0, stage.unit) as progress:
+                execute(pool, TaskRounds(steps.rounds_after(step)), progress)
         finally:
             pool.close()
 
-    def _tasks_after(self, done: int) -> int:
-        steps = range(done + 1, len(self._batches) + 1)
-        moves = sum(len(self._batches[step - 1]) + 1 + self._is_kept(step) for step in steps)
-        return moves + 2 * len(self._text.held_out) + (done > 0)
-
-    def _is_kept(self, step: int) -> bool:
-        return step % _KEPT_EVERY == 0 or step == len(self._batches)
-
-    def _stages(self, step: int) -> Rounds:
-        before = yield self._measurements(0, ())
-        state: tuple[Any, ...] = ()
-        course: list[tuple[int, float]] = []  # of this run: a resumed one has no memory of earlier steps
-        if step:
-            read = yield [Task("read", ReadState(self.store, _state_file(step)), "state", outputs=1)]
-            state = read[0].payloads
-        while step < len(self._batches):
-            gradients = yield self._gradients(step, state)
-            step += 1
-            course.append((step, _mean(gradients)))
-            handles = tuple(done.payloads[0] for done in gradients)
-            stepped = yield [
-                Task(
-                    ("step", step), TuneStep(self._key, step, self._rate(step, _mean(before))), f"tuning step {step}",
-                    (*state, *handles), outputs=1,
-                )
-            ]  # fmt: skip
-            state = stepped[0].payloads
-            if self._is_kept(step):
-                where = Destination(self._ticket, _state_file(step))
-                yield [Task(("keep", step), KeepState(), f"state {step}", state, outputs=1, commit_to=where)]
-                self._kept = step
-                self._forget_before(step)
-        after = yield self._measurements(step, state)
-        about: dict[str, Any] = {"steps": step, "tokens": sum(batch.size for batch in self._batches)}
-        about |= {"divergence_before": _mean(before), "divergence_after": _mean(after)}
-        about |= {"applied": _mean(after) < _mean(before), "divergence_by_step": course}
-        self.store.write_json(_RESULT, about)
-
-    def _forget_before(self, step: int) -> None:
-        for name in [_state_file(earlier) for earlier in range(step)]:
-            self.store.remove(f"{FINISHED_FOLDER}/{name}.json")
-            self.store.remove(name)
-
-    def _gradients(self, step: int, state: tuple[Any, ...]) -> list[Task[Divergence]]:
-        return [
-            Task(
-                ("gradient", step, place), TuneGradients(self._key, step, window[None]), f"tuning step {step + 1}", state,
-                outputs=1,
-            )
-            for place, window in enumerate(self._batches[step])
-        ]  # fmt: skip
-
-    def _measurements(self, step: int, state: tuple[Any, ...]) -> list[Task[Divergence]]:
-        return [
-            Task(
-                ("held out", step, place), MeasureDivergence(self._key, step, window[None]), f"held-out window {place}", state
-            )
-            for place, window in enumerate(self._text.held_out)
-        ]  # fmt: skip
-
-    def _rate(self, step: int, divergence: float) -> float:
-        """Rises, then falls as a cosine does; in proportion to the `divergence` at the start, up to _FAR."""
-        total = len(self._batches)
-        longest = _RATE * min(1.0, divergence / _FAR)
-        return longest * min(1.0, step / (1 + _WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
+    def _verified_state(self, steps: int) -> str:
+        """File of the state after `steps` steps. Raises OutputError if its bytes are not those that were written."""
+        file = state_file(steps)
+        record = f"{FINISHED_FOLDER}/{file}.json"
+        written = read_cached(self.store, record, lambda: read_record(self.store, record, records.FinishedFileRecord))
+        if differing := file_differences(self.store, file, written):
+            raise OutputError(f"{self.store.root}: {differing[0]}; remove this folder, and run the same command again")
+        return file
 
 
 def _digest_of(location: str) -> str:
-    """Hash of what a finished output's manifest says of its files."""
+    """Digest of the sha256 of all files that the manifest of a finished output lists."""
     store = Store.at(location)
     files = read_cached(store, MANIFEST, lambda: read_record(store, MANIFEST, records.ManifestRecord))["files"]
     return digest_of({name: about["sha256"] for name, about in files.items()})
-
-
-def _mean(results: list[TaskResult[Divergence]]) -> float:
-    values = [result.value for result in results]
-    return math.fsum(value.divergence for value in values) / sum(value.tokens for value in values)
-
-
-def _state_file(step: int) -> str:
-    return f"state-{step:05d}.safetensors"

@@ -1,4 +1,4 @@
-"""Jobs of tuning: divergence and gradients of some windows, a step, tuned values into a layer, the state from and to files."""
+"""Jobs of tuning: divergence and gradients of windows, one step, the tuned file of a layer, state files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from pipeline.models.matrix_reader import MatrixReader
 from pipeline.outputs.report_rows import CompressedRow, MatrixResult
 from pipeline.planning.plan import LayerTask
 from pipeline.storage.store import Store
-from pipeline.tuning.state import TuneState, added, to_payload
+from pipeline.tuning.state import TuneState, sum_gradients, values_to_payload
 from pipeline.tuning.tuner import TunedValues, TuneKey, Tuner
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Sum over `tokens` tokens of the KL divergence of the compressed model from the original, in nats."""
+    """KL divergence of the compressed model from the original, in nats, summed over `tokens` tokens."""
 
     divergence: float
     tokens: int
@@ -29,9 +29,9 @@ class Divergence:
 
 @dataclass(frozen=True)
 class MeasureDivergence:
-    """Divergence on `windows`, int64 [windows, length].
+    """Divergence on `windows`, int64 [windows, seqlen].
 
-    Input: the state after `step` steps; none before the first.
+    Input: the state after `step` steps, or nothing before the first step.
     """
 
     key: TuneKey
@@ -45,7 +45,10 @@ class MeasureDivergence:
 
 @dataclass(frozen=True)
 class TuneGradients:
-    """As `MeasureDivergence`; the payload is its gradient with respect to all stored values."""
+    """Divergence on `windows`, and as payload its gradient with respect to all stored values.
+
+    Input: the state after `step` steps, or nothing before the first step.
+    """
 
     key: TuneKey
     step: int
@@ -54,11 +57,11 @@ class TuneGradients:
     def run(self, context: JobContext) -> JobOutput[Divergence]:
         tuner = _tuner_at(self.key, self.step, context)
         divergence, gradients = tuner.gradients(self.windows)
-        return JobOutput(Divergence(divergence, self.windows.size), (to_payload(gradients, "gradients"),))
+        return JobOutput(Divergence(divergence, self.windows.size), (values_to_payload(gradients, "gradients"),))
 
 
 def _tuner_at(key: TuneKey, step: int, context: JobContext) -> Tuner:
-    """The worker's tuner with the values after `step` steps, which are the job's input unless it is the first."""
+    """The worker's tuner with the values after `step` steps, which are the job's input unless `step` is 0."""
     tuner = context.model(Tuner, key)
     tuner.load_weights(step, *context.inputs)
     return tuner
@@ -66,7 +69,13 @@ def _tuner_at(key: TuneKey, step: int, context: JobContext) -> Tuner:
 
 @dataclass(frozen=True)
 class TuneStep:
-    """Inputs: the state before step number `step` (none at the first), and the gradients of its windows; the payload is the state after."""
+    """One step of the optimizer. The payload is the state after step number `step`, which is counted from 1.
+
+    Inputs: the state before the step, except for the first step, and the gradients of the windows in their order.
+
+    Attributes:
+        rate: largest change of a value in units of its size.
+    """
 
     key: TuneKey
     step: int
@@ -74,17 +83,18 @@ class TuneStep:
 
     def run(self, context: JobContext) -> JobOutput[None]:
         state, gradients = context.inputs[: self.step > 1], context.inputs[self.step > 1 :]
-        before = TuneState.of(state[0], context.device) if state else context.model(Tuner, self.key).start()
-        after = before.stepped(added(gradients, context.device), self.step, self.rate)
-        return JobOutput(None, (after.payload(),))
+        before = TuneState.from_payload(state[0], context.device) if state else context.model(Tuner, self.key).start()
+        after = before.stepped(sum_gradients(gradients, context.device), self.step, self.rate)
+        return JobOutput(None, (after.to_payload(),))
 
 
 @dataclass(frozen=True)
 class ApplyTuning:
-    """A layer of the compressed model with tuned values; the payload is the layer's file.
+    """Write the tuned values of a layer into its matrices. The payload is the layer's file.
 
     Attributes:
-        form: "swsc", or "dense" for restored weights.
+        source: the original model, which errors are measured against.
+        form: "swsc" for compressed matrices, "dense" for restored weights.
         rows: matrix -> its row in the report of the compressed model.
     """
 
@@ -109,7 +119,7 @@ class ApplyTuning:
 
 @dataclass(frozen=True)
 class KeepState:
-    """Input: a state; it is the payload again, for a task that commits it."""
+    """Return the input state as payload, for a task that commits it to a file."""
 
     def run(self, context: JobContext) -> JobOutput[None]:
         return JobOutput(None, context.inputs)
@@ -117,7 +127,7 @@ class KeepState:
 
 @dataclass(frozen=True)
 class ReadState:
-    """The payload that was committed to `file`."""
+    """Read a state that was committed to `file`. The state is the payload."""
 
     store: Store
     file: str

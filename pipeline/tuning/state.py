@@ -1,4 +1,4 @@
-"""Where tuning has come to: stored values of all matrices, and the running means by which the next step is chosen."""
+"""State of a tuning: the stored values of all matrices, and the running means of the Adam optimizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,67 +9,81 @@ from torch import Tensor
 from pipeline.checkpoints.tensor_io import Payload, to_stored_tensor, to_tensor
 from swsc_core.finetune import AdamState, adam_step, step_unit
 
-Values = dict[str, dict[str, Tensor]]  # tensor -> name of a value (swsc_core/finetune.py) -> float32
+# matrix -> name of a stored value (swsc_core/finetune.py) -> float32 tensor
+MatrixValues = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class TuneState:
-    """Values, and for each of them the running mean of its gradients and of their squares."""
+    """Stored values, and the running means of their gradients and of the squares of their gradients."""
 
-    values: Values
-    means: Values
-    squares: Values
+    values: MatrixValues
+    means: MatrixValues
+    squares: MatrixValues
 
     @classmethod
-    def start(cls, values: Values) -> "TuneState":
-        """Before the first step."""
-        zeros = {name: {part: torch.zeros_like(value) for part, value in own.items()} for name, own in values.items()}
+    def start(cls, values: MatrixValues) -> "TuneState":
+        """State before the first step."""
+        zeros = {name: zeros_like(each) for name, each in values.items()}
         return cls(values, zeros, zeros)
 
-    def stepped(self, gradients: Values, step: int, rate: float) -> "TuneState":
-        """After step number `step`, from 1 on, by at most about `rate` of each value's unit."""
-        values, means, squares = Values(), Values(), Values()
-        for name, own in self.values.items():
+    def stepped(self, gradients: MatrixValues, step: int, rate: float) -> "TuneState":
+        """State after step number `step`, which is counted from 1.
+
+        A value moves by at most about `rate` times its unit.
+        """
+        values, means, squares = MatrixValues(), MatrixValues(), MatrixValues()
+        for name, matrix_values in self.values.items():
             values[name], means[name], squares[name] = {}, {}, {}
-            for part, value in own.items():
+            for part, value in matrix_values.items():
                 state = AdamState(value, self.means[name][part], self.squares[name][part])
                 values[name][part], means[name][part], squares[name][part] = adam_step(
                     state, gradients[name][part], step_unit(part, value), step, rate
                 )
         return TuneState(values, means, squares)
 
-    def payload(self) -> Payload:
-        """As it travels and is kept."""
+    def to_payload(self) -> Payload:
+        """The state as parts named "values/…", "means/…" and "squares/…"."""
         kinds = {"values": self.values, "means": self.means, "squares": self.squares}
-        return Payload(tuple(part for kind, values in kinds.items() for part in to_payload(values, kind).parts))
+        return Payload(tuple(part for kind, values in kinds.items() for part in values_to_payload(values, kind).parts))
 
     @classmethod
-    def of(cls, payload: Payload, device: str) -> "TuneState":
-        return cls(*(from_payload(payload, kind, device) for kind in ("values", "means", "squares")))
+    def from_payload(cls, payload: Payload, device: str) -> "TuneState":
+        """Inverse of `to_payload`."""
+        return cls(*(values_from_payload(payload, kind, device) for kind in ("values", "means", "squares")))
 
 
-def to_payload(values: Values, kind: str) -> Payload:
-    """Parts named "kind/tensor/name"."""
-    named = ((f"{kind}/{name}/{part}", value) for name, own in values.items() for part, value in own.items())
+def values_to_payload(values: MatrixValues, kind: str) -> Payload:
+    """Values as parts named "KIND/MATRIX/VALUE"."""
+    named = (
+        (f"{kind}/{name}/{part}", value)
+        for name, matrix_values in values.items()
+        for part, value in matrix_values.items()
+    )
     return Payload(tuple(to_stored_tensor(name, value) for name, value in named))
 
 
-def from_payload(payload: Payload, kind: str, device: str) -> Values:
+def values_from_payload(payload: Payload, kind: str, device: str) -> MatrixValues:
     """The values of one kind in a payload."""
-    values = Values()
+    values = MatrixValues()
     for part in payload.parts:
-        found, rest = part.name.split("/", 1)
-        if found == kind:
-            name, value = rest.rsplit("/", 1)
+        part_kind, path = part.name.split("/", 1)
+        if part_kind == kind:
+            name, value = path.rsplit("/", 1)
             values.setdefault(name, {})[value] = to_tensor(part).to(device)
     return values
 
 
-def added(gradients: Sequence[Payload], device: str) -> Values:
-    """The sum of gradients, in the order given."""
-    total = from_payload(gradients[0], "gradients", device)
+def sum_gradients(gradients: Sequence[Payload], device: str) -> MatrixValues:
+    """The sum of gradients, added in the order given."""
+    total = values_from_payload(gradients[0], "gradients", device)
     for payload in gradients[1:]:
-        for name, own in from_payload(payload, "gradients", device).items():
-            for part, value in own.items():
+        for name, matrix_values in values_from_payload(payload, "gradients", device).items():
+            for part, value in matrix_values.items():
                 total[name][part] += value
     return total
+
+
+def zeros_like(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros in the shapes of the values of one matrix."""
+    return {part: torch.zeros_like(value) for part, value in values.items()}

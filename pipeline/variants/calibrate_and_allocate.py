@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.allocation.flow import allocate_plan
-from pipeline.calibration.flow import Calibration
+from pipeline.calibration.flow import Calibration, CalibrationInputs
 from pipeline.calibration.hessian_store import Hessians
 from pipeline.calibration.self_generated_text import self_generated_windows
 from pipeline.checkpoints.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ from pipeline.storage.store import Store
 from pipeline.texts.contamination import require_apart
 from pipeline.texts.texts import read_text
 from pipeline.texts.windows import CalibrationText, calibration_windows, require_within
-from pipeline.tuning.flow import TuningWindows
+from pipeline.tuning.windows import TuningWindows
 from pipeline.variants.compression import CalibrationRecord, CalibrationResult, Compression, Compute
 
 
@@ -108,9 +108,8 @@ def _calibration_text(compression: Compression, cache: str, compute: Compute) ->
 
 def _hessians(compression: Compression, ids: np.ndarray, cache: str, compute: Compute) -> Hessians:
     matrices = [decision.matrix for decision in compression.plan.compressed]
-    settings, seed = compression.calibration, compression.settings.seed
-    calibration = Calibration(compression.source, matrices, ids, settings, cache, seed, compute.arithmetic)
-    return calibration.run(compute.pools)
+    inputs = CalibrationInputs(compression.source, matrices, ids, compression.settings.seed, compute.arithmetic)
+    return Calibration(inputs, compression.calibration, cache).run(compute.pools)
 
 
 def _fingerprint(compression: Compression, ids: np.ndarray, hessians: Hessians | None) -> str:

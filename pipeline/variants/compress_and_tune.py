@@ -16,7 +16,8 @@ from pipeline.storage.cache_key import cache_name
 from pipeline.storage.records import report_damaged_cache
 from pipeline.storage.shared_lease import remove_if_unleased, shared_lease
 from pipeline.storage.store import Store
-from pipeline.tuning.flow import Tuning, TuningWindows
+from pipeline.tuning.flow import Tuning
+from pipeline.tuning.windows import TuningWindows
 from pipeline.variants.compress import compress_model
 from pipeline.variants.compression import Compression, Compute, Target, TunedModel
 from pipeline.variants.tuned_variant import TunedVariant

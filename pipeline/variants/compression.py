@@ -15,6 +15,7 @@ from pipeline.planning.plan import Plan
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.compression import CompressSettings
 from pipeline.storage.cache_key import CALIBRATION_KEY
+from pipeline.tuning.steps import TuningReport
 from pipeline.tuning.tuner import TunedValues
 
 
@@ -116,4 +117,4 @@ class TunedModel:
 
     tuned: TunedValues
     rows: dict[str, CompressedRow]
-    summary: dict[str, object]
+    summary: TuningReport

@@ -2,13 +2,13 @@
 
 import pytest
 
-from benchmarks.chaos import arena
+from benchmarks.chaos import set_up
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def test_a_run_that_is_struck_again_and_again_ends_as_if_nothing_had_happened() -> None:
-    with arena() as place:
+    with set_up() as place:
         place.measure_undisturbed()
         outcome = place.run("0 1", strikes=3)
     assert outcome.strikes

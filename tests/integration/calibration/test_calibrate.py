@@ -114,7 +114,8 @@ def test_hessians_do_not_depend_on_shards_ranges_or_the_requested_matrices(
     def gather(place: str, names: list[str], gib: float) -> dict[str, list[float]]:
         own = settings.model_copy(update={"moment_gib": gib})
         infos = [whole_matrix(source.tensors[name]) for name in names]
-        hessians = flow.Calibration(source, infos, ids, own, str(tmp_path / place), 0).run(local)
+        inputs = flow.CalibrationInputs(source, infos, ids, seed=0)
+        hessians = flow.Calibration(inputs, own, str(tmp_path / place)).run(local)
         metrics = {name: hessians.metric(name, "cpu") for name in names}
         assert all(metric.hessian is not None for metric, _ in metrics.values())
         return {name: [unit, *metric.hessian.flatten().tolist()] for name, (metric, unit) in metrics.items()}  # type: ignore[union-attr]
@@ -349,7 +350,7 @@ def test_a_model_begins_its_own_text_as_its_texts_do(opened: Path, tmp_path: Pat
 def test_written_text_does_not_depend_on_how_it_is_cached(tiny_model: Path) -> None:
     """Each token is drawn from the prediction over all before it, as one forward pass over the whole gives it."""
     calibrator = Calibrator(ModelKey(str(tiny_model), "float32", 1), "cpu")
-    ids = torch.from_numpy(calibrator.write(3, 12, 0, seed=1, opening=np.array([], dtype=np.int64)))
+    ids = torch.from_numpy(calibrator.generate(3, 12, 0, seed=1, prefix=np.array([], dtype=np.int64)))
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     chances = model(input_ids=ids).logits.softmax(-1)
     draw = torch.Generator().manual_seed(1 << 32)

@@ -108,7 +108,8 @@ def test_learnt_positions_are_refused_by_name(
 ) -> None:
     argv = ["compress", str(gpt2), str(tmp_path / "out"), *SHORT, "--bits", "4", "--include", "c_attn|wpe"]
     assert main([*argv, "--calibration", str(texts[0])]) != 0
-    assert "no gradient comes back to wpe.weight: it cannot be calibrated; --exclude it" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert all(fact in error for fact in ("wpe.weight", "gradient", "--exclude"))
 
 
 def test_a_head_of_another_name_is_calibrated(texts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from pipeline.engine.local_pool import LocalPool
 from pipeline.engine.ray_backend import worker_pools
 from pipeline.engine.task import Task, TaskResult
 from pipeline.errors import PayloadLost
-from pipeline.tuning import flow as tune
+from pipeline.tuning import steps as tuning_steps
+from pipeline.tuning import windows as tuning_windows
 from tests.support.tiny import contents, make_text
 
 FLAGS = ["--local", "--calibration-windows", "32", "--calibration-seqlen", "32", "--clusters", "16", "--rank", "2"]
@@ -38,8 +39,8 @@ class Forgetful(LocalPool):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "_SHARD_TOKENS", 128)
-    monkeypatch.setattr(tune, "_STEP_TOKENS", 64)
-    monkeypatch.setattr(tune, "_KEPT_EVERY", 3)
+    monkeypatch.setattr(tuning_windows, "_STEP_TOKENS", 64)
+    monkeypatch.setattr(tuning_steps, "_KEPT_EVERY", 3)
     monkeypatch.setattr(worker_pools, "LocalPool", Forgetful)
     monkeypatch.setattr(Forgetful, "met", 0)
 
@@ -61,12 +62,12 @@ def compress(model: Path, output: Path, calibration: Path, *more: str) -> int:
 @pytest.mark.parametrize(
     ("kind", "at", "remedy"),
     [
-        ("AddMoments", 3, "layers that are not finished are gathered again"),
-        ("ExtractMoments", 2, "layers that are not finished are gathered again"),
-        ("TuneGradients", 9, "going on from step 3"),
-        ("TuneStep", 5, "going on from step 3"),
-        ("KeepState", 1, "going on from step 0"),
-        ("MeasureDivergence", 2, "going on from step 14"),
+        ("AddHessians", 3, "layers that are not finished are gathered again"),
+        ("ExtractHessian", 2, "layers that are not finished are gathered again"),
+        ("TuneGradients", 9, "resuming from step 3"),
+        ("TuneStep", 5, "resuming from step 3"),
+        ("KeepState", 1, "resuming from step 0"),
+        ("MeasureDivergence", 2, "resuming from step 14"),
     ],
 )
 def test_a_run_makes_again_what_was_lost(
@@ -90,7 +91,7 @@ def test_a_sum_that_is_lost_again_and_again_ends_the_run_and_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    forget(monkeypatch, "AddMoments", 1, more=10**6)
+    forget(monkeypatch, "AddHessians", 1, more=10**6)
     assert compress(tiny_model, tmp_path / "out", calibration) == 1
     assert "sum of Hessians: gone" in capsys.readouterr().err
     forget(monkeypatch, "", 0)

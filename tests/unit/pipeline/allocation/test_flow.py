@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.allocation.flow import allocate_plan, curve_key
+from pipeline.allocation.curves import curve_key
+from pipeline.allocation.flow import allocate_plan
 from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.engine.stage import Stage

@@ -1,0 +1,214 @@
+"""Scheduling of one calibration: which tasks gather shards, add them up and write Hessians, and in which order."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.calibration.hessian_store import SOURCE, hessian_file, require_same_source, source_of
+from pipeline.calibration.job import AddHessians, ExtractHessian, GatherHessians
+from pipeline.checkpoints.integrity.digests import RangeDigests
+from pipeline.engine.scheduler import TaskList
+from pipeline.engine.task import Destination, Task, TaskResult
+from pipeline.errors import PayloadLost
+from pipeline.models.loading import ModelKey
+from pipeline.outputs.transaction import Output
+
+
+@dataclass(frozen=True)
+class WindowShards:
+    """Token windows, cut into shards of equal size; one task gathers one shard.
+
+    Attributes:
+        ids: int64 [windows, seqlen].
+        size: windows of a shard; the last shard may have fewer.
+        seed: of the tokens that are drawn from the model's predictions.
+    """
+
+    ids: np.ndarray
+    size: int
+    seed: int
+
+    @property
+    def starts(self) -> range:
+        """Index of the first window of each shard."""
+        return range(0, len(self.ids), self.size)
+
+    def shard(self, start: int) -> np.ndarray:
+        """Windows of the shard that begins at window `start`, int64 [<= size, seqlen]."""
+        return self.ids[start : start + self.size]
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """Layers whose sums are gathered in one pass over the text, with the names of their matrices."""
+
+    layers: dict[str, list[str]]
+
+    @property
+    def names(self) -> list[str]:
+        """Matrices of all layers."""
+        return [name for names in self.layers.values() for name in names]
+
+    def n_tasks(self, n_shards: int) -> int:
+        """Number of tasks that gather the shards, add them up and write the matrices."""
+        return n_shards + (n_shards - 1) * len(self.layers) + len(self.names)
+
+
+@dataclass(frozen=True)
+class LayerPosition:
+    """A layer, by the index of its range and its index in that range."""
+
+    range_index: int
+    layer_index: int
+
+
+@dataclass(frozen=True)
+class GatherKey:
+    """Key of a task that gathers the shard beginning at window `start` for one range of layers."""
+
+    range_index: int
+    start: int
+
+
+@dataclass(frozen=True)
+class AddKey:
+    """Key of a task that adds shard number `n_added` to the sum of a layer."""
+
+    position: LayerPosition
+    n_added: int
+
+
+@dataclass(frozen=True)
+class WriteKey:
+    """Key of a task that writes the Hessian of one matrix."""
+
+    name: str
+
+
+@dataclass
+class LayerSum:
+    """Sum over the shards of one layer. Shards are added in the order of the text, each as soon as it is available.
+
+    Attributes:
+        total: handle of the sum; None before the first shard.
+        adding: whether a task is adding a shard.
+        n_added: number of shards in the sum.
+        waiting: handles of shards that arrived before their turn, by first window.
+    """
+
+    total: Any = None
+    adding: bool = False
+    n_added: int = 0
+    waiting: dict[int, Any] = field(default_factory=dict)
+
+    def replace(self, total: Any) -> None:
+        """Store the sum that has one more shard."""
+        self.total, self.adding = total, False
+        self.n_added += 1
+
+
+class Gathering:
+    """Task source of a calibration. `start_pass` queues the tasks of some ranges; `written` and failures accumulate.
+
+    Attributes:
+        written: matrices whose Hessians this run has written.
+        lost: tasks of the present pass whose input payload was lost with its node.
+    """
+
+    def __init__(self, key: ModelKey, shards: WindowShards, output: Output) -> None:
+        """A source without tasks. `output` is the cache directory that this run may write."""
+        self.written: set[str] = set()
+        self.lost: list[TaskResult[Any]] = []
+        self._key, self._shards, self._output = key, shards, output
+        self._ranges: Sequence[LayerRange] = ()
+        self._sums: dict[LayerPosition, LayerSum] = defaultdict(LayerSum)
+        self._queue: list[Task[Any]] = []
+        self._failures: TaskList[Any] = TaskList([], lambda done: None)
+        self._source_digests = source_of(output.store)
+
+    def start_pass(self, ranges: Sequence[LayerRange]) -> int:
+        """Queue the tasks that gather `ranges`; returns the number of all tasks of the pass."""
+        self.lost = []
+        self._ranges, self._sums = ranges, defaultdict(LayerSum)
+        self._queue = [task for index in range(len(ranges)) for task in self._gather_tasks(index)][::-1]
+        return sum(part.n_tasks(len(self._shards.starts)) for part in ranges)
+
+    def raise_failures(self) -> None:
+        """Raise RunError that names each task that failed or whose input was lost in the last pass."""
+        for result in self.lost:
+            self._failures.done(result)
+        self._failures.raise_failures()
+
+    def next(self, worker: int) -> Task[Any] | None:
+        return self._queue.pop() if self._queue else None
+
+    def done(self, done: TaskResult[Any]) -> None:
+        if isinstance(done.error, PayloadLost):
+            self.lost.append(done)
+            return
+        if done.error:
+            self._failures.done(done)
+            return
+        key = done.task.key
+        if isinstance(key, GatherKey):
+            self._receive_shard(key, done)
+        elif isinstance(key, AddKey):
+            self._sums[key.position].replace(done.payloads[0])
+            self._advance(key.position)
+        else:
+            self.written.add(key.name)
+
+    def _receive_shard(self, key: GatherKey, done: TaskResult[RangeDigests]) -> None:
+        self._check_source(done.value)
+        for layer_index, payload in enumerate(done.payloads):
+            position = LayerPosition(key.range_index, layer_index)
+            self._sums[position].waiting[key.start] = payload
+            self._advance(position)
+
+    def _check_source(self, digests: RangeDigests) -> None:
+        """Raise StoreError unless all workers, also those of earlier runs, have loaded the same bytes of the source."""
+        require_same_source(self._output.store, self._source_digests, digests)
+        if digests.keys() - self._source_digests.keys():
+            self._source_digests = self._source_digests | digests
+            self._output.store.write_json(SOURCE, {"ranges": self._source_digests})
+
+    def _advance(self, position: LayerPosition) -> None:
+        """Queue the addition of the next shard of a layer, or the writing of its matrices once all shards are added."""
+        starts, layer = self._shards.starts, self._sums[position]
+        if layer.total is None and 0 in layer.waiting:
+            layer.replace(layer.waiting.pop(0))
+        if layer.n_added == len(starts):
+            self._queue += self._write_tasks(position, self._sums.pop(position).total)
+        elif layer.n_added and not layer.adding and starts[layer.n_added] in layer.waiting:
+            layer.adding = True
+            pair = (layer.total, layer.waiting.pop(starts[layer.n_added]))
+            self._queue.append(Task(AddKey(position, layer.n_added), AddHessians(), "sum of Hessians", pair, outputs=1))
+
+    def _gather_tasks(self, range_index: int) -> list[Task[Any]]:
+        layers = tuple(map(tuple, self._ranges[range_index].layers.values()))
+        return [
+            Task(
+                GatherKey(range_index, start),
+                GatherHessians(self._key, layers, self._shards.shard(start), start, self._shards.seed),
+                f"calibration windows {start} to {start + self._shards.size - 1}",
+                outputs=len(layers),
+            )
+            for start in self._shards.starts
+        ]
+
+    def _write_tasks(self, position: LayerPosition, total: Any) -> list[Task[Any]]:
+        names = list(self._ranges[position.range_index].layers.values())[position.layer_index]
+        return [
+            Task(
+                WriteKey(name),
+                ExtractHessian(name),
+                f"Hessian of {name}",
+                (total,),
+                outputs=1,
+                commit_to=Destination(self._output.ticket, hessian_file(name)),
+            )
+            for name in names
+        ]
