@@ -42,7 +42,7 @@ def print_table(rows: Iterable[Row], keys: Iterable[str], title: str = "") -> No
     """Print the given keys of rows; a column without any value is left out.
 
     Rows with the key "name" are sorted by model and layer. If there are very many, rows whose names and shapes differ
-    only in numbers become one row with the means of their figures.
+    only in numbers are shown as one row with the means of their figures.
     """
     keys, rows = tuple(keys), list(rows)
     if "name" in keys:

@@ -111,7 +111,7 @@ def _compressed_bits(plan: Plan, rows: Mapping[str, CompressedRow]) -> dict[str,
     counts = {decision.info.name: decision.info.count for decision in plan.compressed}
 
     def total(key: str) -> float:
-        return sum(getattr(rows[name], key) * count for name, count in counts.items())
+        return float(sum(getattr(rows[name], key) * count for name, count in counts.items()))
 
     totals = bit_totals(plan, rows)
     bits = (totals["compressed_bits_per_weight"], totals["whole_model_bits_per_weight"])

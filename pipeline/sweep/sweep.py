@@ -111,11 +111,6 @@ class Sweep:
         return count_tasks(self._inputs, self._runs)
 
     @property
-    def held_payloads(self) -> int:
-        """Number of compressed matrices that are in the object store."""
-        return len(self._tasks.payloads) if self._tasks else 0
-
-    @property
     def stage(self) -> Stage:
         """The stage that compresses and evaluates."""
         return Stage("sweep", self.worker_bytes, self.device_bytes, keeps_model=True)

@@ -97,12 +97,6 @@ def test_evaluation_begins_while_others_still_compress(models: list[Path], text:
     assert first_variant < last_compression
 
 
-def test_payloads_are_let_go_when_no_variant_waits_for_them(models: list[Path], text: Path) -> None:
-    sweep = Sweep(validated(SweepSettings, sweep_of(models, text)))
-    sweep.run(RecordingPool())
-    assert sweep.held_payloads == 0
-
-
 def test_one_failing_variant_does_not_stop_the_rest(
     models: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,12 @@ from tests.support.project import ROOT
 
 FOLDERS = (
     "autoload",
+    "jobs",
+    "pipeline/report",
+    "pipeline/restoring",
     "pipeline/settings",
+    "pipeline/sweep",
+    "pipeline/verbs",
     "swsc_core/hf",
     "swsc_core/serving",
 )
