@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
     except OSError as error:
         location = error.filename or "system"
         if error.errno in DISK_FULL_ERRNOS:
-            print(f"error: {DiskFull.of(error)}", file=sys.stderr)
+            print(f"error: {DiskFull.from_os_error(error)}", file=sys.stderr)
             return DiskFull.exit_code
         if error.errno in _USER_ERRORS:
             print(f"error: {location}: {error.strerror}; check path and permissions", file=sys.stderr)

@@ -1,63 +1,95 @@
-"""Errors that the pipeline raises on purpose.
+"""The exceptions that the pipeline raises on purpose.
 
-Each carries one finished sentence for the user, and nothing else, so that it survives pickling between processes.
-`exit_code` is what the process ends with: 2 for a user's mistake (nothing was written), 1 for a run that failed.
+::
+
+    SwscError                       exit code 1: the run failed, finished work is kept
+    ├── UserError                   exit code 2: the input is wrong
+    │   ├── ConfigError             flags or a configuration file
+    │   ├── CheckpointError         a source checkpoint
+    │   │   └── UncompressibleWeight
+    │   ├── OutputError             an output directory
+    │   │   └── UnusableOutput
+    │   ├── TextError               a text to calibrate or evaluate on
+    │   ├── LmEvalTaskError         a task of lm-eval
+    │   └── ClusterError            a Ray cluster
+    └── RunError
+        ├── DamageError             a file differs from what was written
+        ├── StoreError              a disk or an object store fails
+        │   └── StoreUnavailable
+        │       ├── StoreNotResponding
+        │       ├── CredentialsRefused
+        │       └── StoreOutage
+        ├── DiskFull
+        ├── LeaseLost               another run took over the output directory
+        ├── NonFiniteLoss
+        ├── WorkerLost
+        │   └── NodeLost
+        └── PayloadLost
+
+Each exception carries one complete sentence for the user and pickles, so that it can cross process boundaries.
+`exit_code` is the exit code of the process.
 """
 
 import errno
 
-DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # of a disk that takes nothing more
+# Error numbers of a disk on which nothing more can be written.
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 class SwscError(Exception):
-    """Root of the tree; the run failed and what is finished is kept."""
+    """Base class. The run failed; finished work is kept."""
 
     exit_code = 1
 
 
 class UserError(SwscError):
-    """A mistake in what the user gave; nothing is written."""
+    """The user's input is wrong."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """Flags or configuration files that cannot be carried out; names every mistake at once."""
+    """Flags or configuration files are invalid; the message lists every mistake."""
 
 
 class CheckpointError(UserError):
-    """A source checkpoint that is missing, damaged, hostile or of a kind that is not read."""
+    """A source checkpoint is missing, damaged, hostile or in an unsupported format."""
 
 
 class UncompressibleWeight(CheckpointError):
-    """A selected weight that cannot be compressed, because it holds NaN, Inf or values that overflow."""
+    """A selected weight holds NaN, Inf or values that overflow."""
 
 
 class OutputError(UserError):
-    """An output directory that must not or cannot be written."""
+    """An output directory cannot or must not be written."""
 
 
 class UnusableOutput(OutputError):
-    """An output directory that holds another output, or a damaged one. `remedy` is for a user's; a part of a cache has another."""
+    """An output directory holds a different output, or a damaged one.
 
-    def __init__(self, found: str, remedy: str = "") -> None:
-        super().__init__(found, remedy)
-        self.found, self.remedy = found, remedy
+    Attributes:
+        problem: what is wrong with the directory.
+        remedy: what the user can do about an output. A caller that uses the directory as a cache gives another remedy.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem, remedy)
+        self.problem, self.remedy = problem, remedy
 
     def __str__(self) -> str:
-        return "; ".join(filter(None, (self.found, self.remedy)))
+        return "; ".join(filter(None, (self.problem, self.remedy)))
 
 
 class TextError(UserError):
-    """A text that cannot be evaluated on."""
+    """A text cannot be used for calibration or evaluation."""
 
 
 class LmEvalTaskError(UserError):
-    """A task of lm-eval that is not there, or cannot be carried out."""
+    """A task of lm-eval does not exist or cannot run."""
 
 
 class ClusterError(UserError):
-    """A cluster that is not there or can never hold the workers that were asked for."""
+    """A cluster cannot be reached, or can never hold the requested workers."""
 
 
 class RunError(SwscError):
@@ -65,49 +97,61 @@ class RunError(SwscError):
 
 
 class DamageError(RunError):
-    """An output that is not as it was written; the message says what differs."""
+    """An output differs from what was written; the message names what differs."""
 
 
 class StoreError(RunError):
-    """A disk or an object store that does not answer, or refuses."""
+    """A disk or an object store does not answer, or refuses a request."""
 
 
 class StoreUnavailable(StoreError):
-    """An object store that does not answer, or refuses who asks: asking again at once does not help."""
+    """An object store serves no request at the moment, so that an immediate retry cannot help."""
+
+
+class StoreNotResponding(StoreUnavailable):
+    """An object store does not answer, or answers that it is overloaded."""
+
+
+class CredentialsRefused(StoreUnavailable):
+    """An object store answers and refuses the credentials."""
 
 
 class StoreOutage(StoreUnavailable):
-    """An object store that has given no good answer for a while: no other task would fare better, and the run ends at once."""
+    """An object store has been unavailable for too long. Other tasks would fail too, so the run ends at once."""
 
 
 class DiskFull(RunError):
-    """A disk that is full, over quota or read-only: no other task would fare better, and the run ends at once."""
+    """A disk is full, over quota or read-only. Other tasks would fail too, so the run ends at once."""
 
     @classmethod
-    def of(cls, error: OSError) -> "DiskFull":
-        """From an error of the system whose `errno` is in FULL."""
-        remedy = "mount it writable" if error.errno == errno.EROFS else "make room"
-        where = f"{error.filename}: " if error.filename else ""
-        return cls(f"{where}{error.strerror}; {remedy}, run the same command again: what is finished is kept")
+    def from_os_error(cls, error: OSError) -> "DiskFull":
+        """Convert an OSError whose `errno` is in DISK_FULL_ERRNOS."""
+        remedy = "mount it writable" if error.errno == errno.EROFS else "free some space"
+        path = f"{error.filename}: " if error.filename else ""
+        return cls(f"{path}{error.strerror}; {remedy} and run the same command again: finished work is kept")
+
+
+class LeaseLost(RunError):
+    """Another run has taken over the output directory."""
 
 
 class NonFiniteLoss(RunError):
-    """A window whose loss is NaN or Inf; it is never dropped."""
+    """A loss is NaN or Inf. Such a window is never dropped."""
 
 
 class WorkerLost(RunError):
-    """The process or the object of a task went away; the task itself is not to blame and may run again."""
+    """The worker process of a task was lost, or the object that holds its result. The task may run again."""
 
 
 class NodeLost(WorkerLost):
-    """The whole node of a task went away, which says even less about the task."""
+    """The node of a task was lost. The task may run again."""
 
 
 class PayloadLost(RunError):
-    """What a task was to be given went away with its node; whoever deals out tasks has to have it made again."""
+    """The input payload of a task was lost with its node and has to be recomputed."""
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says first; with the line after it where that only says of what ("Validation error for field 'x':")."""
+    """Return the first line of an error message; with the second line if the first one ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,27 +1,29 @@
-"""Addresses as they may be written down and published: without what gives access."""
+"""Removes credentials from web addresses before they are logged or written to an output."""
 
 import re
 import sys
 from typing import Any
 
-_ADDRESS = re.compile(r"(?P<scheme>https?://)([^/\s?#]*@)?(?P<path>[^\s?#]*)(?P<more>[?#]\S*)?", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?P<scheme>https?://)([^/\s?#]*@)?(?P<path>[^\s?#]*)(?P<query>[?#]\S*)?", re.IGNORECASE)
 
 
 def redacted(text: str) -> str:
-    """`text` without user names, passwords and queries of the web addresses in it: a signed address is a key to what it names."""
-    return _ADDRESS.sub(lambda found: f"{found['scheme']}{found['path']}{'?…' if found['more'] else ''}", text)
+    """Return `text` without the user names, passwords and queries of its web addresses.
+
+    A signed query grants access.
+    """
+    return _ADDRESS.sub(lambda match: f"{match['scheme']}{match['path']}{'?…' if match['query'] else ''}", text)
 
 
 def redacted_values(value: Any) -> Any:
-    """The same of every string in lists and mappings."""
+    """Apply `redacted` to every string in nested lists and dictionaries."""
     if isinstance(value, dict):
-        return {key: redacted_values(one) for key, one in value.items()}
+        return {key: redacted_values(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [redacted_values(one) for one in value]
+        return [redacted_values(item) for item in value]
     return redacted(value) if isinstance(value, str) else value
 
 
 def redacted_argv() -> list[str]:
-    """The command that this process was started by, as it may be written down."""
-    found: list[str] = redacted_values(sys.argv)
-    return found
+    """Return the command line of this process, redacted."""
+    return [redacted(argument) for argument in sys.argv]

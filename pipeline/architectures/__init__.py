@@ -1,1 +1,1 @@
-"""Model families: names of their matrices, fused layouts, stacked experts, keys of their configs."""
+"""Model families: the names of their matrices, fused layouts, stacked experts and the keys of their configs."""

@@ -1,6 +1,8 @@
-"""Row layouts of fused matrices: `count` groups, each of which concatenates so many rows of every part.
+"""Row layouts of fused matrices, as functions of the model's configuration.
 
-Each function here takes a model's (text) config and the number of rows, and returns (count, rows of each part in a group).
+A fused matrix consists of groups of rows, and each group concatenates some rows of every part (Q, K and V; gate and
+up). Each function takes the config and the number of rows of the fused matrix, and returns (number of groups, rows of
+each part in a group). It raises ValueError if the config lacks a number.
 """
 
 from collections.abc import Callable
@@ -11,25 +13,25 @@ FusedLayout = Callable[[ModelConfig, int], tuple[int, tuple[int, ...]]]
 
 
 def concatenated(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
-    """All of Q, all of K, all of V (Phi-3, GPT-2)."""
-    heads, pairs, width = _heads(config)
-    return 1, (heads * width, pairs * width, pairs * width)
+    """One group: all of Q, all of K, all of V (Phi-3, GPT-2)."""
+    heads, kv_heads, width = _heads(config)
+    return 1, (heads * width, kv_heads * width, kv_heads * width)
 
 
 def by_head(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
-    """Q, K and V of one head, then of the next (GPT-NeoX, BLOOM)."""
+    """One group per head: its Q, K and V (GPT-NeoX, BLOOM)."""
     heads, _, width = _heads(config)
     return heads, (width, width, width)
 
 
 def by_group(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
-    """The query heads that share a key, their key and value, then the next (InternLM2, Falcon's new decoder)."""
-    heads, pairs, width = _heads(config)
-    return pairs, (heads // pairs * width, width, width)
+    """One group per key-value head: its query heads, key and value (InternLM2, Falcon's new decoder)."""
+    heads, kv_heads, width = _heads(config)
+    return kv_heads, (heads // kv_heads * width, width, width)
 
 
 def falcon(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
-    """By group in the new decoder (40B), one key for all heads in the old one (7B), or by head (RW)."""
+    """By key-value head in the new decoder (40B), one such head in the old decoder (7B), by head otherwise (RW)."""
     if config.get("new_decoder_architecture"):
         return by_group(config, rows)
     if config.get("multi_query", True):
@@ -39,23 +41,23 @@ def falcon(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
 
 
 def halves(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
-    """Two parts of equal size, concatenated (gate and up)."""
+    """One group of two parts of equal size (gate and up)."""
     return 1, (rows // 2, rows // 2)
 
 
 def interleaved(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
-    """A row of one, then a row of the other (gate and up of gpt-oss)."""
+    """Alternating rows of two parts (gate and up of gpt-oss)."""
     return rows // 2, (1, 1)
 
 
 def latent(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
-    """What makes K and V of one head from their common latent, then of the next (DeepSeek's MLA)."""
+    """One group per head: its up-projections of K and V from the common latent (DeepSeek's MLA)."""
     heads = number_of(config, "num_attention_heads")
     return heads, (number_of(config, "qk_nope_head_dim"), number_of(config, "v_head_dim"))
 
 
 def _heads(config: ModelConfig) -> tuple[int, int, int]:
-    """Heads, heads of keys and values, and rows of each; ValueError if the config does not say."""
+    """Return the number of query heads, of key-value heads, and the rows of each head."""
     heads = number_of(config, "num_attention_heads")
-    pairs = find_number(config, "num_key_value_heads") or heads
-    return heads, pairs, find_number(config, "head_dim") or number_of(config, "hidden_size") // heads
+    kv_heads = find_number(config, "num_key_value_heads") or heads
+    return heads, kv_heads, find_number(config, "head_dim") or number_of(config, "hidden_size") // heads

@@ -1,7 +1,7 @@
 """A model's config.json: its type, the aliases of its keys, and the values that describe the language part.
 
-A multimodal model describes its language part in `text_config`; keys that are missing there are taken from the outer level.
-Values are not trusted: a number counts only if it is a positive integer.
+A multimodal model describes its language part in `text_config`; keys that are missing there are taken from the outer
+level. Values are not trusted: a number counts only if it is a positive integer.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Where a tensor of a checkpoint lies in a file, and what it is read as."""
+"""Name, dtype, shape and byte range of a tensor in a checkpoint."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,17 +6,18 @@ from dataclasses import dataclass, replace
 from swsc_core.storage.safetensors_header import DTYPES
 
 TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-FLOAT_DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be
+# Dtypes that a weight may have, by their names in safetensors.
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a checkpoint, which lies in `file` as the `nbytes` bytes from `start`, unless it is read from `fp8`.
+    """A tensor that is stored in `file` as the `nbytes` bytes from `start` on, or is dequantized from `fp8`.
 
     Attributes:
-        dtype: safetensors' name of the dtype that it is read as.
-        fp8: the stored fp8 weight that it is dequantized from.
-        sha256: of its bytes, then of each matrix if it is a stack, as far as they are known; a reader compares them.
+        dtype: name in safetensors of the dtype that the tensor is read as.
+        fp8: the stored fp8 weight; None for any other tensor.
+        sha256: known digests, which readers compare: of the tensor, then of each matrix if the tensor stacks experts.
     """
 
     name: str
@@ -35,11 +36,11 @@ class TensorInfo:
 
     @property
     def stored(self) -> tuple["TensorInfo", ...]:
-        """The tensors in the file that it is read from: itself, or an fp8 weight and its scales."""
+        """The stored tensors that are read for this one: itself, or an fp8 weight and its scales."""
         return (self,) if self.fp8 is None else (self.fp8.weight, self.fp8.scales)
 
     def expert(self, number: int) -> "TensorInfo":
-        """The bytes of one matrix of a stack [experts, …], as a tensor."""
+        """Return matrix `number` of stacked experts [experts, …] as a tensor of its own."""
         nbytes = self.nbytes // self.shape[0]
         start = self.start + number * nbytes
         sha256 = self.sha256[1 + number : 2 + number]
@@ -48,7 +49,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """An fp8 tensor and its scales, one for each `block` of rows and columns (quantized.py)."""
+    """An fp8 tensor and its scales, one for each `block` of rows and columns (`checkpoints/fp8_source.py`)."""
 
     weight: TensorInfo
     scales: TensorInfo

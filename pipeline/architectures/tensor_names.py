@@ -1,4 +1,4 @@
-"""What the name of a tensor says: the layer that it belongs to, and its kind, which layers have in common."""
+"""The layer and the kind of a tensor, from its name."""
 
 import re
 
@@ -6,17 +6,17 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def layer_number(name: str) -> int | None:
-    """The first number in the name; None if there is none."""
+    """Return the first number in the name; None if there is none."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
 
 def layer_of(name: str) -> str:
-    """The layer that a tensor belongs to: everything up to the first number in its name, or the name itself."""
+    """Return the name up to its first number, which identifies the layer; the whole name if there is no number."""
     match = _LAYER.search(name)
     return name[: match.end() - 1] if match else name
 
 
 def tensor_kind(name: str) -> str:
-    """The name with N in place of each number: equal for tensors whose names differ in numbers alone (layer, expert, w1)."""
+    """Return the name with N for each number, equal for tensors that differ in layer or expert only."""
     return re.sub(r"[0-9]+", "N", name)

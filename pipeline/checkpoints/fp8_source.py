@@ -1,7 +1,8 @@
-"""Checkpoints that are quantized already: those in fp8 are read as bfloat16, all others are refused.
+"""Reads fp8 checkpoints as bfloat16.
 
-An fp8 weight has scales beside it: one for the tensor, one a row, or one a block (DeepSeek-V3, Qwen3-FP8). The weight is what
-both together say, so they are read together wherever it is read, and neither scales nor `quantization_config` are passed on.
+Scales are stored beside an fp8 weight: one for the tensor, one per row, or one per block (DeepSeek-V3, Qwen3-FP8).
+Weight and scales are read together wherever the weight is read. Neither the scales nor `quantization_config` become
+part of an output.
 """
 
 from collections.abc import Mapping
@@ -15,51 +16,58 @@ from pipeline.errors import CheckpointError
 from swsc_core.storage.safetensors_header import DTYPES
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
-_SCALES = (
-    "_scale_inv",
-    "_scale",
-)  # what names of weights end on to be those of their scales; both are to be multiplied with
-_IDLE = ("input_scale", "activation_scale")  # of the arithmetic that fp8 is meant for
-_READ = (
-    None,
-    "fp8",
-    "compressed-tensors",
-    "fbgemm_fp8",
-)  # methods whose fp8 weights are read; None: config.json is silent
+# Endings that turn the name of a weight into that of its scales. The weight is multiplied with either kind.
+_SCALES = ("_scale_inv", "_scale")
+# Endings of scales of activations, which only fp8 arithmetic needs.
+_ACTIVATION_SCALES = ("input_scale", "activation_scale")
+# Values of `quant_method` with fp8 weights that are read; None: config.json has no quantization_config.
+_METHODS = (None, "fp8", "compressed-tensors", "fbgemm_fp8")
+# Reason for scales in plans and reports.
 SCALE_REASON = "a scale of fp8 weights, which are read as bfloat16"
 
 
 def read_as_bfloat16(
     where: str, tensors: Mapping[str, TensorInfo], config: ModelConfig
 ) -> tuple[dict[str, TensorInfo], ModelConfig, tuple[TensorInfo, ...]]:
-    """Tensors, config and consumed scales of a checkpoint that may be in fp8; as they are, if it is not.
+    """Replace fp8 weights and their scales by bfloat16 tensors.
+
+    Args:
+        where: location of the checkpoint, for messages.
+
+    Returns:
+        The tensors, the config without `quantization_config`, and the scales. A checkpoint without fp8 weights is
+        unchanged.
 
     Raises:
-        CheckpointError: fp8 weights without scales, or scales that do not fit them.
+        CheckpointError: an fp8 weight without scales, or scales that do not match it.
     """
-    about: ModelConfig = config.get("quantization_config") or {}
-    pairs = {} if about.get("quant_method") not in _READ else _pairs(tensors)
+    quantization: ModelConfig = config.get("quantization_config") or {}
+    pairs = {} if quantization.get("quant_method") not in _METHODS else _scales_of(tensors)
     if not pairs:
         return dict(tensors), config, ()
-    if bare := [name for name, info in tensors.items() if info.dtype in _FP8 and name not in pairs]:
-        raise CheckpointError(f"{where}: {bare[0]} is fp8 and has no scales, others have; download it again")
-    scales = {scale.name: scale for scale in pairs.values()}
-    idle = {name: info for name, info in tensors.items() if name.endswith(_IDLE) and f"{_stem(name)}.weight" in pairs}
-    left = {
-        name: _dequantized(where, info, pairs[name], about) if name in pairs else info
+    if unscaled := [name for name, info in tensors.items() if info.dtype in _FP8 and name not in pairs]:
+        raise CheckpointError(f"{where}: {unscaled[0]} is fp8 and has no scales, others have; download it again")
+    scales = {info.name: info for info in pairs.values()}
+    activation_scales = {
+        name: info
         for name, info in tensors.items()
-        if name not in scales and name not in idle
+        if name.endswith(_ACTIVATION_SCALES) and f"{_module(name)}.weight" in pairs
     }
-    own = {key: value for key, value in config.items() if key != "quantization_config"}
-    return left, own, (*scales.values(), *idle.values())
+    weights = {
+        name: _dequantized(where, info, pairs[name], quantization) if name in pairs else info
+        for name, info in tensors.items()
+        if name not in scales and name not in activation_scales
+    }
+    dense_config = {key: value for key, value in config.items() if key != "quantization_config"}
+    return weights, dense_config, (*scales.values(), *activation_scales.values())
 
 
-def _stem(name: str) -> str:
+def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """fp8 weight -> its scales."""
+def _scales_of(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return fp8 weight -> its scales."""
     return {
         name: tensors[name + ending]
         for name, info in tensors.items()
@@ -68,20 +76,22 @@ def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     }
 
 
-def _dequantized(where: str, info: TensorInfo, scales: TensorInfo, about: ModelConfig) -> TensorInfo:
-    block = _block(info.shape, scales.shape, about)
+def _dequantized(where: str, info: TensorInfo, scales: TensorInfo, quantization: ModelConfig) -> TensorInfo:
+    block = _block(info.shape, scales.shape, quantization)
     if scales.dtype in ("F8_E8M0", "U8"):  # powers of two, one for 32 values
-        raise CheckpointError(f"{where}: {refusal_message('mxfp8', f'the scales of {info.name} are {scales.dtype}')}")
+        reason = f"the scales of {info.name} are {scales.dtype}"
+        raise CheckpointError(f"{where}: {refusal_message('mxfp8', reason)}")
     if block is None or scales.dtype not in ("F32", "F16", "BF16"):
         raise CheckpointError(
-            f"{where}: {scales.name} ({scales.dtype} {list(scales.shape)}) does not say how {info.name}"
-            f" {list(info.shape)} is scaled, with weight_block_size {about.get('weight_block_size')}; give the model in bfloat16"
+            f"{where}: the scales {scales.name} ({scales.dtype} {list(scales.shape)}) do not match {info.name}"
+            f" {list(info.shape)} with weight_block_size {quantization.get('weight_block_size')}; give the model in"
+            " bfloat16"
         )
     return replace(info, dtype="BF16", nbytes=info.count * DTYPES["BF16"][1], fp8=Fp8Weight(info, scales, block))
 
 
-def _block(shape: tuple[int, ...], scales: tuple[int, ...], about: ModelConfig) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None if the scales do not fit."""
+def _block(shape: tuple[int, ...], scales: tuple[int, ...], quantization: ModelConfig) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale; None if the shape of the scales does not match."""
     if len(shape) != 2:
         return None
     m, n = shape
@@ -89,15 +99,15 @@ def _block(shape: tuple[int, ...], scales: tuple[int, ...], about: ModelConfig) 
         return m, n
     if scales in ((m,), (m, 1)):
         return 1, n
-    size = about.get("weight_block_size") or _group_block(about)
+    size = quantization.get("weight_block_size") or _group_block(quantization)
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
         return None
     return (size[0], size[1]) if scales == (-(-m // size[0]), -(-n // size[1])) else None
 
 
-def _group_block(about: ModelConfig) -> Any:
-    """The block size of compressed-tensors, if all groups of weights have the same."""
-    groups = about.get("config_groups")
-    own = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
-    sizes = [weights.get("block_structure") for weights in own]
+def _group_block(quantization: ModelConfig) -> Any:
+    """Return the block size of compressed-tensors if it is the same in all groups of weights."""
+    groups = quantization.get("config_groups")
+    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
+    sizes = [group_weights.get("block_structure") for group_weights in weights]
     return sizes[0] if sizes and all(size == sizes[0] for size in sizes) else None

@@ -1,4 +1,7 @@
-"""Which tensors transformers could not open if they were compressed: its class splits them while loading, or has no place for them."""
+"""Finds tensors that transformers could not load if they were compressed.
+
+The model's class splits such a tensor while it loads it, or has no parameter for it.
+"""
 
 import re
 from collections.abc import Callable
@@ -7,41 +10,44 @@ from typing import Any
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError
 
-# name of a tensor, whether it is compressed in pieces -> why it is left out
+# (Name of a tensor, whether it is compressed in parts) -> reason to leave it uncompressed; None if there is none.
 LoadingRefusal = Callable[[str, bool], str | None]
 
 
 def loading_refusal(checkpoint: Checkpoint) -> LoadingRefusal:
-    """What says of each tensor why it has to stay as it is; of models that transformers has no code for nothing is said."""
+    """Return a function that gives the reason to leave a tensor uncompressed.
+
+    Models that transformers has no code for have no such tensors.
+    """
     from pipeline.checkpoints.meta_model import UnknownModel, meta_models_of
     from swsc_core.hf.restore_on_load import why_not_restorable
     from swsc_core.hf.weight_names import WeightNames
 
     try:
-        models = [
-            one.model for one in meta_models_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))
-        ]
-    except (UnknownModel, CheckpointError):  # code of its own, or a config that agreement.py refuses
+        meta_models = meta_models_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))
+    except (UnknownModel, CheckpointError):  # custom code, or a config that agreement.py refuses
         return lambda *_: None
-    names = [WeightNames(model) for model in models]
-    idle = _without_place(checkpoint, models[0], names[0])
+    named_model = meta_models[0].model
+    weight_names = [WeightNames(meta.model) for meta in meta_models]
+    unused = _without_parameter(checkpoint, named_model, weight_names[0])
 
-    def why(tensor: str, joined: bool) -> str | None:
-        if tensor in idle:
-            return f"{type(models[0]).__name__} of transformers has no place for it"
-        return next(filter(None, (why_not_restorable(tensor, joined, own) for own in names)), None)
+    def reason(tensor: str, in_parts: bool) -> str | None:
+        if tensor in unused:
+            return f"{type(named_model).__name__} of transformers has no parameter for it"
+        reasons = (why_not_restorable(tensor, in_parts, names) for names in weight_names)
+        return next(filter(None, reasons), None)
 
-    return why
+    return reason
 
 
-def _without_place(checkpoint: Checkpoint, model: Any, names: Any) -> frozenset[str]:
-    """Tensors that the class named by config.json has no parameter for, and that it would not pass over either.
+def _without_parameter(checkpoint: Checkpoint, model: Any, names: Any) -> frozenset[str]:
+    """Return the tensors that the class named in config.json has no parameter for and does not ignore.
 
-    None if the files are of another class.
+    The result is empty if the files seem to belong to another class.
     """
-    own = type(model).__name__ in (checkpoint.config.get("architectures") or [])
+    is_named = type(model).__name__ in (checkpoint.config.get("architectures") or [])
+    unused = [name for name in checkpoint.tensors if not names.has_parameter(names.target(name)[0])]
+    if not is_named or "auto_map" in checkpoint.config or 2 * len(unused) > len(checkpoint.tensors):
+        return frozenset()  # agreement.py reports the mismatch
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or []]
-    found = [name for name in checkpoint.tensors if not names.has_parameter(names.target(name)[0])]
-    if not own or "auto_map" in checkpoint.config or 2 * len(found) > len(checkpoint.tensors):
-        return frozenset()  # agreement.py says what is wrong
-    return frozenset(name for name in found if not any(pattern.search(name) for pattern in ignored))
+    return frozenset(name for name in unused if not any(pattern.search(name) for pattern in ignored))

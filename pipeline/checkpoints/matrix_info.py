@@ -1,4 +1,4 @@
-"""A matrix of a checkpoint: what is compressed, and where it is read from."""
+"""A matrix of a checkpoint, which is the unit of compression, and its location in the stored tensors."""
 
 from dataclasses import dataclass, replace
 
@@ -11,14 +11,15 @@ from swsc_core.storage.safetensors_header import BITS
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """A matrix [outputs, inputs] of a checkpoint: a whole tensor, some rows of one, an expert's matrix or some rows of that.
+    """A matrix [outputs, inputs]: a whole tensor, some rows of one, the matrix of an expert, or some rows of that.
 
     Attributes:
-        name: under which it is compressed: the tensor's, or that of a part of it (`swsc_core.compressed.config_json.piece_name`).
+        name: name of the compressed matrix: that of the tensor, or of a part of it
+            (`swsc_core.compressed.config_json.piece_name`).
         shape: [m, n].
-        tensor: the tensor that holds it.
-        location: where it lies in that.
-        role: what the model uses it for ("q", "down"); None: no role that is known.
+        tensor: the tensor that holds the matrix.
+        location: location of the matrix in the tensor.
+        role: role in the model ("q", "down"); None if the family table has none.
     """
 
     name: str
@@ -29,7 +30,7 @@ class MatrixInfo:
 
     @property
     def dtype(self) -> str:
-        """safetensors' name of the dtype."""
+        """Name of the dtype in safetensors."""
         return self.tensor.dtype
 
     @property
@@ -49,18 +50,18 @@ class MatrixInfo:
 
     @property
     def expert(self) -> int | None:
-        """Number of the expert that it belongs to; None if the tensor is no stack."""
+        """Number of the expert; None if the tensor does not stack experts."""
         return self.location.expert(self._fused_rows)
 
     @property
     def rows(self) -> RowBlocks | None:
-        """Its rows of the `fused` matrix; None: all of them."""
+        """Rows of the `fused` matrix; None: all of them."""
         rows = self.location.rows_in_expert(self._fused_rows)
         return None if self.expert is not None and rows == RowBlocks(0, *2 * (self._fused_rows,), 1) else rows
 
     @property
     def fused(self) -> "MatrixInfo":
-        """The matrix that is read at once: the whole tensor, or the whole matrix of the expert; itself if it is that."""
+        """The matrix that is read at once: the whole tensor, or the whole matrix of the expert."""
         if self.rows is None:
             return self
         if self.expert is None:
@@ -69,7 +70,7 @@ class MatrixInfo:
 
     @property
     def read_from(self) -> TensorInfo:
-        """The bytes that it is read from: the tensor, or those of one expert's matrix."""
+        """The tensor that is read: the whole one, or the bytes of one expert."""
         return self.tensor if self.expert is None else self.tensor.expert(self.expert)
 
     @property
@@ -78,7 +79,7 @@ class MatrixInfo:
         return b if self.location.transposed else a
 
     def part(self, name: str, rows: RowBlocks, role: str | None) -> "MatrixInfo":
-        """Some rows of it, which are counted from its first row."""
+        """Return some rows, counted from the first row of this matrix, as a matrix of its own."""
         fused = self.location
         first = fused.row_blocks.first if fused.row_blocks else 0
         location = replace(fused, tensor=self.tensor.name, row_blocks=rows.shifted(first))
@@ -86,7 +87,7 @@ class MatrixInfo:
 
 
 def whole_matrix(tensor: TensorInfo, transposed: bool = False, role: str | None = None) -> MatrixInfo:
-    """The matrix that a tensor with two dimensions is."""
+    """Return the matrix of a two-dimensional tensor."""
     a, b = tensor.shape
     return MatrixInfo(
         tensor.name, (b, a) if transposed else (a, b), tensor, MatrixLocation(transposed=transposed), role
@@ -94,7 +95,7 @@ def whole_matrix(tensor: TensorInfo, transposed: bool = False, role: str | None 
 
 
 def expert_matrix(tensor: TensorInfo, number: int, transposed: bool, role: str | None = None) -> MatrixInfo:
-    """The matrix of one expert of a stack [experts, …]."""
+    """Return the matrix of one expert of a stack [experts, …]."""
     experts, a, b = tensor.shape
     m, n = (b, a) if transposed else (a, b)
     location = MatrixLocation(tensor.name, transposed, RowBlocks(number * m, m, m, 1), experts)

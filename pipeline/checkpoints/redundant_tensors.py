@@ -1,7 +1,7 @@
-"""Redundant tensors of a checkpoint: heads that are the embedding, whether they are stored or not, and buffers that a model makes anew.
+"""Finds redundant tensors of a checkpoint: tied output heads, and buffers that the model computes.
 
-They would be counted as weights, and a head that is copied beside a compressed embedding would no longer be tied to it. Whether
-and under which names they are tied is what transformers' class of the model says; only without one config.json's own words count.
+They would count as weights, and a head that is copied beside a compressed embedding would no longer be tied to it. The
+model's class in transformers decides which names are tied; config.json decides only for models without such a class.
 """
 
 import re
@@ -16,44 +16,46 @@ if TYPE_CHECKING:
     from pipeline.architectures.tensor_info import TensorInfo
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-_SAID = "tie_word_embeddings"
-_PIECES, _PIECE_BYTES = 64, 1 << 16  # of both tensors, that are compared at first
+_TIE_KEY = "tie_word_embeddings"
+# Samples of two tensors that are compared before all of their bytes.
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _BUFFER = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
 class Tie(NamedTuple):
-    """Two names of one tensor, as checkpoints have them: the head's, mostly, and the embedding's."""
+    """Names of two tied tensors in the checkpoint, usually of the output head and of the embedding that it shares."""
 
     name: str
     shares: str
 
 
 class Copies(NamedTuple):
-    """Stored tensors that are tied to another one which is stored, too: equal ones, and those that hold other values."""
+    """Tied pairs of which both tensors are stored, with equal values and with different values."""
 
     equal: tuple[Tie, ...]
     different: tuple[Tie, ...]
 
 
 def find_ties(names: Iterable[str], config: ModelConfig, where: str) -> list[Tie]:
-    """The ties of the model that a config.json describes, whichever of their names are among the stored `names`."""
+    """Return the ties of the model that a config describes; either name of a pair may be among the stored `names`."""
     from pipeline.checkpoints.meta_model import UnknownModel, stored_ties
 
     names = list(names)
     try:
         return [Tie(*pair) for pair in stored_ties(names, config, where)]
-    except (UnknownModel, CheckpointError):  # code of its own, or a config that agreement.py refuses
+    except (UnknownModel, CheckpointError):  # custom code, or a config that agreement.py refuses
         embedding = next((name for name in names if name.endswith(_EMBEDDING)), None)
-        return [Tie(_HEAD, embedding)] if text_config(config).get(_SAID) and embedding else []
+        return [Tie(_HEAD, embedding)] if text_config(config).get(_TIE_KEY) and embedding else []
 
 
 def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: ModelConfig) -> Copies:
-    """Tied tensors that are stored twice. No code of transformers is loaded unless two tensors of one shape call for it.
+    """Find tied tensors that are stored twice. transformers is imported only if two tensors have the same shape.
 
-    Where one pair holds unlike values config.json's ties go (`untied`), and with them those of the equal ones.
+    If the values of one pair differ, the model is not tied (`untied_config`), so that pairs with equal values count as
+    weights too.
     """
-    if (config.get(_SAID) is False and not text_part(config)) or not _may_hold_copies(tensors):
+    if (config.get(_TIE_KEY) is False and not text_part(config)) or not _may_hold_copies(tensors):
         return Copies((), ())
     ties = [tie for tie in find_ties(tensors, config, store.root) if tie.name in tensors and tie.shares in tensors]
     different = [tie for tie in ties if not _are_equal(store, tensors[tie.name], tensors[tie.shares])]
@@ -61,37 +63,37 @@ def find_copies(store: Store, tensors: Mapping[str, "TensorInfo"], config: Model
 
 
 def untied_config(config: ModelConfig) -> ModelConfig:
-    """A config.json that says what transformers does with a head that is stored with values of its own: it is not tied."""
+    """Return the config of a model whose head is not tied, as transformers loads a head with values of its own."""
     text = text_part(config)
-    return {**config, _SAID: False, **({TEXT_CONFIG: {**text, _SAID: False}} if text else {})}
+    return {**config, _TIE_KEY: False, **({TEXT_CONFIG: {**text, _TIE_KEY: False}} if text else {})}
 
 
 def _may_hold_copies(tensors: Mapping[str, "TensorInfo"]) -> bool:
-    """Whether two matrices outside of layers have one shape and dtype."""
+    """Whether two matrices outside of layers have the same shape and dtype."""
     outside = [info for name, info in tensors.items() if len(info.shape) == 2 and not _IN_A_LAYER.search(name)]
     return len({(info.shape, info.dtype) for info in outside}) < len(outside)
 
 
-def _are_equal(store: Store, one: "TensorInfo", other: "TensorInfo") -> bool:
-    """By pieces at even distances, then, if these are equal, as a whole."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+def _are_equal(store: Store, first: "TensorInfo", second: "TensorInfo") -> bool:
+    """Compare evenly spaced samples and, if they are equal, all bytes."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
-    last = max(0, one.nbytes - _PIECE_BYTES)
-    starts = sorted({last * number // (_PIECES - 1) for number in range(_PIECES)})
-    if not all(_piece(store, one, start) == _piece(store, other, start) for start in starts):
+    last = max(0, first.nbytes - _SAMPLE_BYTES)
+    starts = sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
+    if not all(_sample(store, first, start) == _sample(store, second, start) for start in starts):
         return False
-    pieces = (store.stream(info.file, info.start, info.nbytes) for info in (one, other))
-    return all(mine == theirs for mine, theirs in zip(*pieces, strict=True))
+    streams = (store.stream(info.file, info.start, info.nbytes) for info in (first, second))
+    return all(pieces[0] == pieces[1] for pieces in zip(*streams, strict=True))
 
 
-def _piece(store: Store, info: "TensorInfo", start: int) -> bytearray:
-    return store.read(info.file, info.start + start, min(_PIECE_BYTES, info.nbytes - start))
+def _sample(store: Store, info: "TensorInfo", start: int) -> bytearray:
+    return store.read(info.file, info.start + start, min(_SAMPLE_BYTES, info.nbytes - start))
 
 
 def is_buffer(info: "TensorInfo") -> bool:
-    """Whether it is a causal mask or a table of frequencies, as older files of GPT-2, GPT-NeoX or Llama hold them.
+    """Whether the tensor is a causal mask or a table of rotary frequencies, which older files contain.
 
-    A bias of the same name has one dimension, a mask has four; of a `masked_bias` there is one value.
+    A mask has four dimensions, whereas a bias of the same name has one; `masked_bias` has a single value.
     """
     if not _BUFFER.search(info.name):
         return False

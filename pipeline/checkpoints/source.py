@@ -1,4 +1,4 @@
-"""From the location of a model to a checkpoint: downloads from the Hub and conversions of GGUF files happen here only."""
+"""Opens a model at any location. Downloads from the Hub and conversions of GGUF files happen here only."""
 
 from pipeline.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from pipeline.checkpoints.sources.gguf import cached_checkpoint, is_gguf
@@ -6,17 +6,19 @@ from pipeline.checkpoints.sources.hub import download
 
 
 def open_checkpoint(location: str) -> Checkpoint:
-    """Headers and config of the model at `location`: a directory, an object store, a Hub id or a GGUF file.
+    """Read headers and config of the model at `location`: a directory, an object store, a Hub id or a GGUF file.
 
     Raises:
-        CheckpointError: no checkpoint there, or a damaged one; the Hub does not have it; transformers cannot read the GGUF
-            file. OutputError: no room for the dequantized weights of a GGUF file.
+        CheckpointError: there is no checkpoint, or a damaged one; the Hub does not have it; transformers cannot read
+            the
+            GGUF file.
+        OutputError: the disk has no space for the dequantized weights of a GGUF file.
     """
     return read_checkpoint(local_copy(location))
 
 
 def local_copy(location: str) -> str:
-    """`location` itself, or the directory that the Hub's model was downloaded to or a GGUF file was converted to.
+    """Return `location`, or the directory into which a model of the Hub is downloaded or a GGUF file is converted.
 
     Raises:
         CheckpointError, OutputError: as `open_checkpoint`.

@@ -1,7 +1,7 @@
-"""Tensors as bytes with a name: what travels through the object store and into files.
+"""Reads tensors from checkpoints, and writes them to safetensors files of outputs and caches.
 
-numpy buffers cross Ray's object store without a copy (5 GB/s against 0.7 GB/s for torch tensors), and bytes have no
-dtype that numpy would have to know (bfloat16, fp8).
+Tensors are passed on as named bytes. numpy buffers cross Ray's object store without a copy (5 GB/s against 0.7 GB/s for
+torch tensors), and numpy needs no dtype for bytes of bfloat16 or fp8.
 """
 
 import hashlib
@@ -20,19 +20,28 @@ from pipeline.errors import CheckpointError
 from pipeline.storage.files import BytesLike
 from pipeline.storage.lease import Ticket
 from pipeline.storage.paths import is_hub_blob
-from pipeline.storage.records import FinishedFileRecord, read_cached, read_record
+from pipeline.storage.records import FinishedFileRecord, parse_record, read_cached
 from pipeline.storage.store import FileRecord, Store
+from swsc_core.storage.json_fields import JsonObject
 from swsc_core.storage.safetensors_header import BITS, DTYPES, build_header
 
-if TYPE_CHECKING:  # committing a file needs no torch, and a committing process is up sooner without it
+if TYPE_CHECKING:  # a process that commits files starts faster without torch
     from torch import Tensor
 
-FINISHED_FOLDER = ".swsc/done"  # folder of the records of the files that it has finished
+# Folder with a record of each finished file.
+FINISHED_FOLDER = ".swsc/done"
+# Name of a tensor, and its bytes in pieces.
+_TensorPieces = tuple[str, Iterable[BytesLike]]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One stored tensor: `data` is uint8 [nbytes]; dtype is safetensors' name."""
+    """The bytes of a tensor.
+
+    Attributes:
+        dtype: name of the dtype in safetensors.
+        data: uint8 [nbytes].
+    """
 
     name: str
     dtype: str
@@ -42,18 +51,19 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Payload:
-    """The tensors of one output file and the report rows that describe them."""
+    """The tensors of one output file, and the rows of its record."""
 
     parts: tuple[StoredTensor, ...]
     rows: tuple[dict[str, Any], ...] = ()
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(part.data.nbytes for part in self.parts)
 
 
 def to_stored_tensor(name: str, tensor: "Tensor") -> StoredTensor:
-    """Bytes of a tensor on any device."""
+    """Convert a tensor on any device."""
     import torch
 
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
@@ -62,23 +72,29 @@ def to_stored_tensor(name: str, tensor: "Tensor") -> StoredTensor:
 
 
 def to_tensor(part: StoredTensor) -> "Tensor":
-    """A CPU tensor that owns its memory, which is aligned (bytes from the object store are read-only, and lie anywhere)."""
+    """Return a CPU tensor in aligned memory of its own.
+
+    Bytes from the object store are read-only and may be unaligned.
+    """
     import torch
 
     return _tensor(torch.tensor(part.data), part.dtype, part.shape)
 
 
 def read_tensor(store: Store, info: TensorInfo, digests: RangeDigests | None = None) -> "Tensor":
-    """Read one tensor by its byte range into aligned memory, dequantized if it is fp8; `digests` receive those of what was read.
+    """Read one tensor by its byte range into aligned memory; an fp8 weight is dequantized.
+
+    Args:
+        digests: receives the digests of the ranges that were read.
 
     Raises:
-        StoreError: other bytes than those that are known to lie there.
+        StoreError: the bytes differ from their known digest.
     """
     if info.fp8 is None:
         data = store.read(info.file, info.start, info.nbytes)
         if info.sha256 or digests is not None:
             deque(verify_pieces(store, info, [data], digests), maxlen=0)
-        return _tensor(_placed(data), info.dtype, info.shape)
+        return _tensor(_aligned(data), info.dtype, info.shape)
     from swsc_core.storage.fp8 import dequantize_blocks
 
     weight, scales = (read_tensor(store, stored, digests) for stored in info.stored)
@@ -86,14 +102,14 @@ def read_tensor(store: Store, info: TensorInfo, digests: RangeDigests | None = N
 
 
 def read_matrix(store: Store, matrix: MatrixInfo, digests: RangeDigests | None = None) -> "Tensor":
-    """Read a matrix [outputs, inputs]; of a stack only the bytes of its expert. StoreError as from `read_tensor`."""
+    """Read a matrix [outputs, inputs], of stacked experts only its own; StoreError as from `read_tensor`."""
     from swsc_core.storage.row_blocks import apply_view
 
     return apply_view(read_tensor(store, matrix.read_from, digests), matrix.location.transposed, matrix.rows)
 
 
-def _placed(data: bytearray) -> "Tensor":
-    """Bytes in aligned memory, uint8 [nbytes]."""
+def _aligned(data: bytearray) -> "Tensor":
+    """Copy bytes to aligned memory, uint8 [nbytes]."""
     import torch
 
     from swsc_core import aligned
@@ -105,31 +121,35 @@ def _tensor(data: "Tensor", dtype: str, shape: tuple[int, ...]) -> "Tensor":
     import torch
 
     kind = getattr(torch, DTYPES[dtype][0])
-    return (
-        data.view(kind).reshape(shape) if data.numel() else torch.empty(shape, dtype=kind)
-    )  # strides of none may be 0
+    if not data.numel():  # view and reshape fail for strides of 0
+        return torch.empty(shape, dtype=kind)
+    return data.view(kind).reshape(shape)
 
 
 def commit(ticket: Ticket, file: str, payload: Payload) -> FileRecord:
-    """Write a payload as the safetensors file `file`, then the record that says it is done.
+    """Write a payload as the safetensors file `file`, then the record that the file is finished.
 
     Raises:
-        RunError: this node does not see the directory, or another run has taken over: other nodes' work is kept.
+        RunError: this node does not see the output directory, or another run has taken over.
     """
-    parts = sorted(payload.parts, key=lambda part: (-DTYPES[part.dtype][1], part.name))  # wide first: all stay aligned
+    # Wide dtypes first, so that all tensors are aligned.
+    parts = sorted(payload.parts, key=lambda part: (-DTYPES[part.dtype][1], part.name))
     header = build_header((part.name, part.dtype, part.shape, part.data.nbytes) for part in parts)
     return _write(ticket, file, header, ((part.name, [part.data.data]) for part in parts), payload.rows)
 
 
 def copy_tensors(source: Store, infos: Sequence[TensorInfo], ticket: Ticket, file: str) -> FileRecord:
-    """Stream tensors from a source checkpoint into one new file; memory holds one of them at most, if it is no copy."""
+    """Copy tensors of a source checkpoint into one new file.
+
+    At most one tensor is in memory, and only if it is dequantized.
+    """
     ordered = sorted(infos, key=lambda info: (-BITS[info.dtype], info.file, info.start))
     header = build_header((info.name, info.dtype, info.shape, info.nbytes) for info in ordered)
     return _write(ticket, file, header, ((info.name, _pieces(source, info)) for info in ordered), ())
 
 
 def _pieces(source: Store, info: TensorInfo) -> Iterator[BytesLike]:
-    """The bytes of a tensor, as they are stored or, of an fp8 weight, dequantized."""
+    """Yield the bytes of a tensor as they are stored; an fp8 weight is dequantized."""
     if info.fp8 is None:
         pieces = source.stream(info.file, info.start, info.nbytes)
         yield from verify_pieces(source, info, pieces) if info.sha256 else pieces
@@ -138,68 +158,76 @@ def _pieces(source: Store, info: TensorInfo) -> Iterator[BytesLike]:
 
 
 def _write(
-    ticket: Ticket, file: str, header: bytes, tensors: Iterable[tuple[str, Iterable[BytesLike]]], rows: Sequence[dict[str, Any]]
-) -> FileRecord:  # fmt: skip
-    """A safetensors file of named tensors, each in pieces, and its record; hashed as a whole and tensor by tensor."""
-    hashes: dict[str, str] = {}
+    ticket: Ticket, file: str, header: bytes, tensors: Iterable[_TensorPieces], rows: Sequence[JsonObject]
+) -> FileRecord:
+    """Write a safetensors file of named tensors, each in pieces, and the record with its digests."""
+    digests: dict[str, str] = {}
 
-    def pieces() -> Iterator[BytesLike]:
+    def content() -> Iterator[BytesLike]:
         yield header
-        for name, own in tensors:
+        for name, pieces in tensors:
             digest = hashlib.sha256()
-            for piece in own:
+            for piece in pieces:
                 digest.update(piece)
                 yield piece
-            hashes[name] = digest.hexdigest()
-        ticket.require()  # again: writing may have taken long, and the file appears after this
+            digests[name] = digest.hexdigest()
+        ticket.require()  # writing may have taken long, and the file appears after this
 
     ticket.require()
-    record = replace(ticket.store.write(file, pieces()), tensors=hashes)
+    record = replace(ticket.store.write(file, content()), tensors=digests)
     ticket.require()
-    ticket.store.write_json(f"{FINISHED_FOLDER}/{file}.json", {**record.about, "rows": list(rows), "run": ticket.run})
+    ticket.store.write_json(
+        f"{FINISHED_FOLDER}/{file}.json", {**record.to_json(), "rows": list(rows), "run": ticket.run}
+    )
     return record
 
 
 def finished_sha256(store: Store, file: str) -> str:
-    """sha256 of a file in a cache, as its record says; OutputError if that is damaged."""
-    record = f"{FINISHED_FOLDER}/{file}.json"
-    found: str = read_cached(store, record, lambda: read_record(store, record, FinishedFileRecord)["sha256"])
-    return found
+    """Return the sha256 of a file in a cache from its record; OutputError if the record is damaged."""
+    name = f"{FINISHED_FOLDER}/{file}.json"
+    return read_cached(store, name, lambda: parse_record(FinishedFileRecord, store.read_json(name)).sha256)
 
 
-def link_problem(store: Store, file: str) -> str:
-    """What is wrong with a file of an output that is a link, or lies behind one: nothing is read there; "" for any other."""
-    return f"{file} is a link, not a file of the output" if store.is_link(file) and not is_hub_blob(store, file) else ""
+def link_problem(store: Store, file: str) -> str | None:
+    """Return a message if a file of an output is a link, or behind one: it is not read then. None for other files."""
+    return (
+        f"{file} is a link, not a file of the output" if store.is_link(file) and not is_hub_blob(store, file) else None
+    )
 
 
-def file_differences(store: Store, file: str, about: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a file of which `about` says size, sha256 and hashes of its tensors; nothing if it is whole."""
-    if found := link_problem(store, file):
-        return [found]
+def file_differences(store: Store, file: str, recorded: Mapping[str, Any]) -> list[str]:
+    """Compare a file with its record in a manifest, of size, sha256 and the digests of its tensors.
+
+    Returns:
+        A message for each difference; empty if the file is intact.
+    """
+    expected = FileRecord.from_json(file, recorded)
+    if problem := link_problem(store, file):
+        return [problem]
     if not store.exists(file):
         return [f"{file} is missing"]
-    if (size := store.size(file)) != about["size"]:
-        return [f"{file} has {size} bytes, wanted {about['size']}"]
-    if store.sha256(file) == about["sha256"]:
+    if (size := store.size(file)) != expected.size:
+        return [f"{file} has {size} bytes, expected {expected.size}"]
+    if store.sha256(file) == expected.sha256:
         return []
-    return [f"{file}: {what} differs" for what in _changed_parts(store, file, about.get("tensors", {}))]
+    return [f"{file}: {part} differs" for part in _changed_parts(store, file, expected.tensors)]
 
 
-def _changed_parts(store: Store, file: str, hashes: Mapping[str, str]) -> list[str]:
-    """Names of the tensors whose bytes are others; of the header if it is it that changed, or what it says."""
-    if not hashes:
+def _changed_parts(store: Store, file: str, digests: Mapping[str, str]) -> list[str]:
+    """Return the names of the tensors whose bytes changed, or "header", or "content" for files without tensors."""
+    if not digests:
         return ["content"]
     try:
         infos = {info.name: info for info in read_header(store, file)[1]}
     except CheckpointError:
         return ["header"]
-    if infos.keys() != hashes.keys():
+    if infos.keys() != digests.keys():
         return ["header"]
-    changed = [name for name, digest in hashes.items() if _hash(store, infos[name]) != digest]
+    changed = [name for name, digest in digests.items() if _sha256(store, infos[name]) != digest]
     return changed or ["header"]
 
 
-def _hash(store: Store, info: TensorInfo) -> str:
+def _sha256(store: Store, info: TensorInfo) -> str:
     digest = hashlib.sha256()
     for piece in store.stream(info.file, info.start, info.nbytes):
         digest.update(piece)

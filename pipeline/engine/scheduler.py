@@ -8,8 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from pipeline.engine import signals
 from pipeline.engine.progress import Progress
 from pipeline.engine.task import Pool, Task, TaskResult
-from pipeline.errors import DiskFull, NodeLost, RunError, StoreError, StoreOutage, UserError, WorkerLost
-from pipeline.storage.lease import LeaseLost
+from pipeline.errors import DiskFull, LeaseLost, NodeLost, RunError, StoreError, StoreOutage, UserError, WorkerLost
 
 _SECONDS_OF_PATIENCE = 20.0  # before a run that has no worker says so
 _CAUSES = 8  # that a failed run names

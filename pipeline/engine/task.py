@@ -170,7 +170,7 @@ def as_swsc_error(error: BaseException, label: str) -> SwscError:
     if isinstance(error, SwscError):
         return type(error)(f"{label}: {error}")
     if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-        return DiskFull.of(error)
+        return DiskFull.from_os_error(error)
     if is_out_of_memory(error):
         return RunError(f"{label}: out of GPU memory ({first_line(error)}); {ROOM}")
     reason = " ".join(str(error).split())

@@ -213,7 +213,7 @@ def _finished(store: Store, run: str) -> Finished:
         try:
             done = read_record(store, f"{FINISHED_FOLDER}/{entry}", FinishedFileRecord)
             record = FileRecord(file, done["size"], done["sha256"], done.get("tensors", {}))
-            sound = done["run"] == run and not file_differences(store, file, record.about)
+            sound = done["run"] == run and not file_differences(store, file, record.to_json())
         except ValueError:
             sound = False
         if sound:

@@ -30,7 +30,7 @@ OF_SOURCE = "source-"  # how folders of a cache begin that hold what was made of
 def note_left_out(source: Checkpoint) -> None:
     """Say which files beside the model's are not read: adapters, and weights that `from_pretrained` passes over, too."""
     by_reason: dict[str, list[str]] = {}
-    for name, reason in source.passed_over:
+    for name, reason in source.ignored_weights:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -57,7 +57,7 @@ class Output:
         if self.lease:
             self.lease.release()
         if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-            raise DiskFull.of(error) from None
+            raise DiskFull.from_os_error(error) from None
 
     @property
     def complete(self) -> bool:
@@ -211,7 +211,7 @@ def finish(
         store.write_json("config.json", config),
     ]
     store.write_json(REPORT, report)
-    files = {record.name: record.about for record in records}
+    files = {record.name: record.to_json() for record in records}
     written = read_list(store, WRITTEN)
     clear_unfinished(store, written)  # of workers that were killed, or came late
     clear(store, set(written) - files.keys() - {REPORT})

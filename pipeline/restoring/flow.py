@@ -85,7 +85,7 @@ def _identity(model: Model, options: RestoreOptions) -> dict[str, object]:
 
 
 def _report(plan: RestorePlan) -> dict[str, object]:
-    left_out = dict(plan.model.checkpoint.left_out)
+    left_out = dict(plan.model.checkpoint.ignored_files)
     return {
         "format": "dense",
         "tensors": plan.rows(),

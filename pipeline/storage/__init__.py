@@ -1,1 +1,1 @@
-"""File systems, stores, leases and typed records."""
+"""File systems and object stores behind one interface, leases on directories, and the JSON records in them."""

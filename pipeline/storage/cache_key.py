@@ -1,14 +1,15 @@
-"""Identities: what a result depends on, as JSON, and the one digest that names caches and compares outputs.
+"""Identities of results, and the digest of an identity that names caches and compares outputs.
 
-An identity names what changes the bytes of a result, and nothing else. Settings are part of it only where they differ from
-their defaults, so that a setting that is added later, with a default that changes nothing, leaves every identity as it was.
+An identity is a JSON object with everything that changes the bytes of a result, and nothing else. Settings are part of
+it only where they differ from their defaults, so that a new setting whose default changes nothing leaves every identity
+as it was.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,64 +17,69 @@ from pipeline.settings.compression import CompressSettings
 from pipeline.settings.validation import Settings
 from swsc_core.method.spec import Spec
 
-# Part of the identity of each kind of result. Raise it with every change that changes the bytes of that kind, be it of a
-# default: files of two versions are never mixed.
+Identity: TypeAlias = Mapping[str, object]
+"""A JSON object with everything that changes the bytes of a result."""
+
+# Version of each kind of result, which is part of its identity. Raise it with every change of the result's bytes,
+# changes of a default included: files of two versions are never mixed.
 VERSIONS: Mapping[str, int] = {"output": 10, "moments": 5, "curves": 5, "tuned": 4, "written": 1}
-# What an identity says of the arithmetic, which a finished output may have had from anywhere.
+# Keys that describe the arithmetic. A finished output is accepted from any device.
 ARITHMETIC = ("device", "torch")
-# The fingerprint of a calibration, which is not known before it has been done.
+# Key of the fingerprint of a calibration, which is unknown before the calibration has run.
 CALIBRATION_KEY = "calibration"
-_NAME_LETTERS = 16
-_DEFAULTS = CompressSettings().model_dump(mode="json")
+# Hexadecimal digits of a digest in a file name.
+_NAME_DIGITS = 16
+_DEFAULTS: Identity = CompressSettings().model_dump(mode="json")
 
 
-def digest_of(identity: Mapping[str, Any]) -> str:
-    """sha256, in hexadecimal, of an identity; the order of its keys does not matter."""
+def digest_of(identity: Identity) -> str:
+    """Return the sha256 of an identity, in hexadecimal. The order of its keys does not matter."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def cache_name(kind: str, identity: Mapping[str, Any]) -> str:
-    """Name of a file or folder of a cache, without an ending: `kind` and the beginning of the digest."""
-    return f"{kind}-{digest_of(identity)[:_NAME_LETTERS]}"
+def cache_name(kind: str, identity: Identity) -> str:
+    """Return the name of a cache file or folder, without extension: `kind` and the beginning of the digest."""
+    return f"{kind}-{digest_of(identity)[:_NAME_DIGITS]}"
 
 
-def run_digest(identity: Mapping[str, Any]) -> str:
-    """Digest of the run that writes an output. Runs that differ in arithmetic alone are told apart before it is needed."""
+def run_digest(identity: Identity) -> str:
+    """Return the digest of a run that writes an output, without the arithmetic, which is compared before."""
     return digest_of({key: value for key, value in identity.items() if key not in ARITHMETIC})
 
 
-def versioned(kind: str, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity with the version of its kind."""
+def versioned(kind: str, identity: Identity) -> dict[str, object]:
+    """Return the identity with the version of its kind of result."""
     return {**identity, "version": VERSIONS[kind]}
 
 
-def settings_identity(settings: Settings) -> dict[str, Any]:
-    """The settings that differ from their defaults."""
-    return settings.model_dump(mode="json", exclude_defaults=True)
+def settings_identity(settings: Settings) -> Identity:
+    """Return the settings that differ from their defaults."""
+    changed: Identity = settings.model_dump(mode="json", exclude_defaults=True)
+    return changed
 
 
-def spec_identity(spec: Spec) -> dict[str, Any]:
-    """The fields of a spec that differ from their defaults, or have none, and its method."""
-    own = fields(spec)  # type: ignore[arg-type]  # every spec is a dataclass
-    values = {field.name: getattr(spec, field.name) for field in own}
-    defaults = {field.name: field.default for field in own}
+def spec_identity(spec: Spec) -> Identity:
+    """Return the method of a spec, its fields without a default, and those that differ from their default."""
+    spec_fields = fields(spec)  # type: ignore[arg-type]  # every spec is a dataclass
+    values = {field.name: getattr(spec, field.name) for field in spec_fields}
+    defaults = {field.name: field.default for field in spec_fields}
     return {name: value for name, value in values.items() if name == "method" or value != defaults[name]}
 
 
-def windows_identity(ids: np.ndarray) -> dict[str, Any]:
-    """Of token ids, int64 [windows, length]: their shape, and sha256 of their bytes."""
+def windows_identity(ids: np.ndarray) -> dict[str, object]:
+    """Return the shape of token ids, int64 [windows, length], and the sha256 of their bytes."""
     return {"ids": hashlib.sha256(ids.tobytes()).hexdigest(), "windows": list(ids.shape)}
 
 
-def full_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity of an output as its manifest records it: of a compression with all settings."""
+def full_identity(identity: Identity) -> Identity:
+    """Return the identity of an output for its manifest: for a compression with the value of every setting."""
     return dict(identity) if "restored_from" in identity else {**_DEFAULTS, **identity}
 
 
-def identity_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> values before and now, where two identities differ. A setting that is missing has its default.
+def identity_changes(before: Identity, now: Identity) -> dict[str, tuple[object, object]]:
+    """Return key -> (value before, value now) where two identities differ. A missing setting has its default.
 
-    The arithmetic does not count, nor does a calibration that `now` does not know yet.
+    Differences in arithmetic are ignored, and so is the calibration if `now` does not have one yet.
     """
     ignored = {*ARITHMETIC, *(() if CALIBRATION_KEY in now else (CALIBRATION_KEY,))}
     old, new = {**_DEFAULTS, **before}, {**_DEFAULTS, **now}

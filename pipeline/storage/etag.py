@@ -1,22 +1,23 @@
-"""Checksums that an object store gives for free: the ETag of an object is, mostly, made of MD5 digests of its content.
+"""Checksums that an object store gives for free: an ETag is usually computed from MD5 digests of the object.
 
-That of an object that was put in one piece is the MD5 of its bytes; that of a multipart upload is the MD5 of the MD5s of its
-parts, and says their number. An object that the store encrypts by a key of its own (SSE-KMS) has an ETag that is neither: a
-match proves that the bytes are right, no match proves nothing.
+The ETag of an object that was uploaded in one request is the MD5 of its bytes. The ETag of a multipart upload is the
+MD5 of the MD5 digests of its parts, followed by the number of parts. An object that the store encrypts with a key of
+its own (SSE-KMS) has another ETag. So a match proves that the bytes are right, and a mismatch proves nothing.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable
 
-PART_BYTES = 10 << 20  # bytes of a part in what pyarrow uploads
-# Parts of other clients, in MiB: their defaults, and what they choose for large objects.
-_KNOWN_PARTS = (5, 8, 10, 15, 16, 25, 32, 50, 64, 100, 128, 256, 512, 1024)
+# Bytes of a part in uploads of pyarrow.
+PART_BYTES = 10 << 20
+# Part sizes of other clients, in MiB: their defaults, and what they choose for large objects.
+_PART_MIB = (5, 8, 10, 15, 16, 25, 32, 50, 64, 100, 128, 256, 512, 1024)
 _ETAG = re.compile(r'"?([0-9a-f]{32})(?:-(\d+))?"?')
 
 
 class EtagDigest:
-    """The ETags that bytes may have: as one object, and in parts of `part` bytes; fed piece by piece."""
+    """Computes the ETags of an object incrementally: as a single upload, and in parts of `part` bytes."""
 
     def __init__(self, part: int = PART_BYTES) -> None:
         self._part, self._in_part = part, 0
@@ -31,34 +32,34 @@ class EtagDigest:
             if self._in_part == self._part:
                 self._finished.append(self._current.digest())
                 self._current, self._in_part = _md5(), 0
-            taken = view[: self._part - self._in_part]
-            self._current.update(taken)
-            self._in_part += len(taken)
-            view = view[len(taken) :]
+            part_bytes = view[: self._part - self._in_part]
+            self._current.update(part_bytes)
+            self._in_part += len(part_bytes)
+            view = view[len(part_bytes) :]
 
     @property
     def etags(self) -> tuple[str, str]:
-        """ETag of one object with the bytes so far, and of one uploaded in parts."""
+        """The ETag of the bytes so far as a single upload, and as a multipart upload."""
         parts = [*self._finished, self._current.digest()]
         return self._whole.hexdigest(), f"{_md5(b''.join(parts)).hexdigest()}-{len(parts)}"
 
 
 def etag_matches(etag: str, data: bytes | bytearray) -> bool:
-    """Whether `etag` is one of exactly these bytes; False if it may be, but was made in a way that is not known."""
-    if (found := _ETAG.fullmatch(etag)) is None:
+    """Whether `etag` proves `data`. False also if the ETag was computed in an unknown way."""
+    if (match := _ETAG.fullmatch(etag)) is None:
         return False
-    number = int(found[2] or 0)
-    return any(_of(data, part) == etag.strip('"') for part in _part_sizes(len(data), number))
+    parts = int(match[2] or 0)
+    return any(_etag_of(data, part) == etag.strip('"') for part in _part_sizes(len(data), parts))
 
 
-def _part_sizes(size: int, number: int) -> Iterable[int]:
-    """Sizes that `number` parts of an object may have; 0: it was put in one piece."""
-    if number < 2:
-        return (0,) if not number else (max(1, size),)
-    return (mib << 20 for mib in _KNOWN_PARTS if -(-size // (mib << 20)) == number)
+def _part_sizes(size: int, parts: int) -> Iterable[int]:
+    """Yield the part sizes that an upload of `size` bytes in `parts` parts may have had; 0 for a single upload."""
+    if parts < 2:
+        return (0,) if not parts else (max(1, size),)
+    return (mib << 20 for mib in _PART_MIB if -(-size // (mib << 20)) == parts)
 
 
-def _of(data: bytes | bytearray, part: int) -> str:
+def _etag_of(data: bytes | bytearray, part: int) -> str:
     digest = EtagDigest(part or PART_BYTES)
     digest.update(data)
     return digest.etags[bool(part)]

@@ -1,7 +1,7 @@
-"""What a store needs of a file system, and of an object store: one protocol for both.
+"""The operations that a store needs, as one protocol for file systems and object stores.
 
-Both keep one promise: under its name a file is complete, or absent. A local disk keeps it by a temporary name, fsync and
-rename. An object store keeps it by itself, because an object appears when its upload is completed.
+Both give one guarantee: a file under its name is complete, or absent. A local disk needs a temporary name, fsync and a
+rename for that. In an object store an object appears when its upload completes.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,48 +14,48 @@ BytesLike = bytes | bytearray | memoryview
 
 
 class Files(Protocol):
-    """What a store is asked for; paths are absolute, without the scheme."""
+    """A file system or an object store. Paths are absolute and without the scheme."""
 
     def size(self, path: str) -> int | None:
-        """Bytes of a file; None if there is none."""
+        """Return the size of a file in bytes; None if there is no such file."""
 
     def is_folder(self, path: str) -> bool:
-        """Whether there is a folder."""
+        """Whether the folder exists."""
 
     def children(self, path: str) -> dict[str, bool]:
-        """Name of everything directly in a folder -> whether it is a file; nothing if the folder is not there."""
+        """Return name -> is a file, for everything directly in a folder; empty if the folder does not exist."""
 
     def read(self, path: str, start: int, length: int) -> bytearray:
-        """Bytes [start, start + length) of a file; fewer if it ends before."""
+        """Return the bytes [start, start + length) of a file; fewer if the file ends before."""
 
     def write(self, path: str, pieces: Iterable[BytesLike]) -> None:
-        """Write a file; when this returns it is durable, and until then it is not there."""
+        """Write a file. It appears when it is complete, and is durable when this returns."""
 
     def content_proved(self, path: str, digest: EtagDigest) -> bool:
-        """Whether a file's content is surely what `digest` has seen, without reading it."""
+        """Whether the content of a file is known to match `digest` without reading it."""
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a small file unless there is one. An object store cannot tell: there it is written in any case."""
+        """Write a small file unless it exists; returns whether it was written. An object store always writes it."""
 
     def locked(self, path: str) -> AbstractContextManager[None]:
-        """Keeps other processes out that lock the same folder, where the disk has locks. An object store has none."""
+        """Lock a folder against other processes, where the disk has locks. An object store has none."""
 
     def remove(self, path: str) -> None:
-        """Remove a file, a link itself, or a folder with all that is in it, if it is there."""
+        """Remove a file, a link itself, or a folder with its contents; does nothing if the path does not exist."""
 
     def remove_empty(self, path: str) -> None:
-        """Remove a folder in which there is nothing."""
+        """Remove a folder if it is empty."""
 
     def free_bytes(self, path: str) -> int | None:
-        """Free bytes of the disk that a path lies on, or would lie on; None if there is no limit."""
+        """Return the free bytes of the disk on which `path` is or would be created; None if there is no limit."""
 
 
 def read_fully(length: int, read_into: Callable[[memoryview], int | None]) -> bytearray:
-    """Up to `length` bytes, by as many calls as it takes."""
+    """Call `read_into` until `length` bytes are read or it returns none; returns the bytes that were read."""
     data = bytearray(max(0, length))
-    read_fully, view = 0, memoryview(data)
-    while read_fully < len(data) and (count := read_into(view[read_fully:])):
-        read_fully += count
+    position, view = 0, memoryview(data)
+    while position < len(data) and (count := read_into(view[position:])):
+        position += count
     view.release()
-    del data[read_fully:]
+    del data[position:]
     return data

@@ -1,4 +1,4 @@
-"""The file system of each URL scheme. `store.py` is the interface that other folders use."""
+"""The file system of each URL scheme, for `store.py`, which is the interface that other folders use."""
 
 from functools import lru_cache
 
@@ -10,7 +10,7 @@ SCHEMES = ("s3", "gs")
 
 @lru_cache
 def files_at(scheme: str) -> Files:
-    """The files of a scheme, "" for the local disk; a process connects once."""
+    """Return the file system of a scheme, "" for the local disk. A process connects once per scheme."""
     if not scheme:
         return LocalFiles()
     from pipeline.storage.object_stores import ObjectFiles

@@ -1,8 +1,9 @@
-"""One run at a time on one directory: a small file says who writes there, and is renewed while it does.
+"""A lease on a directory: one run at a time writes there, and a small file that is renewed names it.
 
-Clocks are not asked: a run is alive if its file changes while another one looks, and gone if it does not for _SILENT seconds,
-or at once if its process is of this machine and no longer there. Whoever takes the place of a run that is gone signs with a
-ticket of its own, and what the other one may still send is refused: every commit shows its ticket.
+Clocks are not compared. A run is alive if its lease file changes while another run watches it. It is lost if the file
+does not change for `_SILENT_SECONDS`, or at once if its process ran on this machine and no longer exists. A run that
+takes over writes a lease with an owner of its own, and every commit checks the owner (a fencing token), so that late
+commits of the lost run fail.
 """
 
 import json
@@ -14,33 +15,35 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
-from typing import Any, Self
+from typing import Self
 from uuid import uuid4
 
-from pipeline.errors import OutputError, RunError, StoreError, StoreUnavailable
-from pipeline.storage.records import LeaseRecord, check_record
+from pipeline.errors import LeaseLost, OutputError, RunError, StoreError, StoreUnavailable
+from pipeline.storage.records import LeaseRecord, parse_record
 from pipeline.storage.store import Store
 
 LEASE_FILE = ".swsc/lease.json"
-_RENEWAL_SECONDS = 5.0  # seconds after which a run renews its lease
-_READ_ATTEMPTS = 20  # at a lease that is not whole
-_SILENT_SECONDS = 30.0  # seconds without a sign of life after which it is taken for gone
-_SETTLING_SECONDS = (
-    2.0  # seconds after which two that signed at the same moment in an object store know who was the later one
-)
-_held_owners: set[str] = set()  # tickets of this process
+# Seconds between two renewals of a lease.
+_RENEWAL_SECONDS = 5.0
+# Attempts to read a lease that is incomplete because it is being replaced.
+_READ_ATTEMPTS = 20
+# Seconds without a renewal after which the owner of a lease counts as lost.
+_SILENT_SECONDS = 30.0
+# Seconds after which two runs that wrote a lease to an object store at the same moment both see the later one.
+_SETTLING_SECONDS = 2.0
+# Owners of the leases that this process holds.
+_held_owners: set[str] = set()
 
-
-class LeaseLost(RunError):
-    """Another run has taken this one's place."""
+Sleep = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """The right to write into a directory; a value, so that commits on other nodes can show it.
+    """The right to write into a directory. A value, so that commits on other nodes can prove it.
 
     Attributes:
-        run: what is written there, as a digest; a record that bears another one is not taken for finished work.
+        owner: random name of the lease's owner.
+        run: digest of what is written. A record of a finished file with another digest does not count as finished work.
     """
 
     store: Store
@@ -48,24 +51,28 @@ class Ticket:
     run: str = ""
 
     def require(self) -> None:
-        """Raise RunError if the directory is not seen from here, LeaseLost if another run has taken over."""
-        found = _understood(_read(self.store))
-        if found is None:
+        """Raise RunError if this node does not see the directory's lease, LeaseLost if another run has taken over."""
+        lease = _parse(_read(self.store))
+        if lease is None:
             raise RunError(
-                f"{self.store.root}: not seen by node {gethostname()}, or done with; all nodes must see the output"
+                f"{self.store.root}: node {gethostname()} cannot see the lease of this run, or the run has ended; mount"
+                " the output directory on all nodes"
             )
-        if found["owner"] != self.owner:
-            raise LeaseLost(f"{self.store.root}: {_who(found)} has taken over; this one is stopped, nothing is lost")
+        if lease.owner != self.owner:
+            raise LeaseLost(
+                f"{self.store.root}: {_describe(lease)} has taken over the directory, so this run stops; its finished"
+                " work is kept"
+            )
 
 
 class Lease:
-    """A ticket and the thread that keeps it valid."""
+    """A ticket and the thread that renews it."""
 
     def __init__(self, ticket: Ticket) -> None:
-        """Begin to keep `ticket`, which has been signed for."""
+        """Start to renew `ticket`, whose lease file has been written."""
         self.ticket = ticket
-        self._beats = 0
-        self._over = threading.Event()
+        self._renewals = 0
+        self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
 
@@ -75,25 +82,25 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def is_seen_in(self, other: Store) -> bool:
-        """Whether what stands in our place appears in another one, too: both are one, whatever their paths are."""
-        return (_understood(_read(other)) or {}).get("owner") == self.ticket.owner
+    def is_seen_in(self, store: Store) -> bool:
+        """Whether this lease is visible in another store too: then both are the same directory under two paths."""
+        return _owner_of(store) == self.ticket.owner
 
     def renew(self) -> None:
-        """Give a sign of life."""
-        self._beats += 1
-        self.ticket.store.put(LEASE_FILE, _signed(self.ticket, self._beats))
+        """Write the lease file again, with the next renewal number."""
+        self._renewals += 1
+        self.ticket.store.put(LEASE_FILE, _lease_json(self.ticket, self._renewals))
 
     def _keep(self) -> None:
-        while not self._over.wait(_RENEWAL_SECONDS):
-            with suppress(OSError, StoreError):  # a store that does not answer now may do so at the next beat
-                if (_understood(_read(self.ticket.store)) or {}).get("owner") != self.ticket.owner:
-                    return  # taken over, or done with by who took over: commits will say so
+        while not self._released.wait(_RENEWAL_SECONDS):
+            with suppress(OSError, StoreError):  # a store that does not answer now may do so at the next renewal
+                if _owner_of(self.ticket.store) != self.ticket.owner:
+                    return  # another run has taken over; the next commit reports it
                 self.renew()
 
     def release(self) -> None:
-        """Give the ticket back."""
-        self._over.set()
+        """Stop renewing the lease and remove its file."""
+        self._released.set()
         self._thread.join()
         _held_owners.discard(self.ticket.owner)
         with suppress(RunError, OSError):
@@ -101,143 +108,150 @@ class Lease:
             self.ticket.store.remove(LEASE_FILE)
 
 
-def acquire_lease(
-    store: Store, on_wait: Callable[[str], None] | None = None, sleep: Callable[[float], None] = time.sleep
-) -> Lease:
-    """The right to write into `store`, as soon as no other run has it.
+def acquire_lease(store: Store, on_wait: Callable[[str], None] | None = None, sleep: Sleep = time.sleep) -> Lease:
+    """Acquire the lease on `store`, as soon as no other run holds it.
 
     Args:
-        on_wait: told, in a line, that and for whom we wait; None: do not wait for a run that is alive.
+        on_wait: receives one line when a live run holds the lease and this call waits for it. None: do not wait.
 
     Raises:
-        OutputError: another run is at work there.
+        OutputError: a live run holds the lease.
     """
     while True:
-        left = _await_silence(store, on_wait, sleep)
+        expired = _await_expiry(store, on_wait, sleep)
         ticket = Ticket(store, uuid4().hex)
         _held_owners.add(ticket.owner)
         try:
-            _sign(ticket, left, sleep)
+            _write_lease(ticket, expired, sleep)
             return Lease(ticket)
         except BaseException as error:
             _held_owners.discard(ticket.owner)
-            if on_wait is None or not isinstance(
-                error, OutputError
-            ):  # of two that came at the same moment the other one has it
+            # Of two runs that came at the same moment the other one holds the lease: wait for it.
+            if on_wait is None or not isinstance(error, OutputError):
                 raise
 
 
-def require_idle(store: Store, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Raise OutputError if another run writes into `store`; to learn that one is gone may take a while."""
-    _await_silence(store, None, sleep)
+def require_idle(store: Store, sleep: Sleep = time.sleep) -> None:
+    """Raise OutputError if another run writes into `store`.
+
+    It may take `_SILENT_SECONDS` to find that a run is lost.
+    """
+    _await_expiry(store, None, sleep)
 
 
 def is_free(store: Store) -> bool:
-    """Whether nobody writes into `store`, as far as that shows at once."""
-    about = _understood(_read(store))
-    return about is None or _is_gone(about)
+    """Whether `store` has no lease, or one whose owner is known to be lost without watching it."""
+    lease = _parse(_read(store))
+    return lease is None or _is_lost(lease)
 
 
 def is_of_this_machine(store: Store) -> bool:
-    """Whether who writes into `store` is a process of this machine, so that `is_free` says for sure whether it is gone."""
-    return (_understood(_read(store)) or {}).get("machine") == machine_id()
+    """Whether the lease on `store` belongs to a process of this machine, so that `is_free` is certain."""
+    lease = _parse(_read(store))
+    return lease is not None and lease.machine == machine_id()
 
 
-def _sign(ticket: Ticket, left: bytes | None, sleep: Callable[[float], None]) -> None:
-    """Put our lease there, in the place of one that was `left`; OutputError if another run was faster."""
+def _write_lease(ticket: Ticket, expired: bytes | None, sleep: Sleep) -> None:
+    """Write the lease file, in place of the `expired` one; OutputError if another run was faster."""
     store = ticket.store
     with store.locked():
-        if _read(store) != left:
-            raise _taken(store)
-        if left is not None:
+        if _read(store) != expired:
+            raise _in_use(store)
+        if expired is not None:
             store.remove(LEASE_FILE)
-        if not store.create(LEASE_FILE, _signed(ticket, 0)):
-            raise _taken(store)
+        if not store.create(LEASE_FILE, _lease_json(ticket, 0)):
+            raise _in_use(store)
     if not store.is_local:
-        sleep(_SETTLING_SECONDS)  # of two that came at the same moment the later one has it
+        sleep(_SETTLING_SECONDS)  # of two runs that write at the same moment the later one wins
     try:
         ticket.require()
     except LeaseLost:
-        raise _taken(store) from None
+        raise _in_use(store) from None
 
 
-def _taken(store: Store) -> OutputError:
-    who = _who(_understood(_read(store)) or {})
-    return OutputError(f"{store.root}: {who} is writing there; wait for it, or stop it")
+def _in_use(store: Store) -> OutputError:
+    return OutputError(f"{store.root}: {_describe(_parse(_read(store)))} is writing there; wait for it, or stop it")
 
 
-def _signed(ticket: Ticket, beat: int) -> bytes:
-    about = {"owner": ticket.owner, "machine": machine_id(), "pid": os.getpid(), "beat": beat}
-    return json.dumps(about).encode()
+def _lease_json(ticket: Ticket, renewals: int) -> bytes:
+    lease = {"owner": ticket.owner, "machine": machine_id(), "pid": os.getpid(), "beat": renewals}
+    return json.dumps(lease).encode()
 
 
-def _await_silence(store: Store, on_wait: Callable[[str], None] | None, sleep: Callable[[float], None]) -> bytes | None:
-    """The lease of a run that is gone, as soon as it is; None if there is no lease."""
-    before, waited, told = _read(store), 0.0, False
-    while (about := _understood(before)) is not None and not _is_gone(about) and waited < _SILENT_SECONDS:
+def _await_expiry(store: Store, on_wait: Callable[[str], None] | None, sleep: Sleep) -> bytes | None:
+    """Return the lease file of a lost run as soon as it is known to be lost; None if there is no lease."""
+    content, silent_seconds, announced = _read(store), 0.0, False
+    while (lease := _parse(content)) is not None and not _is_lost(lease) and silent_seconds < _SILENT_SECONDS:
         sleep(1.0)
-        found, waited = _read(store), waited + 1.0
-        if found not in (None, before):
+        previous, content = content, _read(store)
+        silent_seconds += 1.0
+        if content not in (None, previous):
             if on_wait is None:
-                raise _taken(store)
-            if not told:
-                on_wait(f"{store.root}: {_who(_understood(found) or {})} is making the same; waiting for it")
-            told, waited = True, 0.0
-        before = found
-    return before
+                raise _in_use(store)
+            if not announced:
+                on_wait(f"{store.root}: {_describe(_parse(content))} writes the same files; waiting for it")
+            announced, silent_seconds = True, 0.0
+    return content
 
 
 def _read(store: Store) -> bytes | None:
-    """The lease as it lies there; None if there is none.
+    """Return the lease file; None if there is none.
 
-    It may be replaced between the look at its length and the look at its bytes: what is not whole is looked at again.
+    The file may be replaced between the reading of its size and the reading of its bytes, so an incomplete one is read
+    again.
     """
-    for look in range(_READ_ATTEMPTS):
-        last = look == _READ_ATTEMPTS - 1
+    for attempt in range(_READ_ATTEMPTS):
+        is_last = attempt == _READ_ATTEMPTS - 1
         try:
-            raw = bytes(store.read(LEASE_FILE))
+            content = bytes(store.read(LEASE_FILE))
         except FileNotFoundError:
             return None
         except StoreError as error:
-            if last or isinstance(
-                error, StoreUnavailable
-            ):  # who would wait for each look in turn for as long as for one
+            # The store has waited for StoreUnavailable already; it would do so again at every attempt.
+            if is_last or isinstance(error, StoreUnavailable):
                 raise
             continue
-        if last or _understood(raw) is not None:
+        if is_last or _parse(content) is not None:
             break
-    return raw
+    return content
 
 
-def _understood(raw: bytes | None) -> dict[str, Any] | None:
-    """What a lease says; None if there is none, or none that can be understood."""
+def _parse(content: bytes | None) -> LeaseRecord | None:
+    """Parse a lease file; None if there is none, or one that is not valid."""
     try:
-        return check_record(LeaseRecord, json.loads(raw or b""))
+        return parse_record(LeaseRecord, json.loads(content or b""))
     except (ValueError, RecursionError):
         return None
 
 
-def _who(about: dict[str, Any]) -> str:
-    return f"a run on {str(about.get('machine')).split()[0]} (process {about.get('pid')})"
+def _owner_of(store: Store) -> str | None:
+    lease = _parse(_read(store))
+    return lease.owner if lease else None
 
 
-def _is_gone(about: dict[str, Any]) -> bool:
-    """Whether it was a process of this machine that is no longer there."""
-    if about.get("machine") != machine_id():
+def _describe(lease: LeaseRecord | None) -> str:
+    """Return "a run on HOST (process PID)"."""
+    machine, pid = (lease.machine, lease.pid) if lease else (None, None)
+    return f"a run on {str(machine).split()[0]} (process {pid})"
+
+
+def _is_lost(lease: LeaseRecord) -> bool:
+    """Whether the lease belongs to a process of this machine that no longer exists."""
+    if lease.machine != machine_id() or lease.pid is None:
         return False
-    if about.get("pid") == os.getpid():
-        return about["owner"] not in _held_owners
+    if lease.pid == os.getpid():
+        return lease.owner not in _held_owners
     try:
-        os.kill(int(about["pid"]), 0)
+        os.kill(lease.pid, 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError:
         return False
     return False
 
 
 def machine_id() -> str:
-    """A name of this machine since it was started, as far as its process numbers mean the same."""
+    """Return a name of this machine, boot and process namespace, within which a process number is unique."""
     parts = [gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

@@ -1,4 +1,4 @@
-"""A local disk, or a file system that all nodes mount."""
+"""Files on a local disk, or on a file system that all nodes mount."""
 
 import errno
 import fcntl
@@ -13,15 +13,16 @@ from uuid import uuid4
 from pipeline.storage.etag import EtagDigest
 from pipeline.storage.files import BytesLike, read_fully
 
+# Ending of the name of a file while it is written.
 TEMPORARY_SUFFIX = ".partial"
 _TEMPORARY_NAME = re.compile(r"(.+)\.[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))
-
-# What file systems answer that sync no folders: shared folders of virtual machines, older SMB clients, some of FUSE.
-_NO_SUCH_CALL = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)
+# Error numbers of file systems that cannot sync a folder: shared folders of virtual machines, older SMB clients, some
+# of FUSE.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)
 
 
 class LocalFiles:
-    """A disk, or a filesystem that all nodes mount."""
+    """Implements `Files` for a disk."""
 
     def size(self, path: str) -> int | None:
         return os.stat(path).st_size if os.path.isfile(path) else None
@@ -43,7 +44,8 @@ class LocalFiles:
     def write(self, path: str, pieces: Iterable[BytesLike]) -> None:
         target = Path(path)
         _make_directory(target.parent)
-        temporary = f"{path}.{uuid4().hex[:8]}{TEMPORARY_SUFFIX}"  # two writers must not share one
+        # Two writers must not share a temporary file.
+        temporary = f"{path}.{uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
         try:
             with open(temporary, "wb", buffering=0) as file:
                 for piece in pieces:
@@ -54,12 +56,12 @@ class LocalFiles:
             with suppress(OSError):
                 os.unlink(temporary)
             if isinstance(error, OSError):
-                error.filename = error.filename or path  # a write itself does not say where
+                error.filename = error.filename or path  # os.write does not set it
             raise
         _sync_directory(target.parent)
 
     def content_proved(self, path: str, digest: EtagDigest) -> bool:
-        return True  # a disk that writes other bytes than it is given says so when they are read
+        return True  # a disk reports damaged blocks when they are read
 
     def create(self, path: str, data: bytes) -> bool:
         _make_directory(Path(path).parent)
@@ -76,10 +78,10 @@ class LocalFiles:
         descriptor = None
         while descriptor is None:
             _make_directory(Path(path))
-            with suppress(FileNotFoundError):  # whoever was done here has removed it just now
+            with suppress(FileNotFoundError):  # another process has just removed the folder
                 descriptor = os.open(path, os.O_RDONLY)
         try:
-            with suppress(OSError):  # a network disk without locks
+            with suppress(OSError):  # a network file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
@@ -103,7 +105,7 @@ class LocalFiles:
 
 
 def final_name(temporary: str) -> str | None:
-    """Name of the file that was being written under the name `temporary`; None if that is no such name."""
+    """Return the final name of a file that is written under the name `temporary`; None if it is no temporary name."""
     match = _TEMPORARY_NAME.fullmatch(temporary)
     return match[1] if match else None
 
@@ -114,7 +116,7 @@ def _write_all(descriptor: int, view: memoryview) -> None:
 
 
 def _make_directory(path: Path) -> None:
-    """Make a directory and those above it, so that each survives a power cut."""
+    """Create a directory and its parents durably: each survives a power failure."""
     if not path.is_dir():
         _make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -122,12 +124,12 @@ def _make_directory(path: Path) -> None:
 
 
 def _sync_directory(path: Path) -> None:
-    """Make a rename in `path` survive a power cut."""
+    """Flush a directory, so that a rename in it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NO_SUCH_CALL:
+        if error.errno not in _NO_FOLDER_SYNC:
             raise
     finally:
         os.close(descriptor)

@@ -1,6 +1,7 @@
-"""What the small JSON files of an output say, by type: they lie where anybody may edit, cut or damage them.
+"""Schemas of the JSON files of outputs and caches, which are validated when they are read.
 
-A file is checked when it is read, so that whoever reads it finds what it was written with, or learns in one line what is wrong.
+Anybody may edit, truncate or damage these files. A reader gets a valid record, or an error of one line that names the
+first invalid value.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,27 +11,33 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipeline.errors import OutputError, UnusableOutput
-from pipeline.storage.store import Store
+from pipeline.storage.store import JSON_LIMIT, Store
 
 T = TypeVar("T")
 
-_SHOWN = 60  # characters of a value that is wrong
+R = TypeVar("R", bound="Record")
+
+# Characters of an invalid value, and of its key, in an error.
+_VALUE_CHARACTERS, _KEY_CHARACTERS = 60, 200
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
-Bits = Annotated[float, Field(ge=0, le=1e6)]  # a weight
-Figure = Annotated[
-    float, Field(allow_inf_nan=True)
-]  # a result, which may be none: what a half-precision model overflowed to
+# Bits per weight.
+Bits = Annotated[float, Field(ge=0, le=1e6)]
+# A measured value. NaN and Inf are valid: a model in half precision may overflow.
+Figure = Annotated[float, Field(allow_inf_nan=True)]
 
 
 class Record(BaseModel):
-    """Base of all: further keys are let through, since a later release may write them; numbers are finite and no strings."""
+    """Base class.
+
+    Unknown keys are accepted, since a later release may write them; numbers are finite and not strings.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
 
 class ManifestFileRecord(Record):
-    """What a manifest says of a file."""
+    """A file in a manifest."""
 
     size: Count
     sha256: Sha256
@@ -46,7 +53,7 @@ class ManifestRecord(Record):
 
 
 class ReportRowRecord(Record):
-    """What was done to a tensor; figures of one that was compressed."""
+    """A tensor in a report: its action, and the measured values of a compressed matrix."""
 
     name: str
     action: str
@@ -66,7 +73,7 @@ class ReportRecord(Record):
 
 
 class TuningRecord(Record):
-    """What a tuning came to: its result in the cache, and a part of a report."""
+    """Result of a tuning, in the cache and in a report."""
 
     steps: Count
     divergence_before: Figure
@@ -93,7 +100,10 @@ class CalibrationRecord(Record):
 
 
 class FinishedRowRecord(Record):
-    """A row of a report to be, of a matrix that is compressed already; a calibration writes others, without `entry`."""
+    """A row in the record of a finished file.
+
+    A compression writes the report row of a matrix and its `entry`; a calibration writes `tokens` and `owner`.
+    """
 
     name: str
     entry: dict[str, Any] | None = None
@@ -110,20 +120,21 @@ class FinishedRowRecord(Record):
     owner: str | None = None
 
     @model_validator(mode="after")
-    def _is_one_of_either_kind(self) -> "FinishedRowRecord":
+    def _require_keys_of_one_kind(self) -> "FinishedRowRecord":
         from swsc_core.compressed.registry import entry_of
 
-        said = self.model_fields_set
-        of_a_matrix = self.entry is not None and {"stats", "stored_bytes", "read_seconds"} <= said
-        if not (of_a_matrix or ({"tokens", "owner"} <= said and "entry" not in said)):
-            raise ValueError("a row that says nothing of a matrix")
+        keys = self.model_fields_set
+        is_matrix = self.entry is not None and {"stats", "stored_bytes", "read_seconds"} <= keys
+        is_calibration = {"tokens", "owner"} <= keys and "entry" not in keys
+        if not (is_matrix or is_calibration):
+            raise ValueError("the row describes neither a compressed matrix nor a calibration")
         if self.entry is not None:
             entry_of(self.entry)
         return self
 
 
 class FinishedFileRecord(Record):
-    """The record of a file that a run has finished."""
+    """.swsc/done/FILE.json: a file that a run has finished."""
 
     size: Count
     sha256: Sha256
@@ -133,26 +144,26 @@ class FinishedFileRecord(Record):
 
 
 class CalibrationRunRecord(Record):
-    """.swsc/run.json of second moments."""
+    """.swsc/run.json of a cache of Hessians: number and length of the calibration windows."""
 
     windows: Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
 class CalibrationSourceRecord(Record):
-    """source.json of second moments: sha256 of what they were gathered from, by range of a file."""
+    """source.json of a cache of Hessians: sha256 of each range of a file that they were computed from."""
 
     ranges: dict[str, Sha256]
 
 
 class CurvesRecord(Record):
-    """curves-….json of second moments: what a matrix loses, and what a spec leaves of that (flows/allocate.py)."""
+    """curves-….json of a cache of Hessians: sensitivity of each matrix, and its relative distortion under each spec."""
 
     reach: dict[str, float]
     shares: dict[str, list[Annotated[list[Any], Field(min_length=2, max_length=2)]]]
 
 
 class LeaseRecord(Record):
-    """.swsc/lease.json: who writes."""
+    """.swsc/lease.json: the process that writes into a directory, and the number of its last renewal."""
 
     owner: str
     machine: Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"^\S")] | None = None
@@ -161,13 +172,13 @@ class LeaseRecord(Record):
 
 
 class EvaluationRecord(Record):
-    """What `swsc evaluate --json` writes."""
+    """The file that `swsc evaluate --json` writes."""
 
     perplexity: float
 
 
 class GgufOriginRecord(Record):
-    """dequantized.json of a checkpoint that was made of a GGUF file."""
+    """dequantized.json: the GGUF file that a checkpoint was converted from."""
 
     file: str
     baseline: str
@@ -175,22 +186,36 @@ class GgufOriginRecord(Record):
     types: dict[str, Count]
 
 
-def check_record(kind: type[Record], value: Any) -> dict[str, Any]:
-    """`value` itself, if it is such a record; ValueError that names the first thing that is not as it should be."""
+def parse_record(kind: type[R], value: Any) -> R:
+    """Convert a JSON value to a record; ValueError names the first invalid value."""
     try:
-        kind.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        shown = repr(first["input"])
-        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
-        raise ValueError(f"{place[:200]}: {first['msg']}, got {shown}" if place else first["msg"]) from None
-    found: dict[str, Any] = value
-    return found
+    key = ".".join(str(part) for part in first["loc"])[:_KEY_CHARACTERS]
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= _VALUE_CHARACTERS else f"{shown[:_VALUE_CHARACTERS]}…"
+    raise ValueError(f"{key}: {first['msg']}, got {shown}" if key else first["msg"])
+
+
+def check_record(kind: type[Record], value: Any) -> dict[str, Any]:
+    """Return `value` if it is a valid record, as the JSON object that it is; ValueError as from `parse_record`."""
+    parse_record(kind, value)
+    json_object: dict[str, Any] = value
+    return json_object
+
+
+def read_record(store: Store, name: str, kind: type[Record], limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """Read a JSON file of at most `limit` bytes and check it.
+
+    Raises:
+        ValueError: it is not a valid record. FileNotFoundError: there is no such file.
+    """
+    return check_record(kind, store.read_json(name, limit))
 
 
 def read_cached(store: Store, name: str, read: Callable[[], T]) -> T:
-    """What `read` makes of a file in a cache, which is recomputed if it is removed; OutputError if it is damaged."""
+    """Call `read`, which reads the file `name` of a cache; OutputError if the file is damaged."""
     try:
         return read()
     except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
@@ -201,15 +226,10 @@ def read_cached(store: Store, name: str, read: Callable[[], T]) -> T:
 
 @contextmanager
 def report_damaged_cache(store: Store) -> Iterator[None]:
-    """While entered, an error of an output that cannot be used has the remedy for a part of a cache: --overwrite is not for it."""
+    """Translate UnusableOutput, whose remedy is --overwrite, into an OutputError with the remedy for a cache."""
     try:
         yield
     except UnusableOutput as error:
         raise OutputError(
-            f"{error.found}; it is a part of the cache: remove {store.root}, and run the same command again"
+            f"{error.problem}; it is part of a cache: remove {store.root}, and run the same command again"
         ) from None
-
-
-def read_record(store: Store, name: str, kind: type[Record], most: int | None = None) -> dict[str, Any]:
-    """A JSON file of this kind; ValueError if it is another, FileNotFoundError if there is none."""
-    return check_record(kind, store.read_json(name) if most is None else store.read_json(name, most))

@@ -1,64 +1,72 @@
-"""Bytes that came without a checksum, read a second time and compared.
+"""Confirms bytes that arrived without a checksum by reading them again.
 
-A range of an object that travels over plain http has none: TCP's 16 bits let one bad packet in some ten thousands through, and a
-proxy computes them anew over what it spoiled. The second reading asks for other ranges than the first, so that whatever spoils
-the same place of every answer spoils other bytes of the object. An object too short to be cut elsewhere is the limit: two readings
-of it that are spoiled in the same bit are taken for right.
+A range of an object that travels over plain http has no checksum: the 16 bits of TCP let about one damaged packet in
+ten thousand pass, and a proxy recomputes them over bytes that it has damaged itself. Each reading asks for other ranges
+than the one before, so that a fault at a fixed position of every answer damages other bytes of the object. An object
+that is too short to be cut at other positions is the limit: two readings with the same damaged bit are accepted.
 """
 
 import time
 from collections.abc import Callable
 from itertools import pairwise
 
-COMPARED_BYTES = 8 << 20  # bytes that are compared at a time: a second copy of a tensor of any size is never held
-_PAUSE_SECONDS = (
-    0.0,
-    0.2,
-    0.2,
-    1.0,
-    2.0,
-    4.0,
-    0.0,
-)  # seconds before each reading after the first: what spoils bytes may be over soon
-_SHIFT = 409  # bytes by which each reading begins and ends elsewhere than the one before
+# Bytes that are compared at a time, so that a large tensor is never held twice.
+COMPARED_BYTES = 8 << 20
+# Seconds before each reading after the first: a cause of damage may be temporary.
+_PAUSE_SECONDS = (0.0, 0.2, 0.2, 1.0, 2.0, 4.0, 0.0)
+# Bytes by which the ranges of each reading are shifted against the reading before.
+_SHIFT = 409
 
-Read = Callable[[int, int], bytes | bytearray]  # (first byte, behind the last byte) of an object -> its bytes
+# Returns the bytes [first, last) of an object.
+Read = Callable[[int, int], bytes | bytearray]
 
 
 class ReadsDiffer(Exception):
-    """Readings of a range do not agree; holds its first byte."""
+    """Readings of a range never agree. The argument is the first byte of the range."""
 
 
 def confirm_by_rereading(
     data: bytearray, start: int, size: int, read: Read, pause: Callable[[float], None] = time.sleep
 ) -> None:
-    """Make `data`, read from `start` of an object of `size` bytes, what readings agree on.
+    """Replace `data` by bytes that repeated readings agree on.
 
-    Two are enough, unless they differ: then spoiled bytes are so frequent that two may agree by chance, and three in a row have to.
+    Two equal readings suffice. If the first two differ, damage is so frequent that two readings may agree by chance,
+    and three equal readings in a row are required.
+
+    Args:
+        data: the first reading.
+        start: its offset in the object.
+        size: bytes of the object.
 
     Raises:
-        Unequal: they never do.
+        ReadsDiffer: the readings never agree.
     """
     for first in range(0, len(data), COMPARED_BYTES):
-        own = slice(first, min(first + COMPARED_BYTES, len(data)))
-        before, alike, wanted = bytes(data[own]), 1, 2
-        for number, seconds in enumerate(_PAUSE_SECONDS, 1):
-            pause(seconds)
-            again = _shifted(read, start + own.start, start + own.stop, size, number * _SHIFT)
-            alike, wanted = (alike + 1, wanted) if again == before else (1, 3)
-            before = again
-            if alike == wanted:
-                break
+        piece = slice(first, min(first + COMPARED_BYTES, len(data)))
+        data[piece] = _confirmed(bytes(data[piece]), start + piece.start, size, read, pause)
+
+
+def _confirmed(piece: bytes, start: int, size: int, read: Read, pause: Callable[[float], None]) -> bytes:
+    """Return the bytes from offset `start` on that enough readings in a row agree on; `piece` is the first reading."""
+    equal_readings, required = 1, 2
+    for number, seconds in enumerate(_PAUSE_SECONDS, 1):
+        pause(seconds)
+        reading = _read_shifted(read, start, start + len(piece), size, number * _SHIFT)
+        if reading == piece:
+            equal_readings += 1
         else:
-            raise ReadsDiffer(start + own.start)
-        if wanted > 2:
-            data[own] = before
+            equal_readings, required = 1, 3
+        piece = reading
+        if equal_readings == required:
+            return piece
+    raise ReadsDiffer(start)
 
 
-def _shifted(read: Read, start: int, stop: int, size: int, by: int) -> bytes:
-    """Bytes [start, stop), by ranges that begin and end elsewhere: before and behind them, or at the object's ends within."""
-    first, last = start - by if start >= by else start, stop + by if stop + by <= size else stop
-    cuts = {first, last, start + by if first == start else first, stop - by if last == stop else last}
-    inner = sorted(cut for cut in cuts if first <= cut <= last)
-    found = b"".join(bytes(read(*own)) for own in pairwise(inner))
-    return found[start - first : stop - first]
+def _read_shifted(read: Read, start: int, stop: int, size: int, shift: int) -> bytes:
+    """Read bytes [start, stop) by ranges whose ends are shifted: outwards, or inwards at the object's ends."""
+    first = start - shift if start >= shift else start
+    last = stop + shift if stop + shift <= size else stop
+    cuts = {first, last, start + shift if first == start else first, stop - shift if last == stop else last}
+    inner_cuts = sorted(cut for cut in cuts if first <= cut <= last)
+    data = b"".join(bytes(read(*bounds)) for bounds in pairwise(inner_cuts))
+    return data[start - first : stop - first]

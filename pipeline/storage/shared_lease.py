@@ -1,8 +1,8 @@
-"""Who reads a directory of a cache that runs share: it is removed by the last of them, and by nobody before.
+"""Leases of the runs that share a directory of a cache: the last of them removes it, and nobody before.
 
-A use is a lease in a folder of its own, `uses/NAME/…` beside the directory NAME. A run that is killed keeps nothing for long: its
-lease counts as one that is gone. Uses are noted, and directories removed, under one lock where the disk has locks; elsewhere two runs
-that do both within the same moment are not told apart.
+The leases on the directory NAME are folders beside it, `uses/NAME/…`, each with a lease file. The lease of a killed run
+expires like any other. Leases are taken, and directories removed, under one lock where the disk has locks. In an object store
+two runs that do both at the same moment can conflict.
 """
 
 from collections.abc import Iterator
@@ -13,59 +13,63 @@ from pipeline.errors import OutputError
 from pipeline.storage.lease import LEASE_FILE, acquire_lease, is_free, is_of_this_machine, require_idle
 from pipeline.storage.store import Store
 
-_USES = "uses"
+_LEASES_FOLDER = "uses"
 
 
 @contextmanager
 def shared_lease(store: Store) -> Iterator[None]:
-    """Keep the directory `store`, which may not be there yet, from being removed by other runs."""
-    own = _uses(store).below(uuid4().hex)
+    """Keep other runs from removing the directory `store`, which may not exist yet, while the context is entered."""
+    holder = _leases_of(store).below(uuid4().hex)
     with store.parent.locked():
-        lease = acquire_lease(own)
+        lease = acquire_lease(holder)
     try:
         yield
     finally:
         lease.release()
-        with store.parent.locked():  # another run may be making a folder in the one that is empty now
-            _forget(store, own)
+        with store.parent.locked():  # another run may be creating a folder in the one that is empty now
+            _remove_holder(store, holder)
 
 
 def remove_if_unleased(store: Store) -> bool:
-    """Remove the directory `store` with all that is in it, if no other run uses it; returns whether that was so."""
-    gone = [one for one in _users(store) if one.exists(LEASE_FILE) and _is_gone(one)]
+    """Remove the directory `store` with its contents unless another run holds a lease on it.
+
+    Returns:
+        Whether the directory was removed.
+    """
+    expired = [holder for holder in _holders(store) if holder.exists(LEASE_FILE) and _has_expired(holder)]
     with store.parent.locked():
-        for one in gone:
-            _forget(store, one)
-        if any(one.exists(LEASE_FILE) for one in _users(store)):
+        for holder in expired:
+            _remove_holder(store, holder)
+        if any(holder.exists(LEASE_FILE) for holder in _holders(store)):
             return False
         store.parent.remove(store.name)
     store.parent.remove_empty()
     return True
 
 
-def _uses(store: Store) -> Store:
-    return store.parent.below(_USES).below(store.name)
+def _leases_of(store: Store) -> Store:
+    return store.parent.below(_LEASES_FOLDER).below(store.name)
 
 
-def _users(store: Store) -> list[Store]:
-    uses = _uses(store)
-    return [uses.below(name) for name in uses.entries()]
+def _holders(store: Store) -> list[Store]:
+    leases = _leases_of(store)
+    return [leases.below(name) for name in leases.entries()]
 
 
-def _is_gone(user: Store) -> bool:
-    """Whether a run that noted a use is no longer there; of one on another machine that takes a while to learn."""
-    if is_free(user):
+def _has_expired(holder: Store) -> bool:
+    """Whether the run that took a lease is lost. For a run on another machine the lease is watched for a while."""
+    if is_free(holder):
         return True
-    if is_of_this_machine(user):
+    if is_of_this_machine(holder):
         return False
     try:
-        require_idle(user)
+        require_idle(holder)
     except OutputError:
         return False
     return True
 
 
-def _forget(store: Store, user: Store) -> None:
-    _uses(store).remove(user.name)
-    for folder in (_uses(store), store.parent.below(_USES)):
+def _remove_holder(store: Store, holder: Store) -> None:
+    _leases_of(store).remove(holder.name)
+    for folder in (_leases_of(store), store.parent.below(_LEASES_FOLDER)):
         folder.remove_empty()

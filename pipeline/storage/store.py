@@ -1,4 +1,4 @@
-"""A directory of files that are read by byte ranges and appear whole or not at all, on a disk or in an object store."""
+"""A directory on a disk or in an object store, whose files are read by byte ranges and written atomically."""
 
 import errno
 import hashlib
@@ -15,52 +15,67 @@ from pipeline.errors import OutputError, StoreError, UserError
 from pipeline.storage.etag import EtagDigest
 from pipeline.storage.files import BytesLike, Files
 from pipeline.storage.filesystems import SCHEMES, files_at
+from swsc_core.storage.json_fields import JsonObject
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_MOST_JSON = 1 << 28  # bytes: a report of 100,000 tensors has a quarter of that
-CHUNK = 8 << 20  # bytes of one read or write of a stream: large against latency, small against memory
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+# Bytes of a JSON file that is read, at most. A report of 100,000 tensors has a quarter of that.
+JSON_LIMIT = 1 << 28
+# Bytes of one read of a stream: long compared with the latency of a request, small compared with memory.
+CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What stands in a file that is complete; `tensors`: sha256 of each tensor in it, by name."""
+    """Size and digests of a complete file.
+
+    Attributes:
+        sha256: of the file.
+        tensors: name -> sha256 of each tensor in it; empty for files without tensors.
+    """
 
     name: str
     size: int
     sha256: str
     tensors: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def about(self) -> dict[str, Any]:
-        """All but the name, as JSON."""
-        own: dict[str, Any] = {"size": self.size, "sha256": self.sha256}
-        return own | ({"tensors": dict(self.tensors)} if self.tensors else {})
+    @classmethod
+    def from_json(cls, name: str, data: Mapping[str, Any]) -> "FileRecord":
+        """Inverse of `to_json`, for the file `name`."""
+        return cls(name, data["size"], data["sha256"], data.get("tensors", {}))
+
+    def to_json(self) -> JsonObject:
+        """Return everything except the name, as it is written to manifests."""
+        digests: JsonObject = {"size": self.size, "sha256": self.sha256}
+        return {**digests, "tensors": dict(self.tensors)} if self.tensors else digests
 
 
 @dataclass(frozen=True)
 class Store:
-    """A directory, by its absolute path or address; a value, so that workers on other nodes can hold it too."""
+    """A directory, named by its absolute path or URL. A value, so that it can be sent to other nodes.
+
+    File names are relative to the directory. A name that leaves it raises UserError.
+    """
 
     root: str
 
     @classmethod
     def at(cls, location: str) -> "Store":
-        """The store at a local path, s3://… or gs://…; raises UserError for another address, and for an empty one."""
+        """Return the store at a local path, s3://… or gs://…; raise UserError for an empty path or another URL."""
         if not location:
-            raise UserError("an empty path: it would be the current directory; give one, or . for that")
-        scheme, separator, rest = location.partition("://")
+            raise UserError("the path is empty; give a path, or . for the current directory")
+        scheme, separator, address = location.partition("://")
         if not separator:
             return cls(_absolute(location))
         if scheme == "file":
-            return cls(_absolute(re.sub(r"^localhost(?=/)", "", rest)))
-        bucket = "/".join(part for part in rest.split("/") if part)  # a//b, which a client refuses, is meant as a/b
+            return cls(_absolute(re.sub(r"^localhost(?=/)", "", address)))
+        bucket = "/".join(part for part in address.split("/") if part)  # clients refuse a//b
         if "@" in bucket:
-            raise UserError(f"{scheme}://…: credentials do not belong into an address; give them by the environment")
+            raise UserError(f"{scheme}://…: a URL must not contain credentials; set them in the environment")
         if scheme not in SCHEMES or not bucket:
-            known = ", ".join(f"{name}://BUCKET/…" for name in SCHEMES)
-            raise UserError(f"{location}: not an address that is read or written; give a local path, {known}")
+            supported = ", ".join(f"{name}://BUCKET/…" for name in SCHEMES)
+            raise UserError(f"{location}: unsupported URL; give a local path, {supported}")
         if {".", ".."} & set(bucket.split("/")):
-            raise UserError(f"{location}: . and .. mean nothing in an object store, or another place; leave them out")
+            raise UserError(f"{location}: an object store has no . and .. in paths; write the path without them")
         return cls(f"{scheme}://{bucket}")
 
     @property
@@ -69,18 +84,18 @@ class Store:
 
     @property
     def parent(self) -> "Store":
-        """The directory that this one stands in; that of a bucket is the bucket itself."""
-        scheme, separator, rest = self.root.rpartition("://")
-        above = os.path.dirname(rest)
-        return Store(f"{scheme}{separator}{above}") if above else self
+        """The directory that contains this one; for a bucket the bucket itself."""
+        scheme, separator, path = self.root.rpartition("://")
+        folder = os.path.dirname(path)
+        return Store(f"{scheme}{separator}{folder}") if folder else self
 
     @property
     def name(self) -> str:
         return os.path.basename(self.root)
 
     def below(self, name: str) -> "Store":
-        """The store in a folder of this one."""
-        return Store(f"{self.root}/{_inside(self.root, name)}")
+        """Return the store of a folder in this one."""
+        return Store(f"{self.root}/{_require_inside(self.root, name)}")
 
     @property
     def _files(self) -> Files:
@@ -91,173 +106,182 @@ class Store:
         return self.root.rpartition("://")[2]
 
     def _path(self, name: str) -> str:
-        return f"{self._folder}/{_inside(self.root, name)}"
+        return f"{self._folder}/{_require_inside(self.root, name)}"
 
-    def _own_path(self, name: str) -> str:
-        """`_path` of a file that is to be written or removed; OutputError if a link on the way leads somewhere else."""
+    def _writable_path(self, name: str) -> str:
+        """Return `_path` of a file that will be written or removed; OutputError if one of its folders is a link."""
         folder = os.path.dirname(name)
         if folder and self.is_link(folder):
-            raise OutputError(f"{self.root}/{folder}: a link; nothing is written or removed through it; take it away")
+            raise OutputError(f"{self.root}/{folder}: files are not written or removed through a link; remove the link")
         return self._path(name)
 
     def is_link(self, name: str) -> bool:
-        """Whether a file or folder below the directory is a link, or is reached through one; the directory itself may be one."""
-        parts = PurePosixPath(_inside(self.root, name)).parts
-        ways = ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-        return self.is_local and any(os.path.islink(f"{self._folder}/{way}") for way in ways)
+        """Whether `name` or one of its folders is a link. The directory itself may be one."""
+        parts = PurePosixPath(_require_inside(self.root, name)).parts
+        prefixes = ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        return self.is_local and any(os.path.islink(f"{self._folder}/{prefix}") for prefix in prefixes)
 
     @property
     def is_there(self) -> bool:
-        """Whether there is such a directory; one of an object store is there as soon as it holds something."""
+        """Whether the directory exists. A directory of an object store exists if it contains an object."""
         return self._files.is_folder(self._folder)
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file of that name."""
+        """Whether the file exists."""
         return self._files.size(self._path(name)) is not None
 
     def size(self, name: str) -> int:
+        """Return the size of a file in bytes; FileNotFoundError if it does not exist."""
         size = self._files.size(self._path(name))
         if size is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.root}/{name}")
         return size
 
     def entries(self) -> dict[str, bool]:
-        """Name of everything directly in the directory -> whether it is a file; nothing if it is not there."""
+        """Return name -> is a file, for everything directly in the directory; empty if it does not exist."""
         return self._files.children(self._folder)
 
     def names(self) -> list[str]:
-        """Names of the files directly in the directory, sorted."""
+        """Return the sorted names of the files directly in the directory."""
         return sorted(name for name, is_file in self.entries().items() if is_file)
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytearray:
-        """Bytes [start, start + length) of a file, by default all from `start` on.
+        """Return the bytes [start, start + length) of a file; without `length` all from `start` on.
 
         Raises:
-            StoreError: the file ends before, or the store gave less than it has.
+            StoreError: the file ends before, or the store returned too few bytes.
         """
         length = self.size(name) - start if length is None else length
         data = self._files.read(self._path(name), start, length)
         if len(data) != length:
             raise StoreError(
-                f"{self.root}/{name}: {len(data)} bytes at {start}, wanted {length}: read short, or cut off"
+                f"{self.root}/{name}: expected {length} bytes at {start}, got {len(data)}; the file is truncated, or"
+                " the read was incomplete"
             )
         return data
 
     def stream(self, name: str, start: int, length: int) -> Iterator[bytearray]:
-        """The same bytes as `read`, in pieces of CHUNK."""
+        """Yield the bytes [start, start + length) of a file in pieces of CHUNK."""
         for offset in range(start, start + length, CHUNK):
             yield self.read(name, offset, min(CHUNK, start + length - offset))
 
     def write(self, name: str, pieces: Iterable[BytesLike]) -> FileRecord:
-        """Write a file of the given pieces; under `name` it is whole and durable, or not there.
+        """Write a file from pieces and verify it. A reader sees it complete and durable, or not at all.
 
         Raises:
-            StoreError: what lies there afterwards is not what was written.
+            StoreError: the stored file differs from what was written.
         """
-        digest, parts, size = hashlib.sha256(), EtagDigest(), 0
+        digest, etag_digest, size = hashlib.sha256(), EtagDigest(), 0
 
-        def seen() -> Iterator[BytesLike]:
+        def hashed() -> Iterator[BytesLike]:
             nonlocal size
             for piece in pieces:
                 digest.update(piece)
                 if not self.is_local:
-                    parts.update(piece)
+                    etag_digest.update(piece)
                 size += memoryview(piece).nbytes
                 yield piece
 
-        self._files.write(self._own_path(name), seen())
-        if (there := self._files.size(self._path(name))) != size:
-            self.remove(name)
-            raise StoreError(f"{self.root}/{name}: {there} bytes lie there after {size} were written; look at the disk")
-        if not self._files.content_proved(self._path(name), parts) and self.sha256(name) != digest.hexdigest():
+        self._files.write(self._writable_path(name), hashed())
+        if (stored_size := self._files.size(self._path(name))) != size:
             self.remove(name)
             raise StoreError(
-                f"{self.root}/{name}: other bytes lie there than were written; what lies between corrupts what it carries"
+                f"{self.root}/{name}: {stored_size} bytes are stored after {size} were written; check the disk"
+            )
+        if not self._files.content_proved(self._path(name), etag_digest) and self.sha256(name) != digest.hexdigest():
+            self.remove(name)
+            raise StoreError(
+                f"{self.root}/{name}: the stored bytes differ from those written; check the disk or the connection"
             )
         return FileRecord(name, size, digest.hexdigest())
 
     def put(self, name: str, data: bytes) -> None:
-        """Write a small file that others may write, too: what lies there afterwards may be theirs."""
-        self._files.write(self._own_path(name), [data])
+        """Write a small file without verifying it, because another run may replace it at the same moment."""
+        self._files.write(self._writable_path(name), [data])
 
     def create(self, name: str, data: bytes) -> bool:
-        """`put`, unless there is such a file: then False. An object store cannot tell, and writes in any case."""
-        return self._files.create(self._own_path(name), data)
+        """`put` the file unless it exists; returns whether it was written. An object store always writes it."""
+        return self._files.create(self._writable_path(name), data)
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keeps others of this disk out while a decision is made; a store that has no locks keeps nobody out."""
+        """Lock the directory against other processes on this disk. Has no effect where the store has no locks."""
         return self._files.locked(self._folder)
 
     def write_json(self, name: str, value: Any) -> FileRecord:
-        """Write `value` as JSON with sorted keys: equal values give equal bytes."""
+        """Write `value` as JSON with sorted keys, so that equal values give equal bytes."""
         return self.write(name, [json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"])
 
-    def read_json(self, name: str, most: int = _MOST_JSON) -> Any:
-        """The value of a JSON file; ValueError if it is none, or has more than `most` bytes."""
-        if (size := self.size(name)) > most:
-            raise ValueError(f"{size:,} bytes, at most {most:,} are read")
+    def read_json(self, name: str, limit: int = JSON_LIMIT) -> Any:
+        """Return the value of a JSON file; ValueError if it is not JSON, or has more than `limit` bytes."""
+        if (size := self.size(name)) > limit:
+            raise ValueError(f"{size:,} bytes, the limit is {limit:,}")
         text = bytes(self.read(name)).decode()
         try:
             value = json.loads(text)
         except RecursionError:
             raise ValueError("nested too deeply") from None
-        if _SURROGATE.search(text):  # as an escape: halves of a letter, which nothing could write again, or a whole one
-            _require_text(value)
+        if _SURROGATE_ESCAPE.search(text):
+            _require_no_lone_surrogates(value)
         return value
 
     def sha256(self, name: str) -> str:
+        """Return the sha256 of a file, in hexadecimal."""
         digest = hashlib.sha256()
         for piece in self.stream(name, 0, self.size(name)):
             digest.update(piece)
         return digest.hexdigest()
 
     def remove(self, name: str) -> None:
-        """Remove a file, a link, or a folder with all that is in it, if it is there; what links lead to stays."""
-        self._files.remove(self._own_path(name))
+        """Remove a file, a link, or a folder with its contents, if it exists. Targets of links stay."""
+        self._files.remove(self._writable_path(name))
 
     def remove_empty(self) -> None:
-        """Remove the directory if there is nothing in it."""
+        """Remove the directory if it is empty."""
         self._files.remove_empty(self._folder)
 
     def free_bytes(self) -> int | None:
-        """Free bytes on the disk that the directory lies on, or would lie on; None if there is no limit."""
+        """Return the free bytes of the disk on which the directory is or would be created.
+
+        None if there is no limit.
+        """
         return self._files.free_bytes(self._folder)
 
 
 def require_free_space(store: Store, nbytes: int) -> None:
-    """Raise OutputError if the store's disk has not that many bytes free."""
+    """Raise OutputError if the store's disk has fewer than `nbytes` free bytes."""
     free = store.free_bytes()
     if free is not None and nbytes > free:
         raise OutputError(
-            f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some or choose another"
+            f"{store.root}: {nbytes:,} bytes are needed, {free:,} are free on its disk; free some, or choose another"
+            " disk"
         )
 
 
-def _require_text(value: Any) -> None:
-    """Raise ValueError for a string that holds an unpaired surrogate."""
+def _require_no_lone_surrogates(value: Any) -> None:
+    """Raise ValueError for a string with an unpaired surrogate, which could not be written again."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("holds letters that are none (lone surrogates)") from None
+        raise ValueError("a string contains lone surrogates") from None
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name stays in the directory that it is looked for in, links aside."""
+    """Whether a relative path stays in its directory; links are not followed."""
     pure = PurePosixPath(name)
     return bool(pure.parts) and not (pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name)
 
 
-def _inside(root: str, name: str) -> str:
-    """`name`; raises UserError if it would leave the directory."""
+def _require_inside(root: str, name: str) -> str:
+    """Return `name`; raise UserError if it leaves the directory."""
     if not is_inside(name):
         raise UserError(f"{root}: file name {name!r} points outside the directory; repair the index")
     return name
 
 
 def _absolute(path: str) -> str:
-    """An absolute path; `..` leads where the system takes it to, above what a link leads to."""
+    """Return an absolute path. `..` after a link is the parent of the link's target, as for the operating system."""
     parts = path.split("/")
     if ".." not in parts:
         return os.path.abspath(path)
-    after = len(parts) - parts[::-1].index("..")
-    return os.path.abspath(os.path.join(os.path.realpath("/".join(parts[:after])), *parts[after:]))
+    end = len(parts) - parts[::-1].index("..")
+    return os.path.abspath(os.path.join(os.path.realpath("/".join(parts[:end])), *parts[end:]))

@@ -119,7 +119,7 @@ def _report(compression: Compression, files: WrittenFiles, seconds: float, arith
     source, form = compression.source, compression.settings.format
     rows = {name: result.row for name, result in files.results.items()}
     report = build_report(compression.plan, rows, seconds, files.peak_rss, form)
-    report["left_out"] = dict(source.left_out)
+    report["left_out"] = dict(source.ignored_files)
     report["arithmetic"] = {**arithmetic.identity, "kernels": sorted(files.kernels)}
     if source.dequantized:
         report["dequantized_from"] = vars(source.dequantized)

@@ -87,7 +87,7 @@ def plan(request: PlanRequest) -> PlanResult:
     examine(Model(source, {}), request.calibration.trust_remote_code)
     free = Store.at(request.output).free_bytes() if request.output else None
     estimates = _estimates(request, source, decided) | ({} if free is None else {"free_bytes": free})
-    result = PlanResult(request, decided, dict(source.left_out), estimates, free)
+    result = PlanResult(request, decided, dict(source.ignored_files), estimates, free)
     if json_file:
         json_file.write(result.to_json())
     return result

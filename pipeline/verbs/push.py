@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from pipeline import VERSION
 from pipeline.checkpoints.checkpoint import MANIFEST
+from pipeline.checkpoints.sources.hub import PushTarget, require_pushable
 from pipeline.checkpoints.sources.hub import push as upload
-from pipeline.checkpoints.sources.hub import require_pushable
 from pipeline.engine.stage import Pools
 from pipeline.errors import OutputError
 from pipeline.outputs.atomic_edit import settle
@@ -66,4 +66,4 @@ def push_output(location: str, repo: str, settings: PushSettings, pools: Pools) 
     if link := next((name for name in names if store.is_link(name)), None):
         raise OutputError(f"{location}: {link} is a link; push a copy with the files themselves (cp -rL)")
     message = settings.message or f"Output of swsc {VERSION}"
-    return upload(store.root, names, repo, settings.private, settings.revision, message, MANIFEST)
+    return upload(store.root, names, PushTarget(repo, settings.private, settings.revision), message, MANIFEST)

@@ -16,7 +16,7 @@ import numpy as np
 import ray
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.storage.lease import acquire
-from pipeline.checkpoints.tensor_io import Part, Payload
+from pipeline.checkpoints.tensor_io import Payload, StoredTensor
 from pipeline.storage.store import Store
 from pipeline.engine.scheduler import TaskList, execute
 from pipeline.engine.progress import Progress
@@ -29,7 +29,7 @@ from tests.support.hanging import HangsOnce
 address, folder, mark = sys.argv[1:]
 pools = worker_pools(ClusterSettings(address=address, workers=1, task_deadline=8))
 pool = pools(1, Stage("test", 1))
-payload = Payload(HangsOnce((Part("w", "F32", (1,), np.zeros(4, dtype=np.uint8)),), mark))
+payload = Payload(HangsOnce((StoredTensor("w", "F32", (1,), np.zeros(4, dtype=np.uint8)),), mark))
 with acquire(Store.at(folder)) as lease:
     done = []
     where = Destination(lease.ticket, "model-00001-of-00001.safetensors")

@@ -1,1 +1,1 @@
-"""Digests of tensors and files, and checks of what was read against them."""
+"""Digests of tensors and files, and checks of the bytes that are read."""

@@ -1,8 +1,8 @@
-"""What tells two checkpoints apart without reading all of them.
+"""The fingerprint of a checkpoint, which distinguishes it from other ones without reading all of it.
 
-sha256 over config, code, headers, sizes, and samples of the weights: some of each file, and some of each tensor, so that a
-fine-tuned or repaired checkpoint is told from its twin even if a single matrix differs. It is no proof that no byte differs.
-The same checkpoint has the same fingerprint on a disk and in an object store.
+The fingerprint is the sha256 of config, code, headers, sizes, and samples of the weights: some of each file and some of
+each tensor, so that a fine-tuned or repaired checkpoint has another fingerprint even if a single matrix differs. Equal
+fingerprints do not prove equal bytes. The same checkpoint has the same fingerprint on a disk and in an object store.
 """
 
 import hashlib
@@ -16,15 +16,20 @@ from pipeline.architectures.model_config import ModelConfig
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.storage.store import Store
 
-_Range = tuple[str, int, int]  # file, first byte, bytes
-_SAMPLES, _SAMPLE_BYTES, _LEAST_SAMPLE = 16, 65536, 64  # of a file
-_TENSOR_BYTES, _LEAST_TENSOR = 256, 16  # of a tensor
-_SHARE = 100  # at most this part of a small file or tensor is read, so that little is read twice
-_REQUESTS = 64  # at a time, of an object store: a sample costs a journey there and back
+# File, first byte, number of bytes.
+_Range = tuple[str, int, int]
+# Samples of a file, and the largest and smallest size of each.
+_FILE_SAMPLES, _FILE_SAMPLE_BYTES, _MIN_FILE_SAMPLE_BYTES = 16, 65536, 64
+# The largest and smallest size of the sample of a tensor.
+_TENSOR_SAMPLE_BYTES, _MIN_TENSOR_SAMPLE_BYTES = 256, 16
+# At most one byte in so many is read of a small file or tensor.
+_BYTES_PER_SAMPLED_BYTE = 100
+# Concurrent requests to an object store, where the latency of a sample dominates.
+_REQUESTS = 64
 
 
 class Headers(Protocol):
-    """What a fingerprint is calculated from: a `Checkpoint`, whose module uses this one."""
+    """What a fingerprint is computed from: a `Checkpoint`, whose module imports this one."""
 
     @property
     def store(self) -> Store: ...
@@ -41,7 +46,7 @@ class Headers(Protocol):
 
 
 def fingerprint_of(checkpoint: Headers) -> str:
-    """The fingerprint of a checkpoint, of which the headers were read already."""
+    """Compute the fingerprint of a checkpoint; reads samples of its files."""
     store, digest = checkpoint.store, hashlib.sha256(checkpoint.headers_sha256.encode())
     files = sorted({info.file for info in (*checkpoint.tensors.values(), *checkpoint.buffers)})
     sizes = [[file, store.size(file)] for file in files]
@@ -49,24 +54,26 @@ def fingerprint_of(checkpoint: Headers) -> str:
     blocks = {info.fp8.block for info in checkpoint.tensors.values() if info.fp8}
     digest.update(repr(sorted(blocks)).encode() if blocks else b"")
     for name in checkpoint.extras:
-        if name.endswith(".py"):  # code that the model brings makes it another model
+        if name.endswith(".py"):  # other code makes another model
             digest.update(store.read(name))
     with ThreadPoolExecutor(1 if store.is_local else _REQUESTS) as pool:
-        for piece in pool.map(lambda where: store.read(*where), _ranges(checkpoint, files)):
-            digest.update(piece)
+        for sample in pool.map(lambda sampled: store.read(*sampled), _sampled_ranges(checkpoint, files)):
+            digest.update(sample)
     return digest.hexdigest()
 
 
-def _ranges(checkpoint: Headers, files: list[str]) -> Iterator[_Range]:
+def _sampled_ranges(checkpoint: Headers, files: list[str]) -> Iterator[_Range]:
     for file in files:
-        yield from _of_file(file, checkpoint.store.size(file))
+        yield from _file_samples(file, checkpoint.store.size(file))
     for info in chain.from_iterable(info.stored for info in checkpoint.tensors.values()):
-        length = min(info.nbytes, max(_LEAST_TENSOR, min(_TENSOR_BYTES, info.nbytes // _SHARE)))
+        largest = min(_TENSOR_SAMPLE_BYTES, info.nbytes // _BYTES_PER_SAMPLED_BYTE)
+        length = min(info.nbytes, max(_MIN_TENSOR_SAMPLE_BYTES, largest))
         yield info.file, info.start + (info.nbytes - length) // 2, length
 
 
-def _of_file(file: str, size: int) -> Iterator[_Range]:
-    """Ranges at even distances, the end of the file among them."""
-    length = min(size, max(_LEAST_SAMPLE, min(_SAMPLE_BYTES, size // (_SHARE * _SAMPLES))))
-    for number in range(_SAMPLES):
-        yield file, max(0, (size - length) * number // (_SAMPLES - 1)), length
+def _file_samples(file: str, size: int) -> Iterator[_Range]:
+    """Yield evenly spaced ranges, from the beginning to the end of the file."""
+    largest = min(_FILE_SAMPLE_BYTES, size // (_BYTES_PER_SAMPLED_BYTE * _FILE_SAMPLES))
+    length = min(size, max(_MIN_FILE_SAMPLE_BYTES, largest))
+    for number in range(_FILE_SAMPLES):
+        yield file, max(0, (size - length) * number // (_FILE_SAMPLES - 1)), length

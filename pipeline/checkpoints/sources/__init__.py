@@ -1,1 +1,4 @@
-"""From a location to a checkpoint directory: the Hub, GGUF files. The only modules with side effects on reading."""
+"""Sources that are converted to a directory first: models on the Hub, GGUF files.
+
+Only these modules have side effects.
+"""

@@ -1,9 +1,9 @@
-"""A GGUF file in, a plain safetensors checkpoint out: llama.cpp's blocks of few bits are dequantized.
+"""Converts a GGUF file to a safetensors checkpoint: the quantized blocks of llama.cpp are dequantized.
 
-transformers knows how the tensors of each architecture are named and permuted in GGUF, so it reads the file. What comes out
-has the values that the GGUF file stands for, not those of the model that it was made from; a note in it says so, which
-goes on into all that is made of it. A file that is given as a model is dequantized once, into a cache beside it, which whoever
-sees the file sees too.
+transformers knows how GGUF names and permutes the tensors of each architecture, so it reads the file. The checkpoint
+has the values that the GGUF file represents, not those of the model that was quantized; a record in it states that, and
+is copied to every output. A GGUF file that is given as a model is converted once, into a cache beside the file, which
+every machine that sees the file sees.
 """
 
 import errno
@@ -24,90 +24,93 @@ from pipeline.checkpoints.sources.gguf_reader import (
 )
 from pipeline.console import log
 from pipeline.errors import CheckpointError, OutputError, first_line
-from pipeline.storage.lease import LEASE_FILE, acquire_lease
+from pipeline.storage.lease import LEASE_FILE, Lease, acquire_lease
 from pipeline.storage.local_files import TEMPORARY_SUFFIX
 from pipeline.storage.paths import require_directory
-from pipeline.storage.records import GgufOriginRecord, read_record
+from pipeline.storage.records import GgufOriginRecord, parse_record
 from pipeline.storage.store import Store, require_free_space
 
-ORIGIN_FILE = "dequantized.json"  # in a checkpoint: the file that it was made of, and what that held
-DEFAULT_DTYPE = "bfloat16"  # of a checkpoint, unless another is asked for
-_HEAD, _SAMPLES, _SAMPLE_BYTES = 16 << 20, 4096, 4096  # of a file, that tell it from another
+# File in a checkpoint that describes the GGUF file it was converted from.
+ORIGIN_FILE = "dequantized.json"
+# Default dtype of a converted checkpoint.
+DEFAULT_DTYPE = "bfloat16"
+# Bytes at the beginning of a file, and number and size of the samples after them, that identify the file.
+_HEAD, _SAMPLES, _SAMPLE_BYTES = 16 << 20, 4096, 4096
+# Folder of an unfinished conversion, and bytes of an origin file that are read at most.
+_WORK_FOLDER, _ORIGIN_LIMIT = "whole", 1 << 20
 
 
 def is_gguf(location: str) -> bool:
-    """Whether it is the name of a GGUF file, wherever that lies."""
+    """Whether a location is the name of a GGUF file. The file need not exist."""
     return location.lower().endswith(".gguf") and not os.path.isdir(location)
 
 
 def convert_gguf(file: Path, target: str, dtype: str = DEFAULT_DTYPE) -> GgufOrigin:
     """Write the model in `file`, dequantized to `dtype`, and its tokenizer into the new directory `target`.
 
-    The directory appears when it is whole. Two that make the same do it one after the other.
+    The directory appears when it is complete. A second conversion into the same directory waits for the first one.
 
     Raises:
-        CheckpointError: no GGUF file, or one that transformers cannot read, or that lacks tensors of the model.
-        OutputError: the directory holds something, or there is no room for it.
-        ConfigError: the package gguf is missing.
+        CheckpointError: the file is not a GGUF file, transformers cannot read it, or it lacks tensors of the model.
+        OutputError: the directory is not empty, or its disk has too little space.
+        ConfigError: the package gguf is not installed.
     """
     require_gguf(file)
     require_directory(Store.at(target))
-    store = Store(os.path.realpath(Store.at(target).root))  # a link to an empty directory is not replaced by one
+    store = Store(os.path.realpath(Store.at(target).root))  # keeps a link to an empty directory
     if store.entries():
-        raise OutputError(f"{target}: is there already and not empty; give a new directory")
+        raise OutputError(f"{target}: the directory is not empty; give a new directory")
     if os.path.ismount(store.root):
-        raise OutputError(
-            f"{target}: a mount point, in whose place no finished directory can be put; give a new directory in it: {target}/NAME"
-        )
-    return _made(file, store, dtype)
+        raise OutputError(f"{target}: a mount point cannot be replaced; give a new directory in it: {target}/NAME")
+    return _convert(file, store, dtype)
 
 
 def cached_checkpoint(location: str) -> str:
-    """Directory of the checkpoint that the GGUF file at `location` stands for: dequantized, if it is not there yet, or damaged.
+    """Return the directory of the converted GGUF file at `location`; converts it if the cache lacks it or is damaged.
 
     Raises:
-        CheckpointError: as `convert_gguf`, or the file is not on a disk of this machine. OutputError: no room beside it.
+        CheckpointError: as `convert_gguf`, or the file is not on a disk of this machine.
+        OutputError: the disk of the file has too little space.
     """
-    file, store = _kept(location)
-    found = read_gguf_origin(store) if _is_whole(store) else _made(file, store, DEFAULT_DTYPE, kept=True)
-    if found:
-        warn_dequantized(location, found)
+    file, store = _cache_of(location)
+    origin = read_gguf_origin(store) if _is_complete(store) else _convert(file, store, DEFAULT_DTYPE, is_cache=True)
+    if origin:
+        warn_dequantized(location, origin)
     return store.root
 
 
 def is_cached(location: str) -> bool:
-    """Whether the GGUF file at `location` was dequantized before."""
-    return _is_whole(_kept(location)[1])
+    """Whether the cache holds the converted GGUF file at `location`."""
+    return _is_complete(_cache_of(location)[1])
 
 
 def read_gguf_origin(store: Store) -> GgufOrigin | None:
-    """What the checkpoint in `store` was dequantized from; None if it was not."""
+    """Return the GGUF file that the checkpoint in `store` was converted from; None if it was not converted."""
     if not store.exists(ORIGIN_FILE):
         return None
     try:
-        note = read_record(store, ORIGIN_FILE, GgufOriginRecord, 1 << 20)
+        record = parse_record(GgufOriginRecord, store.read_json(ORIGIN_FILE, _ORIGIN_LIMIT))
     except ValueError as error:
         raise CheckpointError(
-            f"{store.root}/{ORIGIN_FILE}: not as `swsc convert` writes it ({error}); remove it"
+            f"{store.root}/{ORIGIN_FILE}: not written by `swsc convert` ({error}); remove it"
         ) from None
-    file, baseline, licence = (one_line(note[key]) for key in ("file", "baseline", "licence"))
-    return GgufOrigin(file, baseline, licence, note["types"])
+    return GgufOrigin(one_line(record.file), one_line(record.baseline), one_line(record.licence), dict(record.types))
 
 
-def warn_dequantized(location: str, about: GgufOrigin) -> None:
-    """Say what figures of a model that was dequantized are figures of; once in a process."""
-    if about.baseline:
+def warn_dequantized(location: str, origin: GgufOrigin) -> None:
+    """Log once per process that results refer to the dequantized model."""
+    if origin.baseline:
         _log_once(
-            f"note: {location}: figures are those of a dequantized baseline of type {about.baseline}, not of the model that was"
-            " quantized"
+            f"note: {location}: the model was dequantized from type {origin.baseline}; results refer to this baseline,"
+            " not to the model that was quantized"
         )
 
 
-def _kept(location: str) -> tuple[Path, Store]:
-    """A GGUF file, and where its checkpoint is kept, or would be."""
+def _cache_of(location: str) -> tuple[Path, Store]:
+    """Return a GGUF file, and the directory that caches its checkpoint."""
     if "://" in location:
         raise CheckpointError(
-            f"{location}: a GGUF file is read from a disk only; copy it to one that all nodes see, and give that"
+            f"{location}: a GGUF file must be on a disk; copy it to a disk that all nodes see, and give that path"
         )
     file = Path(os.path.abspath(location))
     require_gguf(file)
@@ -115,7 +118,7 @@ def _kept(location: str) -> tuple[Path, Store]:
 
 
 def _fingerprint(file: Path) -> str:
-    """Over the head of the file, which has names and vocabulary, and samples so close together that none of its matrices is left out."""
+    """Hash the head of the file, with names and vocabulary, and samples so dense that every matrix has one."""
     size = file.stat().st_size
     digest = hashlib.sha256(f"{size} {DEFAULT_DTYPE}".encode())
     with file.open("rb") as opened:
@@ -126,88 +129,96 @@ def _fingerprint(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_whole(store: Store) -> bool:
-    """Whether a checkpoint that is kept is there, with all of its files, as long as they were written."""
+def _is_complete(store: Store) -> bool:
+    """Whether a cached checkpoint exists and all of its files have the size with which they were written."""
     if not store.exists(ORIGIN_FILE):
         return False
     try:
-        sizes = (
-            dict(store.read_json(CACHED_SIZES)) if store.exists(CACHED_SIZES) else {}
-        )  # earlier releases wrote no list
+        sizes = dict(store.read_json(CACHED_SIZES)) if store.exists(CACHED_SIZES) else {}  # earlier releases wrote none
     except ValueError:
         return False
     return all(store.exists(name) and store.size(name) == size for name, size in sizes.items())
 
 
-def _made(file: Path, store: Store, dtype: str, kept: bool = False) -> GgufOrigin:
-    """Write the checkpoint into a folder beside `store`, and put it there when it is whole.
+def _convert(file: Path, store: Store, dtype: str, is_cache: bool = False) -> GgufOrigin:
+    """Write the checkpoint into a working directory beside `store`, and rename it when it is complete.
 
-    Whoever writes holds a lease; what one that was killed has left is made anew, and so is one that is `kept` and damaged.
+    A lease protects the working directory. Remains of a killed conversion are replaced, and so is a damaged cache.
     """
-    beside = Store(f"{store.root}{TEMPORARY_SUFFIX}")
-    if os.path.islink(beside.root) or (beside.entries() and not beside.exists(LEASE_FILE)):
+    work = Store(f"{store.root}{TEMPORARY_SUFFIX}")
+    lease = _acquire_work_directory(work, file)
+    try:
+        if not (_is_complete(store) if is_cache else store.exists(ORIGIN_FILE)):
+            _write_checkpoint(file, work, dtype)
+            if is_cache:
+                _replace_cache(work.below(_WORK_FOLDER), store)
+            store.remove_empty()
+            os.rename(f"{work.root}/{_WORK_FOLDER}", store.root)
+        origin = read_gguf_origin(store)
+        assert origin is not None
+        return origin
+    finally:
+        work.remove(_WORK_FOLDER)
+        lease.release()
+        with work.locked():
+            work.below(".swsc").remove_empty()
+            work.remove_empty()
+
+
+def _acquire_work_directory(work: Store, file: Path) -> Lease:
+    """Acquire the lease on a working directory.
+
+    Raises:
+        OutputError: the directory has other contents, or cannot be created.
+    """
+    if os.path.islink(work.root) or (work.entries() and not work.exists(LEASE_FILE)):
         raise OutputError(
-            f"{beside.root}: is there, and not of an unfinished conversion; move it, or give another place"
+            f"{work.root}: exists and is not an unfinished conversion; move it, or give another directory"
         )
     try:
-        lease = acquire_lease(beside, on_wait=log)
+        return acquire_lease(work, on_wait=log)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise OutputError(
-            f"{error.filename}: nothing can be written there; make a checkpoint elsewhere: swsc convert {file} NEW_DIR"
+            f"{error.filename}: cannot be written; convert the file to another directory: swsc convert {file} NEW_DIR"
         ) from None
-    try:
-        if not (_is_whole(store) if kept else store.exists(ORIGIN_FILE)):
-            _write(file, beside, dtype)
-            if kept:
-                _keep(beside.below("whole"), store)
-            store.remove_empty()
-            os.rename(f"{beside.root}/whole", store.root)
-        found = read_gguf_origin(store)
-        assert found is not None
-        return found
-    finally:
-        beside.remove("whole")
-        lease.release()
-        with beside.locked():
-            beside.below(".swsc").remove_empty()
-            beside.remove_empty()
 
 
-def _keep(made: Store, store: Store) -> None:
-    """List the files of a checkpoint that is to be kept, and remove a damaged one from its place."""
-    made.write_json(CACHED_SIZES, {name: made.size(name) for name in made.names()})
+def _replace_cache(checkpoint: Store, store: Store) -> None:
+    """List the sizes of the files of a new checkpoint, and remove a damaged cache."""
+    checkpoint.write_json(CACHED_SIZES, {name: checkpoint.size(name) for name in checkpoint.names()})
     if store.entries():
-        log(f"{store.root}: was damaged, and is replaced")
+        log(f"{store.root}: the cached checkpoint is damaged and is replaced")
         store.parent.remove(store.name)
 
 
-def _write(file: Path, beside: Store, dtype: str) -> None:
-    """Write the checkpoint into the folder `whole` of `beside`."""
+def _write_checkpoint(file: Path, work: Store, dtype: str) -> None:
+    """Write the checkpoint into the folder `_WORK_FOLDER` of the working directory."""
     silence_transformers()
-    about, weights = read_gguf_header(file)
-    beside.remove("whole")
-    require_free_space(beside, weights * (4 if dtype == "float32" else 2))
-    log(f"{file}: is dequantized to {dtype}, into {beside.root.removesuffix(TEMPORARY_SUFFIX)}")
-    whole = beside.below("whole")
+    origin, weights = read_gguf_header(file)
+    work.remove(_WORK_FOLDER)
+    require_free_space(work, weights * (4 if dtype == "float32" else 2))
+    log(f"{file}: dequantizing to {dtype}, into {work.root.removesuffix(TEMPORARY_SUFFIX)}")
+    checkpoint = work.below(_WORK_FOLDER)
     for part in load_gguf(file, dtype, weights):
-        _save(part, whole.root)
-    whole.write_json(ORIGIN_FILE, vars(about))
-    for name in whole.names():
-        with open(f"{whole.root}/{name}", "rb") as written:
-            os.fsync(written.fileno())  # or a power cut may leave names without bytes
+        _save(part, checkpoint.root)
+    checkpoint.write_json(ORIGIN_FILE, vars(origin))
+    for name in checkpoint.names():
+        with open(f"{checkpoint.root}/{name}", "rb") as written:
+            os.fsync(written.fileno())  # otherwise a power failure may leave empty files
 
 
 def _save(part: Any, folder: str) -> None:
+    """Save a model or a tokenizer of transformers."""
     try:
         part.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:  # of safetensors, which has a class of its own for a disk that is full
+    except Exception as error:  # safetensors has an exception class of its own for a full disk
         reason = first_line(error)
         raise OutputError(
-            f"{folder}: cannot be written ({reason}); make room, and run the same command again"
+            f"{folder}: cannot be written ({reason}); free some space, and run the same command again"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""What a GGUF file would be as a checkpoint, without its weights: names, shapes and config, for a plan.
+"""Headers of a GGUF file as a checkpoint, for plans: names, shapes and config, without dequantizing the weights.
 
-transformers makes the config of it, and the model on no device; from both follow the headers of the file that `save_pretrained`
-would write. A file that was dequantized before is opened as what it was made into.
+transformers builds config and model on the meta device, which give the headers of the file that `save_pretrained` would
+write. A file that was converted before is opened as the converted checkpoint.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.architectures.model_config import ModelConfig
 from pipeline.architectures.tensor_info import TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.source import open_checkpoint
@@ -26,7 +27,7 @@ from pipeline.storage.store import Store
 
 
 def open_headers(location: str) -> Checkpoint:
-    """`open_checkpoint` for those who read no weights: a GGUF file is not dequantized for them.
+    """Open a checkpoint like `open_checkpoint`, for readers of headers only: a GGUF file is not dequantized.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
@@ -35,22 +36,22 @@ def open_headers(location: str) -> Checkpoint:
         return open_checkpoint(location)
     file = Path(os.path.abspath(location))
     silence_transformers()
-    about, weights = read_gguf_header(file)
+    origin, weights = read_gguf_header(file)
     model = translate_errors(file, lambda: model_without_weights(file))
     infos = [_info(file.name, name, tensor) for name, tensor in sorted(saved_tensors(model).items())]
-    if (wanted := sum(info.count for info in infos)) > weights:
-        raise CheckpointError(f"{location}: {weights:,} weights are in it, and {wanted:,} by its header: {INCOMPLETE}")
+    if (expected := sum(info.count for info in infos)) > weights:
+        raise CheckpointError(f"{location}: {weights:,} weights, but {expected:,} by the header: {INCOMPLETE}")
     tensors = {info.name: info for info in infos}
-    warn_dequantized(location, about)
-    return Checkpoint(Store.at(str(file.parent)), tensors, _config(model), dequantized=about)
+    warn_dequantized(location, origin)
+    return Checkpoint(Store.at(str(file.parent)), tensors, _config(model), dequantized=origin)
 
 
 def _info(file: str, name: str, tensor: Any) -> TensorInfo:
-    """It lies nowhere yet: at the beginning of the GGUF file, as far as anything reads from there."""
+    """Describe a tensor whose bytes are not stored yet: its offset is 0."""
     dtype = TORCH_TO_SAFETENSORS[str(tensor.dtype).removeprefix("torch.")]
     return TensorInfo(name, dtype, tuple(tensor.shape), file, 0, tensor.numel() * tensor.element_size())
 
 
-def _config(model: Any) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(model.config.to_json_string())
-    return config | {"architectures": [type(model).__name__]}
+def _config(model: Any) -> ModelConfig:
+    config: ModelConfig = json.loads(model.config.to_json_string())
+    return {**config, "architectures": [type(model).__name__]}

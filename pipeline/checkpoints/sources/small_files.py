@@ -1,4 +1,4 @@
-"""Local copies of a model's small files, for libraries that open directories only: its config and its tokenizer."""
+"""Local copies of config, tokenizer and other small files of a model, for libraries that need a local directory."""
 
 import hashlib
 import tempfile
@@ -9,17 +9,21 @@ from pipeline.checkpoints.source import local_copy, open_checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.storage.store import Store
 
-_kept: list[tempfile.TemporaryDirectory[str]] = []  # they go when the process ends
+# Copies of this process, which are removed when it ends.
+_copies: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def small_files(location: str) -> str:
-    """A local directory with everything of the model at `location` but its weights; itself, if it is local."""
+    """Return a local directory with all files of the model at `location` except its weights.
+
+    A local model is not copied.
+    """
     store = Store.at(local_copy(location))
-    return store.root if store.is_local else _copied(store.root)
+    return store.root if store.is_local else _copy(store.root)
 
 
 def small_files_sha256(location: str) -> str:
-    """sha256 over these files, their names included."""
+    """Return the sha256 of the small files and their names."""
     folder, digest = Path(small_files(location)), hashlib.sha256()
     for name in ("config.json", *open_checkpoint(location).extras):
         content = (folder / name).read_bytes()
@@ -28,15 +32,15 @@ def small_files_sha256(location: str) -> str:
 
 
 def forget_small_files() -> None:
-    """Have them copied again when they are asked for next."""
-    _copied.cache_clear()
+    """Make the next call of `small_files` copy them again."""
+    _copy.cache_clear()
 
 
 @lru_cache
-def _copied(root: str) -> str:
+def _copy(root: str) -> str:
     checkpoint = open_checkpoint(root)
     folder = tempfile.TemporaryDirectory(prefix="swsc-")
-    _kept.append(folder)
+    _copies.append(folder)
     for name in ("config.json", *checkpoint.extras):
         target = Path(folder.name, name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +49,9 @@ def _copied(root: str) -> str:
 
 
 def require_no_custom_code(location: str, error: BaseException) -> None:
-    """Raise CheckpointError if what transformers said is that it would have to run code that the model brings."""
+    """Raise CheckpointError if an error of transformers states that the model needs custom code."""
     if "trust_remote_code" in str(error):
         raise CheckpointError(
-            f"{location}: needs code of its own, which is not run unasked; read it, then add --trust-remote-code"
+            f"{location}: the model needs custom code, which is not run by default; read it, then add"
+            " --trust-remote-code"
         ) from None

@@ -128,4 +128,4 @@ def test_a_config_that_transformers_cannot_read_is_named(
     (model / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
     assert main(["evaluate", str(model), "--text", str(plain), *MEASURED]) == 2
     said = capsys.readouterr().err
-    assert all(part in said for part in ("config.json", f"'{dtype}'", "write the dtype of the weights"))
+    assert all(part in said for part in ("config.json", f"'{dtype}'", "set the dtype of the weights"))

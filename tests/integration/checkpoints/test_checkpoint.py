@@ -194,7 +194,7 @@ class TestDamage:
 
     def test_the_error_of_a_directory_of_gguf_files_shows_how_to_choose_one(self, tmp_path: Path) -> None:
         (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
-        with pytest.raises(CheckpointError, match=r"give one of them by its name: \S+model-q4.gguf"):
+        with pytest.raises(CheckpointError, match=r"give the name of one of them: \S+model-q4.gguf"):
             open_checkpoint(str(tmp_path))
 
     def test_addresses_of_unknown_schemes_are_refused(self) -> None:

@@ -201,7 +201,7 @@ def test_two_readings_of_a_range_are_compared() -> None:
     from pipeline.errors import StoreError
 
     require_same_ranges("m", {"a": "1", "b": "2"}, {"a": "1", "c": "3"})
-    with pytest.raises(StoreError, match="b was read twice"):
+    with pytest.raises(StoreError, match="two readings of b differ"):
         require_same_ranges("m", {"a": "1", "b": "2"}, {"b": "3"})
 
 

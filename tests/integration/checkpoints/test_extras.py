@@ -107,7 +107,7 @@ def test_an_unreadable_file_is_an_error_before_work(
 
     monkeypatch.setattr(builtins, "open", opened)
     assert main(["compress", str(model), str(tmp_path / "out"), *QK]) == 2
-    assert f"{name}: may not be read" in capsys.readouterr().err
+    assert f"{name}: permission denied" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -47,7 +47,7 @@ def test_one_file_goes_before_an_index(model: Path) -> None:
     names = dict.fromkeys(load_file(model / SINGLE), "model-00001-of-00001.safetensors")
     (model / INDEX).write_text(json.dumps({"weight_map": names}))
     require_agreement(model)
-    left = {name for name, _ in open_checkpoint(str(model)).passed_over}
+    left = {name for name, _ in open_checkpoint(str(model)).ignored_weights}
     assert left == {INDEX, "model-00001-of-00001.safetensors"}
 
 
@@ -62,7 +62,7 @@ def test_an_index_of_absent_shards_beside_one_file_is_passed_over(model: Path) -
 def test_other_files_are_not_the_model(model: Path, name: str) -> None:
     save_file(other_weights(model), model / name)
     require_agreement(model)
-    assert [one.name for one in open_checkpoint(str(model)).passed_over] == [name]
+    assert [one.name for one in open_checkpoint(str(model)).ignored_weights] == [name]
 
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "model.fp16.safetensors", "weights.safetensors"])

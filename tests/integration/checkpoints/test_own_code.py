@@ -75,7 +75,7 @@ def test_it_is_not_run_unasked(
     assert main(["evaluate", str(model), "--text", str(text), "--seqlen", "32", "--local"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "code of its own, which is not run unasked; read it, then add --trust-remote-code" in error
+    assert "add --trust-remote-code" in error
     assert not mark.exists()
 
 

@@ -222,7 +222,7 @@ def test_output_directory_that_is_not_ours(tiny_model: Path, tmp_path: Path, ref
 
 
 def test_output_that_is_the_model_itself(model: Path, refused: Refused) -> None:
-    refused("compress", model, model, "--local", wanted=("the same place",))
+    refused("compress", model, model, "--local", wanted=("the same directory",))
 
 
 def test_a_disk_that_is_too_small_is_an_error_before_work(
@@ -300,7 +300,10 @@ def test_sweep_that_cannot_be_carried_out(
 
 @pytest.mark.parametrize(
     ("config", "wanted"),
-    [({"quantization_config": "awq"}, "quantization_config is no object"), ({"text_config": [1]}, "text_config is no")],
+    [
+        ({"quantization_config": "awq"}, "quantization_config is not an object"),
+        ({"text_config": [1]}, "text_config is no"),
+    ],
 )
 def test_config_json_of_another_shape(
     model: Path, tmp_path: Path, refused: Refused, config: dict[str, object], wanted: str

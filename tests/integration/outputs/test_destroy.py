@@ -188,7 +188,7 @@ def test_nor_is_anything_beside_it(place: Place, capsys: pytest.CaptureFixture[s
     before = tree(place.root)
     assert main(arguments) == 2
     line = error_of(capsys)
-    assert "lies inside" in line or "same place" in line
+    assert "inside" in line or "same directory" in line
     assert tree(place.root) == before
 
 

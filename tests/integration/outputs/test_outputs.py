@@ -56,8 +56,8 @@ class TestVerify:
         ("damage", "said"),
         [
             (lambda out: first_layer(out).unlink(), "is missing"),
-            (lambda out: _append(first_layer(out), b"!"), "bytes, wanted"),
-            (lambda out: _append(first_layer(out), None), "bytes, wanted"),
+            (lambda out: _append(first_layer(out), b"!"), "bytes, expected"),
+            (lambda out: _append(first_layer(out), None), "bytes, expected"),
             (lambda out: _flip(first_layer(out), QUERY), f"{QUERY} differs"),
             (lambda out: _flip(first_layer(out), ""), "header differs"),
             (lambda out: _flip(out / "config.json", None), "config.json: content differs"),

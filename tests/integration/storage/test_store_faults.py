@@ -8,10 +8,10 @@ import pytest
 
 from jobs.cli import main
 from pipeline.checkpoints.checkpoint import MANIFEST
-from pipeline.errors import StoreError
+from pipeline.errors import CredentialsRefused, StoreError
 from pipeline.storage import object_stores as object_files
 from pipeline.storage import repeated_reads
-from pipeline.storage.object_stores import PATIENCE, CredentialsRefused
+from pipeline.storage.object_stores import PATIENCE
 from pipeline.storage.store import Store
 from tests.support.fault_proxy import FaultProxy
 from tests.support.object_store import BUCKET, as_client, object_store, stored, upload
@@ -86,7 +86,7 @@ def test_a_fault_that_stays_is_one_line_and_no_output(
     assert proxy.spoiled
     proxy.strike("")
     assert code in (1, 2), line
-    assert ("refuses these credentials" if mode == "refuse" else "reading to reading") in line
+    assert ("refuses these credentials" if mode == "refuse" else "repeated readings") in line
     assert not Store.at(output).exists(MANIFEST)
     assert main(["compress", source, output, *FLAGS]) == 0
     assert stored(output) == right
@@ -107,7 +107,7 @@ def test_an_object_whose_etag_is_no_md5_is_read_back(proxy: FaultProxy, monkeypa
     store = Store.at(f"{BUCKET}/encrypted")
     assert store.write("file", [b"content"]).size == 7
     monkeypatch.setattr(Store, "sha256", lambda self, name: "other")
-    with pytest.raises(StoreError, match="other bytes"):
+    with pytest.raises(StoreError, match="stored bytes differ"):
         store.write("file", [b"content"])
     assert not store.exists("file")
 

@@ -11,6 +11,7 @@ import pytest
 from jobs.cli import main
 from pipeline.checkpoints.checkpoint import RUN
 from pipeline.checkpoints.tensor_io import Payload, StoredTensor, commit
+from pipeline.errors import LeaseLost
 from pipeline.outputs import transaction as outputs
 from pipeline.storage import lease
 from pipeline.storage.files import BytesLike
@@ -102,7 +103,7 @@ def test_a_commit_looks_again_whether_it_may(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Store, "write", write)
     part = StoredTensor("w", "F32", (1,), np.zeros(4, dtype=np.uint8))
-    with pytest.raises(lease.LeaseLost):
+    with pytest.raises(LeaseLost):
         commit(own.ticket, "model-00001-of-00001.safetensors", Payload((part,)))
     assert not store.below(".swsc/done").names()
     assert bool(store.names()) == (moment == "after its file")

@@ -192,7 +192,7 @@ def test_results_that_no_disk_takes_are_printed_at_least(
     said = capsys.readouterr()
     assert "perplexity" in said.out
     assert "twice" in said.out
-    assert "make room" in said.err
+    assert "run the same command again" in said.err
 
 
 @pytest.mark.parametrize("kind", ["variant", "untuned", "tuned", "moments"])

@@ -32,7 +32,7 @@ def fill(root: Path, names: tuple[str, ...]) -> Store:
 
 
 def left_out(extras: ExtraFiles) -> dict[str, str]:
-    return {one.name: one.reason for one in extras.left_out}
+    return {one.name: one.reason for one in extras.ignored}
 
 
 def test_what_belongs_to_a_model_is_copied_and_all_else_is_named_with_a_reason(tmp_path: Path) -> None:

@@ -10,8 +10,16 @@ from pipeline.engine import signals
 from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import Rounds, TaskList, TaskRounds, execute
 from pipeline.engine.task import JobContext, JobOutput, Task, TaskResult
-from pipeline.errors import CheckpointError, NodeLost, RunError, StoreError, StoreOutage, SwscError, WorkerLost
-from pipeline.storage.lease import LeaseLost
+from pipeline.errors import (
+    CheckpointError,
+    LeaseLost,
+    NodeLost,
+    RunError,
+    StoreError,
+    StoreOutage,
+    SwscError,
+    WorkerLost,
+)
 
 
 @dataclass(frozen=True)

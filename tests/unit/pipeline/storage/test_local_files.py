@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.fs as arrow
 import pytest
 
-from pipeline.errors import StoreError, StoreOutage
+from pipeline.errors import StoreError, StoreNotResponding, StoreOutage
 from pipeline.storage import object_stores as object_files
 from pipeline.storage.store import Store
 
@@ -142,7 +142,7 @@ def test_a_store_that_is_gone_is_waited_for_once_and_not_by_every_request(
     client = _Down()
     monkeypatch.setattr(object_files, "_connect", lambda scheme: client)
     monkeypatch.setattr(object_files, "time", _Clock())
-    monkeypatch.setitem(object_files.PATIENCE, object_files.StoreNotResponding, patience)
+    monkeypatch.setitem(object_files.PATIENCE, StoreNotResponding, patience)
     objects = object_files.ObjectFiles("s3")
     assert objects.size("bucket/a") == 7
     for most in (4, 1):

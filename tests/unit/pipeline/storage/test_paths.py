@@ -180,8 +180,8 @@ class TestRequireApart:
 
     def test_all_three_ways_are_refused(self) -> None:
         self.refused("s3://b/x", "s3://b/x", "OUTPUT and MODEL", "same")
-        self.refused("s3://b/x/y", "s3://b/x", "OUTPUT lies inside MODEL")
-        self.refused("s3://b", "s3://b/x", "MODEL", "lies inside OUTPUT")
+        self.refused("s3://b/x/y", "s3://b/x", "OUTPUT", "inside MODEL")
+        self.refused("s3://b", "s3://b/x", "MODEL", "inside OUTPUT")
 
     def test_others_are_not(self) -> None:
         require_disjoint_paths(
@@ -192,7 +192,7 @@ class TestRequireApart:
         monkeypatch.chdir(model)
         assert user_paths([("--text", "wikitext2"), ("--calibration", "hf://datasets/a/b"), ("--config", None)]) == []
         require_disjoint_paths(UserPath.at("OUTPUT", "."), user_paths([("--text", "wikitext2")]))
-        assert [place.what for place in user_paths([("MODEL", "sub"), ("--text", "s3://b/t")])] == ["MODEL", "--text"]
+        assert [path.label for path in user_paths([("MODEL", "sub"), ("--text", "s3://b/t")])] == ["MODEL", "--text"]
 
 
 class TestLinks:

@@ -44,8 +44,8 @@ def test_what_is_no_number_at_all_is_not(value: object) -> None:
 def test_a_row_of_a_matrix_needs_all_fields_of_a_report(lacking: str) -> None:
     row = {"name": "w", "entry": ENTRY, "stored_bytes": 1, "read_seconds": 0.5, "stats": {}}
     assert check_record(FinishedRowRecord, row) == row
-    with pytest.raises(ValueError, match="says nothing of a matrix"):
+    with pytest.raises(ValueError, match="describes neither"):
         check_record(FinishedRowRecord, {key: value for key, value in row.items() if key != lacking})
-    with pytest.raises(ValueError, match="says nothing of a matrix"):
+    with pytest.raises(ValueError, match="describes neither"):
         check_record(FinishedRowRecord, row | {"entry": None})
     check_record(FinishedRowRecord, {"name": "w", "tokens": 3, "owner": "w"})
