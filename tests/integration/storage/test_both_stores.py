@@ -65,7 +65,7 @@ def test_files_of_folders_are_copied_from_and_to_a_store(tiny_model: Path, bucke
     source = object_store.upload(model, f"{bucket}/folders")
     checkpoint = open_checkpoint(source)
     assert {"additional_chat_templates/tool_use.jinja", "code/inner/own.py"} <= set(checkpoint.extras)
-    assert [one.name for one in checkpoint.left_out] == ["original/"]
+    assert [one.name for one in checkpoint.ignored_files] == ["original/"]
     assert Path(small_files(source), "additional_chat_templates/tool_use.jinja").read_text() == "pass"
     assert main(["compress", source, f"{bucket}/with-folders", "--local", "--bits", "4"]) == 0
     assert Store.at(f"{bucket}/with-folders").read("code/inner/own.py") == b"pass"
