@@ -115,9 +115,13 @@ class Arena:
     def _driver(self, output: Store) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "jobs", "compress", f"{BUCKET}/model", output.root, *FLAGS]
         return subprocess.Popen(
-            [*command, "--address", self.cluster.address, "--task-deadline", str(DEADLINE)], cwd=ROOT, text=True,
-            env=self.cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [*command, "--address", self.cluster.address, "--task-deadline", str(DEADLINE)],
+            cwd=ROOT,
+            text=True,
+            env=self.cluster.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def _require_valid(self, output: Store, code: int, log: str) -> None:
         if code not in (0, 1, 2, 130, -9):
@@ -161,14 +165,14 @@ class Arena:
     def _replace(self, driver: "subprocess.Popen[str]", output: Store) -> "subprocess.Popen[str]":
         """Pause a driver until another one has replaced it, then resume it: it must stop by itself."""
         os.kill(driver.pid, signal.SIGSTOP)
-        other = self._driver(output)
-        _runs_after(other, LONG_SECONDS)
+        replacement = self._driver(output)
+        _runs_after(replacement, LONG_SECONDS)
         os.kill(driver.pid, signal.SIGCONT)
         _, log = driver.communicate()
         self._require_valid(output, driver.returncode, log)
-        if driver.returncode == 0 and other.poll() is None:
+        if driver.returncode == 0 and replacement.poll() is None:
             raise SystemExit(f"{output.root}: two drivers at once, the first one succeeded: {log}")
-        return other
+        return replacement
 
     def _victim(self, target: str, draw: random.Random, driver: "subprocess.Popen[str]") -> psutil.Process | None:
         if target == "store":

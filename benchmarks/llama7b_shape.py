@@ -25,12 +25,27 @@ ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 1_000_000_000
 HIDDEN, MLP, VOCABULARY = 4096, 11008, 32000
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MLP,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": VOCABULARY,
-    "max_position_embeddings": 4096, "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "attention_bias": False, "pretraining_tp": 1, "tie_word_embeddings": False,
-    "bos_token_id": 1, "eos_token_id": 2, "use_cache": True, "torch_dtype": "bfloat16",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 4096,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "use_cache": True,
+    "torch_dtype": "bfloat16",
+}
 # Seconds between samples, and the number of samples after which one is thorough.
 INTERVAL, THOROUGH = 0.2, 5
 

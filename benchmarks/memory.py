@@ -60,9 +60,16 @@ def write(folder: Path, name: str, m: int, n: int) -> None:
 def measure(folder: Path, m: int, n: int, rank: int) -> None:
     """Print the peak in copies of the matrix, without the Hessian, and the seconds."""
     spec = SwscSpec(
-        256, rank, segment_size=4, scaled=True, metric="activations", feedback=True, rounds=1,
-        centroid_bits=8, factor_bits=8 if rank else None,
-    )  # fmt: skip
+        256,
+        rank,
+        segment_size=4,
+        scaled=True,
+        metric="activations",
+        feedback=True,
+        rounds=1,
+        centroid_bits=8,
+        factor_bits=8 if rank else None,
+    )
     store, worker = Store(str(folder)), Worker(1, "cpu")
     small, large = (
         LayerTask(

@@ -99,18 +99,27 @@ def answer(process: "subprocess.Popen[str]") -> dict[str, float]:
 def serve(given: argparse.Namespace) -> int:
     """Open the model, print its memory, and time one round for each line of standard input."""
     os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": "1",
+    }
     import torch
     from vllm import LLM
 
     torch.set_num_threads(1)
     before = resident()
     llm = LLM(
-        str(given.alone), dtype=given.dtype, max_model_len=512, max_num_seqs=_TOGETHER, enforce_eager=True,
-        enable_prefix_caching=False, disable_log_stats=True, num_gpu_blocks_override=_BLOCKS,
-    )  # fmt: skip
+        str(given.alone),
+        dtype=given.dtype,
+        max_model_len=512,
+        max_num_seqs=_TOGETHER,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        num_gpu_blocks_override=_BLOCKS,
+    )
     timed_round(llm)  # the first round includes set-up
     print("answer", json.dumps({"memory": resident() - before}), flush=True)
     for _ in sys.stdin:
@@ -120,9 +129,9 @@ def serve(given: argparse.Namespace) -> int:
 
 def timed_round(llm: Any) -> dict[str, float]:
     """CPU seconds of a prompt, of a token after it, and of a token of each of several sequences."""
-    first, one = seconds(llm, 1, 1), seconds(llm, 1, 1 + _TOKENS)
+    first, single = seconds(llm, 1, 1), seconds(llm, 1, 1 + _TOKENS)
     firsts, several = seconds(llm, _TOGETHER, 1), seconds(llm, _TOGETHER, 1 + _TOKENS)
-    return {"prompt": first, "token": (one - first) / _TOKENS, "together": (several - firsts) / _TOKENS}
+    return {"prompt": first, "token": (single - first) / _TOKENS, "together": (several - firsts) / _TOKENS}
 
 
 def seconds(llm: Any, sequences: int, tokens: int) -> float:

@@ -48,11 +48,11 @@ def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
     """One line for every difference of two recordings; floats are compared to the last bit."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in before.keys() | after.keys():
-            where = f"{place} · {name}" if place else name
+            path = f"{place} · {name}" if place else name
             if name not in after or name not in before:
-                yield f"{where}: {'missing' if name not in after else 'new'}"
+                yield f"{path}: {'missing' if name not in after else 'new'}"
             else:
-                yield from differences(before[name], after[name], where)
+                yield from differences(before[name], after[name], path)
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for number, (old, new) in enumerate(zip(before, after, strict=True)):
             yield from differences(old, new, f"{place} · {_label(old, number)}")

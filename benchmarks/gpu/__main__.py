@@ -26,9 +26,15 @@ from pipeline.device import device_name, fix_arithmetic
 # Seconds after which no further part starts.
 _SECONDS = 440.0
 PARTS: tuple[Callable[[Bench], Iterator[Finding]], ...] = (
-    arithmetic.tf32, arithmetic.errors, compression.twice_and_parity, models.models, compression.blocks,
-    arithmetic.products, arithmetic.factorisations, compression.whole_matrices,
-)  # fmt: skip
+    arithmetic.tf32,
+    arithmetic.errors,
+    compression.twice_and_parity,
+    models.models,
+    compression.blocks,
+    arithmetic.products,
+    arithmetic.factorisations,
+    compression.whole_matrices,
+)
 
 
 def run(bench: Bench) -> list[Finding]:

@@ -1,5 +1,5 @@
-"""Rival tools on one model, measured by this project's own perplexity protocol: `python -m benchmarks.peers --help`.
+"""Other tools on one model, measured with the perplexity protocol of this project: `python -m benchmarks.peers --help`.
 
-Each tool quantizes in a process and a virtual environment of its own (quantize_*.py, requirements-*.txt), sees the same
-calibration tokens, and leaves a dense checkpoint of restored weights beside a count of the bytes that it would store.
+Each tool quantizes in its own process and virtual environment (quantize_*.py, requirements-*.txt). All tools get the
+same calibration tokens, and write a dense checkpoint of restored weights and the number of bytes that they would store.
 """

@@ -1,7 +1,6 @@
 """Experiment: perplexity of one model quantized by other tools, measured with the protocol of `swsc evaluate`.
 
-    python -m benchmarks.peers MODEL --text TEXT --calibration CALIBRATION --out DIR --include '(q|k)_proj' --name 'Q &
-    K'
+    python -m benchmarks.peers MODEL --text TEXT --calibration TEXT --out DIR --include '(q|k)_proj' --name 'Q & K'
 
 Prints a Markdown table and writes all figures to DIR/results.json. Finished rows are reused, so the same command
 resumes an interrupted run. CPU seconds and peak memory are those of the quantizing process; OMP_NUM_THREADS sets its

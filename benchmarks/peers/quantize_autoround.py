@@ -31,19 +31,36 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
     ]
     amp = bool(torch.cpu.get_capabilities().get("amx_bf16"))
     rounding = AutoRound(
-        model, AutoTokenizer.from_pretrained(request.model), scheme=f"W{request.bits}A16",
-        group_size=request.group_size, iters=request.iters, enable_alg_ext=extension,
-        dataset=[torch.from_numpy(ids)[None] for ids in windows], nsamples=len(windows), seqlen=windows.shape[1],
-        layer_config={name: {"bits": 16} for name in unselected}, device_map="cpu", amp=amp,
-        enable_torch_compile=False, low_cpu_mem_usage=False, seed=42,
-    )  # fmt: skip
+        model,
+        AutoTokenizer.from_pretrained(request.model),
+        scheme=f"W{request.bits}A16",
+        group_size=request.group_size,
+        iters=request.iters,
+        enable_alg_ext=extension,
+        dataset=[torch.from_numpy(ids)[None] for ids in windows],
+        nsamples=len(windows),
+        seqlen=windows.shape[1],
+        layer_config={name: {"bits": 16} for name in unselected},
+        device_map="cpu",
+        amp=amp,
+        enable_torch_compile=False,
+        low_cpu_mem_usage=False,
+        seed=42,
+    )
     model, _ = rounding.quantize()
     weights, stored = {}, {}
     for name in shapes:
         weights[name], stored[name] = restored(model.get_submodule(name.removesuffix(".weight")), request.bits)
     group = "channel" if request.group_size == CHANNEL else request.group_size
-    settings = {"bits": request.bits, "group": group, "symmetric": True, "iters": request.iters,
-                "enable_alg_ext": extension, "amp": amp, "calibration": list(windows.shape)}  # fmt: skip
+    settings = {
+        "bits": request.bits,
+        "group": group,
+        "symmetric": True,
+        "iters": request.iters,
+        "enable_alg_ext": extension,
+        "amp": amp,
+        "calibration": list(windows.shape),
+    }
     return Outcome("AutoRound", version("auto-round"), settings, weights, stored)
 
 

@@ -64,20 +64,36 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
     dtype = torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
     model = AutoModelForCausalLM.from_pretrained(request.model, dtype=dtype)
     scheme = {
-        "num_bits": request.bits, "symmetric": False, "observer": request.observer,
-        "strategy": "channel" if group == CHANNEL else "group", "group_size": None if group == CHANNEL else group,
+        "num_bits": request.bits,
+        "symmetric": False,
+        "observer": request.observer,
+        "strategy": "channel" if group == CHANNEL else "group",
+        "group_size": None if group == CHANNEL else group,
         "scale_dtype": torch.float16,
-    }  # fmt: skip
+    }
     windows = np.load(request.calibration)
     recipe = recipe_of(request.method, {"group_0": {"targets": list(map(module_name, shapes)), "weights": scheme}})
     tokenizer = AutoTokenizer.from_pretrained(request.model)
-    oneshot(model=model, tokenizer=tokenizer, dataset=batches(windows), recipe=recipe, pipeline="sequential",
-            num_calibration_samples=len(windows), max_seq_length=windows.shape[1])  # fmt: skip
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        dataset=batches(windows),
+        recipe=recipe,
+        pipeline="sequential",
+        num_calibration_samples=len(windows),
+        max_seq_length=windows.shape[1],
+    )
     weights, stored = {}, {}
     for name in shapes:
         weights[name], stored[name] = restored(model.get_submodule(module_name(name)))
-    settings = {"bits": request.bits, "group": "channel" if group == CHANNEL else group, "symmetric": False,
-                "observer": scheme["observer"], "dtype": str(dtype), "calibration": list(windows.shape)}  # fmt: skip
+    settings = {
+        "bits": request.bits,
+        "group": "channel" if group == CHANNEL else group,
+        "symmetric": False,
+        "observer": scheme["observer"],
+        "dtype": str(dtype),
+        "calibration": list(windows.shape),
+    }
     tool = f"llmcompressor {version('llmcompressor')}"
     return Outcome(request.method.upper(), tool, settings | METHODS[request.method], weights, stored)
 

@@ -19,9 +19,13 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
     weights, stored = {}, {}
     for name, weight in tensors(request.model, shapes):
         matrix = round_to_nearest(
-            weight, request.bits, granularity=granularity, group_size=max(1, request.group_size), name=name,
+            weight,
+            request.bits,
+            granularity=granularity,
+            group_size=max(1, request.group_size),
+            name=name,
             scale_dtype=weight.dtype if weight.element_size() == 2 else torch.float16,
-        )  # fmt: skip
+        )
         weights[name], stored[name] = dequantize(matrix), stored_bytes(matrix)
     settings = {"bits": request.bits, "group": granularity if request.group_size < 1 else request.group_size}
     return Outcome("RTN", "ours", {**settings, "symmetric": False}, weights, stored)

@@ -68,7 +68,7 @@ def source_of(store: Store) -> RangeDigests:
 def require_same_source(store: Store, gathered_from: RangeDigests, digests: RangeDigests) -> None:
     """Raise StoreError if `digests` of a model differ from what the Hessians in `store` were gathered from."""
     common = gathered_from.keys() & digests.keys()
-    if differing := sorted(where for where in common if gathered_from[where] != digests[where]):
+    if differing := sorted(byte_range for byte_range in common if gathered_from[byte_range] != digests[byte_range]):
         raise StoreError(
             f"{differing[0]}: other bytes than the Hessians in {store.root} were gathered from: the file was changed,"
             " or a disk, the network or memory corrupts it; remove that directory and run the same command again, or"

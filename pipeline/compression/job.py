@@ -148,8 +148,8 @@ def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: s
     """Compress one matrix, and describe it by its report row and entry. Raises UncompressibleWeight for NaN or Inf."""
     started = time.perf_counter()
     info = matrix.info
-    # Vector quantization of segments fragments the heap. K-Means over whole channels does not, and would become a third
-    # slower.
+    # Vector quantization of segments fragments the heap. K-Means over whole channels does not, and would take a third
+    # more time.
     if any(spec.cuts_channels for spec in variant.specs):
         return_freed_blocks(info.count)
     try:

@@ -233,10 +233,18 @@ def run_lm_eval(settings: LmEvalSettings, model: RemoteModel) -> JsonObject:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints its progress to stdout, where results belong
             results = simple_evaluate(
-                model=model, tasks=names, task_manager=manager, num_fewshot=settings.num_fewshot, limit=settings.limit,
-                batch_size=settings.batch_size, log_samples=False, random_seed=python, numpy_random_seed=numpy,
-                torch_random_seed=torch, fewshot_random_seed=fewshot,
-            )  # fmt: skip
+                model=model,
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                log_samples=False,
+                random_seed=python,
+                numpy_random_seed=numpy,
+                torch_random_seed=torch,
+                fewshot_random_seed=fewshot,
+            )
     except SwscError:
         raise
     except Exception as error:  # task code, templates and missing data sets raise errors without a common class

@@ -133,4 +133,4 @@ def _digest_of(location: str) -> str:
     """Digest of the sha256 of all files that the manifest of a finished output lists."""
     store = Store.at(location)
     files = read_cached(store, MANIFEST, lambda: read_record(store, MANIFEST, records.ManifestRecord))["files"]
-    return digest_of({name: about["sha256"] for name, about in files.items()})
+    return digest_of({name: record["sha256"] for name, record in files.items()})
