@@ -78,31 +78,38 @@ def quantize(
     require_range("quantize", "bits", bits, 2, 8)
     if group_size < 1:
         raise ValueError(f"quantize: group_size {group_size} is out of range; choose 1 or more")
-    shape, top = (weight.shape[0], weight.shape[1]), 2**bits - 1
+    shape = (weight.shape[0], weight.shape[1])
     length = group_length(shape, granularity, group_size)
     groups = _grouped(weight.float(), length)
-    low, high = _ranges(groups, symmetric)
-    dtype = scale_dtype or (torch.bfloat16 if weight.element_size() == 1 else weight.dtype)
-    # A tensor, not a number: CUDA multiplies by the reciprocal of a number, which changes the last bit.
-    steps = torch.full_like(high, top)
-    scales = ((high - low) / steps).to(dtype)
-    # A group of zeros, or one whose scale underflows, is restored as zeros.
-    divisors = torch.where(scales.float() > 0, scales.float(), 1.0)
-    middle = torch.full_like(low, 2 ** (bits - 1))
-    zeros = middle if symmetric else (-low / divisors).round().clamp(0, top)
-    codes = (groups / divisors[:, None]).round_().add_(zeros[:, None]).clamp_(0, top)
+    scales, zeros = _grid(groups, bits, symmetric, scale_dtype or _default_scale_dtype(weight))
+    codes = (groups / _divisors(scales)[:, None]).round_().add_(zeros[:, None]).clamp_(0, 2**bits - 1)
     codes = _ungrouped(codes, shape, length).reshape(-1).to(torch.uint8)
     packed_zeros = pack(zeros.to(torch.uint8), 0 if symmetric else bits)
     return RtnMatrix(shape, bits, length, symmetric, pack(codes, bits), scales, packed_zeros)
 
 
-def _ranges(groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Least and largest value on the grid of each group [groups, length], [groups] each; zero is between them."""
+def _default_scale_dtype(weight: Tensor) -> torch.dtype:
+    return torch.bfloat16 if weight.element_size() == 1 else weight.dtype
+
+
+def _grid(groups: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales [groups] in `dtype`, and float32 zero points [groups], of the grids of groups [groups, length]."""
     low, high = groups.amin(dim=1).clamp(max=0), groups.amax(dim=1).clamp(min=0)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    return low, high
+    # A tensor, not a number: CUDA multiplies by the reciprocal of a number, which changes the last bit.
+    steps = torch.full_like(high, 2**bits - 1)
+    scales = ((high - low) / steps).to(dtype)
+    if symmetric:
+        return scales, torch.full_like(low, 2 ** (bits - 1))
+    return scales, (-low / _divisors(scales)).round().clamp(0, 2**bits - 1)
+
+
+def _divisors(scales: Tensor) -> Tensor:
+    """Scales in float32; 1 for a group of zeros, or one whose scale underflows, which is restored as zeros."""
+    divisors = scales.float()
+    return torch.where(divisors > 0, divisors, 1.0)
 
 
 def dequantize(matrix: RtnMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
