@@ -171,7 +171,7 @@ def layer_output(
 ) -> JobOutput[LayerReport]:
     """The file and the report of a layer whose compressed matrices `parts` already holds."""
     for fused in layer.fused:
-        parts.add_remaining_rows(fused, reader.whole)
+        parts.add_remaining_rows(fused, reader.read_fused)
     report = LayerReport(tuple(results), peak_rss(), vector_instructions(device))
     return JobOutput(report, (Payload(parts.parts, tuple(result.to_json() for result in results)),))
 

@@ -1,4 +1,4 @@
-"""A pool of one worker in this process (`--local`). It gives the same bytes as a cluster."""
+"""A pool of one worker in this process (`--local`). It produces the same bytes as a cluster."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from pipeline.errors import RunError
 
 @dataclass
 class LocalPool:
-    """Runs each task when it is waited for."""
+    """Runs each task in `wait`."""
 
     worker: Worker
     size: int = 1
@@ -28,13 +28,13 @@ class LocalPool:
         task = self._waiting.pop()
         try:
             output = self.worker.run(task.job, *task.payloads)
-            where = task.commit_to
-            record = commit(where.ticket, where.file, output.payloads[0]) if where else None
+            target = task.commit_to
+            record = commit(target.ticket, target.file, output.payloads[0]) if target else None
         except Exception as error:
             failure = as_swsc_error(error, task.label)
             if requires_new_process(error) and not is_out_of_memory(error):
                 raise RunError(
-                    f"{failure}: the GPU is unusable for this process from now on; run the same command again"
+                    f"{failure}: this process can no longer use the GPU; run the same command again"
                 ) from None
             return TaskResult(task, error=failure)
         return TaskResult(task, output.value, output.payloads, record)

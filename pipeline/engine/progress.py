@@ -1,35 +1,58 @@
-"""How far a run has come: a bar on a terminal, a line every few seconds elsewhere. Always on standard error."""
+"""Progress of a stage on standard error: a bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from pipeline.console import prefixed
 
 _SECONDS_BETWEEN_LINES = 5.0
+# Share of the work that must be finished before the remaining time is estimated. The first tasks may be tiny, and then
+# their time is mostly overhead.
+_MIN_SHARE = 0.02
 
 
 class Progress:
-    """Counts tasks and the bytes that they stand for; a context manager."""
+    """Counts finished tasks and their bytes of work; a context manager.
 
-    def __init__(self, what: str, tasks: int, nbytes: int, unit: str = "tasks") -> None:
-        self._what, self._tasks, self._bytes, self._unit = prefixed(what), tasks, nbytes, unit
+    The remaining time is estimated from the rate since the first task started: bytes per second, or tasks per second if
+    the stage counts no bytes. Starting workers does not count.
+    """
+
+    def __init__(
+        self, stage: str, tasks: int, nbytes: int, unit: str = "tasks", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            stage: name of the stage, which starts every line.
+            tasks: number of tasks.
+            nbytes: bytes of work in all tasks; 0 if they are not known.
+            unit: plural name of what a task stands for.
+            clock: time in seconds.
+        """
+        self._stage, self._unit, self._clock = prefixed(stage), unit, clock
+        self._tasks, self._bytes = tasks, nbytes
         self._done, self._done_bytes = 0, 0
-        self._started = self._spoke = time.monotonic()
+        self._most_running = 0
+        self._created = self._last_line = clock()
+        self._first_start: float | None = None
         self._console = Console(stderr=True)
         self._bar: Bar | None = None
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self._bar = Bar(*columns, TextColumn("{task.fields[size]}"), TimeRemainingColumn(), console=self._console)
-            self._row = self._bar.add_task(self._what, total=self._tasks, size="")
+            texts = (TextColumn("{task.fields[size]}"), TextColumn("{task.fields[left]}"))
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *texts)
+            self._bar = Bar(*columns, console=self._console)
+            self._row = self._bar.add_task(self._stage, total=self._tasks, size="", left="")
             self._bar.start()
         return self
 
@@ -39,38 +62,63 @@ class Progress:
         if self._bar:
             self._bar.stop()
         elif kind is None:
-            self._line()
+            self._print_line()
+
+    def task_started(self, running: int) -> None:
+        """Note that a task starts; `running` tasks, this one included, are under way."""
+        if self._first_start is None:
+            self._first_start = self._clock()
+        self._most_running = max(self._most_running, running)
 
     def advance(self, nbytes: int) -> None:
-        """One task more is done."""
+        """Count one finished task of `nbytes` bytes of work."""
         self._done += 1
         self._done_bytes += nbytes
-        if self._bar:
-            self._bar.update(self._row, completed=self._done, size=self._size())
+        self._update_bar()
 
     def add(self, tasks: int, nbytes: int = 0) -> None:
-        """More tasks have become known."""
+        """Add tasks that were not known when the stage began."""
         self._tasks += tasks
         self._bytes += nbytes
-        if self._bar:
-            self._bar.update(self._row, total=self._tasks)
+        self._update_bar()
 
     def tick(self) -> None:
-        """Called often; speaks seldom."""
-        if not self._bar and time.monotonic() - self._spoke >= _SECONDS_BETWEEN_LINES:
-            self._line()
+        """Refresh the display; call it often."""
+        if self._bar:
+            self._update_bar()
+        elif self._clock() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._print_line()
 
     def log(self, line: str) -> None:
-        """Something that a person wants to know now."""
-        self._console.print(f"{self._what}: {line}", highlight=False, markup=False, soft_wrap=True)
+        """Print a line that concerns this stage."""
+        self._console.print(f"{self._stage}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+    def seconds_left(self) -> float | None:
+        """Estimate the remaining time.
+
+        None until as many tasks have finished as run at a time, because the tasks under way would count as untouched,
+        and until `_MIN_SHARE` of the work is finished. None again when all is finished.
+        """
+        share = self._done_bytes / self._bytes if self._bytes else self._done / max(self._tasks, 1)
+        if self._first_start is None or self._done < max(1, self._most_running) or not _MIN_SHARE <= share < 1:
+            return None
+        return (self._clock() - self._first_start) * (1 - share) / share
+
+    def _update_bar(self) -> None:
+        if self._bar:
+            self._bar.update(self._row, total=self._tasks, completed=self._done, size=self._size(), left=self._left())
+
+    def _print_line(self) -> None:
+        self._last_line = self._clock()
+        parts = (f"{self._done} of {self._tasks} {self._unit}", self._size(), self._elapsed(), self._left())
+        self.log(", ".join(filter(None, parts)))
 
     def _size(self) -> str:
         return f"{decimal(self._done_bytes)} of {decimal(self._bytes)}" if self._bytes else ""
 
-    def _line(self) -> None:
-        self._spoke = time.monotonic()
-        seconds = self._spoke - self._started
-        share = self._done_bytes / self._bytes if self._bytes else self._done / max(self._tasks, 1)
-        left = f", about {seconds / share - seconds:.0f} s left" if 0 < share < 1 else ""
-        size = f", {self._size()}" if self._bytes else ""
-        self.log(f"{self._done} of {self._tasks} {self._unit}{size}, {seconds:.0f} s{left}")
+    def _elapsed(self) -> str:
+        return f"{self._last_line - self._created:.0f} s"
+
+    def _left(self) -> str:
+        seconds = self.seconds_left()
+        return "" if seconds is None else f"about {seconds:.0f} s left"

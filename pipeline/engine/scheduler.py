@@ -1,4 +1,4 @@
-"""The loop that keeps workers busy. It holds names, handles and small reports; a weight never passes through it."""
+"""The loop that keeps workers busy. It holds names, handles and small reports; weights never pass through it."""
 
 import time
 from collections import defaultdict
@@ -10,26 +10,30 @@ from pipeline.engine.progress import Progress
 from pipeline.engine.task import Pool, Task, TaskResult
 from pipeline.errors import DiskFull, LeaseLost, NodeLost, RunError, StoreError, StoreOutage, UserError, WorkerLost
 
-_SECONDS_OF_PATIENCE = 20.0  # before a run that has no worker says so
-_CAUSES = 8  # that a failed run names
-_ATTEMPTS = 3  # of a task whose worker, object or store went away under it
-_OF_A_NODE = 0.25  # attempts that the loss of a node counts as: it may happen again and again to whoever is there
+# Seconds without any worker until a line reports it, and the factor for the time between further lines.
+_PATIENCE_SECONDS, _LONGER = 20.0, 6
+# Causes that the error of a failed run names.
+_MAX_CAUSES = 8
+# Attempts at a task whose worker, payload or store is lost.
+_MAX_ATTEMPTS = 3
+# The loss of a node counts as this many attempts, because it hits every task that runs there, again and again.
+_NODE_LOSS_ATTEMPTS = 0.25
 
 V = TypeVar("V")
 
 
 class TaskSource(Protocol):
-    """Where tasks come from and results go: decisions only, no effects on the pool."""
+    """Provides tasks and takes their results. It decides only; it has no effect on the pool."""
 
     def next(self, worker: int) -> Task[Any] | None:
-        """A task for an idle worker, or None if there is none for it at present."""
+        """Return a task for an idle worker, or None if there is none for it at present."""
 
-    def done(self, done: TaskResult[Any]) -> None:
-        """Take note of a task that ended, well or badly."""
+    def done(self, result: TaskResult[Any]) -> None:
+        """Process the result of a task that succeeded or failed."""
 
 
 class TaskList(Generic[V]):
-    """A fixed list of tasks in the order given. One that fails does not stop the others."""
+    """A fixed list of tasks, started in the given order. A failed task does not stop the others."""
 
     def __init__(self, tasks: Iterable[Task[V]], on_done: Callable[[TaskResult[V]], None]) -> None:
         self._tasks = list(tasks)[::-1]
@@ -39,92 +43,118 @@ class TaskList(Generic[V]):
     def next(self, worker: int) -> Task[V] | None:
         return self._tasks.pop() if self._tasks else None
 
-    def done(self, done: TaskResult[V]) -> None:
-        if isinstance(done.error, (UserError, LeaseLost, DiskFull, StoreOutage)):
-            # What the user gave is at fault, another run is at it, or no disk or store takes it: other tasks would be for nothing.
-            raise done.error
-        if done.error:
-            self._failed.append(done)
+    def done(self, result: TaskResult[V]) -> None:
+        # The input is wrong, another run has taken over, or the disk or store is unusable: the other tasks would fail,
+        # too.
+        if isinstance(result.error, (UserError, LeaseLost, DiskFull, StoreOutage)):
+            raise result.error
+        if result.error:
+            self._failed.append(result)
         else:
-            self._on_done(done)
+            self._on_done(result)
 
     def raise_failures(self) -> None:
-        """Raise RunError that names each task that failed."""
+        """Raise RunError that names the failed tasks, if there are any."""
         if self._failed:
-            causes = "; ".join(str(done.error) for done in self._failed[:_CAUSES])
-            more = f"; and {len(self._failed) - _CAUSES} more" if len(self._failed) > _CAUSES else ""
+            causes = "; ".join(str(result.error) for result in self._failed[:_MAX_CAUSES])
+            more = f"; and {len(self._failed) - _MAX_CAUSES} more" if len(self._failed) > _MAX_CAUSES else ""
             raise RunError(f"{len(self._failed)} tasks failed, the others are finished and kept: {causes}{more}")
 
 
-# Yields tasks, and is sent their results in the same order.
+# A generator that yields the tasks of a round, and is sent their results in the same order.
 Rounds = Generator[list[Task[Any]], list[TaskResult[Any]], None]
 
 
 class TaskRounds:
-    """Rounds of tasks, each made from what came of the one before. The first task that fails ends all."""
+    """Rounds of tasks, where the results of one round determine the tasks of the next.
 
-    def __init__(self, stages: Rounds) -> None:
-        self._stages = stages
-        self._found: dict[object, TaskResult[Any]] = {}
-        self._keys: list[object] = []
-        self._open(next(stages, []))
+    The first failed task ends all.
+    """
 
-    def _open(self, tasks: list[Task[Any]]) -> None:
+    def __init__(self, rounds: Rounds) -> None:
+        self._rounds = rounds
+        self._begin_round(next(rounds, []))
+
+    def _begin_round(self, tasks: list[Task[Any]]) -> None:
         self._waiting = tasks[::-1]
         self._keys = [task.key for task in tasks]
-        self._found = {}
+        self._results: dict[object, TaskResult[Any]] = {}
 
     def next(self, worker: int) -> Task[Any] | None:
         return self._waiting.pop() if self._waiting else None
 
-    def done(self, done: TaskResult[Any]) -> None:
-        if done.error:
-            raise done.error
-        self._found[done.task.key] = done
-        if len(self._found) == len(self._keys):
-            found = [self._found[key] for key in self._keys]
+    def done(self, result: TaskResult[Any]) -> None:
+        if result.error:
+            raise result.error
+        self._results[result.task.key] = result
+        if len(self._results) == len(self._keys):
+            results = [self._results[key] for key in self._keys]
             try:
-                self._open(self._stages.send(found))
+                self._begin_round(self._rounds.send(results))
             except StopIteration:
-                self._open([])
+                self._begin_round([])
 
 
 def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
-    """Run tasks of `source` on `pool` until there are none left and none under way.
+    """Run the tasks of `source` on `pool` until none is left and none is under way.
 
-    A task whose worker died, or whose store did not answer, is done again, at most _ATTEMPTS times: at once, others may be
-    waiting for it; after that when nothing else is left to do. Only the task that the worker was at is charged with it: workers
-    hold no queue.
+    A task whose worker was lost, or whose store did not answer, is repeated, up to `_MAX_ATTEMPTS` attempts in all.
     """
-    again: list[Task[Any]] = []
-    last: list[Task[Any]] = []
-    attempts: defaultdict[object, float] = defaultdict(float)
+    retries = _Retries(progress)
     running = 0
-    patience = time.monotonic() + _SECONDS_OF_PATIENCE
+    patience = time.monotonic() + _PATIENCE_SECONDS
     while True:
         signals.raise_if_interrupted()
         for worker in pool.idle():
-            task = again.pop() if again else source.next(worker)
-            if task is None and last:
-                task = last.pop()
+            task = retries.next_now() or source.next(worker) or retries.next_late()
             if task is not None:
                 pool.start(worker, task)
                 running += 1
+                progress.task_started(running)
+        # Workers are idle, and nothing is left for them.
         if not running and pool.idle():
-            return  # workers are there, and nothing is left for them
-        done = pool.wait()
+            return
+        result = pool.wait()
         progress.tick()
-        if done is None:
-            if not running and time.monotonic() > patience:
-                progress.log(f"no worker is up yet, waiting for one: {pool.waiting_for()}")
-                patience = time.monotonic() + 6 * _SECONDS_OF_PATIENCE
-            continue
-        running -= 1
-        attempts[done.task.key] += _OF_A_NODE if isinstance(done.error, NodeLost) else 1
-        lost = isinstance(done.error, (WorkerLost, StoreError)) and not isinstance(done.error, StoreOutage)
-        if lost and attempts[done.task.key] < _ATTEMPTS:
-            progress.log(f"{done.error}; starting it again")
-            (again if attempts[done.task.key] <= 1 else last).append(done.task)
-            continue
-        progress.advance(done.task.weight)
-        source.done(done)
+        if result is not None:
+            running -= 1
+            if not retries.take(result):
+                progress.advance(result.task.weight)
+                source.done(result)
+        elif not running and time.monotonic() > patience:
+            progress.log(f"no worker is up yet, waiting for one: {pool.waiting_for()}")
+            patience = time.monotonic() + _LONGER * _PATIENCE_SECONDS
+
+
+class _Retries:
+    """Tasks that failed through no fault of their own, and their attempts.
+
+    The first repetition is due at once, because other tasks may wait for its result. Further ones come last, so that a
+    task which kills every worker does not end the run before the others are finished. Workers hold no queue, so only
+    the task that ran on a lost worker is charged with the loss.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._now: list[Task[Any]] = []
+        self._late: list[Task[Any]] = []
+        self._attempts: defaultdict[object, float] = defaultdict(float)
+
+    def next_now(self) -> Task[Any] | None:
+        """Return a task to start before any other."""
+        return self._now.pop() if self._now else None
+
+    def next_late(self) -> Task[Any] | None:
+        """Return a task to start when no other is left."""
+        return self._late.pop() if self._late else None
+
+    def take(self, result: TaskResult[Any]) -> bool:
+        """Count an attempt, and return whether its task will be repeated."""
+        key, error = result.task.key, result.error
+        self._attempts[key] += _NODE_LOSS_ATTEMPTS if isinstance(error, NodeLost) else 1
+        lost = isinstance(error, (WorkerLost, StoreError)) and not isinstance(error, StoreOutage)
+        if not lost or self._attempts[key] >= _MAX_ATTEMPTS:
+            return False
+        self._progress.log(f"{error}; starting it again")
+        (self._now if self._attempts[key] <= 1 else self._late).append(result.task)
+        return True

@@ -1,9 +1,9 @@
 """Interrupts by SIGINT and SIGTERM that no library can swallow.
 
-Python raises KeyboardInterrupt at an arbitrary point of the main thread, and drops it if that point is a finalizer, a fork callback
-or a library that catches all exceptions. The handlers of this module therefore also record the interrupt, and long-running code
-checks the record. The first signal ends the run in an orderly way. A second signal ends the process at once, even while it
-computes in a library that never returns to the interpreter.
+Python raises KeyboardInterrupt at an arbitrary point of the main thread, and drops it if that point is a finalizer, a
+fork callback or a library that catches all exceptions. The handlers of this module therefore also record the interrupt,
+and long-running code checks the record. The first signal ends the run in an orderly way. A second signal ends the
+process at once, even while it computes in a library that never returns to the interpreter.
 """
 
 import os
@@ -35,7 +35,8 @@ def handle_signals(until_exit: bool = False) -> Iterator[None]:
     Outside the main thread this context does nothing.
 
     Args:
-        until_exit: the handlers stay after the context, and the next signal ends the process at once, because no work is left.
+        until_exit: the handlers stay after the context, and the next signal ends the process at once, because no work
+            is left.
     """
     global _handled_at, _arrived_at
     if threading.current_thread() is not threading.main_thread():
@@ -64,7 +65,10 @@ def handle_signals(until_exit: bool = False) -> Iterator[None]:
 
 
 def install_handlers() -> None:
-    """Install the handlers, or reinstall them after a library has replaced them. A recorded interrupt stays recorded."""
+    """Install the handlers, or reinstall them after a library has replaced them.
+
+    A recorded interrupt stays recorded.
+    """
     # Python accepts handlers from the main thread only.
     if threading.current_thread() is not threading.main_thread():
         return
@@ -79,13 +83,16 @@ def raise_if_interrupted() -> None:
 
 
 def is_interrupted() -> bool:
-    """Return whether an interrupt was recorded. Libraries in C or Rust may turn a KeyboardInterrupt into errors of their own."""
+    """Return whether an interrupt was recorded.
+
+    Libraries in C or Rust may turn a KeyboardInterrupt into errors of their own.
+    """
     return _handled_at is not None
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Protect a section that must not be left half done: a signal is recorded at once and raised at the end of the context."""
+    """Delay KeyboardInterrupt until the end of this context, for a section that must not be left half done."""
     global _deferrals
     _deferrals += 1
     try:
@@ -100,8 +107,8 @@ def clear() -> None:
     """Forget the recorded interrupt, after it was handled."""
     global _handled_at, _arrived_at
     _handled_at = _arrived_at = None
-    # CPython remembers an interrupt of code compiled from a string (dataclasses compile some) and would end the process by SIGINT.
-    # Running any such code resets that.
+    # CPython remembers an interrupt of code compiled from a string (dataclasses compile some) and would end the process
+    # by SIGINT. Running any such code resets that.
     exec("")
 
 
@@ -119,7 +126,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _watch(read_end: int) -> None:
-    """Read signal numbers in a thread until the pipe is closed, so that a signal counts while the main thread computes."""
+    """Read signal numbers until the pipe is closed. In a thread, signals count while the main thread computes."""
     global _arrived_at
     while number := os.read(read_end, 1):
         if number == b"\0":
@@ -136,7 +143,10 @@ def _watch(read_end: int) -> None:
 
 
 def _cancel_alarm() -> None:
-    """Cancel the alarm of Ray's C++ signal handler, which gets SIGTERM first while Ray starts, passes it on and aborts 3 s later."""
+    """Cancel the alarm of Ray's C++ signal handler.
+
+    While Ray starts, that handler gets SIGTERM first, passes it on, and aborts the process 3 s later.
+    """
     # A handler other than the default would mean that the program itself has set the alarm.
     if signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
         signal.alarm(0)

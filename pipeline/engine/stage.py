@@ -1,4 +1,4 @@
-"""A stage of a command: tasks that one pool runs to the end."""
+"""A stage of a command: a group of tasks that one pool runs to the end."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a command that runs on one pool.
+    """What a stage of a command needs from its pool.
 
     Attributes:
-        name: of its progress line.
-        memory: bytes that a worker is predicted to need.
-        device: those of them that lie on its GPU, if it has one; 0: not predicted.
-        unit: what its progress counts.
-        keeps_model: a model may stay loaded from the stage before: jobs of this stage need one, and what they give does not depend on
-            what it was used for.
-        on_cpu: its jobs touch no device, so that workers take no GPU.
+        name: name on its progress line.
+        memory: bytes that a worker is predicted to need, those on a GPU included.
+        device: bytes of them that are on the GPU of a worker that has one; 0 if no prediction is made.
+        unit: plural name of what its progress counts.
+        keeps_model: workers keep the model that is loaded from the stage before. True if jobs of this stage load a
+            model, and their results do not depend on earlier uses of it.
+        on_cpu: the jobs use no device, so workers are started without a GPU.
     """
 
     name: str
@@ -35,20 +35,20 @@ class Stage:
 
 
 class Pools(Protocol):
-    """Where the stages of a command get their pools from."""
+    """Provides a pool for each stage of a command."""
 
     def __call__(self, tasks: int, stage: Stage) -> Pool:
-        """A pool for a stage of so many tasks."""
+        """Return a pool for a stage of `tasks` tasks."""
 
     def release(self) -> None:
-        """Stop the workers, so that another run gets what they take; the next stage starts new ones."""
+        """Stop the workers, so that another run can use their resources. The next stage starts new workers."""
 
 
 def run_stage(pools: Pools, stage: Stage, tasks: list[Task[V]], on_done: Callable[[TaskResult[V]], None]) -> None:
-    """Run tasks, if there are any, as one stage.
+    """Run the tasks as one stage; no-op without tasks.
 
     Raises:
-        RunError: tasks failed, after all the others ended.
+        RunError: some tasks failed. It is raised after all other tasks have ended.
     """
     if not tasks:
         return
@@ -63,10 +63,13 @@ def run_stage(pools: Pools, stage: Stage, tasks: list[Task[V]], on_done: Callabl
 
 
 def log_and_release(pools: Pools) -> Callable[[str], None]:
-    """`log`, for a run that waits for another one: its idle workers are stopped, because the other may need what they take."""
+    """Return an `on_wait` callback for a run that waits for another run.
 
-    def log_and_release(line: str) -> None:
+    It logs the line, and stops the idle workers because the other run may need their resources.
+    """
+
+    def on_wait(line: str) -> None:
         log(line)
         pools.release()
 
-    return log_and_release
+    return on_wait

@@ -1,7 +1,7 @@
 """Tasks, the jobs that they carry, and pools that run them.
 
-The engine knows nothing of what a job does. A feature defines its jobs as frozen dataclasses beside the flow that hands them out;
-`Job*` is what exists on a worker, `Task*` what the driver holds.
+The engine does not know what a job does. A feature defines its jobs as frozen dataclasses beside the flow that creates
+the tasks. Classes named `Job*` exist on workers, classes named `Task*` on the driver.
 """
 
 from collections.abc import Callable, Hashable
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from pipeline.checkpoints.tensor_io import Payload
-from pipeline.device import ROOM, is_out_of_memory
+from pipeline.device import GPU_MEMORY_REMEDY, is_out_of_memory
 from pipeline.errors import DISK_FULL_ERRNOS, DiskFull, RunError, SwscError, UserError, first_line
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import FileRecord
@@ -20,45 +20,48 @@ K = TypeVar("K", bound=Hashable)
 M = TypeVar("M")
 
 
-class ModelSlot:
-    """At most one loaded model, because loading one costs more than using it for a few windows."""
+class ModelCache:
+    """Keeps the last loaded model, because loading a model costs more than running it on a few windows."""
 
     def __init__(self) -> None:
         self._key: tuple[object, Hashable] | None = None
         self._model: Any = None
 
     def get(self, load: Callable[[K, str], M], key: K, device: str) -> M:
-        """The model `load(key, device)`, loaded again only if the slot holds another one, which is dropped first."""
+        """Return the model `load(key, device)`.
+
+        A cached model of another loader or key is dropped before the new one is loaded.
+        """
         if self._key != (load, key):
             self.clear()
             self._model, self._key = load(key, device), (load, key)
         return cast(M, self._model)
 
     def clear(self) -> bool:
-        """Drop the model; returns whether there was one."""
-        held = self._model is not None
+        """Drop the model, and return whether there was one."""
+        was_loaded = self._model is not None
         self._key = self._model = None
-        return held
+        return was_loaded
 
 
 @dataclass(frozen=True)
 class JobContext:
-    """What a worker gives to a job.
+    """What a job gets from its worker.
 
     Attributes:
         device: torch's name of the worker's device.
         threads: CPU threads of the worker.
-        models: slot for the model that jobs of one kind share.
-        inputs: payloads of `Task.payloads`, in their order.
+        models: cache of the model that consecutive jobs share.
+        inputs: the payloads behind `Task.payloads`, in the same order.
     """
 
     device: str
     threads: int
-    models: ModelSlot = field(default_factory=ModelSlot)
+    models: ModelCache = field(default_factory=ModelCache)
     inputs: tuple[Payload, ...] = ()
 
     def model(self, load: Callable[[K, str], M], key: K) -> M:
-        """The loaded model `load(key, device)`; the worker keeps it until a job asks for another one."""
+        """Return the model `load(key, device)`. The worker keeps it until a job asks for another one."""
         return self.models.get(load, key, self.device)
 
 
@@ -74,12 +77,12 @@ class Job(Protocol[V_co]):
     """Picklable work for one worker."""
 
     def run(self, context: JobContext) -> JobOutput[V_co]:
-        """Do the work; whatever it raises becomes the error of the task's result."""
+        """Do the work. An exception of any class ends the task, and `TaskResult.error` carries it."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A file that a payload is committed to, and the ticket of the run that may write it."""
+    """The file that a payload is committed to, and the ticket of the run that may write it."""
 
     ticket: Ticket
     file: str
@@ -93,9 +96,10 @@ class Task(Generic[V]):
         key: identifies the task within its run; hashable.
         job: the work.
         label: the task's name in messages.
-        payloads: handles of the payloads that become `JobContext.inputs`.
-        outputs: number of payloads that the job returns. They stay where they were computed; the driver gets handles.
-        commit_to: where the first payload is written, on the node that holds it.
+        payloads: handles of the payloads that are passed to the job as `JobContext.inputs`.
+        outputs: number of payloads that the job returns. They stay where they were computed, and the driver gets
+            handles.
+        commit_to: file to which the node that holds the first payload writes it.
         weight: bytes of work, for progress.
     """
 
@@ -109,7 +113,7 @@ class Task(Generic[V]):
 
     @property
     def kind(self) -> str:
-        """Name of the job's class: tasks of one kind take about equally long."""
+        """Name of the job's class. Tasks of one kind take about equally long."""
         return type(self.job).__name__
 
 
@@ -118,10 +122,10 @@ class TaskResult(Generic[V]):
     """How a task ended.
 
     Attributes:
-        output: what the job returned for the driver; read it by `value`.
-        payloads: handles of the job's payloads, unless the first one was committed.
-        record: of the committed file.
-        error: why the task failed, if it did.
+        output: what the job returned for the driver; read it through `value`.
+        payloads: handles of the job's payloads; empty if the first one was committed.
+        record: size and digest of the committed file.
+        error: why the task failed; None if it succeeded.
         worker: number of the worker that ran it.
     """
 
@@ -134,37 +138,40 @@ class TaskResult(Generic[V]):
 
     @property
     def value(self) -> V:
-        """What the job returned; raises the error of a task that failed."""
+        """What the job returned. Raises the error of a failed task."""
         if self.error:
             raise self.error
         return cast(V, self.output)
 
 
 class Pool(Protocol):
-    """A number of workers, each with at most one task at a time."""
+    """A number of workers, each of which runs at most one task at a time."""
 
     @property
     def size(self) -> int:
-        """Number of workers, those that are not up yet included."""
+        """Number of workers, including those that have not started yet."""
 
     def idle(self) -> list[int]:
-        """Workers that are up and may be given a task now."""
+        """Return the numbers of the workers that can take a task now."""
 
     def start(self, worker: int, task: Task[Any]) -> None:
-        """Begin a task on an idle worker."""
+        """Start a task on an idle worker."""
 
     def wait(self) -> TaskResult[Any] | None:
-        """Wait a moment for a task to end; None if none did."""
+        """Wait about a second for a task to end, and return its result; None if none has ended."""
 
     def waiting_for(self) -> str:
-        """What workers that are not up yet need, and what there is of it."""
+        """Describe the resources that workers which have not started yet need, and those that are free."""
 
     def close(self) -> None:
         """End the stage."""
 
 
 def as_swsc_error(error: BaseException, label: str) -> SwscError:
-    """The error of a job as one of `SwscError`; an unexpected one becomes a RunError with the task's label and its own class."""
+    """Convert an exception of a job to an SwscError.
+
+    An unexpected exception is converted to a RunError that names the task and the exception's class.
+    """
     if isinstance(error, UserError):
         return error
     if isinstance(error, SwscError):
@@ -172,6 +179,6 @@ def as_swsc_error(error: BaseException, label: str) -> SwscError:
     if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         return DiskFull.from_os_error(error)
     if is_out_of_memory(error):
-        return RunError(f"{label}: out of GPU memory ({first_line(error)}); {ROOM}")
+        return RunError(f"{label}: out of GPU memory ({first_line(error)}); {GPU_MEMORY_REMEDY}")
     reason = " ".join(str(error).split())
     return RunError(f"{label}: {type(error).__name__}: {reason}")

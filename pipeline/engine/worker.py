@@ -1,6 +1,7 @@
-"""A worker: runs jobs on one device. `actor.ActorWorker` wraps it in an actor, `local_pool.LocalPool` calls it directly.
+"""A worker: runs jobs on one device. `ActorWorker` runs it in a Ray actor; `LocalPool` calls it directly.
 
-A worker belongs to no model and no run: each job brings what it needs. Between two jobs a worker keeps at most one loaded model.
+A worker belongs to no model and no run, because each job brings what it needs. Between jobs a worker keeps at most one
+loaded model.
 """
 
 import gc
@@ -10,7 +11,7 @@ import torch
 
 from pipeline.checkpoints.tensor_io import Payload
 from pipeline.device import fix_arithmetic
-from pipeline.engine.task import Job, JobContext, JobOutput, ModelSlot
+from pipeline.engine.task import Job, JobContext, JobOutput, ModelCache
 
 V = TypeVar("V")
 
@@ -19,17 +20,23 @@ class Worker:
     """Runs jobs, one after the other, on one device."""
 
     def __init__(self, threads: int, device: str) -> None:
-        """Fix the number of `threads`, which LAPACK's last bit depends on. Raises ClusterError for a GPU that rounds to TF32."""
+        """Set the number of CPU threads, which determines the last bit of LAPACK's results, and the GPU's precision.
+
+        Raises:
+            ClusterError: the GPU rounds products to TF32.
+        """
         torch.set_num_threads(threads)
         fix_arithmetic(device)
         self.device, self.threads = device, threads
-        self._models = ModelSlot()
+        self._models = ModelCache()
 
     def forget_model(self) -> None:
         """Drop the loaded model and free its memory."""
         if self._models.clear():
-            gc.collect()  # modules of transformers hold each other; it takes 0.2 s, so not without need
+            # Modules of transformers reference each other. Collecting takes 0.2 s, so it happens only after a model was
+            # dropped.
+            gc.collect()
 
     def run(self, job: Job[V], *inputs: Payload) -> JobOutput[V]:
-        """Run one job, with the payloads that it needs."""
+        """Run one job on the payloads that it needs."""
         return job.run(JobContext(self.device, self.threads, self._models, inputs))

@@ -1,6 +1,9 @@
-"""Whether a model predicts a token from those before it alone: of an encoder, which sees the token itself, a perplexity means nothing.
+"""Check that a model is causal.
 
-transformers opens encoders as causal models, too, and only logs that they are none (BERT and its kin, XLM, XLNet, EmbeddingGemma).
+The perplexity of an encoder is meaningless, because an encoder attends to the token that it predicts.
+
+transformers also loads encoders as causal models and only logs a warning (BERT and its relatives, XLM, XLNet,
+EmbeddingGemma).
 """
 
 from typing import Any
@@ -11,32 +14,36 @@ from pipeline.models.stored_model import Model
 
 
 def require_causal(model: Model, trusted: bool = False) -> None:
-    """Raise CheckpointError if positions of the model attend to those that follow; nothing is said of code that a model brings."""
+    """Raise CheckpointError if tokens attend to later tokens. A model with its own code is not checked if `trusted`."""
     checkpoint = model.checkpoint
     if (trusted and "auto_map" in checkpoint.config) or not checkpoint.files:
         return
     try:
-        measured = meta_models_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))[-1].model
+        model_with_head = meta_models_of(checkpoint.config, checkpoint.store.root, len(checkpoint.tensors))[-1].model
     except UnknownModel:
         return
-    if setting := sees_ahead(measured):
+    if setting := non_causal_setting(model_with_head):
         raise CheckpointError(
-            f"{checkpoint.store.root}: by config.json ({setting}) every token of this {type(measured).__name__} sees those that follow"
-            " it, so what it predicts of them is no perplexity; measure it by the task that it was made for"
+            f"{checkpoint.store.root}: by config.json ({setting}) every token of this {type(model_with_head).__name__}"
+            " attends to later tokens, so its perplexity is meaningless; evaluate it on the task that it was trained"
+            " for"
         )
 
 
-def sees_ahead(model: Any) -> str:
-    """What of a model's config lets each token see those that follow it; "" if nothing does."""
+def non_causal_setting(model: Any) -> str:
+    """Return the setting of a model's config that lets tokens attend to later tokens; "" if there is none."""
     config = model.config
-    encoders = (vars(module).get("is_decoder") is False for module in model.modules())  # GPT-NeoX has none that asks
+    # Modules of GPT-NeoX ignore `is_decoder`, so the config alone would be misleading.
+    encoders = (vars(module).get("is_decoder") is False for module in model.modules())
     if getattr(config, "is_decoder", None) is False and any(encoders):
         return "is_decoder is false"
-    if getattr(config, "causal", None) is False:  # XLM
+    # XLM
+    if getattr(config, "causal", None) is False:
         return "causal is false"
-    if getattr(config, "attn_type", None) == "bi":  # XLNet
+    # XLNet
+    if getattr(config, "attn_type", None) == "bi":
         return 'attn_type is "bi"'
-    both = getattr(config, "use_bidirectional_attention", None)  # PaliGemma's is of pictures and what is asked of them
-    return (
-        "use_bidirectional_attention" if both == "all" or (both is True and config.model_type == "gemma3_text") else ""
-    )
+    # In PaliGemma, the value True concerns images and prompts only.
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
+    is_encoder = bidirectional == "all" or (bidirectional is True and config.model_type == "gemma3_text")
+    return "use_bidirectional_attention" if is_encoder else ""

@@ -1,4 +1,4 @@
-"""A model of transformers from the files that the project decided are the model, with dense weights in aligned memory."""
+"""Loading a model into transformers from exactly the files that belong to it, with dense weights in aligned memory."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,12 +23,14 @@ from swsc_core.storage.safetensors_header import DTYPES
 
 @dataclass(frozen=True)
 class ModelKey:
-    """What an evaluation model is loaded from and as.
+    """From where and how a model is loaded for evaluation.
 
     Attributes:
+        location: directory, object store or Hub id.
         dtype: "auto", or torch's name.
+        batch_size: windows of a batch.
         trusted: code that the model brings may be run.
-        known: digests of a model that was verified, which all that is read of it is held against.
+        known: digests of a verified model, with which all bytes that are read are compared.
     """
 
     location: str
@@ -38,26 +40,39 @@ class ModelKey:
     known: SourceDigests | None = None
 
 
-def forward(model: Any, ids: Tensor, **how: Any) -> Any:
-    """What a causal LM of transformers makes of token ids, int64 [batch, length]; nothing is kept for a next call unless told.
+def forward(model: Any, ids: Tensor, **model_args: Any) -> Any:
+    """Run a causal LM of transformers on token ids.
+
+    Args:
+        model: the model.
+        ids: int64 [batch, length].
+        model_args: arguments of the model's forward method. The KV cache is off unless they contain use_cache.
 
     Raises:
-        TextError: more tokens than the model has positions for, or others than it knows.
+        TextError: there are more tokens than positions, or tokens outside the vocabulary.
     """
     try:
-        return model(input_ids=ids, **{"use_cache": False, **how})
-    except IndexError as error:  # of a table of embeddings, on a CPU
-        positions, known = max_positions(model.config.to_dict()), model.get_input_embeddings().weight.shape[0]
+        return model(input_ids=ids, **{"use_cache": False, **model_args})
+    except IndexError as error:
+        # Raised by the lookup in an embedding on a CPU.
+        positions, vocabulary = max_positions(model.config.to_dict()), model.get_input_embeddings().weight.shape[0]
         raise TextError(
-            f"the model was made for {positions} positions and {known} tokens, its input has others ({error}): make windows"
-            " shorter, or give the model its own tokenizer"
+            f"the input exceeds the model's {positions} positions or {vocabulary} tokens ({error}); use shorter"
+            " windows, or the model's own tokenizer"
         ) from None
 
 
 def load_model(source: Model, key: ModelKey, device: str, digests: RangeDigests | None = None) -> Any:
-    """A transformers causal LM with dense weights in aligned memory, in eval mode; CheckpointError if it cannot be loaded whole.
+    """Load a causal LM of transformers with dense weights in aligned memory, in eval mode.
 
-    `digests` get those of what was read, of tensors that are stored dense.
+    Args:
+        source: the stored model.
+        key: dtype and trust.
+        device: torch's name of the device.
+        digests: filled with the digests of all tensors that are stored dense, if given.
+
+    Raises:
+        CheckpointError: the model cannot be loaded completely.
     """
     from transformers.utils import logging
 
@@ -65,34 +80,37 @@ def load_model(source: Model, key: ModelKey, device: str, digests: RangeDigests 
     dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
     with loading_errors(key.location):
         model, info = _load(source, key, dtype, digests)
-    absent = sorted(info["missing_keys"])
-    if absent:  # transformers only warns, and fills them with random numbers
+    missing = sorted(info["missing_keys"])
+    # transformers only warns, and fills missing weights with random numbers.
+    if missing:
         raise CheckpointError(
-            f"{key.location}: the files lack {len(absent)} weights of the {type(model).__name__} that config.json describes,"
-            f" {absent[0]} first; give all files of the model, or repair config.json"
+            f"{key.location}: the files lack {len(missing)} weights of the {type(model).__name__} in config.json, first"
+            f" {missing[0]}; provide all files of the model, or repair config.json"
         )
     model = model.to(device).eval()
-    align(model)  # equal weights give equal losses, wherever the header of a file leaves them
+    # The alignment of tensors in a file depends on its header; with equal alignment, equal weights give equal losses.
+    align(model)
     return model
 
 
 def meta_model(key: ModelKey) -> Any:
-    """The same model on torch's meta device: its class, config and shapes, and not a byte of weights."""
+    """Return the same model on torch's meta device, with its class, config and shapes but without weights."""
     with loading_errors(key.location):
         return load_meta_model(key.location, key.trusted).model
 
 
 def _own_dtype(source: Model, config: Any) -> str:
-    """What the model calculates in: as its config says, or the dtype of its first weight."""
-    for about in (config, config.get_text_config()):
-        if getattr(about, "dtype", None):
-            return str(about.dtype).removeprefix("torch.")
+    """The dtype of the computation: that of the config, or else that of the first floating-point weight."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "dtype", None):
+            return str(part.dtype).removeprefix("torch.")
     return DTYPES[next((dtype for dtype in map(source.dtype, source.names) if dtype in FLOAT_DTYPES), "F32")][0]
 
 
 def _load(source: Model, key: ModelKey, dtype: str, digests: RangeDigests | None) -> Any:
-    """The weights of `source`, those and no others: given a directory, transformers would choose files and apply adapters itself."""
-    empty, config = load_meta_model(key.location, key.trusted)  # from_pretrained of the Auto class insists on files
+    """Load exactly the weights of `source`. From a directory, transformers would choose files and apply adapters."""
+    # The class of the model is needed, because from_pretrained of the Auto class requires files.
+    empty, config = load_meta_model(key.location, key.trusted)
     if dtype == "auto":
         dtype = _own_dtype(source, config)
     with _weights(source, digests) as weights:
@@ -103,8 +121,8 @@ def _load(source: Model, key: ModelKey, dtype: str, digests: RangeDigests | None
     return model, info
 
 
-class _Checked:
-    """A tensor that is read, and held against its digest, once it is indexed; as a slice of safetensors, which knows no digests."""
+class _CheckedSlice:
+    """Like a slice of safetensors, but the tensor is compared with its digest when it is read, on indexing."""
 
     def __init__(self, store: Store, info: TensorInfo, digests: RangeDigests | None) -> None:
         self._store, self._info, self._digests = store, info, digests
@@ -120,25 +138,36 @@ class _Checked:
 
 
 @contextmanager
-def _weights(source: Model, digests: RangeDigests | None) -> Iterator[dict[str, Any]]:
-    """Name -> weight, or what maps it into memory when it is indexed: dense files on a disk are not copied."""
-    checkpoint, files = source.checkpoint, {}
-    in_place = checkpoint.store.is_local and not source.entries
-    with ExitStack() as opened:
-        weights: dict[str, Any] = {info.name: read_tensor(checkpoint.store, info) for info in checkpoint.buffers}
+def _weights(source: Model, digests: RangeDigests | None) -> Iterator[dict[str, object]]:
+    """Name -> tensor, or an object that maps the tensor into memory on indexing, which avoids copies of dense files."""
+    checkpoint = source.checkpoint
+    mappable = checkpoint.store.is_local and not source.entries
+    with ExitStack() as files:
+        mapped = _MappedFiles(checkpoint.store.root, files)
+        weights: dict[str, object] = {info.name: read_tensor(checkpoint.store, info) for info in checkpoint.buffers}
         for name in source.names:
             info = checkpoint.tensors.get(name)
             if info is None or source.is_compressed(name):
                 weights[name] = source.read(name)
-                continue
-            if not in_place or info.fp8 is not None:
+            elif not mappable or info.fp8 is not None:
                 weights[name] = read_tensor(checkpoint.store, info, digests)
-                continue
-            if info.sha256 or digests is not None:
-                weights[name] = _Checked(checkpoint.store, info, digests)
-                continue
-            if info.file not in files:
-                path = f"{checkpoint.store.root}/{info.file}"
-                files[info.file] = opened.enter_context(safe_open(path, framework="pt"))
-            weights[name] = files[info.file].get_slice(name)
+            elif info.sha256 or digests is not None:
+                weights[name] = _CheckedSlice(checkpoint.store, info, digests)
+            else:
+                weights[name] = mapped.slice(info)
         yield weights
+
+
+class _MappedFiles:
+    """Opens each safetensors file of a directory once."""
+
+    def __init__(self, root: str, stack: ExitStack) -> None:
+        self._root, self._stack = root, stack
+        self._files: dict[str, Any] = {}
+
+    def slice(self, info: TensorInfo) -> object:
+        """Return a tensor as a slice, which is mapped into memory when it is indexed."""
+        if info.file not in self._files:
+            path = f"{self._root}/{info.file}"
+            self._files[info.file] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._files[info.file].get_slice(info.name)

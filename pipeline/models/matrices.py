@@ -1,10 +1,12 @@
-"""From a checkpoint's tensors to the matrices that are compressed: [outputs, inputs], one projection each.
+"""The matrices of a checkpoint's tensors: [outputs, inputs], one projection each.
 
-Usually a matrix is a tensor. A tensor that fuses Q, K and V is split by the layout of its family, and one that is stored transposed
-(GPT-2's Conv1D) is transposed back, so that "output channel" means the same in every model. A part of X.weight is called X.q.weight,
-X.k.weight, …; rows of no compressed part remain as X.weight, whose shape then fits no loader that does not know the format. A stack
-X [experts, …] is the fused matrix of all rows of all its matrices, X.0.weight, X.1.weight, … or, where each of them fuses two,
-X.0.gate.weight, X.0.up.weight, …
+Usually a matrix is a whole tensor. A tensor that fuses Q, K and V is split by the layout of its family, and a tensor
+that is stored transposed (Conv1D of GPT-2) is transposed back, so that "output channel" means the same in every model.
+
+The parts of X.weight are named X.q.weight, X.k.weight, … Rows of parts that are not compressed remain as X.weight,
+whose shape then fits no loader that does not know the format. A stack X [experts, …] is treated as one fused matrix
+with the rows of all its matrices X.0.weight, X.1.weight, … If each expert fuses two matrices, they are X.0.gate.weight,
+X.0.up.weight, …
 """
 
 import math
@@ -24,11 +26,11 @@ from swsc_core.storage.row_blocks import RowBlocks, require_partition
 
 @dataclass(frozen=True)
 class FusedTensor:
-    """A tensor some of whose matrices are compressed one by one; the rows of all others remain in it.
+    """A fused tensor with matrices that are compressed separately. The rows of its other matrices remain in it.
 
     Attributes:
-        tensor: in the source.
-        matrices: the compressed ones.
+        tensor: the tensor in the source.
+        matrices: its compressed matrices.
     """
 
     tensor: TensorInfo
@@ -36,19 +38,19 @@ class FusedTensor:
 
     @property
     def row_blocks(self) -> list[RowBlocks]:
-        """The rows of each matrix among those of the fused matrix [m, n]."""
+        """The rows of each compressed matrix within the fused matrix [m, n]."""
         return [rows for matrix in self.matrices if (rows := matrix.location.row_blocks)]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[m, n] of the fused matrix; of a stack it has the rows of all its matrices."""
+        """[m, n] of the fused matrix. The fused matrix of a stack has the rows of all experts."""
         *experts, a, b = self.tensor.shape
         m, n = (b, a) if self.matrices[0].location.transposed else (a, b)
         return m * math.prod(experts), n
 
     @property
     def fused_matrices(self) -> list[MatrixInfo]:
-        """What is read at once: the fused matrix, or that of each expert."""
+        """The matrices that are read at a time: the fused matrix, or the matrix of each expert."""
         transposed = self.matrices[0].location.transposed
         if self.matrices[0].expert is None:
             return [whole_matrix(self.tensor, transposed)]
@@ -56,66 +58,71 @@ class FusedTensor:
 
 
 def matrices_of(checkpoint: Checkpoint, family: Family, info: TensorInfo) -> list[MatrixInfo]:
-    """The matrices that a tensor consists of, in the order of its rows; none if it is neither a matrix nor a stack.
+    """Return the matrices of a tensor, in the order of its rows; an empty list if it is neither a matrix nor a stack.
 
     Raises:
-        CheckpointError: its shape does not fit what config.json says of heads or experts.
+        CheckpointError: its shape does not fit the heads or experts in config.json.
     """
     role = family.role_of(info.name)
     if is_stack(info):
-        return [found for number in range(info.shape[0]) for found in _of_expert(checkpoint, role, info, number)]
+        experts = range(info.shape[0])
+        return [matrix for number in experts for matrix in _matrices_of_expert(checkpoint, role, info, number)]
     if not is_matrix(info):
         return []
-    whole = whole_matrix(info, family.is_transposed(info.name), role.roles[0] if role.roles else None)
+    matrix = whole_matrix(info, family.is_transposed(info.name), role.roles[0] if role.roles else None)
     if role.layout is None:
-        return [whole]
-    parts = zip(role.roles, _rows(checkpoint, whole, role.roles, role.layout), strict=True)
-    return [whole.part(name, rows, name) for name, rows in parts]
+        return [matrix]
+    parts = zip(role.roles, _row_blocks(checkpoint, matrix, role.roles, role.layout), strict=True)
+    return [matrix.part(name, rows, name) for name, rows in parts]
 
 
-def _of_expert(checkpoint: Checkpoint, role: Role, info: TensorInfo, number: int) -> list[MatrixInfo]:
-    """The matrix of an expert, or those that it fuses. A stack that no family knows is not transposed."""
-    stack, of_all = role.stack, role.roles[0] if role.roles else None
+def _matrices_of_expert(checkpoint: Checkpoint, role: Role, info: TensorInfo, number: int) -> list[MatrixInfo]:
+    """The matrix of an expert, or the matrices that it fuses. A stack of an unknown family counts as not transposed."""
+    stack, stack_role = role.stack, role.roles[0] if role.roles else None
     try:
         transposed = stack is not None and stack.is_transposed(info.shape, text_config(checkpoint.config))
     except ValueError as error:
         raise CheckpointError(
-            f"{checkpoint.store.root}: {info.name} is {list(info.shape)}, which is no stack of its experts: {error};"
-            " download both again, or --exclude it"
+            f"{checkpoint.store.root}: {info.name} has shape {list(info.shape)}, which does not fit the experts in"
+            f" config.json ({error}); download both again, or --exclude it"
         ) from None
-    whole = expert_matrix(info, number, transposed, of_all)
+    matrix = expert_matrix(info, number, transposed, stack_role)
     if stack is None or not stack.roles:
-        return [whole]
-    parts = zip(stack.roles, _rows(checkpoint, whole, stack.roles, stack.layout), strict=True)
-    return [whole.part(name, rows, of_all) for name, rows in parts]
+        return [matrix]
+    parts = zip(stack.roles, _row_blocks(checkpoint, matrix, stack.roles, stack.layout), strict=True)
+    return [matrix.part(name, rows, stack_role) for name, rows in parts]
 
 
 def is_matrix(info: TensorInfo) -> bool:
-    """Whether a tensor can be compressed as one matrix, or as parts of one."""
-    # biases of fused experts have two dimensions
+    """Return whether a tensor can be compressed as one matrix, or as parts of one."""
+    # Biases of fused experts have two dimensions.
     bias = info.name.endswith("bias")
     return len(info.shape) == 2 and info.dtype in FLOAT_DTYPES and info.count > 0 and not bias
 
 
 def find_matrix(checkpoint: Checkpoint, name: str) -> MatrixInfo:
-    """The matrix that has a name: that of a tensor, or of a part of one.
+    """Return the matrix with a name: a whole tensor, or a part of one.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the checkpoint has no such matrix.
     """
     family = Family(checkpoint.config)
     info, part = _tensor_and_part(checkpoint, name)
-    if part and is_stack(info):  # one of hundreds of experts
-        candidates = _of_expert(checkpoint, family.role_of(info.name), info, int(part.partition(".")[0]))
+    # Building the matrices of one expert is enough, because a stack may hold hundreds.
+    if part and is_stack(info):
+        candidates = _matrices_of_expert(checkpoint, family.role_of(info.name), info, int(part.partition(".")[0]))
     else:
         candidates = matrices_of(checkpoint, family, info)
-    if (found := next((matrix for matrix in candidates if matrix.name == name), None)) is None:
-        raise CheckpointError(f"{checkpoint.store.root}: {name} is no matrix of the checkpoint; look at `swsc plan`")
-    return found
+    matrix = next((matrix for matrix in candidates if matrix.name == name), None)
+    if matrix is None:
+        raise CheckpointError(
+            f"{checkpoint.store.root}: the checkpoint has no matrix {name}; `swsc plan` lists its matrices"
+        )
+    return matrix
 
 
 def _tensor_and_part(checkpoint: Checkpoint, name: str) -> tuple[TensorInfo, str]:
-    """The tensor that holds a matrix, and the name of the part that it is ("" for the whole)."""
+    """The tensor that holds a matrix, and the name of the part ("" for a whole tensor)."""
     if name in checkpoint.tensors:
         return checkpoint.tensors[name], ""
     words = name.removesuffix(".weight").split(".")
@@ -127,26 +134,28 @@ def _tensor_and_part(checkpoint: Checkpoint, name: str) -> tuple[TensorInfo, str
 
 
 def fused_tensors(matrices: Iterable[MatrixInfo]) -> tuple[FusedTensor, ...]:
-    """The tensors that fuse some of the given matrices."""
+    """Return the fused tensors to which the given matrices belong."""
     parts: dict[str, list[MatrixInfo]] = {}
     for matrix in matrices:
         if matrix.location.row_blocks is not None:
             parts.setdefault(matrix.tensor.name, []).append(matrix)
-    return tuple(FusedTensor(found[0].tensor, tuple(found)) for found in parts.values())
+    return tuple(FusedTensor(group[0].tensor, tuple(group)) for group in parts.values())
 
 
-def _rows(checkpoint: Checkpoint, whole: MatrixInfo, roles: tuple[str, ...], layout: FusedLayout) -> list[RowBlocks]:
+def _row_blocks(
+    checkpoint: Checkpoint, fused: MatrixInfo, roles: tuple[str, ...], layout: FusedLayout
+) -> list[RowBlocks]:
     """The rows of each part of a fused matrix."""
-    where, m = checkpoint.store.root, whole.shape[0]
+    root, m = checkpoint.store.root, fused.shape[0]
     try:
         count, lengths = layout(text_config(checkpoint.config), m)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{where}: config.json does not say how {whole.name} is fused ({error!r})") from None
+        raise CheckpointError(f"{root}: config.json does not define how {fused.name} is fused ({error!r})") from None
     group = sum(lengths)
     parts = [RowBlocks(sum(lengths[:number]), length, group, count) for number, length in enumerate(lengths)]
     if group * count != m or not _is_partition(parts):
         raise CheckpointError(
-            f"{where}: {whole.name} has {m} rows, but by config.json {'+'.join(roles)} take {count} times"
+            f"{root}: {fused.name} has {m} rows, but by config.json {'+'.join(roles)} take {count} times"
             f" {'+'.join(map(str, lengths))}; download both again, or --exclude it"
         )
     return parts

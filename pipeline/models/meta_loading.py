@@ -1,4 +1,4 @@
-"""The model at a location on torch's meta device, with the code that it brings if that is trusted."""
+"""Loading the class and config of a model on torch's meta device, with the model's own code if it is trusted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +13,15 @@ from pipeline.errors import CheckpointError, SwscError, first_line
 
 
 def load_meta_model(location: str, trusted: bool) -> MetaModel:
-    """The model at `location` as it is measured: a causal LM, with the model's own code if that is trusted.
+    """Load the causal LM at `location` on the meta device.
+
+    Args:
+        location: directory or object store of the model.
+        trusted: code that the model brings may be run.
 
     Raises:
-        Exception: whatever transformers, or code that a model brings, may raise; `loading_errors` makes a CheckpointError of it.
+        Exception: anything that transformers or the model's code may raise; `loading_errors` converts it to
+            CheckpointError.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -26,20 +31,23 @@ def load_meta_model(location: str, trusted: bool) -> MetaModel:
         del config.quantization_config
     with torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=trusted)
-    if Path(folder, "generation_config.json").exists():  # how the model generates is read from a directory alone
+    # transformers reads the generation config only when it loads from a directory.
+    if Path(folder, "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return MetaModel(model, config if isinstance(config, type(model.config)) else config.get_text_config())
 
 
 @contextmanager
 def loading_errors(location: str) -> Iterator[None]:
-    """What transformers says, as a CheckpointError."""
+    """Convert errors of transformers, and of code that a model brings, to CheckpointError."""
     try:
         yield
     except SwscError:
-        raise  # of ours, and said already: a store that does not answer is asked again
-    except Exception as error:  # code that a model brings may raise anything
+        # For example an object store that did not answer, which is tried again.
+        raise
+    except Exception as error:
         if requires_new_process(error):
-            raise  # a GPU that is full or broken says nothing about the checkpoint
+            # The GPU is full or broken; the checkpoint is not to blame.
+            raise
         require_no_custom_code(location, error)
         raise CheckpointError(f"{location}: transformers cannot load it: {first_line(error)}") from None

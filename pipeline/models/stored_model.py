@@ -1,10 +1,11 @@
-"""A model as it lies in a directory, dense or compressed: opened from its headers, read tensor by tensor."""
+"""A model in a directory, dense or compressed: opened from its headers, read tensor by tensor."""
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipeline.architectures.model_config import ModelConfig
 from pipeline.architectures.tensor_info import TORCH_TO_SAFETENSORS, TensorInfo
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.foreign_quantization import require_unquantized
@@ -24,66 +25,71 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """A model as its user sees it: dense weights by name, whether they are stored dense or compressed."""
+    """Access to dense weights by name, whether they are stored dense or compressed.
+
+    Attributes:
+        checkpoint: the stored tensors.
+        entries: name of a compressed matrix -> its entry in config.json.
+    """
 
     checkpoint: Checkpoint
     entries: dict[str, Entry]
 
     @cached_property
     def pieces(self) -> dict[str, list[str]]:
-        """joined tensor -> its compressed pieces, by the names of their entries."""
-        found: dict[str, list[str]] = {}
+        """Fused tensor -> names of its compressed parts."""
+        pieces: dict[str, list[str]] = {}
         for name, entry in self.entries.items():
             if entry.location.tensor is not None:
-                found.setdefault(entry.location.tensor, []).append(name)
-        return found
+                pieces.setdefault(entry.location.tensor, []).append(name)
+        return pieces
 
     @property
     def names(self) -> list[str]:
-        """Names of the dense tensors, compressed ones by the name of the tensor that they stand for."""
-        whole = self.entries.keys() - {piece for own in self.pieces.values() for piece in own}
+        """Names of the dense tensors, including those that are stored compressed."""
+        whole = self.entries.keys() - {piece for pieces in self.pieces.values() for piece in pieces}
         parts = {stored for name in self.entries for stored in self.parts(name).values()}
         return [name for name in self.checkpoint.tensors if name not in parts or name in whole]
 
     def is_compressed(self, name: str) -> bool:
-        """Whether the dense tensor `name` is stored compressed, or pieces of it are."""
+        """Return whether the dense tensor `name`, or a part of it, is stored compressed."""
         return name in self.entries or name in self.pieces
 
     @property
     def weights(self) -> int:
-        """Number of weights, those of compressed tensors as what they stand for."""
+        """Number of weights of the dense model."""
         return sum(self.count(name) for name in self.names)
 
     def count(self, name: str) -> int:
-        """Number of weights of the dense tensor `name`."""
+        """Return the number of weights of the dense tensor `name`."""
         return math.prod(self.shape(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the dense tensor `name`."""
+        """Return the shape of the dense tensor `name`."""
         if name in self.entries:
             return self.entries[name].location.tensor_shape(*self.entries[name].shape)
-        rest = self.checkpoint.tensors[name].shape
+        stored = self.checkpoint.tensors[name].shape
         if name not in self.pieces:
-            return rest
-        own = [self.entries[piece] for piece in self.pieces[name]]
-        return own[0].location.tensor_shape(rest[0] + sum(entry.shape[0] for entry in own), rest[1])
+            return stored
+        parts = [self.entries[piece] for piece in self.pieces[name]]
+        return parts[0].location.tensor_shape(stored[0] + sum(entry.shape[0] for entry in parts), stored[1])
 
     def dtype(self, name: str) -> str:
-        """safetensors' name of the dtype of the dense tensor `name`."""
+        """Return safetensors' name of the dtype of the dense tensor `name`."""
         entry = self.entries.get(self.pieces[name][0] if name in self.pieces else name)
         return TORCH_TO_SAFETENSORS[entry.dtype] if entry else self.checkpoint.tensors[name].dtype
 
     def nbytes(self, name: str) -> int:
-        """Bytes of the dense tensor `name`."""
+        """Return the bytes of the dense tensor `name`."""
         return self.count(name) * BITS[self.dtype(name)] // 8
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The model's own config, without what says that it is compressed."""
+    def config(self) -> ModelConfig:
+        """The config of the dense model: without the key that describes the compression."""
         return {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
 
     def location(self, name: str) -> MatrixLocation:
-        """Where the matrix `name` lies in the dense model: that of an entry, or a matrix of a dense checkpoint."""
+        """Return the location of the matrix `name` in the dense model, whether it is stored dense or compressed."""
         from pipeline.models.matrices import find_matrix
 
         if name in self.entries:
@@ -91,11 +97,14 @@ class Model:
         return find_matrix(self.checkpoint, name).location
 
     def parts(self, tensor: str) -> dict[str, str]:
-        """part -> stored name, of a compressed tensor."""
+        """Return the stored name of each part of a compressed tensor."""
         return {part: part_name(tensor, part) for part in self.entries[tensor].part_shapes()}
 
     def read(self, name: str, bare: bool = False) -> "Tensor":
-        """The dense tensor `name`, on the CPU; if `bare`, without the low-rank part of one that is compressed whole."""
+        """Read the dense tensor `name`, on the CPU.
+
+        If `bare`, the low-rank part of a tensor that is compressed as one matrix is left out.
+        """
         if not self.is_compressed(name):
             return read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
         if name in self.pieces:
@@ -103,7 +112,7 @@ class Model:
         return self.entries[name].location.to_checkpoint_layout(self.read_matrix(name, bare))
 
     def read_matrix(self, name: str, bare: bool = False) -> "Tensor":
-        """The matrix [outputs, inputs] `name`, on the CPU: what an entry stands for, or a matrix of a dense checkpoint."""
+        """Read the matrix [outputs, inputs] `name`, on the CPU, from an entry or from a dense checkpoint."""
         from pipeline.models.matrices import find_matrix
         from swsc_core.compressed.codec import checked_matrix_of
 
@@ -113,27 +122,29 @@ class Model:
         return matrix.without_low_rank() if bare else matrix.restore()
 
     def _fused(self, name: str) -> "Tensor":
-        rest = read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
+        remaining_rows = read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
         parts = self.pieces[name]
         rows = row_blocks_of(self.entries[part].location for part in parts)
-        fused = fuse_rows(rest, rows, map(self.read_matrix, parts))
+        fused = fuse_rows(remaining_rows, rows, map(self.read_matrix, parts))
         return self.entries[parts[0]].location.to_checkpoint_layout(fused)
 
     def read_parts(self, name: str) -> dict[str, "Tensor"]:
-        """part -> tensor, of a compressed tensor, on the CPU."""
+        """Read the parts of a compressed tensor, on the CPU, by the names of the parts."""
         tensors, store = self.checkpoint.tensors, self.checkpoint.store
-        return {part: read_tensor(store, tensors[where]) for part, where in self.parts(name).items()}
+        return {part: read_tensor(store, tensors[stored]) for part, stored in self.parts(name).items()}
 
 
 def open_model(location: str, known: SourceDigests | None = None) -> Model:
     """Open a dense or compressed model from its headers.
 
     Args:
-        known: of a model that was verified: other bytes than those are never read.
+        location: directory, object store or Hub id.
+        known: digests of a verified model; other bytes are never read.
 
     Raises:
-        CheckpointError: as `open_checkpoint`; an unfinished or incomplete output; a format or method not known here.
-        StoreError: what describes the model is read as other bytes than when it was verified.
+        CheckpointError: as `open_checkpoint`; the output is unfinished or incomplete; the format or a method is
+            unknown.
+        StoreError: files that describe the model have changed since it was verified.
     """
     checkpoint = open_checkpoint(location)
     if known:
@@ -147,34 +158,36 @@ def open_model(location: str, known: SourceDigests | None = None) -> Model:
     except ValueError as error:
         raise CheckpointError(f"{location}: {error}") from None
     model = Model(checkpoint, entries)
-    missing = [at for name in model.entries for at in model.parts(name).values() if at not in checkpoint.tensors]
+    stored = [part for name in model.entries for part in model.parts(name).values()]
+    missing = [name for name in stored if name not in checkpoint.tensors]
     if missing:
         raise CheckpointError(f"{location}: {missing[0]} is missing ({len(missing)} in all); compress again")
     for name, pieces in model.pieces.items():
-        rest = None if name in model.entries else checkpoint.tensors.get(name)
+        remaining_rows = None if name in model.entries else checkpoint.tensors.get(name)
         try:
-            _require_fused(rest, [model.entries[piece] for piece in pieces])
+            _require_fused(remaining_rows, [model.entries[piece] for piece in pieces])
         except ValueError as error:
             raise CheckpointError(
-                f"{location}: the parts of {name} do not make up the fused tensor ({error}); compress again"
+                f"{location}: the parts of {name} are not a partition of the fused tensor ({error}); compress again"
             ) from None
     return model
 
 
-def _require_fused(rest: TensorInfo | None, parts: list[Entry]) -> None:
-    """Raise ValueError unless the parts of a fused tensor, by their entries, and its remaining rows make up the tensor.
+def _require_fused(remaining_rows: TensorInfo | None, parts: list[Entry]) -> None:
+    """Raise ValueError unless the parts of a fused tensor and its remaining rows are a partition of the tensor.
 
     Args:
-        rest: the tensor of the remaining rows that is stored under the fused tensor's name.
+        remaining_rows: the tensor that is stored under the fused tensor's name.
+        parts: entries of the parts.
     """
-    if rest is None or len(rest.shape) != 2:
+    if remaining_rows is None or len(remaining_rows.shape) != 2:
         raise ValueError("its remaining rows are missing")
     locations = [entry.location for entry in parts]
     common = {(location.transposed, location.n_experts) for location in locations}
     kinds = {(entry.shape[1], entry.dtype) for entry in parts}
-    if len(common) != 1 or len(kinds) != 1 or rest.shape[1] != parts[0].shape[1]:
+    if len(common) != 1 or len(kinds) != 1 or remaining_rows.shape[1] != parts[0].shape[1]:
         raise ValueError("its parts differ in columns, dtype, transposed or stacked")
     experts = locations[0].n_experts or 1
-    if (rest.shape[0] + sum(entry.shape[0] for entry in parts)) % experts:
-        raise ValueError(f"their rows are not those of {experts} matrices")
-    require_partition(rest.shape[0], row_blocks_of(locations))
+    if (remaining_rows.shape[0] + sum(entry.shape[0] for entry in parts)) % experts:
+        raise ValueError(f"the number of rows is not a multiple of {experts} experts")
+    require_partition(remaining_rows.shape[0], row_blocks_of(locations))

@@ -1,4 +1,4 @@
-"""How fast this machine is, measured for a moment: one core at the GEMM, at adding up rows, and at reading and hashing."""
+"""A short benchmark of one core: matrix products, sums of rows, and reading with hashing."""
 
 import hashlib
 import statistics
@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from pipeline.checkpoints.checkpoint import Checkpoint
 from swsc_core.method.pairwise import sum_by_label
 
-_READ_BYTES = 64 << 20  # of the largest tensor, at most
+# Bytes of the largest tensor that are read at most.
+_READ_BYTES = 64 << 20
 _REPEATS = 15
-_SIDE = 1024  # of the square matrices of the GEMM; rows that are added up are four times as long and as many
+# Side of the square matrices that are multiplied. The matrix whose rows are summed is four times as large in both
+# dimensions.
+_SIDE = 1024
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one core.
+    """Speed of one core.
 
     Attributes:
-        gemm: float32 operations a second.
-        additions: float32 additions a second of rows that share a label, which is what Lloyd's iterations are made of.
-        stream: bytes a second that are read from the source and hashed twice, as all that is written is.
+        gemm: float32 operations per second of matrix products.
+        additions: float32 additions per second when rows with the same label are summed, as in Lloyd's iterations.
+        stream: bytes per second that are read from the source and hashed twice, as everything that is written is.
     """
 
     gemm: float
@@ -30,7 +33,7 @@ class Speed:
 
 
 def measure_speed(source: Checkpoint) -> Speed:
-    """Takes about a second beside reading _READ_BYTES of the source."""
+    """Measure the speed, in about a second and the time to read _READ_BYTES of the source."""
     import torch
 
     threads = torch.get_num_threads()
@@ -44,21 +47,21 @@ def measure_speed(source: Checkpoint) -> Speed:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """The middle one of a few: the machine as it is, not as it is at its best."""
-    taken = []
+    """The median of several runs, which describes the machine under its present load better than the minimum."""
+    seconds = []
     for _ in range(_REPEATS):
         started = time.perf_counter()
         call()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def _stream(source: Checkpoint) -> float:
     largest = max(source.tensors.values(), key=lambda info: info.nbytes)
     nbytes = min(largest.nbytes, _READ_BYTES, source.store.size(largest.file) - largest.start)
     started = time.perf_counter()
-    whole, own = hashlib.sha256(), hashlib.sha256()
-    for piece in source.store.stream(largest.file, largest.start, nbytes):
-        whole.update(piece)
-        own.update(piece)
+    hashes = hashlib.sha256(), hashlib.sha256()
+    for block in source.store.stream(largest.file, largest.start, nbytes):
+        for digest in hashes:
+            digest.update(block)
     return max(1, nbytes) / (time.perf_counter() - started)

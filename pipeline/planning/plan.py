@@ -1,7 +1,7 @@
-"""From headers and settings to a plan: an action and a reason for every tensor, and the tasks that carry it out.
+"""The plan of a compression: an action and a reason for every tensor, and the tasks that carry it out.
 
-Pure: nothing is read but what the checkpoint's headers said, nothing is written. What is predicted here (bytes, bits) is
-counted by the same functions that count what is stored.
+Planning is pure: it needs only the checkpoint's headers and the settings, and writes nothing. Predicted bytes and bits
+are computed by the functions that also count what is stored.
 """
 
 from collections import defaultdict
@@ -27,8 +27,10 @@ from swsc_core.compressed.registry import part_names
 from swsc_core.method.spec import Spec
 from swsc_core.storage.location import MatrixLocation
 
-_STORED = ("compressed", "copied")  # actions after which a tensor stands in the output
-_COPY_BYTES = 2 << 30  # largest file of copied tensors: large single files are copied in parallel
+# Actions after which a tensor is stored in the output.
+_STORED = ("compressed", "copied")
+# Largest file of copied tensors, so that large source files are copied in parallel.
+_COPY_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,13 @@ class Decision:
     """What happens to one tensor of the source, and why.
 
     Attributes:
-        specs: how it is compressed; of several the one of smaller error is kept. Empty unless compressed.
-        stored_bytes: foretold bytes in the compact form (of several specs, the largest).
-        paper_bits: bits a weight as the paper counts them; None unless compressed.
+        info: the tensor, or a matrix of it.
+        action: what happens to it.
+        reason: why, for reports.
+        stored_bytes: predicted bytes in the compressed format; the largest prediction if there are several specs.
+        specs: candidates for the compression, of which the one with the smallest error is kept. Empty unless
+            compressed.
+        paper_bits: bits per weight as the paper counts them; None unless compressed.
     """
 
     info: TensorInfo | MatrixInfo
@@ -50,14 +56,14 @@ class Decision:
 
     @property
     def matrix(self) -> MatrixInfo:
-        """What is compressed; TypeError for a decision on a whole tensor."""
+        """The matrix that is compressed. Raises TypeError if the decision is about a whole tensor."""
         if not isinstance(self.info, MatrixInfo):
-            raise TypeError(f"{self.info.name} is {self.action}, a tensor that is not compressed")
+            raise TypeError(f"{self.info.name} is {self.action}, so it is not a matrix that is compressed")
         return self.info
 
     @property
     def location(self) -> MatrixLocation:
-        """Where a matrix lies in its tensor; the default for a whole tensor."""
+        """Location of a matrix in its tensor; the default location for a whole tensor."""
         return self.info.location if isinstance(self.info, MatrixInfo) else MatrixLocation()
 
 
@@ -89,7 +95,7 @@ class CopyTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions, in the source's order, and tasks, largest first within their kind."""
+    """All decisions, in the source's order, and all tasks, largest first within their kind."""
 
     decisions: tuple[Decision, ...]
     layers: tuple[LayerTask, ...]
@@ -105,58 +111,64 @@ class Plan:
 
     @property
     def stored_bytes(self) -> int:
-        """Foretold bytes of all tensors in the compact form."""
+        """Predicted bytes of all tensors in the compressed format."""
         return sum(decision.stored_bytes for decision in self.decisions)
 
     def stored_bytes_as(self, form: str) -> int:
-        """Foretold bytes of all tensors in the given output format."""
+        """Return the predicted bytes of all tensors in the output format `form`, "swsc" or "dense"."""
         dense = sum(decision.info.nbytes for decision in self.decisions if decision.action in _STORED)
         return self.stored_bytes if form == "swsc" else dense
 
 
 def make_plan(checkpoint: Checkpoint, settings: MatrixSettings, dense: bool = False) -> Plan:
-    """Decide for every tensor.
+    """Decide on every tensor.
 
     Args:
+        checkpoint: the source.
+        settings: which matrices are compressed and how.
         dense: the output holds restored weights, as in `select`.
 
     Raises:
-        ConfigError: an unknown projector, a projector or expression that selects nothing, or k, r or a budget that does
-            not fit a selected matrix.
-        CheckpointError: the source is quantized already.
+        ConfigError: a projector is unknown, a projector or expression selects nothing, or k, r or a budget does not fit
+            a selected matrix.
+        CheckpointError: the source is already quantized.
     """
     require_unquantized(checkpoint.store.root, checkpoint.tensors, checkpoint.config)
     selected = select(checkpoint, settings, dense)
-    matrices = [one.info for one in selected if one.chosen and isinstance(one.info, MatrixInfo)]
+    matrices = [choice.info for choice in selected if choice.chosen and isinstance(choice.info, MatrixInfo)]
     budget = budget_of(checkpoint, matrices, settings)
-    decisions = [_decide(one, settings, budget) for one in selected]
+    decisions = [_decide(choice, settings, budget) for choice in selected]
     if not any(decision.action == "compressed" for decision in decisions):
+        rejected = _first_rejected(decisions)
         raise ConfigError(
-            f"{checkpoint.store.root}: no tensor is selected{_first_left(decisions)}; select others by --projectors or --include"
+            f"{checkpoint.store.root}: no tensor is selected{rejected}; select others by --projectors or --include"
         )
     _require_free_names(checkpoint, decisions)
     decisions += [*_split(checkpoint, decisions), *_tied(checkpoint)]
-    decisions += [Decision(info, "left out", "a buffer that a model makes anew", 0) for info in checkpoint.buffers]
+    decisions += [
+        Decision(info, "left out", "a buffer that the model computes itself", 0) for info in checkpoint.buffers
+    ]
     decisions += [Decision(info, "left out", SCALE_REASON, 0) for info in checkpoint.scales]
     return _with_tasks(decisions)
 
 
 def _require_free_names(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> None:
-    """Raise CheckpointError if a tensor has a name that a part of a compressed one would be stored under."""
+    """Raise CheckpointError if a tensor has a name that a part of a compressed matrix needs."""
     for decision in decisions:
         name, tensor = decision.info.name, decision.location.tensor or decision.info.name
         needed = [part_name(name, part) for part in part_names() if part_name(name, part) != tensor]
-        taken = [other for other in needed if other in checkpoint.tensors]
+        taken = [part for part in needed if part in checkpoint.tensors]
         if decision.action == "compressed" and taken:
             raise CheckpointError(
-                f"{checkpoint.store.root}: {taken[0]} has a name that the compressed {name} needs; leave that out by --exclude"
+                f"{checkpoint.store.root}: the name of {taken[0]} is needed for a part of the compressed {name}; leave"
+                f" {name} out by --exclude"
             )
 
 
-def _first_left(decisions: Iterable[Decision]) -> str:
-    """The first tensor that the settings name and that is not compressed all the same, and why: of float64, say."""
-    found = next((one for one in decisions if ", but " in one.reason), None)
-    return f" ({found.info.name}: {found.reason})" if found else ""
+def _first_rejected(decisions: Iterable[Decision]) -> str:
+    """The first tensor that the settings name but that cannot be compressed, with the reason; "" if there is none."""
+    rejected = next((decision for decision in decisions if ", but " in decision.reason), None)
+    return f" ({rejected.info.name}: {rejected.reason})" if rejected else ""
 
 
 def _decide(selected: Selected, settings: MatrixSettings, budget: Budget) -> Decision:
@@ -164,26 +176,29 @@ def _decide(selected: Selected, settings: MatrixSettings, budget: Budget) -> Dec
     if not selected.chosen:
         return Decision(info, "copied", reason, info.nbytes)
     if not isinstance(info, MatrixInfo):
-        what = f"{info.dtype} {list(info.shape)} is not a matrix of a dtype that is compressed"
-        return Decision(info, "copied", f"{reason}, but {what}", info.nbytes)
+        obstacle = f"{info.dtype} {list(info.shape)} is not a matrix of a dtype that is compressed"
+        return Decision(info, "copied", f"{reason}, but {obstacle}", info.nbytes)
     return _compressed(info, reason, resolve(info, settings, budget), settings)
 
 
 def require_coverage(plan: Plan, share: float | None) -> None:
-    """Raise ConfigError if a smaller share of the weights than `share` is compressed."""
+    """Raise ConfigError if less than `share` of the weights is compressed. None accepts any share."""
     covered = sum(decision.info.count for decision in plan.compressed) / plan.weights
     if share is not None and covered < share:
         raise ConfigError(
-            f"require_coverage {share:g}: {covered:.4f} of the weights are selected; select more by --projectors or --include"
+            f"require_coverage {share:g}: {covered:.4f} of the weights are selected; select more by --projectors or"
+            " --include"
         )
 
 
 def with_specs(plan: Plan, specs: Mapping[str, tuple[Spec, ...]], settings: MatrixSettings) -> Plan:
-    """`plan` with other specs for the matrices named."""
+    """Return the plan with other specs for the matrices that `specs` names."""
     decisions = []
     for decision in plan.decisions:
-        own = specs.get(decision.info.name)
-        decisions.append(decision if own is None else _compressed(decision.matrix, decision.reason, own, settings))
+        chosen = specs.get(decision.info.name)
+        if chosen is not None:
+            decision = _compressed(decision.matrix, decision.reason, chosen, settings)
+        decisions.append(decision)
     return _with_tasks(decisions)
 
 
@@ -194,28 +209,29 @@ def _compressed(matrix: MatrixInfo, reason: str, specs: tuple[Spec, ...], settin
 
 
 def _split(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> Iterable[Decision]:
-    """The tensors whose matrices are decided on one by one."""
-    for fused in fused_tensors(one.info for one in decisions if isinstance(one.info, MatrixInfo)):
-        yield Decision(checkpoint.tensors[fused.tensor.name], "split", "joins several matrices, see its pieces", 0)
+    """Decisions on fused tensors, whose matrices have decisions of their own."""
+    matrices = (decision.info for decision in decisions if isinstance(decision.info, MatrixInfo))
+    for fused in fused_tensors(matrices):
+        yield Decision(checkpoint.tensors[fused.tensor.name], "split", "fuses several matrices, see its parts", 0)
 
 
 def _tied(checkpoint: Checkpoint) -> Iterable[Decision]:
-    """The output head that is the embedding, whether the files leave it out or hold it twice."""
+    """Decisions on output heads that share the embedding's weights, whether or not the files store a copy."""
     stored = checkpoint.tensors
     for tie in find_ties(stored, checkpoint.config, checkpoint.store.root):
         if tie.shares in stored and tie.name not in stored:
-            how = "a stored copy, shares" if tie in checkpoint.copies else "shares"
-            yield Decision(replace(stored[tie.shares], name=tie.name), "tied", f"{how} {tie.shares}", 0)
+            relation = "a stored copy, shares" if tie in checkpoint.copies else "shares"
+            yield Decision(replace(stored[tie.shares], name=tie.name), "tied", f"{relation} {tie.shares}", 0)
 
 
 def _with_tasks(decisions: list[Decision]) -> Plan:
     layers: dict[str, list[Decision]] = defaultdict(list)
     for decision in decisions:
         if decision.action == "compressed":
-            # of parts of a tensor without a layer, too, that of the tensor
+            # The tensor's name counts, because a part of a tensor outside the layers may contain a number.
             layers[layer_of(decision.matrix.tensor.name)].append(decision)
     fused = {layer: fused_tensors(item.matrix for item in items) for layer, items in layers.items()}
-    # a matrix that is copied is among the remaining rows of a fused tensor
+    # A matrix that is copied is stored with the remaining rows of its fused tensor.
     copied = [item.info for item in decisions if item.action == "copied" and isinstance(item.info, TensorInfo)]
     copies = list(_copy_groups(copied))
     files = iter(tensor_files(len(layers) + len(copies)))
@@ -234,7 +250,7 @@ def _with_tasks(decisions: list[Decision]) -> Plan:
 
 
 def _copy_groups(infos: list[TensorInfo]) -> Iterable[list[TensorInfo]]:
-    """Tensors of one source file, in its order, up to _COPY_BYTES a group."""
+    """Group tensors by source file, in its order, with at most _COPY_BYTES per group."""
     group: list[TensorInfo] = []
     for info in infos:
         if group and (group[0].file != info.file or sum(i.nbytes for i in group) + info.nbytes > _COPY_BYTES):

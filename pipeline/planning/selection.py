@@ -1,7 +1,7 @@
-"""Which matrices of a checkpoint are to be compressed: by the roles of its family, by an expression, less what is excluded.
+"""Selection of the matrices to compress: by roles of the model family or by a regular expression, minus exclusions.
 
-Nothing is guessed: a model that the table of families does not know is asked for an expression, and a role or an
-expression that selects nothing is a mistake.
+Nothing is guessed: a model that is missing in the table of families requires an expression, and a role or an expression
+that selects nothing is an error.
 """
 
 import re
@@ -18,13 +18,14 @@ from pipeline.errors import ConfigError
 from pipeline.models.matrices import is_matrix, matrices_of
 from pipeline.settings.matrix import MatrixSettings
 
-_SHOWN = 12  # kinds of tensors in a message
-_LEFT = "not selected"
+# Kinds of tensors that a message lists.
+_SHOWN = 12
+_NOT_SELECTED = "not selected"
 
 
 @dataclass(frozen=True)
 class Selected:
-    """A matrix, or a tensor that stays whole; whether it is to be compressed, and why or why not."""
+    """A matrix, or a whole tensor; whether it will be compressed, and the reason."""
 
     info: TensorInfo | MatrixInfo
     chosen: bool
@@ -32,24 +33,35 @@ class Selected:
 
 
 def select(checkpoint: Checkpoint, settings: MatrixSettings, dense: bool = False) -> list[Selected]:
-    """Every tensor in the checkpoint's order; of one that joins several, its pieces, if any of them is chosen.
+    """Select matrices of a checkpoint.
 
     Args:
-        dense: the output holds restored weights, which transformers loads as it loads the source.
+        checkpoint: the source.
+        settings: roles, included and excluded names.
+        dense: the output holds restored weights, which transformers loads like the source.
+
+    Returns:
+        An entry for every tensor, in the checkpoint's order. A tensor with several matrices has an entry for each of
+            them if any
+        of them is chosen.
 
     Raises:
-        ConfigError: an unknown role, a family without roles, a role or an expression that selects nothing.
-        CheckpointError: a joined tensor whose shape does not fit the config.
+        ConfigError: a role is unknown, the family has no roles, or a role or an expression selects nothing.
+        CheckpointError: the shape of a fused tensor does not fit the config.
     """
-    chooser = _Chooser(checkpoint, settings, dense)
-    found = [selected for info in checkpoint.tensors.values() for selected in chooser.of(info)]
-    for why in chooser.unmet:
-        raise ConfigError(f"{checkpoint.store.root}: {why} selects no tensor; {_choices(checkpoint, chooser.family)}")
-    return found
+    selector = _Selector(checkpoint, settings, dense)
+    selected = [entry for info in checkpoint.tensors.values() for entry in selector.select(info)]
+    for criterion in selector.unmatched:
+        choices = _choices(checkpoint, selector.family)
+        raise ConfigError(f"{checkpoint.store.root}: {criterion} selects no tensor; {choices}")
+    return selected
 
 
-class _Chooser:
-    """What the settings say of one tensor after the other; `unmet` are the wishes that none of them has met yet."""
+class _Selector:
+    """Applies the settings to one tensor after another.
+
+    `unmatched` lists the criteria that no tensor has matched yet.
+    """
 
     def __init__(self, checkpoint: Checkpoint, settings: MatrixSettings, dense: bool) -> None:
         self._checkpoint, self._exclude = checkpoint, settings.exclude
@@ -59,55 +71,59 @@ class _Chooser:
         if roles and not self.family.known:
             raise ConfigError(
                 f"{checkpoint.store.root}: the roles of model_type {self.family.name!r} are not known, so --projectors"
-                f" {','.join(roles)} says nothing; {_choices(checkpoint, self.family)}"
+                f" {','.join(roles)} cannot be used; {_choices(checkpoint, self.family)}"
             )
         self._roles = roles
         self._include = re.compile(settings.include) if settings.include else None
         self._refusal: LoadingRefusal = (lambda *_: None) if dense else loading_refusal(checkpoint)
-        self.unmet = [f"projector {role}" for role in roles] + (["--include"] if self._include else [])
+        self.unmatched = [f"projector {role}" for role in roles] + (["--include"] if self._include else [])
 
-    def of(self, info: TensorInfo) -> list[Selected]:
-        """A tensor or its pieces."""
+    def select(self, info: TensorInfo) -> list[Selected]:
+        """Return the entry of a tensor, or of each of its matrices."""
         if self._exclude and re.search(self._exclude, info.name):
             return [self._decide(info, info, self._role(info))]
         matrices = matrices_of(self._checkpoint, self.family, info)
-        found = [self._decide(info, matrix, matrix.role) for matrix in matrices]
-        found = found or [self._decide(info, info, self._role(info))]
-        if any(one.chosen for one in found):
-            closed = self._refusal(info.name, any(one.info.name != info.name for one in found))
-            chosen = next(one.reason for one in found if one.chosen)
-            return [Selected(info, False, f"{chosen}, but {closed}")] if closed else found
-        reason = found[0].reason
-        return [Selected(info, False, self._stack_left(info) if is_stack(info) and reason == _LEFT else reason)]
+        entries = [self._decide(info, matrix, matrix.role) for matrix in matrices]
+        entries = entries or [self._decide(info, info, self._role(info))]
+        if any(entry.chosen for entry in entries):
+            refusal = self._refusal(info.name, any(entry.info.name != info.name for entry in entries))
+            reason = next(entry.reason for entry in entries if entry.chosen)
+            return [Selected(info, False, f"{reason}, but {refusal}")] if refusal else entries
+        reason = entries[0].reason
+        if is_stack(info) and reason == _NOT_SELECTED:
+            reason = self._why_stack_not_selected(info)
+        return [Selected(info, False, reason)]
 
     def _role(self, info: TensorInfo) -> str | None:
         return next(iter(self.family.role_of(info.name).roles), None)
 
-    def _stack_left(self, info: TensorInfo) -> str:
-        """Why a stack is copied: most of a mixture's weights are in them, and none is to be passed over without a word."""
+    def _why_stack_not_selected(self, info: TensorInfo) -> str:
+        """Why a stack of experts is copied, with a remedy: most weights of a mixture are in such stacks."""
         role = self.family.role_of(info.name)
-        how = f"--projectors {role.roles[0]} selects" if role.roles else "--include REGEX with its name selects"
-        return f"{_LEFT}: a stack of {info.shape[0]} matrices, which {how}"
+        remedy = f"--projectors {role.roles[0]} selects" if role.roles else "--include REGEX with its name selects"
+        return f"{_NOT_SELECTED}: a stack of {info.shape[0]} matrices, which {remedy}"
 
-    def _decide(self, tensor: TensorInfo, own: TensorInfo | MatrixInfo, role: str | None) -> Selected:
-        names = (tensor.name, own.name)
+    def _decide(self, tensor: TensorInfo, info: TensorInfo | MatrixInfo, role: str | None) -> Selected:
+        """Decide on `info`, which is `tensor` or a matrix of it."""
+        names = (tensor.name, info.name)
         included = self._include is not None and any(self._include.search(name) for name in names)
-        why = f"projector {role}" if role in self._roles else ("--include" if included else "")
-        if not why:
-            return Selected(own, False, _LEFT)
-        self.unmet = [wish for wish in self.unmet if wish != why and not (included and wish == "--include")]
+        reason = f"projector {role}" if role in self._roles else ("--include" if included else "")
+        if not reason:
+            return Selected(info, False, _NOT_SELECTED)
+        matched = {reason, "--include"} if included else {reason}
+        self.unmatched = [criterion for criterion in self.unmatched if criterion not in matched]
         if self._exclude and any(re.search(self._exclude, name) for name in names):
-            return Selected(own, False, f"{why}, but --exclude")
+            return Selected(info, False, f"{reason}, but --exclude")
         if self.family.is_beyond(tensor.name) and not included:
             return Selected(
-                own, False, f"{why}, but in a layer after the model's last, which text does not run through"
+                info, False, f"{reason}, but in a layer after the model's last, which no token passes through"
             )
-        return Selected(own, True, why)
+        return Selected(info, True, reason)
 
 
 def _choices(checkpoint: Checkpoint, family: Family) -> str:
-    """What may be selected, in words."""
-    named = {tensor_kind(name) for name, info in checkpoint.tensors.items() if is_matrix(info) or is_stack(info)}
-    kinds = sorted(named)
+    """A description of what can be selected."""
+    names = (name for name, info in checkpoint.tensors.items() if is_matrix(info) or is_stack(info))
+    kinds = sorted(set(map(tensor_kind, names)))
     roles = f"; the roles of its family are {','.join(family.roles)}" if family.known else ""
     return f"choose by --include among {', '.join(kinds[:_SHOWN])}{' …' if len(kinds) > _SHOWN else ''}{roles}"

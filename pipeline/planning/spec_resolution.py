@@ -1,4 +1,4 @@
-"""From settings to the specs of one matrix, and what a budget leaves for all of them."""
+"""Resolves settings to the specs of one matrix, and a budget to the bytes that all selected matrices may take."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +17,29 @@ from swsc_core.storage.safetensors_header import DTYPES
 
 @dataclass(frozen=True)
 class Budget:
-    """What a matrix may take, in bits per weight, and what these count: stored bytes, or as in the paper's Table II."""
+    """Limit on the size of a matrix.
+
+    Attributes:
+        bits: bits per weight.
+        count: what the bits count: "true" for stored bytes, "paper" as in Table II of the paper.
+    """
 
     bits: float
     count: BitCount = "true"
 
 
 def budget_of(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], settings: MatrixSettings) -> Budget:
-    """The budget of each of `matrices`; of a preset that allocates, the mean of what --bits leaves for all of them.
+    """Return the budget of each matrix.
+
+    For a preset that allocates, it is the mean of what --bits leaves for all of them.
+
+    Args:
+        checkpoint: the source.
+        matrices: the matrices that are selected.
+        settings: bits, what they count and what they average over.
 
     Raises:
-        ConfigError: the smallest candidates of all matrices are larger than the budget, or nothing is left for them.
+        ConfigError: the smallest candidates of all matrices exceed the budget, or nothing is left for them.
     """
     if settings.preset_definition.allocates:
         nbytes = budget_bytes(checkpoint, matrices, settings)
@@ -38,10 +50,10 @@ def budget_of(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], settings: 
 
 
 def budget_bytes(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], settings: MatrixSettings) -> int:
-    """Bytes that --bits leaves for the matrices that are compressed.
+    """Return the bytes that --bits leaves for the matrices that are compressed.
 
     Raises:
-        ConfigError: over the whole model, what is not compressed takes all of them.
+        ConfigError: the bits average over the whole model, and the tensors that are not compressed take all of them.
     """
     bits, count = settings.budget_bits, sum(info.count for info in matrices)
     if settings.bits_over == "selected":
@@ -50,22 +62,23 @@ def budget_bytes(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], setting
     budget = int(bits * checkpoint.weights / 8) - others
     if budget <= 0:
         raise ConfigError(
-            f"bits {bits:g} over the model: tensors that are not compressed take"
-            f" {8 * others / checkpoint.weights:.3f} bits a weight alone; compress more of them, or raise --bits"
+            f"bits {bits:g} over the model: the tensors that are not compressed alone take"
+            f" {8 * others / checkpoint.weights:.3f} bits per weight; compress more of them, or raise --bits"
         )
     return budget
 
 
 def _require_affordable(matrices: Sequence[MatrixInfo], budget: int, settings: MatrixSettings) -> None:
-    """Raise ConfigError if even the smallest candidates are larger than `budget` bytes."""
+    """Raise ConfigError if even the smallest candidates exceed `budget` bytes."""
     least = {info: _least_bytes(info, settings) for info in matrices}
     if sum(least.values()) > budget:
         count = sum(info.count for info in matrices)
         worst = max(matrices, key=lambda info: least[info] / info.count)
         raise ConfigError(
-            f"bits {settings.budget_bits:g} over the {settings.bits_over}: {8 * budget / count:.3f} bits a weight are left for"
-            f" the selected matrices, the least is {8 * sum(least.values()) / count:.3f} ({worst.name}, shape"
-            f" {list(worst.shape)}: {8 * least[worst] / worst.count:.3f}); raise --bits, or --exclude what takes most"
+            f"bits {settings.budget_bits:g} over the {settings.bits_over}: {8 * budget / count:.3f} bits per weight are"
+            f" left for the selected matrices, but they need at least {8 * sum(least.values()) / count:.3f}"
+            f" ({worst.name}, shape {list(worst.shape)}: {8 * least[worst] / worst.count:.3f}); raise --bits, or"
+            " --exclude the largest ones"
         )
 
 
@@ -75,13 +88,15 @@ def _least_bytes(info: MatrixInfo, settings: MatrixSettings) -> int:
 
 
 def resolve(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> tuple[Spec, ...]:
-    """The spec of one matrix or, for the axis "auto", the specs of which the better one is kept.
+    """Return the specs of one matrix: one spec, or two for the channel axis "auto", of which the better one is kept.
 
     Args:
-        budget: for a spec that is not given in numbers.
+        info: the matrix.
+        settings: method, clusters, rank and channel axis.
+        budget: limit for a spec whose clusters and rank the settings do not give.
 
     Raises:
-        ConfigError: the numbers or the budget do not fit the matrix.
+        ConfigError: clusters, rank or the budget do not fit the matrix.
     """
     spec_type = method_named(settings.method).spec_type
     resolver = _RESOLVERS.get(spec_type)
@@ -97,41 +112,44 @@ def _resolve_swsc(info: MatrixInfo, settings: MatrixSettings, budget: Budget) ->
 
 
 Resolver = Callable[[MatrixInfo, MatrixSettings, Budget], tuple[Spec, ...]]
-# of methods whose specs depend on the matrix; those of other methods are settings alone
+# Resolvers of methods whose specs depend on the matrix. The specs of other methods follow from the settings alone.
 _RESOLVERS: dict[type[Spec], Resolver] = {SwscSpec: _resolve_swsc}
 
 
 def _provisional(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> SwscSpec:
-    """The largest candidate within the budget, or the smallest one: an estimate until allocation chooses by measurement."""
+    """The largest candidate within the budget, or else the smallest; allocation replaces it by measurements."""
     specs = _candidates(info, settings)
     return largest_within(specs, info.shape, value_bits(info.dtype, settings), budget.bits) or specs[0]
 
 
 def _candidates(info: MatrixInfo, settings: MatrixSettings) -> tuple[SwscSpec, ...]:
-    """Candidates without compensation, smallest first; ConfigError if the matrix is too small for any."""
+    """Candidates without SVD compensation, smallest first. Raises ConfigError if the matrix is too small for any."""
     specs = uncompensated(info.shape, value_bits(info.dtype, settings))
     if not specs:
-        raise ConfigError(f"{info.name}: shape {list(info.shape)} is too small to share by segments; --exclude it")
+        raise ConfigError(
+            f"{info.name}: shape {list(info.shape)} is too small for vector quantization of segments; --exclude it"
+        )
     return specs
 
 
 def _on_both_axes(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> tuple[Spec, ...]:
-    """The spec on the output axis, and that of equal stored bytes on the input axis."""
+    """The spec on the output axis, and the spec with equal stored bytes on the input axis."""
     shape, width, share = info.shape, value_bits(info.dtype, settings), settings.cluster_share
     first = _on_axis(info, "output", settings, budget)
     nbytes = first.stored_bytes(shape, width)
-    if _is_in_numbers(settings):
+    if _is_explicit(settings):
         share = replace(first, rank=0).stored_bytes(shape, width) / nbytes
     try:
         k, r = solve_budget(Geometry(*shape, "input"), 8 * nbytes / info.count, cluster_share=share, value_bits=width)
-    except ValueError:  # what the output axis takes buys nothing on the input axis: there is no choice
+    except ValueError:
+        # The bytes of the output axis are too few for any spec on the input axis.
         return (first,)
-    return first, _in_form(SwscSpec(k, r, "input", settings.n_init), settings)
+    return first, _with_options(SwscSpec(k, r, "input", settings.n_init), settings)
 
 
 def _on_axis(info: MatrixInfo, axis: ChannelAxis, settings: MatrixSettings, budget: Budget) -> SwscSpec:
-    if _is_in_numbers(settings):
-        return _of_numbers(info, axis, settings)
+    if _is_explicit(settings):
+        return _explicit_spec(info, axis, settings)
     geometry, width = Geometry(*info.shape, axis), value_bits(info.dtype, settings)
     try:
         k, r = solve_budget(
@@ -139,15 +157,16 @@ def _on_axis(info: MatrixInfo, axis: ChannelAxis, settings: MatrixSettings, budg
         )
     except ValueError as error:
         raise ConfigError(f"{info.name}: {error}; raise --bits") from None
-    return _in_form(SwscSpec(k, r, axis, settings.n_init), settings)
+    return _with_options(SwscSpec(k, r, axis, settings.n_init), settings)
 
 
-def _is_in_numbers(settings: MatrixSettings) -> bool:
+def _is_explicit(settings: MatrixSettings) -> bool:
+    """Whether the settings give clusters and rank themselves."""
     return settings.clusters is not None or settings.rank is not None
 
 
-def _of_numbers(info: MatrixInfo, axis: ChannelAxis, settings: MatrixSettings) -> SwscSpec:
-    """The spec of --clusters and --rank; ConfigError if it does not fit the matrix."""
+def _explicit_spec(info: MatrixInfo, axis: ChannelAxis, settings: MatrixSettings) -> SwscSpec:
+    """The spec of --clusters and --rank. Raises ConfigError if it does not fit the matrix."""
     k, r, channels = settings.clusters or 0, settings.rank or 0, Geometry(*info.shape, axis).channels
     if settings.segment_size is None and k >= channels:
         raise ConfigError(
@@ -157,23 +176,29 @@ def _of_numbers(info: MatrixInfo, axis: ChannelAxis, settings: MatrixSettings) -
         raise ConfigError(
             f"{info.name}: rank {r} is out of range for shape {list(info.shape)}; choose 0 to {min(info.shape)}"
         )
-    spec = _in_form(SwscSpec(k, r, axis, settings.n_init), settings)
-    if refusal := spec.shape_error(info.shape):
-        raise ConfigError(f"{info.name}: {refusal}")
+    spec = _with_options(SwscSpec(k, r, axis, settings.n_init), settings)
+    if error := spec.shape_error(info.shape):
+        raise ConfigError(f"{info.name}: {error}")
     return spec
 
 
-def _in_form(spec: SwscSpec, settings: MatrixSettings) -> SwscSpec:
-    """The spec with what the settings say beyond clusters, rank and axis."""
+def _with_options(spec: SwscSpec, settings: MatrixSettings) -> SwscSpec:
+    """The spec with the remaining options of the settings."""
     return replace(
-        spec, segment_size=settings.segment_size, codebooks=settings.codebooks, scaled=settings.scaled,
-        metric=settings.metric, feedback=settings.feedback, rounds=settings.max_rounds,
-        centroid_bits=settings.centroid_bits, factor_bits=settings.factor_bits,
-    )  # fmt: skip
+        spec,
+        segment_size=settings.segment_size,
+        codebooks=settings.codebooks,
+        scaled=settings.scaled,
+        metric=settings.metric,
+        feedback=settings.feedback,
+        rounds=settings.max_rounds,
+        centroid_bits=settings.centroid_bits,
+        factor_bits=settings.factor_bits,
+    )
 
 
 def value_bits(dtype: str, settings: MatrixSettings) -> int:
-    """Bits of a value of the storage dtype."""
+    """Return the bits of one value in the storage dtype of the settings, or else in `dtype`, safetensors' name."""
     if settings.storage_dtype:
         return 32 if settings.storage_dtype == "float32" else 16
     return 8 * DTYPES[dtype][1]

@@ -117,7 +117,7 @@ def _workers(cluster: ClusterSettings, decided: Plan, stages: Mapping[str, int])
     if cluster.address:
         from pipeline.engine.ray_backend.cluster import workers_for
 
-        return workers_for(cluster, tasks, stages["compress"], later=max(stages.values()))
+        return workers_for(cluster, tasks, stages["compress"], peak_memory_later=max(stages.values()))
     return 1 if cluster.local else cluster.workers or min(tasks, len(os.sched_getaffinity(0)))
 
 

@@ -109,7 +109,7 @@ def _measured(
 
     arithmetic = arithmetic_of(request.cluster)  # before the workers take all GPUs: it may have to ask one
     cache = cache_location(request.settings, f"{store.root}/results.json")
-    with closing(runs), worker_pools(request.cluster, largest=runs.worker_bytes) as pools:
+    with closing(runs), worker_pools(request.cluster, peak_memory_optional=runs.worker_bytes) as pools:
         runs.calibrate(Compute(pools, arithmetic), cache)
         pool = pools(runs.total_tasks, runs.stage)
         try:

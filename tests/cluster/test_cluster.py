@@ -324,7 +324,7 @@ class TestRunsThatAreCutShort:
         flags = ["--workers", "2", "--task-deadline", "10"]
         done = self.struck(cluster, model, tmp_path / "out", strike, *flags)
         ends_well(done)
-        assert re.search(r"hangs, given up after 1\d s; starting it again", done.stderr), done.stderr
+        assert re.search(r"hangs, abandoned after 1\d s; starting it again", done.stderr), done.stderr
         assert contents(tmp_path / "out") == straight
         (victim,) = victims
         self.wait_until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
@@ -402,8 +402,8 @@ class TestRunsThatAreCutShort:
     def test_a_run_whose_workers_are_killed_for_their_memory_ends_with_an_error_that_names_them(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ray_workers, "_DEATHS", 4)
-        monkeypatch.setattr(ray_workers, "_DEATHS_PER_WORKER", 2)
+        monkeypatch.setattr(ray_workers, "_MAX_DEATHS", 4)
+        monkeypatch.setattr(ray_workers, "_MAX_DEATHS_PER_WORKER", 2)
         # any use is too much
         with ray_cluster(RAY_memory_usage_threshold="0.0001", RAY_memory_monitor_refresh_ms="100") as cluster:
             done = cluster.swsc("compress", model, tmp_path / "out", *self.SLOW, "--workers", 2)

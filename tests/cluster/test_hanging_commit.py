@@ -47,6 +47,6 @@ def test_a_commit_that_hangs_is_given_up_and_done_again(tmp_path: Path) -> None:
     with ray_cluster("--num-cpus=1") as cluster:
         done = cluster.run(sys.executable, "-c", SCRIPT, cluster.address, str(tmp_path / "out"), str(tmp_path / "mark"))
     assert done.returncode == 0, done.stderr
-    assert re.search(r"a layer: its commit hangs, given up after \d+ s; starting it again", done.stderr)
+    assert re.search(r"a layer: its commit hangs, abandoned after \d+ s; starting it again", done.stderr)
     assert "swsc: model-00001-of-00001.safetensors" in done.stdout
     assert (tmp_path / "out" / "model-00001-of-00001.safetensors").stat().st_size > 4

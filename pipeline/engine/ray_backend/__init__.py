@@ -1,1 +1,1 @@
-"""The pool of Ray actors. No other module imports Ray."""
+"""Pools of Ray actors. No other module imports Ray."""

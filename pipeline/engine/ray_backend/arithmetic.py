@@ -1,4 +1,4 @@
-"""What workers will calculate with, known before anything is begun: it is part of what makes two runs the same."""
+"""The kind of device that workers will get, determined before a run because it is part of an output's identity."""
 
 import os
 import time
@@ -14,16 +14,18 @@ from pipeline.engine.ray_backend.connection import connect, joinable
 from pipeline.errors import ClusterError
 from pipeline.settings.cluster import ClusterSettings
 
-_SECONDS_OF_PATIENCE = 20.0  # of waiting for a worker's device until a line says so
+# Seconds without a worker until a line reports it, and the factor for the time between further lines.
+_PATIENCE_SECONDS, _LONGER = 20.0, 6
 
 
 def arithmetic_of(settings: ClusterSettings) -> Arithmetic:
-    """What the bytes of a run depend on beside its settings: threads of a worker, the kind of its device, torch.
+    """Return what the bytes of an output depend on besides the settings: threads, kind of device, version of torch.
 
-    Where workers get GPUs of a cluster, one of them is asked.
+    If workers get GPUs of a cluster, one worker is started to find out their model.
 
     Raises:
-        ClusterError: no cluster at the address, workers that do not fit it, GPUs of several kinds, one that torch cannot use.
+        ClusterError: no cluster answers at the address, the workers do not fit it, it has GPUs of several models, or
+            torch cannot use a GPU.
     """
     return Arithmetic(settings.threads_per_worker, _device_kind(settings))
 
@@ -34,23 +36,24 @@ def _device_kind(settings: ClusterSettings) -> str:
     if settings.local:
         return device_name(local_device(settings))
     if not ray.is_initialized():
-        where = joinable(settings.address or os.environ.get("RAY_ADDRESS"))
-        if where is None:  # one will be started on this machine
+        address = joinable(settings.address or os.environ.get("RAY_ADDRESS"))
+        # Without an address, a cluster will be started on this machine.
+        if address is None:
             return device_name(local_device(settings))
-        connect(where)
-    need = resources_of(settings, alive_nodes(), 0)
-    return _probed_kind(need) if need.gpus else "cpu"
+        connect(address)
+    resources = resources_of(settings, alive_nodes(), 0)
+    return _probed_kind(resources) if resources.gpus else "cpu"
 
 
-def _probed_kind(need: WorkerResources) -> str:
-    """The kind of device that a worker gets, as one says that is begun for this alone."""
-    probe = ray.remote(max_retries=3)(take_device).options(**need.options())
-    ref, patience = probe.remote(need.gpus), time.monotonic() + _SECONDS_OF_PATIENCE
+def _probed_kind(resources: WorkerResources) -> str:
+    """Start a task with a worker's resources, and return the kind of device that it gets."""
+    probe = ray.remote(max_retries=3)(take_device).options(**resources.options())
+    ref, patience = probe.remote(resources.gpus), time.monotonic() + _PATIENCE_SECONDS
     while not ray.wait([ref], timeout=1.0)[0]:
         signals.raise_if_interrupted()
         if time.monotonic() > patience:
-            log(f"no worker is up yet, waiting for one: {waiting_for(need)}")
-            patience = time.monotonic() + 6 * _SECONDS_OF_PATIENCE
+            log(f"no worker is up yet, waiting for one: {waiting_for(resources)}")
+            patience = time.monotonic() + _LONGER * _PATIENCE_SECONDS
     try:
         return str(ray.get(ref)[1].kind)
     except RayTaskError as error:

@@ -1,11 +1,10 @@
-"""The door to Ray: which cluster, and how many workers of which size it has room for."""
+"""Resources of a Ray cluster: how many workers of which size fit its nodes."""
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any
 
 # Ray reads these when it is imported. A cluster that is started in this process listens on loopback only and needs no
-# token; making one would leave a token file in the user's home that later clusters demand.
+# token; creating one would leave a token file in the user's home directory that later clusters demand.
 if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -18,38 +17,48 @@ from pipeline.engine.ray_backend.connection import connect as _connect
 from pipeline.errors import ClusterError
 from pipeline.settings.cluster import ClusterSettings
 
-_TYPE = "accelerator_type:"  # how Ray's names of resources begin that stand for models of GPUs
-_CUDA_HOST = 2_500_000_000  # bytes of host memory that CUDA's libraries take in each process
+# Prefix of the resources by which Ray names GPU models.
+_GPU_TYPE = "accelerator_type:"
+# Any share of such a resource places an actor on a node with that GPU model.
+_GPU_TYPE_SHARE = 0.001
+# Bytes of host memory that CUDA's libraries take in each process.
+_CUDA_HOST = 2_500_000_000
 
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """What one worker takes of a node."""
+    """What one worker takes from its node.
+
+    Attributes:
+        cpus: CPUs, as Ray counts them.
+        gpus: GPUs, or a fraction of one.
+        memory: bytes of host memory; 0 if none are requested.
+        gpu_type: Ray's name of the required GPU model; None for any.
+    """
 
     cpus: float
     gpus: float
-    memory: int = 0  # bytes; 0: not asked for
-    gpu_type: str | None = None  # as Ray calls it
+    memory: int = 0
+    gpu_type: str | None = None
 
     def fitting(self, node: dict[str, float]) -> int:
-        """Workers that fit one node: none ever spans two."""
-        wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory, **self._type}
-        return min(int(node.get(name, 0) / amount) for name, amount in wanted.items() if amount)
+        """Return how many workers fit a node; a worker never spans two."""
+        needed = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory, **self._type_resource}
+        return min(int(node.get(name, 0) / amount) for name, amount in needed.items() if amount)
 
     def covers(self, other: "WorkerResources") -> bool:
-        """Whether a worker of this size may do what one of the `other` size is meant for, on the same kind of device."""
+        """Return whether a worker of this size can do the work of one of `other` size, on the same kind of device."""
         return replace(self, memory=0) == replace(other, memory=0) and self.memory >= other.memory
 
-    def options(self) -> dict[str, Any]:
-        """As Ray's actors want to be told."""
+    def options(self) -> dict[str, object]:
+        """Return the options of a Ray actor."""
         memory = {"memory": self.memory} if self.memory else {}
         environment = {"runtime_env": {"env_vars": GPU_ENVIRONMENT}} if self.gpus else {}
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus, **memory, "resources": self._type, **environment}
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, **memory, "resources": self._type_resource, **environment}
 
     @property
-    def _type(self) -> dict[str, float]:
-        """A node with a GPU of the type has one of this resource, of which any share will do."""
-        return {f"{_TYPE}{self.gpu_type}": 0.001} if self.gpu_type and self.gpus else {}
+    def _type_resource(self) -> dict[str, float]:
+        return {f"{_GPU_TYPE}{self.gpu_type}": _GPU_TYPE_SHARE} if self.gpu_type and self.gpus else {}
 
     def __str__(self) -> str:
         memory = f" and {self.memory / 1e9:.1f} GB of memory" if self.memory else ""
@@ -58,7 +67,11 @@ class WorkerResources:
 
 
 def local_device(settings: ClusterSettings) -> str:
-    """torch's name of the device of a worker on this machine; ClusterError if a GPU was asked for and there is none."""
+    """Return torch's name of the device of a worker on this machine.
+
+    Raises:
+        ClusterError: the settings request a GPU and torch finds none.
+    """
     import torch
 
     if settings.gpus_per_worker == 0:
@@ -68,29 +81,35 @@ def local_device(settings: ClusterSettings) -> str:
     if settings.gpus_per_worker or settings.gpu_type:
         flag = "--gpus-per-worker" if settings.gpus_per_worker else "--gpu-type"
         raise ClusterError(
-            f"{flag} asks for a GPU, and torch finds none on this machine; leave it out, or calculate on CPUs by"
+            f"{flag} requests a GPU, but torch finds none on this machine; remove the flag, or compute on CPUs by"
             " --gpus-per-worker 0"
         )
     return "cpu"
 
 
-def _require_one_type(need: WorkerResources, nodes: list[dict[str, float]]) -> None:
-    """Raise ClusterError if workers may get GPUs of several models: their bytes would differ."""
+def require_one_gpu_type(resources: WorkerResources, nodes: list[dict[str, float]]) -> None:
+    """Raise ClusterError if workers could get GPUs of several models, whose results differ in their last bits."""
     types = sorted(
-        {name.removeprefix(_TYPE) for node in nodes if need.fitting(node) for name in node if name.startswith(_TYPE)}
+        {
+            name.removeprefix(_GPU_TYPE)
+            for node in nodes
+            if resources.fitting(node)
+            for name in node
+            if name.startswith(_GPU_TYPE)
+        }
     )
-    if len(types) > 1 and need.gpu_type is None:
+    if len(types) > 1 and resources.gpu_type is None:
         raise ClusterError(
-            f"the cluster has GPUs of several models ({', '.join(types)}), whose bytes differ: choose one by --gpu-type, or"
-            " calculate on CPUs by --gpus-per-worker 0"
+            f"the cluster has GPUs of several models ({', '.join(types)}), whose results differ in their last bits;"
+            " choose one by --gpu-type, or compute on CPUs by --gpus-per-worker 0"
         )
 
 
-def workers_for(settings: ClusterSettings, tasks: int, memory: int, later: int = 0) -> int:
-    """How many workers a stage of so many tasks would get; raises ClusterError as it would."""
+def workers_for(settings: ClusterSettings, tasks: int, memory: int, peak_memory_later: int = 0) -> int:
+    """Return how many workers a stage of `tasks` tasks would get. Raises ClusterError if the stage itself would."""
     started_here = _connect(settings.address)
     try:
-        resources_of(settings, alive_nodes(), max(memory, later))
+        resources_of(settings, alive_nodes(), max(memory, peak_memory_later))
         return count_workers(settings, resources_of(settings, alive_nodes(), memory), tasks)
     finally:
         if started_here:
@@ -98,53 +117,73 @@ def workers_for(settings: ClusterSettings, tasks: int, memory: int, later: int =
 
 
 def resources_of(settings: ClusterSettings, nodes: list[dict[str, float]], memory: int) -> WorkerResources:
-    """What a worker asks for. Raises ClusterError if the cluster cannot hold as many as were asked for, and will not grow."""
+    """Return what a worker requests.
+
+    Args:
+        nodes: resources of the cluster's nodes.
+        memory: bytes of host memory that a worker is predicted to need.
+
+    Raises:
+        ClusterError: the cluster cannot hold the requested number of workers, and no autoscaler adds nodes.
+    """
     gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(_most(nodes, "GPU") > 0)
     bare = WorkerResources(settings.cpus_per_worker, gpus, gpu_type=settings.gpu_type)
-    if gpus:
-        _require_one_type(bare, nodes)
+    _require_gpus(settings, bare, nodes)
+    _require_capacity(settings, bare, nodes)
+    memory += _CUDA_HOST if gpus else 0
+    resources = bare if settings.workers else replace(bare, memory=memory)
+    if not settings.elastic and not any(map(resources.fitting, nodes)):
+        raise ClusterError(
+            f"a worker is predicted to need {memory / 1e9:.1f} GB of memory, but the largest node offers Ray"
+            f" {_most(nodes, 'memory') / 1e9:.1f} GB; use a larger node, or try it all the same by --workers 1"
+        )
+    return resources
+
+
+def _require_gpus(settings: ClusterSettings, bare: WorkerResources, nodes: list[dict[str, float]]) -> None:
+    if bare.gpus:
+        require_one_gpu_type(bare, nodes)
     elif settings.gpu_type:
         raise ClusterError(
-            f"--gpu-type {settings.gpu_type} asks for GPUs, and workers get none ({_sum(nodes)}); leave it out, or use nodes that"
-            " have some"
+            f"--gpu-type {settings.gpu_type} requests GPUs, but workers get none ({_sum(nodes)}); remove the flag, or"
+            " use nodes that have GPUs"
         )
-    room = sum(map(bare.fitting, nodes))
+
+
+def _require_capacity(settings: ClusterSettings, bare: WorkerResources, nodes: list[dict[str, float]]) -> None:
+    capacity = sum(map(bare.fitting, nodes))
     if settings.elastic:
-        if not room and settings.gpus_per_worker is None:
+        if not capacity and settings.gpus_per_worker is None:
             raise ClusterError(
-                "--elastic, and no node for a worker yet: say how many GPUs to ask for by --gpus-per-worker"
+                "--elastic without a node for a worker: give the number of GPUs to request by --gpus-per-worker"
             )
-    elif room < (settings.workers or 1):
+    elif capacity < (settings.workers or 1):
         raise ClusterError(
-            f"{settings.workers or 1} workers of {bare} do not fit the cluster, which has {_sum(nodes)};"
-            " lower --workers, --cpus-per-worker or --gpus-per-worker, or say --elastic if an autoscaler is to add nodes"
+            f"{settings.workers or 1} workers of {bare} do not fit the cluster, which has {_sum(nodes)}; lower"
+            " --workers, --cpus-per-worker or --gpus-per-worker, or add --elastic if an autoscaler adds nodes"
         )
-    memory += _CUDA_HOST if gpus else 0
-    need = bare if settings.workers else replace(bare, memory=memory)
-    if not settings.elastic and not any(map(need.fitting, nodes)):
-        raise ClusterError(
-            f"a worker is foretold to need {memory / 1e9:.1f} GB of memory, the largest node offers Ray"
-            f" {_most(nodes, 'memory') / 1e9:.1f} GB; use a larger node, or --workers 1 to try it all the same"
-        )
-    return need
 
 
-def count_workers(settings: ClusterSettings, need: WorkerResources, tasks: int) -> int:
-    """How many there may be now. An autoscaler adds nodes for workers that wait, so as many again are asked for of it."""
-    room = sum(map(need.fitting, alive_nodes()))
-    return settings.workers or min(2 * max(1, room) if settings.elastic else room, max(1, tasks))
+def count_workers(settings: ClusterSettings, resources: WorkerResources, tasks: int) -> int:
+    """Return how many workers a stage may have now.
+
+    With an autoscaler that is twice the capacity of the present nodes, because waiting workers make it add nodes.
+    """
+    capacity = sum(map(resources.fitting, alive_nodes()))
+    return settings.workers or min(2 * max(1, capacity) if settings.elastic else capacity, max(1, tasks))
 
 
-def waiting_for(need: WorkerResources) -> str:
+def waiting_for(resources: WorkerResources) -> str:
+    """Describe what each worker needs, and what the cluster has."""
     free = ray.available_resources()
     return (
-        f"each needs {need}, the cluster has {_sum(alive_nodes())},"
+        f"each needs {resources}, the cluster has {_sum(alive_nodes())},"
         f" {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs of them free"
     )
 
 
 def alive_nodes() -> list[dict[str, float]]:
-    """Resources of the nodes that are alive."""
+    """Return the resources of the nodes that are alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -154,5 +193,5 @@ def _sum(nodes: list[dict[str, float]]) -> str:
 
 
 def _most(nodes: list[dict[str, float]], resource: str) -> float:
-    """What the best node has of a resource."""
+    """The largest amount of a resource on one node."""
     return max((node.get(resource, 0) for node in nodes), default=0)

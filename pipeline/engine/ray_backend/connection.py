@@ -1,6 +1,7 @@
-"""How a run gets its Ray: it joins a cluster that was named or that is shared on this machine, or starts one of its own."""
+"""Connection to Ray: a run uses the cluster at an address or one that is shared on this machine, or starts its own."""
 
 import contextlib
+import logging
 import os
 import re
 import socket
@@ -18,46 +19,55 @@ from ray.exceptions import RayError
 import pipeline
 from pipeline.console import log
 from pipeline.engine import signals
-from pipeline.engine.ray_backend.discovery import found_here, require_joinable
+from pipeline.engine.ray_backend.discovery import find_local_cluster, require_joinable
 from pipeline.errors import ClusterError
 
 _CONNECT_SECONDS = 10.0
-_LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107  # bytes of a socket's name that the system takes
-_SOCKET = (
-    "/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"  # the longest in Ray's folder, named by the driver
-)
-_ADDRESS = re.compile(
-    r"(ray://)?(\[[\da-fA-F:.%]+\]|[^\s:/\[\]][^\s/\[\]]*):\d{1,5}(/\S*)?"
-)  # of a head, or of Ray Client's server
-_PACKAGES = ("pipeline", "swsc_core")  # that workers import
+# The system's limit for the path of a socket, in bytes.
+_LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
+# The longest path of a socket in Ray's temporary folder; it contains the driver's pid.
+_SOCKET = "/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+# Address of a head, or of a server of Ray Client.
+_ADDRESS = re.compile(r"(ray://)?(\[[\da-fA-F:.%]+\]|[^\s:/\[\]][^\s/\[\]]*):\d{1,5}(/\S*)?")
+# Packages that workers import.
+_PACKAGES = ("pipeline", "swsc_core")
 
 
 def connect(address: str | None) -> bool:
-    """Connect to the cluster named, to one of this machine, or start one; True if started here."""
+    """Connect to the cluster at `address`, or to a shared one of this machine, or start one.
+
+    Returns:
+        True if a cluster was started.
+
+    Raises:
+        ClusterError: the cluster does not accept this process, or cannot be started.
+    """
     signals.raise_if_interrupted()
     signals.install_handlers()
     require_own_packages(_working_directory())
     if ray.is_initialized():
         return False
-    where = address or os.environ.get("RAY_ADDRESS") or None
+    address = address or os.environ.get("RAY_ADDRESS") or None
     try:
-        joined = joinable(where)
-        if joined:
-            _init(joined)
+        existing = joinable(address)
+        if existing:
+            _init(existing)
         else:
             with signals.deferred(), _loopback_only():
                 _init("local", include_dashboard=False, **_temporary())
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split())
         raise ClusterError(
-            f"no Ray cluster at {where or 'this machine'}: {reason}; check --address, RAY_ADDRESS and RAY_AUTH_MODE, or start"
-            " one by --address local"
+            f"no Ray cluster at {address or 'this machine'}: {reason}; check --address, RAY_ADDRESS and RAY_AUTH_MODE,"
+            " or start one by --address local"
         ) from None
-    return not joined
+    return not existing
 
 
 def _temporary() -> dict[str, str]:
-    """Where a cluster that is started keeps its sockets: Ray's own choice, or /tmp where that makes their names too long for the system.
+    """Return arguments of `ray.init` for the folder of a new cluster's sockets.
+
+    Ray's own choice holds unless it makes the sockets' paths too long for the system; then they go to /tmp/ray.
 
     Raises:
         ClusterError: RAY_TMPDIR is too long.
@@ -68,16 +78,22 @@ def _temporary() -> dict[str, str]:
         return {}
     if "RAY_TMPDIR" in os.environ:
         raise ClusterError(
-            f"RAY_TMPDIR: {folder} is too long for the names of Ray's sockets; give one of at most {longest - len('/ray')} bytes"
+            f"RAY_TMPDIR: {folder} is too long for the paths of Ray's sockets; use a path of at most"
+            f" {longest - len('/ray')} bytes"
         )
     log(
-        f"note: {folder} (TMPDIR) is too long for the names of Ray's sockets, it uses /tmp/ray; RAY_TMPDIR chooses another"
+        f"note: {folder} (TMPDIR) is too long for the paths of Ray's sockets, so Ray uses /tmp/ray; set RAY_TMPDIR to"
+        " use another folder"
     )
     return {"_temp_dir": "/tmp/ray"}
 
 
 def _working_directory() -> Path:
-    """Where the command runs; ClusterError if it was removed: a node that shares its --temp-dir with another unpacks a job's package anew."""
+    """Return the working directory.
+
+    Raises:
+        ClusterError: it was removed. That happens when nodes that share a --temp-dir unpack the package of a job again.
+    """
     try:
         return Path.cwd()
     except FileNotFoundError:
@@ -85,59 +101,63 @@ def _working_directory() -> Path:
 
 
 def require_own_packages(folder: Path) -> None:
-    """Raise ClusterError if `folder`, the working directory, where workers look first, hides this tool's packages from them."""
+    """Raise ClusterError if the working directory `folder`, where workers import from first, shadows our packages."""
     home = Path(pipeline.__file__).resolve().parents[1]
-    names = [found for name in _PACKAGES for found in (folder / name / "__init__.py", folder / f"{name}.py")]
-    if folder.resolve() != home and (there := [name for name in names if name.exists()]):
+    modules = [path for name in _PACKAGES for path in (folder / name / "__init__.py", folder / f"{name}.py")]
+    if folder.resolve() != home and (shadowing := [path for path in modules if path.exists()]):
         raise ClusterError(
-            f"Ray's workers would take {there[0]} for this tool's own: rename it, or run the command from another directory"
-            " or with --local"
+            f"Ray's workers would import {shadowing[0]} instead of this tool's package: rename it, or run the command"
+            " from another directory or with --local"
         )
 
 
-def joinable(where: str | None) -> str | None:
-    """Address of the cluster to be joined; None to start one. An empty address, as of a variable that is set to nothing, is none.
+def joinable(address: str | None) -> str | None:
+    """Return the address of the cluster to join; None if one has to be started.
+
+    Args:
+        address: "local", "auto", an address, or None. An empty string, as of a variable that is set to nothing, counts
+            as None.
 
     Raises:
-        ClusterError: one that was asked for and cannot be joined, or what is no address.
+        ClusterError: this process cannot join the requested cluster, or `address` is not an address.
     """
-    where = where or None
-    if where == "local":
+    if address == "local":
         return None
-    if where is None:
-        return found_here(log)
-    if where == "auto":
-        if found := found_here(log):
-            return found
-        raise ClusterError("no Ray cluster on this machine: start one by `ray start --head`, or leave --address out")
-    if where.startswith(("http://", "https://")):
+    if not address:
+        return find_local_cluster(log)
+    if address == "auto":
+        if local_cluster := find_local_cluster(log):
+            return local_cluster
+        raise ClusterError("no Ray cluster on this machine: start one by `ray start --head`, or remove --address")
+    if address.startswith(("http://", "https://")):
         raise ClusterError(
-            f"{where} is a dashboard's address, for `ray job submit`: give the head's own, host:port, or leave --address out"
+            f"{address} is the address of a dashboard, for `ray job submit`; give the head's host:port, or remove"
+            " --address"
         )
-    if not _ADDRESS.fullmatch(where):
+    if not _ADDRESS.fullmatch(address):
         raise ClusterError(
-            f"no Ray cluster at {where!r}: wanted host:port, auto or local; check --address and RAY_ADDRESS"
+            f"no Ray cluster at {address!r}: expected host:port, auto or local; check --address and RAY_ADDRESS"
         )
-    _require_listener(where)
-    if "://" not in where:
-        require_joinable(where)
-    return where
+    _require_listener(address)
+    if "://" not in address:
+        require_joinable(address)
+    return address
 
 
 def _init(address: str, **more: Any) -> None:
-    """`ray.init`, and handlers of signals as they were before: Ray puts its own in their place."""
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    """Call `ray.init`, and restore our signal handlers, which Ray replaces."""
     try:
-        with _no_handler_of_rays():
-            ray.init(address=address, **quiet, **more)
+        with _without_sigterm_handler():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **more)
     finally:
-        signals.install_handlers()  # its C++ part puts one there, too, that ends the process with a stack trace
+        # Ray's C++ part also installs a handler, which ends the process with a stack trace.
+        signals.install_handlers()
         signals.raise_if_interrupted()
 
 
 @contextlib.contextmanager
-def _no_handler_of_rays() -> Iterator[None]:
-    """Ray's own handler of SIGTERM ends the process wherever it is, with the number of the signal as its exit code."""
+def _without_sigterm_handler() -> Iterator[None]:
+    """Keep Ray from installing its handler of SIGTERM, which exits at any point, with the signal as the exit code."""
     real = ray_utils.set_sigterm_handler
     ray_utils.set_sigterm_handler = lambda handler: None
     try:
@@ -148,10 +168,10 @@ def _no_handler_of_rays() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loopback_only() -> Iterator[None]:
-    """A cluster that is started now is out of reach for other machines: its ports ask for no token.
+    """Let a cluster that is started in this context listen on loopback only, because its ports require no token.
 
-    Ray replaces a loopback address by the machine's own wherever it may build clusters of several machines; that it may not
-    here is said to its processes by the environment, and to this one, which has read it already, by Ray's constant.
+    Ray replaces a loopback address by the machine's own, unless clusters of several machines are switched off. Ray's
+    processes read that switch from the environment; this process has already read it into a constant of Ray.
     """
     name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
     before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
@@ -166,7 +186,10 @@ def _loopback_only() -> Iterator[None]:
 
 
 def _require_listener(address: str) -> None:
-    """Raise ClusterError if nobody listens at host:port: Ray itself would try for minutes and then end the process."""
+    """Raise ClusterError if nothing listens at host:port.
+
+    Ray itself would retry for minutes and then end the process.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return

@@ -1,7 +1,7 @@
-"""Ray clusters that a run may join: what the head of one says of itself, and which there are on this machine.
+"""Discovery of Ray clusters: a query to the head of a cluster, and a search for clusters on this machine.
 
-Ray itself tries for minutes to join a cluster that does not answer, refuses the token, or listens where it does not look. So the head
-is asked first, in one request with a deadline.
+Ray itself retries for minutes to join a cluster that does not answer, refuses the token, or listens at another address.
+Therefore the head is queried first, in one request with a deadline.
 """
 
 import json
@@ -22,23 +22,24 @@ from ray.exceptions import AuthenticationError
 
 from pipeline.errors import ClusterError
 
-_ASK_SECONDS = 5.0
+_QUERY_SECONDS = 5.0
 _REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
-_OWN = "or start one of this run's own by --address local"
-_BY = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+_START_ONE = "or start a cluster for this run alone by --address local"
+_TOKEN_SOURCES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
 
 
 class TokenRefused(ClusterError):
-    """A cluster that is there and does not let this command in."""
+    """A cluster that answers, but refuses the token of this command."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the head of a cluster says of it.
+    """Description of a cluster by its head.
 
     Attributes:
-        private: `ray.init` has started it; it ends with the program that did, and is that program's own.
-        other_versions: what it runs, if that is not what this process runs; "" if it is.
+        address: host:port.
+        private: another program started it by `ray.init`; it ends with that program.
+        other_versions: versions of Ray and Python, if they differ from those of this process; else "".
     """
 
     address: str
@@ -46,23 +47,23 @@ class Head:
     other_versions: str
 
 
-def ask(address: str) -> Head:
-    """Ask the head of the cluster at host:port.
+def query_head(address: str) -> Head:
+    """Query the head of the cluster at host:port.
 
     Raises:
-        TokenRefused: it wants another token than the one that this process sends, or one at all.
-        ClusterError: nobody answers there within seconds, or somebody who is not the head of a Ray cluster.
+        TokenRefused: it requires a token, and this process sends none or another one.
+        ClusterError: nothing answers within seconds, or what answers is not the head of a Ray cluster.
     """
     try:
         with init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
             request = InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
-            answer = InternalKVGcsServiceStub(channel).InternalKVGet(request, timeout=_ASK_SECONDS)
-        about = json.loads(answer.value)
-        return Head(address, bool(about.get("ray_init_cluster")), _other_versions(about))
+            answer = InternalKVGcsServiceStub(channel).InternalKVGet(request, timeout=_QUERY_SECONDS)
+        metadata = json.loads(answer.value)
+        return Head(address, bool(metadata.get("ray_init_cluster")), _other_versions(metadata))
     except AuthenticationError:
         raise TokenRefused(
-            f"RAY_AUTH_MODE is token and there is no token for the Ray cluster at {address}: give it by {_BY}, or set"
-            f" RAY_AUTH_MODE=disabled if that cluster asks for none, {_OWN}"
+            f"RAY_AUTH_MODE is token, but there is no token for the Ray cluster at {address}: give it by"
+            f" {_TOKEN_SOURCES}, set RAY_AUTH_MODE=disabled if that cluster requires none, {_START_ONE}"
         ) from None
     except grpc.RpcError as error:
         raise _no_answer(address, error) from None
@@ -76,62 +77,71 @@ def _no_answer(address: str, error: grpc.RpcError) -> ClusterError:
     code = error.code() if isinstance(error, grpc.Call) else None
     if code in _REFUSED and os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
         return TokenRefused(
-            f"the Ray cluster at {address} refuses the token that this command sends: give that cluster's own by {_BY}, {_OWN}"
+            f"the Ray cluster at {address} refuses the token that this command sends: give that cluster's token by"
+            f" {_TOKEN_SOURCES}, {_START_ONE}"
         )
     if code in _REFUSED:
         return TokenRefused(
-            f"the Ray cluster at {address} demands a token and this command sends none: set RAY_AUTH_MODE=token and give the"
-            f" token by {_BY}, {_OWN}"
+            f"the Ray cluster at {address} requires a token, but this command sends none: set RAY_AUTH_MODE=token and"
+            f" give the token by {_TOKEN_SOURCES}, {_START_ONE}"
         )
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ClusterError(
-            f"no head of a Ray cluster at {address}: something else answers there; give the head's own port, 6379 unless it"
-            f" was started with another, {_OWN}"
+            f"no head of a Ray cluster at {address}: something else answers there; give the port of the head, which is"
+            f" 6379 unless it was started with another, {_START_ONE}"
         )
-    why = f"no answer within {_ASK_SECONDS:.0f} s" if code is grpc.StatusCode.DEADLINE_EXCEEDED else "it is not reached"
-    return ClusterError(f"no Ray cluster at {address}: {why}; check --address and RAY_ADDRESS, {_OWN}")
+    timed_out = code is grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = f"no answer within {_QUERY_SECONDS:.0f} s" if timed_out else "it cannot be reached"
+    return ClusterError(f"no Ray cluster at {address}: {reason}; check --address and RAY_ADDRESS, {_START_ONE}")
 
 
-def _other_versions(about: dict[str, Any]) -> str:
+def _other_versions(metadata: Any) -> str:
+    """Versions in the metadata of a cluster, which is JSON of Ray; "" if they fit this process."""
     try:
-        check_version_info(about, "this machine")
+        check_version_info(metadata, "this machine")
     except RuntimeError:
-        return f"Ray {about.get('ray_version')} with Python {about.get('python_version')}"
+        return f"Ray {metadata.get('ray_version')} with Python {metadata.get('python_version')}"
     return ""
 
 
-def _unlike(head: Head) -> str:
-    own = f"Ray {ray.__version__} with Python {platform.python_version()}"
-    return f"the Ray cluster at {head.address} runs {head.other_versions}, this command {own}"
+def _describe_mismatch(head: Head) -> str:
+    versions = f"Ray {ray.__version__} with Python {platform.python_version()}"
+    return f"the Ray cluster at {head.address} runs {head.other_versions}, this command {versions}"
 
 
 def require_joinable(address: str) -> None:
-    """Raise ClusterError if a run that was told to join the cluster at host:port cannot."""
-    # Ray puts the machine's own address in the place of a loopback one: it is there that it must be listening.
-    for place in dict.fromkeys([address, services.canonicalize_bootstrap_address(address) or address]):
-        head = ask(place)
+    """Raise ClusterError if this process cannot join the cluster at host:port."""
+    # Ray replaces a loopback address by the machine's own, so the head must listen there as well.
+    for candidate in dict.fromkeys([address, services.canonicalize_bootstrap_address(address) or address]):
+        head = query_head(candidate)
         if head.private:
             raise ClusterError(
-                f"the Ray cluster at {address} is another program's own and ends with it: leave --address out to start one of this"
-                " run's own, or start one to share by `ray start --head`"
+                f"the Ray cluster at {address} belongs to another program and ends with it: remove --address to start a"
+                " cluster for this run alone, or start one to share by `ray start --head`"
             )
         if head.other_versions:
-            raise ClusterError(f"{_unlike(head)}: use an environment with the cluster's versions, {_OWN}")
+            raise ClusterError(
+                f"{_describe_mismatch(head)}: use an environment with the cluster's versions, {_START_ONE}"
+            )
 
 
-def found_here(tell: Callable[[str], None]) -> str | None:
-    """Address of a cluster that `ray start` has made on this machine and that this process may join; None if there is none.
+def find_local_cluster(on_skip: Callable[[str], None]) -> str | None:
+    """Return the address of a cluster that `ray start` has started on this machine, or None.
 
-    `tell` gets a line on each one that is passed over, but for those that other programs have started for themselves.
+    Clusters that this process cannot join are skipped.
+
+    Args:
+        on_skip: called with a line for each cluster that is skipped, except for private ones of other programs.
 
     Raises:
-        TokenRefused: the one that the last `ray start` has made wants a token.
+        TokenRefused: the cluster of the last `ray start` requires a token.
     """
     owners = _owners()
-    recorded = read_ray_address(None)  # by the last `ray start`; nobody removes it if that cluster is killed
+    # Recorded by the last `ray start`. The record remains if that cluster is killed.
+    recorded = read_ray_address(None)
     for address in dict.fromkeys([*([recorded] if recorded else []), *sorted(owners)]):
         try:
-            reason = _passed_over(address, owners.get(address))
+            reason = _why_skipped(address, owners.get(address))
         except TokenRefused as refused:
             if address == recorded:
                 raise
@@ -139,36 +149,37 @@ def found_here(tell: Callable[[str], None]) -> str | None:
         if reason is None:
             return address
         if reason:
-            tell(f"note: {reason}; not joined")
+            on_skip(f"note: {reason}; this run does not use it")
     return None
 
 
-def _passed_over(address: str, owner: int | None) -> str | None:
-    """Why a cluster is not joined, "" for one that is nobody's business; None if it may be."""
+def _why_skipped(address: str, owner: int | None) -> str | None:
+    """Why a cluster is skipped: "" for a private one, which needs no note; None if this process can join it."""
     if owner not in (None, os.getuid()) and os.getuid() != 0:
         return f"the Ray cluster at {address} belongs to another user"
     try:
-        head = ask(address)
+        head = query_head(address)
     except TokenRefused:
         raise
     except ClusterError as error:
         return str(error).partition(";")[0] if owner is None else f"the Ray cluster at {address} does not answer"
     if head.private:
         return ""
-    return _unlike(head) if head.other_versions else None
+    return _describe_mismatch(head) if head.other_versions else None
 
 
 def _owners() -> dict[str, int]:
-    """Address of each cluster that has a node on this machine -> user of that node's process."""
-    import psutil  # Ray brings it along
+    """Address of each cluster that has a node on this machine -> user id of that node's process."""
+    # psutil is a dependency of Ray.
+    import psutil
 
-    found: dict[str, int] = {}
+    owners: dict[str, int] = {}
     for process in psutil.process_iter(["name", "cmdline", "uids"]):
-        about = process.info
-        if about["name"] != "raylet" or not about["cmdline"]:
+        info = process.info
+        if info["name"] != "raylet" or not info["cmdline"]:
             continue
-        words = [word for argument in about["cmdline"] for word in argument.split()]
+        words = [word for argument in info["cmdline"] for word in argument.split()]
         for word in words:
             if word.startswith("--gcs-address="):
-                found[word.partition("=")[2]] = about["uids"].real if about["uids"] else os.getuid()
-    return found
+                owners[word.partition("=")[2]] = info["uids"].real if info["uids"] else os.getuid()
+    return owners

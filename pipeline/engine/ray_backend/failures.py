@@ -1,17 +1,17 @@
-"""What the failure of a task under Ray means: a pure decision; `ray_pool` carries out what follows from it."""
+"""Classification of a task's failure under Ray. It is a pure decision; the pool carries out what follows from it."""
 
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from ray.exceptions import ObjectLostError, OutOfDiskError, RayError, RayTaskError
 
-from pipeline import device as gpu
+from pipeline.device import is_out_of_memory, requires_new_process
 from pipeline.engine.task import as_swsc_error
 from pipeline.errors import DiskFull, NodeLost, PayloadLost, SwscError, WorkerLost, first_line
 
 
 class Phase(Enum):
-    """The two parts of a task: its job on a worker, then the commit of a payload, which is a process of its own."""
+    """The two phases of a task: its job on a worker, then the commit of a payload, which is a Ray task of its own."""
 
     JOB = auto()
     COMMIT = auto()
@@ -20,53 +20,70 @@ class Phase(Enum):
 class Cause(Enum):
     """Why a task failed."""
 
-    ERROR = auto()  # the job or the commit raised; the worker is sound
-    GPU_MEMORY = auto()  # the memory of the GPU was too small; another process may have had it
-    DISK_FULL = auto()  # the disk that Ray moves objects to
-    INPUT_LOST = auto()  # an input payload, with its node
-    NODE_LOST = auto()  # the worker's node
-    WORKER_LOST = auto()  # the worker's process died, or cannot use its GPU any more
-    COMMIT_LOST = auto()  # the process of the commit, or the payload that it was to write
+    # The job or the commit raised an exception; the worker is intact.
+    ERROR = auto()
+    # The GPU had too little free memory; another process may have used it.
+    GPU_MEMORY = auto()
+    # The disk to which Ray moves objects is full.
+    DISK_FULL = auto()
+    # An input payload was lost with its node.
+    INPUT_LOST = auto()
+    # The worker's node was lost.
+    NODE_LOST = auto()
+    # The worker's process died, or can no longer use its GPU.
+    WORKER_LOST = auto()
+    # The process of the commit died, or the payload that it had to write was lost.
+    COMMIT_LOST = auto()
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What happened, and the error that the driver gets. WorkerLost and NodeLost say that the task may run again."""
+    """The cause of a failure, and the error for the driver.
+
+    WorkerLost and NodeLost mean that the task may be repeated.
+    """
 
     cause: Cause
     error: SwscError
 
     @property
     def replaces_worker(self) -> bool:
-        """Whether the worker's process is gone, or must go."""
+        """Whether the worker's process is dead or has to be ended."""
         return self.cause in (Cause.GPU_MEMORY, Cause.NODE_LOST, Cause.WORKER_LOST)
 
     @property
     def blames_worker(self) -> bool:
-        """Whether it counts as one of the deaths of workers that end a run."""
+        """Whether the failure counts towards the number of worker deaths that ends a run."""
         return self.cause is Cause.WORKER_LOST
 
 
-def classify(error: RayError, phase: Phase, label: str, node_is_gone: bool) -> Failure:
-    """The meaning of `error`, which Ray raised for the task `label`; `node_is_gone`: the worker's node is known to be dead."""
+def classify(error: RayError, phase: Phase, label: str, node_is_lost: bool) -> Failure:
+    """Return the cause of `error`.
+
+    Args:
+        error: what Ray raised for the task.
+        phase: the phase in which the task was.
+        label: name of the task, for messages.
+        node_is_lost: the worker's node is known to be dead.
+    """
     raised = error.cause if isinstance(error, RayTaskError) and not isinstance(error, ObjectLostError) else None
     if isinstance(error, OutOfDiskError) or isinstance(raised, OutOfDiskError):
-        full = f"{label}: the disk that Ray moves objects to is full on a node; make room there"
-        return Failure(Cause.DISK_FULL, DiskFull(full))
-    if isinstance(raised, BaseException) and gpu.is_out_of_memory(raised):
+        message = f"{label}: the disk to which Ray moves objects is full on a node; free some space there"
+        return Failure(Cause.DISK_FULL, DiskFull(message))
+    if isinstance(raised, BaseException) and is_out_of_memory(raised):
         return Failure(Cause.GPU_MEMORY, as_swsc_error(raised, label))
-    if isinstance(raised, BaseException) and not gpu.requires_new_process(raised):
+    if isinstance(raised, BaseException) and not requires_new_process(raised):
         return Failure(Cause.ERROR, as_swsc_error(raised, label))
     reason = f"{type(raised).__name__}: {first_line(raised)}" if raised else type(error).__name__
-    return _lost(error, phase, label, node_is_gone, reason)
+    return _loss(error, phase, f"{label}: {reason}", label, node_is_lost)
 
 
-def _lost(error: RayError, phase: Phase, label: str, node_is_gone: bool, reason: str) -> Failure:
-    """Of a process, a node or an object."""
+def _loss(error: RayError, phase: Phase, message: str, label: str, node_is_lost: bool) -> Failure:
+    """The loss of a process, a node or an object."""
     if phase is Phase.COMMIT:
-        return Failure(Cause.COMMIT_LOST, WorkerLost(f"{label}: {reason}"))
+        return Failure(Cause.COMMIT_LOST, WorkerLost(message))
     if isinstance(error, ObjectLostError):
         return Failure(Cause.INPUT_LOST, PayloadLost(f"{label}: input payload lost with its node"))
-    if node_is_gone:
+    if node_is_lost:
         return Failure(Cause.NODE_LOST, NodeLost(f"{label}: its node was lost"))
-    return Failure(Cause.WORKER_LOST, WorkerLost(f"{label}: {reason}"))
+    return Failure(Cause.WORKER_LOST, WorkerLost(message))

@@ -1,6 +1,7 @@
-"""One stage of a command on workers of Ray: payloads are objects, commits are tasks on the node that holds the object.
+"""The pool of one stage on Ray workers.
 
-A worker that died, hangs or cannot use its GPU any more is replaced, and the driver decides about its task.
+Payloads are Ray objects, and a commit is a Ray task on the node that holds the object.
+A worker that died, hangs or can no longer use its GPU is replaced, and the driver decides about its task.
 """
 
 import time
@@ -12,74 +13,100 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from pipeline import device as gpu
 from pipeline.checkpoints.tensor_io import commit
+from pipeline.device import GPU_MEMORY_REMEDY, require_gpu_memory
 from pipeline.engine.ray_backend.failures import Cause, Failure, Phase, classify
 from pipeline.engine.ray_backend.workers import RayWorkers
 from pipeline.engine.task import Task, TaskResult
 from pipeline.errors import RunError, WorkerLost
 
 _WAIT_SECONDS = 1.0
-_COMMITS_PER_WORKER = 2  # payloads waiting to be written; bounds what lies in the object store
-_CLOSE_SECONDS = 30.0  # longest wait for commits under way
-_LOOK_SECONDS = 10.0  # between two looks at what has joined the cluster
-# A task hangs if it takes _TIMES as long as the longest of its kind so far, and no less than _LEAST_SECONDS:
-_TIMES, _LEAST_SECONDS = 20.0, 600.0
-_OUT_OF_MEMORY = 2  # tries of a task that finds the memory of a GPU too small: another process may have the room
-_OUT_OF_MEMORY_IN_A_ROW = 3 * _OUT_OF_MEMORY  # of any tasks, without one that ended well: the run is not for these GPUs
-_COMMITS, _FIRST_COMMIT_SECONDS = "commit", 180.0  # the kind that commits are, and how long one may be foreseen to take
+# Payloads per worker that wait to be written; this bounds the memory of the object store.
+_COMMITS_PER_WORKER = 2
+# The longest wait for commits under way when a stage ends.
+_CLOSE_SECONDS = 30.0
+# Time between two looks at the capacity of the cluster.
+_CAPACITY_SECONDS = 10.0
+# A task hangs if it takes this many times as long as the longest task of its kind, and no less than these seconds.
+_HANG_FACTOR, _MIN_HANG_SECONDS = 20.0, 600.0
+# Attempts at a task that runs out of GPU memory: another process may have used the memory.
+_GPU_MEMORY_ATTEMPTS = 2
+# Failures for lack of GPU memory in a row, without a task that succeeded, that end the run: these GPUs are too small
+# for it.
+_MAX_GPU_MEMORY_FAILURES = 3 * _GPU_MEMORY_ATTEMPTS
+# The kind of commits, and the time that is assumed for the longest commit until one has ended.
+_COMMITS, _FIRST_COMMIT_SECONDS = "commit", 180.0
 
-
-_COMMIT = ray.remote(num_cpus=0, max_retries=3)(commit)  # no CPU: workers hold them all, and it must not wait for one
+# A commit requests no CPU: workers hold all CPUs, and a commit must not wait for them.
+_COMMIT = ray.remote(num_cpus=0, max_retries=3)(commit)
 
 
 @dataclass
 class _Flight:
-    """A task under way: first its job (`report`), then, if a payload is to be written, its commit."""
+    """A task under way: its job, then the commit of its payload if it has one.
+
+    Attributes:
+        value_ref: Ray's reference of the job's value.
+        payloads: references of the job's payloads.
+        record_ref: reference of the commit's result; None if nothing is committed.
+        value: the job's value, once the job has ended.
+        started: when the job, or then the commit, was started.
+    """
 
     task: Task[Any]
     worker: int
-    report: Any
+    value_ref: Any
     payloads: tuple[Any, ...]
-    record: Any
+    record_ref: Any
     value: Any = None
     started: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
 class StageLimits:
-    """What bounds a stage.
+    """Limits of a stage.
 
     Attributes:
-        room: how many workers there may be, asked again and again.
-        waiting_for: what a worker needs and what there is of it, in words.
-        deadline: seconds of a task, if the user set any.
-        device: bytes that a worker is predicted to need of its GPU, if it has one.
+        capacity: returns how many workers the stage may have now; called repeatedly.
+        waiting_for: describes what a worker needs and what the cluster has.
+        deadline: seconds that a task may take; None to detect tasks that hang by comparison with others.
+        device: bytes that a worker is predicted to need on its GPU, if it has one.
     """
 
-    room: Callable[[], int]
+    capacity: Callable[[], int]
     waiting_for: Callable[[], str]
     deadline: float | None = None
     device: int = 0
 
 
 class RayPool:
-    """Runs tasks on workers of Ray, one task at a time each; on as many as the cluster has room for, also when it grows."""
+    """Runs tasks on Ray workers, each of which runs one task at a time.
 
-    def __init__(self, workers: RayWorkers, stage: StageLimits, keeps_model: bool = True) -> None:
-        """Begin a stage; without `keeps_model` workers drop the model of the one before.
+    It starts more workers when the cluster grows.
+    """
 
-        Raises ClusterError if the GPU of a worker that is up is too small for it.
+    def __init__(self, workers: RayWorkers, limits: StageLimits, keeps_model: bool = True) -> None:
+        """Begin a stage.
+
+        Args:
+            workers: shared by the stages of a command.
+            limits: limits of this stage.
+            keeps_model: workers keep the model that is loaded from the stage before.
+
+        Raises:
+            ClusterError: the GPU of a running worker is too small.
         """
-        self._workers, self._stage = workers, stage
+        self._workers, self._limits = workers, limits
         for worker in workers.up():
-            gpu.require_gpu_memory(stage.device, workers.devices[worker].nbytes)
+            require_gpu_memory(limits.device, workers.devices[worker].nbytes)
         workers.begin_stage(keeps_model)
-        self._looked = time.monotonic()
-        workers.grow_to(stage.room())
-        self._longest: dict[str, float] = {}  # seconds of a finished task, by kind
-        self._out_of_memory: Counter[Any] = Counter()  # tries of a task, by its key
-        self._out_of_memory_in_a_row = 0
+        self._capacity_checked = time.monotonic()
+        workers.grow_to(limits.capacity())
+        # Kind of task -> seconds of its longest finished task.
+        self._longest: dict[str, float] = {}
+        # Key of a task -> its failures for lack of GPU memory.
+        self._gpu_memory_failures: Counter[Any] = Counter()
+        self._gpu_memory_failures_in_a_row = 0
         self._working: dict[int, _Flight] = {}
         self._committing: list[_Flight] = []
 
@@ -88,19 +115,20 @@ class RayPool:
         return self._workers.size
 
     def _grow(self) -> None:
-        """Start workers for what has joined the cluster; those of nodes that left stay, and wait for a place."""
-        if time.monotonic() - self._looked < _LOOK_SECONDS:
+        """Start workers on new nodes. Workers of nodes that left stay in the pool and wait for free resources."""
+        if time.monotonic() - self._capacity_checked < _CAPACITY_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._capacity_checked = time.monotonic()
         try:
-            room = self._stage.room()
+            capacity = self._limits.capacity()
         except (RayError, RuntimeError, ConnectionError):
-            return  # the head does not answer; workers may well go on without it
-        self._workers.grow_to(room)
+            # The head does not answer, but the workers can continue without it.
+            return
+        self._workers.grow_to(capacity)
 
     def waiting_for(self) -> str:
         try:
-            return self._stage.waiting_for()
+            return self._limits.waiting_for()
         except (RayError, RuntimeError, ConnectionError):
             return "the cluster's head does not answer"
 
@@ -111,74 +139,79 @@ class RayPool:
         return [worker for worker in self._workers.up() if worker not in self._working]
 
     def start(self, worker: int, task: Task[Any]) -> None:
-        # the name is part of the process's title, so that `ps` and `ray summary` show what a worker does
+        # The name is part of the process's title, so that `ps` and `ray summary` show what a worker does.
         call = self._workers.actors[worker].run_task.options(
             name=f"ActorWorker.{task.kind}", num_returns=1 + task.outputs
         )
         refs = call.remote(task.job, *task.payloads)
-        report, payloads = (refs[0], tuple(refs[1:])) if task.outputs else (refs, ())
-        where = task.commit_to
-        record = _COMMIT.remote(where.ticket, where.file, payloads[0]) if where else None
-        self._working[worker] = _Flight(task, worker, report, payloads, record)
+        value_ref, payloads = (refs[0], tuple(refs[1:])) if task.outputs else (refs, ())
+        target = task.commit_to
+        record_ref = _COMMIT.remote(target.ticket, target.file, payloads[0]) if target else None
+        self._working[worker] = _Flight(task, worker, value_ref, payloads, record_ref)
 
     def wait(self) -> TaskResult[Any] | None:
-        flights = {flight.report: flight for flight in self._working.values()}
-        flights |= {flight.record: flight for flight in self._committing}
-        coming = self._workers.coming
-        ready, _ = ray.wait([*flights, *coming], num_returns=1, timeout=_WAIT_SECONDS, fetch_local=False)
-        if overdue := self._overdue():
+        flights = {flight.value_ref: flight for flight in self._working.values()}
+        flights |= {flight.record_ref: flight for flight in self._committing}
+        starting = self._workers.starting
+        ready, _ = ray.wait([*flights, *starting], num_returns=1, timeout=_WAIT_SECONDS, fetch_local=False)
+        if overdue := self._end_overdue():
             return overdue
         if not ready:
             return None
-        if ready[0] in coming:
-            self._workers.arrived(ready[0], self._stage.device)
+        if ready[0] in starting:
+            self._workers.on_started(ready[0], self._limits.device)
             return None
-        flight, ref = flights[ready[0]], ready[0]
+        return self._on_ready(flights[ready[0]], ready[0])
+
+    def _on_ready(self, flight: _Flight, ref: Any) -> TaskResult[Any] | None:
+        """Process the end of a job or of a commit; returns a result once both are done."""
+        phase = Phase.COMMIT if ref == flight.record_ref else Phase.JOB
         try:
-            result = ray.get(ref)
+            value = ray.get(ref)
         except RayError as error:
-            return self._failed(flight, Phase.COMMIT if ref == flight.record else Phase.JOB, error)
-        self._workers.deaths = self._out_of_memory_in_a_row = 0
-        self._note_time(flight, _COMMITS if ref == flight.record else flight.task.kind)
-        if ref == flight.record:
+            return self._on_failure(flight, phase, error)
+        self._workers.deaths = self._gpu_memory_failures_in_a_row = 0
+        self._record_time(flight, _COMMITS if phase is Phase.COMMIT else flight.task.kind)
+        if phase is Phase.COMMIT:
             self._committing.remove(flight)
-            return TaskResult(flight.task, flight.value, (), result, worker=flight.worker)
+            return TaskResult(flight.task, flight.value, (), value, worker=flight.worker)
         del self._working[flight.worker]
-        flight.value = result
-        if flight.record is None:
-            return TaskResult(flight.task, result, flight.payloads, worker=flight.worker)
-        flight.payloads, flight.started = (), time.monotonic()  # the commit holds the payload until it is done
+        flight.value = value
+        if flight.record_ref is None:
+            return TaskResult(flight.task, value, flight.payloads, worker=flight.worker)
+        # The commit holds the payload until it has written it.
+        flight.payloads, flight.started = (), time.monotonic()
         self._committing.append(flight)
         return None
 
-    def _overdue(self) -> TaskResult[Any] | None:
-        """A task or a commit that takes so long that its process must hang, which is then ended."""
+    def _end_overdue(self) -> TaskResult[Any] | None:
+        """End the process of a job or commit that hangs, if there is one."""
         for flight in self._working.values():
-            if self._hangs(flight, flight.report, flight.task.kind):
+            if self._hangs(flight, flight.value_ref, flight.task.kind):
                 del self._working[flight.worker]
                 self._workers.replace(flight.worker, flight.task.label)
-                return _given_up(flight, "hangs")
+                return _abandoned(flight, "hangs")
         for flight in self._committing:
-            if self._hangs(flight, flight.record, _COMMITS):
+            if self._hangs(flight, flight.record_ref, _COMMITS):
                 self._committing.remove(flight)
-                ray.cancel(flight.record, force=True)
-                return _given_up(flight, "its commit hangs")
+                ray.cancel(flight.record_ref, force=True)
+                return _abandoned(flight, "its commit hangs")
         return None
 
     def _hangs(self, flight: _Flight, ref: Any, kind: str) -> bool:
         longest = self._longest.get(kind, _FIRST_COMMIT_SECONDS if kind == _COMMITS else None)
-        foreseen = max(_LEAST_SECONDS, _TIMES * longest) if longest else None
-        limit, seconds = self._stage.deadline or foreseen, time.monotonic() - flight.started
+        hang_seconds = max(_MIN_HANG_SECONDS, _HANG_FACTOR * longest) if longest else None
+        limit, seconds = self._limits.deadline or hang_seconds, time.monotonic() - flight.started
         return bool(limit and seconds > limit and not ray.wait([ref], timeout=0, fetch_local=False)[0])
 
-    def _note_time(self, flight: _Flight, kind: str) -> None:
+    def _record_time(self, flight: _Flight, kind: str) -> None:
         seconds = time.monotonic() - flight.started
         self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
 
-    def _failed(self, flight: _Flight, phase: Phase, error: RayError) -> TaskResult[Any]:
+    def _on_failure(self, flight: _Flight, phase: Phase, error: RayError) -> TaskResult[Any]:
         """Carry out what follows from a failure."""
         worker, label = flight.worker, flight.task.label
-        failure = classify(error, phase, label, phase is Phase.JOB and _is_gone(self._workers.nodes[worker]))
+        failure = classify(error, phase, label, phase is Phase.JOB and _is_lost(self._workers.nodes[worker]))
         if phase is Phase.COMMIT:
             self._committing.remove(flight)
         else:
@@ -190,41 +223,47 @@ class RayPool:
         return TaskResult(flight.task, error=failure.error, worker=worker)
 
     def _out_of_gpu_memory(self, task: Task[Any], failure: Failure) -> Failure:
-        """The task runs once more, in the fresh process; the second time it is the task's own failure.
+        """Let the task run once more, in a new process. Its second failure is final.
 
         Raises:
-            RunError: one task after the other ran out of memory.
+            RunError: too many tasks in a row ran out of GPU memory.
         """
-        self._out_of_memory[task.key] += 1
-        self._out_of_memory_in_a_row += 1
-        if self._out_of_memory_in_a_row >= _OUT_OF_MEMORY_IN_A_ROW:
-            raise RunError(f"one task after the other, the last one {failure.error}")
-        if self._out_of_memory[task.key] < _OUT_OF_MEMORY:
-            return Failure(failure.cause, WorkerLost(str(failure.error).removesuffix(f"; {gpu.ROOM}")))
+        self._gpu_memory_failures[task.key] += 1
+        self._gpu_memory_failures_in_a_row += 1
+        count = self._gpu_memory_failures_in_a_row
+        if count >= _MAX_GPU_MEMORY_FAILURES:
+            raise RunError(f"GPU memory was too small {count} times in a row, the last time for {failure.error}")
+        if self._gpu_memory_failures[task.key] < _GPU_MEMORY_ATTEMPTS:
+            return Failure(failure.cause, WorkerLost(str(failure.error).removesuffix(f"; {GPU_MEMORY_REMEDY}")))
         return failure
 
     def close(self) -> None:
-        """End the stage: stop workers that are at a task, and wait for commits under way. Nothing is written after this."""
+        """End the stage: stop workers that run a task, and wait for commits under way.
+
+        Nothing is written afterwards.
+        """
         try:
             for worker in self._working:
                 self._workers.stop(worker)
-            pending = [flight.record for flight in (*self._committing, *self._working.values()) if flight.record]
+            flights = (*self._committing, *self._working.values())
+            pending = [flight.record_ref for flight in flights if flight.record_ref]
             if pending:
                 ray.wait(pending, num_returns=len(pending), timeout=_CLOSE_SECONDS, fetch_local=False)
         except RayError:
-            pass  # Ray itself is gone; the error that says why is on its way to the user
+            # Ray itself has ended. The error that ended the run names the cause.
+            pass
         self._working, self._committing = {}, []
 
 
-def _is_gone(node: str) -> bool:
-    """Whether a node is known to be dead."""
+def _is_lost(node_id: str) -> bool:
+    """Whether a node is known to be dead; False if the head does not answer."""
     try:
-        return any(one["NodeID"] == node and not one["Alive"] for one in ray.nodes())
+        return any(node["NodeID"] == node_id and not node["Alive"] for node in ray.nodes())
     except (RayError, RuntimeError, ConnectionError):
-        return False  # the head does not answer
+        return False
 
 
-def _given_up(flight: _Flight, why: str) -> TaskResult[Any]:
+def _abandoned(flight: _Flight, reason: str) -> TaskResult[Any]:
     seconds = time.monotonic() - flight.started
-    lost = WorkerLost(f"{flight.task.label}: {why}, given up after {seconds:.0f} s")
-    return TaskResult(flight.task, error=lost, worker=flight.worker)
+    error = WorkerLost(f"{flight.task.label}: {reason}, abandoned after {seconds:.0f} s")
+    return TaskResult(flight.task, error=error, worker=flight.worker)

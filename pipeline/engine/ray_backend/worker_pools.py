@@ -1,7 +1,8 @@
 """Pools for the stages of one command, which share their workers.
 
-Workers get the memory of the largest stage that is known from the start, if the cluster then holds as many of them. Where it does not,
-workers are started anew for the first stage that needs larger ones, or that could have more if they were smaller.
+Workers request the memory of the largest stage that is known from the start, if the cluster still holds as many of
+them. Otherwise new workers are started for the first stage that needs larger ones, or that could have more of them if
+they were smaller.
 """
 
 from abc import ABC, abstractmethod
@@ -32,34 +33,44 @@ from pipeline.engine.task import Pool
 from pipeline.engine.worker import Worker
 from pipeline.settings.cluster import ClusterSettings
 
-_CUDA_DEVICE = 1_000_000_000  # bytes of a GPU that CUDA's context and libraries take in each process
+# Bytes of a GPU that CUDA's context and libraries take in each process.
+_CUDA_DEVICE = 1_000_000_000
 
 
-def worker_pools(settings: ClusterSettings, later: int = 0, largest: int = 0) -> "LocalPools | RayPools":
-    """Pools for the stages of a command, local or on the cluster that `settings` names; a context manager.
+def worker_pools(
+    settings: ClusterSettings, peak_memory_later: int = 0, peak_memory_optional: int = 0
+) -> "LocalPools | RayPools":
+    """Return pools for the stages of a command, local or on the cluster that `settings` names; a context manager.
 
     Args:
-        later: memory in bytes that a worker needs in a later stage; a cluster that can never hold it is refused at the first stage.
-        largest: the same, of a stage that does not have to fit.
+        settings: the cluster and the resources of its workers.
+        peak_memory_later: bytes of host memory that a worker needs in some later stage. The first stage fails if the
+            cluster can never hold such a worker.
+        peak_memory_optional: bytes that a worker needs in a stage that may turn out not to fit.
     """
-    return LocalPools(settings) if settings.local else RayPools(settings, later, max(later, largest))
+    if settings.local:
+        return LocalPools(settings)
+    return RayPools(settings, peak_memory_later, max(peak_memory_later, peak_memory_optional))
 
 
 def choose_resources(
     needed: WorkerResources, preferred: Iterable[WorkerResources | None], count: Callable[[WorkerResources], int]
 ) -> WorkerResources:
-    """Resources of the workers of a stage: the first of those `preferred` that do and of which no fewer fit, else what is `needed`.
+    """Choose the resources of the workers of a stage.
 
     Args:
-        count: how many workers of a size the stage gets.
+        needed: the least that a worker needs.
+        preferred: resources to use instead if they cover `needed` and the stage gets no fewer workers; the first match
+            counts.
+        count: returns how many workers of a size the stage gets.
     """
-    wanted = count(needed)
-    fit = (one for one in preferred if one is not None and one.covers(needed) and count(one) >= wanted)
-    return next(fit, needed)
+    least = count(needed)
+    usable = (size for size in preferred if size is not None and size.covers(needed) and count(size) >= least)
+    return next(usable, needed)
 
 
 def without_devices(settings: ClusterSettings) -> ClusterSettings:
-    """The same cluster for work that touches no GPU."""
+    """Return the settings for workers on the same cluster that use no GPU."""
     return settings.model_copy(update={"gpus_per_worker": 0.0, "gpu_type": None})
 
 
@@ -68,11 +79,11 @@ def _device_bytes(stage: Stage) -> int:
 
 
 class _CommandPools(ABC):
-    """Pools that end with the command which entered them."""
+    """Pools that end with the command that entered them."""
 
     @abstractmethod
     def release(self) -> None:
-        """Stop the workers; the next stage starts new ones."""
+        """Stop the workers. The next stage starts new ones."""
 
     def close(self) -> None:
         """End everything that was started."""
@@ -92,16 +103,16 @@ class LocalPools(_CommandPools):
 
     def __init__(self, settings: ClusterSettings) -> None:
         self._settings = settings
-        self._workers: dict[str, Worker] = {}  # by device
+        # Device -> its worker.
+        self._workers: dict[str, Worker] = {}
 
     def __call__(self, tasks: int, stage: Stage) -> Pool:
-        """A pool for a stage of so many tasks. Raises ClusterError for a GPU that is too small or not there."""
+        """Return a pool for a stage of `tasks` tasks. Raises ClusterError if there is no GPU, or it is too small."""
         import torch
 
         device = local_device(without_devices(self._settings) if stage.on_cpu else self._settings)
-        require_gpu_memory(
-            _device_bytes(stage), torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
-        )
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
+        require_gpu_memory(_device_bytes(stage), gpu_bytes)
         if device not in self._workers:
             self._workers[device] = Worker(self._settings.threads_per_worker, device)
         if not stage.keeps_model:
@@ -115,21 +126,22 @@ class LocalPools(_CommandPools):
 
 
 class RayPools(_CommandPools):
-    """Workers of Ray that stay from stage to stage."""
+    """Ray workers that stay from stage to stage."""
 
-    def __init__(self, settings: ClusterSettings, later: int, largest: int) -> None:
-        self._settings, self._later, self._largest = settings, later, largest
+    def __init__(self, settings: ClusterSettings, peak_memory_later: int, preferred_memory: int) -> None:
+        self._settings = settings
+        self._peak_memory_later, self._preferred_memory = peak_memory_later, preferred_memory
         self._started_here = False
         self._resources: WorkerResources | None = None
         self._workers: RayWorkers | None = None
 
     def __call__(self, tasks: int, stage: Stage) -> Pool:
-        """A pool for a stage of so many tasks; the pool of the stage before must be closed.
+        """Return a pool for a stage of `tasks` tasks. The pool of the stage before must be closed.
 
-        As many workers are started as fit; a number of workers that the user gave holds whatever memory is predicted.
+        As many workers are started as fit. If the settings give a number of workers, the predicted memory is ignored.
 
         Raises:
-            ClusterError: no cluster at the address, or one that can never hold a worker; a GPU that is too small.
+            ClusterError: no cluster answers at the address, the cluster can never hold a worker, or a GPU is too small.
         """
         settings = without_devices(self._settings) if stage.on_cpu else self._settings
         self._started_here |= connect(settings.address)
@@ -144,24 +156,22 @@ class RayPools(_CommandPools):
 
     def _resources_for(self, settings: ClusterSettings, tasks: int, memory: int) -> WorkerResources:
         nodes = alive_nodes()
-        resources_of(settings, nodes, max(memory, self._later))
+        resources_of(settings, nodes, max(memory, self._peak_memory_later))
         needed = resources_of(settings, nodes, memory)
-        # The nodes that an autoscaler may add are not known: they may be too small for more than is needed.
-        extra = max(0, self._largest - memory) if needed.memory and not settings.elastic else 0
+        # Nodes that an autoscaler adds may be too small for more memory than is needed.
+        extra = max(0, self._preferred_memory - memory) if needed.memory and not settings.elastic else 0
         preferred = (self._resources, replace(needed, memory=needed.memory + extra))
-        return choose_resources(needed, preferred, lambda one: min(tasks, sum(map(one.fitting, nodes))))
+        return choose_resources(needed, preferred, lambda size: min(tasks, sum(map(size.fitting, nodes))))
 
     def _workers_of(self, resources: WorkerResources) -> RayWorkers:
         if self._workers is None or self._resources != resources:
             self.release()
-            self._workers, self._resources = (
-                RayWorkers(resources.options(), self._settings.threads_per_worker),
-                resources,
-            )
+            self._workers = RayWorkers(resources.options(), self._settings.threads_per_worker)
+            self._resources = resources
         return self._workers
 
     def release(self) -> None:
-        """Stop the workers, so that another run gets what they take; the next stage starts new ones."""
+        """Stop the workers, so that another run can use their resources. The next stage starts new ones."""
         if self._workers:
             self._workers.stop_all()
         self._workers = self._resources = None

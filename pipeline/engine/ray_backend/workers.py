@@ -1,7 +1,7 @@
-"""Actors of Ray that serve all stages of a command.
+"""Ray actors that serve all stages of a command.
 
-Ray's own restarts are off (`max_restarts=0`, `max_task_retries=0`): they stay bound to the dead actor. A worker that died, hangs or
-cannot use its GPU any more is replaced here.
+Ray's own restarts are off (`max_restarts=0`, `max_task_retries=0`), because they stay bound to the dead actor. This
+module replaces a worker that died, hangs or can no longer use its GPU.
 """
 
 from dataclasses import dataclass, field
@@ -10,11 +10,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline import device as gpu
+from pipeline.device import Device, require_gpu_memory, require_same_kind
 from pipeline.engine.ray_backend.actor import ActorWorker
 from pipeline.errors import RunError, SwscError
 
-_DEATHS, _DEATHS_PER_WORKER = 30, 5  # in a row, without a task that ended well: the larger of both ends a run
+# Deaths of workers in a row, without a task that succeeded, that end a run: the larger of the two numbers counts.
+_MAX_DEATHS, _MAX_DEATHS_PER_WORKER = 30, 5
 
 _ACTOR = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")(ActorWorker)
 
@@ -24,28 +25,28 @@ class RayWorkers:
     """Workers of one size, numbered from 0.
 
     Attributes:
-        options: of each actor: CPUs, GPUs, memory.
-        threads: of each worker.
-        kind: of device that every worker must have; None: that of the first one.
+        options: Ray's options of each actor: CPUs, GPUs, memory.
+        threads: CPU threads of each worker.
+        kind: kind of device that every worker must have; None until the first worker is up.
         actors: worker -> its actor.
-        coming: reference that is ready once a worker is up -> the worker.
-        nodes: worker -> Ray's name of its node.
+        starting: reference that is ready once a worker is up -> the worker.
+        nodes: worker -> Ray's id of its node.
         devices: worker -> its device.
-        deaths: of workers, since a task ended well.
+        deaths: deaths of workers since the last task that succeeded.
     """
 
-    options: dict[str, Any]
+    options: dict[str, object]
     threads: int
     kind: str | None = None
     actors: dict[int, Any] = field(default_factory=dict)
-    coming: dict[Any, int] = field(default_factory=dict)
+    starting: dict[Any, int] = field(default_factory=dict)
     nodes: dict[int, str] = field(default_factory=dict)
-    devices: dict[int, gpu.Device] = field(default_factory=dict)
+    devices: dict[int, Device] = field(default_factory=dict)
     deaths: int = 0
 
     @property
     def size(self) -> int:
-        """Number of workers, those that are not up yet included."""
+        """Number of workers, including those that have not started yet."""
         return len(self.actors)
 
     def grow_to(self, count: int) -> None:
@@ -55,24 +56,35 @@ class RayWorkers:
                 self._spawn(worker)
 
     def _spawn(self, worker: int) -> None:
-        """Start an actor. It gets no task before it is up: it may be one that finds no place for hours, or ever."""
+        """Create an actor. It gets no task before it is up, because Ray may not place it for hours, or ever."""
         actor: Any = _ACTOR.options(**self.options).remote(self.threads)
         self.actors[worker] = actor
-        self.coming[actor.place.remote()] = worker
+        self.starting[actor.place.remote()] = worker
 
     def up(self) -> list[int]:
-        """Workers that may be given a task."""
-        absent = set(self.coming.values())
-        return sorted(self.actors.keys() - absent)
+        """Return the workers that have started."""
+        return sorted(self.actors.keys() - set(self.starting.values()))
 
     def begin_stage(self, keeps_model: bool) -> None:
-        """Prepare workers that served another stage; an actor does this before the first task that it is given afterwards."""
+        """Prepare the running workers for a new stage.
+
+        An actor does this before the first task that it gets afterwards.
+        """
         for worker in self.up():
             self.actors[worker].begin_stage.remote(keeps_model)
 
-    def arrived(self, ref: Any, device: int) -> None:
-        """Note that a worker is up. Raises ClusterError if its GPU has not `device` bytes, or is of another kind than the others'."""
-        worker = self.coming.pop(ref)
+    def on_started(self, ref: Any, device: int) -> None:
+        """Register a worker that is up.
+
+        Args:
+            ref: its reference in `starting`.
+            device: bytes that the stage needs on a GPU.
+
+        Raises:
+            ClusterError: its GPU is too small, or its device is of another kind than those of the other workers.
+            RunError: its constructor failed.
+        """
+        worker = self.starting.pop(ref)
         try:
             self.nodes[worker], self.devices[worker] = ray.get(ref)
         except RayTaskError as error:
@@ -82,29 +94,31 @@ class RayWorkers:
         except RayError as error:
             self.replace(worker, f"start ({type(error).__name__})")
             return
-        gpu.require_gpu_memory(device, self.devices[worker].nbytes)
-        self.kind = gpu.require_same_kind(self.kind, self.devices[worker].kind)
+        require_gpu_memory(device, self.devices[worker].nbytes)
+        self.kind = require_same_kind(self.kind, self.devices[worker].kind)
 
-    def replace(self, worker: int, at: str = "") -> None:
-        """Start a new worker in place of one.
+    def replace(self, worker: int, task: str = "") -> None:
+        """Stop a worker and start a new one in its place.
 
         Args:
-            at: label of the task that this one died of, if it counts as a death.
+            worker: number of the worker.
+            task: label of the task during which it died; "" if this does not count as a death.
 
         Raises:
-            RunError: too many deaths in a row.
+            RunError: too many workers died in a row.
         """
-        self.deaths += bool(at)
-        if self.deaths > max(_DEATHS, _DEATHS_PER_WORKER * self.size):
+        self.deaths += bool(task)
+        if self.deaths > max(_MAX_DEATHS, _MAX_DEATHS_PER_WORKER * self.size):
             raise RunError(
-                f"workers died {self.deaths} times in a row, the last one at {at}; look at their memory and GPUs"
+                f"workers died {self.deaths} times in a row, the last one during {task}; check the memory and GPUs of"
+                " the nodes"
             )
         self.stop(worker)
         self._spawn(worker)
 
     def stop(self, worker: int) -> None:
-        """End a worker at once, whatever it does."""
-        self.coming = {ref: other for ref, other in self.coming.items() if other != worker}
+        """End a worker at once, even while it runs a task."""
+        self.starting = {ref: other for ref, other in self.starting.items() if other != worker}
         ray.kill(self.actors.pop(worker))
 
     def stop_all(self) -> None:
@@ -113,4 +127,5 @@ class RayWorkers:
             for worker in list(self.actors):
                 self.stop(worker)
         except RayError:
-            pass  # Ray itself is gone; the error that says why is on its way to the user
+            # Ray itself has ended. The error that ended the run names the cause.
+            pass

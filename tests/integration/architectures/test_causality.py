@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from jobs.cli import main
-from pipeline.models.causality import sees_ahead
+from pipeline.models.causality import non_causal_setting
 from tests.support.tiny import make_text, save_tokenizer
 
 t: Any = transformers  # its config classes take more arguments than their annotations name
@@ -46,7 +46,7 @@ def test_the_causality_of_the_config_is_that_of_the_model(name: str) -> None:
     other[0, -1] = 77
     with torch.no_grad():
         one, two = (model(input_ids=own).logits[0, :-1] for own in (ids, other))
-    assert bool(sees_ahead(model)) == (float((one - two).abs().max()) > 1e-4)
+    assert bool(non_causal_setting(model)) == (float((one - two).abs().max()) > 1e-4)
 
 
 @pytest.fixture(scope="module")

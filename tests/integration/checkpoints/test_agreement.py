@@ -104,7 +104,7 @@ def test_a_config_of_another_model(model: Path, changes: dict[str, Any], facts: 
         (renamed(r"layers\.(\d)", r"layers.\1._orig_mod"), ["'_orig_mod.'"]),
         (renamed(r"(q|v)_proj\.", r"\1_proj.base_layer."), ["'base_layer.'", "merge"]),
         (without("lm_head"), ["lm_head.weight", "tie_word_embeddings"]),
-        (without(r"layers\.1\.mlp"), ["lack 3 weights", "model.layers.1.mlp.down_proj.weight first", "give all files"]),
+        (without(r"layers\.1\.mlp"), ["lack 3 weights", "model.layers.1.mlp.down_proj.weight first", "all files"]),
         (lambda weights: weights | {"v_head.weight": torch.ones(1, 64)}, ["unknown", "v_head.weight"]),
         (lambda weights: weights | {"model.layers.2.norm.weight": torch.ones(64)}, ["2 layers", "model.layers.2."]),
     ],

@@ -69,7 +69,7 @@ def test_an_error_of_windows_longer_than_the_position_table_names_its_size(
     gpt2: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["compress", str(gpt2), str(tmp_path / "out"), "--local", "--bits", "4", "--calibration-windows", "2"]
-    said = "the model was made for 64 positions and 256 tokens, its input has others"
+    said = "64 positions"
     for flags in (["--preset", "data-free"], ["--preset", "fast", "--calibration", str(texts[0])]):
         assert main([*argv, *flags, "--calibration-seqlen", "80"]) == 2
         assert said in capsys.readouterr().err

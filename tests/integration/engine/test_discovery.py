@@ -58,7 +58,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No Ray on this machine but for those of a test."""
     monkeypatch.setattr(discovery, "_owners", dict)
     monkeypatch.setattr(discovery, "read_ray_address", lambda folder: None)
-    monkeypatch.setattr(discovery, "_ASK_SECONDS", 0.5)
+    monkeypatch.setattr(discovery, "_QUERY_SECONDS", 0.5)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -66,7 +66,7 @@ def found(monkeypatch: pytest.MonkeyPatch, *there: str, recorded: str | None = N
     lines: list[str] = []
     monkeypatch.setattr(discovery, "_owners", lambda: dict.fromkeys(there, os.getuid()))
     monkeypatch.setattr(discovery, "read_ray_address", lambda folder: recorded)
-    return discovery.found_here(lines.append), lines
+    return discovery.find_local_cluster(lines.append), lines
 
 
 def test_a_cluster_of_ray_start_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_one_of_another_user_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "getuid", lambda: 4321)
     monkeypatch.setattr(discovery, "_owners", lambda: {"127.0.0.1:9": 1234})
     lines: list[str] = []
-    assert discovery.found_here(lines.append) is None
+    assert discovery.find_local_cluster(lines.append) is None
     assert "another user" in lines[0]
 
 
@@ -158,7 +158,7 @@ def test_a_server_that_is_no_head_is_reported_as_none(answer: bytes) -> None:
 
         threading.Thread(target=serve, daemon=True).start()
         with pytest.raises(ClusterError, match="no Ray cluster"):
-            discovery.ask(f"127.0.0.1:{listener.getsockname()[1]}")
+            discovery.query_head(f"127.0.0.1:{listener.getsockname()[1]}")
         listener.shutdown(socket.SHUT_RDWR)
 
 
@@ -167,7 +167,7 @@ def test_a_head_with_a_malformed_answer_is_none(monkeypatch: pytest.MonkeyPatch,
     reply = _reply(value=about)
     monkeypatch.setattr(FakeHead, "InternalKVGet", lambda self, request, context: reply)
     with head() as address, pytest.raises(ClusterError, match="no Ray cluster"):
-        discovery.ask(address)
+        discovery.query_head(address)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_an_address_that_cannot_be_is_refused_at_once(address: str) -> None:
 
 
 def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "found_here", lambda tell: None)
+    monkeypatch.setattr(connection, "find_local_cluster", lambda on_skip: None)
     assert connection.joinable("") is None
 
 
@@ -200,7 +200,7 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets(
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 12)))
     connection.connect(None)
     assert [more.get("_temp_dir") for more in given] == [None, "/tmp/ray"]
-    assert "RAY_TMPDIR chooses another" in capsys.readouterr().err
+    assert "RAY_TMPDIR" in capsys.readouterr().err
     monkeypatch.setattr("os.getpid", lambda: 12345)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 12)))
     with pytest.raises(ClusterError, match=r"RAY_TMPDIR: .* too long .* at most 41 bytes"):

@@ -31,7 +31,7 @@ def test_finished_files_stay_and_the_same_command_goes_on(
 ) -> None:
     refused_after(2, monkeypatch)
     assert main(["compress", str(tiny_model), str(tmp_path / "out"), *FLAGS]) == 2
-    assert "unlike devices" in capsys.readouterr().err.splitlines()[-1]
+    assert "NVIDIA L4" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.undo()
     assert main(["compress", str(tiny_model), str(tmp_path / "out"), *FLAGS]) == 0
     assert "2 files were finished" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from pipeline.device import (
 )
 from pipeline.engine.local_pool import LocalPool
 from pipeline.engine.ray_backend.arithmetic import arithmetic_of
-from pipeline.engine.ray_backend.cluster import WorkerResources, _require_one_type
+from pipeline.engine.ray_backend.cluster import WorkerResources, require_one_gpu_type
 from pipeline.engine.ray_backend.failures import Cause, Failure
 from pipeline.engine.ray_backend.pool import RayPool, StageLimits
 from pipeline.engine.ray_backend.workers import RayWorkers
@@ -79,7 +79,7 @@ def test_an_error_of_the_task_itself_needs_no_fresh_process(error: Exception) ->
 def test_a_gpu_that_is_too_small_is_an_error_and_a_missing_one_is_not() -> None:
     require_gpu_memory(8_000_000_000, 8_000_000_000)
     require_gpu_memory(8_000_000_000, 0)
-    with pytest.raises(ClusterError, match=r"8\.0 GB of a GPU, a worker has 6\.0 GB of one; use larger GPUs"):
+    with pytest.raises(ClusterError, match=r"8\.0 GB .* 6\.0 GB"):
         require_gpu_memory(8_000_000_000, 6_000_000_000)
 
 
@@ -191,11 +191,11 @@ def test_workers_on_unlike_devices_are_refused() -> None:
 def test_a_cluster_with_gpus_of_two_models_requires_a_choice() -> None:
     nodes = [{"CPU": 8, "GPU": 1, f"accelerator_type:{model}": 1.0} for model in ("A100", "L4")]
     with pytest.raises(ClusterError, match=r"A100, L4.*--gpu-type"):
-        _require_one_type(WorkerResources(1, 1), nodes)
-    _require_one_type(WorkerResources(1, 1), nodes[:1])
-    _require_one_type(WorkerResources(1, 1), [{"CPU": 8, "GPU": 1}, *nodes[:1]])  # one that Ray has no name for
+        require_one_gpu_type(WorkerResources(1, 1), nodes)
+    require_one_gpu_type(WorkerResources(1, 1), nodes[:1])
+    require_one_gpu_type(WorkerResources(1, 1), [{"CPU": 8, "GPU": 1}, *nodes[:1]])  # one that Ray has no name for
     chosen = WorkerResources(1, 1, gpu_type="L4")
-    _require_one_type(chosen, nodes)
+    require_one_gpu_type(chosen, nodes)
     assert [chosen.fitting(node) for node in nodes] == [0, 1]
     assert chosen.options()["resources"] == {"accelerator_type:L4": 0.001}
 
@@ -260,7 +260,7 @@ def test_out_of_memory_is_tried_twice_and_never_goes_on_and_on(monkeypatch: pyte
     assert "--gpus-per-worker 0" in str(own)
     for key in ("b", "b", "c"):
         fails(key)
-    with pytest.raises(RunError, match="one task after the other"):
+    with pytest.raises(RunError, match="GPU memory"):
         fails("c")
 
 

@@ -38,7 +38,7 @@ def raised(cause: Exception) -> RayTaskError:
 
 
 @pytest.mark.parametrize(
-    ("error", "phase", "node_is_gone", "cause", "kind"),
+    ("error", "phase", "node_is_lost", "cause", "kind"),
     [
         (raised(CheckpointError("NaN")), Phase.JOB, False, Cause.ERROR, CheckpointError),
         (raised(StoreError("503")), Phase.JOB, False, Cause.ERROR, StoreError),
@@ -60,15 +60,15 @@ def raised(cause: Exception) -> RayTaskError:
     ],
 )  # fmt: skip
 def test_a_failure_has_one_cause_and_one_error(
-    error: RayError, phase: Phase, node_is_gone: bool, cause: Cause, kind: type[SwscError]
+    error: RayError, phase: Phase, node_is_lost: bool, cause: Cause, kind: type[SwscError]
 ) -> None:
-    failure = classify(error, phase, "layer 3", node_is_gone)
+    failure = classify(error, phase, "layer 3", node_is_lost)
     assert failure.cause is cause
     assert type(failure.error) is kind
 
 
 @pytest.mark.parametrize(
-    ("error", "node_is_gone", "replaced", "blamed"),
+    ("error", "node_is_lost", "replaced", "blamed"),
     [
         (raised(ValueError("boom")), False, False, False),
         (raised(OUT_OF_MEMORY), False, True, False),
@@ -80,9 +80,9 @@ def test_a_failure_has_one_cause_and_one_error(
     ],
 )
 def test_a_worker_is_replaced_if_its_process_is_gone_and_blamed_unless_its_node_or_memory_is_at_fault(
-    error: RayError, node_is_gone: bool, replaced: bool, blamed: bool
+    error: RayError, node_is_lost: bool, replaced: bool, blamed: bool
 ) -> None:
-    failure = classify(error, Phase.JOB, "layer 3", node_is_gone)
+    failure = classify(error, Phase.JOB, "layer 3", node_is_lost)
     assert failure.replaces_worker is replaced
     assert failure.blames_worker is blamed
 
