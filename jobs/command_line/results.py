@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
+from pipeline.evaluation.flow import EvaluationResult
 from pipeline.report.tables import print_table
 from pipeline.settings.sweep import SweepSettings
 from pipeline.sweep.rows import Row, SweepResult
@@ -43,16 +44,16 @@ def _resumed(report: Mapping[str, object]) -> str:
 
 
 def print_preset_hint(result: CompressResult) -> None:
-    """After a compression in the paper's form, name the presets that lose less accuracy at equal bits."""
+    """After a compression that divides its bits as in the paper, name the presets that lose less accuracy."""
     settings = result.request.settings
-    if settings.method == "swsc" and settings.preset == "paper":
+    if settings.method == "swsc" and settings.preset == "paper" and settings.clusters is None:
         print(
             "hint: at equal bits, --preset best (with --calibration TEXT) and --preset data-free lose much less"
             " accuracy than the paper's form"
         )
 
 
-def print_evaluation(evaluation: Mapping[str, object], note: str = "") -> None:
+def print_evaluation(evaluation: EvaluationResult, note: str = "") -> None:
     """A perplexity, and the protocol it was measured by, after a note that may be empty."""
     if note:
         print(f"note: {note}")

@@ -7,7 +7,7 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.sources.hub import require_pushable
 from pipeline.device import Arithmetic
-from pipeline.evaluation.flow import evaluate_model, evaluator_bytes
+from pipeline.evaluation.flow import EvaluationResult, evaluate_model, evaluator_bytes
 from pipeline.models.causality import require_causal
 from pipeline.models.stored_model import Model
 from pipeline.outputs.preflight import examine, require_cache, require_output, require_unmixed
@@ -103,7 +103,7 @@ class CompressResult:
     request: CompressRequest
     report: Mapping[str, object]
     matrices: Sequence[Mapping[str, object]]
-    evaluation: Mapping[str, object] | None = None
+    evaluation: EvaluationResult | None = None
     note: str = ""
     commit: str | None = None
 

@@ -1,14 +1,14 @@
 """The verb evaluate: a dense or compressed model in, its perplexity and its results on lm-eval tasks out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from pipeline.architectures.model_config import ModelConfig, max_positions
 from pipeline.checkpoints.integrity.source_digests import SourceDigests
 from pipeline.engine.stage import Pools
 from pipeline.errors import ConfigError
-from pipeline.evaluation.flow import evaluate_model
-from pipeline.evaluation.lm_eval import evaluate_lm_eval, require_harness
+from pipeline.evaluation.flow import EvaluationResult, evaluate_model
+from pipeline.evaluation.lm_eval import LmEvalResult, evaluate_lm_eval, require_harness
 from pipeline.models.causality import require_causal
 from pipeline.models.stored_model import Model, open_model
 from pipeline.outputs.card_content import add_evaluation, read_result, require_card
@@ -85,8 +85,8 @@ class EvaluateResult:
 
     request: EvaluateRequest
     note: str = ""
-    perplexity: Mapping[str, object] | None = None
-    lm_eval: Mapping[str, object] | None = None
+    perplexity: EvaluationResult | None = None
+    lm_eval: LmEvalResult | None = None
 
     def to_json(self) -> dict[str, object]:
         """The result as `--json` writes it."""

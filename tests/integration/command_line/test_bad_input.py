@@ -113,7 +113,7 @@ def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun(
         (["--clusters", "9999"], ["k_proj", "clusters 9999", "0 to 31"]),
         (["--rank", "33"], ["rank 33", "0 to 32"]),
         (["--bits", "-1"], ["bits", "greater than 0", "-1"]),
-        (["--bits", "0.0001"], ["bits a weight buy nothing", "raise --bits"]),
+        (["--bits", "0.0001"], ["0.0001 bits", "raise --bits"]),
         (["--bits", "nan"], ["bits", "finite"]),
         (["--clusters", "-5"], ["clusters", "greater than or equal to 0"]),
         (["--clusters", "0", "--rank", "0"], ["clusters, rank", "zero"]),

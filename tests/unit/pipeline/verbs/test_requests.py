@@ -1,10 +1,13 @@
 """Requests are checked before a model is opened or a worker starts."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from pipeline.errors import ConfigError, OutputError, RunError
+from pipeline.evaluation.flow import EvaluationResult
+from pipeline.evaluation.lm_eval import LmEvalResult
 from pipeline.restoring.flow import RestoreOptions
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.evaluation import EvaluateSettings
@@ -112,7 +115,8 @@ def test_only_the_default_window_length_is_limited_to_the_positions_of_a_model()
 
 def test_the_json_of_an_evaluation_has_both_measurements(model: str, text: str) -> None:
     request = EvaluateRequest(model, EvaluateSettings(text=text))
-    perplexity, lm_eval = {"model": model, "perplexity": 2.0}, {"model": model, "lm_eval": {}, "tables": ""}
+    perplexity = cast(EvaluationResult, {"model": model, "perplexity": 2.0})
+    lm_eval: LmEvalResult = {"model": model, "lm_eval": {}, "tables": "", "seconds": 1.0}
     assert EvaluateResult(request, "", perplexity).to_json() == perplexity
     assert EvaluateResult(request, "", perplexity, lm_eval).to_json() == {**perplexity, "lm_eval": {}}
     assert EvaluateResult(request, "", None, lm_eval).to_json() == {"model": model, "lm_eval": {}}
