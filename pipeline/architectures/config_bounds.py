@@ -26,11 +26,11 @@ _UNBOUNDED = re.compile(
 _MAX_DEPTH = 20
 
 
-def require_buildable(where: str, config: ModelConfig) -> None:
+def require_buildable(location: str, config: ModelConfig) -> None:
     """Raise CheckpointError for a size that exceeds its bound.
 
     Args:
-        where: path of the file, for the message.
+        location: path of the file, for the message.
         config: a config.json, or the header of a GGUF file.
     """
     for key, value in _numbers(config, 0):
@@ -39,7 +39,7 @@ def require_buildable(where: str, config: ModelConfig) -> None:
         bound = next((bound for pattern, bound in _BOUNDS if pattern.search(key)), None)
         if bound is not None and value > bound:
             shown = value if value < 1 << 64 else "more than 2**64"
-            raise CheckpointError(f"{where}: {key} is {shown}, the limit is {bound:,}; repair the file")
+            raise CheckpointError(f"{location}: {key} is {shown}, the limit is {bound:,}; repair the file")
 
 
 def _numbers(config: ModelConfig, depth: int) -> Iterator[tuple[str, int | float]]:

@@ -46,9 +46,12 @@ class StackedExperts:
 
 
 def stacks(
-    gate_up: str, down: str, transposed: bool | None = False, layout: FusedLayout = halves,
+    gate_up: str,
+    down: str,
+    transposed: bool | None = False,
+    layout: FusedLayout = halves,
     width: str = "intermediate_size",
-) -> tuple[StackedExperts, StackedExperts]:  # fmt: skip
+) -> tuple[StackedExperts, StackedExperts]:
     """Return the two stacks of a family: gate and up, and down."""
     first = StackedExperts(gate_up, ("gate", "up"), transposed, layout, width)
     return first, StackedExperts(down, (), transposed, layout, width)

@@ -22,9 +22,24 @@ _FOREIGN = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite",
 # Hub, only these are taken. Of the files directly in the directory all are taken that are not known to be something
 # else.
 _SUFFIXES = (
-    ".json", ".jsonl", ".txt", ".model", ".jinja", ".md", ".py", ".pyi", ".toml", ".yaml", ".yml", ".tsv", ".vocab",
-    ".merges", ".bpe", ".tiktoken", ".spm",
-)  # fmt: skip
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".md",
+    ".py",
+    ".pyi",
+    ".toml",
+    ".yaml",
+    ".yml",
+    ".tsv",
+    ".vocab",
+    ".merges",
+    ".bpe",
+    ".tiktoken",
+    ".spm",
+)
 _TERMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "AUTHORS")
 HUB_PATTERNS = (
     "*.safetensors",
@@ -34,13 +49,19 @@ HUB_PATTERNS = (
 )
 # Folder that is ignored -> what it contains.
 _FOLDERS = {
-    "onnx": "weights for another framework", "openvino": "weights for another framework",
-    "coreml": "weights for another framework", "tflite": "weights for another framework",
-    "gguf": "weights for another framework", "metal": "weights for another framework",
+    "onnx": "weights for another framework",
+    "openvino": "weights for another framework",
+    "coreml": "weights for another framework",
+    "tflite": "weights for another framework",
+    "gguf": "weights for another framework",
+    "metal": "weights for another framework",
     "original": "files of the original release, which transformers does not read",
-    "runs": "logs of a training run", "wandb": "logs of a training run",
-    "logs": "logs of a training run", "__pycache__": "compiled code", "lost+found": "a folder of the file system",
-}  # fmt: skip
+    "runs": "logs of a training run",
+    "wandb": "logs of a training run",
+    "logs": "logs of a training run",
+    "__pycache__": "compiled code",
+    "lost+found": "a folder of the file system",
+}
 # File in a checkpoint that `sources/gguf.py` caches: name -> bytes of each of its files.
 CACHED_SIZES = ".swsc-kept.json"
 # First bytes of a pointer file of git-lfs.

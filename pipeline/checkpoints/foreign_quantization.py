@@ -30,18 +30,20 @@ _PACKED_DTYPES = ("I8", "U8", "F4", "F6_E2M3", "F6_E3M2")
 _SCALES = ("_scale", "_scales", "_scale_inv", "_qscale")
 # Method -> class of its config in transformers, which accepts `dequantize=True`.
 _CONFIGS = {
-    "compressed-tensors": "CompressedTensorsConfig", "mxfp4": "Mxfp4Config", "mxfp8": "FineGrainedFP8Config",
+    "compressed-tensors": "CompressedTensorsConfig",
+    "mxfp4": "Mxfp4Config",
+    "mxfp8": "FineGrainedFP8Config",
     "fp8": "FineGrainedFP8Config",
-}  # fmt: skip
+}
 # Methods whose models transformers can dequantize after loading.
 _DEQUANTIZABLE = ("bitsandbytes", "higgs")
 
 
-def require_unquantized(where: str, tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
+def require_unquantized(location: str, tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
     """Raise CheckpointError for a checkpoint in a quantized format that cannot be read.
 
     Args:
-        where: location of the checkpoint, for messages.
+        location: location of the checkpoint, for messages.
     """
     quantization = _quantization(config)
     method, evidence = quantization.get("quant_method"), ""
@@ -53,12 +55,12 @@ def require_unquantized(where: str, tensors: Mapping[str, TensorInfo], config: M
     if not quantization and not evidence:
         return
     if method == "swsc":
-        raise CheckpointError(f"{where}: already quantized by 'swsc'; restore it first (swsc restore)")
+        raise CheckpointError(f"{location}: already quantized by 'swsc'; restore it first (swsc restore)")
     if isinstance(quantization.get("format"), str):
         reason = f"in the format {quantization['format']!r}"
     else:
         reason = f"as {evidence} shows" if evidence else ""
-    raise CheckpointError(f"{where}: {refusal_message(method, reason)}")
+    raise CheckpointError(f"{location}: {refusal_message(method, reason)}")
 
 
 def refusal_message(method: object, reason: str = "") -> str:

@@ -1,8 +1,8 @@
 """Reads fp8 checkpoints as bfloat16.
 
 Scales are stored beside an fp8 weight: one for the tensor, one per row, or one per block (DeepSeek-V3, Qwen3-FP8).
-Weight and scales are read together wherever the weight is read. Neither the scales nor `quantization_config` become
-part of an output.
+Weight and scales are read together wherever the weight is read. Neither the scales nor `quantization_config` are
+copied to an output.
 """
 
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ SCALE_REASON = "a scale of fp8 weights, which are read as bfloat16"
 
 
 def read_as_bfloat16(
-    where: str, tensors: Mapping[str, TensorInfo], config: ModelConfig
+    location: str, tensors: Mapping[str, TensorInfo], config: ModelConfig
 ) -> tuple[dict[str, TensorInfo], ModelConfig, tuple[TensorInfo, ...]]:
     """Replace fp8 weights and their scales by bfloat16 tensors.
 
     Args:
-        where: location of the checkpoint, for messages.
+        location: location of the checkpoint, for messages.
 
     Returns:
         The tensors, the config without `quantization_config`, and the scales. A checkpoint without fp8 weights is
@@ -46,7 +46,7 @@ def read_as_bfloat16(
     if not pairs:
         return dict(tensors), config, ()
     if unscaled := [name for name, info in tensors.items() if info.dtype in _FP8 and name not in pairs]:
-        raise CheckpointError(f"{where}: {unscaled[0]} is fp8 and has no scales, others have; download it again")
+        raise CheckpointError(f"{location}: {unscaled[0]} is fp8 and has no scales, others have; download it again")
     scales = {info.name: info for info in pairs.values()}
     activation_scales = {
         name: info
@@ -54,7 +54,7 @@ def read_as_bfloat16(
         if name.endswith(_ACTIVATION_SCALES) and f"{_module(name)}.weight" in pairs
     }
     weights = {
-        name: _dequantized(where, info, pairs[name], quantization) if name in pairs else info
+        name: _dequantized(location, info, pairs[name], quantization) if name in pairs else info
         for name, info in tensors.items()
         if name not in scales and name not in activation_scales
     }
@@ -76,14 +76,14 @@ def _scales_of(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     }
 
 
-def _dequantized(where: str, info: TensorInfo, scales: TensorInfo, quantization: ModelConfig) -> TensorInfo:
+def _dequantized(location: str, info: TensorInfo, scales: TensorInfo, quantization: ModelConfig) -> TensorInfo:
     block = _block(info.shape, scales.shape, quantization)
     if scales.dtype in ("F8_E8M0", "U8"):  # powers of two, one for 32 values
         reason = f"the scales of {info.name} are {scales.dtype}"
-        raise CheckpointError(f"{where}: {refusal_message('mxfp8', reason)}")
+        raise CheckpointError(f"{location}: {refusal_message('mxfp8', reason)}")
     if block is None or scales.dtype not in ("F32", "F16", "BF16"):
         raise CheckpointError(
-            f"{where}: the scales {scales.name} ({scales.dtype} {list(scales.shape)}) do not match {info.name}"
+            f"{location}: the scales {scales.name} ({scales.dtype} {list(scales.shape)}) do not match {info.name}"
             f" {list(info.shape)} with weight_block_size {quantization.get('weight_block_size')}; give the model in"
             " bfloat16"
         )

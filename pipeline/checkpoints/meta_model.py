@@ -29,13 +29,13 @@ class UnknownModel(Exception):
     """transformers has no code for the model, or the code needs a missing package: its parameters are unknown."""
 
 
-def meta_models_of(config: ModelConfig, where: str, tensors: int) -> list[MetaModel]:
+def meta_models_of(config: ModelConfig, location: str, tensors: int) -> list[MetaModel]:
     """Build the models that a config describes: of the class that it names, and of the class that predicts tokens.
 
     Only classes of transformers are built, never code of the checkpoint.
 
     Args:
-        where: location of the checkpoint, for messages.
+        location: location of the checkpoint, for messages.
         tensors: number of stored tensors. A model with more layers is not built, since that might take forever.
 
     Raises:
@@ -45,15 +45,15 @@ def meta_models_of(config: ModelConfig, where: str, tensors: int) -> list[MetaMo
     layers = Family(config).layers
     if layers is not None and layers > tensors:
         raise CheckpointError(
-            f"{where}: config.json describes {layers} layers, but the files hold only {tensors} tensors; repair"
+            f"{location}: config.json describes {layers} layers, but the files hold only {tensors} tensors; repair"
             " config.json"
         )
     dense_config = {key: value for key, value in config.items() if key != "quantization_config"}
-    return _meta_models_of(json.dumps(dense_config, sort_keys=True), where)
+    return _meta_models_of(json.dumps(dense_config, sort_keys=True), location)
 
 
 @lru_cache(maxsize=4)
-def _meta_models_of(text: str, where: str) -> list[MetaModel]:
+def _meta_models_of(text: str, location: str) -> list[MetaModel]:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = json.loads(text).get("model_type")
@@ -69,7 +69,7 @@ def _meta_models_of(text: str, where: str) -> list[MetaModel]:
             raise UnknownModel(first_line(error)) from None
         except Exception as error:  # each class validates its config in its own way
             raise CheckpointError(
-                f"{where}/config.json: describes no valid {model_type} model ({_one_line(error)}); {_remedy(error)}"
+                f"{location}/config.json: describes no valid {model_type} model ({_one_line(error)}); {_remedy(error)}"
             ) from None
 
 
@@ -83,7 +83,7 @@ def _remedy(error: Exception) -> str:
     return "repair it"
 
 
-def stored_ties(names: Iterable[str], config: ModelConfig, where: str) -> list[tuple[str, str]]:
+def stored_ties(names: Iterable[str], config: ModelConfig, location: str) -> list[tuple[str, str]]:
     """Return the tied pairs of the model's class, by names in checkpoints: (name, name of the shared tensor).
 
     The second one is stored, if one of them is: transformers ties in both directions.
@@ -94,7 +94,7 @@ def stored_ties(names: Iterable[str], config: ModelConfig, where: str) -> list[t
     from swsc_core.hf.weight_names import WeightNames, saved_name
 
     stored = dict.fromkeys(names)
-    model = meta_models_of(config, where, len(stored))[0].model
+    model = meta_models_of(config, location, len(stored))[0].model
     pairs: Mapping[str, str] = model.all_tied_weights_keys
     if not pairs:
         return []

@@ -37,13 +37,13 @@ class Copies(NamedTuple):
     different: tuple[Tie, ...]
 
 
-def find_ties(names: Iterable[str], config: ModelConfig, where: str) -> list[Tie]:
+def find_ties(names: Iterable[str], config: ModelConfig, location: str) -> list[Tie]:
     """Return the ties of the model that a config describes; either name of a pair may be among the stored `names`."""
     from pipeline.checkpoints.meta_model import UnknownModel, stored_ties
 
     names = list(names)
     try:
-        return [Tie(*pair) for pair in stored_ties(names, config, where)]
+        return [Tie(*pair) for pair in stored_ties(names, config, location)]
     except (UnknownModel, CheckpointError):  # custom code, or a config that agreement.py refuses
         embedding = next((name for name in names if name.endswith(_EMBEDDING)), None)
         return [Tie(_HEAD, embedding)] if text_config(config).get(_TIE_KEY) and embedding else []

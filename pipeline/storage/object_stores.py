@@ -36,15 +36,36 @@ _LISTINGS = 7
 _PAUSE = 1.0
 # Words in errors of the clients for credentials that are wrong or expired, and for a wrong clock.
 _REFUSALS = (
-    "ACCESS_DENIED", "AccessDenied", "HTTP status 403", "Forbidden", "ExpiredToken", "EXPIRED_TOKEN", "InvalidToken",
-    "INVALID_ACCESS_KEY_ID", "InvalidAccessKeyId", "INVALID_CLIENT_TOKEN_ID", "SIGNATURE_DOES_NOT_MATCH",
-    "SignatureDoesNotMatch", "REQUEST_TIME_TOO_SKEWED", "RequestTimeTooSkewed", "PERMISSION_DENIED", "UNAUTHENTICATED",
-)  # fmt: skip
+    "ACCESS_DENIED",
+    "AccessDenied",
+    "HTTP status 403",
+    "Forbidden",
+    "ExpiredToken",
+    "EXPIRED_TOKEN",
+    "InvalidToken",
+    "INVALID_ACCESS_KEY_ID",
+    "InvalidAccessKeyId",
+    "INVALID_CLIENT_TOKEN_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "SignatureDoesNotMatch",
+    "REQUEST_TIME_TOO_SKEWED",
+    "RequestTimeTooSkewed",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+)
 # Words for failures that a repetition may cure: the network, an overloaded store, an invalid answer.
 _FAILURES = (
-    "curlCode", "NETWORK_CONNECTION", "HTTP status 5", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE",
-    "REQUEST_TIMEOUT", "XML_ERROR", "UNAVAILABLE", "DEADLINE_EXCEEDED",
-)  # fmt: skip
+    "curlCode",
+    "NETWORK_CONNECTION",
+    "HTTP status 5",
+    "SLOW_DOWN",
+    "SERVICE_UNAVAILABLE",
+    "INTERNAL_FAILURE",
+    "REQUEST_TIMEOUT",
+    "XML_ERROR",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+)
 
 
 # Seconds without a successful request after which a failure ends the run.
@@ -237,7 +258,9 @@ def _connect(scheme: str) -> Any:
     endpoint = _endpoint(scheme) or None
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ("us-east-1" if endpoint else None)
     return arrow.S3FileSystem(
-        endpoint_override=endpoint, region=region,
+        endpoint_override=endpoint,
+        region=region,
         retry_strategy=arrow.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
-        connect_timeout=_CONNECT_SECONDS, request_timeout=_REQUEST_SECONDS,
-    )  # fmt: skip
+        connect_timeout=_CONNECT_SECONDS,
+        request_timeout=_REQUEST_SECONDS,
+    )

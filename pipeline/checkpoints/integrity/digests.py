@@ -106,15 +106,17 @@ def _matrix_count(info: TensorInfo) -> int:
     return info.shape[0] if len(info.shape) == 3 and info.shape[0] and info.nbytes else 1
 
 
-def with_digests(infos: Mapping[str, TensorInfo], known: Mapping[str, tuple[str, ...]]) -> dict[str, TensorInfo]:
+def with_digests(infos: Mapping[str, TensorInfo], digests: Mapping[str, tuple[str, ...]]) -> dict[str, TensorInfo]:
     """Attach known digests, which readers compare, to tensors by their names in the files."""
-    return {name: _with_digest(info, known) for name, info in infos.items()}
+    return {name: _with_digest(info, digests) for name, info in infos.items()}
 
 
-def _with_digest(info: TensorInfo, known: Mapping[str, tuple[str, ...]]) -> TensorInfo:
+def _with_digest(info: TensorInfo, digests: Mapping[str, tuple[str, ...]]) -> TensorInfo:
     if info.fp8 is None:
-        return replace(info, sha256=known.get(info.name, ()))
-    fp8 = replace(info.fp8, weight=_with_digest(info.fp8.weight, known), scales=_with_digest(info.fp8.scales, known))
+        return replace(info, sha256=digests.get(info.name, ()))
+    fp8 = replace(
+        info.fp8, weight=_with_digest(info.fp8.weight, digests), scales=_with_digest(info.fp8.scales, digests)
+    )
     return replace(info, fp8=fp8)
 
 
@@ -140,11 +142,11 @@ def manifest_digests(manifest: Any) -> dict[str, tuple[str, ...]]:
         raise ValueError(f"no list of files ({error})") from None
 
 
-def parse_sha256sums(text: str, where: str) -> dict[str, str]:
+def parse_sha256sums(text: str, location: str) -> dict[str, str]:
     """Parse the output of `sha256sum` into file name -> sha256; ConfigError names an invalid line.
 
     Args:
-        where: path of the list, for messages.
+        location: path of the list, for messages.
     """
     sums = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -152,7 +154,7 @@ def parse_sha256sums(text: str, where: str) -> dict[str, str]:
             continue
         if (match := _LINE.fullmatch(line.strip())) is None:
             raise ConfigError(
-                f"{where}: line {number} is not '<sha256>  <file>'; write it by `sha256sum *.safetensors`"
+                f"{location}: line {number} is not '<sha256>  <file>'; write it by `sha256sum *.safetensors`"
             )
         sums[match["name"].removeprefix("./")] = match["sha256"].lower()
     return sums
@@ -171,18 +173,18 @@ def match_file_names(sums: Mapping[str, str], files: Iterable[str]) -> dict[str,
     return {file: sums[complete[0] + file] for file in files} if len(complete) == 1 else dict(sums)
 
 
-def require_digest_of_each(known: Mapping[str, str], files: Iterable[str], where: str) -> None:
+def require_digest_of_each(digests: Mapping[str, str], files: Iterable[str], location: str) -> None:
     """Raise ConfigError if a file has no known sha256."""
-    if missing := sorted(set(files) - known.keys()):
+    if missing := sorted(set(files) - digests.keys()):
         raise ConfigError(
-            f"{where}: no sha256 of {missing[0]} ({len(missing)} files in all); list every file of weights"
+            f"{location}: no sha256 of {missing[0]} ({len(missing)} files in all); list every file of weights"
         )
 
 
-def require_file_digest(location: str, file: str, actual: str, known: str) -> None:
+def require_file_digest(location: str, file: str, actual: str, expected: str) -> None:
     """Raise CheckpointError if the sha256 of a file is not the known one."""
-    if actual != known:
+    if actual != expected:
         raise CheckpointError(
-            f"{location}/{file}: expected sha256 {known}, got {actual}; the file is damaged, or not the published one:"
+            f"{location}/{file}: expected sha256 {expected}, got {actual}; the file is damaged, or not the published one:"
             " download it again"
         )

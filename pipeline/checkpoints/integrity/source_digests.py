@@ -43,22 +43,27 @@ def digests_of_source(source: Checkpoint) -> SourceDigests | None:
     return SourceDigests(_described(source), small_files_sha256(source.store.root), tensors)
 
 
-def with_source_digests(source: Checkpoint, known: SourceDigests) -> Checkpoint:
+def with_source_digests(source: Checkpoint, expected: SourceDigests) -> Checkpoint:
     """Attach the digests of the driver to a source that was opened here. Every tensor is compared when it is read.
 
     Raises:
         StoreError: headers, config or other small files differ from those that the driver has read.
     """
     stored = _stored(source)
-    same_files = small_files_sha256(source.store.root) == known.small_files
-    if not same_files or _described(source) != known.described or len(known.tensors) != _DIGEST_BYTES * len(stored):
+    same_files = small_files_sha256(source.store.root) == expected.small_files
+    if (
+        not same_files
+        or _described(source) != expected.described
+        or len(expected.tensors) != _DIGEST_BYTES * len(stored)
+    ):
         forget_small_files()  # this process may hold a damaged copy
         raise StoreError(
             f"{source.store.root}: config.json, headers or other small files differ from those read before: they were"
             " changed, or the connection to the store damages data; run the same command again"
         )
     digests = (
-        known.tensors[start : start + _DIGEST_BYTES].hex() for start in range(0, len(known.tensors), _DIGEST_BYTES)
+        expected.tensors[start : start + _DIGEST_BYTES].hex()
+        for start in range(0, len(expected.tensors), _DIGEST_BYTES)
     )
     return with_verified_digests(source, {info.name: (digest,) for info, digest in zip(stored, digests, strict=True)})
 
