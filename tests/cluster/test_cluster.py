@@ -143,8 +143,8 @@ def submitted(cluster: Cluster, *argv: object) -> "subprocess.Popen[str]":
 
 def end_well(*jobs: "subprocess.Popen[str]") -> None:
     for job in jobs:
-        said, _ = job.communicate(timeout=540)
-        assert job.returncode == 0, said
+        printed, _ = job.communicate(timeout=540)
+        assert job.returncode == 0, printed
 
 
 def test_every_verb_works_as_a_submitted_job(
@@ -288,7 +288,7 @@ class TestRunsThatAreCutShort:
     def struck(
         self, cluster: Cluster, model: Path, output: Path, strike: Callable[[threading.Event], None], *flags: str
     ) -> "subprocess.CompletedProcess[str]":
-        """A compression in this process while `strike` runs in a thread, with an event that the end of the command sets."""
+        """A compression in this process while `strike` runs in a thread; its event is set when the command ends."""
         ended = threading.Event()
         with ThreadPoolExecutor(1) as thread:
             striking = thread.submit(strike, ended)

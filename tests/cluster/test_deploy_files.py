@@ -180,14 +180,14 @@ def test_a_node_installs_dependencies_only_where_its_image_has_none(provider: st
     (command,) = (c for c in config[f"{kind}_setup_commands"] if "constraints.txt" in c)
     command = command.replace(target, str(tmp_path / "checkout")).replace("/tmp/src", str(tmp_path / "src"))
     (tmp_path / "checkout").mkdir()
-    for there, wanted in ((True, ""), (False, "install -c constraints.txt .\n")):
+    for there, expected in ((True, ""), (False, "install -c constraints.txt .\n")):
         (tmp_path / "python").write_text(f"#!/bin/sh\nexit {int(not there)}\n")
         (tmp_path / "pip").write_text('#!/bin/sh\necho "$@"\n')
         for name in ("python", "pip"):
             (tmp_path / name).chmod(0o755)
         shell = {"PATH": f"{tmp_path}:{os.defpath}"}
         done = subprocess.run(["bash", "-c", command], env=shell, check=True, capture_output=True, text=True)
-        assert done.stdout == wanted
+        assert done.stdout == expected
 
 
 @pytest.mark.parametrize("unshipped", [".git", ".venv", "outputs", ".safetensors"])

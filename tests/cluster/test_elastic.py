@@ -1,4 +1,7 @@
-"""Clusters that begin without a worker and grow on demand: Ray's own autoscaler, whose nodes are processes of this machine."""
+"""Clusters that begin without a worker and grow on demand.
+
+Ray's own autoscaler, whose nodes are processes of this machine.
+"""
 
 import json
 import signal
@@ -41,8 +44,11 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     } | {f"{part}_commands": [] for part in ("initialization", "setup", "head_setup", "worker_setup")}
     settings |= {"head_start_ray_commands": [], "worker_start_ray_commands": []}
     file.write_text(json.dumps(settings))
-    more = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "0"}
-    with ray_cluster(f"--autoscaling-config={file}", "--num-cpus=0", port=port, **more) as cluster:
+    flags = (f"--autoscaling-config={file}", "--num-cpus=0")
+    more = ray_cluster(
+        *flags, port=port, RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_enable_autoscaler_v2="0"
+    )
+    with more as cluster:
         yield cluster
 
 

@@ -1,4 +1,4 @@
-"""A commit runs beside the object, on no worker: if it hangs there, nobody dies of it, and it has a deadline of its own."""
+"""A commit runs beside the object, on no worker: it may hang without killing a worker, and has its own deadline."""
 
 import re
 import sys

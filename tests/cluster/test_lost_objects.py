@@ -1,4 +1,7 @@
-"""An object that is lost with its node is distinguished from a lost worker: only the task that made it can recompute it."""
+"""An object that is lost with its node is distinguished from a lost worker.
+
+Only the task that made it can recompute it.
+"""
 
 import subprocess
 import sys
@@ -61,8 +64,9 @@ def test_what_was_in_a_lost_nodes_memory_is_asked_of_its_maker(tmp_path: Path) -
             assert raylet is not None
             raylet.kill()
             with cluster.another_node("127.0.0.3"):
-                said, _ = script.communicate("go on\n", timeout=200)
+                printed, _ = script.communicate("go on\n", timeout=200)
         finally:
             end(node)
-    lines = [line.removeprefix("swsc: ") for line in said.splitlines() if line.startswith("swsc: ")]  # Ray speaks, too
+    # Ray speaks, too
+    lines = [line.removeprefix("swsc: ") for line in printed.splitlines() if line.startswith("swsc: ")]
     assert lines == ["PayloadLost used: input payload lost with its node", "None"]

@@ -1,9 +1,10 @@
 """A stand-in for CUDA on a machine without any: tensors that report `cuda:0`, hold CPU values, and keep CUDA's rules.
 
-To Python they are on cuda:0, to torch's own C++ on the CPU, so that autograd runs backward passes of them as well. While a
-`StandIn` is entered, every operation on them, forward and backward, is done on the CPU, refused where CUDA would refuse it (a
-CPU tensor beside CUDA ones, a CPU generator), and counted by the line of the project that asked for it: launches, waits of the
-host, sums without a fixed order. It checks which branches are taken and what is asked for, not what real kernels give.
+To Python they are on cuda:0, to torch's own C++ on the CPU, so that autograd runs backward passes of them as well.
+While a `StandIn` is entered, every operation on them, forward and backward, is done on the CPU, refused where CUDA
+would refuse it (a CPU tensor beside CUDA ones, a CPU generator), and counted by the line of the project that asked for
+it: launches, waits of the host, sums without a fixed order. It checks which branches are taken and what is asked for,
+not what real kernels give.
 """
 
 import os

@@ -1,6 +1,7 @@
 """What CUDA does with an operation: is it a kernel, does the host wait for it, has its sum a fixed order?
 
-By PyTorch's own lists: `torch.use_deterministic_algorithms` for the order, `torch.cuda.set_sync_debug_mode` for waiting.
+By PyTorch's own lists: `torch.use_deterministic_algorithms` for the order, `torch.cuda.set_sync_debug_mode` for
+waiting.
 """
 
 import re
@@ -103,7 +104,10 @@ def is_unordered(name: str, args: tuple[Any, ...]) -> bool:
 
 
 def is_unordered_unless_switched(name: str, args: tuple[Any, ...]) -> bool:
-    """The same, but for the switch. Places that are written once each have nothing to be ordered; `args` hold CPU values."""
+    """The same, but for the switch.
+
+    Places that are written once each have nothing to be ordered; `args` hold CPU values.
+    """
     if not SWITCHED.fullmatch(name):
         return False
     if name.startswith("index_put") or name == "_index_put_impl_":

@@ -1,4 +1,7 @@
-"""Every numerical function of the core, forward and backward, by the rules of CUDA: no mix of devices, no sum without an order."""
+"""Every numerical function of the core, forward and backward, by the rules of CUDA.
+
+No mix of devices, no sum without an order.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -39,13 +42,13 @@ def weight(m: int, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(m, n).to(dtype).to("cuda")
 
 
-def moment(n: int) -> Tensor:
+def hessian(n: int) -> Tensor:
     x = torch.randn(4 * n, n)
     return (x.T @ x / len(x)).to("cuda")
 
 
 def metric(m: int, n: int) -> Metric:
-    return Metric(moment(n), (torch.rand(m) + 0.1).to("cuda"), tokens=4 * n)
+    return Metric(hessian(n), (torch.rand(m) + 0.1).to("cuda"), tokens=4 * n)
 
 
 Q = MatrixLocation("qkv.weight", row_blocks=RowBlocks(0, 32, 32, 1))
@@ -103,7 +106,7 @@ def embedding(encoded: Encoded, train: bool = False) -> Tensor:
     return y
 
 
-def joined(train: bool = False) -> Tensor:
+def fused(train: bool = False) -> Tensor:
     encoded = best(m=32)
     layer = SwscJoined({"q": replace(encoded.entry, location=Q)}, 16, dtype=torch.bfloat16, device="meta")
     layer_of(layer.q, encoded)
@@ -160,7 +163,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "linear, rounded to nearest": lambda: linear(encode(weight(64, 64, torch.bfloat16), [RtnSpec(3)])),
     "embedding": lambda: embedding(best()),
     "embedding, input": lambda: embedding(plain("input")),
-    "joined": joined,
+    "joined": fused,
     "tuning": tuning,
     "rtn, tensor": lambda: dequantize(quantize(weight(64, 64), 3, granularity="tensor")),
     "rtn, group": lambda: dequantize(quantize(weight(64, 96), 3, granularity="group", group_size=32, symmetric=True)),
@@ -176,7 +179,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "linear, segments of columns, backward": lambda: linear(plain("input"), torch.float32, train=True),
     "embedding, backward": lambda: embedding(plain(), train=True),
     "embedding of columns, backward": lambda: embedding(plain("input"), train=True),
-    "joined, backward": lambda: joined(train=True),
+    "joined, backward": lambda: fused(train=True),
 }
 
 
@@ -198,7 +201,7 @@ def test_twice_the_same_bytes(made: Any, gpu: StandIn) -> None:
 
 
 def test_the_same_matrix_is_as_near_as_on_a_cpu(gpu: StandIn) -> None:
-    dense, h, rows = torch.randn(64, 64), moment(64).cpu(), torch.rand(64) + 0.1
+    dense, h, rows = torch.randn(64, 64), hessian(64).cpu(), torch.rand(64) + 0.1
     here = encode(dense, [BEST], name="w", metric=Metric(h.clone(), rows.clone(), tokens=256))
     there = encode(dense.to("cuda"), [BEST], name="w", metric=Metric(h.to("cuda"), rows.to("cuda"), tokens=256))
     assert there.relative_error == pytest.approx(here.relative_error, rel=0.01)
@@ -215,7 +218,8 @@ def test_rounding_to_nearest_gives_the_bytes_of_a_cpu(granularity: Granularity, 
 # launches of one block of columns: a new one is a new wait for the host in every block of every matrix
 ASSIGN, REASSIGN = 22.2, 22.7
 LOOP = (
-    "_assign_with_feedback", "_descend", "assign_block", "_nearest", "nearest", "clustered", "unscaled", "_centroid_indices",
+    "_assign_with_feedback", "_descend", "assign_block", "_nearest", "nearest", "clustered", "unscaled",
+    "_centroid_indices",
 )  # fmt: skip
 
 

@@ -129,8 +129,8 @@ def test_evaluation(family: str, models: dict[str, Path], gpu: StandIn) -> None:
     found = Worker(1, "cuda").run(MeasureLosses(key, windows())).value
     assert not gpu.counts.unordered
     with _outside(gpu):
-        wanted = Worker(1, "cpu").run(MeasureLosses(key, windows())).value
-    assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
+        expected = Worker(1, "cpu").run(MeasureLosses(key, windows())).value
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
 class _outside:

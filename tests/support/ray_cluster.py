@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,14 +63,18 @@ class Cluster:
 
     def _wait_to_be_counted(self, ip: str) -> None:
         """Wait until the cluster lists the node, which happens after its process has started."""
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
-        client = GcsClient(address=self.address)
         for _ in range(240):
-            if any(node.node_manager_address == ip for node in client.get_all_node_info().values()):
+            if self.lists(ip):
                 return
             time.sleep(0.25)
         raise RuntimeError(f"the node at {ip} is not counted")
+
+    def lists(self, ip: str) -> bool:
+        """Whether the cluster has a node at this address."""
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+        nodes = GcsClient(address=self.address).get_all_node_info().values()
+        return any(node.node_manager_address == ip for node in nodes)
 
     @contextlib.contextmanager
     def another_node(self, ip: str, cpus: int = 1) -> Iterator["subprocess.Popen[bytes]"]:
@@ -101,12 +106,13 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(*flags: str, port: int = 0, **more: str) -> Iterator[Cluster]:
+def ray_cluster(*flags: str, port: int = 0, dashboard: bool = False, **more: str) -> Iterator[Cluster]:
     """Start a head node with two CPUs.
 
     Args:
         flags: further flags of `ray start`.
         port: port of the head; a free one if 0.
+        dashboard: start a dashboard, to which jobs are submitted; it takes longer than the rest of the cluster.
         more: environment variables of the cluster's processes and users.
     """
     # a short path, because paths of sockets are limited to 107 bytes
@@ -114,7 +120,7 @@ def ray_cluster(*flags: str, port: int = 0, **more: str) -> Iterator[Cluster]:
     # the entrypoint of a job is `python`, which has to be this interpreter even if no environment is activated
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), "PATH": path, **_HEALTH, **more}
-    node, cluster = _start_head(environment, folder, port, flags)
+    node, cluster = _start_head(environment, folder, port, dashboard, flags)
     try:
         yield cluster
     finally:
@@ -123,19 +129,36 @@ def ray_cluster(*flags: str, port: int = 0, **more: str) -> Iterator[Cluster]:
 
 
 def _start_head(
-    environment: dict[str, str], folder: str, port: int, flags: Sequence[str]
+    environment: dict[str, str], folder: str, port: int, dashboard: bool, flags: Sequence[str]
 ) -> tuple["subprocess.Popen[bytes]", Cluster]:
     """Start a head that answers; after a failure, try other ports, because another process may have taken one."""
     head = [*RAY, "start", "--head", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
+    head.append(f"--include-dashboard={str(dashboard).lower()}")
     for _ in range(_STARTS):
-        head_port, dashboard = port or free_port(), free_port()
-        ports = [f"--port={head_port}", f"--dashboard-port={dashboard}", _agent()]
+        head_port, web = port or free_port(), free_port()
+        ports = [f"--port={head_port}", f"--dashboard-port={web}", _agent()]
         node = subprocess.Popen([*head, *ports, *_common(folder), *flags], **_quiet(environment))
-        cluster = Cluster(f"127.0.0.1:{head_port}", f"http://127.0.0.1:{dashboard}", environment, folder)
-        if _answers(f"{cluster.dashboard}/api/version", node):
+        cluster = Cluster(f"127.0.0.1:{head_port}", f"http://127.0.0.1:{web}", environment, folder)
+        if _is_up(cluster, node) and (not dashboard or _answers(f"{cluster.dashboard}/api/version", node)):
             return node, cluster
         end(node)
     raise RuntimeError("the head of the cluster does not start")
+
+
+def _is_up(cluster: Cluster, head: "subprocess.Popen[bytes]") -> bool:
+    """Whether the cluster lists its head as a node within two minutes; it does not if the head's process ends."""
+    from ray.exceptions import RayError
+
+    for _ in range(480):
+        if head.poll() is not None:
+            return False
+        with contextlib.suppress(OSError, RayError):
+            host, _, port = cluster.address.partition(":")
+            socket.create_connection((host, int(port)), timeout=2).close()
+            if cluster.lists(host):
+                return True
+        time.sleep(0.25)
+    return False
 
 
 def _common(folder: str) -> list[str]:

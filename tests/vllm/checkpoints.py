@@ -1,4 +1,7 @@
-"""Compressed checkpoints with a spec a tensor, and their restored twins: more kinds in one model than one run would make."""
+"""Compressed checkpoints with a spec a tensor, and their restored twins.
+
+More kinds in one model than one run would make.
+"""
 
 import json
 import random
@@ -40,14 +43,14 @@ def compress(
     restored = {name: tensor.T if re.search(turned, name) else tensor for name, tensor in tensors.items()}
     stored: dict[str, torch.Tensor] = dict(tensors)
     entries: dict[str, Any] = {}
-    joined: dict[str, list[RowBlocks]] = {}
+    fused: dict[str, list[RowBlocks]] = {}
     for name, spec in specs.items():
         whole = f"{name.rsplit('.', 2)[0]}.weight" if name in pieces else name
         about: dict[str, Any] = {"transposed": True} if re.search(turned, whole) else {}
         weight = restored[whole]
         if name in pieces:
             rows = pieces[name]
-            joined.setdefault(whole, []).append(rows)
+            fused.setdefault(whole, []).append(rows)
             about |= {"tensor": whole, "rows": [rows.first, rows.length, rows.stride, rows.count]}
             weight = rows.take(weight)
         made = encode(weight, [spec], name=name, metric=_metric(spec, weight.shape[1]))
@@ -60,7 +63,7 @@ def compress(
             del stored[name]
         stem = name.removesuffix(".weight")
         stored |= {f"{stem}.{part}": tensor for part, tensor in made.tensors.items()}
-    for whole, own in joined.items():
+    for whole, own in fused.items():
         stored[whole] = restored[whole][remaining_rows(len(restored[whole]), own)]
     restored = {name: tensor.T if re.search(turned, name) else tensor for name, tensor in restored.items()}
     quantization = {"quant_method": "swsc", "format_version": 3, "tensors": entries}
@@ -92,15 +95,15 @@ def by_transformers(
 
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # nor does vLLM stop there
-    said, likely = [], []
+    tokens_of, likely = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         out = model.generate(ids, max_new_tokens=tokens, do_sample=False)
-        said.append(out[0, len(prompt) :].tolist())
+        tokens_of.append(out[0, len(prompt) :].tolist())
         with torch.no_grad():
             logs = model(ids).logits[0, :-1].log_softmax(-1)
         likely.append(logs.gather(1, ids[0, 1:, None])[:, 0].tolist())
-    return said, likely
+    return tokens_of, likely
 
 
 def by_vllm(
@@ -118,18 +121,18 @@ def by_vllm(
         done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
     finally:
         llm.llm_engine.engine_core.shutdown()
-    said = [list(one.outputs[0].token_ids) for one in done]
+    tokens_of = [list(one.outputs[0].token_ids) for one in done]
     likely = [
         [at[token].logprob for at, token in zip(one.prompt_logprobs[1:], prompt[1:], strict=True)]
         for one, prompt in zip(done, prompts, strict=True)
     ]
-    return said, likely
+    return tokens_of, likely
 
 
 def require_equal_tokens(compressed: Path, dense: Path, ranks: int) -> None:
-    """Assert that vLLM with `compressed` and transformers with `dense` agree in greedy tokens and likelihoods of the prompts."""
-    wanted, likely = by_transformers(dense, prompts(), 16)
-    said, found = by_vllm(compressed, prompts(), 16, ranks)
-    assert said == wanted
+    """Assert that vLLM with `compressed` and transformers with `dense` agree in tokens and likelihoods."""
+    expected, likely = by_transformers(dense, prompts(), 16)
+    tokens_of, found = by_vllm(compressed, prompts(), 16, ranks)
+    assert tokens_of == expected
     for ours, theirs in zip(found, likely, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-3)

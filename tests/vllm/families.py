@@ -33,10 +33,8 @@ def _gpt2() -> Any:
     )
 
 
-Joined = dict[
-    str, tuple[int, tuple[int, ...], tuple[str, ...]]
-]  # matrix -> times, rows of each piece each time, pieces
-MODELS: dict[str, tuple[Callable[[], Any], Joined]] = {
+Fused = dict[str, tuple[int, tuple[int, ...], tuple[str, ...]]]  # matrix -> times, rows of each piece each time, pieces
+MODELS: dict[str, tuple[Callable[[], Any], Fused]] = {
     "phi3": (
         lambda: t.Phi3ForCausalLM(t.Phi3Config(**_GROUPED)),
         {"qkv_proj": (1, (128, 64, 64), tuple(_QKV)), "gate_up_proj": (1, (192, 192), ("gate", "up"))},
@@ -72,8 +70,11 @@ MODELS: dict[str, tuple[Callable[[], Any], Joined]] = {
 
 
 def made(path: Path, name: str) -> tuple[Path, Path]:
-    """A model of the family compressed, and restored: its first layer whole in one kind, of its second some, in others."""
-    factory, joined = MODELS[name]
+    """A model of the family compressed, and restored.
+
+    Its first layer whole in one kind, of its second some, in others.
+    """
+    factory, fused = MODELS[name]
     torch.manual_seed(0)
     model = factory()
     model.save_pretrained(path / "model")
@@ -87,8 +88,8 @@ def made(path: Path, name: str) -> tuple[Path, Path]:
     for tensor, stem in _matrices(path / "model"):
         last = stem.rpartition(".")[2]
         own = [tensor]
-        if last in joined:
-            times, lengths, pieces = joined[last]
+        if last in fused:
+            times, lengths, pieces = fused[last]
             own = [f"{stem}.{piece}.weight" for piece in pieces]
             firsts = [sum(lengths[:place]) for place in range(len(lengths))]
             rows |= {

@@ -1,4 +1,7 @@
-"""What other families store otherwise than Llama is served, too: the tokens of transformers on the restored directory."""
+"""What other families store otherwise than Llama is served, too.
+
+The tokens of transformers on the restored directory.
+"""
 
 from pathlib import Path
 
@@ -24,8 +27,8 @@ def test_tokens_are_those_of_transformers(model: tuple[Path, Path], ranks: int) 
 
 def test_experts_that_are_dense_in_memory_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     by_vllm(made(tmp_path, "mixtral")[0], prompts(), 1, 1)
-    said = "".join(capfd.readouterr())
-    assert said.count("swsc: model.layers.*.block_sparse_moe.experts are restored while they load") == 1
+    message = "".join(capfd.readouterr())
+    assert message.count("swsc: model.layers.*.block_sparse_moe.experts are restored while they load") == 1
 
 
 def test_an_expert_that_is_not_whole_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -35,8 +38,10 @@ def test_an_expert_that_is_not_whole_is_refused(tmp_path: Path, capfd: pytest.Ca
     save_file(tensors, compressed / "model.safetensors", {"format": "pt"})
     with pytest.raises(RuntimeError):
         by_vllm(compressed, prompts(), 1, 1)
-    said = "".join(capfd.readouterr())
-    assert "ValueError: not in the checkpoint: model.layers.0.mlp.experts.1.up_proj.labels; `swsc verify DIR`" in said
+    message = "".join(capfd.readouterr())
+    assert (
+        "ValueError: not in the checkpoint: model.layers.0.mlp.experts.1.up_proj.labels; `swsc verify DIR`" in message
+    )
 
 
 def test_what_vllm_reorders_before_it_is_handed_over_is_refused(
@@ -44,5 +49,5 @@ def test_what_vllm_reorders_before_it_is_handed_over_is_refused(
 ) -> None:
     with pytest.raises(RuntimeError):
         by_vllm(made(tmp_path, "bloom")[0], prompts(), 1, 1)
-    said = "".join(capfd.readouterr())
-    assert "transformer.h.0.self_attention.query_key_value: vLLM's BLOOM reorders the rows" in said
+    message = "".join(capfd.readouterr())
+    assert "transformer.h.0.self_attention.query_key_value: vLLM's BLOOM reorders the rows" in message

@@ -1,4 +1,7 @@
-"""Mixtures of experts, whose matrices transformers joins when it loads them, and embeddings: calibrated, compressed, tuned."""
+"""Mixtures of experts, whose matrices transformers joins when it loads them, and embeddings.
+
+Calibrated, compressed, tuned.
+"""
 
 import json
 from pathlib import Path

@@ -21,7 +21,8 @@ from swsc_core.compressed.registry import entry_of
 from tests.support.families import STACKED, FamilyModel, tensors_of
 from tests.support.tiny import make_text
 
-# what is no matrix that every token is multiplied by: embeddings, heads, routers, norms, biases, all that looks at pictures
+# what is no matrix that every token is multiplied by: embeddings, heads, routers, norms, biases, all that looks at
+# pictures
 _OTHERS = re.compile(
     r"embed|wte|wpe|lm_head|(mlp|moe)\.gate\.weight|router|sinks|shared_expert_gate|norm|ln_|bias$|vision|visual|projector|correction_bias"
 )
@@ -68,15 +69,15 @@ def test_all_roles_are_everything_linear(family: FamilyModel) -> None:
 @pytest.mark.parametrize("selection", ["queries_and_keys", "compressed"])
 def test_the_restored_model_is_the_one_of_the_compressed_weights(family: FamilyModel, selection: str) -> None:
     compressed = getattr(family, selection)
-    restored, wanted = family.restored(compressed), by_hand(family, compressed)
+    restored, expected = family.restored(compressed), by_hand(family, compressed)
     found = tensors_of(restored)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     config = json.loads((family.dense / "config.json").read_text())
     assert json.loads((restored / "config.json").read_text()) == config
     kind, hand = family.load(restored), family.load(family.dense)
-    hand = type(hand).from_pretrained(None, config=hand.config, state_dict=wanted).eval()
+    hand = type(hand).from_pretrained(None, config=hand.config, state_dict=expected).eval()
     assert torch.equal(family.logits(kind), family.logits(hand))
     assert not torch.equal(family.logits(kind), family.logits(family.load(family.dense)))
 
@@ -128,7 +129,7 @@ def test_fused_matrices_and_language_parts_are_calibrated_tuned_and_evaluated(
 def test_layers_after_the_last_are_kept_to_the_byte_and_do_not_disturb(
     tiny_model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Heads that predict several tokens at once are stored as one layer more than the config has (DeepSeek-V3's layer 61)."""
+    """Heads that predict several tokens at once are one layer more than the config has (DeepSeek-V3's layer 61)."""
     model = FamilyModel("deepseek_v3", tmp_path)
     extra = {
         f"model.layers.2.{name.split('.', 3)[3]}": tensor.clone()
@@ -158,7 +159,7 @@ class TestDamagedPieces:
         return model.queries_and_keys, config
 
     @pytest.mark.parametrize(
-        ("change", "wanted"),
+        ("change", "expected"),
         [
             ({"rows": [16, 16, 48, 4]}, "parts overlap"),
             ({"rows": [150, 16, 48, 4]}, "the 192 rows"),
@@ -173,7 +174,7 @@ class TestDamagedPieces:
         ],
     )
     def test_it_is_refused(
-        self, damaged: tuple[Path, dict[str, Any]], change: dict[str, Any], wanted: str,
+        self, damaged: tuple[Path, dict[str, Any]], change: dict[str, Any], expected: str,
         capsys: pytest.CaptureFixture[str],
     ) -> None:  # fmt: skip
         directory, config = damaged
@@ -182,14 +183,14 @@ class TestDamagedPieces:
         (directory / "config.json").write_text(json.dumps(config))
         capsys.readouterr()
         assert main(["restore", str(directory), f"{directory}-dense", "--local"]) == 2
-        said = capsys.readouterr().err
-        assert len(said.splitlines()) == 1
-        assert wanted in said
+        printed = capsys.readouterr().err
+        assert len(printed.splitlines()) == 1
+        assert expected in printed
 
     def test_stock_transformers_refuses_the_remaining_rows_of_a_fused_tensor(
         self, damaged: tuple[Path, dict[str, Any]]
     ) -> None:
-        """The rows of no piece stand under the tensor's own name, so that its shape fits no loader that knows nothing of pieces."""
+        """Remaining rows have the tensor's own name: a loader that does not know pieces finds a wrong shape."""
         directory, config = damaged
         del config["quantization_config"]
         (directory / "config.json").write_text(json.dumps(config))

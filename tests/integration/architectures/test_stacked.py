@@ -194,7 +194,7 @@ def test_a_sweep_swaps_stacked_experts_in_and_out(model: FamilyModel, text: Path
 
 
 class TestQwen3VlMoeAsItIsOnTheHub:
-    """The hub's checkpoint stores matrices of experts transposed, and transformers transposes them back when it loads them."""
+    """The hub's checkpoint stores matrices of experts transposed; transformers transposes them when it loads."""
 
     @pytest.fixture(scope="class")
     def hub(self, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> FamilyModel:
@@ -233,8 +233,10 @@ class TestStacksOfAFamilyThatIsNotKnown:
         Config: Any = Gemma4TextConfig  # it takes more arguments than its annotations name
         config = Config(
             vocab_size=256, vocab_size_per_layer_input=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=16, hidden_size_per_layer_input=8,
-            max_position_embeddings=128, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=48,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=16,
+            hidden_size_per_layer_input=8,
+            max_position_embeddings=128, enable_moe_block=True, num_experts=4, top_k_experts=2,
+            moe_intermediate_size=48,
             initializer_range=0.2, layer_types=["full_attention"] * 2, pad_token_id=0, bos_token_id=0, eos_token_id=1,
         )  # fmt: skip
         Gemma4ForCausalLM(config).save_pretrained(path)
@@ -272,7 +274,7 @@ class TestStacksOfAFamilyThatIsNotKnown:
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted"),
+    ("change", "expected"),
     [
         ({"num_local_experts": 8}, r"gate_up_proj is \[4, 64, 192\].*\[8, 64, 192\]"),
         ({"intermediate_size": 32}, r"is \[4, 64, 192\].*\[4, 64, 64\]"),
@@ -280,21 +282,21 @@ class TestStacksOfAFamilyThatIsNotKnown:
     ],
 )  # fmt: skip
 def test_a_stack_that_does_not_fit_the_config_is_refused_in_one_line(
-    change: dict[str, Any], wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = FamilyModel("gpt_oss", tmp_path)
     config = json.loads((model.dense / "config.json").read_text())
     (model.dense / "config.json").write_text(json.dumps(config | change))
     capsys.readouterr()
     assert main(["plan", str(model.dense), "--projectors", "experts"]) == 2
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1
-    assert re.search(wanted, said)
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert re.search(expected, printed)
     assert main(["plan", str(model.dense), "--projectors", "q", "--exclude", "experts"]) == 2  # whatever is selected
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted"),
+    ("change", "expected"),
     [
         ({"stacked": 3}, "differ in columns, dtype, transposed or stacked"),
         ({"stacked": 0}, "stacked is 0"),
@@ -303,7 +305,7 @@ def test_a_stack_that_does_not_fit_the_config_is_refused_in_one_line(
     ],
 )
 def test_a_wrong_description_of_a_stack_in_config_json_is_refused(
-    change: dict[str, Any], wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = FamilyModel("gpt_oss", tmp_path)
     directory = model.compress("experts", "--projectors", "experts")
@@ -312,9 +314,9 @@ def test_a_wrong_description_of_a_stack_in_config_json_is_refused(
     (directory / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
     assert main(["restore", str(directory), str(tmp_path / "dense"), "--local"]) == 2
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1
-    assert wanted in said
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert expected in printed
 
 
 def test_pieces_of_a_number_of_matrices_that_their_rows_are_not(tmp_path: Path) -> None:

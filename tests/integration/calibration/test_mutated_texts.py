@@ -28,7 +28,8 @@ def _parquet() -> bytes:
 
 
 FILES = {
-    ".txt": b"one two three", ".jsonl": LINES, ".json": json.dumps(ROWS).encode(), ".csv": b"text,n\none two,1\nthree,\n",
+    ".txt": b"one two three", ".jsonl": LINES, ".json": json.dumps(ROWS).encode(),
+    ".csv": b"text,n\none two,1\nthree,\n",
     ".tsv": b"text\tn\none two\t1\n", ".parquet": _parquet(), ".jsonl.gz": gzip.compress(LINES),
 }  # fmt: skip
 

@@ -57,8 +57,8 @@ def test_bytes_calibrated_on_a_table_are_those_of_the_plain_text_and_it_is_not_m
     for name, text, flags in (("one", lines, ["--text-column", "body"]), ("two", plain, [])):
         argv = ["compress", str(tiny_model), str(tmp_path / name), "--preset", "fast", "--bits", "3", *SHORT, *flags]
         assert main([*argv, "--calibration", str(text), "--cache-dir", str(tmp_path / f"cache-{name}")]) == 0
-    said = capsys.readouterr().err
-    assert said.count("column 'body' of 30 documents, joined by blank lines") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("column 'body' of 30 documents, joined by blank lines") == 1
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert {name for name in one if one[name] != two[name]} <= {
         "README.md",
@@ -95,8 +95,8 @@ def test_a_column_that_is_not_clear_is_refused_with_all_columns(
 ) -> None:
     argv = ["compress", str(tiny_model), str(tmp_path / "out"), flag, str(lines), "--local"]
     assert main([*argv, *(["--preset", "fast", "--bits", "3"] if flag == "--calibration" else [])]) == 2
-    said = capsys.readouterr().err
-    assert all(part in said for part in ("lines.jsonl.gz", "title, body", "--text-column"))
+    printed = capsys.readouterr().err
+    assert all(part in printed for part in ("lines.jsonl.gz", "title, body", "--text-column"))
     assert not (tmp_path / "out").exists()
 
 
@@ -109,7 +109,8 @@ def test_a_sweep_reads_them_as_well(tiny_model: Path, lines: Path, text: Path, t
     config = tmp_path / "sweep.yaml"
     config.write_text(
         f"models: [{tiny_model}]\ncalibration: {text}\ncalibration_windows: 4\ncalibration_seqlen: 32\n"
-        f"variants: [{{name: fast, preset: fast, bits: 3}}]\nevaluations: [{{text: {lines}, text_column: body, seqlen: 32, windows: 2}}]\n"
+        "variants: [{name: fast, preset: fast, bits: 3}]\n"
+        f"evaluations: [{{text: {lines}, text_column: body, seqlen: 32, windows: 2}}]\n"
     )
     assert main(["sweep", str(config), "--out", str(tmp_path / "results"), "--local"]) == 0
     rows = json.loads((tmp_path / "results" / "results.json").read_text())["rows"]
@@ -127,5 +128,5 @@ def test_a_config_that_transformers_cannot_read_is_named(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
     assert main(["evaluate", str(model), "--text", str(plain), *MEASURED]) == 2
-    said = capsys.readouterr().err
-    assert all(part in said for part in ("config.json", f"'{dtype}'", "set the dtype of the weights"))
+    printed = capsys.readouterr().err
+    assert all(part in printed for part in ("config.json", f"'{dtype}'", "set the dtype of the weights"))

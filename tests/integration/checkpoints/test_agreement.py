@@ -89,8 +89,8 @@ def refusal(model: Path, measured: bool = True) -> str:
 )
 def test_a_config_of_another_model(model: Path, changes: dict[str, Any], facts: list[str]) -> None:
     configure(model, **changes)
-    said = refusal(model)
-    assert all(fact in said for fact in facts), said
+    printed = refusal(model)
+    assert all(fact in printed for fact in facts), printed
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_a_config_of_another_model(model: Path, changes: dict[str, Any], facts: 
 )
 def test_files_of_another_model(model: Path, change: Callable[[Weights], Weights], facts: list[str]) -> None:
     rewrite(model, change)
-    said = refusal(model)
-    assert all(fact in said for fact in facts), said
+    printed = refusal(model)
+    assert all(fact in printed for fact in facts), printed
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,10 @@ def test_a_config_of_a_kind_of_its_own_goes_to_the_class_that_transformers_choos
 def test_heads_that_predict_further_tokens_are_known(tmp_path: Path) -> None:
     further: dict[str, Any] = {"num_nextn_predict_layers": 1}
     config = DeepseekV3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        first_k_dense_replace=1,
         kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, **further,
     )  # fmt: skip
     DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
@@ -245,9 +247,9 @@ def test_tensors_that_are_no_weights_are_copied_and_named(
 ) -> None:
     rewrite(model, lambda weights: weights | {"model.layers.0.self_attn.steps": torch.ones(3, dtype=torch.int64)})
     assert main(["compress", str(model), str(tmp_path / "output"), *_COARSE]) == 0
-    said = capsys.readouterr().err
-    assert "model.layers.0.self_attn.steps" in said
-    assert "Loading weights" not in said
+    printed = capsys.readouterr().err
+    assert "model.layers.0.self_attn.steps" in printed
+    assert "Loading weights" not in printed
     assert "model.layers.0.self_attn.steps" in open_model(str(tmp_path / "output")).names
 
 

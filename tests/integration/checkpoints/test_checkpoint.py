@@ -115,10 +115,10 @@ def test_a_tensor_with_the_name_of_a_part_is_refused(tiny_model: Path, tmp_path:
 class TestDamage:
     """Each damage is refused by one line that names the file and the remedy."""
 
-    def refused(self, directory: Path, *wanted: str) -> None:
+    def refused(self, directory: Path, *expected: str) -> None:
         with pytest.raises(CheckpointError) as caught:
             open_checkpoint(str(directory))
-        assert all(part in str(caught.value) for part in wanted), str(caught.value)
+        assert all(part in str(caught.value) for part in expected), str(caught.value)
         assert "\n" not in str(caught.value)
 
     def test_missing_directory(self, tmp_path: Path) -> None:

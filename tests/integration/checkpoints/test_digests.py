@@ -1,4 +1,7 @@
-"""Bits that change on a disk, in a memory or on the way, where it is known what they were: never an output of other weights."""
+"""Bits that change on a disk, in a memory or on the way, where it is known what they were.
+
+Never an output of other weights.
+"""
 
 import hashlib
 import json

@@ -37,10 +37,10 @@ def test_what_is_compressed_is_what_convert_makes_of_it(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compress", str(file), str(tmp_path / "out"), *SMALL]) == 0
-    said = capsys.readouterr().err
-    assert f"{file}: dequantizing to bfloat16, into " in said
-    assert f"note: {file}: {NOTE}" in said
-    assert "it/s" not in said
+    printed = capsys.readouterr().err
+    assert f"{file}: dequantizing to bfloat16, into " in printed
+    assert f"note: {file}: {NOTE}" in printed
+    assert "it/s" not in printed
     assert main(["convert", str(file), str(tmp_path / "dense")]) == 0
     assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "other"), *SMALL]) == 0
     one, other = (json.loads((tmp_path / name / "swsc_manifest.json").read_text()) for name in ("out", "other"))
@@ -104,11 +104,12 @@ def test_another_file_under_the_same_name_is_another_model(file: Path, tmp_path:
 
 def test_two_processes_at_once_make_it_once(file: Path) -> None:
     runs = [keep(sys.executable, "-c", KEEP, str(file)) for _ in range(2)]
-    said = [run.communicate(timeout=240)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], said
+    printed = [run.communicate(timeout=240)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], printed
     (kept,) = kept_of(file)
     assert sorted(path.name for path in kept.iterdir()) == [
-        ".swsc-kept.json", "config.json", "dequantized.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        ".swsc-kept.json", "config.json", "dequantized.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json",
         "tokenizer_config.json",
     ]  # fmt: skip
 
@@ -137,11 +138,17 @@ def machine() -> str:
 
 
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(file: Path) -> None:
-    run = keep("bash", "-c", f'ulimit -f 64; exec "$0" -m jobs compress "$1" "$1.out" {" ".join(SMALL)}', sys.executable, str(file))  # fmt: skip
-    said = run.communicate(timeout=240)[1].strip().splitlines()
+    run = keep(
+        "bash",
+        "-c",
+        f'ulimit -f 64; exec "$0" -m jobs compress "$1" "$1.out" {" ".join(SMALL)}',
+        sys.executable,
+        str(file),
+    )
+    printed = run.communicate(timeout=240)[1].strip().splitlines()
     assert run.returncode == 2
-    assert said[-1].startswith("error: ")
-    assert "run the same command again" in said[-1]
+    assert printed[-1].startswith("error: ")
+    assert "run the same command again" in printed[-1]
     assert not kept_of(file)
 
 
@@ -157,7 +164,7 @@ def test_a_disk_without_room_is_an_error_before_work(
 
 @pytest.mark.parametrize("verb", ["plan", "compress", "evaluate"])
 @pytest.mark.parametrize(
-    ("location", "wanted"),
+    ("location", "expected"),
     [
         ("s3://bucket/model.gguf", "copy it to a disk that all nodes see"),
         ("absent.gguf", "no such file"),
@@ -166,7 +173,8 @@ def test_a_disk_without_room_is_an_error_before_work(
     ],
 )
 def test_what_cannot_be_dequantized_is_one_line(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, location: str, wanted: str
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, location: str,
+    expected: str
 ) -> None:  # fmt: skip
     monkeypatch.chdir(file.parent)
     Path("foreign.gguf").write_bytes(b"pickle")
@@ -176,7 +184,7 @@ def test_what_cannot_be_dequantized_is_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert os.path.basename(location) in error
-    assert wanted in error
+    assert expected in error
     assert not kept_of(file)
 
 
@@ -188,7 +196,9 @@ def test_verbs_that_take_outputs_refuse_it_at_once(file: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("note", ["[]", "{", '{"file": "x"}', '{"file": "x", "baseline": "y", "types": 3}'])
-def test_a_note_that_is_damaged_is_named(tiny_model: Path, tmp_path: Path, note: str, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_note_that_is_damaged_is_named(
+    tiny_model: Path, tmp_path: Path, note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model/dequantized.json").write_text(note)
     assert main(["plan", str(tmp_path / "model"), "--clusters", "4", "--rank", "2"]) == 2

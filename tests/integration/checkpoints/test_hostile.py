@@ -29,8 +29,10 @@ MOST_SECONDS = 2.0  # of a core, that opening one may take: a clock on the wall 
 SHARD = "model-00001-of-00001.safetensors"
 PATIENT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 ODD = st.one_of(
-    st.sampled_from([-1, 0, 1, 7, 2**31, 2**60, 2**63, 2**200, 1.5, float("inf"), None, True, "", "../..", "\0", "/etc/passwd"]),
-    st.text(max_size=8), st.lists(st.integers(-2, 2**62), max_size=4), st.dictionaries(st.text(max_size=4), st.integers(), max_size=3),
+    st.sampled_from([-1, 0, 1, 7, 2**31, 2**60, 2**63, 2**200, 1.5, float("inf"), None, True, "", "../..", "\0",
+    "/etc/passwd"]),
+    st.text(max_size=8), st.lists(st.integers(-2, 2**62), max_size=4),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=3),
 )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def place(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(place: Path) -> bool:
     """Whether the directory opens. Otherwise the error is one of this project; an opened tensor is within its file."""
-    said = ""
+    message = ""
     tracemalloc.start()
     started = time.process_time()
     try:
@@ -65,14 +67,14 @@ def opened(place: Path) -> bool:
             assert (place / info.file).resolve().parent == place
         make_plan(checkpoint, MatrixSettings())
     except SwscError as error:
-        said = str(error)
+        message = str(error)
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < MOST_BYTES
     assert time.process_time() - started < MOST_SECONDS
-    assert not said or str(place) in said, "what is wrong is named"
-    return not said
+    assert not message or str(place) in message, "what is wrong is named"
+    return not message
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -80,7 +82,7 @@ def split(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-def joined(header: bytes, body: bytes) -> bytes:
+def file_of(header: bytes, body: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + body
 
 
@@ -123,7 +125,7 @@ def test_headers_with_odd_values(whole: Path, place: Path, data: st.DataObject) 
             entry["shape"][:1] = [odd]
         elif isinstance(entry, dict):
             entry[where] = odd
-    (place / SINGLE).write_bytes(joined(json.dumps(header).encode(), body))
+    (place / SINGLE).write_bytes(file_of(json.dumps(header).encode(), body))
     opened(place)
 
 
@@ -142,7 +144,7 @@ def test_headers_with_odd_values(whole: Path, place: Path, data: st.DataObject) 
     ],
 )
 def test_headers_that_are_made_to_hurt(place: Path, header: bytes) -> None:
-    (place / SINGLE).write_bytes(joined(header, bytes(4)))
+    (place / SINGLE).write_bytes(file_of(header, bytes(4)))
     assert not opened(place)
 
 

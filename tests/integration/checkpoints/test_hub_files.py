@@ -1,4 +1,7 @@
-"""Checkpoints as hubs store them: names that transformers changes, buffers among the weights, a tied head stored twice."""
+"""Checkpoints as hubs store them.
+
+Names that transformers changes, buffers among the weights, a tied head stored twice.
+"""
 
 import json
 import shutil
@@ -69,12 +72,12 @@ def test_an_error_of_windows_longer_than_the_position_table_names_its_size(
     gpt2: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["compress", str(gpt2), str(tmp_path / "out"), "--local", "--bits", "4", "--calibration-windows", "2"]
-    said = "64 positions"
+    message = "64 positions"
     for flags in (["--preset", "data-free"], ["--preset", "fast", "--calibration", str(texts[0])]):
         assert main([*argv, *flags, "--calibration-seqlen", "80"]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert main(["evaluate", str(gpt2), "--text", str(texts[1]), "--seqlen", "80", "--local"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_compression_is_measured_on_windows_of_the_models_positions(
@@ -82,9 +85,9 @@ def test_a_compression_is_measured_on_windows_of_the_models_positions(
 ) -> None:
     argv = ["compress", str(gpt2), str(tmp_path / "out"), "--local", "--clusters", "4", "--rank", "1"]
     assert main([*argv, "--text", str(texts[1]), "--windows", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "note: windows of 64 tokens" in said
-    assert "2 windows of 64 tokens" in said
+    message = capsys.readouterr().out
+    assert "note: windows of 64 tokens" in message
+    assert "2 windows of 64 tokens" in message
 
 
 def test_masks_are_neither_counted_nor_written(gpt2: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -89,12 +89,12 @@ def test_an_adapter_beside_is_named_and_neither_measured_nor_copied(
 ) -> None:
     peft = pytest.importorskip("peft")
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    wanted = load_model(open_model(str(model)), ModelKey(str(model), "float32", 1), "cpu").state_dict()
+    expected = load_model(open_model(str(model)), ModelKey(str(model), "float32", 1), "cpu").state_dict()
     how = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     peft.get_peft_model(plain, how).save_pretrained(model)
     found = load_model(open_model(str(model)), ModelKey(str(model), "float32", 1), "cpu").state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
     output = tmp_path / "output"
     assert main(["compress", str(model), str(output), "--clusters", "4", "--rank", "2", "--local"]) == 0
     assert "adapter_config.json" in capsys.readouterr().err

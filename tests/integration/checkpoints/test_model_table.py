@@ -1,6 +1,6 @@
 """Families × layouts of a checkpoint: every stage uses the weights that `from_pretrained` does, or refuses before work.
 
-pytest tests/integration/checkpoints/test_model_table.py --hypothesis-profile thorough       all families, not only those unlike others
+pytest tests/integration/checkpoints/test_model_table.py --hypothesis-profile thorough    all families
 """
 
 import json
@@ -36,7 +36,7 @@ EXTRA: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-class Lying:
+class Layout:
     """A family's model in one file, and what may be done to it."""
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -95,28 +95,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def lying(family_name: str, tmp_path: Path) -> Lying:
-    return Lying(family_name, tmp_path / "model")
+def layout(family_name: str, tmp_path: Path) -> Layout:
+    return Layout(family_name, tmp_path / "model")
 
 
-def test_ties_are_those_of_the_class_whether_config_json_has_them_or_not(lying: Lying) -> None:
-    wanted = {saved_name(lying.model, one) for one in lying.model.all_tied_weights_keys}
-    for said in (True, False):
-        if not said and type(lying.model.config)().tie_word_embeddings == lying.model.config.tie_word_embeddings:
-            lying.configure(tie_word_embeddings=...)
-        model = lying.opened()
+def test_ties_are_those_of_the_class_whether_config_json_has_them_or_not(layout: Layout) -> None:
+    expected = {saved_name(layout.model, one) for one in layout.model.all_tied_weights_keys}
+    for stated in (True, False):
+        if not stated and type(layout.model.config)().tie_word_embeddings == layout.model.config.tie_word_embeddings:
+            layout.configure(tie_word_embeddings=...)
+        model = layout.opened()
         found = find_ties(model.names, model.checkpoint.config, "it")
-        assert {tie.name for tie in found} == wanted
-        assert lying.difference() < 1e-6
+        assert {tie.name for tie in found} == expected
+        assert layout.difference() < 1e-6
 
 
-def test_a_copy_that_is_stored_is_dropped_counted_and_reported(lying: Lying) -> None:
-    weights = open_model(str(lying.folder)).weights
-    copies = lying.with_copies()
-    model = lying.opened()
+def test_a_copy_that_is_stored_is_dropped_counted_and_reported(layout: Layout) -> None:
+    weights = open_model(str(layout.folder)).weights
+    copies = layout.with_copies()
+    model = layout.opened()
     assert {tie.name for tie in model.checkpoint.copies} == {*copies}
     assert model.weights == weights
-    assert lying.difference() < 1e-6
+    assert layout.difference() < 1e-6
     if copies:
         plan = make_plan(
             model.checkpoint, MatrixSettings(include=model.checkpoint.copies[0].shares.replace(".", r"\."))
@@ -125,40 +125,42 @@ def test_a_copy_that_is_stored_is_dropped_counted_and_reported(lying: Lying) -> 
         assert plan.weights == weights
 
 
-def test_a_copy_of_other_values_stays_a_weight_as_in_transformers(lying: Lying) -> None:
-    copies = lying.with_copies(change=0.5)
-    model = lying.opened()
+def test_a_copy_of_other_values_stays_a_weight_as_in_transformers(layout: Layout) -> None:
+    copies = layout.with_copies(change=0.5)
+    model = layout.opened()
     assert {tie.name for tie in model.checkpoint.untied} == {*copies}
     assert {*copies} <= {*model.names}
-    assert lying.difference() < 1e-6
+    assert layout.difference() < 1e-6
 
 
-def test_other_files_beside_are_not_the_model(lying: Lying) -> None:
-    others = {name: tensor + 1 for name, tensor in lying.weights.items()}
+def test_other_files_beside_are_not_the_model(layout: Layout) -> None:
+    others = {name: tensor + 1 for name, tensor in layout.weights.items()}
     for name in ("model-00001-of-00001.safetensors", "adapter_model.safetensors", "consolidated.safetensors"):
-        save_file(others, lying.folder / name)
-    (lying.folder / INDEX).write_text(
+        save_file(others, layout.folder / name)
+    (layout.folder / INDEX).write_text(
         json.dumps({"weight_map": dict.fromkeys(others, "model-00001-of-00001.safetensors")})
     )
-    assert lying.difference() < 1e-6
-    (lying.folder / "adapter_config.json").write_text(
+    assert layout.difference() < 1e-6
+    (layout.folder / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 1, "target_modules": ["q"]})
     )
-    assert _difference(load_model(lying.opened(), ModelKey(str(lying.folder), "float32", 1), "cpu"), lying.model) < 1e-6
+    assert (
+        _difference(load_model(layout.opened(), ModelKey(str(layout.folder), "float32", 1), "cpu"), layout.model) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "base_model.model."])
-def test_wrapped_names_are_refused(lying: Lying, wrapper: str) -> None:
-    lying.save({wrapper + name: tensor for name, tensor in lying.weights.items()})
+def test_wrapped_names_are_refused(layout: Layout, wrapper: str) -> None:
+    layout.save({wrapper + name: tensor for name, tensor in layout.weights.items()})
     with pytest.raises(CheckpointError, match=wrapper.rstrip(".")):
-        lying.opened()
+        layout.opened()
 
 
-def test_a_weight_that_is_missing_or_too_many_is_refused_by_name(lying: Lying) -> None:
-    name = next(name for name in lying.weights if "norm" in name or "ln" in name or "layernorm" in name)
-    lying.save({own: tensor for own, tensor in lying.weights.items() if own != name})
+def test_a_weight_that_is_missing_or_too_many_is_refused_by_name(layout: Layout) -> None:
+    name = next(name for name in layout.weights if "norm" in name or "ln" in name or "layernorm" in name)
+    layout.save({own: tensor for own, tensor in layout.weights.items() if own != name})
     with pytest.raises(CheckpointError, match=name.rpartition(".")[0].rpartition(".")[2]):
-        lying.opened()
-    lying.save({**lying.weights, "stray.weight": torch.ones(2, 2)})
+        layout.opened()
+    layout.save({**layout.weights, "stray.weight": torch.ones(2, 2)})
     with pytest.raises(CheckpointError, match=r"stray\.weight"):
-        lying.opened()
+        layout.opened()

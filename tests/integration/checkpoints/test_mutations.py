@@ -46,7 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lease that names another machine is waited for, and the machine's speed is measured; how long is not the matter here."""
+    """A lease that names another machine is waited for, and the machine's speed is measured.
+
+    How long is not the matter here.
+    """
     monkeypatch.setattr(lease, "_SILENT_SECONDS", 0.0)
     monkeypatch.setattr(speed, "_SIDE", 16)
     monkeypatch.setattr(speed, "_REPEATS", 1)
@@ -246,9 +249,9 @@ def test_a_gguf_header_that_makes_no_config(tmp_path: Path, capsys: pytest.Captu
     key.kind, key.value = 8, "wide"
     file.write_bytes(written(tree))
     assert ends("plan", str(file), "--local") == 2
-    said = capsys.readouterr().err
-    assert "intermediate_size" in said
-    assert "wide" in said
+    printed = capsys.readouterr().err
+    assert "intermediate_size" in printed
+    assert "wide" in printed
 
 
 @pytest.mark.parametrize("key", ["embedding_length", "feed_forward_length", "vocab_size"])
@@ -270,7 +273,8 @@ def test_a_gguf_header_of_a_larger_model_is_refused_before_that_is_made(
 @pytest.mark.parametrize("value", [["fp8"], {}, 3, True])
 @pytest.mark.parametrize(
     ("key", "place"),
-    [("quant_method", ["quantization_config"]), ("quant_method", ["compression_config"]), ("model_type", []), ("model_type", ["text_config"]),
+    [("quant_method", ["quantization_config"]), ("quant_method", ["compression_config"]), ("model_type", []),
+     ("model_type", ["text_config"]),
      ("quant_method", ["text_config", "quantization_config"])],
 )  # fmt: skip
 def test_a_name_in_a_config_that_is_none(

@@ -18,7 +18,10 @@ from tests.support.families import tensors_of
 
 
 def by_block(weight: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """fp8 values and float32 scales, one a block; the last blocks are cut off where the size does not divide the shape."""
+    """fp8 values and float32 scales, one a block.
+
+    The last blocks are cut off where the size does not divide the shape.
+    """
     rows, columns = weight.split(size[0]), [row.split(size[1], dim=1) for row in weight.split(size[0])]
     scales = torch.stack([torch.stack([block.abs().max() / 448 for block in row]) for row in columns])
     values = [
@@ -47,19 +50,19 @@ def fp8_model(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
     )  # fmt: skip
     model: Any = Qwen3ForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(path)
-    tensors, wanted = load_file(path / "model.safetensors"), {}
+    tensors, expected = load_file(path / "model.safetensors"), {}
     for name, tensor in list(tensors.items()):
-        wanted[name] = tensor
+        expected[name] = tensor
         if "_proj" in name:
             values, scales = by_block(tensor.float(), size)
             tensors |= {name: values, f"{name}_scale_inv": scales}
-            wanted[name] = meant(values, scales, size)
+            expected[name] = meant(values, scales, size)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    say(path, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(size)})
-    return wanted
+    set_quantization(path, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(size)})
+    return expected
 
 
-def say(path: Path, quantization: dict[str, Any] | None) -> None:
+def set_quantization(path: Path, quantization: dict[str, Any] | None) -> None:
     """Write the quantization of a model to config.json."""
     config = json.loads((path / "config.json").read_text())
     config.pop("quantization_config", None)
@@ -70,14 +73,14 @@ def say(path: Path, quantization: dict[str, Any] | None) -> None:
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 40)], ids=["whole blocks", "cut blocks"])
 def test_block_scaled_fp8_is_read_as_bfloat16(tmp_path: Path, size: tuple[int, int]) -> None:
-    wanted = fp8_model(tmp_path / "fp8", size)
+    expected = fp8_model(tmp_path / "fp8", size)
     source = open_checkpoint(str(tmp_path / "fp8"))
-    assert source.tensors.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+    assert source.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
         assert source.tensors[name].dtype == "BF16"
         assert torch.equal(read_tensor(source.store, source.tensors[name]), tensor), name
     assert "quantization_config" not in source.config
-    assert source.nbytes == sum(2 * tensor.numel() for tensor in wanted.values())
+    assert source.nbytes == sum(2 * tensor.numel() for tensor in expected.values())
 
 
 def test_what_is_read_is_what_transformers_reads(tmp_path: Path) -> None:
@@ -95,11 +98,11 @@ def test_what_is_read_is_what_transformers_reads(tmp_path: Path) -> None:
 def test_an_fp8_model_is_compressed_restored_and_measured_as_its_bfloat16_twin(
     tmp_path: Path, text: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wanted, twin = fp8_model(tmp_path / "fp8", (48, 40)), tmp_path / "twin"
+    expected, twin = fp8_model(tmp_path / "fp8", (48, 40)), tmp_path / "twin"
     twin.mkdir()
-    save_file(wanted, twin / "model.safetensors", {"format": "pt"})
+    save_file(expected, twin / "model.safetensors", {"format": "pt"})
     (twin / "config.json").write_bytes((tmp_path / "fp8" / "config.json").read_bytes())
-    say(twin, None)
+    set_quantization(twin, None)
     for model in (tmp_path / "fp8", twin):
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (model / name).write_bytes((tiny_model / name).read_bytes())
@@ -127,10 +130,10 @@ def test_an_fp8_model_is_compressed_restored_and_measured_as_its_bfloat16_twin(
 def test_fp8_of_compressed_tensors_is_read_too(tmp_path: Path, strategy: str) -> None:
     size = {"tensor": (96, 96), "channel": (1, 96), "block": (32, 32)}[strategy]
     fp8_model(tmp_path / "fp8", size)
-    tensors, wanted = load_file(tmp_path / "fp8" / "model.safetensors"), {}
+    tensors, expected = load_file(tmp_path / "fp8" / "model.safetensors"), {}
     for name in [name for name in tensors if name.endswith("_scale_inv")]:
         weight, scales = name.removesuffix("_scale_inv"), tensors.pop(name)
-        wanted[weight] = meant(tensors[weight], scales, size)
+        expected[weight] = meant(tensors[weight], scales, size)
         tensors[f"{weight}_scale"] = scales.reshape(1) if strategy == "tensor" else scales
         tensors[weight.replace("weight", "input_scale")] = torch.ones(1)
     save_file(tensors, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
@@ -141,10 +144,10 @@ def test_fp8_of_compressed_tensors_is_read_too(tmp_path: Path, strategy: str) ->
         "format": "float-quantized",
         "config_groups": {"group_0": {"weights": weights}},
     }
-    say(tmp_path / "fp8", about)
+    set_quantization(tmp_path / "fp8", about)
     source = open_checkpoint(str(tmp_path / "fp8"))
     assert not [name for name in source.tensors if "scale" in name]
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         assert torch.equal(read_tensor(source.store, source.tensors[name]), tensor), name
 
 
@@ -152,10 +155,10 @@ def refused(model: Path, capsys: pytest.CaptureFixture[str], verb: str = "plan")
     capsys.readouterr()
     argv = {"plan": ["plan", str(model)], "evaluate": ["evaluate", str(model), "--text", "none", "--local"]}[verb]
     assert main(argv) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert len(said.splitlines()) == 1
-    return said
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert len(printed.splitlines()) == 1
+    return printed
 
 
 class TestRefusals:
@@ -163,9 +166,9 @@ class TestRefusals:
 
     def test_scales_that_do_not_fit(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         fp8_model(tmp_path, (32, 32))
-        say(tmp_path, {"quant_method": "fp8"})
+        set_quantization(tmp_path, {"quant_method": "fp8"})
         assert "does not say how" in refused(tmp_path, capsys)
-        say(tmp_path, {"quant_method": "fp8", "weight_block_size": [16, 32]})
+        set_quantization(tmp_path, {"quant_method": "fp8", "weight_block_size": [16, 32]})
         assert "weight_block_size [16, 32]; give the model in bfloat16" in refused(tmp_path, capsys)
 
     def test_fp8_weights_some_of_which_have_no_scales(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,18 +194,18 @@ class TestRefusals:
     ) -> None:
         for file in tiny_model.iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
-        say(tmp_path, {"quant_method": method})
-        said = refused(tmp_path, capsys, verb)
-        assert f"already quantized by '{method}'" in said
-        assert "give the unquantized model" in said
-        assert helps in said
+        set_quantization(tmp_path, {"quant_method": method})
+        printed = refused(tmp_path, capsys, verb)
+        assert f"already quantized by '{method}'" in printed
+        assert "give the unquantized model" in printed
+        assert helps in printed
 
     def test_int4_of_compressed_tensors(
         self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         for file in tiny_model.iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
-        say(tmp_path, {"quant_method": "compressed-tensors", "format": "pack-quantized"})
+        set_quantization(tmp_path, {"quant_method": "compressed-tensors", "format": "pack-quantized"})
         assert "quantized by 'compressed-tensors' in the form 'pack-quantized'" in refused(tmp_path, capsys)
 
     def test_packed_weights_without_a_quantization_config(
@@ -210,8 +213,8 @@ class TestRefusals:
     ) -> None:
         save_file({"model.layers.0.self_attn.q_proj.qweight": torch.zeros(4, 8)}, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-        said = refused(tmp_path, capsys)
-        assert "by 'awq' as model.layers.0.self_attn.q_proj.qweight shows" in said
+        printed = refused(tmp_path, capsys)
+        assert "by 'awq' as model.layers.0.self_attn.q_proj.qweight shows" in printed
 
     @pytest.mark.parametrize(
         ("method", "names"),
@@ -224,7 +227,8 @@ class TestRefusals:
             ("'hqq'", {"q_proj.W_q": torch.uint8}),
             ("'mxfp4'", {"gate_up_proj_blocks": torch.uint8, "gate_up_proj_scales": torch.uint8}),
             ("'aqlm'", {"q_proj.codebooks": torch.float16, "q_proj.codes": torch.int8}),
-            ("a method that config.json does not name", {"q_proj.weight": torch.int8, "q_proj.weight_scale": torch.float32}),
+            ("a method that config.json does not name",
+            {"q_proj.weight": torch.int8, "q_proj.weight_scale": torch.float32}),
             ("'mxfp8'", {"q_proj.weight": torch.float8_e4m3fn, "q_proj.weight_scale": torch.uint8}),
         ],
     )  # fmt: skip

@@ -82,7 +82,7 @@ def known(local: Path) -> list[str]:
 
 @contextmanager
 def flipping(proxy: FaultProxy, location: str, which: int, times: int) -> Iterator[None]:
-    """One bit of a block flips in the `which`-th loading of a model, counted from 0, and in those after it; `times` times."""
+    """One bit of a block flips `times` times, from the `which`-th loading of a model (counted from 0) on."""
     real, count = loading._load, iter(range(1 << 30))
 
     def load(source: Any, key: ModelKey, *how: Any) -> Any:
@@ -287,12 +287,12 @@ def test_a_calibration_that_has_read_other_bytes_than_the_compression_ends_the_r
     with misread(local / "tiny", name):
         assert main(argv) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    (moments,) = (tmp_path / "run/.swsc-cache").glob("moments-*")
+    (hessians,) = (tmp_path / "run/.swsc-cache").glob("moments-*")
     assert open_checkpoint(str(local / "tiny")).tensors[name].file in error
-    assert str(moments) in error
+    assert str(hessians) in error
     assert not (tmp_path / "run/out" / MANIFEST).exists()
     assert main(argv) == 1  # the Hessians are still there
-    shutil.rmtree(moments)
+    shutil.rmtree(hessians)
     assert main(argv) == 0
     assert main(calibrated(str(local / "tiny"), local, tmp_path / "right/out")) == 0
     assert contents(tmp_path / "run/out") == contents(tmp_path / "right/out")
@@ -316,11 +316,11 @@ def test_a_damaged_record_of_the_source_of_hessians_is_one_error_line(
 ) -> None:
     argv = calibrated(str(local / "tiny"), local, tmp_path / "out")
     assert main([*argv, "--cache-dir", str(tmp_path / "cache")]) == 0
-    (moments,) = (tmp_path / "cache").glob("moments-*")
-    (moments / "source.json").write_text(content)
+    (hessians,) = (tmp_path / "cache").glob("moments-*")
+    (hessians / "source.json").write_text(content)
     again = calibrated(str(local / "tiny"), local, tmp_path / "again")
     assert main([*again, "--cache-dir", str(tmp_path / "cache")]) == 2
-    assert str(moments / "source.json") in capsys.readouterr().err.splitlines()[-1]
+    assert str(hessians / "source.json") in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_tasks_of_a_verified_model_are_answered_by_no_other(

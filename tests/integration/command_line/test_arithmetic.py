@@ -1,4 +1,4 @@
-"""What calculated an output stands in its identity and report, and an unfinished one is not gone on with by anything else."""
+"""The identity and the report of an output name device and versions; no other device resumes an unfinished one."""
 
 import json
 from pathlib import Path
@@ -32,9 +32,9 @@ def test_an_unfinished_output_is_not_gone_on_with_on_another_device(
     begun_on_a_gpu(tiny_model, out, monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert main(["compress", str(tiny_model), str(out), *ARGV]) == 2
-    said = capsys.readouterr().err
-    assert f"device '{GPU}' -> 'cpu'" in said
-    assert "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert f"device '{GPU}' -> 'cpu'" in printed
+    assert "Traceback" not in printed
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
     with monkeypatch.context() as there:
         there.setattr("pipeline.engine.ray_backend.arithmetic.device_name", lambda device: GPU)
@@ -82,9 +82,9 @@ def test_a_worker_has_one_gpu_at_most(
     gpus: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--gpus-per-worker", gpus]) == 2
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1
-    assert "gpus_per_worker" in said
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert "gpus_per_worker" in printed
     assert not (tmp_path / "out").exists()
 
 

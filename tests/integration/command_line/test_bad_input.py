@@ -23,14 +23,17 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 class Refused(Protocol):
     """The fixture `refused`."""
 
-    def __call__(self, *argv: object, wanted: tuple[str, ...]) -> None: ...
+    def __call__(self, *argv: object, expected: tuple[str, ...]) -> None: ...
 
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run `swsc`; claim that it refuses in one line that has all of `wanted`, and writes nothing below tmp_path/out."""
+    """Run `swsc`.
 
-    def run(*argv: object, wanted: tuple[str, ...]) -> None:
+    Claim that it refuses in one line that has all of `expected`, and writes nothing below tmp_path/out.
+    """
+
+    def run(*argv: object, expected: tuple[str, ...]) -> None:
         before = sorted(path for path in (tmp_path / "out").rglob("*")) if (tmp_path / "out").exists() else None
         try:
             code = main([str(argument) for argument in argv])
@@ -42,7 +45,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         assert code == 2
         assert len(error) == 1, error
         assert error[0].startswith("error: ")
-        assert all(part in error[0] for part in wanted), error[0]
+        assert all(part in error[0] for part in expected), error[0]
         after = sorted(path for path in (tmp_path / "out").rglob("*")) if (tmp_path / "out").exists() else None
         assert after == before
 
@@ -60,29 +63,29 @@ def some_shard(model: Path) -> Path:
 def test_missing_shard(model: Path, tmp_path: Path, refused: Refused) -> None:
     shard = some_shard(model)
     shard.unlink()
-    refused(*compress(model, tmp_path), wanted=(shard.name, "missing"))
+    refused(*compress(model, tmp_path), expected=(shard.name, "missing"))
 
 
 def test_truncated_shard(model: Path, tmp_path: Path, refused: Refused) -> None:
     shard = some_shard(model)
     shard.write_bytes(shard.read_bytes()[:-8])
-    refused(*compress(model, tmp_path), wanted=(shard.name, "truncated"))
+    refused(*compress(model, tmp_path), expected=(shard.name, "truncated"))
 
 
 def test_corrupt_shard(model: Path, tmp_path: Path, refused: Refused) -> None:
     shard = some_shard(model)
     shard.write_bytes(b"\0" * 64)
-    refused(*compress(model, tmp_path), wanted=(shard.name, "download it again"))
+    refused(*compress(model, tmp_path), expected=(shard.name, "download it again"))
 
 
-@pytest.mark.parametrize(("file", "wanted"), [("absent.safetensors", "missing"), ("../x.safetensors", "outside")])
+@pytest.mark.parametrize(("file", "expected"), [("absent.safetensors", "missing"), ("../x.safetensors", "outside")])
 def test_index_naming_an_absent_file_or_one_outside(
-    model: Path, tmp_path: Path, refused: Refused, file: str, wanted: str
+    model: Path, tmp_path: Path, refused: Refused, file: str, expected: str
 ) -> None:
     index = json.loads((model / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = file
     (model / INDEX).write_text(json.dumps(index))
-    refused(*compress(model, tmp_path), wanted=(file, wanted))
+    refused(*compress(model, tmp_path), expected=(file, expected))
 
 
 def test_tensor_in_two_shards(model: Path, tmp_path: Path, refused: Refused) -> None:
@@ -90,7 +93,7 @@ def test_tensor_in_two_shards(model: Path, tmp_path: Path, refused: Refused) -> 
     index = json.loads((model / INDEX).read_text())
     index["weight_map"]["other"] = "twice.safetensors"
     (model / INDEX).write_text(json.dumps(index))
-    refused(*compress(model, tmp_path), wanted=("model.norm.weight", "twice.safetensors"))
+    refused(*compress(model, tmp_path), expected=("model.norm.weight", "twice.safetensors"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -102,12 +105,12 @@ def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun(
     tensors = load_file(shard)
     tensors[name][3, 4:6] = value
     save_file(tensors, shard, metadata={"format": "pt"})
-    refused(*compress(model, tmp_path), wanted=(name, "2 of 2048 values are NaN or Inf"))
+    refused(*compress(model, tmp_path), expected=(name, "2 of 2048 values are NaN or Inf"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "expected"),
     [
         (["--clusters", "32"], ["k_proj", "clusters 32", "0 to 31"]),
         (["--clusters", "9999"], ["k_proj", "clusters 9999", "0 to 31"]),
@@ -169,36 +172,36 @@ def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun(
     ],
 )
 def test_flags_that_cannot_be_carried_out(
-    tiny_model: Path, tmp_path: Path, refused: Refused, flags: list[str], wanted: list[str]
+    tiny_model: Path, tmp_path: Path, refused: Refused, flags: list[str], expected: list[str]
 ) -> None:
-    refused(*compress(tiny_model, tmp_path, *flags), wanted=tuple(wanted))
+    refused(*compress(tiny_model, tmp_path, *flags), expected=tuple(expected))
 
 
 def test_all_config_errors_are_shown_at_once(tiny_model: Path, tmp_path: Path, refused: Refused) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("bits: -1\nclusterz: 4\nseed: abc\nformat: zip\n")
-    wanted = ("clusterz", "bits", "seed", "format")
-    refused(*compress(tiny_model, tmp_path, "--config", config), wanted=wanted)
+    expected = ("clusterz", "bits", "seed", "format")
+    refused(*compress(tiny_model, tmp_path, "--config", config), expected=expected)
 
 
 def test_output_or_result_in_a_place_that_cannot_be_written(
     tiny_model: Path, text: Path, tmp_path: Path, refused: Refused
 ) -> None:
     (tmp_path / "file").write_text("")
-    refused("compress", tiny_model, tmp_path / "file", "--local", wanted=("file",))
-    refused("plan", tiny_model, "--json", tmp_path / "no" / "plan.json", wanted=("plan.json", "No such file"))
+    refused("compress", tiny_model, tmp_path / "file", "--local", expected=("file",))
+    refused("plan", tiny_model, "--json", tmp_path / "no" / "plan.json", expected=("plan.json", "No such file"))
     flags = ("--seqlen", "64", "--local", "--json", tmp_path / "no" / "e.json")
-    refused("evaluate", tiny_model, "--text", text, *flags, wanted=("e.json", "No such file"))
+    refused("evaluate", tiny_model, "--text", text, *flags, expected=("e.json", "No such file"))
 
 
 def test_a_text_that_is_too_short_is_an_error_before_anything_is_compressed(
     tiny_model: Path, text: Path, tmp_path: Path, refused: Refused
 ) -> None:
-    refused(*compress(tiny_model, tmp_path, "--text", text, "--seqlen", "4096"), wanted=("0 windows of 4096",))
+    refused(*compress(tiny_model, tmp_path, "--text", text, "--seqlen", "4096"), expected=("0 windows of 4096",))
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("- a\n", "mapping"),
         ("a: [", "not YAML"),
@@ -207,22 +210,22 @@ def test_a_text_that_is_too_short_is_an_error_before_anything_is_compressed(
     ],
 )
 def test_config_file_that_is_none(
-    tiny_model: Path, tmp_path: Path, refused: Refused, text: str | None, wanted: str
+    tiny_model: Path, tmp_path: Path, refused: Refused, text: str | None, expected: str
 ) -> None:
     config = tmp_path / "c.yaml"
     if text is not None:
         config.write_text(text)
-    refused(*compress(tiny_model, tmp_path, "--config", config), wanted=("c.yaml", wanted))
+    refused(*compress(tiny_model, tmp_path, "--config", config), expected=("c.yaml", expected))
 
 
 def test_output_directory_that_is_not_ours(tiny_model: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    refused(*compress(tiny_model, tmp_path), wanted=("not empty and not an output of this tool",))
+    refused(*compress(tiny_model, tmp_path), expected=("not empty and not an output of this tool",))
 
 
 def test_output_that_is_the_model_itself(model: Path, refused: Refused) -> None:
-    refused("compress", model, model, "--local", wanted=("the same directory",))
+    refused("compress", model, model, "--local", expected=("the same directory",))
 
 
 def test_a_disk_that_is_too_small_is_an_error_before_work(
@@ -230,7 +233,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_work(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
-    refused(*compress(tiny_model, tmp_path), wanted=("bytes are needed", "5,000 are free"))
+    refused(*compress(tiny_model, tmp_path), expected=("bytes are needed", "5,000 are free"))
 
 
 def test_plan_reports_that_the_disk_is_too_small(
@@ -246,42 +249,42 @@ def test_pickle_checkpoint(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "p").mkdir()
     torch.save({"w": torch.ones(2)}, tmp_path / "p" / "pytorch_model.bin")
     (tmp_path / "p" / "config.json").write_text("{}")
-    refused(*compress(tmp_path / "p", tmp_path), wanted=("pickle", "save_pretrained"))
+    refused(*compress(tmp_path / "p", tmp_path), expected=("pickle", "save_pretrained"))
 
 
 def test_model_that_is_quantized_already(model: Path, tmp_path: Path, refused: Refused) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    refused(*compress(model, tmp_path), wanted=("already quantized by 'gptq'", "unquantized"))
+    refused(*compress(model, tmp_path), expected=("already quantized by 'gptq'", "unquantized"))
 
 
 def test_text_shorter_than_one_window(tiny_model: Path, text: Path, refused: Refused) -> None:
     refused(
         "evaluate", tiny_model, "--text", text, "--seqlen", "4096", "--local",
-        wanted=("2000 tokens make 0 windows of 4096", "longer text"),
+        expected=("2000 tokens make 0 windows of 4096", "longer text"),
     )  # fmt: skip
 
 
 def test_fewer_windows_than_asked_for(tiny_model: Path, text: Path, refused: Refused) -> None:
     flags = ("--seqlen", "100", "--windows", "21", "--local")
-    refused("evaluate", tiny_model, "--text", text, *flags, wanted=("20 windows of 100, wanted 21",))
+    refused("evaluate", tiny_model, "--text", text, *flags, expected=("20 windows of 100, wanted 21",))
 
 
-@pytest.mark.parametrize(("content", "wanted"), [(None, "No such file"), (b"\xff\xfe\x00", "not UTF-8")])
+@pytest.mark.parametrize(("content", "expected"), [(None, "No such file"), (b"\xff\xfe\x00", "not UTF-8")])
 def test_text_that_is_none(
-    tiny_model: Path, tmp_path: Path, refused: Refused, content: bytes | None, wanted: str
+    tiny_model: Path, tmp_path: Path, refused: Refused, content: bytes | None, expected: str
 ) -> None:
     if content is not None:
         (tmp_path / "t.txt").write_bytes(content)
-    refused("evaluate", tiny_model, "--text", tmp_path / "t.txt", "--local", wanted=("t.txt", wanted))
+    refused("evaluate", tiny_model, "--text", tmp_path / "t.txt", "--local", expected=("t.txt", expected))
 
 
 def test_wikitext_without_the_hub_names_the_remedy(tiny_model: Path, refused: Refused) -> None:
-    refused("evaluate", tiny_model, "--text", "wikitext2", "--local", wanted=("wikitext2", "name a text file"))
+    refused("evaluate", tiny_model, "--text", "wikitext2", "--local", expected=("wikitext2", "name a text file"))
 
 
 @pytest.mark.parametrize(
-    ("config", "wanted"),
+    ("config", "expected"),
     [
         ("variants: []\n", "variants"),
         ("variants: [{name: a}, {name: a}]\n", "share a name"),
@@ -291,26 +294,26 @@ def test_wikitext_without_the_hub_names_the_remedy(tiny_model: Path, refused: Re
     ],
 )
 def test_sweep_that_cannot_be_carried_out(
-    tiny_model: Path, tmp_path: Path, refused: Refused, config: str, wanted: str
+    tiny_model: Path, tmp_path: Path, refused: Refused, config: str, expected: str
 ) -> None:
     (tmp_path / "s.yaml").write_text(config)
     flags = ("--model", tiny_model, "--local")
-    refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "out", *flags, wanted=(wanted,))
+    refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "out", *flags, expected=(expected,))
 
 
 @pytest.mark.parametrize(
-    ("config", "wanted"),
+    ("config", "expected"),
     [
         ({"quantization_config": "awq"}, "quantization_config is not an object"),
         ({"text_config": [1]}, "text_config is no"),
     ],
 )
 def test_config_json_of_another_shape(
-    model: Path, tmp_path: Path, refused: Refused, config: dict[str, object], wanted: str
+    model: Path, tmp_path: Path, refused: Refused, config: dict[str, object], expected: str
 ) -> None:
     written = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**written, **config}))
-    refused(*compress(model, tmp_path), wanted=(wanted,))
+    refused(*compress(model, tmp_path), expected=(expected,))
 
 
 def test_an_empty_text_config_is_none(model: Path, text: Path) -> None:
@@ -323,7 +326,7 @@ def test_a_compressed_model_without_a_list_of_compressed_tensors(model: Path, re
     written = json.loads((model / "config.json").read_text())
     quantization = {"quant_method": "swsc", "format_version": 2}
     (model / "config.json").write_text(json.dumps({**written, "quantization_config": quantization}))
-    refused("restore", model, model.parent / "out", "--local", wanted=("quantization_config", "tensors"))
+    refused("restore", model, model.parent / "out", "--local", expected=("quantization_config", "tensors"))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
@@ -332,37 +335,37 @@ def test_damaged_manifest(tiny_model: Path, tmp_path: Path, refused: Refused, co
     (tmp_path / "out" / "swsc_manifest.json").write_text(content)
     refused(
         *compress(tiny_model, tmp_path),
-        wanted=("swsc_manifest.json is damaged", "make the output again by --overwrite"),
+        expected=("swsc_manifest.json is damaged", "make the output again by --overwrite"),
     )
 
 
 def test_damaged_tokenizer(model: Path, text: Path, refused: Refused) -> None:
     (model / "tokenizer.json").write_text("{}")
-    refused("evaluate", model, "--text", text, "--seqlen", "64", "--local", wanted=("no tokenizer",))
+    refused("evaluate", model, "--text", text, "--seqlen", "64", "--local", expected=("no tokenizer",))
 
 
 def test_a_refused_evaluation_leaves_no_result(tiny_model: Path, text: Path, tmp_path: Path, refused: Refused) -> None:
     flags = ("--seqlen", "4096", "--local", "--json", tmp_path / "e.json")
-    refused("evaluate", tiny_model, "--text", text, *flags, wanted=("0 windows",))
+    refused("evaluate", tiny_model, "--text", text, *flags, expected=("0 windows",))
     assert not (tmp_path / "e.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "expected"),
     [
         (("--seqlen", "64"), "--text"),
         (("--clusters", "4", "--count", "paper", "--cluster-share", "0.1"), "cluster_share, count: "),
     ],
 )
 def test_flags_that_would_be_ignored(
-    tiny_model: Path, tmp_path: Path, refused: Refused, flags: tuple[str, ...], wanted: str
+    tiny_model: Path, tmp_path: Path, refused: Refused, flags: tuple[str, ...], expected: str
 ) -> None:
-    refused(*compress(tiny_model, tmp_path, *flags), wanted=(wanted,))
+    refused(*compress(tiny_model, tmp_path, *flags), expected=(expected,))
 
 
 def test_all_mistakes_of_an_evaluation_are_reported_at_once(tiny_model: Path, text: Path, refused: Refused) -> None:
     flags = ("--seqlen", "1", "--workers", "0")
-    refused("evaluate", tiny_model, "--text", text, *flags, wanted=("seqlen", "workers"))
+    refused("evaluate", tiny_model, "--text", text, *flags, expected=("seqlen", "workers"))
 
 
 def test_one_wrong_variant_is_one_finding(
@@ -372,7 +375,7 @@ def test_one_wrong_variant_is_one_finding(
     assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]) == 2
     assert "at least 1 item" not in capsys.readouterr().err
     (tmp_path / "s.yaml").write_text(f"models: [{tiny_model}, {tiny_model}]\nvariants: [{{name: a}}]\n")
-    refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "out", "--local", wanted=("models are named twice",))
+    refused("sweep", tmp_path / "s.yaml", "--out", tmp_path / "out", "--local", expected=("models are named twice",))
 
 
 @pytest.mark.parametrize("place", [1, 2])
@@ -381,4 +384,4 @@ def test_a_name_that_json_cannot_hold_is_an_error_before_any_work(
 ) -> None:
     argv = ["compress", str(tiny_model), str(tmp_path / "out"), "--local"]
     argv[place] += "\udcff"  # what Python makes of a byte that is not UTF-8
-    refused(*argv, wanted=("not UTF-8; rename it",))
+    refused(*argv, expected=("not UTF-8; rename it",))

@@ -38,9 +38,9 @@ def test_the_weights_are_what_the_file_stands_for(converted: Path) -> None:
 
 def test_it_prints_what_was_dequantized(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(file), str(tmp_path / "out"), "--dtype", "float32"]) == 0
-    said = capsys.readouterr().out
-    assert "21 tensors (5 F32, 16 Q8_0) as float32 safetensors" in said
-    assert "dequantized from Q8_0" in said
+    printed = capsys.readouterr().out
+    assert "21 tensors (5 F32, 16 Q8_0) as float32 safetensors" in printed
+    assert "dequantized from Q8_0" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
@@ -62,9 +62,9 @@ def test_what_is_no_gguf_file_is_refused(
     elif damage != "absent":
         given.write_bytes(b"pickle" if damage == "foreign" else file.read_bytes()[:5000])
     assert main(["convert", str(given), str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {given}: ")
-    assert len(said.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {given}: ")
+    assert len(printed.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.partial"))
 
@@ -73,25 +73,25 @@ def test_a_directory_that_holds_something_is_left_alone(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine").write_text("mine")
-    for target, wanted in ((str(tmp_path), "not empty"), ("s3://bucket/model", "local directories only")):
+    for target, expected in ((str(tmp_path), "not empty"), ("s3://bucket/model", "local directories only")):
         assert main(["convert", str(file), target]) == 2
-        assert wanted in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(
-    ("how", "wanted"),
+    ("how", "expected"),
     [
         ({"without": "blk.1.ffn_down.weight"}, "model.layers.1.mlp.down_proj.weight is not in it"),
         ({"inner": 2 * INNER}, "model.layers.0.mlp.down_proj.weight is [64, 96] in it, and [64, 192] by its header"),
     ],
 )
 def test_a_file_that_lacks_weights_is_refused_and_nothing_is_drawn_at_random(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: dict[str, Any], wanted: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: dict[str, Any], expected: str
 ) -> None:
     file = make_tiny_gguf(tmp_path / "part.gguf", **how)
     assert main(["convert", str(file), str(tmp_path / "out")]) == 2
-    assert wanted in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["part.gguf"]
     assert main(["plan", str(file), "--clusters", "4", "--rank", "2"]) == 2
     assert "of a kind that transformers cannot read from GGUF" in capsys.readouterr().err

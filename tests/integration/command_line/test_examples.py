@@ -54,9 +54,9 @@ class TestLoadAndChat:
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
             written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
             assert answer == str(tokenizer.decode(written, skip_special_tokens=True)).strip()
-        said = capsys.readouterr().out
-        assert "21 compressed layers" in said
-        assert "no chat template" in said
+        printed = capsys.readouterr().out
+        assert "21 compressed layers" in printed
+        assert "no chat template" in printed
 
     def test_a_chat_template_is_spoken_to_and_the_conversation_is_remembered(
         self, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -79,11 +79,11 @@ class TestLoadAndChat:
         assert "has a chat template" in capsys.readouterr().out
 
     def test_drawn_answers_hang_on_the_seed_alone(self, compressed: Path) -> None:
-        said = [
+        printed = [
             load_and_chat.main([str(compressed), "--prompt", "w1", "--sample", "--temperature", "9", "--seed", seed])
             for seed in ("0", "0", "1")
         ]
-        assert said[0] == said[1] != said[2]
+        assert printed[0] == printed[1] != printed[2]
 
 
 def _noting(asked: list[str], real: Any) -> Any:
@@ -128,9 +128,9 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
-def divergence(wanted: Any, model: Any) -> float:
+def divergence(expected: Any, model: Any) -> float:
     """KL divergence of `model` to `expected` in nats per token, on tokens that neither has seen."""
-    first, second = (logits(one).log_softmax(-1).flatten(0, 1) for one in (wanted, model))
+    first, second = (logits(one).log_softmax(-1).flatten(0, 1) for one in (expected, model))
     return float(torch.nn.functional.kl_div(second, first, log_target=True, reduction="batchmean"))
 
 
@@ -160,9 +160,11 @@ class TestLoraRecovery:
         )
         assert f"perplexity {found['before']:.3f} -> {found['after']:.3f}" in capsys.readouterr().out
         assert found["before"] == pytest.approx(evaluated(compressed, texts[1], tmp_path), rel=1e-4)
-        wanted, plain, base = (AutoModelForCausalLM.from_pretrained(place) for place in (dense, compressed, compressed))
+        expected, plain, base = (
+            AutoModelForCausalLM.from_pretrained(place) for place in (dense, compressed, compressed)
+        )
         adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
-        assert divergence(wanted, adapted) < 0.8 * divergence(wanted, plain)
+        assert divergence(expected, adapted) < 0.8 * divergence(expected, plain)
 
         # what was saved is what was measured
         measured, saved = adapted.merge_and_unload(), AutoModelForCausalLM.from_pretrained(merged)

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM at every operation of a run: exit code 130, no finished file is lost, no partial file counts as complete."""
+"""Ctrl-C and SIGTERM at every operation of a run.
+
+Exit code 130, no finished file is lost, no partial file counts as complete.
+"""
 
 import os
 import signal

@@ -1,4 +1,7 @@
-"""A user's own folder named like one of this tool's packages: it hides nothing, or the command names it in one error line."""
+"""A user's own folder named like one of this tool's packages.
+
+It hides nothing, or the command names it in one error line.
+"""
 
 import os
 import subprocess
@@ -15,7 +18,7 @@ COMMAND = "from swsc_command import main; raise SystemExit(main())"
 
 
 def swsc(folder: Path, *argv: str) -> "subprocess.CompletedProcess[str]":
-    """The command, with `folder` before the tool's own place on Python's path, as `ray job submit --working-dir` puts it."""
+    """The command with `folder` first on Python's path, as `ray job submit --working-dir` has it."""
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     return subprocess.run(
         [sys.executable, "-c", COMMAND, *argv], cwd=folder, env=environment, capture_output=True, text=True

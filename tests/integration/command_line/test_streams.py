@@ -42,16 +42,16 @@ def test_letters_that_an_encoding_lacks_are_printed_as_escapes(encoding: str, mo
     assert raw.getvalue().decode(encoding).endswith(" end\n")
 
 
-@pytest.mark.parametrize(("number", "told"), [(errno.EPIPE, False), (errno.ENOSPC, True), (errno.EIO, True)])
+@pytest.mark.parametrize(("number", "reported"), [(errno.EPIPE, False), (errno.ENOSPC, True), (errno.EIO, True)])
 @pytest.mark.parametrize("buffered", [True, False])
 def test_a_stream_that_fails_goes_silent(
-    number: int, told: bool, buffered: bool, monkeypatch: pytest.MonkeyPatch
+    number: int, reported: bool, buffered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", stream(number, write_through=not buffered))
     with safe_streams() as lost:
         for _ in range(3):
             print("x" * (1 if buffered else 100))
-        assert (lost() is not None) is told
+        assert (lost() is not None) is reported
 
 
 def test_streams_that_are_closed_are_none_for_python(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,9 +298,9 @@ def _counting(execute: Any, calls: list[str]) -> Any:
 @pytest.mark.parametrize("flags", [["--bits", "4"], ["--method", "rtn", "--bits", "3", "--granularity", "group"]])
 def test_the_plan_predicts_the_stored_bytes(tiny_model: Path, tmp_path: Path, flags: list[str]) -> None:
     assert main(["plan", str(tiny_model), *flags, "--json", str(tmp_path / "plan.json")]) == 0
-    foretold = json.loads((tmp_path / "plan.json").read_text())
+    predicted = json.loads((tmp_path / "plan.json").read_text())
     report = compress(tiny_model, tmp_path / "out", *flags)
     for key in ("compressed_bits_per_weight", "whole_model_bits_per_weight", "share_of_weights_compressed"):
-        assert foretold[key] == report[key]
+        assert predicted[key] == report[key]
     stored = sum(t.numel() * t.element_size() for t in tensors_of(tmp_path / "out").values())
-    assert foretold["output_bytes"] == stored
+    assert predicted["output_bytes"] == stored

@@ -129,8 +129,8 @@ def test_the_output_verifies_and_a_changed_byte_does_not(compressed: Path) -> No
 
 
 def test_the_restored_model_is_close_to_the_original(model: Path, restored: Path) -> None:
-    wanted = logits(opened(model))
-    assert 0 < (logits(opened(restored)) - wanted).norm() / wanted.norm() < 0.02
+    expected = logits(opened(model))
+    assert 0 < (logits(opened(restored)) - expected).norm() / expected.norm() < 0.02
 
 
 def test_the_compressed_model_has_the_perplexity_of_the_restored_one(
@@ -147,12 +147,12 @@ def test_the_compressed_model_has_the_perplexity_of_the_restored_one(
 
 
 def test_transformers_opens_saves_and_dequantizes_it(compressed: Path, restored: Path, tmp_path: Path) -> None:
-    found, wanted = opened(compressed), logits(opened(restored))
+    found, expected = opened(compressed), logits(opened(restored))
     assert isinstance(found.model.layers[0].self_attn.q_proj, SwscLinear)
-    assert (logits(found) - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+    assert (logits(found) - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
     found.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(opened(tmp_path / "saved")), logits(found))
     assert main(["restore", str(tmp_path / "saved"), str(tmp_path / "dense"), "--local"]) == 0
-    assert torch.equal(logits(opened(tmp_path / "dense")), wanted)
+    assert torch.equal(logits(opened(tmp_path / "dense")), expected)
     found.dequantize()
-    assert torch.equal(logits(found), wanted)
+    assert torch.equal(logits(found), expected)

@@ -125,8 +125,8 @@ def test_one_of_other_versions_is_passed_over_or_refused(
     monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]
 ) -> None:
     with head(**versions) as address:
-        joined, lines = found(monkeypatch, address, recorded=address)
-        assert joined is None
+        address_found, lines = found(monkeypatch, address, recorded=address)
+        assert address_found is None
         assert next(iter(versions.values())) in lines[0]
         with pytest.raises(ClusterError, match=next(iter(versions.values()))):
             discovery.require_joinable(address)
@@ -173,7 +173,8 @@ def test_a_head_with_a_malformed_answer_is_none(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     "address",
     [
-        "auto", "http://127.0.0.1:8265", "127.0.0.1:9", "ray://127.0.0.1:9", "[::1]:9", "127.0.0.1", "host", ":6379", "auto ", "ray://host",
+        "auto", "http://127.0.0.1:8265", "127.0.0.1:9", "ray://127.0.0.1:9", "[::1]:9", "127.0.0.1", "host", ":6379",
+        "auto ", "ray://host",
         "127.0.0.1:99999",
     ],
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """Equal bits, on any processor: where a file's header leaves the weights changes nothing that we measure or write.
 
-Kernels that care where an operand begins are not those of every processor; `test_claims_about_bits_hold_under_other_kernels`
-runs these and some of the other claims under the kernels of tests/support/kernels.py.
+Kernels that care where an operand begins are not those of every processor;
+`test_claims_about_bits_hold_under_other_kernels` runs these and some of the other claims under the kernels of
+tests/support/kernels.py.
 """
 
 import json
@@ -60,8 +61,8 @@ def test_an_evaluated_model_is_in_aligned_memory_and_its_logits_do_not_depend_on
 ) -> None:
     models = [load_model(open_model(str(place)), ModelKey(str(place), "auto", 1), "cpu") for place in places]
     assert all(is_aligned(tensor) for model in models for tensor in (*model.parameters(), *model.buffers()))
-    for say in (one_by_one, windowed):
-        assert all(torch.equal(say(model), say(models[0])) for model in models)
+    for logits_of in (one_by_one, windowed):
+        assert all(torch.equal(logits_of(model), logits_of(models[0])) for model in models)
 
 
 def test_a_model_opened_by_transformers_agrees_closely_and_bitwise_once_aligned(
@@ -69,14 +70,14 @@ def test_a_model_opened_by_transformers_agrees_closely_and_bitwise_once_aligned(
 ) -> None:
     models = [AutoModelForCausalLM.from_pretrained(place) for place in places]
     assert not all(is_aligned(tensor) for tensor in models[1].parameters())
-    for say, most in ((one_by_one, 2e-6), (windowed, 5e-7)):
-        wanted = say(models[0])
-        assert all((say(model) - wanted).abs().max() <= most * wanted.abs().max() for model in models)
+    for logits_of, most in ((one_by_one, 2e-6), (windowed, 5e-7)):
+        expected = logits_of(models[0])
+        assert all((logits_of(model) - expected).abs().max() <= most * expected.abs().max() for model in models)
     assert align(models[1]) > 0 == align(models[1])
     for model in models:
         align(model)
-    for say in (one_by_one, windowed):
-        assert all(torch.equal(say(model), say(models[0])) for model in models)
+    for logits_of in (one_by_one, windowed):
+        assert all(torch.equal(logits_of(model), logits_of(models[0])) for model in models)
 
 
 @pytest.mark.parametrize("compressed", [False, True])

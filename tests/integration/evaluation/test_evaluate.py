@@ -162,10 +162,10 @@ def test_windows_are_no_longer_than_the_models_context_by_default(
         "--json",
         str(tmp_path / "r.json"),
     ]
-    for flags, length, said in (
+    for flags, length, message in (
         ([], 256, "note: windows of 256 tokens"),
         (["--seqlen", "300"], 300, "note: windows of 300 tokens"),
     ):
         assert main([*argv, *flags]) == 0
         assert json.loads((tmp_path / "r.json").read_text())["seqlen"] == length
-        assert said in capsys.readouterr().out
+        assert message in capsys.readouterr().out

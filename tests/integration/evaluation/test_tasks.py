@@ -118,13 +118,13 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     """The one line of a refusal."""
     capsys.readouterr()
     assert main(["evaluate", *map(str, argv), "--local"]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1
-    return said[0]
+    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1
+    return message[0]
 
 
 def test_what_is_asked_for_must_fit_together(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for flags, said in (
+    for flags, message in (
         ([], "--text TEXT"),
         (["--tasks", "x", "--windows", 3], "windows: only apply with --text"),
         (["--text", "x", "--limit", 3, "--seed", 4], "limit, seed: only apply with --tasks"),
@@ -134,7 +134,7 @@ def test_what_is_asked_for_must_fit_together(model: Path, tmp_path: Path, capsys
         (["--tasks", "x", "--batch-size", "auto"], "batch_size"),
         (["--tasks", "x", "--include-path", tmp_path / "none"], "none: no such directory"),
     ):
-        assert said in refused(capsys, model, *flags)
+        assert message in refused(capsys, model, *flags)
 
 
 def test_the_error_of_an_unknown_task_lists_the_nearest_names(
@@ -147,22 +147,22 @@ def test_a_task_file_that_cannot_be_read_is_named(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "broken.yaml").write_text("task: broken\nmetric_list: [")
-    said = refused(capsys, model, "--tasks", "broken", "--include-path", tmp_path)
-    assert f"{tmp_path}/broken.yaml cannot be read: " in said
+    message = refused(capsys, model, "--tasks", "broken", "--include-path", tmp_path)
+    assert f"{tmp_path}/broken.yaml cannot be read: " in message
 
 
 def test_data_that_need_the_network_are_an_error_offline(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "tasks arc_easy: lm-eval cannot run them: " in (said := refused(capsys, model, "--tasks", "arc_easy"))
-    assert "allenai/ai2_arc" in said
+    assert "tasks arc_easy: lm-eval cannot run them: " in (message := refused(capsys, model, "--tasks", "arc_easy"))
+    assert "allenai/ai2_arc" in message
 
 
 def test_a_task_that_asks_for_what_its_data_lack_is_refused(
     model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "odd.yaml").write_text((tasks / "choice.yaml").read_text().replace("{{choices}}", "{{chioces}}"))
-    said = refused(capsys, model, "--tasks", tmp_path / "odd.yaml")
-    assert "tasks " in said
-    assert "lm-eval cannot run them: " in said
+    message = refused(capsys, model, "--tasks", tmp_path / "odd.yaml")
+    assert "tasks " in message
+    assert "lm-eval cannot run them: " in message
 
 
 def test_documents_that_the_model_was_calibrated_on_are_refused(
@@ -173,8 +173,8 @@ def test_documents_that_the_model_was_calibrated_on_are_refused(
     texts = [json.loads(line)["text"] for line in (tasks / "texts.jsonl").read_text().splitlines()]
     seen = shutil.copytree(model, tmp_path / "seen")
     (seen / "swsc_calibration.json").write_text(json.dumps({"traces": sorted(traces(" ".join(texts)))}))
-    said = refused(capsys, seen, "--tasks", tasks / "rolling.yaml")
-    assert "rolling.yaml: shares passages with the calibration text" in said
+    message = refused(capsys, seen, "--tasks", tasks / "rolling.yaml")
+    assert "rolling.yaml: shares passages with the calibration text" in message
     assert ours(seen, tmp_path, tasks, names=[str(tasks / "choice.yaml")])["lm_eval"]["results"]
 
 

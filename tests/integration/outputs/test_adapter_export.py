@@ -1,4 +1,4 @@
-"""`swsc restore --adapter`: a dense base and a LoRA adapter that stock transformers and PEFT open, without a plug-in."""
+"""`swsc restore --adapter` writes a dense base and a LoRA adapter that stock transformers and PEFT open."""
 
 import json
 import subprocess
@@ -106,12 +106,12 @@ def test_stock_peft_gives_what_the_restored_model_gives(
     out, whole, base = (tmp_path / name for name in ("out", "whole", "base"))
     assert main(["compress", str(model), str(out), "--local", *FORMS[form]]) == 0
     assert restore(out, whole) == restore(out, base, "--adapter") == 0
-    said = capsys.readouterr().out
-    wanted, alone = logits(whole), logits(base)
+    printed = capsys.readouterr().out
+    expected, alone = logits(whole), logits(base)
     for found in stock(base):
-        assert (found - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
-    assert (alone - wanted).abs().max() > 0.1
-    assert ("note: 1 tensors" in said and "embed_tokens" in said) == (form == "with the tied head")
+        assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+    assert (alone - expected).abs().max() > 0.1
+    assert ("note: 1 tensors" in printed and "embed_tokens" in printed) == (form == "with the tied head")
     assert main(["verify", str(base), "--local"]) == 0
 
 
@@ -134,9 +134,9 @@ def test_ranks_differ_by_layer_and_tensors_without_a_rank_are_left_out(
     about = json.loads((tmp_path / "base" / "swsc_adapter" / "adapter_config.json").read_text())
     assert about["target_modules"] == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 2)]
     assert len(about["rank_pattern"]) == 1
-    wanted = logits(tmp_path / "whole")
+    expected = logits(tmp_path / "whole")
     for found in stock(tmp_path / "base"):
-        assert (found - wanted).abs().max() <= 1e-5 * float(wanted.abs().max())
+        assert (found - expected).abs().max() <= 1e-5 * float(expected.abs().max())
 
 
 def test_the_parts_are_exactly_the_stored_ones(compressed: Path, model: Path, tmp_path: Path) -> None:
@@ -184,11 +184,11 @@ def test_fused_experts_are_restored_whole_beside_an_adapter_on_what_is_linear(
     assert main(["compress", str(tmp_path / "model"), str(tmp_path / "out"), "--local", *flags]) == 0
     assert restore(tmp_path / "out", tmp_path / "whole") == 0
     assert restore(tmp_path / "out", tmp_path / "base", "--adapter") == 0
-    assert "the low-rank part of 2 of them" in (said := capsys.readouterr().out)
-    assert f"note: {2 * 4 * 3} tensors" in said
-    wanted = logits(tmp_path / "whole")
+    assert "the low-rank part of 2 of them" in (printed := capsys.readouterr().out)
+    assert f"note: {2 * 4 * 3} tensors" in printed
+    expected = logits(tmp_path / "whole")
     for found in stock(tmp_path / "base"):
-        assert (found - wanted).abs().max() <= 1e-5 * float(wanted.abs().max())
+        assert (found - expected).abs().max() <= 1e-5 * float(expected.abs().max())
 
 
 def test_an_interrupted_export_goes_on_and_has_the_same_bytes(

@@ -194,7 +194,7 @@ BOMB = "\n".join(
 
 
 @pytest.mark.parametrize(
-    ("card", "said"),
+    ("card", "message"),
     [
         ("# no front matter", "no front matter"),
         ("---\nlicense: [mit\n---\n", "while parsing a flow sequence"),
@@ -208,13 +208,13 @@ BOMB = "\n".join(
     ],
 )
 def test_an_unreadable_card_is_reported_and_stops_nothing(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], card: str, said: str
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], card: str, message: str
 ) -> None:
     assert compress(changed(model, tmp_path / "model", card), tmp_path / "out") == 0
     note = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: README.md of the model")]
     assert len(note) == 1
-    assert said in note[0]
-    assert said in (tmp_path / "out" / "README.md").read_text()
+    assert message in note[0]
+    assert message in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "BASE_MODEL_CARD.md").read_text() == card
 
 
@@ -345,7 +345,9 @@ class TestMeasured:
         assert main(["verify", str(output), "--local"]) == 0
 
     @pytest.mark.parametrize("name", ["a: #b.txt", "one\ntwo|`three.txt", " .txt"])
-    def test_a_text_of_any_name_is_one_row(self, output: Path, texts: tuple[Path, Path], tmp_path: Path, name: str) -> None:  # fmt: skip
+    def test_a_text_of_any_name_is_one_row(
+        self, output: Path, texts: tuple[Path, Path], tmp_path: Path, name: str
+    ) -> None:
         text = shutil.copy(texts[0], tmp_path / name)
         assert evaluate(output, Path(text), "--card") == 0
         assert evaluate(output, Path(text), "--card") == 0
@@ -359,9 +361,9 @@ class TestMeasured:
     ) -> None:
         (tmp_path / "r.json").write_text(content)
         assert evaluate(output, texts[0], "--card", "--uncompressed", str(tmp_path / "r.json")) == 2
-        said = capsys.readouterr()
-        assert "not a result of `swsc evaluate --json`" in said.err
-        assert "perplexity" not in said.out
+        message = capsys.readouterr()
+        assert "not a result of `swsc evaluate --json`" in message.err
+        assert "perplexity" not in message.out
 
     def test_a_model_that_is_no_output_and_one_in_an_object_store_are_refused(
         self, model: Path, texts: tuple[Path, Path], capsys: pytest.CaptureFixture[str]

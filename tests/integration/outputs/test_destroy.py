@@ -1,7 +1,7 @@
 """Nothing of the user's is ever destroyed: every verb that is to write into its input, by any path to it, refuses.
 
-What is refused leaves the tree that is read as it was, to the byte. Here the place that is read is one that --overwrite would clear:
-an output of this tool.
+What is refused leaves the tree that is read as it was, to the byte. Here the place that is read is one that --overwrite
+would clear: an output of this tool.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """A work place: `read/dense` is an output of this tool in plain form, `read/out` one in compact form, with a text in it."""
+    """A directory with `read/dense`, a dense output, and `read/out`, a compressed one with a text in it."""
 
     root: Path
 
@@ -116,7 +116,8 @@ def _link(path: Path, target: Path) -> str:
 # verb -> (what is read, its arguments when it is to write to a path)
 VERBS: dict[str, tuple[str, Callable[[Place, str], list[str]]]] = {
     "compress": ("dense", lambda p, there: ["compress", f"{p.read}/dense", there, *SMALL, "--overwrite"]),
-    "compress, by a link": ("dense", lambda p, there: ["compress", f"{p / 'mnt'}/read/dense", there, *SMALL, "--overwrite"]),
+    "compress, by a link": ("dense",
+    lambda p, there: ["compress", f"{p / 'mnt'}/read/dense", there, *SMALL, "--overwrite"]),
     "restore": ("out", lambda p, there: ["restore", f"{p.read}/out", there, "--local", "--overwrite"]),
     "restore --adapter": (
         "out", lambda p, there: ["restore", f"{p.read}/out", there, "--local", "--overwrite", "--adapter"]
@@ -161,7 +162,8 @@ BESIDE: dict[str, tuple[str, Callable[[Place, str], list[str]]]] = {
                                    "--local", "--json", f"{there}/config.json"],
     ),
     "plan": ("dense", lambda p, there: ["plan", f"{p.read}/dense", "--local", "--json", f"{there}/config.json"]),
-    "text": ("out", lambda p, there: ["compress", f"{p / 'data/read/dense'}", f"{p.read}/out", *SMALL, "--overwrite", "--text",
+    "text": ("out",
+    lambda p, there: ["compress", f"{p / 'data/read/dense'}", f"{p.read}/out", *SMALL, "--overwrite", "--text",
                                       f"{there}/.mine/t.txt", "--seqlen", "32"]),
     "calibration": ("out", lambda p, there: ["compress", f"{p.read}/dense", f"{p.read}/out", *CALIBRATED, "--overwrite",
                                              "--calibration", f"{there}/.mine/t.txt"]),
@@ -220,7 +222,10 @@ def test_bind_mounts_are_seen_through(bound: Place, there: str) -> None:
 def test_one_place_by_paths_of_which_nobody_knows_shows_before_anything_is_removed(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
-    """A bucket under two names, a network disk that is mounted twice: what is written to the one appears in the other."""
+    """A bucket under two names, a network disk that is mounted twice.
+
+    What is written to the one appears in the other.
+    """
     monkeypatch.setattr(places, "contains", lambda outer, inner: False)
     name, argv = VERBS[verb]
     before = tree(place.root)
@@ -352,7 +357,10 @@ class TestOverwrite:
     def test_a_file_that_would_be_opened_in_place_of_the_output_is_an_error_before_work(
         self, place: Place, capsys: pytest.CaptureFixture[str], name: str
     ) -> None:
-        """`save_pretrained` into an output leaves one, which outlives --overwrite: it is the user's, and was read instead."""
+        """`save_pretrained` into an output leaves one, which outlives --overwrite.
+
+        It is the user's, and was read instead.
+        """
         (place.read / "out" / name).write_bytes(b"{}")
         before = tree(place.root)
         assert self.again(place) == 2

@@ -1,4 +1,7 @@
-"""A process that is killed while it writes a card into an output: whoever comes next finds the output whole, and tidies up."""
+"""A process that is killed while it writes a card into an output.
+
+The next command finds a complete output and tidies up.
+"""
 
 import os
 import shutil

@@ -53,7 +53,7 @@ class TestVerify:
             assert f"{size:,} bytes, " in capsys.readouterr().out
 
     @pytest.mark.parametrize(
-        ("damage", "said"),
+        ("damage", "message"),
         [
             (lambda out: first_layer(out).unlink(), "is missing"),
             (lambda out: _append(first_layer(out), b"!"), "bytes, expected"),
@@ -69,14 +69,14 @@ class TestVerify:
         ],
     )
     def test_damage_is_named(
-        self, output: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], said: str
+        self, output: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], message: str
     ) -> None:
         damage(output)
         assert main(["verify", str(output), "--local"]) == 1
         error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("verify:")]
         assert len(error) == 1
         assert error[0].startswith("error: ")
-        assert said in error[0]
+        assert message in error[0]
 
     @pytest.mark.parametrize(
         "name", ["more.txt", "more", "more.safetensors", "gone", "config.json", "swsc_report.json", MANIFEST]
@@ -93,9 +93,9 @@ class TestVerify:
             (output / name).unlink()
             (output / name).write_bytes(b"")
         assert main(["verify", str(output), "--local"]) == 1
-        said = capsys.readouterr().err
-        assert name in said
-        assert "--overwrite" not in said
+        message = capsys.readouterr().err
+        assert name in message
+        assert "--overwrite" not in message
         (output / name).unlink()  # the remedy of the error
         if own:
             (output / name).write_bytes(elsewhere.read_bytes())
@@ -122,7 +122,7 @@ def _append(path: Path, data: bytes | None) -> None:
 
 
 def _flip(path: Path, tensor: str | None) -> None:
-    """Change one bit: in the first byte of a tensor, in a name in the header (""), or in the last byte but one (None)."""
+    """Change one bit in the first byte of a tensor, in a header name (""), or in the last byte but one (None)."""
     data = bytearray(path.read_bytes())
     place = len(data) - 2
     if tensor is not None:
@@ -299,11 +299,11 @@ def test_a_mistake_about_the_output_shows_before_the_calibration(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("three years of work")
     assert compress(tiny_model, tmp_path / "made") == 0
-    for place, said in [("full", "not empty and not an output"), ("made", "replace it by --overwrite")]:
+    for place, message in [("full", "not empty and not an output"), ("made", "replace it by --overwrite")]:
         capsys.readouterr()
         assert compress(tiny_model, tmp_path / place, *flags) == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert message in error
         assert "calibrate" not in error
     assert not (tmp_path / ".swsc-cache").exists()
 

@@ -1,4 +1,7 @@
-"""Outputs that are pushed to the Hub, to a server that stands in for it; in a new process where the client's own output counts."""
+"""Outputs that are pushed to the Hub, to a server that stands in for it.
+
+In a new process where the client's own output counts.
+"""
 
 import os
 import shutil

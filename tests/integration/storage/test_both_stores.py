@@ -1,4 +1,7 @@
-"""Models and outputs in both kinds of object store: the bytes are those of a disk, whatever their clients do differently."""
+"""Models and outputs in both kinds of object store.
+
+The bytes are those of a disk, whatever their clients do differently.
+"""
 
 import os
 import shutil
@@ -48,7 +51,8 @@ def test_bytes_do_not_depend_on_the_locations_of_model_and_output(
     tiny_model: Path, bucket: str, remote_model: str, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     for source, output in [
-        (str(tiny_model), f"{bucket}/from-local"), (remote_model, f"{bucket}/from-remote"), (remote_model, str(tmp_path / "out")),
+        (str(tiny_model), f"{bucket}/from-local"), (remote_model, f"{bucket}/from-remote"),
+        (remote_model, str(tmp_path / "out")),
     ]:  # fmt: skip
         assert main(["compress", source, output, "--local", "--bits", "4"]) == 0
         assert object_store.stored(output) == expected

@@ -1,4 +1,7 @@
-"""What a calibration, a tuning or a conversion keeps for later runs, and a sweep's settings, changed: one line, soon, in little memory."""
+"""What a calibration, a tuning or a conversion keeps for later runs, and a sweep's settings, changed.
+
+One line, soon, in little memory.
+"""
 
 import json
 import shutil
@@ -21,10 +24,14 @@ DATA_FREE = [
     "--calibration-seqlen", "32",
 ]  # fmt: skip
 KEPT = [
-    "written-*.json", "moments-*/curves-*.json", "moments-*/.swsc/run.json", "moments-*/.swsc/files.json", "moments-*/.swsc/done/*",
-    "moments-*/*.safetensors", "tuned-*/result.json", "tuned-*/.swsc/run.json", "tuned-*/.swsc/files.json", "tuned-*/.swsc/done/*",
-    "tuned-*/*.safetensors", "untuned-*/swsc_manifest.json", "untuned-*/swsc_report.json", "untuned-*/swsc_calibration.json",
-    "untuned-*/config.json", "untuned-*/model.safetensors.index.json", "untuned-*/tokenizer.json", "untuned-*/model-00002-*.safetensors",
+    "written-*.json", "moments-*/curves-*.json", "moments-*/.swsc/run.json", "moments-*/.swsc/files.json",
+    "moments-*/.swsc/done/*",
+    "moments-*/*.safetensors", "tuned-*/result.json", "tuned-*/.swsc/run.json", "tuned-*/.swsc/files.json",
+    "tuned-*/.swsc/done/*",
+    "tuned-*/*.safetensors", "untuned-*/swsc_manifest.json", "untuned-*/swsc_report.json",
+    "untuned-*/swsc_calibration.json",
+    "untuned-*/config.json", "untuned-*/model.safetensors.index.json", "untuned-*/tokenizer.json",
+    "untuned-*/model-00002-*.safetensors",
 ]  # fmt: skip
 
 
@@ -77,8 +84,10 @@ def _copied(folder: Path, kept: str) -> Path:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("n_clusters", 16.0), ("n_clusters", None), ("n_clusters", -1), ("segment_size", "8"), ("rank", "x"), ("scaled", 1), ("method", "y"),
-     ("share", 10**400), ("share", True), ("share", "1.5"), ("reach", 10**400), ("reach", float("nan")), ("spec", None), ("specs", [])],
+    [("n_clusters", 16.0), ("n_clusters", None), ("n_clusters", -1), ("segment_size", "8"), ("rank", "x"),
+     ("scaled", 1), ("method", "y"),
+     ("share", 10**400), ("share", True), ("share", "1.5"), ("reach", 10**400), ("reach", float("nan")), ("spec", None),
+     ("specs", [])],
 )  # fmt: skip
 def test_curves_of_no_spec_on_the_menu(
     folder: Path, capsys: pytest.CaptureFixture[str], key: str, value: object
@@ -100,20 +109,20 @@ def test_curves_of_no_spec_on_the_menu(
     assert f"{file.name} is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("said", ["shape", "bytes"])
+@pytest.mark.parametrize("message", ["shape", "bytes"])
 def test_a_state_of_a_finished_tuning_that_was_changed(
-    folder: Path, capsys: pytest.CaptureFixture[str], said: str
+    folder: Path, capsys: pytest.CaptureFixture[str], message: str
 ) -> None:
     """Its header has another shape, or one of its bytes differs."""
     file = _copied(folder, "tuned-*/*.safetensors")
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     about = json.loads(content[8 : 8 + length])
-    if said == "shape":
+    if message == "shape":
         about[max(about)]["shape"].append(1)
     header = json.dumps(about).encode()
     content = len(header).to_bytes(8, "little") + header + content[8 + length :]
-    file.write_bytes(content if said == "shape" else content[:-1] + bytes([content[-1] ^ 1]))
+    file.write_bytes(content if message == "shape" else content[:-1] + bytes([content[-1] ^ 1]))
     assert ends("compress", *_arguments(folder, "changed")) == 2
     assert f"{file.parent.name}: {file.name}" in capsys.readouterr().err
 
@@ -123,7 +132,10 @@ def test_a_state_of_a_finished_tuning_that_was_changed(
     data=st.data(), name=st.sampled_from(["dequantized.json", "config.json", "model.safetensors"]), beside=st.booleans()
 )
 def test_what_a_gguf_file_was_made_into(folder: Path, data: st.DataObject, name: str, beside: bool) -> None:
-    """The checkpoint, and its note of what it was made of: where the user wrote it, or beside the file, where a plan finds it."""
+    """The checkpoint, and its note of what it was made of.
+
+    Where the user wrote it, or beside the file, where a plan finds it.
+    """
     file = folder / "a" / "whole.gguf"
     if not file.exists():
         file.parent.mkdir()
@@ -185,7 +197,8 @@ def test_headers_of_a_model(folder: Path, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_settings_of_a_sweep(folder: Path, data: st.DataObject) -> None:
     settings = {
-        "models": [str(folder / "model")], "variants": [{"name": "q", "projectors": "q", "bits": 4}, {"name": "k", "projectors": "k"}],
+        "models": [str(folder / "model")],
+        "variants": [{"name": "q", "projectors": "q", "bits": 4}, {"name": "k", "projectors": "k"}],
         "evaluations": [{"text": str(folder / "text.txt"), "seqlen": 32, "windows": 2}], "uncompressed": False,
         "reference": {str(folder / "model"): 3.5},
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What goes wrong between an object store and a run ends in the right bytes or in a clear failure, never in other weights."""
+"""Faults between an object store and a run end in the right bytes or in a clear error, never in other weights."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -48,7 +48,8 @@ def _mended(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     proxy.strike("")
 
 
-# mode -> from which request on, how often: some requests are of the headers, more of the weights, and then of the output
+# mode -> from which request on, how often: some requests are of the headers, more of the weights, and then of the
+# output
 PASSING = {
     "flip": (0, 9), "flip same": (20, 30), "flip small": (20, 9), "cut": (10, 5), "length": (0, 3), "refuse": (30, 20),
     "busy": (20, 5), "flip up": (0, 3),

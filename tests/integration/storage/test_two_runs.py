@@ -80,8 +80,8 @@ def test_files_of_a_run_that_lost_its_place_are_not_taken_for_work_of_its_succes
     assert contents(place) == contents(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("moment", ["in the middle of its file", "after its file"])
-def test_a_commit_looks_again_whether_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+@pytest.mark.parametrize("point", ["in the middle of its file", "after its file"])
+def test_a_commit_looks_again_whether_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     store = Store.at(str(tmp_path / "out"))
     own = lease.acquire_lease(store)
     real = Store.write
@@ -95,7 +95,7 @@ def test_a_commit_looks_again_whether_it_may(tmp_path: Path, monkeypatch: pytest
         yield from pieces
 
     def write(self: Store, name: str, pieces: Iterable[BytesLike]) -> object:
-        if moment == "in the middle of its file":
+        if point == "in the middle of its file":
             return real(self, name, meanwhile(iter(pieces)))
         record = real(self, name, pieces)
         lost()
@@ -106,5 +106,5 @@ def test_a_commit_looks_again_whether_it_may(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(LeaseLost):
         commit(own.ticket, "model-00001-of-00001.safetensors", Payload((part,)))
     assert not store.below(".swsc/done").names()
-    assert bool(store.names()) == (moment == "after its file")
+    assert bool(store.names()) == (point == "after its file")
     own.release()

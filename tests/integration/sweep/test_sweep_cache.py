@@ -62,13 +62,13 @@ def test_models_of_tuned_rows_go_when_they_are_measured_and_stay_on_request(
 ) -> None:
     assert main([*command, "--keep-tuned"]) == 0
     assert cached(tmp_path) == ["moments", "variant", "variant"]
-    kept, said = rows(tmp_path), capsys.readouterr()
+    kept, printed = rows(tmp_path), capsys.readouterr()
     assert {row["tuning"] for name, row in kept.items() if name in ("once", "twice")} <= {"applied", "not applied"}
     assert kept["plain"]["tuning"] is None
     for name in ("once", "twice"):
-        assert f"{model}, {name}: tune: " in said.err
-        assert f"{model}, {name}: compress: " in said.err
-    assert f"{model}, once: calibrate: " in said.err
+        assert f"{model}, {name}: tune: " in printed.err
+        assert f"{model}, {name}: compress: " in printed.err
+    assert f"{model}, once: calibrate: " in printed.err
     assert main(command) == 0
     assert cached(tmp_path) == ["moments"]
     assert {name: row["perplexity"] for name, row in rows(tmp_path).items()} == {
@@ -189,10 +189,10 @@ def test_results_that_no_disk_takes_are_printed_at_least(
 
     monkeypatch.setattr(LocalFiles, "write", write)
     assert main(command) == 1
-    said = capsys.readouterr()
-    assert "perplexity" in said.out
-    assert "twice" in said.out
-    assert "run the same command again" in said.err
+    printed = capsys.readouterr()
+    assert "perplexity" in printed.out
+    assert "twice" in printed.out
+    assert "run the same command again" in printed.err
 
 
 @pytest.mark.parametrize("kind", ["variant", "untuned", "tuned", "moments"])
@@ -212,9 +212,9 @@ def test_the_error_of_a_damaged_cache_entry_names_what_to_remove_and_that_helps(
         codes.append(main(command))
         if codes[-1] == 0:
             break
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        (place,) = [found for found in (tmp_path / "cache").iterdir() if f"remove {found}, and run" in said]
-        assert "--overwrite" not in said
+        printed = capsys.readouterr().err.strip().splitlines()[-1]
+        (place,) = [found for found in (tmp_path / "cache").iterdir() if f"remove {found}, and run" in printed]
+        assert "--overwrite" not in printed
         shutil.rmtree(place)
     assert codes in ([2, 0], [2, 2, 0])
 

@@ -14,7 +14,10 @@ from tests.support.offline_tasks import make_tasks
 from tests.support.project import ROOT
 from tests.support.tiny import make_tiny_model
 
-LOAD = "from transformers import AutoModelForCausalLM as A; print(type(A.from_pretrained(DIRECTORY).model.layers[0].self_attn.q_proj).__name__)"
+LOAD = (
+    "from transformers import AutoModelForCausalLM as A; "
+    "print(type(A.from_pretrained(DIRECTORY).model.layers[0].self_attn.q_proj).__name__)"
+)
 
 GONE = """
 import sys
@@ -58,7 +61,10 @@ def test_a_program_that_imports_transformers_alone_opens_it(compressed: Path, in
 
 
 def test_lm_eval_as_it_is_finds_the_numbers_of_evaluate(compressed: Path, installed: Path, tmp_path: Path) -> None:
-    """It runs the compressed layers, evaluate the restored weights: what is counted is equal, what is added up equal but for rounding."""
+    """It runs the compressed layers, evaluate the restored weights.
+
+    What is counted is equal, what is added up equal but for rounding.
+    """
     tasks, names = make_tasks(tmp_path / "tasks"), ["tiny_choice", "tiny_rolling"]
     flags = ["--tasks", ",".join(names), "--include_path", str(tasks), "--output_path", str(tmp_path / "lm_eval")]
     stock = ["--model", "hf", "--model_args", f"pretrained={compressed},dtype=float32", "--device", "cpu", *flags]

@@ -1,4 +1,7 @@
-"""Whatever is selected, the output opens: tensors that transformers renames, splits or fuses while loading among them."""
+"""Whatever is selected, the output opens.
+
+Tensors that transformers renames, splits or fuses while loading among them.
+"""
 
 import json
 from collections.abc import Callable
@@ -17,7 +20,8 @@ t: Any = transformers  # its config classes take more arguments than their annot
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.2,
+    "pad_token_id": 0,
 }  # fmt: skip
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _HEADLESS = {key: value for key, value in _SIZES.items() if key != "head_dim"}
@@ -32,7 +36,8 @@ OTHERS: dict[str, Callable[[], Any]] = {
     ),
     "deepseek_v4, names that are left alone": lambda: t.DeepseekV4ForCausalLM(
         t.DeepseekV4Config(
-            **_SIZES, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, q_lora_rank=16, qk_rope_head_dim=8,
+            **_SIZES, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, q_lora_rank=16,
+            qk_rope_head_dim=8,
             sliding_window=16, index_n_heads=2, index_head_dim=16, index_topk=8,
         )
     ),
@@ -98,9 +103,9 @@ def test_a_router_that_chooses_experts_itself_is_named_by_the_calibration(
         main(["compress", str(dense), str(tmp_path / "out"), "--preset", "best", "--include", r"0\..*\.gate\.", *flags])
         == 2
     )
-    said = capsys.readouterr().err
-    assert "block_sparse_moe.gate.weight" in said
-    assert "--exclude" in said
+    printed = capsys.readouterr().err
+    assert "block_sparse_moe.gate.weight" in printed
+    assert "--exclude" in printed
 
 
 def test_what_is_split_while_loading_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +136,9 @@ def test_only_such_tensors_selected_is_refused_by_the_reason(
     monkeypatch.setitem(MODELS, "hrm_text", lambda: t.HrmTextForCausalLM(t.HrmTextConfig(**_SIZES)))
     family = FamilyModel("hrm_text", tmp_path)
     assert main(["plan", str(family.dense), "--include", "gate_up_proj", "--method", "rtn", "--bits", "4"]) == 2
-    said = capsys.readouterr().err
-    assert "gate_up_proj.weight" in said
-    assert "splits" in said
+    printed = capsys.readouterr().err
+    assert "gate_up_proj.weight" in printed
+    assert "splits" in printed
 
 
 def test_a_weight_that_the_class_has_no_place_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,11 +163,13 @@ def test_a_class_that_initializes_the_experts_of_a_block_opens(tmp_path: Path, m
     config = t.Qwen3OmniMoeThinkerConfig(
         text_config={**_TEXT, **_MRL},
         vision_config={
-            "depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 8, "intermediate_size": 48, "out_hidden_size": 64,
+            "depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 8, "intermediate_size": 48,
+            "out_hidden_size": 64,
             "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
         },
         audio_config={
-            "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "num_mel_bins": 16, "output_dim": 64,
+            "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "num_mel_bins": 16,
+            "output_dim": 64,
             "downsample_hidden_size": 16,
         },
     )  # fmt: skip
@@ -173,8 +180,10 @@ def test_a_class_that_initializes_the_experts_of_a_block_opens(tmp_path: Path, m
 
 
 def test_a_stack_outside_of_layers_is_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    language = {**_HEADLESS, "n_routed_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
-                "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    language = {**_HEADLESS, "n_routed_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+                "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+                "qk_nope_head_dim": 8,
                 "v_head_dim": 16, "num_key_value_heads": 4}  # fmt: skip
     vision = {
         "hidden_size": 32,

@@ -1,4 +1,7 @@
-"""Mixtures of experts opened by transformers: experts stay compressed, dense ones beside them, and are saved as they were."""
+"""Mixtures of experts opened by transformers.
+
+Experts stay compressed, dense ones beside them, and are saved as they were.
+"""
 
 import copy
 from collections.abc import Callable
@@ -58,8 +61,8 @@ def test_a_model_is_as_large_as_its_files(family: FamilyModel) -> None:
 
 def test_every_expert_is_compressed_by_itself(family: FamilyModel) -> None:
     found = [layer for stack in experts_of(family.load(family.compressed)) for layer in stack.modules()]
-    wanted = [name for name in tensors_of(family.dense) if ".experts." in name]
-    assert sum(isinstance(layer, SwscLinear) for layer in found) == len(wanted)
+    expected = [name for name in tensors_of(family.dense) if ".experts." in name]
+    assert sum(isinstance(layer, SwscLinear) for layer in found) == len(expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -151,8 +154,8 @@ def test_experts_are_calculated_one_by_one_and_dequantized_as_before(family: Fam
     model = family.load(family.compressed)
     assert set(model.get_experts_implementation().values()) == {"eager"}
     model.dequantize()
-    wanted = family.load(family.restored(family.compressed)).get_experts_implementation()
-    assert model.get_experts_implementation() == wanted
+    expected = family.load(family.restored(family.compressed)).get_experts_implementation()
+    assert model.get_experts_implementation() == expected
 
 
 def test_a_config_that_was_loaded_before_opens_it_again(mixtral: FamilyModel) -> None:
@@ -164,13 +167,13 @@ def test_a_config_that_was_loaded_before_opens_it_again(mixtral: FamilyModel) ->
 def test_it_opens_in_any_dtype(family: FamilyModel, dtype: torch.dtype) -> None:
     restored = family.restored(family.compressed)
     whole = {"num_experts_per_tok": 4}  # all of them: in 16 bits a token may otherwise be routed to another expert
-    wanted = family.logits(family.load(restored, **whole))
+    expected = family.logits(family.load(restored, **whole))
     model = family.load(family.compressed, dtype=dtype, **whole)
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {
         p.dtype for p in family.load(restored, dtype=dtype).parameters()
     }
     error, usual = (
-        (family.logits(one).float() - wanted).norm() / wanted.norm()
+        (family.logits(one).float() - expected).norm() / expected.norm()
         for one in (model, family.load(restored, dtype=dtype, **whole))
     )
     assert error < 2 * usual + 1e-5

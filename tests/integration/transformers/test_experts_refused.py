@@ -36,18 +36,19 @@ def place(mixtral: FamilyModel, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_another_implementation_is_refused_by_name(mixtral: FamilyModel, implementation: str) -> None:
-    said = f"experts_implementation '{implementation}' .*dequantize=True"
-    with pytest.raises(ValueError, match=said):
+    message = f"experts_implementation '{implementation}' .*dequantize=True"
+    with pytest.raises(ValueError, match=message):
         mixtral.load(mixtral.compressed, experts_implementation=implementation)
     model = mixtral.load(mixtral.compressed, experts_implementation="eager")
     model.set_experts_implementation(implementation)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         mixtral.logits(model)
 
 
 @pytest.mark.parametrize(
     "targets",
-    [{"target_modules": ["w1", "w2", "w3"]}, {"target_modules": "all-linear"}, {"target_parameters": ["experts.down_proj"]}],
+    [{"target_modules": ["w1", "w2", "w3"]}, {"target_modules": "all-linear"},
+    {"target_parameters": ["experts.down_proj"]}],
     ids=str,
 )  # fmt: skip
 def test_adapters_on_experts_are_refused_by_name(mixtral: FamilyModel, targets: dict[str, Any]) -> None:
@@ -66,16 +67,17 @@ W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 LABELS, LEFT = part_name(W1, "labels"), part_name(W1, "left")
 DAMAGES = {
     "a part is missing": (LABELS, lambda t: t.pop(LABELS), "experts.2.w1.labels is missing"),
-    "a part of another shape": (LEFT, lambda t: t.update({LEFT: t[LEFT][:, :-1].contiguous()}), "experts.2.w1.left is F32"),
+    "a part of another shape": (LEFT, lambda t: t.update({LEFT: t[LEFT][:, :-1].contiguous()}),
+    "experts.2.w1.left is F32"),
     "a part of another kind": (LABELS, lambda t: t.update({LABELS: t[LABELS].float()}), "experts.2.w1.labels is F32"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_parts_of_an_expert_are_refused_by_name(place: Path, mixtral: FamilyModel, damage: str) -> None:
-    name, change, said = DAMAGES[damage]
+    name, change, message = DAMAGES[damage]
     changed(place, name, change)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         mixtral.load(place)
 
 

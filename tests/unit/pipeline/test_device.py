@@ -33,7 +33,7 @@ from pipeline.engine.worker import Worker
 from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError, WorkerLost
 from pipeline.models.matrix_reader import SourceMatrix
 from pipeline.models.meta_loading import loading_errors
-from pipeline.outputs import existing_output as standing
+from pipeline.outputs import existing_output
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.storage.cache_key import run_digest
 from pipeline.storage.store import Store
@@ -216,31 +216,31 @@ class TestIdentity:
 
     def begun(self, path: Path, **about: str) -> Store:
         store = Store.at(str(path))
-        store.write_json(standing.RUN, {**self.SETTINGS, **about})
+        store.write_json(existing_output.RUN, {**self.SETTINGS, **about})
         return store
 
     def test_what_was_begun_on_another_device_is_not_gone_on_with(self, tmp_path: Path) -> None:
         store = self.begun(tmp_path, device="NVIDIA H200", torch="2.13.0")
         here = {**self.SETTINGS, "device": "cpu", "torch": "2.13.0"}
         with pytest.raises(OutputError, match="device 'NVIDIA H200' -> 'cpu'"):
-            standing.require_replaceable(store, here, overwrite=False)
-        standing.require_replaceable(store, here, overwrite=True)
-        standing.require_replaceable(store, self.SETTINGS, overwrite=False)  # not known yet
+            existing_output.require_replaceable(store, here, overwrite=False)
+        existing_output.require_replaceable(store, here, overwrite=True)
+        existing_output.require_replaceable(store, self.SETTINGS, overwrite=False)  # not known yet
 
     def test_what_another_torch_began_is_not_gone_on_with(self, tmp_path: Path) -> None:
         store = self.begun(tmp_path, device="cpu", torch="2.12.0")
         with pytest.raises(OutputError, match=r"torch '2\.12\.0' -> '2\.13\.0'"):
-            standing.require_replaceable(store, {**self.SETTINGS, "device": "cpu", "torch": "2.13.0"}, False)
+            existing_output.require_replaceable(store, {**self.SETTINGS, "device": "cpu", "torch": "2.13.0"}, False)
 
     def test_what_an_earlier_version_began_is_gone_on_with(self, tmp_path: Path) -> None:
         store, here = self.begun(tmp_path), {**self.SETTINGS, "device": "cpu", "torch": "2.13.0"}
-        standing.require_replaceable(store, here, overwrite=False)
+        existing_output.require_replaceable(store, here, overwrite=False)
         assert run_digest(here) == run_digest(self.SETTINGS)  # its records are found again
 
     def test_other_settings_are_reported_first(self, tmp_path: Path) -> None:
         store = self.begun(tmp_path, device="cpu")
         with pytest.raises(OutputError, match="bits 3 -> 4"):
-            standing.require_replaceable(store, {"bits": 4, "threads": 1, "device": "NVIDIA H200"}, False)
+            existing_output.require_replaceable(store, {"bits": 4, "threads": 1, "device": "NVIDIA H200"}, False)
 
     def test_names_in_a_cache_do_not_depend_on_cpus(self) -> None:
         assert Arithmetic(1).gpu_identity == {}

@@ -6,7 +6,7 @@ from pipeline.redaction import redacted, redacted_values
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("given", "expected"),
     [
         ("https://host/a/t.txt?X-Amz-Signature=secret&n=1", "https://host/a/t.txt?…"),
         ("https://me:secret@host:8080/t.txt", "https://host:8080/t.txt"),
@@ -19,9 +19,9 @@ from pipeline.redaction import redacted, redacted_values
         ("org/set:config:split", "org/set:config:split"),
     ],
 )
-def test_user_names_passwords_and_queries_are_left_out(given: str, wanted: str) -> None:
-    assert redacted(given) == wanted
-    assert redacted(wanted) == wanted
+def test_user_names_passwords_and_queries_are_left_out(given: str, expected: str) -> None:
+    assert redacted(given) == expected
+    assert redacted(expected) == expected
 
 
 def test_values_of_any_depth() -> None:

@@ -59,7 +59,8 @@ DOORS = {
             "workers",
         )
     },
-    # read and written by byte range (pipeline/checkpoints/checkpoint.py explains why), but for models that are mapped into memory whole
+    # read and written by byte range (pipeline/checkpoints/checkpoint.py explains why), but for models that are mapped
+    # into memory whole
     "safetensors": {"pipeline/models/loading.py"},
     "transformers": {
         "pipeline/models/loading.py",

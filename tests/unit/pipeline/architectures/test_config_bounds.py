@@ -1,4 +1,7 @@
-"""Numbers of a config by which a model would be built for ever, or out of all memory, are refused; those of real models are not."""
+"""Numbers of a config by which a model would be built for ever, or out of all memory, are refused.
+
+Those of real models are not.
+"""
 
 import pytest
 from transformers import CONFIG_MAPPING
@@ -10,8 +13,10 @@ from pipeline.errors import CheckpointError
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("num_hidden_layers", 10**9), ("n_layer", 10**6), ("num_local_experts", 10**9), ("head_dim", 10**12), ("vocab_size", 10**400),
-        ("num_attention_heads", 2**31), ("hidden_sizes", [64, 10**10]), ("kv_lora_rank", float("inf")), ("n_embd", 10**9),
+        ("num_hidden_layers", 10**9), ("n_layer", 10**6), ("num_local_experts", 10**9), ("head_dim", 10**12),
+        ("vocab_size", 10**400),
+        ("num_attention_heads", 2**31), ("hidden_sizes", [64, 10**10]), ("kv_lora_rank", float("inf")),
+        ("n_embd", 10**9),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("inside", ["", "text_config", "vision_config"])

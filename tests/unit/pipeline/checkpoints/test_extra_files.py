@@ -17,7 +17,8 @@ COPIED = (
 )  # fmt: skip
 LEFT_OUT = (
     ".cache/", ".gitattributes", "adapter_config.json", "adapter_model.safetensors", "checkpoint-500/",
-    "consolidated.safetensors", "flax_model.msgpack", "global_step12/", "model.onnx", "onnx/", "optimizer.pt", "original/",
+    "consolidated.safetensors", "flax_model.msgpack", "global_step12/", "model.onnx", "onnx/", "optimizer.pt",
+    "original/",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "swsc_adapter/", "swsc_report.json", "tf_model.h5",
     "tokenizer/.DS_Store", "tokenizer/picture.png", "vision/", "x.json.1234.partial",
 )  # fmt: skip

@@ -42,7 +42,8 @@ def test_a_config_may_name_the_file(tmp_path: Path) -> None:
     ("names", "word"),
     [
         (["adapter_config.json"], "adapter"), (["model.fp16.safetensors"], "variant"), (["a.safetensors"], "rename"),
-        (["a.safetensors", "b.safetensors"], INDEX), (["pytorch_model.bin"], "pickle"), (["m.gguf"], "m.gguf"), ([], "no "),
+        (["a.safetensors", "b.safetensors"], INDEX), (["pytorch_model.bin"], "pickle"), (["m.gguf"], "m.gguf"),
+        ([], "no "),
     ],
 )  # fmt: skip
 def test_the_reason_for_no_weights(tmp_path: Path, names: list[str], word: str) -> None:

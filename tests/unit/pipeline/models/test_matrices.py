@@ -71,11 +71,14 @@ def test_bloom_and_gpt_neox() -> None:
 
 
 def test_bloom_has_an_alias_for_its_width() -> None:
-    """config.json of bigscience/bloom, and of those made like it, has n_embed; transformers takes it for hidden_size."""
+    """config.json of bigscience/bloom, and of those made like it, has n_embed.
+
+    Transformers takes it for hidden_size.
+    """
     name, weight = "h.0.self_attention.query_key_value.weight", torch.randn(96, N)
-    said: dict[str, Any] = {"model_type": "bloom", "n_embed": 32, "n_layer": 1, "num_attention_heads": 4}
-    assert BloomConfig(**said).hidden_size == 32
-    old, new = pieces(name, weight, said), pieces(name, weight, BloomConfig(**said).to_dict())
+    config_json: dict[str, Any] = {"model_type": "bloom", "n_embed": 32, "n_layer": 1, "num_attention_heads": 4}
+    assert BloomConfig(**config_json).hidden_size == 32
+    old, new = pieces(name, weight, config_json), pieces(name, weight, BloomConfig(**config_json).to_dict())
     assert all(torch.equal(old[role], new[role]) for role in "qkv")
 
 
@@ -93,7 +96,8 @@ def test_gpt_2_is_transposed_and_phi_3_is_not() -> None:
 
 def test_keys_and_values_of_a_latent_come_head_by_head() -> None:
     config = {
-        "model_type": "deepseek_v3", "hidden_size": 32, "num_attention_heads": 2, "qk_nope_head_dim": 3, "v_head_dim": 4,
+        "model_type": "deepseek_v3", "hidden_size": 32, "num_attention_heads": 2, "qk_nope_head_dim": 3,
+        "v_head_dim": 4,
     }  # fmt: skip
     weight = torch.randn(14, N)
     found = pieces("model.layers.0.self_attn.kv_b_proj.weight", weight, config)
@@ -103,11 +107,11 @@ def test_keys_and_values_of_a_latent_come_head_by_head() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "wanted"), [(5, "has 96 rows, but by config.json q.k.v take 5 times"), (0, ""), (float("inf"), "")]
+    ("heads", "expected"), [(5, "has 96 rows, but by config.json q.k.v take 5 times"), (0, ""), (float("inf"), "")]
 )
-def test_a_config_that_does_not_fit_the_tensor_is_refused(heads: float, wanted: str) -> None:
+def test_a_config_that_does_not_fit_the_tensor_is_refused(heads: float, expected: str) -> None:
     config = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": heads}
-    with pytest.raises(CheckpointError, match=rf"query_key_value.weight.*{wanted}"):
+    with pytest.raises(CheckpointError, match=rf"query_key_value.weight.*{expected}"):
         pieces("gpt_neox.layers.0.attention.query_key_value.weight", torch.randn(96, N), config)
 
 

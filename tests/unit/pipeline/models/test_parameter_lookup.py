@@ -1,4 +1,4 @@
-"""The parameter of a checkpoint's tensor in the loaded model is found by name, by values, or as rows of a stacked parameter."""
+"""The parameter of a checkpoint's tensor is found by name, by values, or as rows of a stacked parameter."""
 
 import pytest
 import torch

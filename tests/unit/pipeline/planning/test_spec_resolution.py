@@ -42,7 +42,8 @@ def test_numbers_are_taken_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"clusters": 256}, {"rank": 129}, {"clusters": 16, "segment_size": 3}, {"clusters": 16, "codebooks": 3}, {"bits": 0.01}],
+    [{"clusters": 256}, {"rank": 129}, {"clusters": 16, "segment_size": 3}, {"clusters": 16, "codebooks": 3},
+    {"bits": 0.01}],
 )  # fmt: skip
 def test_what_does_not_fit_a_matrix_names_it(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^a: "):
@@ -106,7 +107,8 @@ def test_a_matrix_too_small_for_any_candidate_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "given", "bits"),
-    [("BF16", {}, 16), ("F32", {}, 32), ("F8_E4M3", {}, 8), ("F8_E4M3", {"method": "rtn"}, 8), ("F32", {"storage_dtype": "float16"}, 16)],
+    [("BF16", {}, 16), ("F32", {}, 32), ("F8_E4M3", {}, 8), ("F8_E4M3", {"method": "rtn"}, 8),
+    ("F32", {"storage_dtype": "float16"}, 16)],
 )  # fmt: skip
 def test_bits_of_a_stored_value(dtype: str, given: dict[str, Any], bits: int) -> None:
     assert value_bits(dtype, settings(**given)) == bits

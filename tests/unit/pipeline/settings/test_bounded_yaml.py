@@ -36,7 +36,8 @@ def test_aliases_and_merges_mean_what_they_mean() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        LAUGHS, MERGES, "[" * 5000, "a: " + "{b: " * 5000, "a: &a [*a]", "a: &a {b: *a}", "x" * (1 << 21), "1:" * 50_000 + "1", "9" * 5000,
+        LAUGHS, MERGES, "[" * 5000, "a: " + "{b: " * 5000, "a: &a [*a]", "a: &a {b: *a}", "x" * (1 << 21),
+        "1:" * 50_000 + "1", "9" * 5000,
         "a: 2024-99-99", "? [a]\n: 1", "a: !!int ''", "a: !!float ''", "a: !!bool x", "a: !!timestamp x", "--- !!int",
         "!!python/object:os.system x", "a: *b", "\0", "a: b: c", "- " * 60_000,
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.device import Arithmetic
 from pipeline.errors import OutputError
-from pipeline.outputs import existing_output as standing
+from pipeline.outputs import existing_output
 from pipeline.outputs.preflight import identity_of
 from pipeline.outputs.transaction import begin
 from pipeline.settings.compression import CompressSettings
@@ -102,7 +102,7 @@ def test_a_calibration_counts_once_it_is_known() -> None:
 def test_an_unfinished_output_of_an_earlier_release_is_resumed_under_its_own_digest(tmp_path: Path) -> None:
     store, now = Store.at(str(tmp_path)), {**identity(CompressSettings(bits=3)), "calibration": None}
     earlier = {key: value for key, value in full_identity(now).items() if key not in ("device", "torch", "format")}
-    store.write_json(standing.RUN, earlier)
+    store.write_json(existing_output.RUN, earlier)
     with begin(store, now) as out:
         assert out.ticket.run == run_digest(earlier)
         assert out.identity["device"] == "cpu"

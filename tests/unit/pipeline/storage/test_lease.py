@@ -54,7 +54,7 @@ def test_a_directory_that_nobody_writes_into_is_free_at_once(store: Store) -> No
 
 def test_the_second_run_is_refused_while_the_first_one_lives(store: Store) -> None:
     first = acquire_lease(store)
-    with pytest.raises(OutputError, match=r"a run on .* \(process \d+\) is writing there; wait for it, or stop it"):
+    with pytest.raises(OutputError, match=r"a run on .* \(process \d+\) is writing there"):
         acquire_lease(store, sleep=Seconds(first.renew))
     first.ticket.require()
     first.release()
@@ -70,13 +70,13 @@ def test_a_run_elsewhere_that_gives_no_sign_of_life_is_replaced(store: Store) ->
 
 def test_a_running_owner_is_waited_for_on_request(store: Store) -> None:
     foreign(store)
-    told: list[str] = []
+    messages: list[str] = []
     signs = [lambda: foreign(store, beat=2), lambda: foreign(store, beat=3), lambda: store.remove(LEASE_FILE)]
     time = Seconds(*signs)
-    lease = acquire_lease(store, on_wait=told.append, sleep=time)
+    lease = acquire_lease(store, on_wait=messages.append, sleep=time)
     assert time.passed == 3
-    assert len(told) == 1
-    assert "a run on far (process 1)" in told[0]
+    assert len(messages) == 1
+    assert "a run on far (process 1)" in messages[0]
     lease.release()
 
 
@@ -151,7 +151,10 @@ def test_a_run_that_was_asleep_until_its_successor_was_done_does_not_sign_again(
 def test_one_that_was_put_into_the_place_of_an_old_one_is_not_cleared_away(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two found the same old lease; the other one was faster, and has signed by the time that ours clears the old one away."""
+    """Two found the same old lease.
+
+    The other one was faster, and has signed by the time that ours clears the old one away.
+    """
     store.put(LEASE_FILE, _GONE)
     real = Store.locked
 
@@ -176,10 +179,10 @@ def test_of_two_simultaneous_acquisitions_one_waits_for_the_other_on_request(
 
     monkeypatch.setattr(Store, "locked", locked)
     signs = [lambda: foreign(store, beat=2), lambda: store.remove(LEASE_FILE)]
-    told: list[str] = []
-    lease = acquire_lease(store, on_wait=told.append, sleep=Seconds(*signs))
+    messages: list[str] = []
+    lease = acquire_lease(store, on_wait=messages.append, sleep=Seconds(*signs))
     lease.ticket.require()
-    assert len(told) == 1
+    assert len(messages) == 1
     lease.release()
 
 

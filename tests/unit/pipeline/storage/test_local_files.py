@@ -166,7 +166,7 @@ class _Listed:
 
 
 @pytest.mark.parametrize(
-    ("listings", "wanted"),
+    ("listings", "expected"),
     [
         (["a b", "a b"], "a b"),
         (["a c", "a b", "a b"], "a b"),
@@ -175,12 +175,12 @@ class _Listed:
     ],
 )
 def test_over_plain_http_a_listing_counts_once_two_in_a_row_or_most_agree(
-    listings: list[str], wanted: str, monkeypatch: pytest.MonkeyPatch
+    listings: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     client = _Listed(listings)
     monkeypatch.setattr(object_files, "_connect", lambda scheme: client)
-    assert sorted(object_files.ObjectFiles("s3").children("bucket/m")) == wanted.split()
+    assert sorted(object_files.ObjectFiles("s3").children("bucket/m")) == expected.split()
     assert not client.left
 
 

@@ -167,16 +167,16 @@ _NAMES = st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=4)
 
 @given(_NAMES, _NAMES)
 def test_for_plain_paths_a_place_holds_what_has_its_names_first(first: list[str], second: list[str]) -> None:
-    wanted = second[: len(first)] == first
+    expected = second[: len(first)] == first
     for root in ("/nowhere/", "s3://", "gs://bucket/"):
-        assert contains(at(root + "/".join(first)), at(root + "/".join(second))) == wanted
+        assert contains(at(root + "/".join(first)), at(root + "/".join(second))) == expected
 
 
 class TestRequireApart:
-    def refused(self, written: str, other: str, *said: str) -> None:
+    def refused(self, written: str, other: str, *message: str) -> None:
         with pytest.raises(OutputError) as caught:
             require_disjoint_paths(UserPath.at("OUTPUT", written), [UserPath.at("MODEL", other)])
-        assert all(word in str(caught.value) for word in (written, *said))
+        assert all(word in str(caught.value) for word in (written, *message))
 
     def test_all_three_ways_are_refused(self) -> None:
         self.refused("s3://b/x", "s3://b/x", "OUTPUT and MODEL", "same")

@@ -62,7 +62,7 @@ def test_two_readings_that_are_spoiled_alike_are_not_taken_for_right(places: str
 
 @given(st.integers(5000, 40_000), st.integers(1, 4096), st.data())
 def test_the_same_place_of_every_answer_spoiled_is_never_given_out(size: int, place: int, data: st.DataObject) -> None:
-    """A proxy that changes one byte of each block that it passes on, counted from the start of the answer or from its end."""
+    """A proxy that changes one byte of each block, counted from the start of the answer or from its end."""
     content = _object(size)
     start = data.draw(st.integers(0, size - 4200))
     stop = data.draw(st.integers(start + 4200, size))

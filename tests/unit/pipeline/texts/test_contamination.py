@@ -32,7 +32,7 @@ def test_a_copied_passage_is_found_in_a_script_without_spaces() -> None:
 
 
 def test_a_copied_passage_is_found_whatever_is_set_between_its_words() -> None:
-    """WikiText's own way of writing, typographic quotes, a dash, letters of full width, an accent as a character of its own."""
+    """WikiText's spelling, typographic quotes, a dash, full-width letters, an accent as a separate character."""
     plain = [f"the {word}-old {word}, “{word}” (a café)." for word in words(7, 60)]
     wikitext = [f'the {word} @-@ old {word} , " {word} " ( a cafe\u0301 ) .' for word in words(7, 60)]
     assert traces(" ".join(plain)) == traces(" ".join(wikitext).replace("old", "ｏｌｄ")) != frozenset()

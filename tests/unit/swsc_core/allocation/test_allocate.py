@@ -100,10 +100,10 @@ def test_the_loss_predicted_from_some_rows_is_near_that_of_a_compression() -> No
     metric = Metric(mixing @ mixing.T, torch.rand(512, generator=generator))
     for clusters, size in ((16, 4), (16, 2), (64, 2)):
         spec = SwscSpec(clusters, 0, segment_size=size, scaled=True, metric="activations", feedback=True)
-        foretold = relative_distortion(weight[:256], spec, metric.of_rows(torch.arange(256)), 0, "w") * sensitivity(
+        predicted = relative_distortion(weight[:256], spec, metric.of_rows(torch.arange(256)), 0, "w") * sensitivity(
             weight, metric
         )
-        assert foretold == pytest.approx(compress(weight, spec, metric=metric)[1].weighted_error, rel=0.2)
+        assert predicted == pytest.approx(compress(weight, spec, metric=metric)[1].weighted_error, rel=0.2)
 
 
 @pytest.mark.parametrize("columns", [90, 96])

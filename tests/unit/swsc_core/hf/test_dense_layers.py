@@ -32,8 +32,8 @@ class Block(Module):
 
     def __init__(self) -> None:
         super().__init__()
-        names = "plain called bias_alone shape_alone device_alone product alias either through_getattr helped method_helped handed"
-        for name in f"{names} dtype_alone off on other_object looked_at stored".split():
+        names = "plain called bias_alone shape_alone device_alone product alias either through_getattr helped"
+        for name in f"{names} method_helped handed dtype_alone off on other_object looked_at stored".split():
             self.add_module(name, nn.Linear(4, 4))
         self.several: Any = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
         self.numbered: Any = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))

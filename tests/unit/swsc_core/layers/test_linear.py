@@ -65,9 +65,9 @@ def expected(layer: SwscLinear, x: Tensor) -> Tensor:
     return linear(x.double(), layer.dense_weight().double(), bias)
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / wanted.norm())
+def relative(found: Tensor, reference: Tensor) -> float:
+    found, reference = found.detach().double(), reference.detach().double()
+    return float((found - reference).norm() / reference.norm())
 
 
 def test_the_output_is_that_of_the_dense_weight(layer: SwscLinear) -> None:
@@ -102,9 +102,9 @@ def test_half_precision_is_as_close_as_a_dense_layer_is(layer: SwscLinear, dtype
 def test_the_output_has_the_dtype_of_the_input_whatever_that_of_the_parts(name: str, bias: bool) -> None:
     layer, x = compressed(name, bias), torch.randn(16, N)
     for dtype, most in ((torch.float64, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 3e-3)):
-        found, wanted = layer(x.to(dtype)), expected(layer, x)
+        found, reference = layer(x.to(dtype)), expected(layer, x)
         assert found.dtype == dtype
-        assert relative(found, wanted) < most or not wanted.any()
+        assert relative(found, reference) < most or not reference.any()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -127,10 +127,10 @@ def test_gradients_of_inputs_are_those_of_the_dense_weight(layer: SwscLinear) ->
     x = torch.randn(6, N, requires_grad=True)
     y = layer(x)
     y.backward(torch.ones_like(y))
-    wanted = torch.ones(6, M).double() @ layer.dense_weight().double()
-    if wanted.any():
+    reference = torch.ones(6, M).double() @ layer.dense_weight().double()
+    if reference.any():
         assert x.grad is not None
-        assert relative(x.grad, wanted) < 1e-5
+        assert relative(x.grad, reference) < 1e-5
     else:
         assert x.grad is None or not x.grad.any()
 
@@ -216,8 +216,8 @@ def test_one_compiled_graph_serves_any_number_of_tokens(name: str) -> None:
 def test_rows_of_an_embedding_are_those_of_the_dense_weight(ids: list[int], name: str) -> None:
     layer = SwscEmbedding(encoded(name).entry, scale=2.0)
     layer.load_state_dict(encoded(name).tensors)
-    wanted = embedding(torch.tensor([ids]), encoded(name).restored) * 2.0
-    assert torch.allclose(layer(torch.tensor([ids])), wanted, atol=1e-6)
+    reference = embedding(torch.tensor([ids]), encoded(name).restored) * 2.0
+    assert torch.allclose(layer(torch.tensor([ids])), reference, atol=1e-6)
 
 
 def test_what_the_layer_holds_is_what_is_stored() -> None:

@@ -98,16 +98,18 @@ def test_each_step_of_the_family_lowers_the_weighted_error_at_equal_labels() -> 
         SEGMENTED,
     ]
     errors = [weight - encode(weight, [spec], metric=metric).restored for spec in steps]
-    energies = [metric.weighted_error(error) for error in errors]
-    assert energies == sorted(energies, reverse=True)
-    assert energies[-1] < 0.6 * energies[0]
+    weighted_errors = [metric.weighted_error(error) for error in errors]
+    assert weighted_errors == sorted(weighted_errors, reverse=True)
+    assert weighted_errors[-1] < 0.6 * weighted_errors[0]
 
 
 def test_whole_channels_in_the_whitened_space_beat_the_papers_form_in_the_metric() -> None:
     weight, metric = weight_of(7, 40, 32), Metric(hessian_of(8, 32))
     paper, whitened = SwscSpec(8, 4), SwscSpec(8, 4, metric="activations")
-    energies = [metric.weighted_error(weight - encode(weight, [s], metric=metric).restored) for s in (paper, whitened)]
-    assert energies[1] < 0.5 * energies[0]
+    weighted_errors = [
+        metric.weighted_error(weight - encode(weight, [s], metric=metric).restored) for s in (paper, whitened)
+    ]
+    assert weighted_errors[1] < 0.5 * weighted_errors[0]
 
 
 def test_the_plain_metric_given_explicitly_is_the_papers_form() -> None:
@@ -134,14 +136,16 @@ def test_alternating_with_the_svd_does_not_lose() -> None:
 
 def test_more_rounds_never_end_worse() -> None:
     weight, metric = weight_of(14, 24, 24), Metric(hessian_of(15, 24))
-    energies = [relative(weight, replace(SEGMENTED, centroid_bits=4, rounds=rounds), metric) for rounds in range(5)]
-    assert energies == sorted(energies, reverse=True)
+    weighted_errors = [
+        relative(weight, replace(SEGMENTED, centroid_bits=4, rounds=rounds), metric) for rounds in range(5)
+    ]
+    assert weighted_errors == sorted(weighted_errors, reverse=True)
 
 
 def test_feedback_matches_its_definition_column_by_column() -> None:
     """Against GPTQ's loop written out, scalars for segments, in float64; the last column is the first."""
-    weight, moment = weight_of(16, 3, 6), hessian_of(17, 6)
-    metric = Metric(moment)
+    weight, hessian = weight_of(16, 3, 6), hessian_of(17, 6)
+    metric = Metric(hessian)
     fit = CodebookFit(weight, metric, SwscSpec(4, 0, segment_size=1), torch.float32)
     fit.start(weight, torch.Generator().manual_seed(0))
     fit.assign(weight, feedback=True)
@@ -173,14 +177,14 @@ def test_slabs_and_lazy_updates_change_nothing_but_rounding() -> None:
 
 
 def test_rows_that_matter_more_are_kept_better() -> None:
-    weight, moment = weight_of(20, 16, 32), hessian_of(21, 32)
+    weight, hessian = weight_of(20, 16, 32), hessian_of(21, 32)
     importance = torch.ones(16)
     importance[:4] = 100
     even, uneven = (
-        weight - encode(weight, [replace(SEGMENTED, scaled=False)], metric=Metric(moment, rows)).restored
+        weight - encode(weight, [replace(SEGMENTED, scaled=False)], metric=Metric(hessian, rows)).restored
         for rows in (None, importance)
     )
-    plain = Metric(moment)
+    plain = Metric(hessian)
     assert plain.weighted_error(uneven[:4]) < plain.weighted_error(even[:4])
 
 
@@ -199,11 +203,11 @@ def test_the_error_of_a_spec_that_does_not_fit_names_one_that_does(change: dict[
 
 
 def test_a_missing_or_empty_hessian_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"w: metric activations needs .*; calibrate first"):
+    with pytest.raises(ValueError, match=r"w: metric activations needs .*"):
         compress(torch.ones(4, 4), SEGMENTED, name="w")
-    for moment, reason in ((torch.zeros(4, 4), "zero"), (torch.full((4, 4), torch.nan), "nan")):
+    for hessian, reason in ((torch.zeros(4, 4), "zero"), (torch.full((4, 4), torch.nan), "nan")):
         with pytest.raises(InvalidWeightError, match=f"^w: .*{reason}.*exclude this tensor"):
-            Metric(moment, name="w")
+            Metric(hessian, name="w")
 
 
 def test_fewer_distinct_segments_than_centroids_are_kept_exactly() -> None:
@@ -220,7 +224,10 @@ def test_a_zero_matrix_stays_zero_in_any_metric(axis: Axis) -> None:
 
 
 def test_few_tokens_are_trusted_less() -> None:
-    """A Hessian of fewer tokens than inputs has no information on most directions; error there must still cost something."""
+    """A Hessian of fewer tokens than inputs has no information on most directions.
+
+    Error there must still cost something.
+    """
     generator = torch.Generator().manual_seed(5)
     mixing = torch.randn(64, 64, generator=generator) * torch.logspace(-1, 0.5, 64)
     truth, weight = Metric(mixing @ mixing.T), weight_of(22, 48, 64)
@@ -234,7 +241,7 @@ def test_few_tokens_are_trusted_less() -> None:
 
 
 def test_the_error_of_a_hessian_without_a_root_names_its_tensor() -> None:
-    moment = torch.eye(8)
-    moment[0, 0] = -5.0  # its mean is positive, it is not
+    hessian = torch.eye(8)
+    hessian[0, 0] = -5.0  # its mean is positive, it is not
     with pytest.raises(InvalidWeightError, match=r"q_proj: .* not positive definite"):
-        _ = Metric(moment, name="q_proj").root
+        _ = Metric(hessian, name="q_proj").root

@@ -40,20 +40,21 @@ KINDS: dict[str, dict[str, Spec]] = {
 class Whole:
     """A fused matrix with compressed pieces: `stored` tensors by name, `dense` the restored matrix."""
 
-    def __init__(self, laid: dict[str, RowBlocks], specs: dict[str, Spec], turned: bool = False) -> None:
+    def __init__(self, blocks: dict[str, RowBlocks], specs: dict[str, Spec], transposed: bool = False) -> None:
         torch.manual_seed(0)
-        self.dense, self.laid, self.turned = torch.randn(128, HIDDEN), laid, turned
-        own = [laid[piece] for piece in specs]
+        self.dense, self.blocks, self.transposed = torch.randn(128, HIDDEN), blocks, transposed
+        own = [blocks[piece] for piece in specs]
         self.stored = {f"{NAME}.weight": self.dense[remaining_rows(128, own)]}
         self.entries = {}
         for piece, spec in specs.items():
-            made = encode(laid[piece].take(self.dense), [spec])
-            laid[piece].put(self.dense, made.restored)
+            made = encode(blocks[piece].take(self.dense), [spec])
+            blocks[piece].put(self.dense, made.restored)
             self.stored |= {f"{NAME}.{piece}.{part}": tensor for part, tensor in made.tensors.items()}
-            rows = laid[piece]
+            rows = blocks[piece]
             self.entries[f"{NAME}.{piece}.weight"] = {
-                **made.entry.to_json(), "tensor": f"{NAME}.weight", "rows": [rows.first, rows.length, rows.stride, rows.count],
-                **({"transposed": True} if turned else {}),
+                **made.entry.to_json(), "tensor": f"{NAME}.weight",
+                "rows": [rows.first, rows.length, rows.stride, rows.count],
+                **({"transposed": True} if transposed else {}),
             }  # fmt: skip
 
     def load(self, rank: int, ranks: int, sizes: Sequence[int]) -> Any:
@@ -67,28 +68,28 @@ class Whole:
         assert parameters.keys() == {name.removeprefix(f"{NAME}.") for name in self.stored}
         for name, tensor in self.stored.items():
             parameter = parameters[name.removeprefix(f"{NAME}.")]
-            parameter.weight_loader(parameter, tensor.t() if self.turned and name.endswith(".weight") else tensor)
+            parameter.weight_loader(parameter, tensor.t() if self.transposed and name.endswith(".weight") else tensor)
         method.process_weights_after_loading(layer)
         return layer
 
 
-def of_rank(weight: Tensor, laid: dict[str, RowBlocks], rank: int, ranks: int, kv: int) -> Tensor:
+def of_rank(weight: Tensor, blocks: dict[str, RowBlocks], rank: int, ranks: int, kv: int) -> Tensor:
     """The rows of a rank: its share of the queries, and of keys and values, of which there are `kv` shares."""
     shares = {"q": (rank, ranks), "k": (rank * kv // ranks, kv), "v": (rank * kv // ranks, kv)}
-    return torch.cat([rows.take(weight).chunk(shares[p][1])[shares[p][0]] for p, rows in laid.items()])
+    return torch.cat([rows.take(weight).chunk(shares[p][1])[shares[p][0]] for p, rows in blocks.items()])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("laid", [SIDE_BY_SIDE, BY_GROUP], ids=["side by side", "by group"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("blocks", [SIDE_BY_SIDE, BY_GROUP], ids=["side by side", "by group"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_layer_of_q_k_and_v_has_the_rows_of_its_rank(
-    kind: str, laid: dict[str, RowBlocks], turned: bool, ranks: int
+    kind: str, blocks: dict[str, RowBlocks], transposed: bool, ranks: int
 ) -> None:
-    whole, x, kv = Whole(laid, KINDS[kind], turned), torch.randn(3, HIDDEN), min(ranks, 2)
+    whole, x, kv = Whole(blocks, KINDS[kind], transposed), torch.randn(3, HIDDEN), min(ranks, 2)
     for rank in range(ranks):
         layer = whole.load(rank, ranks, [64 // ranks, 32 // kv, 32 // kv])
-        assert torch.allclose(applied(layer, x), linear(x, of_rank(whole.dense, laid, rank, ranks, kv)), atol=1e-4)
+        assert torch.allclose(applied(layer, x), linear(x, of_rank(whole.dense, blocks, rank, ranks, kv)), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,8 +98,8 @@ def test_a_layer_without_heads_has_the_rows_in_their_stored_order(kind: str, ran
     whole, x, bias = Whole(BY_GROUP, KINDS[kind]), torch.randn(3, HIDDEN), torch.randn(128 // ranks)
     for rank in range(ranks):
         layer = whole.load(rank, ranks, [128 // ranks])
-        wanted = linear(x, whole.dense.chunk(ranks)[rank], bias)
-        assert torch.allclose(applied(layer, x, bias), wanted, atol=1e-4)
+        expected = linear(x, whole.dense.chunk(ranks)[rank], bias)
+        assert torch.allclose(applied(layer, x, bias), expected, atol=1e-4)
 
 
 def test_whole_output_channels_of_pieces_are_one_product() -> None:
@@ -128,14 +129,14 @@ class TestWhatDoesNotFitIsRefusedByName:
             method.process_weights_after_loading(layer)  # type: ignore[attr-defined]
 
     def test_heads_that_are_fused_in_another_order(self) -> None:
-        laid = {"k": RowBlocks(0, 16, 64, 2), "v": RowBlocks(16, 16, 64, 2), "q": RowBlocks(32, 32, 64, 2)}
+        blocks = {"k": RowBlocks(0, 16, 64, 2), "v": RowBlocks(16, 16, 64, 2), "q": RowBlocks(32, 32, 64, 2)}
         with pytest.raises(ValueError, match=r"a\.query_key_value: its heads are not fused as q, k and v by group"):
-            Whole(laid, {"q": OUTPUT}).load(0, 1, [64, 32, 32])
+            Whole(blocks, {"q": OUTPUT}).load(0, 1, [64, 32, 32])
 
     def test_rows_of_a_rank_that_are_scattered_over_a_piece(self) -> None:
-        laid = {"q": RowBlocks(0, 16, 128, 1), "k": RowBlocks(16, 56, 128, 1), "v": RowBlocks(72, 56, 128, 1)}
+        blocks = {"q": RowBlocks(0, 16, 128, 1), "k": RowBlocks(16, 56, 128, 1), "v": RowBlocks(72, 56, 128, 1)}
         with pytest.raises(ValueError, match=r"a\.query_key_value\.k: a rank would take .* scattered .* fewer ranks"):
-            Whole(laid, {"k": OUTPUT}).load(0, 2, [32, 16, 16])
+            Whole(blocks, {"k": OUTPUT}).load(0, 2, [32, 16, 16])
 
     def test_rows_that_are_not_four_numbers(self) -> None:
         whole = Whole(SIDE_BY_SIDE, KINDS["k alone"])

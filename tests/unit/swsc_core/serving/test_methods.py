@@ -1,4 +1,7 @@
-"""What vLLM and SGLang ask of the format, asked here by a stand-in with their interface: ranks together are the dense layer."""
+"""What vLLM and SGLang ask of the format, asked here by a stand-in with their interface.
+
+Ranks together are the dense layer.
+"""
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -94,7 +97,14 @@ class Checkpoint:
     def config(self) -> Config:
         return Config.from_config({"format_version": 2, "tensors": self.entries})  # type: ignore[return-value]
 
-    def load(self, layer: nn.Module, method: ServedMethod, shards: Mapping[str, str | int | None], sizes: Sequence[int], width: int) -> Any:  # fmt: skip
+    def load(
+        self,
+        layer: nn.Module,
+        method: ServedMethod,
+        shards: Mapping[str, str | int | None],
+        sizes: Sequence[int],
+        width: int,
+    ) -> Any:
         """Create weights, hand over every tensor of `shards` (name -> shard id), last part first, and finish."""
         method.create_weights(layer, width, list(sizes), HIDDEN, sum(sizes), torch.float32, weight_loader=None)
         for name, tensor in reversed(self.stored.items()):
@@ -180,7 +190,7 @@ def test_row_parallel_ranks_add_up(spec: Spec, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_tensor_that_is_fused_in_the_checkpoint_is_split_by_what_it_holds(spec: Spec, ranks: int) -> None:
     checkpoint, x = Checkpoint({"a.qkv_proj": spec}), torch.randn(3, HIDDEN)
-    wanted = linear(x, checkpoint.dense["a.qkv_proj"]).split([64, 32, 32], dim=-1)
+    expected = linear(x, checkpoint.dense["a.qkv_proj"]).split([64, 32, 32], dim=-1)
     for rank in range(ranks):
         layer, config = Linear(rank, ranks), checkpoint.config()
         config.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
@@ -188,7 +198,7 @@ def test_a_tensor_that_is_fused_in_the_checkpoint_is_split_by_what_it_holds(spec
         checkpoint.load(
             layer, layer.quant_method, {"a.qkv_proj": None}, [64 // ranks, 32 // ranks, 32 // ranks], HIDDEN
         )
-        mine = [y.chunk(ranks, dim=-1)[rank] for y in wanted]
+        mine = [y.chunk(ranks, dim=-1)[rank] for y in expected]
         assert torch.allclose(applied(layer, x), torch.cat(mine, -1), atol=1e-4)
 
 
@@ -207,8 +217,8 @@ def test_an_embedding_and_the_head_that_shares_it(spec: Spec, ranks: int, prefix
         first, last = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
         ids = torch.tensor([[0, last - first - 1]])
         assert torch.allclose(method.embedding(layer, ids), embedding(ids + first, weight), atol=1e-4)
-        wanted = nn.functional.pad(linear(x, weight[first:last]), (0, 128 // ranks - (last - first)))
-        assert torch.allclose(method.apply(layer, x), wanted, atol=1e-4)
+        expected = nn.functional.pad(linear(x, weight[first:last]), (0, 128 // ranks - (last - first)))
+        assert torch.allclose(method.apply(layer, x), expected, atol=1e-4)
 
 
 def test_a_rank_holds_its_slices_alone() -> None:
@@ -218,12 +228,12 @@ def test_a_rank_holds_its_slices_alone() -> None:
 
 
 class TestWhatDoesNotFitIsRefusedByName:
-    def refused(self, said: str, change: Mapping[str, Tensor | None], ranks: int = 1) -> None:
+    def refused(self, message: str, change: Mapping[str, Tensor | None], ranks: int = 1) -> None:
         checkpoint = Checkpoint({"a.q_proj": OUTPUT, "a.k_proj": RTN, "a.v_proj": None})
         for name, tensor in change.items():
             checkpoint.stored.pop(name)
             checkpoint.stored |= {} if tensor is None else {name: tensor}
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             qkv(checkpoint, 0, ranks)
 
     def test_a_missing_part(self) -> None:
@@ -231,11 +241,16 @@ class TestWhatDoesNotFitIsRefusedByName:
         self.refused(r"not in the checkpoint: a\.v_proj\.weight", {"a.v_proj.weight": None})
 
     def test_a_part_of_another_shape(self) -> None:
-        self.refused(r"a\.q_proj\.labels is uint8 \[5\], .*\[32\]", {"a.q_proj.labels": torch.zeros(5, dtype=torch.uint8)})  # fmt: skip
+        self.refused(
+            r"a\.q_proj\.labels is uint8 \[5\], .*\[32\]", {"a.q_proj.labels": torch.zeros(5, dtype=torch.uint8)}
+        )
         self.refused(r"a\.q_proj\.weight is float32 \[3, 48\], .*\[12, 48\]", {"a.q_proj.weight": torch.zeros(3, 48)})
 
     def test_a_label_beyond_the_centroids(self) -> None:
-        self.refused(r"a\.q_proj\.labels: label 15 is out of range for 12", {"a.q_proj.labels": torch.full((32,), 255, dtype=torch.uint8)})  # fmt: skip
+        self.refused(
+            r"a\.q_proj\.labels: label 15 is out of range for 12",
+            {"a.q_proj.labels": torch.full((32,), 255, dtype=torch.uint8)},
+        )
 
     def test_a_dense_tensor_of_another_shape(self) -> None:
         self.refused(r"a\.v_proj: a matrix of 30×48 does not divide", {"a.v_proj.weight": torch.zeros(30, 48)}, 4)
@@ -249,11 +264,11 @@ class TestWhatDoesNotFitIsRefusedByName:
     def test_ranks_that_do_not_divide_a_matrix(self) -> None:
         checkpoint, layer = Checkpoint({"a.o_proj": OUTPUT}), Linear(0, 5)
         method = checkpoint.config().get_quant_method(layer, "a.o_proj")
-        with pytest.raises(ValueError, match=r"a\.o_proj: a matrix of 48×48 does not divide .* use fewer ranks"):
+        with pytest.raises(ValueError, match=r"a\.o_proj: a matrix of 48×48 does not divide"):
             checkpoint.load(layer, method, {"a.o_proj": None}, [48], 9)
 
     @pytest.mark.parametrize(
-        ("config", "said"),
+        ("config", "message"),
         [
             ({"format_version": 99, "tensors": {}}, "format version 99, this release reads 1 to 4; update swsc"),
             ({"tensors": {}}, "format version None"),
@@ -262,8 +277,8 @@ class TestWhatDoesNotFitIsRefusedByName:
             ({"format_version": 2, "tensors": {"a.weight": 3}}, r"a\.weight: its entry .* damaged"),
         ],
     )
-    def test_a_configuration(self, config: dict[str, Any], said: str) -> None:
-        with pytest.raises(ValueError, match=said):
+    def test_a_configuration(self, config: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
             Config.from_config(config)
 
     def test_an_expert(self) -> None:
