@@ -19,8 +19,7 @@ FOLDERS = (
     "pipeline/settings",
     "pipeline/sweep",
     "pipeline/verbs",
-    "swsc_core/hf",
-    "swsc_core/serving",
+    "swsc_core",
 )
 FILES = [path.relative_to(ROOT) for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 PATTERN = pattern_of(GLOSSARY, DIALECT)
