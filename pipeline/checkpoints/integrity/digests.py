@@ -185,6 +185,6 @@ def require_file_digest(location: str, file: str, actual: str, expected: str) ->
     """Raise CheckpointError if the sha256 of a file is not the known one."""
     if actual != expected:
         raise CheckpointError(
-            f"{location}/{file}: expected sha256 {expected}, got {actual}; the file is damaged, or not the published one:"
-            " download it again"
+            f"{location}/{file}: expected sha256 {expected}, got {actual}; the file is damaged, or not the published"
+            " one: download it again"
         )

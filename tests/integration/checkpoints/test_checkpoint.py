@@ -199,7 +199,7 @@ class TestDamage:
 
     def test_addresses_of_unknown_schemes_are_refused(self) -> None:
         for location in ("ftp://host/model", "s3://"):
-            with pytest.raises(SwscError, match="read"):
+            with pytest.raises(SwscError, match="unsupported URL"):
                 open_checkpoint(location)
 
 

@@ -91,7 +91,7 @@ def test_a_dangling_link_is_an_error_before_work(
     (copy / name).unlink()
     (copy / name).symlink_to(tmp_path / "models--org--m" / "blobs" / "0123")
     assert main(["compress", str(copy), str(tmp_path / "out"), *QK]) == 2
-    assert f"{name} is a link to" in capsys.readouterr().err
+    assert f"{name} is a broken link to" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -202,7 +202,7 @@ def test_a_note_that_is_damaged_is_named(
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model/dequantized.json").write_text(note)
     assert main(["plan", str(tmp_path / "model"), "--clusters", "4", "--rank", "2"]) == 2
-    assert "dequantized.json: not as `swsc convert` writes it" in capsys.readouterr().err
+    assert "dequantized.json: not written by `swsc convert`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
