@@ -163,7 +163,7 @@ def test_nan_or_inf_in_a_weight_names_the_tensor_and_takes_back_what_was_begun(
         ),
         (["--segment-size", "7", "--clusters", "8"], ["segment_size 7 does not divide its output channels of 64"]),
         (["--codebooks", "5", "--segment-size", "4", "--clusters", "8"], ["codebooks 5 do not divide its 32 rows"]),
-        (["--projectors", "q,zebra"], ["zebra", "known are q, k, v", "--include"]),
+        (["--projectors", "q,zebra"], ["zebra", "choose from q, k, v", "--include"]),
         (["--include", "no_such_matrix"], ["--include selects no tensor", "choose by --include among", "q_proj"]),
         (["--exclude", "proj"], ["no tensor is selected"]),
         (["--include", "(("], ["include", "not a regular expression"]),
