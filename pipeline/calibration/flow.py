@@ -20,7 +20,7 @@ from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import execute
 from pipeline.engine.stage import Pools, Stage, log_and_release
 from pipeline.models.loading import ModelKey
-from pipeline.outputs.transaction import Output, begin
+from pipeline.outputs.transaction import Output, OutputRequest, begin
 from pipeline.planning.cost_model import calibration_bytes, calibration_device_bytes, hessian_bytes
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage.cache_key import cache_name, versioned, windows_identity
@@ -79,7 +79,7 @@ class Calibration:
         """
         with report_damaged_cache(self.store):
             names = map(hessian_file, self._infos)
-            output = begin(self.store, self._identity, on_wait=log_and_release(pools), names=names)
+            output = begin(OutputRequest(self.store, self._identity, names), log_and_release(pools))
         with output:
             ranges = self._missing_ranges(output)
             if ranges:

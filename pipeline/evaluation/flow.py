@@ -14,7 +14,7 @@ from pipeline.evaluation.job import MeasureLosses, WindowLosses
 from pipeline.evaluation.perplexity import perplexity
 from pipeline.models.loading import ModelKey
 from pipeline.models.stored_model import Model, open_model
-from pipeline.outputs.transaction import known_traces
+from pipeline.outputs.transaction import calibration_hashes
 from pipeline.planning.cost_model import evaluation_bytes, evaluation_device_bytes
 from pipeline.settings.evaluation import EvaluateSettings, MeasureSettings
 from pipeline.texts.contamination import require_apart
@@ -93,7 +93,7 @@ def require_unseen(model: Model, read: Callable[[], str], name: str) -> None:
 
     `read` returns the text; it is called only if the model was calibrated.
     """
-    if hashes := known_traces(model.checkpoint.store):
+    if hashes := calibration_hashes(model.checkpoint.store):
         require_apart(hashes, read(), name)
 
 

@@ -1,138 +1,144 @@
-"""One text file of a finished output replaced, together with what the manifest says of it.
+"""Atomic edit of one text file of a finished output, together with its entry in the manifest.
 
-Two files cannot change at once, so both are noted whole first, in one file, and written from there: whoever comes next completes what
-was cut off. A file that does not fit the manifest is damage, here as everywhere, and is not written over.
+Two files cannot change at once. An edit therefore writes both new contents into one note first, and then the files from
+the note, so that whoever opens the output next completes an interrupted edit. A file that differs from the manifest is
+damaged, as everywhere, and is not overwritten.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import cast
 
 from pipeline.checkpoints.checkpoint import MANIFEST, RUN
 from pipeline.checkpoints.tensor_io import file_differences
 from pipeline.errors import DamageError, OutputError
 from pipeline.outputs.model_card import CARD
-from pipeline.outputs.owned_files import clear_unfinished, has_unfinished
+from pipeline.outputs.owned_files import Manifest, ManifestEntry, clear_unfinished, has_unfinished
 from pipeline.storage.lease import LEASE_FILE, acquire_lease, is_free
 from pipeline.storage.records import ManifestRecord, check_record, read_record
 from pipeline.storage.store import Store
 
-_NOTED = ".swsc/amending.json"  # name of a file -> its new text
-_OWN = (
-    CARD,
-    MANIFEST,
-    _NOTED,
-    LEASE_FILE,
-)  # what is written here, beside which a killed writer leaves an unfinished file
+# File name -> its new text; MANIFEST -> the new manifest.
+_NOTE = ".swsc/amending.json"
+# Files that an edit writes: a killed writer leaves temporary files beside them.
+_EDITED = (CARD, MANIFEST, _NOTE, LEASE_FILE)
 
 
-def require_amendable(store: Store, name: str) -> None:
-    """Raise if `amend` would.
+def require_editable(store: Store, name: str) -> None:
+    """Raise if `edit_file` would.
 
     Raises:
-        OutputError: no finished output, or one that has no such file. DamageError: the file is not as it was written.
+        OutputError: the store is not a finished output, or has no such file.
+        DamageError: the file is not as it was written.
     """
-    if not store.exists(_NOTED):
-        _checked(store, name)
+    if not store.exists(_NOTE):
+        _read_manifest(store, name)
 
 
-def amend(store: Store, name: str, change: Callable[[str], str], on_wait: Callable[[str], None] | None = None) -> None:
-    """Replace the text of the file `name` by what `change` makes of it.
+def edit_file(
+    store: Store, name: str, change: Callable[[str], str], on_wait: Callable[[str], None] | None = None
+) -> None:
+    """Replace the text of the file `name` with the result of `change`.
 
     Args:
-        on_wait: told that another run is at work there, for which we then wait; None: that is refused.
+        on_wait: called before waiting for another run that writes there; None: such a run is an error.
 
     Raises:
-        OutputError, DamageError: as `require_amendable`; OutputError: another run writes there.
+        OutputError: as `require_editable`; another run writes there.
+        DamageError: as `require_editable`.
     """
     lease = acquire_lease(store, on_wait)
     try:
-        _settle(store)
-        manifest = _checked(store, name)
+        _complete(store)
+        manifest = _read_manifest(store, name)
         before = bytes(store.read(name)).decode()
         text = change(before)
         if text != before:
             data = text.encode()
-            files = manifest["files"] | {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+            entry: ManifestEntry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            files = {**manifest["files"], name: entry}
             lease.ticket.require()
-            store.write_json(_NOTED, {name: text, MANIFEST: manifest | {"files": files}})
-            _complete(store)
+            store.write_json(_NOTE, {name: text, MANIFEST: {**manifest, "files": files}})
+            _write_noted(store)
     finally:
         lease.release()
         store.below(".swsc").remove_empty()
 
 
-def settle(store: Store) -> None:
-    """Do what a run that was killed while it amended a finished output had noted, and remove what it had half written.
+def complete_interrupted_edit(store: Store) -> None:
+    """Complete the edit of a finished output that a killed run has begun, and remove its temporary files.
 
-    Nothing if there is no such thing, if another run is at work there, if nothing can be written there, or if the note is damaged:
-    then the files count as they are.
+    Does nothing if there is none, if another run writes there, if the directory is read-only, or if the note is damaged.
     """
-    traces = store.is_local and (".swsc" in store.entries() or has_unfinished(store, _OWN))
-    if not traces or not is_free(store):
+    interrupted = store.is_local and (".swsc" in store.entries() or has_unfinished(store, _EDITED))
+    if not interrupted or not is_free(store):
         return
     with suppress(OutputError, DamageError, OSError):
         lease = acquire_lease(store)
         try:
-            _settle(store)
+            _complete(store)
         finally:
             lease.release()
             store.below(".swsc").remove_empty()
 
 
-def as_amended(store: Store, files: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest lists, but for a file that an amendment has replaced before it was cut off: that is listed as it is noted."""
+def with_interrupted_edit(store: Store, files: Mapping[str, ManifestEntry]) -> dict[str, ManifestEntry]:
+    """Entries of a manifest, replaced by those of an interrupted edit for files that it has written already."""
     try:
-        noted, manifest = _noted(store)
+        texts, manifest = _read_note(store)
     except (FileNotFoundError, DamageError):
         return dict(files)
-    found = {name: manifest["files"][name] for name in noted if name in manifest["files"]}
-    return {**files, **{name: about for name, about in found.items() if not file_differences(store, name, about)}}
-
-
-def _settle(store: Store) -> None:
-    _complete(store)
-    clear_unfinished(store, _OWN)
+    noted = {name: entry for name, entry in manifest["files"].items() if name in texts}
+    return {**files, **{name: entry for name, entry in noted.items() if not file_differences(store, name, entry)}}
 
 
 def _complete(store: Store) -> None:
-    """Write what is noted; nothing if a run has begun since, which will replace it all."""
-    if store.exists(RUN) or not store.exists(_NOTED):
+    _write_noted(store)
+    clear_unfinished(store, _EDITED)
+
+
+def _write_noted(store: Store) -> None:
+    """Write the noted files; nothing if a run has begun since, because it will replace all of them."""
+    if store.exists(RUN) or not store.exists(_NOTE):
         return
-    noted, manifest = _noted(store)
-    for name, text in noted.items():
+    texts, manifest = _read_note(store)
+    for name, text in texts.items():
         store.write(name, [text.encode()])
     store.write_json(MANIFEST, manifest)
-    store.remove(_NOTED)
+    store.remove(_NOTE)
 
 
-def _noted(store: Store) -> tuple[dict[str, str], dict[str, Any]]:
-    """Texts by the names of their files, and the manifest that belongs to them; DamageError if it is no such note."""
+def _read_note(store: Store) -> tuple[dict[str, str], Manifest]:
+    """Return new texts by file name, and the manifest that belongs to them; raise DamageError if the note is damaged."""
     try:
-        noted = dict(store.read_json(_NOTED))
-        manifest = check_record(ManifestRecord, noted.pop(MANIFEST))
-        if not all(isinstance(text, str) for text in noted.values()):
-            raise ValueError("a file that is no text")
+        texts = dict(store.read_json(_NOTE))
+        manifest = cast(Manifest, check_record(ManifestRecord, texts.pop(MANIFEST)))
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError("a value is not a text")
     except (ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"{store.root}: {_NOTED} is damaged ({error}); remove it, then run again") from None
-    return noted, manifest
+        raise DamageError(f"{store.root}: {_NOTE} is damaged ({error}); remove it, then run again") from None
+    return texts, manifest
 
 
-def _checked(store: Store, name: str) -> dict[str, Any]:
-    """The manifest, after a look at the file."""
+def _read_manifest(store: Store, name: str) -> Manifest:
+    """Read the manifest; raise OutputError or DamageError unless the file `name` is as the manifest lists it."""
     try:
-        manifest = read_record(store, MANIFEST, ManifestRecord)
-        about = manifest["files"].get(name)
-        found = file_differences(store, name, about) if about else []
+        manifest = cast(Manifest, read_record(store, MANIFEST, ManifestRecord))
+        entry = manifest["files"].get(name)
+        differences = file_differences(store, name, entry) if entry else []
     except FileNotFoundError:
-        raise OutputError(f"{store.root}: not a finished output of this tool: nothing is written into it") from None
+        raise OutputError(
+            f"{store.root}: not a finished output of swsc; choose one, or finish this one first"
+        ) from None
     except ValueError as error:
         raise DamageError(
-            f"{store.root}: {MANIFEST} is damaged ({error}); make the output again by --overwrite"
+            f"{store.root}: {MANIFEST} is damaged ({error}); write the output again with --overwrite"
         ) from None
-    if not about:
-        raise OutputError(f"{store.root}: made without {name}, by an older release; make it again by --overwrite")
-    if found:
-        raise DamageError(f"{store.root}: {found[0]}: not as it was written; make the output again by --overwrite")
+    if not entry:
+        raise OutputError(
+            f"{store.root}: written without {name} by an older release; write the output again with --overwrite"
+        )
+    if differences:
+        raise DamageError(f"{store.root}: {differences[0]}; write the output again with --overwrite")
     return manifest

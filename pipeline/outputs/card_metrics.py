@@ -1,71 +1,109 @@
-"""Perplexities in a model card: in its front matter, where the Hub and this module find them again, and as a table for people.
+"""Perplexities in a model card: in its front matter, where the Hub and this module find them, and as a table for readers.
 
-A perplexity means nothing without its protocol, so rows are told apart by it: text (by hash), windows, BOS and arithmetic.
+Perplexities are comparable only within one protocol: text (by hash), windows, BOS and data type. A card has one row per
+protocol.
 """
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pipeline.outputs.model_card import front_matter_of
 
-PROTOCOL = ("text_sha256", "seqlen", "windows", "bos", "dtype")  # what two perplexities must share to be compared
-_HEADING = "## Evaluation\n\n"  # the last of a card
-_DIGITS = 4  # of a perplexity
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+# Keys of a result that two perplexities must share to be comparable.
+PROTOCOL = ("text_sha256", "seqlen", "windows", "bos", "dtype")
+# Heading of the last section of a card.
+_HEADING = "## Evaluation\n\n"
+# Digits of a perplexity in the front matter.
+_DIGITS = 4
 
 
-def with_evaluation(card: str, result: Mapping[str, Any], uncompressed: float | None) -> str:
-    """`card` with one more perplexity in its front matter and its table; one of the same protocol gives way to it.
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity with its protocol.
 
-    Args:
-        result: as `evaluate_model` returns it.
-        uncompressed: perplexity of the model before, by the same protocol; None: what the card says of it stays.
+    Attributes:
+        uncompressed: perplexity of the uncompressed model by the same protocol; None keeps the one that the card has.
     """
-    from huggingface_hub import EvalResult, ModelCard
 
-    front_matter_of(card)  # within bounds: the library has none
-    read = ModelCard(card)
-    data: Any = read.data
-    rows = list(data.eval_results or [])
-    protocol = {key: result[key] for key in PROTOCOL if key != "text_sha256"} | {"overlap": 0}
-    text = os.path.basename(result["text"])
-    row = EvalResult(
-        task_type="text-generation",
-        dataset_type=text,
-        dataset_name=text,
-        dataset_revision=result["text_sha256"],
-        metric_type="perplexity",
-        metric_value=round(result["perplexity"], _DIGITS),
-        metric_args=protocol,
-    )
-    place = next((at for at, old in enumerate(rows) if _protocol_of(old) == _protocol_of(row)), len(rows))
-    known = uncompressed if uncompressed is not None else _uncompressed(rows[place]) if place < len(rows) else None
-    if known is not None:
-        protocol["uncompressed"] = round(known, _DIGITS)
-    rows[place : place + 1] = [row]
-    data.eval_results = rows
-    data.model_name = data.model_name or f"{read.text.strip()[2:].partition(',')[0]}-swsc"
-    read.text = read.text.partition(_HEADING)[0].rstrip("\n") + f"\n\n{_HEADING}{_evaluations(rows)}\n"
-    return str(read)
+    value: float
+    text: str
+    text_sha256: str
+    seqlen: int
+    windows: int
+    bos: str
+    dtype: str
+    uncompressed: float | None = None
+
+    def to_row(self) -> "EvalResult":
+        """The row of the front matter."""
+        from huggingface_hub import EvalResult
+
+        name = os.path.basename(self.text)
+        return EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_revision=self.text_sha256,
+            metric_type="perplexity",
+            metric_value=round(self.value, _DIGITS),
+            metric_args={
+                **{key: getattr(self, key) for key in PROTOCOL if key != "text_sha256"},
+                "overlap": 0,
+                **({} if self.uncompressed is None else {"uncompressed": round(self.uncompressed, _DIGITS)}),
+            },
+        )
 
 
-def _protocol_of(row: Any) -> tuple[str, dict[str, Any]]:
+def with_evaluation(card: str, perplexity: Perplexity) -> str:
+    """Return `card` with the perplexity in its front matter and table, where it replaces one of the same protocol.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: the card was not written by this module.
+    """
+    from huggingface_hub import ModelCard
+
+    front_matter_of(card)  # checks the size, which the library does not
+    model_card = ModelCard(card)
+    data: Any = model_card.data
+    data.eval_results = _with_row(list(data.eval_results or []), perplexity.to_row())
+    data.model_name = data.model_name or f"{model_card.text.strip()[2:].partition(',')[0]}-swsc"
+    body = model_card.text.partition(_HEADING)[0].rstrip("\n")
+    model_card.text = f"{body}\n\n{_HEADING}{_table(data.eval_results)}\n"
+    return str(model_card)
+
+
+def _with_row(rows: "list[EvalResult]", row: "EvalResult") -> "list[EvalResult]":
+    """The rows with `row`, which replaces the one of the same protocol and inherits its uncompressed perplexity."""
+    index = next((index for index, old in enumerate(rows) if _protocol_of(old) == _protocol_of(row)), len(rows))
+    replaced = rows[index : index + 1]
+    if replaced and _uncompressed_of(row) is None and (value := _uncompressed_of(replaced[0])) is not None:
+        row.metric_args = {**(row.metric_args or {}), "uncompressed": value}
+    return [*rows[:index], row, *rows[index + 1 :]]
+
+
+def _protocol_of(row: Any) -> tuple[str, dict[str, object]]:
     return row.dataset_revision, {key: value for key, value in row.metric_args.items() if key != "uncompressed"}
 
 
-def _uncompressed(row: Any) -> float | None:
+def _uncompressed_of(row: Any) -> float | None:
     value: float | None = row.metric_args.get("uncompressed")
     return value
 
 
-def _evaluations(rows: list[Any]) -> str:
+def _table(rows: list[Any]) -> str:
     lines = ["| text | protocol | perplexity | uncompressed |", "|---|---|---|---|"]
     for row in rows:
-        args, before = row.metric_args, _uncompressed(row)
+        args, uncompressed = row.metric_args, _uncompressed_of(row)
         text = " ".join(row.dataset_name.split()).replace("|", r"\|")
-        how = f"{args['windows']} windows of {args['seqlen']} tokens, no overlap, BOS {args['bos']}, {args['dtype']}"
-        lines.append(
-            f"| {text} (sha256 `{row.dataset_revision[:16]}…`) | {how} | {row.metric_value:.3f} |"
-            f" {'' if before is None else f'{before:.3f}'} |"
+        protocol = (
+            f"{args['windows']} windows of {args['seqlen']} tokens, no overlap, BOS {args['bos']}, {args['dtype']}"
         )
-    return "\n".join([*lines, "", "Measured by `swsc evaluate`; hashes in full stand in the front matter."])
+        lines.append(
+            f"| {text} (sha256 `{row.dataset_revision[:16]}…`) | {protocol} | {row.metric_value:.3f} |"
+            f" {'' if uncompressed is None else f'{uncompressed:.3f}'} |"
+        )
+    return "\n".join([*lines, "", "Measured by `swsc evaluate`; the front matter has the full hashes."])

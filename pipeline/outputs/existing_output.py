@@ -1,12 +1,12 @@
-"""What lies in a directory that is to be written: nothing, another output, this one whole, damaged or begun.
+"""What a directory to be written already holds: nothing, another output, or this one: finished, damaged or unfinished.
 
-Only what is known to be ours is ever removed, and a file counts as finished only if its record names this very run and its bytes
-are those of the record.
+Only files that belong to an output are ever removed. A file counts as finished only if its record names this very run and
+its bytes are those of the record.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.checkpoints.checkpoint import MANIFEST, RUN
 from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
@@ -16,13 +16,15 @@ from pipeline.outputs.owned_files import (
     FINISHING,
     REPORT,
     WRITTEN,
+    ManifestEntry,
     clear,
     clear_unfinished,
     owned,
     read_list,
+    require_no_competing_weights,
     require_no_others,
-    require_no_rivals,
-)  # fmt: skip
+)
+from pipeline.outputs.report_rows import JsonRow
 from pipeline.storage.cache_key import ARITHMETIC, identity_changes, run_digest
 from pipeline.storage.lease import is_free
 from pipeline.storage.paths import require_directory
@@ -36,75 +38,100 @@ from pipeline.storage.records import (
 )
 from pipeline.storage.store import FileRecord, Store
 
-_REPLACED = ".swsc/replaced.json"  # names of files of an output that this one replaces
-_REPLACE = "make the output again by --overwrite"
-_SHOWN = 200  # characters of a value in an error
-_HASHING = 8  # files at a time
+# List of the files of an output that the present run replaces.
+_REPLACED = ".swsc/replaced.json"
+_REWRITE = "write the output again with --overwrite"
+# Characters of a value that an error shows.
+_SHOWN = 200
+# Files that are hashed at a time.
+_HASHING_THREADS = 8
 
-Finished = dict[str, tuple[FileRecord, list[dict[str, Any]]]]  # by name of the file: its record, and rows of the report
+
+class FinishedFile(NamedTuple):
+    """A file that an earlier run of the same identity completed.
+
+    Attributes:
+        rows: report rows of the matrices in it, as JSON.
+    """
+
+    record: FileRecord
+    rows: Sequence[JsonRow]
+
+
+FinishedFiles = Mapping[str, FinishedFile]
 
 
 def require_replaceable(
-    store: Store, identity: Mapping[str, Any], overwrite: bool, names: Iterable[str] = ()
-) -> None:  # fmt: skip
-    """Raise OutputError if the directory is not ours, or is another output and must not be replaced.
+    store: Store, identity: Mapping[str, object], overwrite: bool, names: Iterable[str] = ()
+) -> None:
+    """Raise OutputError if the directory is not an output of swsc, or is another output that must not be replaced.
 
     Args:
-        identity: without `calibration` if that is not known yet.
-        names: of the files that will be written; one that is there and is none of the output's is not replaced.
+        identity: without the key `calibration` if the calibration is not known yet.
+        names: files that will be written; one that exists must belong to the output.
     """
     require_directory(store)
     _require_no_links(store)
-    if not (store.exists(MANIFEST) or store.exists(RUN)) and store.entries().keys() - {".swsc", "lost+found"}:
-        raise UnusableOutput(
-            f"{store.root}: not empty and not an output of this tool", "choose an empty or new directory"
-        )
+    is_output = store.exists(MANIFEST) or store.exists(RUN)
+    if not is_output and store.entries().keys() - {".swsc", "lost+found"}:
+        raise UnusableOutput(f"{store.root}: not empty and not an output of swsc", "choose an empty or new directory")
     if not overwrite and store.exists(MANIFEST):
-        _same_settings(store, _read_own(store, MANIFEST, "identity")["identity"], identity)
+        _require_same_settings(store, _read_own(store, MANIFEST, "identity")["identity"], identity)
     elif not overwrite and store.exists(RUN):
-        _same(store, _read_own(store, RUN), identity)
+        _require_same_run(store, _read_own(store, RUN), identity)
     require_no_others(store, names)
-    require_no_rivals(store)
+    require_no_competing_weights(store)
 
 
 def _require_no_links(store: Store) -> None:
-    """Raise OutputError if a folder of our own is a link: it leads to where others' files are."""
-    if found := next((name for name in (".swsc", FINISHED_FOLDER, ADAPTER_FOLDER) if store.is_link(name)), None):
-        raise OutputError(f"{store.root}/{found}: a link, which no output of this tool has; take it away")
+    """Raise OutputError if a folder of the output is a link: it would lead to files of somebody else."""
+    folders = (".swsc", FINISHED_FOLDER, ADAPTER_FOLDER)
+    if link := next((name for name in folders if store.is_link(name)), None):
+        raise OutputError(f"{store.root}/{link}: a link, but no output of swsc contains links; remove it")
 
 
-def is_finished(store: Store, identity: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the directory is complete and whole; raises OutputError if it is complete, but another output or damaged."""
+def is_finished(store: Store, identity: Mapping[str, object], overwrite: bool) -> bool:
+    """Whether the directory holds the finished and undamaged output of this identity.
+
+    Raises:
+        OutputError: it holds another or a damaged output, and `overwrite` is not set.
+    """
     if not store.exists(MANIFEST):
         return False
-    require_no_rivals(store)
+    require_no_competing_weights(store)
     try:
         manifest = _read_own(store, MANIFEST, kind=ManifestRecord)
-        _same_settings(store, manifest["identity"], identity)
-        _require_whole(
-            store, manifest["files"], ReportRecord if "restored_from" in identity else CompressionReportRecord
-        )
-    except UserError:  # another output, a damaged one, or one whose manifest names what is outside
+        _require_same_settings(store, manifest["identity"], identity)
+        report = ReportRecord if "restored_from" in identity else CompressionReportRecord
+        _require_undamaged(store, manifest["files"], report)
+    except UserError:
         if overwrite:
             return False
         raise
     if is_free(store):
-        store.remove(".swsc")  # a run that was cut off right after its manifest leaves it
+        store.remove(".swsc")  # left by a run that was killed right after it wrote the manifest
     return True
 
 
-def what_is_finished(store: Store, identity: dict[str, Any], overwrite: bool, names: Iterable[str] = ()) -> Finished:
-    """What is finished of a run of this identity; a new one is begun, in the place of another one if that is meant.
+def resume_or_start(
+    store: Store, identity: Mapping[str, object], overwrite: bool, names: Iterable[str] = ()
+) -> FinishedFiles:
+    """Resume the unfinished run of this identity, or start one, which replaces an existing output.
 
-    `names`: of the files that it will write, which are its own from now on.
+    Args:
+        names: files that the run writes; they belong to the output from now on.
+
+    Returns:
+        The files that the resumed run has finished.
     """
     if store.exists(RUN) and not store.exists(MANIFEST) and _is_same_run(store, identity, overwrite):
         _clear_replaced(store)
         _note_written(store, [*read_list(store, WRITTEN), *names])
-        return _finished(store, run_digest(_read_own(store, RUN)))
+        return _finished_files(store, run_digest(_read_own(store, RUN)))
     before = owned(store) if store.exists(RUN) or store.exists(MANIFEST) else set()
     if before:
-        store.write_json(_REPLACED, sorted(before))  # first: it is cleared once the run is of the new identity
+        # This list is written first. Its files are removed once the run record has the new identity.
+        store.write_json(_REPLACED, sorted(before))
     _note_written(store, [*before, *names])
     store.write_json(RUN, identity)
     store.remove(MANIFEST)
@@ -112,18 +139,19 @@ def what_is_finished(store: Store, identity: dict[str, Any], overwrite: bool, na
     return {}
 
 
-def begun_identity(store: Store, identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity that the run under way was begun with, which compares equal to `identity`, on this run's arithmetic.
+def started_identity(store: Store, identity: Mapping[str, object]) -> Mapping[str, object]:
+    """The identity with which the present run was started, with the arithmetic of `identity`.
 
-    Records of finished files name the digest of that very identity.
+    It compares equal to `identity`, but may leave out settings with default values. Records of finished files contain the
+    digest of the started identity.
     """
     return {**_read_own(store, RUN), **{key: identity[key] for key in ARITHMETIC if key in identity}}
 
 
-def _is_same_run(store: Store, identity: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the run under way is of this identity; raises OutputError if it is not and must not be replaced."""
+def _is_same_run(store: Store, identity: Mapping[str, object], overwrite: bool) -> bool:
+    """Whether the unfinished run has this identity; raise OutputError if it has not and must not be replaced."""
     try:
-        _same(store, _read_own(store, RUN), identity)
+        _require_same_run(store, _read_own(store, RUN), identity)
     except OutputError:
         if overwrite:
             return False
@@ -132,14 +160,14 @@ def _is_same_run(store: Store, identity: dict[str, Any], overwrite: bool) -> boo
 
 
 def _note_written(store: Store, names: Iterable[str]) -> None:
-    """Write down which files are the output's own, unless that is there already."""
-    wanted = sorted(set(names))
-    if wanted != read_list(store, WRITTEN):
-        store.write_json(WRITTEN, wanted)
+    """Record which files belong to the output, unless the record is up to date."""
+    names = sorted(set(names))
+    if names != read_list(store, WRITTEN):
+        store.write_json(WRITTEN, names)
 
 
 def _clear_replaced(store: Store) -> None:
-    """Remove what an output that is being replaced has left, files and records."""
+    """Remove files and records of the output that is being replaced."""
     if not store.exists(_REPLACED):
         return
     replaced = read_list(store, _REPLACED)
@@ -150,39 +178,37 @@ def _clear_replaced(store: Store) -> None:
     store.remove(_REPLACED)
 
 
-def _read_own(store: Store, name: str, *keys: str, kind: type[Record] = Record) -> dict[str, Any]:
-    """A file of ours, of which `keys` hold objects; OutputError if it is damaged."""
+def _read_own(store: Store, name: str, *keys: str, kind: type[Record] = Record) -> Any:
+    """Read a JSON file of the output as a dictionary in which `keys` hold objects; raise OutputError if it is damaged."""
     try:
         value = read_record(store, name, kind)
         return {**value, **{key: dict(value[key]) for key in keys}}
     except (ValueError, KeyError, TypeError) as error:
-        raise UnusableOutput(f"{store.root}: {name} is damaged ({error})", _REPLACE) from None
+        raise UnusableOutput(f"{store.root}: {name} is damaged ({error})", _REWRITE) from None
 
 
-def _same(store: Store, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise OutputError unless settings and arithmetic are the same; of what an earlier version began, the latter is not known."""
-    _same_settings(store, before, now)
-    changed = [
-        f"{key} {_shown(before[key])} -> {_shown(now[key])}"
-        for key in ARITHMETIC
-        if key in before and key in now and before[key] != now[key]
-    ]
+def _require_same_run(store: Store, before: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Raise OutputError unless settings and arithmetic are the same. Earlier releases did not record the arithmetic."""
+    _require_same_settings(store, before, now)
+    recorded = [key for key in ARITHMETIC if key in before and key in now]
+    changed = [f"{key} {_shown(before[key])} -> {_shown(now[key])}" for key in recorded if before[key] != now[key]]
     if changed:
         raise UnusableOutput(
-            f"{store.root}: was begun with other arithmetic ({'; '.join(changed)}), and would hold bytes of two kinds",
-            "go on as it was begun (--gpus-per-worker 0 calculates on CPUs), choose another directory, or replace it by --overwrite",
+            f"{store.root}: started with other arithmetic ({'; '.join(changed)}), so its bytes would differ",
+            "resume with the arithmetic of the start (--gpus-per-worker 0 computes on CPUs), choose another directory, or"
+            " replace it with --overwrite",
         )
 
 
-def _same_settings(store: Store, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise OutputError unless the settings are the same. What is finished may have been calculated anywhere."""
+def _require_same_settings(store: Store, before: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Raise OutputError unless the settings are the same. The arithmetic of a finished output may be any."""
     changed = [
         f"{key[:_SHOWN]} {_shown(old)} -> {_shown(new)}" for key, (old, new) in identity_changes(before, now).items()
     ]
     if changed:
         raise UnusableOutput(
             f"{store.root}: holds an output of other settings ({'; '.join(changed)})",
-            "choose another directory, or replace it by --overwrite",
+            "choose another directory, or replace it with --overwrite",
         )
 
 
@@ -191,34 +217,38 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _require_whole(store: Store, files: Mapping[str, Any], report: type[Record]) -> None:
+def _require_undamaged(store: Store, files: Mapping[str, ManifestEntry], report: type[Record]) -> None:
     """Raise OutputError that names a file which is not as it was written."""
     try:
-        with ThreadPoolExecutor(_HASHING) as pool:
-            found = [
-                line for lines in pool.map(lambda one: file_differences(store, *one), files.items()) for line in lines
-            ]
+        with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+            results = list(threads.map(lambda item: file_differences(store, *item), files.items()))
+        differences = [line for lines in results for line in lines]
         _read_own(store, REPORT, kind=report)
     except FileNotFoundError:
-        found = [f"{REPORT} is missing"]
-    if found:
-        raise UnusableOutput(f"{store.root}: {found[0]}", _REPLACE)
+        differences = [f"{REPORT} is missing"]
+    if differences:
+        raise UnusableOutput(f"{store.root}: {differences[0]}", _REWRITE)
 
 
-def _finished(store: Store, run: str) -> Finished:
-    """Files of an interrupted `run` that are as their records say; what else it has written of tensors is removed."""
+def _finished_files(store: Store, run: str) -> FinishedFiles:
+    """Files of the interrupted `run` that are as their records state; its other tensor files are removed."""
     finished = {}
-    for entry in store.below(FINISHED_FOLDER).names():
-        file = entry.removesuffix(".json")
-        try:
-            done = read_record(store, f"{FINISHED_FOLDER}/{entry}", FinishedFileRecord)
-            record = FileRecord(file, done["size"], done["sha256"], done.get("tensors", {}))
-            sound = done["run"] == run and not file_differences(store, file, record.to_json())
-        except ValueError:
-            sound = False
-        if sound:
-            finished[file] = (record, done["rows"])
+    for record_name in store.below(FINISHED_FOLDER).names():
+        name = record_name.removesuffix(".json")
+        if file := _finished_file(store, name, run):
+            finished[name] = file
     written = read_list(store, WRITTEN)
     clear_unfinished(store, written)
     clear(store, {name for name in written if name.endswith(".safetensors")} - finished.keys())
     return finished
+
+
+def _finished_file(store: Store, name: str, run: str) -> FinishedFile | None:
+    """The file `name`, if its record is valid and of this `run`, and its bytes are those of the record."""
+    try:
+        data = read_record(store, f"{FINISHED_FOLDER}/{name}.json", FinishedFileRecord)
+        record = FileRecord(name, data["size"], data["sha256"], data.get("tensors", {}))
+        is_valid = data["run"] == run and not file_differences(store, name, record.to_json())
+    except ValueError:
+        return None
+    return FinishedFile(record, data["rows"]) if is_valid else None

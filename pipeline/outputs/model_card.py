@@ -1,14 +1,13 @@
-"""The model card of an output: README.md with a front matter that the Hub understands.
+"""The model card of an output: README.md with a front matter that the Hub reads.
 
-A card is a function of the source's files and of what was done, and of nothing else: no times, no paths, no machines, so that equal
-runs write equal cards. What a source's own card says of licence, language and task goes on into the new one; its text is of
-another model, with that one's figures, and stays whole in a file of its own (docs/decisions.md).
+A card depends only on the files of the source and on the settings, so that equal runs write equal cards: it contains no
+times, paths or machines. Licence, language and task of the source's card are copied into its front matter. The text of the
+source's card describes another model, and is kept in a file of its own (docs/decisions.md).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import yaml
 
@@ -20,44 +19,54 @@ from pipeline.settings.bounded_yaml import compose
 from swsc_core.compressed.config_json import FORMAT_VERSION
 
 CARD = "README.md"
-SOURCE_CARD = "BASE_MODEL_CARD.md"  # the source's own card, byte for byte
-_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_MOST = 1 << 20  # bytes of a card that are read: the longest real ones have a tenth of that
+# Copy of the source's own card.
+SOURCE_CARD = "BASE_MODEL_CARD.md"
+# Keys of the source's front matter that are copied.
+_COPIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# Largest card that is read, in bytes. The longest ones on the Hub have a tenth of that.
+_MAX_BYTES = 1 << 20
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
-_LOAD_SWSC = """```python
-import swsc_core.hf  # lets transformers open the format (pip install swsc)
+_USAGE_SWSC = """```python
+import swsc_core.hf  # registers the format with transformers (pip install swsc)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(place)  # this directory, or its id on the Hub
-tokenizer = AutoTokenizer.from_pretrained(place)
+model = AutoModelForCausalLM.from_pretrained(path)  # this directory, or its id on the Hub
+tokenizer = AutoTokenizer.from_pretrained(path)
 ```
 
-`swsc restore DIRECTORY DENSE` makes a plain dense checkpoint of it, which any loader opens; `swsc evaluate DIRECTORY --text FILE`
-measures its perplexity."""
-_LOAD_DENSE = """The weights are dense, in the layout of the model that was compressed: any loader of it opens them.
+`swsc restore DIRECTORY DENSE` writes a plain dense checkpoint, which any loader opens.
+`swsc evaluate DIRECTORY --text FILE` measures the perplexity."""
+_USAGE_DENSE = """The weights are dense, in the layout of the base model, so any loader of that model opens them.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(place)  # this directory, or its id on the Hub
-tokenizer = AutoTokenizer.from_pretrained(place)
+model = AutoModelForCausalLM.from_pretrained(path)  # this directory, or its id on the Hub
+tokenizer = AutoTokenizer.from_pretrained(path)
 ```
 
-`swsc evaluate DIRECTORY --text FILE` measures its perplexity."""
+`swsc evaluate DIRECTORY --text FILE` measures the perplexity."""
+
+FrontMatter = Mapping[str, str | list[str]]
 
 
 @dataclass(frozen=True)
 class SourceCard:
-    """What the card of a source says, as far as it goes on into that of an output; `problem`: why it could not be read."""
+    """The part of a source's card that is copied into the card of an output.
 
-    data: Mapping[str, Any] = field(default_factory=dict)
+    Attributes:
+        data: copied keys of the front matter, and the base model.
+        problem: why the front matter could not be read; "" if it could.
+    """
+
+    data: FrontMatter = field(default_factory=dict)
     problem: str = ""
 
 
 @dataclass(frozen=True)
-class Compressed:
-    """One matrix that was compressed: shape of the dense one, bytes of its compact form."""
+class MatrixFacts:
+    """A compressed matrix: the shape of its dense weight, and the bytes of its compressed form."""
 
     name: str
     shape: tuple[int, int]
@@ -65,55 +74,58 @@ class Compressed:
 
     @property
     def weights(self) -> int:
+        """Number of weights."""
         return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
-class About:
-    """What a card tells.
+class CardFacts:
+    """The facts that a card states.
 
     Attributes:
         form: "swsc" or "dense".
-        how: how it was made, as paragraphs of Markdown.
-        weights: of the whole model.
-        before, after: bytes of all tensors, of the source and here.
-        compact: bytes that all tensors have in the compact form.
-        restored: the source is the compressed model, and this one was made dense again.
+        production: how the output was produced, as paragraphs of Markdown.
+        matrices: the compressed matrices.
+        weights: number of weights of the whole model.
+        source_bytes, output_bytes: bytes of all tensors of the source and of the output.
+        compact_bytes: bytes of all tensors in format swsc.
+        restored: the source is a compressed model, and the output is restored from it.
     """
 
     form: str
-    how: str
-    matrices: tuple[Compressed, ...]
+    production: str
+    matrices: tuple[MatrixFacts, ...]
     weights: int
-    before: int
-    after: int
-    compact: int
+    source_bytes: int
+    output_bytes: int
+    compact_bytes: int
     restored: bool = False
 
 
 def read_source_card(source: Checkpoint) -> SourceCard:
-    """The front matter of the source's README.md, and the licence that a GGUF file names; a `problem` if it cannot be read."""
-    found = _front_matter(source)
+    """Read the front matter of the source's README.md, and the licence that a GGUF file names."""
+    card = _read_front_matter(source)
     licence = {"license": source.dequantized.licence} if source.dequantized and source.dequantized.licence else {}
-    return replace(found, data=licence | dict(found.data))
+    return replace(card, data={**licence, **card.data})
 
 
-def _front_matter(source: Checkpoint) -> SourceCard:
+def _read_front_matter(source: Checkpoint) -> SourceCard:
     if CARD not in source.extras:
         return SourceCard()
-    if (size := source.store.size(CARD)) > _MOST:
-        return SourceCard(problem=f"{size:,} bytes, at most {_MOST:,} are read")
+    if (size := source.store.size(CARD)) > _MAX_BYTES:
+        return SourceCard(problem=f"{size:,} bytes, more than the limit of {_MAX_BYTES:,}")
     try:
         text = bytes(source.store.read(CARD)).decode("utf-8-sig")
-        data = front_matter_of(text)
+        nodes = front_matter_of(text)
     except ValueError as error:
         return SourceCard(problem=first_line(error))
-    found = {key: _words(_plain(data.get(key))) for key in (*_CARRIED, "base_model", "base_model_relation")}
-    return SourceCard({key: value for key, value in found.items() if value})
+    keys = (*_COPIED_KEYS, "base_model", "base_model_relation")
+    values = {key: _words(_plain_value(nodes.get(key))) for key in keys}
+    return SourceCard({key: value for key, value in values.items() if value})
 
 
 def front_matter_of(card: str) -> dict[str, yaml.Node]:
-    """Key -> value of a card's front matter, as nodes of which nothing is made yet; ValueError if it has none that can be read."""
+    """Parse a card's front matter into unconstructed nodes by key; raise ValueError if it has none that can be read."""
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     block = REGEX_YAML_BLOCK.search(card)
@@ -121,14 +133,14 @@ def front_matter_of(card: str) -> dict[str, yaml.Node]:
     if node is None or not node.value:
         raise ValueError("no front matter")
     if not isinstance(node, yaml.MappingNode):
-        raise ValueError("repo card metadata block should be a dict")
+        raise ValueError("the front matter is not a mapping")
     return {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
 
 
-def _plain(node: yaml.Node | None) -> object:
-    """A word, a list of such, False for what YAML takes for it; None for anything else."""
+def _plain_value(node: yaml.Node | None) -> object:
+    """A text, a list of texts, or False for what YAML reads as such; None for anything else."""
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(one) if isinstance(one, yaml.ScalarNode) else None for one in node.value]
+        return [_plain_value(item) if isinstance(item, yaml.ScalarNode) else None for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
         return None
     kind = node.tag.rpartition(":")[2]
@@ -138,121 +150,131 @@ def _plain(node: yaml.Node | None) -> object:
 
 
 def _words(value: object) -> str | list[str] | None:
-    """A word or a list of words; None for anything else, an empty one among it, which no card may hold there."""
+    """A printable text or a list of such; None for anything else, also for an empty text, which no card may have there."""
     if isinstance(value, list):
         words = [word for word in map(_words, value) if isinstance(word, str)]
         return words if len(words) == len(value) else None
     if value is False:
-        return "no"  # Norwegian: YAML takes the bare word for a truth value
+        return "no"  # the language code of Norwegian, which YAML reads as a truth value
     return value if isinstance(value, str) and value.strip() and value.isprintable() else None
 
 
-def make_card(source: Checkpoint, own: SourceCard, about: About) -> str:
-    """The text of README.md."""
+def make_card(source: Checkpoint, source_card: SourceCard, facts: CardFacts) -> str:
+    """Return the text of README.md."""
     from huggingface_hub import ModelCardData
 
-    base = _base(source, own, about)
+    base = _base_model(source, source_card, facts)
     data = ModelCardData(
-        **{key: own.data[key] for key in _CARRIED if key in own.data},
-        **base,
+        **{key: source_card.data[key] for key in _COPIED_KEYS if key in source_card.data},  # type: ignore[arg-type]
+        **base,  # type: ignore[arg-type]
         library_name="transformers",
-        tags=["swsc", "compressed"] if about.form == "swsc" else ["swsc"],
+        tags=["swsc", "compressed"] if facts.form == "swsc" else ["swsc"],
     )
-    name = _first(base.get("base_model")) or str(source.config.get("model_type") or "a model")
-    body = _body(name, "base_model" in base, source, own, about)
+    base_ids = base.get("base_model", "")
+    base_id = base_ids if isinstance(base_ids, str) else base_ids[0]
+    name = base_id or str(source.config.get("model_type") or "a model")
+    link = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else name
+    body = "\n\n".join([*_sections(name, link, facts), f"## Base model\n\n{_base_model_text(source, source_card)}"])
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
-def _base(source: Checkpoint, own: SourceCard, about: About) -> dict[str, Any]:
-    """The model that was compressed and how this one relates to it, as far as anything names it.
+def _base_model(source: Checkpoint, source_card: SourceCard, facts: CardFacts) -> FrontMatter:
+    """Front matter that names the base model, and how the output relates to it; empty if nothing names it.
 
-    Its Hub id if it was had by it; else what its config was saved from; else what its card is based on, in that card's own relation.
-    Of a compressed model that is made dense again, the card says best what was compressed.
+    The base model is the Hub id of the source; or else the id that its config.json was saved from; or else the base model
+    of the source's own card, with the relation that this card states. For a restored model that card has priority.
     """
-    carried = own.data.get("base_model")
-    if carried and all(map(is_hub_id, carried if isinstance(carried, list) else [carried])):
-        relation = own.data.get("base_model_relation")
-        named = {"base_model": carried, "base_model_relation": relation if isinstance(relation, str) else "quantized"}
+    carded = source_card.data.get("base_model")
+    if carded and all(map(is_hub_id, carded if isinstance(carded, list) else [carded])):
+        relation = source_card.data.get("base_model_relation")
+        from_card: FrontMatter = {
+            "base_model": carded,
+            "base_model_relation": relation if isinstance(relation, str) else "quantized",
+        }
     else:
-        named = {}
-    saved = source.config.get("_name_or_path")
-    found = hub_id_of(source.store.root) or (saved if is_hub_id(saved) else None)
-    if not found or (about.restored and named):
-        return named
-    return {"base_model": found, "base_model_relation": "quantized"}
+        from_card = {}
+    saved_from = source.config.get("_name_or_path")
+    hub_id = hub_id_of(source.store.root) or (saved_from if is_hub_id(saved_from) else None)
+    if not hub_id or (facts.restored and from_card):
+        return from_card
+    return {"base_model": hub_id, "base_model_relation": "quantized"}
 
 
-def _first(value: str | list[str] | None) -> str:
-    return (value[0] if isinstance(value, list) else value) or ""
-
-
-def _body(name: str, is_id: bool, source: Checkpoint, own: SourceCard, about: About) -> str:
-    known = f"[{name}](https://huggingface.co/{name})" if is_id else name
-    what = "dense again after compression" if about.restored else "compressed"
-    parts = [
-        f"# {name.rpartition('/')[2]}, {what} by SWSC",
-        _summary(known, about),
-        _table(about.matrices),
-        _figures(about),
-        f"## How it was made\n\n{about.how}\n\nswsc {VERSION}, format {FORMAT_VERSION}.",
-        f"## Load it\n\n{_LOAD_SWSC if about.form == 'swsc' else _LOAD_DENSE}",
-        "## Verify it\n\n`swsc verify DIRECTORY` hashes every file against `swsc_manifest.json` and names the file and tensor that differs.",
-        f"## The model that was compressed\n\n{_original(source, own)}",
+def _sections(name: str, link: str, facts: CardFacts) -> list[str]:
+    """Title and sections, without the one about the base model."""
+    verb = "restored from its compression" if facts.restored else "compressed"
+    return [
+        f"# {name.rpartition('/')[2]}, {verb} by SWSC",
+        _summary(link, facts),
+        _table(facts.matrices),
+        _figures(facts),
+        f"## Compression\n\n{facts.production}\n\nswsc {VERSION}, format {FORMAT_VERSION}.",
+        f"## Usage\n\n{_USAGE_SWSC if facts.form == 'swsc' else _USAGE_DENSE}",
+        "## Verification\n\n`swsc verify DIRECTORY` compares the hash of every file with `swsc_manifest.json` and names"
+        " files and tensors that differ.",
     ]
-    return "\n\n".join(parts)
 
 
-def _summary(known: str, about: About) -> str:
-    number = f"{len(about.matrices)} {'matrix' if len(about.matrices) == 1 else 'matrices'}"
-    if about.form == "swsc":
-        return f"{number} of {known} stored in the compact form of SWSC (shared weights for similar channels); all others as they were."
-    return f"{number} of {known} compressed and stored dense again, with the errors that this has made; all others as they were."
-
-
-def _table(matrices: tuple[Compressed, ...]) -> str:
-    """A row for matrices whose names are alike but for numbers and whose shapes are the same."""
-    kinds: dict[tuple[str, tuple[int, int]], list[Compressed]] = {}
-    for matrix in sorted(matrices, key=lambda one: one.name):
-        kinds.setdefault((_NUMBER.sub("N", matrix.name), matrix.shape), []).append(matrix)
-    rows = [
-        f"| `{kind}` | {len(own)} | {shape[0]} × {shape[1]} | {bits_of(own):.3f} |"
-        for (kind, shape), own in kinds.items()
-    ]
-    return "\n".join(["| compressed | number | shape | true bits a weight |", "|---|---|---|---|", *rows])
-
-
-def bits_of(matrices: list[Compressed] | tuple[Compressed, ...]) -> float:
-    """Stored bits a weight over some matrices."""
-    return 8 * sum(one.nbytes for one in matrices) / sum(one.weights for one in matrices)
-
-
-def _figures(about: About) -> str:
-    share = sum(one.weights for one in about.matrices) / about.weights
-    compact = "" if about.form == "swsc" else ", in the compact form"
+def _summary(link: str, facts: CardFacts) -> str:
+    count = len(facts.matrices)
+    subject, verb = f"{count} {'matrix' if count == 1 else 'matrices'} of {link}", "is" if count == 1 else "are"
+    if facts.form == "swsc":
+        return (
+            f"{subject} {verb} stored in the compressed format of SWSC (shared weights for similar channels). All other"
+            " tensors are unchanged."
+        )
     return (
-        f"- Bits a weight{compact}: {bits_of(about.matrices):.3f} over the compressed matrices, {8 * about.compact / about.weights:.3f} over the whole"
-        " model; counted from stored bytes, labels and scales included.\n"
-        f"- {share:.1%} of {about.weights:,} weights are compressed.\n"
-        f"- Tensors: {about.before:,} bytes before, {about.after:,} here."
+        f"{subject} {verb} compressed by SWSC and stored as dense weights, which contain the error of the compression."
+        " All other tensors are unchanged."
     )
 
 
-def _original(source: Checkpoint, own: SourceCard) -> str:
-    lines = []
+def _table(matrices: Iterable[MatrixFacts]) -> str:
+    """A table with one row for all matrices that have the same shape and the same name but for layer numbers."""
+    kinds: dict[tuple[str, tuple[int, int]], list[MatrixFacts]] = {}
+    for matrix in sorted(matrices, key=lambda matrix: matrix.name):
+        kinds.setdefault((_NUMBER.sub("N", matrix.name), matrix.shape), []).append(matrix)
+    rows = [
+        f"| `{name}` | {len(members)} | {shape[0]} × {shape[1]} | {bits_of(members):.3f} |"
+        for (name, shape), members in kinds.items()
+    ]
+    return "\n".join(["| compressed | number | shape | stored bits per weight |", "|---|---|---|---|", *rows])
+
+
+def bits_of(matrices: Iterable[MatrixFacts]) -> float:
+    """Stored bits per weight over some matrices."""
+    matrices = list(matrices)
+    return 8 * sum(matrix.nbytes for matrix in matrices) / sum(matrix.weights for matrix in matrices)
+
+
+def _figures(facts: CardFacts) -> str:
+    share = sum(matrix.weights for matrix in facts.matrices) / facts.weights
+    whole_bits = 8 * facts.compact_bytes / facts.weights
+    form = "" if facts.form == "swsc" else " in format swsc"
+    return (
+        f"- Bits per weight{form}: {bits_of(facts.matrices):.3f} over the compressed matrices, {whole_bits:.3f} over the"
+        " whole model, counted from stored bytes including labels and scales.\n"
+        f"- {share:.1%} of {facts.weights:,} weights are compressed.\n"
+        f"- Tensors: {facts.source_bytes:,} bytes before, {facts.output_bytes:,} here."
+    )
+
+
+def _base_model_text(source: Checkpoint, source_card: SourceCard) -> str:
+    sentences = []
     if source.dequantized and source.dequantized.baseline:
-        lines.append(
-            f"It was dequantized from a GGUF file, `{source.dequantized}`: figures are those of this baseline, not of the model that"
-            " was quantized."
+        sentences.append(
+            f"The base model was dequantized from a GGUF file, `{source.dequantized}`. All figures compare with this"
+            " baseline, not with the model before its quantization."
         )
     if CARD in source.extras:
-        lines.append(
-            f"Its own card is kept in [{SOURCE_CARD}]({SOURCE_CARD}): what it is for, its limits, its terms. Figures there are those of"
-            " the model before it was compressed."
+        sentences.append(
+            f"[{SOURCE_CARD}]({SOURCE_CARD}) is the card of the base model: its purpose, limits and terms. Its figures"
+            " were measured before the compression."
         )
-    if own.problem:
-        lines.append(f"Nothing could be carried over from that card's front matter ({own.problem}).")
-    elif "license" not in own.data:
-        lines.append("No card of it names a licence; its own terms hold here, too.")
+    if source_card.problem:
+        sentences.append(f"The front matter of that card could not be read ({source_card.problem}).")
+    elif "license" not in source_card.data:
+        sentences.append("No licence is named in a card of the base model; its own terms apply here as well.")
     else:
-        lines.append("Its licence holds here, too, and is named above.")
-    return " ".join(lines)
+        sentences.append("The licence of the base model, named above, applies here as well.")
+    return " ".join(sentences)

@@ -1,9 +1,9 @@
-"""Which files of an output are its own, by what its manifest and the records of its runs list: no others are replaced or removed."""
+"""Files that belong to an output: those that its manifest and the records of its runs list. No other file is removed."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from pipeline.checkpoints.checkpoint import MANIFEST, RUN
 from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
@@ -12,124 +12,150 @@ from pipeline.checkpoints.weight_files import INDEX, SINGLE, is_adapter
 from pipeline.errors import OutputError, UserError
 from pipeline.storage.local_files import final_name
 from pipeline.storage.store import Store, is_inside
+from swsc_core.storage.json_fields import JsonObject
 
 REPORT = "swsc_report.json"
 ADAPTER_FILES = (f"{ADAPTER_FOLDER}/adapter_model.safetensors", f"{ADAPTER_FOLDER}/adapter_config.json")
-FINISHING = ".swsc/finishing.json"  # names of the files beside tensors that a run was about to write
-WRITTEN = ".swsc/files.json"  # names of all files that the run under way writes, and of those that it replaces
+# List of the files beside the tensors that a run is about to write.
+FINISHING = ".swsc/finishing.json"
+# List of all files that the present run writes, and of those that it replaces.
+WRITTEN = ".swsc/files.json"
+
+
+class ManifestEntry(TypedDict):
+    """What a manifest states about one file; `tensors`: sha256 of each tensor in it, by name."""
+
+    size: int
+    sha256: str
+    tensors: NotRequired[dict[str, str]]
+
+
+class Manifest(TypedDict):
+    """swsc_manifest.json."""
+
+    format_version: int
+    identity: JsonObject
+    files: dict[str, ManifestEntry]
 
 
 def read_list(store: Store, name: str) -> list[str]:
-    """A list of names that we wrote; empty if it is not there, OutputError if it is no such list."""
+    """Read a list of file names that a run wrote; empty if the file is missing.
+
+    Raises:
+        OutputError: the file does not hold a list of names.
+    """
     try:
         value = store.read_json(name) if store.exists(name) else []
-        if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
-            raise ValueError("no list of names")
+        if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise ValueError("not a list of names")
     except ValueError as error:
         raise OutputError(f"{store.root}: {name} is damaged ({error}); remove it, then run again") from None
-    return sorted(_inside(value))
+    return sorted(_names_inside(value))
 
 
 def owned(store: Store) -> set[str]:
-    """Names of the files of a finished output, or of one that is under way, as far as what lists them can be read.
+    """Names of the files that belong to a finished or unfinished output, as far as its lists are readable.
 
-    A file in a folder may be somebody else's whatever a manifest says: it counts if its bytes are as listed.
+    A file in a subfolder counts only if its bytes are as the manifest lists them: it may belong to somebody else.
     """
-    names, manifest = _recorded(store), _manifest(store)
-    if manifest is None:  # damaged: the index knows the tensor files at least
+    names, files = _recorded(store), _manifest_files(store)
+    if files is None:  # The manifest is damaged, but the index lists the tensor files.
         return names | {INDEX, "config.json", *_indexed(store)}
-    return names | {name for name, about in manifest.items() if "/" not in name or _is_as_listed(store, name, about)}
+    return names | {name for name, entry in files.items() if "/" not in name or _is_as_listed(store, name, entry)}
 
 
 def require_no_others(store: Store, names: Iterable[str]) -> None:
-    """Raise OutputError if a file that is to be written lies there already and is not the output's own."""
-    manifest = _manifest(store)
-    if manifest is None or (store.exists(RUN) and not store.exists(WRITTEN)):
-        return  # the list is damaged, or the run was begun by an earlier release, which had none
-    if others := sorted(present(store, names) - _recorded(store) - manifest.keys()):
+    """Raise OutputError if one of the files to be written exists and does not belong to the output."""
+    files = _manifest_files(store)
+    # Releases before the file list began runs without one.
+    has_no_list = store.exists(RUN) and not store.exists(WRITTEN)
+    if files is None or has_no_list:
+        return
+    if others := sorted(present(store, names) - _recorded(store) - files.keys()):
         raise OutputError(
-            f"{store.root}: {others[0]} is there and would be replaced, but is not a file of this output; move it, or choose"
+            f"{store.root}: {others[0]} exists and would be replaced, but is not a file of this output; move it, or choose"
             " another directory"
         )
 
 
-def rivals(store: Store, own: Collection[str]) -> list[str]:
-    """Files directly in an output, none of its `own`, that `from_pretrained` reads in place of its weights, or applies to them."""
-    return [name for name in store.names() if (name == SINGLE or is_adapter(name)) and name not in own]
+def competing_weights(store: Store, output_files: Collection[str]) -> list[str]:
+    """Weight files and adapters at the top level, none of `output_files`, that `from_pretrained` would load."""
+    return [name for name in store.names() if (name == SINGLE or is_adapter(name)) and name not in output_files]
 
 
-def require_no_rivals(store: Store) -> None:
-    """Raise OutputError for a file of the user that would be opened in place of what is written, or together with it."""
-    manifest = _manifest(store)
-    if manifest is not None and (found := rivals(store, manifest.keys() | _recorded(store))):
+def require_no_competing_weights(store: Store) -> None:
+    """Raise OutputError for a file of the user that `from_pretrained` would load instead of, or on top of, the output."""
+    files = _manifest_files(store)
+    if files is not None and (names := competing_weights(store, files.keys() | _recorded(store))):
         raise OutputError(
-            f"{store.root}: {found[0]} is not a file of this output, and from_pretrained would read it in place of the output's"
-            " own, or apply it to them; move it away"
+            f"{store.root}: {names[0]} is not a file of this output, but from_pretrained would load it instead of the"
+            " output's weights, or apply it to them; move it away"
         )
 
 
 def _recorded(store: Store) -> set[str]:
-    """Names that the records of a run list."""
+    """Names of files that the records of a run list."""
     records = {name.removesuffix(".json") for name in _names_below(store, FINISHED_FOLDER)}
     return {*read_list(store, FINISHING), *read_list(store, WRITTEN), *records, REPORT, MANIFEST}
 
 
-def _manifest(store: Store) -> dict[str, Any] | None:
-    """Name of each file that the manifest lists -> what it says of it; None if it is damaged."""
+def _manifest_files(store: Store) -> Mapping[str, ManifestEntry] | None:
+    """File name -> its entry in the manifest; empty without a manifest, None if the manifest is damaged."""
     try:
         files = dict(store.read_json(MANIFEST)["files"])
-        return {name: files[name] for name in _inside(files)}
+        return {name: files[name] for name in _names_inside(files)}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _is_as_listed(store: Store, name: str, about: Any) -> bool:
-    """Whether a file is the very one that a manifest lists, or that of an adapter, whose names are ours."""
+def _is_as_listed(store: Store, name: str, entry: ManifestEntry) -> bool:
+    """Whether a file has the bytes that the manifest lists, or is part of an adapter, whose file names are reserved."""
     try:
-        return name in ADAPTER_FILES or not file_differences(store, name, about)
+        return name in ADAPTER_FILES or not file_differences(store, name, entry)
     except (UserError, KeyError, TypeError):
         return False
 
 
 def clear(store: Store, names: Collection[str]) -> None:
-    """Remove files, and folders that are empty then; nothing that a link leads to, and nothing outside."""
-    inside = _inside(names)
+    """Remove files and the folders that are empty afterwards; links are removed, their targets and outside files are not."""
+    inside = _names_inside(names)
     for name in sorted(present(store, inside)):
-        if store.exists(name) or store.is_link(name):  # and no folder
+        is_folder = not (store.exists(name) or store.is_link(name))
+        if not is_folder:
             store.remove(name)
     folders = {str(folder) for name in inside for folder in PurePosixPath(name).parents} - {"."}
-    for folder in sorted(folders, reverse=True):  # those within others first
+    for folder in sorted(folders, reverse=True):  # nested folders first
         if not store.is_link(folder):
             store.below(folder).remove_empty()
 
 
 def clear_unfinished(store: Store, names: Iterable[str]) -> None:
-    """Remove what writers of files that were killed have left beside them."""
+    """Remove the temporary files that killed writers of `names` have left."""
     for name in list(_unfinished(store, names)):
         store.remove(name)
 
 
 def has_unfinished(store: Store, names: Iterable[str]) -> bool:
-    """Whether there is something that `clear_unfinished` would remove."""
+    """Whether `clear_unfinished` would remove anything."""
     return any(True for _ in _unfinished(store, names))
 
 
 def _unfinished(store: Store, names: Iterable[str]) -> Iterator[str]:
-    wanted = _inside(names)
-    for folder in {os.path.dirname(name) for name in wanted}:
+    inside = _names_inside(names)
+    for folder in {os.path.dirname(name) for name in inside}:
         for name in _names_below(store, folder):
-            meant = final_name(name)
-            if meant is not None and os.path.join(folder, meant) in wanted:
+            final = final_name(name)
+            if final is not None and os.path.join(folder, final) in inside:
                 yield os.path.join(folder, name)
 
 
 def present(store: Store, names: Iterable[str]) -> set[str]:
-    """Those of the names that are there, be it as a link; not what lies behind a linked folder."""
-    wanted = _inside(names)
-    folders = {os.path.dirname(name) for name in wanted}
-    return wanted & {os.path.join(folder, name) for folder in folders for name in _names_below(store, folder)}
+    """Those of the names that exist, as files or links; files below a linked folder do not count."""
+    inside = _names_inside(names)
+    folders = {os.path.dirname(name) for name in inside}
+    return inside & {os.path.join(folder, name) for folder in folders for name in _names_below(store, folder)}
 
 
 def _names_below(store: Store, folder: str) -> list[str]:
@@ -139,13 +165,13 @@ def _names_below(store: Store, folder: str) -> list[str]:
 
 
 def _indexed(store: Store) -> set[str]:
-    """Tensor files that the index names, where it can be read."""
+    """Tensor files that the index lists; empty if it cannot be read."""
     try:
-        return _inside(store.read_json(INDEX)["weight_map"].values())
+        return _names_inside(store.read_json(INDEX)["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
 
 
-def _inside(values: Iterable[Any]) -> set[str]:
-    """Those that are names of files in the directory."""
+def _names_inside(values: Iterable[object]) -> set[str]:
+    """Those of the values that are names of files inside the directory."""
     return {value for value in values if isinstance(value, str) and is_inside(value)}

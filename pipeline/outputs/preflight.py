@@ -1,8 +1,8 @@
-"""What is looked at before anything is done: may the output be written, and is there room for it?"""
+"""Checks before any work: whether the model is usable, and whether the output can be written and has room."""
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
 
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.foreign_quantization import require_unquantized
@@ -12,7 +12,7 @@ from pipeline.errors import OutputError
 from pipeline.models.agreement import require_agreement
 from pipeline.models.stored_model import Model
 from pipeline.outputs.existing_output import require_replaceable
-from pipeline.outputs.transaction import Output, abandon, begin, changed_since, names_beside
+from pipeline.outputs.transaction import Output, OutputRequest, abandon, begin, changed_since, names_beside
 from pipeline.outputs.writable_names import require_writable_names
 from pipeline.planning.plan import Plan
 from pipeline.settings.compression import CompressSettings
@@ -22,13 +22,16 @@ from pipeline.storage.paths import UserPath, require_disjoint_paths, require_out
 from pipeline.storage.store import Store, require_free_space
 from swsc_core.compressed.config_json import FORMAT_VERSION
 
-_SHOWN = 4  # names of files in a note
-STAGED = "untuned"  # how the name of a model in the cache begins that is yet to be tuned
-OF_SOURCE = "source-"  # how folders of a cache begin that hold what was made of a verified source
+# Files that a note names.
+_SHOWN = 4
+# Prefix of the cache folder of a compressed model that is not tuned yet.
+UNTUNED_PREFIX = "untuned"
+# Prefix of the cache folders of results that were computed from a verified source.
+VERIFIED_SOURCE_PREFIX = "source-"
 
 
-def note_left_out(source: Checkpoint) -> None:
-    """Say which files beside the model's are not read: adapters, and weights that `from_pretrained` passes over, too."""
+def log_left_out(source: Checkpoint) -> None:
+    """Log which files beside the model are not read: adapters, and weights that `from_pretrained` ignores as well."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in source.ignored_weights:
         by_reason.setdefault(reason, []).append(name)
@@ -38,59 +41,79 @@ def note_left_out(source: Checkpoint) -> None:
 
 
 def examine(model: Model, trusted: bool = False, measured: bool = False) -> None:
-    """Before any work: say what lies beside the model, and raise CheckpointError if its files are not what config.json describes.
+    """Check the model before any work, and log what is unusual about its files.
 
     Args:
-        trusted: code that the model brings may be run.
-        measured: the model must predict tokens.
+        trusted: code that the model contains may be run.
+        measured: the model must be able to predict tokens.
+
+    Raises:
+        CheckpointError: the files of the model are not as its config.json describes them.
     """
+    checkpoint = model.checkpoint
+    root = checkpoint.store.root
     if not model.entries:
-        require_unquantized(model.checkpoint.store.root, model.checkpoint.tensors, model.checkpoint.config)
-    note_left_out(model.checkpoint)
-    if model.checkpoint.dequantized and not model.checkpoint.files:
-        return  # transformers made the headers of the config
-    for one, other in model.checkpoint.untied:
+        require_unquantized(root, checkpoint.tensors, checkpoint.config)
+    log_left_out(checkpoint)
+    if checkpoint.dequantized and not checkpoint.files:
+        return  # transformers derived the headers from config.json, so they agree
+    for first, second in checkpoint.untied:
         log(
-            f"note: {model.checkpoint.store.root}: {one} and {other} hold other values, so they stay two weights, as in transformers,"
+            f"note: {root}: {first} and {second} hold different values, so they remain two weights, as in transformers,"
             " although config.json ties them"
         )
     for note in require_agreement(model, trusted, measured):
-        log(f"note: {model.checkpoint.store.root}: {note}")
+        log(f"note: {root}: {note}")
 
 
-def identity_of(source: Checkpoint, settings: CompressSettings, arithmetic: Arithmetic) -> dict[str, Any]:
+def identity_of(source: Checkpoint, settings: CompressSettings, arithmetic: Arithmetic) -> dict[str, object]:
     """What makes two compressions the same, as far as it is known before the calibration."""
-    about = {"source": source.fingerprint, "algorithm": VERSIONS["output"], "format_version": FORMAT_VERSION}
-    return {**settings_identity(settings), **arithmetic.identity, **about}
+    return {
+        **settings_identity(settings),
+        **arithmetic.identity,
+        "source": source.fingerprint,
+        "algorithm": VERSIONS["output"],
+        "format_version": FORMAT_VERSION,
+    }
 
 
 def require_output(
-    source: Checkpoint, plan: Plan, output: str, settings: CompressSettings, arithmetic: Arithmetic, cache: str,
-    overwrite: bool,
-) -> None:  # fmt: skip
-    """Raise OutputError for an output that `compress_model` would refuse in the end: hours of calibration may lie between."""
-    store = Store.at(output)
+    request: OutputRequest, source: Checkpoint, plan: Plan, settings: CompressSettings, cache: str
+) -> None:
+    """Check before the calibration, which may take hours, that the compression can write its output.
+
+    Args:
+        request: with an identity that does not contain the calibration yet.
+
+    Raises:
+        OutputError: the compression would refuse the output in the end, or the disk has too little room.
+        CheckpointError: as `require_unmixed`.
+    """
+    store = request.store
     require_unmixed(source, store)
     if settings.needs_calibration:
         require_cache(cache, [UserPath("OUTPUT", store), UserPath("MODEL", source.store)])
-    require_replaceable(store, identity_of(source, settings, arithmetic), overwrite, names_of(source, plan))
+    require_replaceable(store, request.identity, request.overwrite, request.names)
     require_idle(store)
-    staged = plan.stored_bytes_as("swsc") - _staged_bytes(Store.at(cache)) if settings.epochs else 0
-    there = sum(store.size(name) for name in store.names())
-    require_free_space(store, max(0, plan.stored_bytes_as(settings.format) - there) + max(0, staged))
+    untuned_bytes = plan.stored_bytes_as("swsc") - _untuned_bytes(Store.at(cache)) if settings.epochs else 0
+    present_bytes = sum(store.size(name) for name in store.names())
+    output_bytes = plan.stored_bytes_as(settings.format) - present_bytes
+    require_free_space(store, max(0, output_bytes) + max(0, untuned_bytes))
 
 
-def _staged_bytes(cache: Store) -> int:
-    """Bytes of models that earlier runs have made to be tuned: ours may be among them."""
-    caches = [cache, *(cache.below(name) for name in cache.entries() if name.startswith(OF_SOURCE))]
-    places = [own.below(name) for own in caches for name in own.entries() if name.startswith(STAGED)]
-    return sum(place.size(name) for place in places for name in place.names())
+def _untuned_bytes(cache: Store) -> int:
+    """Bytes of the models in the cache that are not tuned yet; the one of this run may be among them."""
+    caches = [cache, *(cache.below(name) for name in cache.entries() if name.startswith(VERIFIED_SOURCE_PREFIX))]
+    models = [part.below(name) for part in caches for name in part.entries() if name.startswith(UNTUNED_PREFIX)]
+    return sum(model.size(name) for model in models for name in model.names())
 
 
 def require_unmixed(source: Checkpoint, store: Store) -> None:
-    """Raise OutputError if an output directory is its own source, or one of them lies in the other.
+    """Check that an output directory and its source are separate.
 
-    CheckpointError: the source has names that could not be written there.
+    Raises:
+        OutputError: the output is the source, or one of them is inside the other.
+        CheckpointError: the source has names that cannot be written to the output.
     """
     files = {*source.extras, *(info.file for info in source.tensors.values())}
     linked = {os.path.realpath(f"{source.store.root}/{name}") for name in files if source.store.is_link(name)}
@@ -100,7 +123,7 @@ def require_unmixed(source: Checkpoint, store: Store) -> None:
 
 
 def require_cache(cache: str, others: Iterable[UserPath]) -> None:
-    """Raise OutputError if the cache lies inside the output, or in what is read."""
+    """Raise OutputError if the cache is inside one of the other paths."""
     require_outside(UserPath.at("--cache-dir", cache), others)
 
 
@@ -110,24 +133,33 @@ def names_of(source: Checkpoint, plan: Plan) -> list[str]:
 
 
 def begin_with_room(
-    store: Store, source: Checkpoint, identity: dict[str, Any], names: Iterable[str], nbytes: int, overwrite: bool = False,
-    on_wait: Callable[[str], None] | None = None,
-) -> Output:  # fmt: skip
-    """`begin`, and make sure that the disk holds what is foretold beside what is finished."""
-    if store.is_local:  # before anything is replaced
+    request: OutputRequest, source: Checkpoint, nbytes: int, on_wait: Callable[[str], None] | None = None
+) -> Output:
+    """`begin`, for an output that is made from `source` and whose disk must have room for `nbytes`.
+
+    Args:
+        nbytes: estimated size of the whole output, in bytes.
+
+    Raises:
+        OutputError: as `begin`; the disk has too little room.
+    """
+    store = request.store
+    if store.is_local:  # checked before anything is replaced
         require_free_space(store, nbytes - sum(store.size(name) for name in store.names()))
-    changed = changed_since(store, source) if on_wait is None else []  # in a cache only the weights are looked at
-    out = begin(store, identity, overwrite, on_wait, names, source.store, overwrite and bool(changed))
-    if out.complete and changed:
+    # An output in a cache, for which on_wait is given, is compared with the source by its weights only.
+    changed = changed_since(store, source) if on_wait is None else []
+    rewrite = request.overwrite and bool(changed)
+    output = begin(replace(request, source=source.store, rewrite=rewrite), on_wait)
+    if output.complete and changed:
         log(
-            f"note: {store.root}: {changed[0]} of {source.store.root} ({len(changed)} files in all) was changed after this output was"
-            " made, which holds the earlier one; copy it in by making the output again: --overwrite"
+            f"note: {store.root}: {changed[0]} of {source.store.root} ({len(changed)} files in all) has changed since this"
+            " output was written, which holds the earlier version; write the output again with --overwrite to update it"
         )
     try:
-        require_free_space(store, 0 if out.complete else nbytes - out.finished_bytes)
+        require_free_space(store, 0 if output.complete else nbytes - output.finished_bytes)
     except BaseException as error:
-        with out:
+        with output:
             if isinstance(error, OutputError):
-                abandon(out)
+                abandon(output)
         raise
-    return out
+    return output

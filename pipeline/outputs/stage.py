@@ -13,17 +13,19 @@ V = TypeVar("V")
 
 
 def run_output_stage(
-    pools: Pools, stage: Stage, tasks: list[Task[V]], note: Callable[[TaskResult[V]], None], out: Output
+    pools: Pools, stage: Stage, tasks: list[Task[V]], on_result: Callable[[TaskResult[V]], None], output: Output
 ) -> None:
     """Run the tasks that write an output.
 
-    A weight that cannot be compressed, which shows on the way only, takes the begun output back; so does a cluster that cannot do it.
+    The output is abandoned if a weight turns out to be uncompressible, or if the cluster cannot run the tasks and no file
+    is finished. With finished files it is kept, because the failure may come from a node that joined late.
     """
     try:
-        run_stage(pools, stage, tasks, note)
-    except (UncompressibleWeight, ClusterError) as error:
-        if (
-            isinstance(error, UncompressibleWeight) or not out.store.below(FINISHED_FOLDER).names()
-        ):  # a node that joins late may not fit
-            abandon(out)
+        run_stage(pools, stage, tasks, on_result)
+    except UncompressibleWeight:
+        abandon(output)
+        raise
+    except ClusterError:
+        if not output.store.below(FINISHED_FOLDER).names():
+            abandon(output)
         raise

@@ -1,27 +1,26 @@
-"""An output directory: how it is begun, gone on with, replaced and committed.
+"""An output directory: how a run begins, resumes, replaces and commits it.
 
-While a run is under way the directory holds finished tensor files and, under `.swsc`, what was asked for, who writes, and a
-record for each finished file. Index, config, report and, last of all, the manifest make it a model; then `.swsc` goes. So a
-directory without a manifest is never taken for a finished one, and a run that was cut short can go on. Whoever comes late, from
-a run that has lost the directory, is told apart by its ticket, and its files by the run that their records name.
+During a run the directory holds finished tensor files and, below `.swsc`, the identity of the run, its lease, and a record of
+each finished file. The other files follow at the end, the manifest last. A directory without a manifest therefore never
+counts as a finished output, and an interrupted run can resume. A worker of a run that has lost the directory is recognized by
+its ticket, and its files by the run that their records name.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
-from pipeline.architectures.model_config import ModelConfig
 from pipeline.checkpoints.checkpoint import MANIFEST, Checkpoint, read_header
 from pipeline.checkpoints.weight_files import INDEX, TENSOR_FILE
 from pipeline.errors import DISK_FULL_ERRNOS, CheckpointError, DiskFull, OutputError
-from pipeline.outputs.atomic_edit import settle
+from pipeline.outputs.atomic_edit import complete_interrupted_edit
 from pipeline.outputs.existing_output import (
-    Finished,
-    begun_identity,
+    FinishedFiles,
     is_finished,
     require_replaceable,
-    what_is_finished,
-)  # fmt: skip
+    resume_or_start,
+    started_identity,
+)
 from pipeline.outputs.model_card import CARD, SOURCE_CARD
 from pipeline.outputs.owned_files import FINISHING, REPORT, WRITTEN, clear, clear_unfinished, read_list
 from pipeline.storage.cache_key import full_identity, run_digest
@@ -30,23 +29,46 @@ from pipeline.storage.records import CalibrationRecord, ManifestRecord, read_rec
 from pipeline.storage.store import FileRecord, Store
 from swsc_core.compressed.config_json import FORMAT_VERSION
 
-CALIBRATION = "swsc_calibration.json"  # traces of the text that was calibrated on (measure/overlap.py)
+# Hashes of passages of the calibration text (pipeline/texts/contamination.py).
+CALIBRATION = "swsc_calibration.json"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class OutputRequest:
+    """An output that a run is about to write.
+
+    Attributes:
+        store: its directory.
+        identity: what makes two runs the same: settings and fingerprint of the source.
+        names: files that the run writes; no other file is ever replaced or removed.
+        overwrite: replace an output of other settings, or a damaged one.
+        source: what the output is made from, if that must not be the same directory.
+        rewrite: also replace a finished output of the same identity.
+    """
+
+    store: Store
+    identity: Mapping[str, object]
+    names: Iterable[str] = ()
+    overwrite: bool = False
+    source: Store | None = None
+    rewrite: bool = False
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output directory that this run may write, until it leaves the context.
+    """An output directory that this run may write until it leaves the context.
 
     Attributes:
-        identity: what makes two runs the same: settings and fingerprint of the source.
-        finished: records of files that an earlier run of the same identity completed, by file name, with their rows.
-        lease: None if the whole directory is finished already.
-        made_directory: the directory was not there before.
+        identity: as in the request, or as the resumed run has recorded it.
+        finished: files that an earlier run of the same identity completed, by name.
+        lease: None if the whole output is finished already.
+        made_directory: the directory did not exist before.
     """
 
     store: Store
-    identity: dict[str, Any]
-    finished: Finished
+    identity: Mapping[str, object]
+    finished: FinishedFiles
     lease: Lease | None
     made_directory: bool = False
 
@@ -61,93 +83,95 @@ class Output:
 
     @property
     def complete(self) -> bool:
+        """Whether the output is finished already, so that nothing is to be written."""
         return self.lease is None
 
     @property
     def ticket(self) -> Ticket:
-        """What a commit must show."""
+        """The proof of ownership that every commit of a file presents."""
         assert self.lease is not None
         return replace(self.lease.ticket, run=run_digest(self.identity))
 
     @property
     def finished_bytes(self) -> int:
-        return sum(record.size for record, _ in self.finished.values())
+        """Bytes of the finished files."""
+        return sum(file.record.size for file in self.finished.values())
 
 
-def begin(
-    store: Store, identity: dict[str, Any], overwrite: bool = False, on_wait: Callable[[str], None] | None = None,
-    names: Iterable[str] = (), source: Store | None = None, anew: bool = False,
-) -> Output:  # fmt: skip
-    """Open an output directory for a run, or find out how far an earlier run of it came.
+def begin(request: OutputRequest, on_wait: Callable[[str], None] | None = None) -> Output:
+    """Open an output directory for a run, or find the files that an earlier run of the same identity finished.
 
     Args:
-        overwrite: an output of other settings, or a damaged one, is replaced.
-        on_wait: told that another run is at work there, for which we then wait; None: that is refused.
-        names: of the files that the run writes; nothing else is ever replaced or removed.
-        source: what the output is made of.
-        anew: a finished output of this very identity is replaced, too.
+        on_wait: called before waiting for another run that writes there; None: such a run is an error.
 
     Raises:
-        OutputError: the directory holds something else, or was begun with other settings or another source, or another run
-            is writing there, or it is the source by a path of which nobody knew.
+        OutputError: the directory holds something else, was begun with other settings or from another source, is being
+            written by another run, or is the source under another path.
     """
-    names = list(names)
-    finished_before = store.exists(MANIFEST)
-    if finished_before:
-        settle(store)
-    if finished_before and not anew and is_finished(store, identity, overwrite):
-        return Output(store, identity, {}, None)
-    require_replaceable(store, identity, overwrite, names)
-    made = not store.is_there
+    store = request.store
+    request = replace(request, names=list(request.names))
+    was_finished = store.exists(MANIFEST)
+    if was_finished:
+        complete_interrupted_edit(store)
+        if not request.rewrite and is_finished(store, request.identity, request.overwrite):
+            return Output(store, request.identity, {}, None)
+    require_replaceable(store, request.identity, request.overwrite, request.names)
+    made_directory = not store.is_there
     lease = acquire_lease(store, on_wait)
     try:
-        if source and lease.is_seen_in(source):
-            raise OutputError(
-                f"{store.root}: what is written there appears in {source.root}: one place by two paths; choose another output"
-            )
-        if not finished_before and is_finished(store, identity, overwrite):  # by the run that we waited for
-            lease.release()
-            return Output(store, identity, {}, None)
-        finished = what_is_finished(store, identity, overwrite, names)
-        return Output(store, begun_identity(store, identity), finished, lease, made)
+        return _begin_leased(request, lease, was_finished, made_directory)
     except BaseException:
         lease.release()
         store.below(".swsc").remove_empty()
-        if made:
+        if made_directory:
             store.remove_empty()
         raise
 
 
-def known_traces(store: Store) -> frozenset[str]:
-    """Traces of the texts that the model in `store` was calibrated on; none, if it was on none.
+def _begin_leased(request: OutputRequest, lease: Lease, was_finished: bool, made_directory: bool) -> Output:
+    """Begin an output whose directory is leased, unless another run has finished it while we waited for the lease."""
+    store, identity, overwrite = request.store, request.identity, request.overwrite
+    if request.source and lease.is_seen_in(request.source):
+        raise OutputError(
+            f"{store.root}: is the same directory as {request.source.root}, under another path; choose another output"
+        )
+    if not was_finished and is_finished(store, identity, overwrite):
+        lease.release()
+        return Output(store, identity, {}, None)
+    finished = resume_or_start(store, identity, overwrite, request.names)
+    return Output(store, started_identity(store, identity), finished, lease, made_directory)
+
+
+def calibration_hashes(store: Store) -> frozenset[str]:
+    """Passage hashes of the texts that the model in `store` was calibrated on; empty without a calibration.
 
     Raises:
-        CheckpointError: what says so is damaged.
+        CheckpointError: the record of the calibration is damaged.
     """
+    if not store.exists(CALIBRATION):
+        return frozenset()
     try:
-        return frozenset(
-            read_record(store, CALIBRATION, CalibrationRecord)["traces"] if store.exists(CALIBRATION) else ()
-        )
+        return frozenset(read_record(store, CALIBRATION, CalibrationRecord)["traces"])
     except ValueError as error:
         raise CheckpointError(
-            f"{store.root}: {CALIBRATION} is damaged ({error}): what the model was calibrated on is not known; download it"
+            f"{store.root}: {CALIBRATION} is damaged ({error}), so the calibration text is unknown; download the model"
             " again, or compress again"
         ) from None
 
 
 def abandon(output: Output) -> None:
-    """Take back what this run wrote, after a user's mistake that only showed while it ran (NaN in a weight)."""
+    """Remove what this run wrote, after a user's mistake that only showed during the run, such as NaN in a weight."""
     if output.finished:
         return
     written = read_list(output.store, WRITTEN)
     clear_unfinished(output.store, written)
     clear(output.store, written)
-    _leave(output)
+    _remove_run_files(output)
     if output.made_directory:
         output.store.remove_empty()
 
 
-def _copied(source: Checkpoint) -> dict[str, str]:
+def _copied_files(source: Checkpoint) -> dict[str, str]:
     """Files that are copied from the source: name in the output -> name in the source."""
     copied = {name: name for name in source.extras if name != CARD}
     if CARD in source.extras:
@@ -156,78 +180,106 @@ def _copied(source: Checkpoint) -> dict[str, str]:
 
 
 def changed_since(store: Store, source: Checkpoint) -> list[str]:
-    """Files that a finished output was to copy from its source, and holds otherwise: they were changed or added there since.
+    """Files of the source that have changed or appeared since the finished output in `store` copied them.
 
-    The source's card is left aside: it may change with every visit to the Hub.
+    The source's card does not count, because the Hub may serve another one with each download.
     """
     try:
         files = read_record(store, MANIFEST, ManifestRecord)["files"]
     except (FileNotFoundError, ValueError):
         return []
 
-    def is_as_copied(name: str, own: str) -> bool:
-        about = files.get(name) or {}
-        return about.get("size") == source.store.size(own) and about.get("sha256") == source.store.sha256(own)
+    def is_as_copied(name: str, source_name: str) -> bool:
+        entry = files.get(name) or {}
+        return (entry.get("size"), entry.get("sha256")) == (
+            source.store.size(source_name),
+            source.store.sha256(source_name),
+        )
 
-    return sorted(own for name, own in _copied(source).items() if own != CARD and not is_as_copied(name, own))
+    copied = {name: source_name for name, source_name in _copied_files(source).items() if source_name != CARD}
+    return sorted(source_name for name, source_name in copied.items() if not is_as_copied(name, source_name))
 
 
 def names_beside(source: Checkpoint) -> list[str]:
-    """Names of the files that an output made of `source` may have beside its tensors."""
-    return [INDEX, "config.json", CALIBRATION, CARD, REPORT, MANIFEST, *_copied(source)]
+    """Files that an output made from `source` may have beside its tensor files."""
+    return [INDEX, CONFIG, CALIBRATION, CARD, REPORT, MANIFEST, *_copied_files(source)]
 
 
 def finish(
-    output: Output, source: Checkpoint, records: list[FileRecord], config: ModelConfig, report: dict[str, Any], card: str
-) -> None:  # fmt: skip
-    """Write everything that makes finished tensor files a model; the manifest last.
+    output: Output,
+    source: Checkpoint,
+    records: list[FileRecord],
+    config: Mapping[str, object],
+    report: Mapping[str, object],
+    card: str,
+) -> None:
+    """Write all files beside the finished tensor files, the manifest last.
 
-    The source's own card gives way to `card`, and is kept under another name, unless the source keeps one so already.
+    The source's own card is kept as SOURCE_CARD. The record of a calibration is copied from the source, unless `records`
+    contain a new one. The manifest lists every file except itself and the report, which contains times and therefore
+    differs between runs.
 
-    What a source was calibrated on goes on to what is made of it, unless `records` say it already.
-
-    The manifest lists every file but itself and the report, which holds times and therefore differs between runs.
+    Args:
+        records: the tensor files, and further files that the run has written.
     """
     output.ticket.require()
-    store, weight_map, total = output.store, {}, 0
-    copied = _copied(source)
+    store, copied = output.store, _copied_files(source)
     if source.store.exists(CALIBRATION) and CALIBRATION not in {record.name for record in records}:
         copied[CALIBRATION] = CALIBRATION
-    beside = [INDEX, "config.json", CALIBRATION, CARD, *copied]
-    clear(store, set(read_list(store, FINISHING)) - set(beside))  # of a run that was cut off when the source had others
-    store.write_json(FINISHING, beside)
-    for record in [record for record in records if TENSOR_FILE.match(record.name)]:
-        for info in read_header(store, record.name)[1]:
-            assert info.name not in weight_map, f"{info.name} stands twice"  # make_plan has refused it
-            weight_map[info.name] = record.name
-            total += info.nbytes
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    records = records + [
-        store.write(name, source.store.stream(own, 0, source.store.size(own))) for name, own in copied.items()
-    ]
-    records += [
+    _note_finishing(store, [INDEX, CONFIG, CALIBRATION, CARD, *copied])
+    documents: dict[str, Mapping[str, object]] = {INDEX: _index(store, records), CONFIG: config}
+    records = [
+        *records,
+        *(_copy(source.store, source_name, store, name) for name, source_name in copied.items()),
         store.write(CARD, [card.encode()]),
-        store.write_json(INDEX, index),
-        store.write_json("config.json", config),
+        *(store.write_json(name, document) for name, document in documents.items()),
     ]
     store.write_json(REPORT, report)
-    files = {record.name: record.to_json() for record in records}
+    _commit(output, {record.name: record.to_json() for record in records})
+
+
+def _note_finishing(store: Store, names: list[str]) -> None:
+    """Record the files that are about to be written, and remove those that only an interrupted earlier attempt wrote."""
+    clear(store, set(read_list(store, FINISHING)) - set(names))
+    store.write_json(FINISHING, names)
+
+
+def _copy(source: Store, source_name: str, target: Store, name: str) -> FileRecord:
+    return target.write(name, source.stream(source_name, 0, source.size(source_name)))
+
+
+def _index(store: Store, records: Iterable[FileRecord]) -> Mapping[str, object]:
+    """The index of the tensor files among `records`, from their headers."""
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for record in records:
+        if not TENSOR_FILE.match(record.name):
+            continue
+        for info in read_header(store, record.name)[1]:
+            assert info.name not in weight_map, f"{info.name} is in two files"  # make_plan has refused it
+            weight_map[info.name] = record.name
+            total_bytes += info.nbytes
+    return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _commit(output: Output, files: Mapping[str, object]) -> None:
+    """Remove stale files and write the manifest with the entries `files`, which makes the output complete."""
+    store = output.store
     written = read_list(store, WRITTEN)
-    clear_unfinished(store, written)  # of workers that were killed, or came late
+    clear_unfinished(store, written)  # of workers that were killed or late
     clear(store, set(written) - files.keys() - {REPORT})
     output.ticket.require()
-    store.write_json(
-        MANIFEST, {"format_version": FORMAT_VERSION, "identity": full_identity(output.identity), "files": files}
-    )
-    _leave(output)
+    identity = full_identity(output.identity)
+    store.write_json(MANIFEST, {"format_version": FORMAT_VERSION, "identity": identity, "files": files})
+    _remove_run_files(output)
 
 
-def _leave(output: Output) -> None:
-    """Remove `.swsc`; the lease last, so that no other run is there before all else is gone."""
+def _remove_run_files(output: Output) -> None:
+    """Remove `.swsc`; the lease last, so that no other run begins before everything else is removed."""
     assert output.lease is not None
-    below = output.store.below(".swsc")
-    for name in below.entries():
+    folder = output.store.below(".swsc")
+    for name in folder.entries():
         if not LEASE_FILE.endswith(f"/{name}"):
-            below.remove(name)
+            folder.remove(name)
     output.lease.release()
-    below.remove_empty()
+    folder.remove_empty()

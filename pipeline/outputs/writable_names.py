@@ -1,4 +1,4 @@
-"""Names in a checkpoint that could not be written again: told of before any work, not after it."""
+"""Names in a checkpoint that could not be written to an output; refused before any work."""
 
 import json
 import os
@@ -9,39 +9,53 @@ from pipeline.errors import CheckpointError, OutputError
 from pipeline.storage.local_files import TEMPORARY_SUFFIX
 from pipeline.storage.store import Store, is_inside
 
-_NAME_BYTES, _PATH_BYTES = 255, 4095  # most that file systems take
-_WHILE_WRITTEN = len(".12345678") + len(TEMPORARY_SUFFIX)  # bytes that a name is longer by until its file is whole
-_OWN = 80  # bytes of the longest name of our own: a record below .swsc/done
+# Limits of file systems.
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095
+# Bytes that a name has in addition while its file is being written.
+_TEMPORARY_BYTES = len(".12345678") + len(TEMPORARY_SUFFIX)
+# Bytes of the longest name of swsc itself: a record in .swsc/done.
+_LONGEST_OWN_NAME = 80
 
 
 def require_writable_names(source: Checkpoint, output: Store) -> None:
-    """Raise CheckpointError for a file, tensor or value of the source that cannot be written; OutputError for too long a path."""
+    """Check that all names and values of the source can be written to `output`.
+
+    Raises:
+        CheckpointError: a file name, a tensor name, or text in config.json cannot be written.
+        OutputError: the path of the output is too long.
+    """
     for name in source.extras:
-        _require(f"{source.store.root}: the file name {name!r}", name, is_inside(name))
-        if (longest := max(map(len, map(os.fsencode, name.split("/"))))) > _NAME_BYTES - _WHILE_WRITTEN:
-            raise CheckpointError(
-                f"{source.store.root}: the file name {name[:40]!r}… has {longest} bytes, at most"
-                f" {_NAME_BYTES - _WHILE_WRITTEN} can be written; rename the file, or move it away"
-            )
-    _require_names_of_tensors(source.store.root, source.tensors)
+        _require_printable(f"{source.store.root}: the file name {name!r}", name, is_inside(name))
+        _require_short(source.store.root, name)
+    for name in source.tensors:
+        _require_printable(f"{source.store.root}: the tensor name {name!r}", name, bool(name))
     if not _is_utf8(json.dumps(source.config, ensure_ascii=False)):
         raise CheckpointError(
-            f"{source.store.root}/config.json: holds half a character (\\ud800 to \\udfff); take it out"
+            f"{source.store.root}/config.json: contains an unpaired surrogate (\\ud800 to \\udfff); remove it"
         )
-    own = max([_OWN, *(len(os.fsencode(name)) + _WHILE_WRITTEN for name in source.extras)])
-    if output.is_local and len(os.fsencode(output.root)) + 1 + own > _PATH_BYTES:
-        raise OutputError(f"{output.root}: too long a path for the files in it; choose a shorter one")
+    _require_short_path(output, source.extras)
 
 
-def _require_names_of_tensors(root: str, names: Iterable[str]) -> None:
-    for name in names:
-        _require(f"{root}: the tensor name {name!r}", name, bool(name))
-
-
-def _require(what: str, name: str, sound: bool) -> None:
-    if not (sound and _is_utf8(name) and not any(ord(letter) < 32 or ord(letter) == 127 for letter in name)):
+def _require_short(root: str, name: str) -> None:
+    limit = _MAX_NAME_BYTES - _TEMPORARY_BYTES
+    if (longest := max(len(os.fsencode(part)) for part in name.split("/"))) > limit:
         raise CheckpointError(
-            f"{what} cannot be written: not UTF-8, or with control characters or \\ in it; rename it, or move it away"
+            f"{root}: the file name {name[:40]!r}… has {longest} bytes, more than the limit of {limit}; rename the file,"
+            " or move it away"
+        )
+
+
+def _require_short_path(output: Store, names: Iterable[str]) -> None:
+    longest = max([_LONGEST_OWN_NAME, *(len(os.fsencode(name)) + _TEMPORARY_BYTES for name in names)])
+    if output.is_local and len(os.fsencode(output.root)) + 1 + longest > _MAX_PATH_BYTES:
+        raise OutputError(f"{output.root}: the path is too long for the files in it; choose a shorter one")
+
+
+def _require_printable(subject: str, name: str, is_valid: bool) -> None:
+    has_control = any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
+    if not (is_valid and _is_utf8(name)) or has_control:
+        raise CheckpointError(
+            f"{subject} cannot be written: not UTF-8, or with control characters or \\ in it; rename it, or move it away"
         )
 
 

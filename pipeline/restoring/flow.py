@@ -19,7 +19,7 @@ from pipeline.outputs.owned_files import ADAPTER_FILES
 from pipeline.outputs.preflight import begin_with_room, examine, require_unmixed
 from pipeline.outputs.report import versions
 from pipeline.outputs.stage import run_output_stage
-from pipeline.outputs.transaction import Output, finish, names_beside
+from pipeline.outputs.transaction import Output, OutputRequest, finish, names_beside
 from pipeline.planning.cost_model import restoring_bytes
 from pipeline.redaction import redacted_argv
 from pipeline.restoring.job import ExtractLowRank, RestoreTensors
@@ -69,7 +69,8 @@ def restore_model(
     examine(model, options.trusted)
     plan = make_restore_plan(model, carried_by_adapter(model, location, options.trusted) if options.adapter else {})
     names = [*plan.files, *names_beside(source)]
-    with begin_with_room(store, source, _identity(model, options), names, plan.nbytes, options.overwrite) as out:
+    request = OutputRequest(store, _identity(model, options), names, options.overwrite)
+    with begin_with_room(request, source, plan.nbytes) as out:
         report = _report(plan)
         if not out.complete:
             records = _write_files(plan, out, pools)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipeline.outputs.preflight import STAGED
+from pipeline.outputs.preflight import UNTUNED_PREFIX
 from pipeline.planning.cost_model import hessian_bytes
 from pipeline.storage.shared_lease import remove_if_unleased
 from pipeline.storage.store import Store, require_free_space
@@ -51,7 +51,7 @@ def _hessian_bytes(runs: Sequence[Run]) -> int:
 
 
 def _existing_bytes(cache: Store) -> int:
-    prefixes = (STAGED, VARIANT, "moments")
+    prefixes = (UNTUNED_PREFIX, VARIANT, "moments")
     folders = [name for name, is_file in cache.entries().items() if not is_file and name.startswith(prefixes)]
     return sum(cache.below(folder).size(name) for folder in folders for name in cache.below(folder).names())
 

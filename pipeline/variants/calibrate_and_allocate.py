@@ -13,8 +13,8 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.console import log
 from pipeline.errors import ConfigError
-from pipeline.outputs.preflight import OF_SOURCE
-from pipeline.outputs.transaction import known_traces
+from pipeline.outputs.preflight import VERIFIED_SOURCE_PREFIX
+from pipeline.outputs.transaction import calibration_hashes
 from pipeline.redaction import redacted
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.evaluation import EvaluateSettings
@@ -86,7 +86,7 @@ def _require_no_calibration(calibration: CalibrationSettings, evaluated: bool) -
 def _cache_of_source(cache: str, source: Checkpoint) -> str:
     """The folder of a verified source inside the cache, which holds no results of unverified bytes."""
     digests = digests_of_source(source)
-    return Store.at(cache).below(f"{OF_SOURCE}{digests.name}").root if digests else cache
+    return Store.at(cache).below(f"{VERIFIED_SOURCE_PREFIX}{digests.name}").root if digests else cache
 
 
 def _calibration_text(compression: Compression, cache: str, compute: Compute) -> CalibrationText:
@@ -125,5 +125,5 @@ def _fingerprint(compression: Compression, ids: np.ndarray, hessians: Hessians |
 def _record(compression: Compression, text: CalibrationText) -> CalibrationRecord:
     """The calibration text's name, and hashes of its passages and of those that the source was calibrated on before."""
     location = compression.calibration.calibration
-    traces = text.traces | known_traces(compression.source.store)
+    traces = text.traces | calibration_hashes(compression.source.store)
     return CalibrationRecord(location and redacted(location), tuple(sorted(traces)))

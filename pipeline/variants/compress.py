@@ -13,15 +13,15 @@ from pipeline.errors import UserError
 from pipeline.outputs.card_content import card_of_compression
 from pipeline.outputs.owned_files import REPORT
 from pipeline.outputs.preflight import begin_with_room, names_of, require_unmixed
-from pipeline.outputs.report import build_report
+from pipeline.outputs.report import CompressionReport
 from pipeline.outputs.stage import run_output_stage
-from pipeline.outputs.transaction import CALIBRATION, Output, abandon, finish
+from pipeline.outputs.transaction import CALIBRATION, Output, OutputRequest, abandon, finish
 from pipeline.planning.cost_model import compression_bytes, device_bytes
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import Store
 from pipeline.tuning.job import ApplyTuning
 from pipeline.variants.compression import Compression, Compute, Target, TunedModel
-from pipeline.variants.output_inputs import VERIFIED, OutputInputs
+from pipeline.variants.output_inputs import OutputInputs
 from pipeline.variants.written_files import WrittenFiles
 from swsc_core.compressed.config_json import quantization_config
 
@@ -68,15 +68,10 @@ def compress_model(
 
 def _begin(compression: Compression, target: Target, compute: Compute) -> Output:
     source, plan = compression.source, compression.plan
-    return begin_with_room(
-        Store.at(target.location),
-        source,
-        compression.identity(compute.arithmetic),
-        names_of(source, plan),
-        plan.stored_bytes_as(compression.settings.format),
-        target.overwrite,
-        log_and_release(compute.pools) if target.waits else None,
-    )
+    identity = compression.identity(compute.arithmetic)
+    request = OutputRequest(Store.at(target.location), identity, names_of(source, plan), target.overwrite)
+    nbytes = plan.stored_bytes_as(compression.settings.format)
+    return begin_with_room(request, source, nbytes, log_and_release(compute.pools) if target.waits else None)
 
 
 def _tuned(tune: Tune, output: Output) -> TunedModel:
@@ -116,17 +111,20 @@ def _tasks(compression: Compression, ticket: Ticket, tuned: TunedModel | None) -
 
 
 def _report(compression: Compression, files: WrittenFiles, seconds: float, arithmetic: Arithmetic) -> dict[str, object]:
-    source, form = compression.source, compression.settings.format
-    rows = {name: result.row for name, result in files.results.items()}
-    report = build_report(compression.plan, rows, seconds, files.peak_rss, form)
-    report["left_out"] = dict(source.ignored_files)
-    report["arithmetic"] = {**arithmetic.identity, "kernels": sorted(files.kernels)}
-    if source.dequantized:
-        report["dequantized_from"] = vars(source.dequantized)
-    report["files_of_an_earlier_run"] = files.earlier
-    if digests := digests_of_source(source):
-        report[VERIFIED] = digests.name
-    return report
+    source = compression.source
+    digests = digests_of_source(source)
+    return CompressionReport(
+        plan=compression.plan,
+        rows={name: result.row for name, result in files.results.items()},
+        form=compression.settings.format,
+        seconds=seconds,
+        peak_rss=files.peak_rss,
+        left_out=dict(source.ignored_files),
+        arithmetic={**arithmetic.identity, "kernels": sorted(files.kernels)},
+        files_of_an_earlier_run=files.earlier,
+        dequantized_from=vars(source.dequantized) if source.dequantized else None,
+        verified_source=digests.name if digests else None,
+    ).to_json()
 
 
 def _commit(compression: Compression, output: Output, files: WrittenFiles, report: dict[str, object]) -> None:

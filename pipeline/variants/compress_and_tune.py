@@ -8,9 +8,8 @@ from pipeline.checkpoints.checkpoint import MANIFEST
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.device import Arithmetic
 from pipeline.outputs.owned_files import REPORT
-from pipeline.outputs.preflight import STAGED
-from pipeline.outputs.report import compressed_rows
-from pipeline.outputs.report_rows import measured_rows
+from pipeline.outputs.preflight import UNTUNED_PREFIX
+from pipeline.outputs.report_rows import compressed_rows, measured_rows
 from pipeline.settings.compression import CompressSettings
 from pipeline.storage.cache_key import cache_name
 from pipeline.storage.records import report_damaged_cache
@@ -100,7 +99,7 @@ def _untuned_settings(settings: CompressSettings) -> CompressSettings:
 def _untuned_location(compression: Compression, arithmetic: Arithmetic) -> str:
     """Directory of the model before its tuning."""
     untuned = replace(compression, settings=_untuned_settings(compression.settings))
-    return _cached_location(STAGED, untuned, arithmetic)
+    return _cached_location(UNTUNED_PREFIX, untuned, arithmetic)
 
 
 def _cached_location(kind: str, compression: Compression, arithmetic: Arithmetic) -> str:

@@ -10,14 +10,11 @@ from pipeline.checkpoints.integrity.digests import RangeDigests, known_ranges, m
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.errors import OutputError
 from pipeline.outputs.owned_files import REPORT
-from pipeline.outputs.report import compressed_rows
-from pipeline.outputs.report_rows import CompressedRow, MatrixResult, measured_rows
+from pipeline.outputs.report import VERIFIED_SOURCE
+from pipeline.outputs.report_rows import CompressedRow, MatrixResult, compressed_rows, measured_rows
 from pipeline.outputs.transaction import Output
 from pipeline.storage.store import FileRecord, Store
 from pipeline.tuning.tuner import TunedValues
-
-# Key of a report: name of the digests that every read of the run was compared with.
-VERIFIED = "verified_source"
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class OutputInputs:
         if digests is None:
             return
         report = store.read_json(REPORT)
-        if report.get(VERIFIED) == digests.name:
+        if report.get(VERIFIED_SOURCE) == digests.name:
             return
         rows = list(measured_rows(report).values())
         calibrated = any((row.moments_sha256, row.calibration_tokens) != (None, None) for row in rows)

@@ -2,7 +2,7 @@
 
 from pipeline.compression.job import LayerReport
 from pipeline.engine.task import TaskResult
-from pipeline.outputs.existing_output import Finished
+from pipeline.outputs.existing_output import FinishedFiles
 from pipeline.outputs.report_rows import MatrixResult
 from pipeline.storage.store import FileRecord
 from pipeline.variants.output_inputs import OutputInputs
@@ -19,7 +19,7 @@ class WrittenFiles:
         earlier: number of files that an earlier run finished.
     """
 
-    def __init__(self, inputs: OutputInputs, finished: Finished) -> None:
+    def __init__(self, inputs: OutputInputs, finished: FinishedFiles) -> None:
         """Start with the files that an earlier run finished."""
         self._inputs = inputs
         self.records = {file: record for file, (record, _) in finished.items()}

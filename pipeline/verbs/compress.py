@@ -10,8 +10,9 @@ from pipeline.device import Arithmetic
 from pipeline.evaluation.flow import EvaluationResult, evaluate_model, evaluator_bytes
 from pipeline.models.causality import require_causal
 from pipeline.models.stored_model import Model
-from pipeline.outputs.preflight import examine, require_cache, require_output, require_unmixed
-from pipeline.outputs.report import compressed_rows
+from pipeline.outputs.preflight import examine, identity_of, names_of, require_cache, require_output, require_unmixed
+from pipeline.outputs.report_rows import compressed_rows
+from pipeline.outputs.transaction import OutputRequest
 from pipeline.planning.cost_model import stage_bytes
 from pipeline.planning.plan import Plan, make_plan, require_coverage
 from pipeline.settings.calibration import CalibrationSettings
@@ -169,7 +170,9 @@ def _checked(request: CompressRequest) -> _Checked:
     examine(model, trusted, measured=settings.needs_calibration or bool(evaluation))
     require_coverage(plan, request.writing.require_coverage)
     arithmetic = Arithmetic(request.cluster.threads_per_worker, None)  # the device of the workers is not known yet
-    require_output(source, plan, request.output, settings, arithmetic, request.cache, request.writing.overwrite)
+    identity = identity_of(source, settings, arithmetic)
+    output = OutputRequest(Store.at(request.output), identity, names_of(source, plan), request.writing.overwrite)
+    require_output(output, source, plan, settings, request.cache)
     if evaluation:
         require_causal(model, trusted)
         evaluation, note = within_positions(evaluation, source.config)

@@ -8,7 +8,7 @@ from pipeline.checkpoints.sources.hub import PushTarget, require_pushable
 from pipeline.checkpoints.sources.hub import push as upload
 from pipeline.engine.stage import Pools
 from pipeline.errors import OutputError
-from pipeline.outputs.atomic_edit import settle
+from pipeline.outputs.atomic_edit import complete_interrupted_edit
 from pipeline.outputs.owned_files import REPORT
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.push import PushSettings
@@ -60,7 +60,7 @@ def push_output(location: str, repo: str, settings: PushSettings, pools: Pools) 
         raise OutputError(
             f"{location}: only outputs on a local disk can be pushed; copy it into a local directory first"
         )
-    settle(store)  # completes an interrupted edit of the card, which the manifest must match
+    complete_interrupted_edit(store)  # completes an interrupted edit of the card, which the manifest must match
     verify_output(location, pools)
     names = [*manifest_of(store)["files"], MANIFEST, REPORT]
     if link := next((name for name in names if store.is_link(name)), None):

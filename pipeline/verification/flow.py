@@ -9,8 +9,8 @@ from pipeline.checkpoints.tensor_io import link_problem
 from pipeline.engine.stage import Pools, Stage, run_stage
 from pipeline.engine.task import Task, TaskResult
 from pipeline.errors import CheckpointError, DamageError
-from pipeline.outputs.atomic_edit import as_amended
-from pipeline.outputs.owned_files import REPORT, rivals
+from pipeline.outputs.atomic_edit import with_interrupted_edit
+from pipeline.outputs.owned_files import REPORT, competing_weights
 from pipeline.planning.cost_model import WORKER_BASE
 from pipeline.storage.records import ManifestRecord, ReportRecord, read_record
 from pipeline.storage.store import Store
@@ -39,7 +39,7 @@ def verify_output(location: str, pools: Pools) -> VerifiedOutput:
             files that the manifest does not list.
     """
     store = Store.at(location)
-    files = as_amended(store, manifest_of(store)["files"])
+    files = with_interrupted_edit(store, manifest_of(store)["files"])
     damage: dict[str, list[str]] = {"": list(_report_damage(store))}
 
     def note(done: TaskResult[list[str]]) -> None:
@@ -87,7 +87,7 @@ def _foreign_files(store: Store, files: Mapping[str, object]) -> Iterator[str]:
     """Links, and weight or adapter files that the manifest does not list: a loader would read them."""
     yield from filter(None, (link_problem(store, name) for name in sorted({*store.entries(), *files})))
     weights = [name for name in store.names() if name.endswith(".safetensors") and name not in files]
-    yield from (f"{name} is not one of its files" for name in sorted({*weights, *rivals(store, files)}))
+    yield from (f"{name} is not one of its files" for name in sorted({*weights, *competing_weights(store, files)}))
 
 
 def _report_damage(store: Store) -> Iterator[str]:

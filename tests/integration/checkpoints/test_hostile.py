@@ -261,7 +261,7 @@ def test_manifests_with_odd_values(
     assert main(["verify", str(output), "--local"]) == 1
     assert "swsc_manifest.json is damaged" in capsys.readouterr().err
     assert main(["compress", str(compressed.parent / "model"), str(output), "--local"]) == 2
-    assert "make the output again by --overwrite" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
 
 
 def test_a_secret_in_an_address_is_refused_and_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:

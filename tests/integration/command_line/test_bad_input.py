@@ -221,7 +221,13 @@ def test_config_file_that_is_none(
 def test_output_directory_that_is_not_ours(tiny_model: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    refused(*compress(tiny_model, tmp_path), expected=("not empty and not an output of this tool",))
+    refused(
+        *compress(tiny_model, tmp_path),
+        expected=(
+            "not empty",
+            "not an output",
+        ),
+    )
 
 
 def test_output_that_is_the_model_itself(model: Path, refused: Refused) -> None:
@@ -335,7 +341,7 @@ def test_damaged_manifest(tiny_model: Path, tmp_path: Path, refused: Refused, co
     (tmp_path / "out" / "swsc_manifest.json").write_text(content)
     refused(
         *compress(tiny_model, tmp_path),
-        expected=("swsc_manifest.json is damaged", "make the output again by --overwrite"),
+        expected=("swsc_manifest.json is damaged", "--overwrite"),
     )
 
 

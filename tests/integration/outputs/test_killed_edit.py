@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from pipeline.outputs.atomic_edit import amend, settle
+from pipeline.outputs.atomic_edit import complete_interrupted_edit, edit_file
 from pipeline.storage.store import Store
 from tests.support.tiny import contents
 
@@ -26,7 +26,7 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(card: str) -> str:
-    return card if "measured" in card else card + "measured"
+    return card if "added by the test" in card else card + "added by the test"
 
 
 def killed_while_editing(output: Path, at: int) -> bool:
@@ -50,7 +50,7 @@ def killed_while_editing(output: Path, at: int) -> bool:
 
         os.replace, os.fsync = counted(os.replace, first=True), counted(os.fsync, first=False)
         with suppress(BaseException):
-            amend(Store.at(str(output)), "README.md", measured)
+            edit_file(Store.at(str(output)), "README.md", measured)
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(process, 0)[1])
 
@@ -63,7 +63,7 @@ def test_a_process_killed_while_it_writes_a_card_leaves_an_output_that_verifies_
     tiny_model: Path, made: Path, tmp_path: Path
 ) -> None:
     straight, output = Path(shutil.copytree(made, tmp_path / "straight")), tmp_path / "out"
-    amend(Store.at(str(straight)), "README.md", measured)
+    edit_file(Store.at(str(straight)), "README.md", measured)
     at, seen = 0, set()
     while True:
         at += 1
@@ -75,10 +75,10 @@ def test_a_process_killed_while_it_writes_a_card_leaves_an_output_that_verifies_
         if at % 3 == 0:  # every third state, by another verb that writes there
             assert main(["compress", str(tiny_model), str(output), "--local"]) == 0
         else:
-            settle(Store.at(str(output)))
+            complete_interrupted_edit(Store.at(str(output)))
         assert left(output) == []
         assert contents(output) in (contents(made), contents(straight))
-        amend(Store.at(str(output)), "README.md", measured)
+        edit_file(Store.at(str(output)), "README.md", measured)
         assert contents(output) == contents(straight)
         shutil.rmtree(output)
     assert seen >= {"README", "swsc_manifest", "amending"}

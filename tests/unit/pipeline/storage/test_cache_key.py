@@ -11,7 +11,7 @@ from pipeline.device import Arithmetic
 from pipeline.errors import OutputError
 from pipeline.outputs import existing_output
 from pipeline.outputs.preflight import identity_of
-from pipeline.outputs.transaction import begin
+from pipeline.outputs.transaction import OutputRequest, begin
 from pipeline.settings.compression import CompressSettings
 from pipeline.storage.cache_key import (
     cache_name,
@@ -103,8 +103,8 @@ def test_an_unfinished_output_of_an_earlier_release_is_resumed_under_its_own_dig
     store, now = Store.at(str(tmp_path)), {**identity(CompressSettings(bits=3)), "calibration": None}
     earlier = {key: value for key, value in full_identity(now).items() if key not in ("device", "torch", "format")}
     store.write_json(existing_output.RUN, earlier)
-    with begin(store, now) as out:
+    with begin(OutputRequest(store, now)) as out:
         assert out.ticket.run == run_digest(earlier)
         assert out.identity["device"] == "cpu"
     with pytest.raises(OutputError, match="seed"):
-        begin(store, {**now, "seed": 1})
+        begin(OutputRequest(store, {**now, "seed": 1}))
