@@ -163,7 +163,7 @@ class _MappedFiles:
 
     def __init__(self, root: str, stack: ExitStack) -> None:
         self._root, self._stack = root, stack
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, safe_open] = {}
 
     def slice(self, info: TensorInfo) -> object:
         """Return a tensor as a slice, which is mapped into memory when it is indexed."""

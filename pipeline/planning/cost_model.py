@@ -63,14 +63,14 @@ _START_SECONDS = 10.0
 def estimate_cost(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, float]:
     """Estimate the cost of a compression; calibration, sensitivity curves and tuning are not included.
 
-    Returns:
-        The numbers that `swsc plan` prints: bytes, bits per weight, and seconds, by the keys of its JSON file.
-
     Args:
         plan: what is compressed and how.
         form: output format, "swsc" or "dense".
         speed: speed of one core.
         workers: number of workers.
+
+    Returns:
+        The numbers that `swsc plan` prints: bytes, bits per weight, and seconds, by the keys of its JSON file.
     """
     compressed = sum(decision.stored_bytes for decision in plan.compressed)
     count = sum(decision.info.count for decision in plan.compressed)

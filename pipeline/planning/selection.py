@@ -42,8 +42,7 @@ def select(checkpoint: Checkpoint, settings: MatrixSettings, dense: bool = False
 
     Returns:
         An entry for every tensor, in the checkpoint's order. A tensor with several matrices has an entry for each of
-            them if any
-        of them is chosen.
+        them if any of them is chosen.
 
     Raises:
         ConfigError: a role is unknown, the family has no roles, or a role or an expression selects nothing.
