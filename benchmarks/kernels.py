@@ -118,7 +118,7 @@ def measured(name: str, inputs: str) -> dict[str, str | float]:
     command = [sys.executable, "-m", "benchmarks.kernels", "--child", inputs]
     env = inherited | dict(variables_of(name)) | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> int:
@@ -133,7 +133,7 @@ def main() -> int:
         rows = {name: measured(name, folder) for name in KERNELS}
     columns = list(rows["native"])
     print_markdown(["kernels", *columns], ([name, *map(row.get, columns)] for name, row in rows.items()))
-    return int(any(row[key] > limit for row in rows.values() for key, limit in LIMITS.items()))
+    return int(any(float(row[key]) > limit for row in rows.values() for key, limit in LIMITS.items()))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ from pipeline.checkpoints.tensor_io import read_matrix
 from pipeline.models.matrices import matrices_of
 from swsc_core import kmeans
 from swsc_core.allocation.budget import solve_budget
-from swsc_core.storage.bits import Geometry
+from swsc_core.storage.bits import ChannelAxis, Geometry
 
 # Inertia, ours over scikit-learn's.
 LIMIT = 1.01
-AXES = ("output", "input")
+AXES: tuple[ChannelAxis, ...] = ("output", "input")
 # number of clusters, dimensions, standard deviation of their centres (that of their points is 1), least and most points
 CLUSTERED = ((40, 16, 1, 50, 50), (40, 16, 3, 50, 50), (40, 16, 10, 50, 50), (50, 3, 10, 2, 40), (200, 8, 8, 10, 10))
 
@@ -62,7 +62,7 @@ def real_cases(location: str, layers: set[str]) -> Iterator[Case]:
         for axis in AXES:
             points = weight if axis == "output" else weight.T.contiguous()
             for bits in (3, 2):
-                k, _ = solve_budget(Geometry(*weight.shape, axis), bits, count="paper")
+                k, _ = solve_budget(Geometry(weight.shape[0], weight.shape[1], axis), bits, count="paper")
                 layer = re.findall(r"\d+", name)[0]
                 yield Case(f"real: layer {layer} {matrix.role}, {axis}, {bits} bits", points, k)
 

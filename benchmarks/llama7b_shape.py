@@ -89,7 +89,7 @@ def pieces(group: Shapes, block: bytes) -> Iterator[bytes | memoryview]:
     for name, shape in group.items():
         if "q_proj" in name or "k_proj" in name:
             seed = int.from_bytes(name.encode()[-40:], "little") % (1 << 62)
-            yield memoryview(structured_weight(*shape, seed=seed).bfloat16().view(torch.uint8).numpy()).cast("B")
+            yield structured_weight(shape[0], shape[1], seed).bfloat16().view(torch.uint8).numpy().data.cast("B")
             continue
         for start in range(0, nbytes(shape), len(block)):
             yield block[: nbytes(shape) - start]
@@ -104,7 +104,8 @@ def make(directory: str, layers: int) -> int:
 
     started, store = time.perf_counter(), Store.at(directory)
     block = (0.02 * torch.randn(4 << 20, generator=torch.Generator().manual_seed(0))).bfloat16()
-    groups, weight_map = shards(shapes(layers)), {}
+    groups = shards(shapes(layers))
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         store.write(file, pieces(group, block.view(torch.uint8).numpy().tobytes()))

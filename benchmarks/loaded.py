@@ -66,9 +66,8 @@ def measure(directory: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     config = AutoConfig.from_pretrained(directory)
-    kind = AutoModelForCausalLM._model_mapping[
-        type(config)
-    ]  # importing its code before is not counted as memory of the model
+    # importing its code before is not counted as memory of the model
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     before = resident()
     model = kind.from_pretrained(directory, dtype="auto")
     parameters = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters() if p.numel()}

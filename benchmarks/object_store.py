@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("model", help="local directory of a dense safetensors checkpoint")
     model = Path(parser.parse_args().model)
     tensors = sum(info.nbytes for info in open_checkpoint(str(model)).tensors.values())
-    rows, outputs = [], []
+    rows: list[tuple[str, str, str, int, float, float]] = []
+    outputs: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory(prefix="object-store") as folder, counted_store(Path(folder, "store")) as proxy:
         remote = Store.at(f"{BUCKET}/model")
         for path in sorted(path for path in model.iterdir() if path.is_file()):
@@ -60,7 +61,7 @@ def main() -> None:
                     code, seconds = timed(lambda: swsc(["compress", source, output, *FLAGS]))  # noqa: B023
                 if code:
                     raise SystemExit(f"{source} to {output}: exit {code}")
-                rows.append([_kind(source), _kind(output), times, proxy.sent, proxy.sent / tensors, seconds])
+                rows.append((_kind(source), _kind(output), times, proxy.sent, proxy.sent / tensors, seconds))
                 outputs.append(contents(Store.at(output)))
     print_markdown(["from", "to", "read", "bytes sent by the store", "ratio to the tensors", "seconds"], rows)
     same = all(output == outputs[0] for output in outputs)

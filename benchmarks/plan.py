@@ -63,8 +63,8 @@ def deepseek_671b() -> tuple[dict[str, object], Shapes]:
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
     config = {"model_type": "deepseek_v3", "hidden_size": hidden, "intermediate_size": 18432, "num_hidden_layers": 61}
     heads = {"num_attention_heads": 128, "num_key_value_heads": 128, "qk_nope_head_dim": 128, "v_head_dim": 128}
-    experts = {"n_routed_experts": 256, "first_k_dense_replace": 3, "moe_intermediate_size": expert}
-    return {"architectures": ["DeepseekV3ForCausalLM"], **config, **heads, **experts, "vocab_size": vocabulary}, shapes
+    mixture = {"n_routed_experts": 256, "first_k_dense_replace": 3, "moe_intermediate_size": expert}
+    return {"architectures": ["DeepseekV3ForCausalLM"], **config, **heads, **mixture, "vocab_size": vocabulary}, shapes
 
 
 def nbytes(shape: tuple[int, ...]) -> int:
@@ -83,7 +83,7 @@ def make(folder: Path, config: dict[str, object], shapes: Shapes) -> None:
             filled = 0
         shards[-1][name] = shape
         filled += nbytes(shape)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header = build_header((name, "BF16", shape, nbytes(shape)) for name, shape in shard.items())

@@ -12,6 +12,7 @@ Good result, exit code 0: the worst squared error is at most 1.001 × the optimu
 
 import argparse
 import sys
+from functools import partial
 from statistics import median
 
 import torch
@@ -60,8 +61,8 @@ def measure(kind: str, matrix: Tensor, ranks: list[int], runs: int) -> list[tupl
         full_times.append(full)
         tails = values.double().square().flip(0).cumsum(0).flip(0)
         for rank in ranks:
-            (left, right), mine = timed(lambda rank=rank: ours(matrix, rank))
-            (left2, right2), peer = timed(lambda rank=rank: svd_lowrank(matrix, rank))
+            (left, right), mine = timed(partial(ours, matrix, rank))
+            (left2, right2), peer = timed(partial(svd_lowrank, matrix, rank))
             optimum = float(tails[rank])
             pair = squared_error(matrix, left, right) / optimum, squared_error(matrix, left2, right2) / optimum
             errors[rank].append(pair)

@@ -61,7 +61,7 @@ def make(case: Case, directory: str) -> None:
     values = {name: weight.bfloat16().view(torch.uint8).numpy() for name, weight in tensors.items()}
     header = build_header((name, "BF16", tuple(weight.shape), 2 * weight.numel()) for name, weight in tensors.items())
     store = Store.at(directory)
-    store.write(SINGLE, [header, *(memoryview(value).cast("B") for value in values.values())])
+    store.write(SINGLE, [header, *(value.data.cast("B") for value in values.values())])
     store.write_json("config.json", {"model_type": "llama", "hidden_size": case.hidden})
 
 
@@ -78,18 +78,18 @@ def measure(case: Case, folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    rows = []
+    rows: list[tuple[str, str, float, float, float]] = []
     for case in CASES:
         with tempfile.TemporaryDirectory(prefix="time-estimate") as folder:
             estimated, seconds = measure(case, Path(folder))
         rows.append(
-            [
+            (
                 case.name,
                 f"{case.hidden}×{case.hidden}, {case.keys}×{case.hidden}",
                 estimated,
                 seconds,
                 estimated / seconds,
-            ]
+            )
         )
     print_markdown(["model", "Q, K", "estimated s", "measured s", "ratio"], rows)
     raise SystemExit(any(not 1 / LIMIT <= ratio <= LIMIT for *_, ratio in rows))

@@ -30,7 +30,7 @@ class Watch:
     def __init__(self, driver: psutil.Process) -> None:
         self.driver = driver
         self.peaks: dict[str, Counter[str]] = defaultdict(Counter)
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.workers = 0
         self.sampled = time.perf_counter()
         self.processes: tuple[psutil.Process, ...] = ()

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from swsc_core.method.codebook import nearest
 
 from benchmarks.gpu.finding import Bench, Finding
 from pipeline.device import fix_arithmetic
 from swsc_core.method.svd import svd_by_eigenvectors
+from swsc_core.method.weighted_kmeans import nearest
 
 _ASSERT = "torch.zeros(4, device='cuda')[torch.tensor([9], device='cuda')].sum().item()"
 _FULL = "torch.empty(1 << 50, dtype=torch.uint8, device='cuda')"

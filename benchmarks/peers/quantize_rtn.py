@@ -23,7 +23,6 @@ def quantize(request: argparse.Namespace, shapes: Shapes) -> Outcome:
             request.bits,
             granularity=granularity,
             group_size=max(1, request.group_size),
-            name=name,
             scale_dtype=weight.dtype if weight.element_size() == 2 else torch.float16,
         )
         weights[name], stored[name] = dequantize(matrix), stored_bytes(matrix)
