@@ -50,7 +50,7 @@ class Spec(ABC):
 
     @classmethod
     def require_bits(cls, bits: float | None) -> None:
-        """Raise ValueError for a bit budget, in bits per weight, that the method cannot use; None: no budget is given."""
+        """Raise ValueError for a budget, in bits per weight, that the method cannot use; None: no budget."""
         if bits is not None and bits <= 0:
             raise ValueError(f"bits: {bits:g} is out of range (choose more than 0)")
 
