@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.validation import validated
-from pipeline.texts.contamination import require_apart
+from pipeline.texts.contamination import require_uncontaminated
 from pipeline.texts.texts import read_text
 from pipeline.texts.windows import calibration_windows
 
@@ -23,7 +23,7 @@ def calibration_tokens(
     """
     given = {"calibration": calibration, "calibration_windows": windows, "calibration_seqlen": seqlen}
     text = calibration_windows(model, validated(CalibrationSettings, given))
-    require_apart(text.traces, read_text(measured_on), measured_on)
+    require_uncontaminated(text.hashes, read_text(measured_on), measured_on)
     digest = hashlib.sha256(text.ids.tobytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"calibration-{windows}x{seqlen}-{digest[:8]}.npy"

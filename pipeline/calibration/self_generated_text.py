@@ -19,7 +19,7 @@ from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage.cache_key import cache_name, versioned
 from pipeline.storage.records import read_cached
 from pipeline.storage.store import Store
-from pipeline.texts.windows import load_tokenizer, opening_of
+from pipeline.texts.windows import load_tokenizer, prefix_tokens
 
 # Windows that one task generates together.
 _BATCH = 16
@@ -39,7 +39,7 @@ def self_generated_windows(
         TextError: the model has no tokenizer, which defines how a text begins.
     """
     count, seqlen = settings.calibration_windows, settings.calibration_seqlen
-    prefix = opening_of(load_tokenizer(source.store.root, settings.trust_remote_code))
+    prefix = prefix_tokens(load_tokenizer(source.store.root, settings.trust_remote_code))
     identity = versioned(
         "written",
         {

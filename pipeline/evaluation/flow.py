@@ -17,7 +17,7 @@ from pipeline.models.stored_model import Model, open_model
 from pipeline.outputs.transaction import calibration_hashes
 from pipeline.planning.cost_model import evaluation_bytes, evaluation_device_bytes
 from pipeline.settings.evaluation import EvaluateSettings, MeasureSettings
-from pipeline.texts.contamination import require_apart
+from pipeline.texts.contamination import require_uncontaminated
 from pipeline.texts.texts import read_text
 from pipeline.texts.windows import Windows, make_windows, require_within
 
@@ -94,7 +94,7 @@ def require_unseen(model: Model, read: Callable[[], str], name: str) -> None:
     `read` returns the text; it is called only if the model was calibrated.
     """
     if hashes := calibration_hashes(model.checkpoint.store):
-        require_apart(hashes, read(), name)
+        require_uncontaminated(hashes, read(), name)
 
 
 def evaluator_bytes(model: Model, settings: EvaluateSettings) -> int:

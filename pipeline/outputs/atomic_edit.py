@@ -69,7 +69,8 @@ def edit_file(
 def complete_interrupted_edit(store: Store) -> None:
     """Complete the edit of a finished output that a killed run has begun, and remove its temporary files.
 
-    Does nothing if there is none, if another run writes there, if the directory is read-only, or if the note is damaged.
+    Does nothing if there is none, if another run writes there, if the directory is read-only, or if the note is
+    damaged.
     """
     interrupted = store.is_local and (".swsc" in store.entries() or has_unfinished(store, _EDITED))
     if not interrupted or not is_free(store):
@@ -110,7 +111,7 @@ def _write_noted(store: Store) -> None:
 
 
 def _read_note(store: Store) -> tuple[dict[str, str], Manifest]:
-    """Return new texts by file name, and the manifest that belongs to them; raise DamageError if the note is damaged."""
+    """Return the new texts by file name, and their manifest; raise DamageError if the note is damaged."""
     try:
         texts = dict(store.read_json(_NOTE))
         manifest = cast(Manifest, check_record(ManifestRecord, texts.pop(MANIFEST)))

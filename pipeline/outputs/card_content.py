@@ -139,7 +139,7 @@ def _card(source: Checkpoint, facts: CardFacts) -> str:
 
 
 def _command(settings: CompressSettings) -> str:
-    """The command that repeats the compression, derived from the settings alone: what the user typed may contain paths."""
+    """The command that repeats the compression, from the settings alone: the typed command may contain paths."""
     given = {"method": settings.method, "preset": settings.preset, **settings.model_dump(exclude_defaults=True)}
     flags = " ".join(_flag(name, value) for name, value in given.items())
     return f"```\nswsc compress MODEL OUTPUT {flags}\n```"

@@ -1,4 +1,4 @@
-"""Perplexities in a model card: in its front matter, where the Hub and this module find them, and as a table for readers.
+"""Perplexities in a model card: in its front matter, for the Hub and this module, and in a table, for readers.
 
 Perplexities are comparable only within one protocol: text (by hash), windows, BOS and data type. A card has one row per
 protocol.

@@ -1,7 +1,7 @@
 """What a directory to be written already holds: nothing, another output, or this one: finished, damaged or unfinished.
 
-Only files that belong to an output are ever removed. A file counts as finished only if its record names this very run and
-its bytes are those of the record.
+Only files that belong to an output are ever removed. A file counts as finished only if its record names this very run
+and its bytes are those of the record.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -142,8 +142,8 @@ def resume_or_start(
 def started_identity(store: Store, identity: Mapping[str, object]) -> Mapping[str, object]:
     """The identity with which the present run was started, with the arithmetic of `identity`.
 
-    It compares equal to `identity`, but may leave out settings with default values. Records of finished files contain the
-    digest of the started identity.
+    It compares equal to `identity`, but may leave out settings with default values. Records of finished files contain
+    the digest of the started identity.
     """
     return {**_read_own(store, RUN), **{key: identity[key] for key in ARITHMETIC if key in identity}}
 
@@ -179,7 +179,7 @@ def _clear_replaced(store: Store) -> None:
 
 
 def _read_own(store: Store, name: str, *keys: str, kind: type[Record] = Record) -> Any:
-    """Read a JSON file of the output as a dictionary in which `keys` hold objects; raise OutputError if it is damaged."""
+    """Read a JSON file of the output in which `keys` hold objects; raise OutputError if it is damaged."""
     try:
         value = read_record(store, name, kind)
         return {**value, **{key: dict(value[key]) for key in keys}}
@@ -195,8 +195,8 @@ def _require_same_run(store: Store, before: Mapping[str, object], now: Mapping[s
     if changed:
         raise UnusableOutput(
             f"{store.root}: started with other arithmetic ({'; '.join(changed)}), so its bytes would differ",
-            "resume with the arithmetic of the start (--gpus-per-worker 0 computes on CPUs), choose another directory, or"
-            " replace it with --overwrite",
+            "resume with the arithmetic of the start (--gpus-per-worker 0 computes on CPUs), choose another"
+            " directory, or replace it with --overwrite",
         )
 
 

@@ -1,8 +1,8 @@
 """The model card of an output: README.md with a front matter that the Hub reads.
 
-A card depends only on the files of the source and on the settings, so that equal runs write equal cards: it contains no
-times, paths or machines. Licence, language and task of the source's card are copied into its front matter. The text of the
-source's card describes another model, and is kept in a file of its own (docs/decisions.md).
+A card depends only on the files of the source and on the settings, so that equal runs write equal cards: it contains
+no times, paths or machines. Licence, language and task of the source's card are copied into its front matter. The
+text of the source's card describes another model, and is kept in a file of its own (docs/decisions.md).
 """
 
 import re
@@ -150,7 +150,7 @@ def _plain_value(node: yaml.Node | None) -> object:
 
 
 def _words(value: object) -> str | list[str] | None:
-    """A printable text or a list of such; None for anything else, also for an empty text, which no card may have there."""
+    """A printable text that is not blank, or a list of such; None for anything else."""
     if isinstance(value, list):
         words = [word for word in map(_words, value) if isinstance(word, str)]
         return words if len(words) == len(value) else None
@@ -181,8 +181,9 @@ def make_card(source: Checkpoint, source_card: SourceCard, facts: CardFacts) -> 
 def _base_model(source: Checkpoint, source_card: SourceCard, facts: CardFacts) -> FrontMatter:
     """Front matter that names the base model, and how the output relates to it; empty if nothing names it.
 
-    The base model is the Hub id of the source; or else the id that its config.json was saved from; or else the base model
-    of the source's own card, with the relation that this card states. For a restored model that card has priority.
+    The base model is the Hub id of the source; or else the id that its config.json was saved from; or else the base
+    model of the source's own card, with the relation that this card states. For a restored model that card has
+    priority.
     """
     carded = source_card.data.get("base_model")
     if carded and all(map(is_hub_id, carded if isinstance(carded, list) else [carded])):
@@ -252,8 +253,8 @@ def _figures(facts: CardFacts) -> str:
     whole_bits = 8 * facts.compact_bytes / facts.weights
     form = "" if facts.form == "swsc" else " in format swsc"
     return (
-        f"- Bits per weight{form}: {bits_of(facts.matrices):.3f} over the compressed matrices, {whole_bits:.3f} over the"
-        " whole model, counted from stored bytes including labels and scales.\n"
+        f"- Bits per weight{form}: {bits_of(facts.matrices):.3f} over the compressed matrices, {whole_bits:.3f} over"
+        " the whole model, counted from stored bytes including labels and scales.\n"
         f"- {share:.1%} of {facts.weights:,} weights are compressed.\n"
         f"- Tensors: {facts.source_bytes:,} bytes before, {facts.output_bytes:,} here."
     )

@@ -1,4 +1,4 @@
-"""Files that belong to an output: those that its manifest and the records of its runs list. No other file is removed."""
+"""Files that belong to an output: those that its manifest and run records list. No other file is removed."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -73,8 +73,8 @@ def require_no_others(store: Store, names: Iterable[str]) -> None:
         return
     if others := sorted(present(store, names) - _recorded(store) - files.keys()):
         raise OutputError(
-            f"{store.root}: {others[0]} exists and would be replaced, but is not a file of this output; move it, or choose"
-            " another directory"
+            f"{store.root}: {others[0]} exists and would be replaced, but is not a file of this output; move it, or"
+            " choose another directory"
         )
 
 
@@ -84,7 +84,7 @@ def competing_weights(store: Store, output_files: Collection[str]) -> list[str]:
 
 
 def require_no_competing_weights(store: Store) -> None:
-    """Raise OutputError for a file of the user that `from_pretrained` would load instead of, or on top of, the output."""
+    """Raise OutputError for a file of the user that `from_pretrained` would load instead of the output's."""
     files = _manifest_files(store)
     if files is not None and (names := competing_weights(store, files.keys() | _recorded(store))):
         raise OutputError(
@@ -119,7 +119,7 @@ def _is_as_listed(store: Store, name: str, entry: ManifestEntry) -> bool:
 
 
 def clear(store: Store, names: Collection[str]) -> None:
-    """Remove files and the folders that are empty afterwards; links are removed, their targets and outside files are not."""
+    """Remove files, and folders that are empty afterwards. Targets of links and outside files are not removed."""
     inside = _names_inside(names)
     for name in sorted(present(store, inside)):
         is_folder = not (store.exists(name) or store.is_link(name))

@@ -152,7 +152,8 @@ def begin_with_room(
     output = begin(replace(request, source=source.store, rewrite=rewrite), on_wait)
     if output.complete and changed:
         log(
-            f"note: {store.root}: {changed[0]} of {source.store.root} ({len(changed)} files in all) has changed since this"
+            f"note: {store.root}: {changed[0]} of {source.store.root} ({len(changed)} files in all) has changed"
+            " since this"
             " output was written, which holds the earlier version; write the output again with --overwrite to update it"
         )
     try:

@@ -17,8 +17,8 @@ def run_output_stage(
 ) -> None:
     """Run the tasks that write an output.
 
-    The output is abandoned if a weight turns out to be uncompressible, or if the cluster cannot run the tasks and no file
-    is finished. With finished files it is kept, because the failure may come from a node that joined late.
+    The output is abandoned if a weight turns out to be uncompressible, or if the cluster cannot run the tasks and no
+    file is finished. With finished files it is kept, because the failure may come from a node that was added late.
     """
     try:
         run_stage(pools, stage, tasks, on_result)

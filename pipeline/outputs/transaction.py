@@ -1,9 +1,9 @@
 """An output directory: how a run begins, resumes, replaces and commits it.
 
-During a run the directory holds finished tensor files and, below `.swsc`, the identity of the run, its lease, and a record of
-each finished file. The other files follow at the end, the manifest last. A directory without a manifest therefore never
-counts as a finished output, and an interrupted run can resume. A worker of a run that has lost the directory is recognized by
-its ticket, and its files by the run that their records name.
+During a run the directory holds finished tensor files and, below `.swsc`, the identity of the run, its lease, and a
+record of each finished file. The other files follow at the end, the manifest last. A directory without a manifest
+therefore never counts as a finished output, and an interrupted run can resume. A worker of a run that has lost the
+directory is recognized by its ticket, and its files by the run that their records name.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -215,9 +215,9 @@ def finish(
 ) -> None:
     """Write all files beside the finished tensor files, the manifest last.
 
-    The source's own card is kept as SOURCE_CARD. The record of a calibration is copied from the source, unless `records`
-    contain a new one. The manifest lists every file except itself and the report, which contains times and therefore
-    differs between runs.
+    The source's own card is kept as SOURCE_CARD. The record of a calibration is copied from the source, unless
+    `records` contain a new one. The manifest lists every file except itself and the report, which contains times and
+    therefore differs between runs.
 
     Args:
         records: the tensor files, and further files that the run has written.
@@ -239,7 +239,7 @@ def finish(
 
 
 def _note_finishing(store: Store, names: list[str]) -> None:
-    """Record the files that are about to be written, and remove those that only an interrupted earlier attempt wrote."""
+    """Record the files to be written, and remove those that only an interrupted attempt wrote."""
     clear(store, set(read_list(store, FINISHING)) - set(names))
     store.write_json(FINISHING, names)
 

@@ -40,8 +40,8 @@ def _require_short(root: str, name: str) -> None:
     limit = _MAX_NAME_BYTES - _TEMPORARY_BYTES
     if (longest := max(len(os.fsencode(part)) for part in name.split("/"))) > limit:
         raise CheckpointError(
-            f"{root}: the file name {name[:40]!r}… has {longest} bytes, more than the limit of {limit}; rename the file,"
-            " or move it away"
+            f"{root}: the file name {name[:40]!r}… has {longest} bytes, more than the limit of {limit}; rename the"
+            " file, or move it away"
         )
 
 
@@ -55,7 +55,8 @@ def _require_printable(subject: str, name: str, is_valid: bool) -> None:
     has_control = any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
     if not (is_valid and _is_utf8(name)) or has_control:
         raise CheckpointError(
-            f"{subject} cannot be written: not UTF-8, or with control characters or \\ in it; rename it, or move it away"
+            f"{subject} cannot be written: not UTF-8, or with control characters or \\ in it; rename it, or move it"
+            " away"
         )
 
 

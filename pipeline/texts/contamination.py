@@ -1,9 +1,9 @@
-"""Whether two texts share passages: a model must not be calibrated on what it is measured on.
+"""Contamination: whether an evaluation text shares passages with the calibration text.
 
-A passage of 16 words is hashed, and one hash in sixteen is kept: a copied paragraph of some hundred words then leaves a
-trace with near certainty, and the traces of a text of a million words are small enough to travel with a model. Letters and digits
-alone count: WikiText sets blanks around punctuation, and other copies of the same articles do not. In scripts that set no space
-between words each character counts as one.
+Each passage of 16 words is hashed, and one hash in 16 is kept. A copied paragraph of some hundred words almost
+certainly leaves a common hash, and the hashes of a text of a million words are small enough to be stored with a
+model. Only letters and digits count, because copies of one text differ in spaces around punctuation. In scripts that
+put no space between words, each character counts as one word.
 """
 
 import hashlib
@@ -12,26 +12,44 @@ import unicodedata
 
 from pipeline.errors import TextError
 
-_WORDS = 16
-_KEPT = 16  # one hash in so many
-_LONGEST = 24  # characters of a word; what is longer has no spaces where words end
+# Words of a passage.
+_PASSAGE_WORDS = 16
+# One hash in so many is kept.
+_SAMPLING = 16
+# Longest word in characters. A longer run is split into its characters: its script puts no spaces between words.
+_MAX_WORD_CHARACTERS = 24
 _WORD = re.compile(r"[^\W_]+")
 
 
-def traces(text: str) -> frozenset[str]:
-    """Hashes (16 hexadecimal digits) of passages of the text; white space, punctuation and letter case are passed over."""
+def passage_hashes(text: str) -> frozenset[str]:
+    """Sampled hashes of the text's passages, 16 hexadecimal digits each; spaces, punctuation and case do not count."""
+    words = _words(text)
+    count = max(0, len(words) - _PASSAGE_WORDS + 1)
+    passages = (" ".join(words[start : start + _PASSAGE_WORDS]) for start in range(count))
+    digests = (hashlib.blake2b(passage.encode(), digest_size=8).digest() for passage in passages)
+    return frozenset(digest.hex() for digest in digests if digest[0] % _SAMPLING == 0)
+
+
+def _words(text: str) -> list[str]:
     runs = unicodedata.normalize("NFKC", text).lower().split()
-    words = [word for run in runs for word in _WORD.findall(run) for word in (word if len(run) > _LONGEST else [word])]
-    passages = (" ".join(words[start : start + _WORDS]) for start in range(max(0, len(words) - _WORDS + 1)))
-    hashes = (hashlib.blake2b(passage.encode(), digest_size=8).digest() for passage in passages)
-    return frozenset(digest.hex() for digest in hashes if digest[0] % _KEPT == 0)
+    return [
+        word
+        for run in runs
+        for match in _WORD.findall(run)
+        for word in (match if len(run) > _MAX_WORD_CHARACTERS else [match])
+    ]
 
 
-def require_apart(calibration: frozenset[str], evaluation_text: str, name: str) -> None:
-    """Raise TextError if the text to be measured on shares passages with the traces of the calibration text."""
-    shared = calibration & traces(evaluation_text)
+def require_uncontaminated(calibration: frozenset[str], evaluation_text: str, name: str) -> None:
+    """Raise TextError if the evaluation text shares passages with the calibration text.
+
+    Args:
+        calibration: `passage_hashes` of the calibration text.
+        name: of the evaluation text.
+    """
+    shared = calibration & passage_hashes(evaluation_text)
     if shared:
         raise TextError(
-            f"text {name}: shares passages with the calibration text ({len(shared)} found in a sample of one in {_KEPT});"
-            " a figure measured on it would flatter: give another text, or calibrate on another one"
+            f"text {name}: shares passages with the calibration text ({len(shared)} in a sample of one in {_SAMPLING}),"
+            " so its perplexity would be too low; give another text, or calibrate on another one"
         )

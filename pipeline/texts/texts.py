@@ -1,27 +1,35 @@
-"""Texts to calibrate and to measure on: plain files to the byte, and documents of tables joined by blank lines.
+"""Texts for calibration and evaluation: plain files, byte for byte, and documents of tables, separated by blank lines.
 
-What a file is, its name says: `.txt`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, each of them also compressed (`.gz`, `.zst`, `.xz`,
-`.bz2`). Only where the name says nothing the content is looked at, and what could be either is refused. What is no file is a data set
-of the Hub.
+The suffix determines the format: `.txt`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, each also compressed (`.gz`,
+`.zst`, `.xz`, `.bz2`). The content is examined only without such a suffix, and refused if it is ambiguous. A name
+that is not a file is a data set of the Hub.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.errors import TextError, first_line
 from pipeline.storage.store import Store
 from pipeline.texts.decompress import COMPRESSED, Damaged, compression_of, decompressed
-from pipeline.texts.tables import AMBIGUOUS, READERS, Misread, table_like
+from pipeline.texts.tables import AMBIGUOUS, READERS, Misread, Row, table_suffix
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 WIKITEXT2 = "wikitext2"
-_MOST = 2 << 30  # bytes of a text: it is tokenised as a whole, which takes some twenty times as many
+# Largest text in bytes. It is tokenized as a whole, which takes some twenty times as much memory.
+_MAX_BYTES = 2 << 30
 _PLAIN = {".txt", ".text", ".md", ".raw", ".rst", ".log"}
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w.-]{1,96})?(:[^:/]{0,96}){0,2}")
-_REMOTE = ("hf://", "http://", "https://")  # read by the library `datasets`
+# Addresses that the library `datasets` reads.
+_REMOTE = ("hf://", "http://", "https://")
+# Suffix of a remote file -> its builder in the library `datasets`.
 _BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+# Types of text columns in the library `datasets`.
+_STRING_TYPES = ("string", "large_string")
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,8 @@ class Text:
     """A text as one string.
 
     Attributes:
-        documents: how many documents of a table were joined by blank lines to make it; None for a plain file.
-        column: theirs.
+        documents: number of documents of a table that the text consists of; None for a plain file.
+        column: the column of the table; None for a plain file.
     """
 
     content: str
@@ -39,42 +47,43 @@ class Text:
 
     @property
     def origin(self) -> str:
-        """How it was made of a table, in words; "" for a plain file."""
+        """How the text was assembled from a table, in words; "" for a plain file."""
         if self.documents is None:
             return ""
-        return f"column {self.column!r} of {self.documents:,} documents, joined by blank lines"
+        return f"column {self.column!r} of {self.documents:,} documents, separated by blank lines"
 
 
-def open_text(name: str, column: str | None = None, split: str = "test") -> Text:
-    """The text at `name`: a file here or in an object store, `wikitext2`, or a data set of the Hub (NAME[:CONFIG[:SPLIT]]).
+def open_text(name: str, column: str | None = None, split: str = "test", max_bytes: int = _MAX_BYTES) -> Text:
+    """Read a text: a file on disk or in an object store, `wikitext2`, or a data set of the Hub (NAME[:CONFIG[:SPLIT]]).
 
     Args:
         column: of a table; by default "text", or its only column of strings.
-        split: of a data set of the Hub whose name says none.
+        split: of a data set of the Hub if its name states none.
+        max_bytes: largest size, of a compressed file after decompression.
 
     Raises:
-        TextError: no such text, one that is damaged, too large or no text, or a table whose column is not clear.
+        TextError: the text does not exist, is damaged, too large or not a text, or the column of a table is ambiguous.
     """
     if name == WIKITEXT2:
-        return _of_hub(name, ["Salesforce/wikitext", "wikitext-2-raw-v1"], "test", column)
+        return _open_dataset(name, ["Salesforce/wikitext", "wikitext-2-raw-v1"], "test", column)
     if name.startswith(_REMOTE):
-        return _of_hub(name, [_builder_of(name)], "train", column, data_files=name)
+        return _open_dataset(name, [_builder_of(name)], "train", column, is_file=True)
     if _HUB_ID.fullmatch(name) and not _looks_like_a_file(name) and not Path(name).exists():
-        place, config, own = [*name.split(":"), "", ""][:3]
-        return _of_hub(name, [place, *([config] if config else [])], own or split, column)
+        repository, config, named_split = [*name.split(":"), "", ""][:3]
+        return _open_dataset(name, [repository, *([config] if config else [])], named_split or split, column)
     try:
-        return _of_file(name, column)
+        return _open_file(name, column, max_bytes)
     except (Misread, Damaged) as error:
         raise TextError(f"text {name}: {error}") from None
 
 
 def read_text(name: str, column: str | None = None, split: str = "test") -> str:
-    """The string alone."""
+    """Return the content of `open_text`."""
     return open_text(name, column, split).content
 
 
 def has_columns(name: str) -> bool:
-    """Whether the name is not that of a plain file."""
+    """Whether a text of this name may be a table."""
     path = Path(name)
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower() not in _PLAIN
 
@@ -84,89 +93,104 @@ def _looks_like_a_file(name: str) -> bool:
     return bool(suffixes & (_PLAIN | READERS.keys() | COMPRESSED.keys())) or name.count("/") > 1 or name[0] in "./~"
 
 
-def _of_file(name: str, column: str | None) -> Text:
-    data, suffix = _bytes(name), Path(name).suffix.lower()
-    if suffix in COMPRESSED:
-        data, suffix = (
-            decompressed(data, COMPRESSED[suffix], _MOST),
-            Path(name.removesuffix(Path(name).suffix)).suffix.lower(),
-        )
-    elif suffix not in _PLAIN | READERS.keys() and (kind := compression_of(data)):
-        data = decompressed(data, kind, _MOST)
-    if data[257:262] == b"ustar":  # names and owners of files, which are valid UTF-8, stand between the texts
+def _open_file(name: str, column: str | None, max_bytes: int) -> Text:
+    data, suffix = _decompress_file(name, _read_bytes(name, max_bytes), max_bytes)
+    if data[257:262] == b"ustar":  # valid UTF-8, but with names and owners of files between the texts
         raise TextError(f"text {name}: an archive of files (tar); unpack it, and give one of them")
     if suffix not in _PLAIN | READERS.keys():
-        suffix = table_like(data)
+        suffix = table_suffix(data)
     if suffix == AMBIGUOUS:
         raise TextError(
-            f"text {name}: begins as JSON does, and is none throughout; rename it: .txt if it is to be read as it stands, .jsonl for"
-            " one object a line"
+            f"text {name}: begins like JSON, but is not valid JSON; rename it: .txt to read it as plain text, .jsonl"
+            " for one object per line"
         )
     if suffix in READERS:
-        return _joined(name, READERS[suffix](data), column)
+        return _from_rows(name, READERS[suffix](data), column, max_bytes)
     try:
         return Text(bytes(data).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise TextError(f"text {name}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
 
 
-def _bytes(name: str) -> bytearray:
+def _decompress_file(name: str, data: bytearray, max_bytes: int) -> tuple[bytearray, str]:
+    """The decompressed content of a file, and the suffix of its name without that of a compression."""
+    path = Path(name)
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED:
+        inner_suffix = Path(name.removesuffix(path.suffix)).suffix.lower()
+        return decompressed(data, COMPRESSED[suffix], max_bytes), inner_suffix
+    if suffix not in _PLAIN | READERS.keys() and (kind := compression_of(data)):
+        return decompressed(data, kind, max_bytes), suffix
+    return data, suffix
+
+
+def _read_bytes(name: str, max_bytes: int) -> bytearray:
     store = Store.at(name)
     try:
         if store.is_local and store.is_there:
             raise TextError(f"text {name}: a folder; name one file in it")
-        if (size := store.parent.size(store.name)) > _MOST:
-            raise TextError(_too_large(name, size))
+        _require_size(name, store.parent.size(store.name), max_bytes)
         return store.parent.read(store.name)
     except OSError as error:
         raise TextError(
-            f"text {name}: {error.strerror}; give a text file, {WIKITEXT2}, or a data set of the Hub as NAME:CONFIG:SPLIT"
+            f"text {name}: {error.strerror}; give a text file, {WIKITEXT2}, or a data set of the Hub as"
+            " NAME:CONFIG:SPLIT"
         ) from None
 
 
-def _too_large(name: str, size: int) -> str:
-    return f"text {name}: {size:,} bytes, at most {_MOST:,} are read; give a part of it"
+def _require_size(name: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise TextError(f"text {name}: {size:,} bytes, more than the limit of {max_bytes:,}; give a part of it")
 
 
-def _joined(name: str, rows: Iterable[Mapping[str, Any]], column: str | None) -> Text:
-    """The documents of a table; those that are none are passed over."""
-    texts: list[str] = []
-    size, names = 0, dict[str, None]()
+def _from_rows(name: str, rows: Iterable[Row], column: str | None, max_bytes: int = _MAX_BYTES) -> Text:
+    """Join the documents of a table; rows without one are skipped."""
+    documents: list[str] = []
+    size, columns = 0, dict[str, None]()
     for number, row in enumerate(rows, 1):
         column = column or _column_of(name, row)
-        names |= dict.fromkeys(row)
+        columns |= dict.fromkeys(row)
         value = row.get(column)
         if value is None:
             continue
         if not isinstance(value, str):
             raise TextError(
-                f"text {name}: its column {column!r} holds values of type {type(value).__name__}, not text (row {number:,}); name"
-                " another column by --text-column"
+                f"text {name}: its column {column!r} holds values of type {type(value).__name__}, not text (row"
+                f" {number:,}); name another column with --text-column"
             )
-        texts.append(value)
-        if (size := size + len(value)) > _MOST:
-            raise TextError(_too_large(name, size))
-    if not texts:
+        documents.append(value)
+        size += len(value)
+        _require_size(name, size, max_bytes)
+    if not documents:
         raise TextError(
-            f"text {name}: no column {column or 'text'!r} with text in it among {', '.join(names) or 'none'}"
+            f"text {name}: no column {column or 'text'!r} with text in it among {', '.join(columns) or 'none'}"
         )
-    content = "\n\n".join(texts)
+    content = "\n\n".join(documents)
+    _require_encodable(name, content)
+    return Text(content, len(documents), column)
+
+
+def _require_encodable(name: str, content: str) -> None:
     try:
         content.encode()
     except UnicodeEncodeError as error:
         raise TextError(
-            f"text {name}: half a surrogate pair, which is no character (at {error.start:,}); export it again"
+            f"text {name}: an unpaired surrogate, which is not a character (at {error.start:,}); export it again"
         ) from None
-    return Text(content, len(texts), column)
 
 
-def _column_of(name: str, row: Mapping[str, Any]) -> str:
-    """The column that holds the text, as the first row has it."""
+def _column_of(name: str, row: Row) -> str:
+    """The text column, from the values of the first row."""
     strings = [key for key, value in row.items() if isinstance(value, str)]
     if "text" in row or len(strings) == 1 or len(row) == 1:
         return "text" if "text" in row else (strings or list(row))[0]
-    raise TextError(
-        f"text {name}: no column 'text' among {', '.join(row) or 'none'}; name the one that holds the text by --text-column"
+    raise _no_text_column(name, "text", row)
+
+
+def _no_text_column(name: str, column: str, columns: Iterable[str]) -> TextError:
+    return TextError(
+        f"text {name}: no column {column!r} among {', '.join(columns) or 'none'}; name the one that holds the text with"
+        " --text-column"
     )
 
 
@@ -175,30 +199,42 @@ def _builder_of(name: str) -> str:
     return next((_BUILDERS[suffix] for suffix in suffixes[::-1] if suffix in _BUILDERS), "text")
 
 
-def _of_hub(name: str, source: list[str], split: str, column: str | None, **how: Any) -> Text:
+def _open_dataset(name: str, path: list[str], split: str, column: str | None, is_file: bool = False) -> Text:
+    """Read a data set with the library `datasets`.
+
+    Args:
+        path: repository and configuration, or the builder of a remote file.
+        is_file: `name` is a remote file.
+    """
     from datasets import load_dataset
 
-    how |= {"sample_by": "document"} if source == ["text"] else {}
-    how |= {"sep": "\t"} if ".tsv" in name and source == ["csv"] else {}
+    options = _file_options(name, path[0]) if is_file else {}
     try:
-        rows = load_dataset(*source, split=split, **how)
-    except Exception as error:  # the library has no common root for "offline", "not found" and "refused"
-        reason = first_line(error)
-        what = (
+        rows = load_dataset(*path, split=split, **options)
+    except Exception as error:  # the library has no common base class for "offline", "not found" and "refused"
+        problem = (
             "could not be loaded"
             if name == WIKITEXT2
-            else "no such file, and no data set of the Hub that can be loaded"
+            else "neither an existing file nor a data set of the Hub that can be loaded"
         )
-        raise TextError(f"text {name}: {what} ({reason}); name a text file instead") from None
-    if column is None:
-        strings = [key for key, feature in rows.features.items() if getattr(feature, "dtype", None) in _STRINGS]
-        column = strings[0] if "text" not in rows.column_names and len(strings) == 1 else "text"
+        raise TextError(f"text {name}: {problem} ({first_line(error)}); name a text file instead") from None
+    column = column or _text_column(rows)
     if column not in rows.column_names:
-        raise TextError(
-            f"text {name}: no column {column!r} among {', '.join(rows.column_names)}; name the one that holds the text by --text-column"
-        )
-    made = _joined(name, ({column: value} for value in rows[column]), column)
-    return Text(made.content) if source == ["text"] else made
+        raise _no_text_column(name, column, rows.column_names)
+    text = _from_rows(name, ({column: value} for value in rows[column]), column)
+    return Text(text.content) if is_file and path == ["text"] else text
 
 
-_STRINGS = ("string", "large_string")
+def _file_options(name: str, builder: str) -> dict[str, str]:
+    """Options of `load_dataset` for a remote file."""
+    options = {"data_files": name}
+    if builder == "text":
+        options["sample_by"] = "document"
+    if builder == "csv" and ".tsv" in name:
+        options["sep"] = "\t"
+    return options
+
+
+def _text_column(rows: "Dataset") -> str:
+    strings = [key for key, feature in rows.features.items() if getattr(feature, "dtype", None) in _STRING_TYPES]
+    return strings[0] if "text" not in rows.column_names and len(strings) == 1 else "text"

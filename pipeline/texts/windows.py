@@ -1,11 +1,12 @@
-"""Text to windows: the standard protocol of perplexity, as GPTQ's published code has it.
+"""Windows of tokens of a text, by the standard protocol of perplexity (as in the published code of GPTQ).
 
-The whole text is tokenised once, by the tokenizer's own rules (a BOS that it adds stands once, at the very start), and
-cut into floor(n / L) windows of L tokens without overlap; the tail is dropped.
+The whole text is tokenized once, with the special tokens of the tokenizer: a BOS occurs once, at the very start. The
+tokens are cut into floor(n / L) windows of L tokens without overlap, and the tail is dropped.
 """
 
 import hashlib
 from dataclasses import dataclass
+from logging import ERROR
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,22 @@ from pipeline.errors import SwscError, TextError, first_line
 from pipeline.redaction import redacted
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.evaluation import EvaluateSettings
-from pipeline.texts.contamination import traces
+from pipeline.texts.contamination import passage_hashes
 from pipeline.texts.texts import open_text
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids int64 [windows, seqlen] of a text, and what must be said beside a perplexity measured on them.
+    """Windows of an evaluation text, and the facts about it that a perplexity is reported with.
 
     Attributes:
-        documents, column: of the table that the text was made of; None for a plain file.
+        ids: token ids, int64 [windows, seqlen].
+        text: name of the text, without secrets.
+        text_sha256: sha256 of the text.
+        text_tokens: tokens of the whole text.
+        bos: where BOS tokens occur, in words.
+        documents: number of documents of a table that the text consists of; None for a plain file.
+        column: the column of the table; None for a plain file.
     """
 
     ids: np.ndarray
@@ -40,24 +47,24 @@ class Windows:
 
 
 def make_windows(model: str, settings: EvaluateSettings) -> Windows:
-    """Tokenise the text by the tokenizer of `model` and cut it.
+    """Tokenize the text with the tokenizer of `model` and cut it into windows.
 
     Raises:
-        TextError: no such text, one shorter than a window, or fewer windows than asked for.
+        TextError: the text does not exist, or has fewer windows than requested, or none.
     """
     text = open_text(settings.text, settings.text_column)
     if settings.text_column and text.documents is None:
-        raise TextError(f"text {settings.text}: a plain file has no columns; drop --text-column")
+        raise TextError(f"text {settings.text}: a plain file has no columns; omit --text-column")
     tokenizer = load_tokenizer(model, settings.trust_remote_code)
-    ids, bos_token = _ids(tokenizer, text.content), tokenizer.bos_token_id
-    length, wanted = settings.seqlen, settings.windows
+    ids, length = _tokenize(tokenizer, text.content), settings.seqlen
     available = len(ids) // length
-    if available < (wanted or 1):
+    count = settings.windows or available
+    if available < max(count, 1):
         raise TextError(
-            f"text {settings.text}: {len(ids)} tokens make {available} windows of {length}, wanted {wanted or 1};"
-            " give a longer text, or lower --seqlen or --windows"
+            f"text {settings.text}: {len(ids)} tokens make {available} windows of {length}, expected"
+            f" {max(count, 1)}; give a longer text, or lower --seqlen or --windows"
         )
-    count = wanted or available
+    bos_token = tokenizer.bos_token_id
     starts_with_bos = bos_token is not None and len(ids) and ids[0] == bos_token
     return Windows(
         ids=ids[: count * length].reshape(count, length),
@@ -71,100 +78,124 @@ def make_windows(model: str, settings: EvaluateSettings) -> Windows:
 
 
 def require_within(ids: np.ndarray, source: Checkpoint) -> None:
-    """Raise TextError for windows, int64 [windows, length], of tokens or positions that `source` has no row for.
+    """Check that the model has embeddings for all tokens and positions of the windows.
 
-    On a CPU a table of embeddings would say so, on a GPU it would take the worker with it.
+    Args:
+        ids: token ids, int64 [windows, length].
+
+    Raises:
+        TextError: a token or a position has no embedding. On a CPU the lookup would fail with an error; on a GPU it
+        would
+            terminate the worker.
     """
-    known, table = find_number(source.config, "vocab_size"), has_position_table(source.config, source.tensors)
-    positions = max_positions(source.config) if table else None
-    most, length = int(ids.max(initial=0)), ids.shape[1]
-    if (known and most >= known) or (positions and length > positions):
+    vocabulary = find_number(source.config, "vocab_size")
+    has_table = has_position_table(source.config, source.tensors)
+    positions = max_positions(source.config) if has_table else None
+    largest, length = int(ids.max(initial=0)), ids.shape[1]
+    if vocabulary and largest >= vocabulary:
         raise TextError(
-            f"the model was made for {max_positions(source.config)} positions and {known} tokens, its input has others ({length}"
-            f" positions, token {most}): make windows shorter, or give the model its own tokenizer"
+            f"token {largest} is beyond the model's vocabulary of {vocabulary} tokens; give the model its own tokenizer"
+        )
+    if positions and length > positions:
+        raise TextError(
+            f"windows of {length} tokens are longer than the model's table of {positions} positions; make them shorter"
         )
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Token ids int64 [windows, seqlen], spread evenly over a text, and the text's traces (overlap.py).
+    """Windows of a calibration text.
 
     Attributes:
-        origin: how the text was made of a table, in words; "" for a plain file.
+        ids: token ids, int64 [windows, seqlen], of windows spread evenly over the text.
+        hashes: `passage_hashes` of the text.
+        origin: how the text was assembled from a table, in words; "" for a plain file.
     """
 
     ids: np.ndarray
-    traces: frozenset[str]
+    hashes: frozenset[str]
     origin: str = ""
 
 
 def calibration_windows(model: str, settings: CalibrationSettings) -> CalibrationText:
-    """Cut windows out of the calibration text, as far apart from each other as it allows, each opened as a text is.
+    """Cut evenly spaced windows out of the calibration text, and put the tokenizer's prefix before each.
 
-    A model that was made to see a BOS first is lost for a while without one, and its gradients there are those of no text
-    that it will ever be given (docs/method.md, section 2).
+    A model that was trained with a BOS computes unusual activations and gradients for the first tokens without one
+    (docs/method.md, section 2).
 
     Raises:
-        TextError: no text given, no such text, or one shorter than all windows together.
+        TextError: no text is given, it does not exist, or it is shorter than all windows together.
     """
     if settings.calibration is None:
-        raise TextError("calibration: no text given; name one by --calibration, or choose preset paper")
+        raise TextError("calibration: no text given; name one with --calibration, or choose preset paper")
     text = open_text(settings.calibration, settings.text_column, split="train")
     tokenizer = load_tokenizer(model, settings.trust_remote_code)
-    ids, opening = _ids(tokenizer, text.content, add_special_tokens=False), opening_of(tokenizer)
+    ids, prefix = _tokenize(tokenizer, text.content, special_tokens=False), prefix_tokens(tokenizer)
     length, count = settings.calibration_seqlen, settings.calibration_windows
     if len(ids) < length * count:
         raise TextError(
-            f"calibration text {settings.calibration}: {len(ids)} tokens, wanted {count} windows of {length}; give a longer"
-            " text, or lower --calibration-windows or --calibration-seqlen"
+            f"calibration text {settings.calibration}: {len(ids)} tokens, but {count} windows of {length} are"
+            " needed; give a"
+            " longer text, or lower --calibration-windows or --calibration-seqlen"
         )
     starts = [index * (len(ids) // count) for index in range(count)]
-    windows = [np.concatenate([opening, ids[start : start + length - len(opening)]]) for start in starts]
-    return CalibrationText(np.stack(windows), traces(text.content), text.origin)
+    windows = [np.concatenate([prefix, ids[start : start + length - len(prefix)]]) for start in starts]
+    return CalibrationText(np.stack(windows), passage_hashes(text.content), text.origin)
 
 
-def opening_of(tokenizer: Any) -> np.ndarray:
-    """Token ids, int64, that the tokenizer puts before every text: its BOS, as a rule, or nothing."""
-    whole, bare = _ids(tokenizer, "a").tolist(), _ids(tokenizer, "a", add_special_tokens=False).tolist()
-    before = next((place for place in range(len(whole)) if whole[place : place + len(bare)] == bare), 0)
-    return np.asarray(whole[:before], dtype=np.int64)
+def prefix_tokens(tokenizer: Any) -> np.ndarray:
+    """Token ids, int64, that the tokenizer puts before every text: usually BOS, or none."""
+    complete = _tokenize(tokenizer, "a").tolist()
+    bare = _tokenize(tokenizer, "a", special_tokens=False).tolist()
+    length = next((index for index in range(len(complete)) if complete[index : index + len(bare)] == bare), 0)
+    return np.asarray(complete[:length], dtype=np.int64)
 
 
-def _ids(tokenizer: Any, text: str, **how: Any) -> np.ndarray:
-    """Token ids of the whole text, int64; TextError if the tokenizer cannot cut it."""
+def _tokenize(tokenizer: Any, text: str, special_tokens: bool = True) -> np.ndarray:
+    """Token ids of the whole text, int64 [tokens]; raise TextError if the tokenizer fails."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut into windows
+    # Silences "sequence longer than the model's maximum": the tokens are cut into windows.
+    logging.set_verbosity(ERROR)
+    options = {} if special_tokens else {"add_special_tokens": False}
     try:
-        ids = np.asarray(tokenizer(text, **how)["input_ids"], dtype=np.int64)
+        ids = np.asarray(tokenizer(text, **options)["input_ids"], dtype=np.int64)
         if ids.ndim != 1 or (ids.size and ids.min() < 0):
             raise ValueError(f"token ids of shape {list(ids.shape)}, or below 0")
-    except BaseException as error:  # what a model's own files bring about, a panic of the Rust library among it
-        if not _is_of_a_tokenizer(error):
+    except BaseException as error:  # also a panic of the Rust library, which is not an Exception
+        if not _is_tokenizer_error(error):
             raise
-        reason = first_line(error)
         raise TextError(
-            f"{getattr(tokenizer, 'name_or_path', 'model')}: its tokenizer cannot cut a text ({type(error).__name__}: {reason});"
-            " repair tokenizer.json and tokenizer_config.json"
+            f"{getattr(tokenizer, 'name_or_path', 'model')}: its tokenizer cannot tokenize the text"
+            f" ({type(error).__name__}: {first_line(error)}); repair tokenizer.json and tokenizer_config.json"
         ) from None
     return ids
 
 
-def _is_of_a_tokenizer(error: BaseException) -> bool:
-    """Whether an error is one that a damaged or hostile tokenizer brings about; no interruption, no lack of memory."""
-    panic = type(error).__name__ == "PanicException"  # of the Rust library, which is no Exception
-    return panic or (isinstance(error, Exception) and not isinstance(error, MemoryError | SwscError))
+def _is_tokenizer_error(error: BaseException) -> bool:
+    """Whether a damaged or malicious tokenizer caused the error, in contrast to an interruption or a lack of memory."""
+    is_rust_panic = type(error).__name__ == "PanicException"
+    return is_rust_panic or (isinstance(error, Exception) and not isinstance(error, MemoryError | SwscError))
 
 
 def load_tokenizer(model: str, trusted: bool) -> Any:
-    """The tokenizer of `model`; TextError if it has none that can be loaded, `trusted`: its own code may be run."""
+    """Load the tokenizer of `model`.
+
+    Args:
+        trusted: code that the model contains may be run.
+
+    Raises:
+        TextError: the model has no tokenizer that can be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(small_files(model), trust_remote_code=trusted)
-    except BaseException as error:  # a damaged file makes the library raise whatever its parser meets
-        if not _is_of_a_tokenizer(error):
+    except BaseException as error:  # the library raises whatever its parsers raise for a damaged file
+        if not _is_tokenizer_error(error):
             raise
         require_no_custom_code(model, error)
-        reason = first_line(error)
-        raise TextError(f"{model}: no tokenizer to cut the text with ({type(error).__name__}: {reason})") from None
+        raise TextError(
+            f"{model}: no tokenizer that can be loaded ({type(error).__name__}: {first_line(error)}); add its tokenizer"
+            " files"
+        ) from None

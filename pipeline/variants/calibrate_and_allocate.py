@@ -21,7 +21,7 @@ from pipeline.settings.evaluation import EvaluateSettings
 from pipeline.settings.loading import LoadSettings
 from pipeline.storage.cache_key import digest_of, spec_identity, windows_identity
 from pipeline.storage.store import Store
-from pipeline.texts.contamination import require_apart
+from pipeline.texts.contamination import require_uncontaminated
 from pipeline.texts.texts import read_text
 from pipeline.texts.windows import CalibrationText, calibration_windows, require_within
 from pipeline.tuning.windows import TuningWindows
@@ -53,7 +53,7 @@ def calibrate_and_allocate(
     record = _record(compression, text)
     for evaluation in evaluation_texts:
         content = read_text(evaluation.text, evaluation.text_column)
-        require_apart(frozenset(record.traces), content, evaluation.text)
+        require_uncontaminated(frozenset(record.traces), content, evaluation.text)
     if settings.epochs:
         TuningWindows(
             text.ids, settings.epochs, settings.seed
@@ -125,5 +125,5 @@ def _fingerprint(compression: Compression, ids: np.ndarray, hessians: Hessians |
 def _record(compression: Compression, text: CalibrationText) -> CalibrationRecord:
     """The calibration text's name, and hashes of its passages and of those that the source was calibrated on before."""
     location = compression.calibration.calibration
-    traces = text.traces | calibration_hashes(compression.source.store)
+    traces = text.hashes | calibration_hashes(compression.source.store)
     return CalibrationRecord(location and redacted(location), tuple(sorted(traces)))

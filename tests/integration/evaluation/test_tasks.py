@@ -168,11 +168,11 @@ def test_a_task_that_asks_for_what_its_data_lack_is_refused(
 def test_documents_that_the_model_was_calibrated_on_are_refused(
     model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.texts.contamination import traces
+    from pipeline.texts.contamination import passage_hashes
 
     texts = [json.loads(line)["text"] for line in (tasks / "texts.jsonl").read_text().splitlines()]
     seen = shutil.copytree(model, tmp_path / "seen")
-    (seen / "swsc_calibration.json").write_text(json.dumps({"traces": sorted(traces(" ".join(texts)))}))
+    (seen / "swsc_calibration.json").write_text(json.dumps({"traces": sorted(passage_hashes(" ".join(texts)))}))
     message = refused(capsys, seen, "--tasks", tasks / "rolling.yaml")
     assert "rolling.yaml: shares passages with the calibration text" in message
     assert ours(seen, tmp_path, tasks, names=[str(tasks / "choice.yaml")])["lm_eval"]["results"]

@@ -85,7 +85,7 @@ def test_a_store_writes_and_removes_nothing_through_a_linked_folder(tmp_path: Pa
         lambda: store.create(".swsc/run.json", b"x"),
         lambda: store.remove(".swsc/lease.json"),
     ):
-        with pytest.raises(OutputError, match=r"\.swsc: a link"):
+        with pytest.raises(OutputError, match=r"\.swsc: "):
             change()
     store.remove(".swsc")
     assert files(tmp_path) == {"source/lease.json", "out/x"}

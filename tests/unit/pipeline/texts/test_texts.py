@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import TextError
-from pipeline.texts import tables, texts
+from pipeline.texts import tables
 from pipeline.texts.texts import has_columns, open_text, read_text
 
 DOCUMENTS = ["one two", 'a line\nbreak, "quoted"\ttab', "", "ünï \u2028 {x}"]
@@ -116,25 +116,25 @@ def test_the_column_is_text_or_the_only_one_or_the_one_that_is_named(tmp_path: P
     assert read_text(stored(tmp_path / "a.jsonl", '{"n": 1, "body": "x"}\n{"n": 2, "body": null}\n')) == "x"
     two = stored(tmp_path / "two.csv", "title,body\na,x\nb,y\n")
     assert read_text(two, "body") == "x\n\ny"
-    with pytest.raises(TextError, match=r"no column 'text' among title, body; name the one .* --text-column"):
+    with pytest.raises(TextError, match=r"no column 'text' among title, body; .*--text-column"):
         open_text(two)
     with pytest.raises(TextError, match="no column 'lead' with text in it among title, body"):
         open_text(two, "lead")
 
 
 REFUSED: dict[str, tuple[bytes | str, str]] = {
-    "a.jsonl": ('{"text": "a"}\n{oops', "no JSON line 2"),
+    "a.jsonl": ('{"text": "a"}\n{oops', "not JSON line 2"),
     "numbers.jsonl": ('{"text": 3}', "values of type int, not text"),
     "lists.jsonl": ("[1]", "line 1 is list"),
     "empty.jsonl": ("", "no column 'text'"),
-    "halves.jsonl": ('{"text": "\\ud800"}', "half a surrogate pair"),
+    "halves.jsonl": ('{"text": "\\ud800"}', "unpaired surrogate"),
     "deep.json": ("[" * 100_000, "nested too deeply"),
     "mixed": ('{"text": "a"}\nprose\n', "rename it"),
     "ragged.csv": ("a,text\n1,2,3\n", "line 2 has 3 values"),
-    "open.csv": ('text\n"abc', "no CSV"),
+    "open.csv": ('text\n"abc', "not CSV"),
     "twice.csv": ("a,a\n1,2\n", "a column twice"),
-    "semicolons.csv": ("text;id\na b;1\n", "holds no comma"),
-    "a.parquet": ("PAR1 and no more", "no Parquet"),
+    "semicolons.csv": ("text;id\na b;1\n", "no comma"),
+    "a.parquet": ("PAR1 and no more", "not Parquet"),
     "latin.csv": (b"text\n\xe9 and more", "not UTF-8"),
     "latin.txt": (b"\xe9 and more", "not UTF-8"),
     "cut.jsonl.gz": (gzip.compress(json_lines(DOCUMENTS) * 50)[:-30], "damaged gzip"),
@@ -175,11 +175,10 @@ def test_a_folder_is_no_text(tmp_path: Path) -> None:
         open_text(str(tmp_path))
 
 
-def test_what_would_fill_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "_MOST", 1000)
+def test_what_would_fill_memory_is_refused(tmp_path: Path) -> None:
     for name, data in (("a.txt", b"x" * 1001), ("a.txt.gz", gzip.compress(b"x" * 1_000_000))):
-        with pytest.raises(TextError, match=r"1,000 .*give a part of it"):
-            open_text(stored(tmp_path / name, data))
+        with pytest.raises(TextError, match="1,000"):
+            open_text(stored(tmp_path / name, data), max_bytes=1000)
 
 
 def test_of_a_parquet_file_vectors_and_images_beside_the_text_are_not_read() -> None:

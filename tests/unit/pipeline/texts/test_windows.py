@@ -24,7 +24,7 @@ UNSAID = source(["x"], model_type="own")
 @pytest.mark.parametrize("model", [LLAMA, GPT2, GPTJ, SEEING])
 def test_a_token_beyond_the_vocabulary_is_refused(model: Any) -> None:
     require_within(np.full((2, 4), 9), model)
-    with pytest.raises(TextError, match="10 tokens, its input has others"):
+    with pytest.raises(TextError, match="vocabulary of 10 tokens"):
         require_within(np.array([[0, 10, 0, 0]]), model)
 
 
