@@ -115,7 +115,7 @@ def test_a_bit_that_flips_in_what_is_loaded_only_is_read_again_and_one_that_stay
     with flipping(proxy, remote, which, 1 << 30):
         assert run("stays") == 1
     assert proxy.spoiled
-    assert "other bytes" in capsys.readouterr().err.splitlines()[-1]
+    assert "do not match the known sha256" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "stays/out" / MANIFEST).exists()
 
 
@@ -138,7 +138,7 @@ def test_evaluation_of_a_verified_model_reads_nothing_else(
     assert losses("once") == losses("right") != losses("unverified")
     with flipping(proxy, remote, 0, 1 << 30):
         assert run("stays", *known(local)) == 1
-    assert "other bytes" in capsys.readouterr().err.splitlines()[-1]
+    assert "do not match the known sha256" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "stays").exists()
 
 
