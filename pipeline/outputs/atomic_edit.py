@@ -32,8 +32,14 @@ def require_editable(store: Store, name: str) -> None:
         OutputError: the store is not a finished output, or has no such file.
         DamageError: the file is not as it was written.
     """
-    if not store.exists(_NOTE):
+    if store.exists(_NOTE):
+        return
+    try:
         _read_manifest(store, name)
+    except DamageError:
+        # Another run may have begun an edit after the check for its note: then the file is newer than the manifest.
+        if not store.exists(_NOTE):
+            _read_manifest(store, name)
 
 
 def edit_file(
