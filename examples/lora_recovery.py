@@ -26,7 +26,7 @@ from pipeline.evaluation.perplexity import perplexity, window_losses
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.evaluation import EvaluateSettings
 from pipeline.storage import paths
-from pipeline.texts.contamination import require_apart
+from pipeline.texts.contamination import require_uncontaminated
 from pipeline.texts.texts import read_text
 from pipeline.texts.windows import CalibrationText, Windows, calibration_windows, make_windows
 from swsc_core import SwscLinear
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # 1. Two texts. Shared passages are refused, because a perplexity on training text would be too low.
     test, training = evaluation_text(args), training_text(args)
-    require_apart(training.traces, read_text(args.text), args.text)
+    require_uncontaminated(training.hashes, read_text(args.text), args.text)
 
     # 2. The compressed model, opened like any other, and its perplexity.
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
