@@ -18,7 +18,9 @@ FOLDERS = (
     "pipeline/restoring",
     "pipeline/settings",
     "pipeline/sweep",
+    "pipeline/variants",
     "pipeline/verbs",
+    "pipeline/verification",
     "swsc_core",
 )
 FILES = [path.relative_to(ROOT) for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
