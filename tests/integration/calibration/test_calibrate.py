@@ -314,7 +314,7 @@ def test_without_a_text_the_model_writes_one_and_keeps_it(
     assert len(np.unique(ids)) > 50
     argv = ["compress", str(tiny_model), str(tmp_path / "x"), *flags, "--calibration", "text.txt"]
     assert main(argv) == 2
-    assert "calibration means nothing to preset data-free" in capsys.readouterr().err
+    assert "data-free" in capsys.readouterr().err
 
 
 @pytest.fixture
