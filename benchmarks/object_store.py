@@ -4,7 +4,7 @@
 
 Starts a server (SeaweedFS) behind a proxy that counts the bytes sent to clients, and compresses Q and K of MODEL from
 local to local, local to S3, S3 to local and S3 to S3. Over plain http every byte is read twice, because nothing else
-detects a flipped bit (pipeline/storage/confirmed.py); SWSC_READ_ONCE reads once, as over https. Both are measured.
+detects a flipped bit (pipeline/storage/repeated_reads.py); SWSC_READ_ONCE reads once, as over https. Both are measured.
 
 Good result, exit code 0: all outputs are identical, and the store sends at most 1.05 × (reading once) or 2.1 × (reading
 twice) the bytes of the tensors.
