@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import ray
 from pipeline.settings.cluster import ClusterSettings
-from pipeline.storage.lease import acquire
+from pipeline.storage.lease import acquire_lease
 from pipeline.checkpoints.tensor_io import Payload, StoredTensor
 from pipeline.storage.store import Store
 from pipeline.engine.scheduler import TaskList, execute
@@ -30,7 +30,7 @@ address, folder, mark = sys.argv[1:]
 pools = worker_pools(ClusterSettings(address=address, workers=1, task_deadline=8))
 pool = pools(1, Stage("test", 1))
 payload = Payload(HangsOnce((StoredTensor("w", "F32", (1,), np.zeros(4, dtype=np.uint8)),), mark))
-with acquire(Store.at(folder)) as lease:
+with acquire_lease(Store.at(folder)) as lease:
     done = []
     where = Destination(lease.ticket, "model-00001-of-00001.safetensors")
     tasks = TaskList([Task("t", KeepState(), "a layer", (ray.put(payload),), outputs=1, commit_to=where)], done.append)
