@@ -1,5 +1,4 @@
-"""The distributed run: checkpoint, plan, workers, commit, evaluation, report. Ray is used in pipeline/engine/ray_backend alone."""
+"""The distributed run: checkpoint, plan, workers, commit, evaluation, report. Only engine/ray_backend uses Ray."""
 
-VERSION = (
-    "0.1.0"  # of the whole package; said here because a submitted job runs from a checkout, where nothing is installed
-)
+# The version of the package. It is a constant because a submitted job runs from a checkout that is not installed.
+VERSION = "0.1.0"

@@ -105,7 +105,7 @@ class StoreError(RunError):
 
 
 class StoreUnavailable(StoreError):
-    """An object store serves no request at the moment, so that an immediate retry cannot help."""
+    """An object store serves no request currently, so that an immediate retry cannot help."""
 
 
 class StoreNotResponding(StoreUnavailable):

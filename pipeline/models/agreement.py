@@ -59,7 +59,7 @@ def require_agreement(model: Model, trusted: bool = False, measured: bool = Fals
 
 
 def _load_with_own_code(root: str, measured: bool) -> MetaModel:
-    """The model by the code that it brings. Raises UnknownModel if that code has no causal LM, unless one is `measured`."""
+    """The model by the code that it brings. Raises UnknownModel without a causal LM in it, unless one is `measured`."""
     try:
         with loading_errors(root):
             return load_meta_model(root, trusted=True)
@@ -159,7 +159,7 @@ def _load_empty(model: Model, meta_model: MetaModel) -> Mismatch:
 
 
 def _is_unused(name: str, model: Model) -> bool:
-    """Whether no class of transformers uses a tensor: it is a buffer, or part of a head that predicts further tokens."""
+    """Whether no class of transformers uses a tensor: a buffer, or part of a head that predicts further tokens."""
     buffers = (info for info in model.checkpoint.buffers if is_buffer(info))
     if _MULTI_TOKEN_HEAD.search(name) or any(name.endswith(info.name) for info in buffers):
         return True

@@ -342,7 +342,7 @@ class TestRunsThatAreCutShort:
                 raylet.kill()
                 with cluster.another_node("127.0.0.4") as fourth:
                     self.wait_until(lambda: workers_at("CompressLayer", fourth) or ended.is_set())
-                    assert not ended.is_set(), "a worker has started on the node that joined"
+                    assert not ended.is_set(), "a worker has started on the new node"
                     ended.wait(300)
 
             ends_well(self.struck(cluster, model, tmp_path / "out", strike))

@@ -163,7 +163,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "linear, rounded to nearest": lambda: linear(encode(weight(64, 64, torch.bfloat16), [RtnSpec(3)])),
     "embedding": lambda: embedding(best()),
     "embedding, input": lambda: embedding(plain("input")),
-    "joined": fused,
+    "fused": fused,
     "tuning": tuning,
     "rtn, tensor": lambda: dequantize(quantize(weight(64, 64), 3, granularity="tensor")),
     "rtn, group": lambda: dequantize(quantize(weight(64, 96), 3, granularity="group", group_size=32, symmetric=True)),
@@ -179,7 +179,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "linear, segments of columns, backward": lambda: linear(plain("input"), torch.float32, train=True),
     "embedding, backward": lambda: embedding(plain(), train=True),
     "embedding of columns, backward": lambda: embedding(plain("input"), train=True),
-    "joined, backward": lambda: fused(train=True),
+    "fused, backward": lambda: fused(train=True),
 }
 
 

@@ -277,7 +277,7 @@ def test_what_a_model_was_calibrated_on_is_known_of_all_that_is_made_of_it(
 
 def test_an_error_of_a_text_that_is_too_short_counts_its_tokens(tiny_model: Path, calibration: Path) -> None:
     settings = CalibrationSettings(calibration=str(calibration), calibration_windows=100, calibration_seqlen=512)
-    with pytest.raises(TextError, match=r"1500 tokens, wanted 100 windows of 512"):
+    with pytest.raises(TextError, match=r"1500 tokens, .*100 windows of 512"):
         calibration_windows(str(tiny_model), settings)
 
 

@@ -69,13 +69,13 @@ def found(monkeypatch: pytest.MonkeyPatch, *there: str, recorded: str | None = N
     return discovery.find_local_cluster(lines.append), lines
 
 
-def test_a_cluster_of_ray_start_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_of_ray_start_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with head() as address:
         assert found(monkeypatch, address, recorded=address) == (address, [])
         discovery.require_joinable(address)
 
 
-def test_the_private_cluster_of_another_program_is_never_joined_nor_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_private_cluster_of_another_program_is_never_used_nor_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
     with head(ray_init_cluster=True) as address:
         assert found(monkeypatch, address) == (None, [])
         with pytest.raises(ClusterError, match="ends with it"):

@@ -29,7 +29,7 @@ def test_pickling_keeps_the_sentence_and_the_exit_code(kind: type[SwscError]) ->
     assert (type(copy), str(copy), copy.exit_code) == (kind, "w: damaged", kind.exit_code)
 
 
-def test_an_unusable_output_keeps_problem_and_remedy_apart() -> None:
+def test_an_unusable_output_keeps_problem_and_remedy_separate() -> None:
     copy = pickle.loads(pickle.dumps(UnusableOutput("out: damaged", "remove it")))
     assert (copy.problem, copy.remedy, str(copy)) == ("out: damaged", "remove it", "out: damaged; remove it")
 

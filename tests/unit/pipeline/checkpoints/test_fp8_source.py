@@ -1,4 +1,4 @@
-"""fp8 weights and their scales become bfloat16 tensors; blocks follow from the shapes."""
+"""fp8 weights and their scales are converted to bfloat16 tensors; blocks follow from the shapes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Settings apply to one method, and the spec class of the method says to which."""
+"""Settings that apply to one method only are listed by the spec class of that method."""
 
 from typing import Any
 

@@ -84,7 +84,7 @@ def stored(path: Path, data: bytes | str) -> str:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_documents_of_every_format_are_joined_by_blank_lines(name: str, tmp_path: Path) -> None:
+def test_documents_of_every_format_are_concatenated_with_blank_lines(name: str, tmp_path: Path) -> None:
     found = open_text(stored(tmp_path / name, FORMATS[name](DOCUMENTS)))
     assert (found.content, found.documents, found.column) == ("\n\n".join(DOCUMENTS), 4, "text")
 
