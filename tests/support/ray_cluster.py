@@ -71,10 +71,13 @@ class Cluster:
 
     def lists(self, ip: str) -> bool:
         """Whether the cluster has a node at this address."""
+        return ip in self.nodes()
+
+    def nodes(self) -> list[str]:
+        """Addresses of the nodes. Ray gives the head the address of the machine instead of a loopback address."""
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-        nodes = GcsClient(address=self.address).get_all_node_info().values()
-        return any(node.node_manager_address == ip for node in nodes)
+        return [node.node_manager_address for node in GcsClient(address=self.address).get_all_node_info().values()]
 
     @contextlib.contextmanager
     def another_node(self, ip: str, cpus: int = 1) -> Iterator["subprocess.Popen[bytes]"]:
@@ -155,7 +158,7 @@ def _is_up(cluster: Cluster, head: "subprocess.Popen[bytes]") -> bool:
         with contextlib.suppress(OSError, RayError):
             host, _, port = cluster.address.partition(":")
             socket.create_connection((host, int(port)), timeout=2).close()
-            if cluster.lists(host):
+            if cluster.nodes():
                 return True
         time.sleep(0.25)
     return False
