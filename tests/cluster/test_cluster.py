@@ -24,6 +24,7 @@ from pipeline.engine.ray_backend import workers as ray_workers
 from pipeline.engine.ray_backend.worker_pools import worker_pools
 from pipeline.engine.stage import Stage
 from pipeline.settings.cluster import ClusterSettings
+from pipeline.storage.local_files import final_name
 from tests.support.families import FamilyModel
 from tests.support.ray_cluster import RAY, ROOT, Cluster, ray_cluster, raylet_of, server_of, workers_at
 from tests.support.tiny import contents, make_text, make_tiny_model
@@ -283,7 +284,17 @@ class TestRunsThatAreCutShort:
         return self.finished_files(output) >= count
 
     def finished_files(self, output: Path) -> int:
-        return len(list((output / ".swsc" / "done").glob("*"))) if output.exists() else 0
+        """Number of records of finished files; one that is being written still has a temporary name."""
+        return len([path for path in output.glob(".swsc/done/*") if final_name(path.name) is None])
+
+    def busy_worker(self, output: Path) -> psutil.Process:
+        """A worker that compresses a layer, once two layers are finished."""
+        self.wait_until(lambda: self.finished_files(output) >= 2)
+        for _ in range(1200):
+            if busy := workers_at("CompressLayer"):
+                return busy[0]
+            time.sleep(0.05)
+        raise AssertionError("no worker compresses a layer")
 
     def struck(
         self, cluster: Cluster, model: Path, output: Path, strike: Callable[[threading.Event], None], *flags: str
@@ -303,8 +314,7 @@ class TestRunsThatAreCutShort:
         self, cluster: Cluster, model: Path, tmp_path: Path, straight: dict[str, bytes]
     ) -> None:
         def strike(ended: threading.Event) -> None:
-            self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
-            workers_at("CompressLayer")[0].kill()
+            self.busy_worker(tmp_path / "out").kill()
 
         done = self.struck(cluster, model, tmp_path / "out", strike, "--workers", "2")
         ends_well(done)
@@ -317,8 +327,7 @@ class TestRunsThatAreCutShort:
         victims: list[psutil.Process] = []
 
         def strike(ended: threading.Event) -> None:
-            self.wait_until(lambda: self.finished_files(tmp_path / "out") >= 2)
-            victims.append(workers_at("CompressLayer")[0])
+            victims.append(self.busy_worker(tmp_path / "out"))
             victims[0].suspend()
 
         flags = ["--workers", "2", "--task-deadline", "10"]

@@ -22,7 +22,7 @@ FLAGS = ["--projectors", "q,k,down", "--bits", "4"]
 
 
 def test_two_commands_at_once_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    alone, found = two_commands.measure(tmp_path, rounds=2, words=400_000)
+    alone, found = two_commands.measure(tmp_path, rounds=2, words=1_200_000)
     assert alone.code == 0
     for _, run, first_is_alive in found:
         assert run.code == 0
