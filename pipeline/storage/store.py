@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import OutputError, StoreError, UserError
 from pipeline.storage.etag import EtagDigest
 from pipeline.storage.files import BytesLike, Files
 from pipeline.storage.filesystems import SCHEMES, files_at
-from swsc_core.storage.json_fields import JsonObject
+
+if TYPE_CHECKING:  # the core imports torch, which takes seconds: help and mistakes of a command line show before
+    from swsc_core.storage.json_fields import JsonObject
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 # Bytes of a JSON file that is read, at most. A report of 100,000 tensors has a quarter of that.
@@ -43,7 +45,7 @@ class FileRecord:
         """Inverse of `to_json`, for the file `name`."""
         return cls(name, data["size"], data["sha256"], data.get("tensors", {}))
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> "JsonObject":
         """Return everything except the name, as it is written to manifests."""
         digests: JsonObject = {"size": self.size, "sha256": self.sha256}
         return {**digests, "tensors": dict(self.tensors)} if self.tensors else digests

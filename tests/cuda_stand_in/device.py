@@ -342,7 +342,9 @@ def _host(stand_in: StandIn, func: Any, tensor: Tensor, /, *args: Any, **kwargs:
     return _value(tensor).tolist()
 
 
-def _backward(stand_in: StandIn, func: Any, loss: Tensor, gradient: Any = None, **kwargs: Any) -> None:
+def _backward(stand_in: StandIn, func: Any, loss: Any, gradient: Any = None, **kwargs: Any) -> None:
+    """`Tensor.backward`, and `torch.autograd.backward`, which passes a tuple of one tensor."""
+    (loss,) = loss if isinstance(loss, tuple) else (loss,)
     assert not {key for key, value in kwargs.items() if value}, "as the project calls it"
     with stand_in:  # hooks call torch again; and torch's own function would come back here
         ones = torch.ones_like(loss) if gradient is None else gradient

@@ -207,7 +207,7 @@ def test_tf32_that_cannot_be_switched_off_is_refused(gpu: StandIn, monkeypatch: 
         Worker(1, "cuda")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     monkeypatch.setattr("tests.cuda_stand_in.device._tf32", lambda: True)  # by whatever else there may be
-    with pytest.raises(ClusterError, match="rounded"):
+    with pytest.raises(ClusterError, match="TF32"):
         Worker(1, "cuda")
 
 

@@ -276,8 +276,8 @@ class TestStacksOfAFamilyThatIsNotKnown:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"num_local_experts": 8}, r"gate_up_proj is \[4, 64, 192\].*\[8, 64, 192\]"),
-        ({"intermediate_size": 32}, r"is \[4, 64, 192\].*\[4, 64, 64\]"),
+        ({"num_local_experts": 8}, r"gate_up_proj.*\[4, 64, 192\].*\[8, 64, 192\]"),
+        ({"intermediate_size": 32}, r"gate_up_proj.*\[4, 64, 192\].*\[4, 64, 64\]"),
         ({"num_local_experts": None}, r"gate_up_proj.*num_local_experts"),
     ],
 )  # fmt: skip
@@ -326,5 +326,5 @@ def test_pieces_of_a_number_of_matrices_that_their_rows_are_not(tmp_path: Path) 
     for entry in config["quantization_config"]["tensors"].values():
         entry["stacked"] = 7
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="their rows are not those of 7 matrices"):
+    with pytest.raises(CheckpointError, match=r"down_proj.* 7 "):
         open_model(str(directory))

@@ -221,7 +221,7 @@ def test_the_model_without_its_head_opens_too(mixtral: FamilyModel) -> None:
         assert torch.equal(bare(ids).last_hidden_state, whole.model(ids).last_hidden_state)
 
 
-ADAPTED = {
+ADAPTED: dict[str, tuple[str, list[str] | str]] = {
     "attention": ("mixtral", ["q_proj", "o_proj"]),
     "attention of DeepSeek": ("deepseek_v3", ["q_a_proj", "o_proj"]),
     "shared experts": ("qwen2_moe", ["gate_proj", "up_proj", "down_proj"]),
@@ -240,7 +240,7 @@ def test_adapters_attach_to_the_same_layers_as_in_the_restored_model(
     found = []
     for directory in (compressed, family.restored(compressed)):
         torch.manual_seed(3)
-        config = LoraConfig(r=2, target_modules=[*targets], init_lora_weights="orthogonal")
+        config = LoraConfig(r=2, target_modules=targets, init_lora_weights="orthogonal")
         found.append(get_peft_model(family.load(directory), config))
     names = [{name for name in model.state_dict() if "lora_" in name} for model in found]
     assert names[0] == names[1]

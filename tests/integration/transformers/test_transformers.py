@@ -412,7 +412,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an entry of another rank": (entry_of("rank", 7), "left is F32"),
     "an entry that cannot be": (entry_of("segment_size", 5), "segment_size 5 does not divide"),
-    "an entry of an unknown method": (entry_of("method", "magic"), rf"{Q}: .*method 'magic' is not known"),
+    "an entry of an unknown method": (entry_of("method", "magic"), rf"{Q}: .*'magic'"),
     "an entry of an unknown dtype": (entry_of("dtype", "magic"), rf"{Q}: .*dtype is magic"),
     "a transposed entry": (entry_of("transposed", True), rf"{Q} .*transposed"),
     "an entry is gone": (
