@@ -1,4 +1,4 @@
-"""One line of the result, and the environment of the measurements."""
+"""`Finding`, one measured figure, and `Bench`, which measures time and memory."""
 
 import time
 from collections.abc import Callable

@@ -153,13 +153,13 @@ def compress_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: s
     if any(spec.cuts_channels for spec in variant.specs):
         return_freed_blocks(info.count)
     try:
-        encoded = _encoded(matrix, variant, device)
+        encoded = _encode_matrix(matrix, variant, device)
     except InvalidWeightError as error:
         raise UncompressibleWeight(f"{matrix.path}: {error}") from None
     return encoded, matrix_result(matrix, encoded, time.perf_counter() - started, variant.hessians)
 
 
-def _encoded(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> Encoded:
+def _encode_matrix(matrix: SourceMatrix, variant: CompressionVariant, device: str) -> Encoded:
     name = matrix.info.name
     dtype = getattr(torch, variant.storage_dtype) if variant.storage_dtype else None
     metric = variant.hessians.metric(name, device)[0] if variant.hessians else None

@@ -21,7 +21,7 @@ class WindowLosses:
 class MeasureLosses:
     """Mean loss of each window under a model.
 
-    Inputs: compressed matrices that replace the model's weights, one for each of `names`.
+    Inputs: in a sweep, compressed matrices that replace the model's weights, one for each of `names`; else none.
 
     Attributes:
         windows: int64 [windows, seqlen].

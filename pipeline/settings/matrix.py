@@ -17,7 +17,7 @@ _MATRICES, _BUDGET = "matrices to compress", "method and bit budget"
 _PAPER, _RTN = "form of SWSC (--preset paper)", "round to nearest (--method rtn)"
 
 # Settings that change what clusters and rank cost.
-_BESIDE_NUMBERS = frozenset({"segment_size", "codebooks", "scaled", "centroid_bits", "factor_bits"})
+_NOT_IN_BUDGET = frozenset({"segment_size", "codebooks", "scaled", "centroid_bits", "factor_bits"})
 # Fields of specs that are not settings of one method.
 _SHARED_FIELDS = {"method", "bits"}
 
@@ -76,7 +76,9 @@ class MatrixSettings(Settings):
         " (activations).",
     )
     segment_size: Annotated[int | None, Option(group=_PAPER, default="the whole channel")] = Field(
-        None, ge=1, description="Weights per segment, for vector quantization of channel segments."
+        None,
+        ge=1,
+        description="Weights per segment, for vector quantization of channel segments; needs --clusters or --rank.",
     )
     codebooks: Annotated[int, Option(group=_PAPER)] = Field(
         1,
@@ -179,7 +181,7 @@ class MatrixSettings(Settings):
         """Mistakes in a spec that is given by --clusters and --rank, or by the paper's split of a bit budget."""
         given = self.model_fields_set
         in_numbers = self.clusters is not None or self.rank is not None
-        mistakes = self._mistakes_in_numbers() if in_numbers else self._mistakes_in_budget()
+        mistakes = self._mistakes_beside_clusters_or_rank() if in_numbers else self._mistakes_in_budget()
         if self.feedback and self.metric == "weights":
             mistakes.append("feedback: needs metric activations (add it, or omit feedback)")
         elif self.feedback and self.segment_size is None:
@@ -191,10 +193,12 @@ class MatrixSettings(Settings):
 
     def _mistakes_in_budget(self) -> list[str]:
         """Mistakes in the paper's form of a bit budget."""
-        odd = _BESIDE_NUMBERS & self.model_fields_set
-        return _refused(odd, "needs clusters and rank (a bit budget of preset paper counts whole channels in 16 bits)")
+        refused = _NOT_IN_BUDGET & self.model_fields_set
+        return _refused(
+            refused, "needs clusters and rank (a bit budget of preset paper counts whole channels in 16 bits)"
+        )
 
-    def _mistakes_in_numbers(self) -> list[str]:
+    def _mistakes_beside_clusters_or_rank(self) -> list[str]:
         """Mistakes beside given numbers of clusters and rank."""
         mistakes = _refused(
             {"count", "cluster_share"} & self.model_fields_set,
@@ -205,7 +209,7 @@ class MatrixSettings(Settings):
         elif not self.clusters and not self.rank:
             mistakes.append("clusters, rank: both are zero, which stores nothing (raise one of them)")
         defaults = type(self).model_fields
-        changed = {name for name in (*_BESIDE_NUMBERS, "n_init") if getattr(self, name) != defaults[name].default}
+        changed = {name for name in (*_NOT_IN_BUDGET, "n_init") if getattr(self, name) != defaults[name].default}
         return mistakes + self._mistakes_in_form(changed)
 
     def _mistakes_in_form(self, changed: set[str]) -> list[str]:
@@ -215,9 +219,10 @@ class MatrixSettings(Settings):
             mistakes += _refused(changed - {"factor_bits"}, "not applicable without clusters (omit, or add clusters)")
         if not self.rank:
             mistakes += _refused(changed & {"factor_bits"}, "not applicable without rank (omit, or add rank)")
-        if self.channel_axis == "auto" and (odd := sorted(_BESIDE_NUMBERS & changed)):
+        if self.channel_axis == "auto" and (refused := sorted(_NOT_IN_BUDGET & changed)):
             mistakes.append(
-                f"channel_axis: auto compares whole channels in 16 bits (choose output or input with {', '.join(odd)})"
+                "channel_axis: auto compares whole channels in 16 bits"
+                f" (choose output or input with {', '.join(refused)})"
             )
         if "n_init" in changed and changed & {"segment_size", "codebooks"}:
             mistakes.append(

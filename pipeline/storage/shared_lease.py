@@ -1,6 +1,7 @@
 """Leases of the runs that share a directory of a cache: the last of them removes it, and nobody before.
 
-The leases on the directory NAME are folders beside it, `uses/NAME/…`, each with a lease file. The lease of a killed run
+The leases on the directory NAME are folders beside it, `uses/NAME/…`, each with a lease file. A holder is the folder of
+one lease. The lease of a killed run
 expires like any other. Leases are taken, and directories removed, under one lock where the disk has locks. In an object
 store two runs that do both at the same moment can conflict.
 """

@@ -16,7 +16,7 @@ from pipeline.sweep.runs import Run, Unit
 # A row as JSON, which results.json and the Parquet files hold.
 Row = Mapping[str, object]
 
-_BITS = ("paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error")
+_SIZES_AND_ERROR = ("paper_bits", "bits_per_weight", "whole_model_bits_per_weight", "relative_error")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _uncompressed_bits(checkpoint: Checkpoint) -> dict[str, object]:
 def _compressed_bits(plan: Plan, rows: Mapping[str, CompressedRow]) -> dict[str, object]:
     """Bits and relative error over all matrices, weighted by their size; None as long as matrices are missing."""
     if len(rows) < len(plan.compressed):
-        return dict.fromkeys(_BITS)
+        return dict.fromkeys(_SIZES_AND_ERROR)
     counts = {decision.info.name: decision.info.count for decision in plan.compressed}
 
     def total(key: str) -> float:
@@ -116,7 +116,9 @@ def _compressed_bits(plan: Plan, rows: Mapping[str, CompressedRow]) -> dict[str,
     totals = bit_totals(plan, rows)
     bits = (totals["compressed_bits_per_weight"], totals["whole_model_bits_per_weight"])
     paper_bits = total("paper_bits") / sum(counts.values())
-    return dict(zip(_BITS, (paper_bits, *bits, total("mean_squared_error") / total("mean_square")), strict=True))
+    return dict(
+        zip(_SIZES_AND_ERROR, (paper_bits, *bits, total("mean_squared_error") / total("mean_square")), strict=True)
+    )
 
 
 def known_model(config: ModelConfig) -> str | None:

@@ -85,8 +85,7 @@ def require_within(ids: np.ndarray, source: Checkpoint) -> None:
 
     Raises:
         TextError: a token or a position has no embedding. On a CPU the lookup would fail with an error; on a GPU it
-        would
-            terminate the worker.
+            would terminate the worker.
     """
     vocabulary = find_number(source.config, "vocab_size")
     has_table = has_position_table(source.config, source.tensors)
@@ -135,8 +134,7 @@ def calibration_windows(model: str, settings: CalibrationSettings) -> Calibratio
     if len(ids) < length * count:
         raise TextError(
             f"calibration text {settings.calibration}: {len(ids)} tokens, but {count} windows of {length} are"
-            " needed; give a"
-            " longer text, or lower --calibration-windows or --calibration-seqlen"
+            " needed; give a longer text, or lower --calibration-windows or --calibration-seqlen"
         )
     starts = [index * (len(ids) // count) for index in range(count)]
     windows = [np.concatenate([prefix, ids[start : start + length - len(prefix)]]) for start in starts]

@@ -17,14 +17,15 @@ from pipeline.tuning.job import Divergence, KeepState, MeasureDivergence, ReadSt
 from pipeline.tuning.tuner import TuneKey
 from pipeline.tuning.windows import TuningWindows
 
-# Longest step of a model that is `_FAR` from the original, in units of a value's size (swsc_core/finetune.py).
+# Longest step of a model that is `_FULL_RATE_DIVERGENCE` from the original, in units of a value's size
+# (swsc_core/finetune.py).
 _RATE = 8e-3
 # Divergence in nats per token. A model closer to the original takes shorter steps, which would otherwise overshoot.
-_FAR = 0.5
+_FULL_RATE_DIVERGENCE = 0.5
 # Share of the steps in which the rate rises.
 _WARM_UP = 0.1
 # Steps after which the state is written.
-_KEPT_EVERY = 8
+_STATE_INTERVAL = 8
 
 
 class TuningReport(TypedDict):
@@ -139,9 +140,9 @@ class TuningSteps:
             self._store.remove(file)
 
     def _rate(self, step: int, divergence: float) -> float:
-        """Linear warm-up, then cosine decay; proportional to the initial `divergence` up to `_FAR`."""
+        """Linear warm-up, then cosine decay; proportional to the initial `divergence` up to `_FULL_RATE_DIVERGENCE`."""
         total = len(self._batches)
-        longest = _RATE * min(1.0, divergence / _FAR)
+        longest = _RATE * min(1.0, divergence / _FULL_RATE_DIVERGENCE)
         return longest * min(1.0, step / (1 + _WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
 
 
@@ -162,5 +163,5 @@ def mean_divergence(results: list[TaskResult[Divergence]]) -> float:
 
 
 def _kept_steps(n_steps: int) -> list[int]:
-    """Steps, from 0 on, whose states are written: every `_KEPT_EVERY`-th, and the last."""
-    return [step for step in range(n_steps + 1) if step % _KEPT_EVERY == 0 or step == n_steps]
+    """Steps, from 0 on, whose states are written: every `_STATE_INTERVAL`-th, and the last."""
+    return [step for step in range(n_steps + 1) if step % _STATE_INTERVAL == 0 or step == n_steps]

@@ -90,7 +90,7 @@ def encode(
     results = []
     for spec in specs:
         matrix, stats = method_named(spec.method).compress(weight, spec, options)
-        results.append(_encoded(matrix, weight, name, stats, spec))
+        results.append(_checked_encoding(matrix, weight, name, stats, spec))
     return min(results, key=lambda result: result.stats.get(WEIGHTED_ERROR, result.squared_error))
 
 
@@ -100,10 +100,10 @@ def encoded_as(matrix: CompressedMatrix, weight: Tensor, name: str) -> Encoded:
     Raises:
         InvalidWeightError: stored or restored values overflow.
     """
-    return _encoded(matrix, weight, name, {})
+    return _checked_encoding(matrix, weight, name, {})
 
 
-def _encoded(
+def _checked_encoding(
     matrix: CompressedMatrix, weight: Tensor, name: str, stats: dict[str, float], spec: Spec | None = None
 ) -> Encoded:
     parts = {part: tensor.contiguous() for part, tensor in matrix.tensors.items()}

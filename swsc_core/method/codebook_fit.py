@@ -3,8 +3,8 @@
 The steps are those of Lloyd's algorithm, taken in the metric of the error (metric.py):
 
 * `assign` visits blocks of columns from the last to the first and adds the error of each block to the target of the
-  blocks that follow, as GPTQ (Frantar et al. 2022) and GPTVQ (van Baalen et al. 2024) do. Updates of distant columns
-  are collected and applied by one GEMM.
+  columns to its left. GPTQ (Frantar et al. 2022) and GPTVQ (van Baalen et al. 2024) do the same from left to right.
+  Updates of distant columns are collected and applied by one GEMM.
 * `reassign` visits the blocks again, each with the labels of all other blocks fixed: coordinate descent.
 * `refit` solves for scales and centroids by least squares.
 

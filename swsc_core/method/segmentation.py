@@ -1,9 +1,9 @@
 """How a matrix is cut into segments, and into the slabs of rows and blocks of columns that are processed at a time.
 
 A channel of `length` weights is cut into length / size segments; with size = length a segment is a whole channel, as in
-the paper (section III-B). Columns are processed block by block, because the columns of later blocks compensate the
-error of earlier ones. A block is `size` columns for output channels (one segment per row) and one column for input
-channels.
+the paper (section III-B). Columns are processed block by block, from the last to the first, because the columns to the
+left of a block compensate its error. A block is `size` columns for output channels (one segment per row) and one column
+for input channels.
 """
 
 from collections.abc import Iterator

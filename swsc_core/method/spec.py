@@ -79,7 +79,8 @@ class SwscSpec(Spec):
         codebooks: groups of rows with a codebook each.
         scaled: rows are divided by a stored scale before clustering.
         metric: squared errors of the weights, or of the layer's outputs (needs the Hessian).
-        feedback: the error of each block of columns is compensated by the columns before it (metric "activations").
+        feedback: blocks of columns are quantized from the last to the first, and the error of each is compensated in
+            the columns to its left (metric "activations").
         rounds: refinement rounds (refit, reassign, decompose) at most; refinement ends when a round does not help.
         centroid_bits, factor_bits: width of stored centroids and factors; None: the storage dtype.
     """

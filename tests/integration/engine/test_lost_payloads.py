@@ -46,7 +46,7 @@ def small_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "_SHARD_TOKENS", 128)
         patch.setattr(tuning_windows, "_STEP_TOKENS", 64)
-        patch.setattr(tuning_steps, "_KEPT_EVERY", 3)
+        patch.setattr(tuning_steps, "_STATE_INTERVAL", 3)
         patch.setattr(worker_pools, "LocalPool", Forgetful)
         yield
 

@@ -144,7 +144,7 @@ def test_a_tuning_that_text_cannot_reach_is_refused_and_leaves_nothing(
 def test_a_tuning_that_was_cut_short_goes_on_to_the_same_bytes(
     tiny_model: Path, calibration: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning_steps, "_KEPT_EVERY", 2)
+    monkeypatch.setattr(tuning_steps, "_STATE_INTERVAL", 2)
     real, steps = TuneStep.run, []
 
     def failing(self: TuneStep, context: JobContext) -> Any:

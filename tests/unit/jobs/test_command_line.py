@@ -55,10 +55,16 @@ def test_every_argument_is_explained_in_a_sentence(verb: str, parsers: dict[str,
 @pytest.mark.parametrize(
     "expected",
     [
-        "--metric {weights,activations}", "--centroid-bits {4,6,8}", "--calibration-windows N", "[default: 128]",
-        "[default: selected]", "method and bit budget:", "calibration:", "workers and cluster:", "examples:",
+        "--metric {weights,activations}",
+        "--centroid-bits {4,6,8}",
+        "Number of windows of the calibration text. [default: 128]",
+        "[default: selected]",
+        "method and bit budget:",
+        "calibration:",
+        "workers and cluster:",
+        "examples:",
     ],
-)  # fmt: skip
+)
 def test_help_shows_choices_defaults_groups_and_examples(expected: str, parsers: dict[str, Parser]) -> None:
     assert expected in " ".join(parsers["compress"].format_help().split())
 

@@ -66,6 +66,12 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_names_that_a_page_places_in_a_file_are_in_it(page: Path) -> None:
+    placed = re.findall(r"`(\w+)` (?:in|of) `([\w/-]+\.py)`", page.read_text(encoding="utf-8"))
+    assert [name for name, file in placed if name not in (ROOT / file).read_text(encoding="utf-8")] == []
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if _name(page) not in PAGES_WITH_OTHER_FLAGS], ids=_name)
 def test_flags_that_a_page_shows_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
