@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 EXIT_CODE = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -49,6 +50,7 @@ def handle_signals(until_exit: bool = False) -> Iterator[None]:
     threading.Thread(target=_watch, args=(read_end,), daemon=True).start()
     clear()
     install_handlers()
+    previous_hook, sys.unraisablehook = sys.unraisablehook, _without_interrupts(sys.unraisablehook)
     try:
         yield
     finally:
@@ -58,6 +60,7 @@ def handle_signals(until_exit: bool = False) -> Iterator[None]:
             os.write(write_end, b"\0")
         else:
             clear()
+            sys.unraisablehook = previous_hook
             for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(previous_wakeup)
@@ -110,6 +113,19 @@ def clear() -> None:
     # CPython remembers an interrupt of code compiled from a string (dataclasses compile some) and would end the process
     # by SIGINT. Running any such code resets that.
     exec("")
+
+
+def _without_interrupts(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """`hook` for exceptions that Python drops, such as those of finalizers, without KeyboardInterrupt.
+
+    The interrupt is recorded and takes effect later. A traceback would make it look like a fault.
+    """
+
+    def report(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+
+    return report
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -127,6 +127,28 @@ def test_what_a_library_raises_in_place_of_an_interrupt_is_one(
     assert "run the same command again" in capsys.readouterr().err
 
 
+def test_an_interrupt_that_python_drops_is_recorded_and_shows_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.exc_type))
+
+    class Interrupted:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(1000))  # the handler runs between two instructions of Python
+
+    class Faulty:
+        def __del__(self) -> None:
+            raise ValueError("a fault")
+
+    with signals.handle_signals():
+        Faulty()
+        Interrupted()
+        assert signals.is_interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signals.raise_if_interrupted()
+    assert reported == [ValueError]
+
+
 @contextmanager
 def process(*argv: object, code: str = "") -> Iterator["subprocess.Popen[str]"]:
     """A command that listens to signals already."""
