@@ -106,6 +106,11 @@ class Plan:
         return [decision for decision in self.decisions if decision.action == "compressed"]
 
     @property
+    def matrices_by_file(self) -> dict[str, frozenset[str]]:
+        """File of the output -> names of the matrices that are compressed into it."""
+        return {layer.file: frozenset(info.name for info, _ in layer.items) for layer in self.layers}
+
+    @property
     def weights(self) -> int:
         return sum(decision.info.count for decision in self.decisions if decision.action in _STORED)
 

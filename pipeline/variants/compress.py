@@ -57,7 +57,7 @@ def compress_model(
             return {**store.read_json(REPORT), "resumed": "complete"}
         tuned = _tuned(tune, output) if tune else None
         inputs = OutputInputs(compression.source, compression.hessians, tuned.tuned if tuned else None)
-        output = inputs.without_other_inputs(output)
+        output = inputs.without_other_inputs(output, compression.plan.matrices_by_file)
         files = WrittenFiles(inputs, output.finished)
         _write_files(compression, output, files, tuned, compute.pools)
         report = _report(compression, files, time.perf_counter() - started, compute.arithmetic)

@@ -25,21 +25,26 @@ class OutputInputs:
     hessians: Hessians | None
     tuned: TunedValues | None = None
 
-    def without_other_inputs(self, output: Output) -> Output:
-        """`output` without finished files that were computed from other inputs.
+    def without_other_inputs(self, output: Output, planned: Mapping[str, frozenset[str]]) -> Output:
+        """`output` without finished files that were computed from other inputs, or whose records lack a matrix.
+
+        Args:
+            planned: file -> the matrices that are compressed into it; a file of copied tensors has none.
 
         Raises:
             StoreError: the source of a finished file is not the one that was calibrated on.
         """
         digests = known_ranges(self.source.tensors)
 
-        def is_reusable(record: FileRecord, rows: list[CompressedRow]) -> bool:
+        def is_reusable(file: str, record: FileRecord, rows: list[CompressedRow]) -> bool:
+            if {row.name for row in rows} != planned.get(file, frozenset()):
+                return False
             if not rows:
                 return self._has_source_digests(record.tensors)
             return all(self._has_same_inputs(row, digests) for row in rows)
 
         rows = {file: [MatrixResult.from_json(row).row for row in data] for file, (_, data) in output.finished.items()}
-        finished = {file: pair for file, pair in output.finished.items() if is_reusable(pair[0], rows[file])}
+        finished = {file: pair for file, pair in output.finished.items() if is_reusable(file, pair[0], rows[file])}
         for file, (record, _) in finished.items():
             self.require_calibrated_source(record.tensors, rows[file])
         return replace(output, finished=finished)

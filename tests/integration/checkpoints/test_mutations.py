@@ -135,6 +135,22 @@ def test_state_of_a_run(folder: Path, data: st.DataObject, name: str) -> None:
     ends("compress", str(folder / "model"), str(out), *QK)
 
 
+@pytest.mark.parametrize("rows", ["none", "another"])
+def test_a_file_whose_record_lacks_a_matrix_is_written_again(folder: Path, rows: str) -> None:
+    out = folder / "cut"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(_cut(folder), out)
+    for file in (out / ".swsc" / "done").iterdir():
+        record = json.loads(file.read_bytes())
+        changed = [] if rows == "none" else [{**row, "name": "another"} for row in record["rows"]]
+        file.write_text(json.dumps({**record, "rows": changed}))
+    assert main(["compress", str(folder / "model"), str(out), *QK]) == 0
+    assert (out / "config.json").read_bytes() == (folder / "out" / "config.json").read_bytes()
+    names = [file.name for file in (folder / "out").glob("*.safetensors")]
+    assert names
+    assert all((out / name).read_bytes() == (folder / "out" / name).read_bytes() for name in names)
+
+
 def _cut(folder: Path) -> Path:
     """An output as a run leaves it that is killed before its index is written."""
     from unittest import mock
