@@ -177,8 +177,10 @@ def _explicit_spec(info: MatrixInfo, axis: ChannelAxis, settings: MatrixSettings
             f"{info.name}: rank {r} is out of range for shape {list(info.shape)}; choose 0 to {min(info.shape)}"
         )
     spec = _with_options(SwscSpec(k, r, axis, settings.n_init), settings)
-    if error := spec.shape_error(info.shape):
-        raise ConfigError(f"{info.name}: {error}")
+    try:
+        spec.require_shape(info.name, info.shape)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return spec
 
 

@@ -39,9 +39,17 @@ def candidates(shape: tuple[int, int], value_bits: int) -> Iterator[SwscSpec]:
             )
             axes = [spec, replace(spec, channel_axis="input")] if (size, width) in _INPUT_AXIS else [spec]
             for candidate in axes:
-                if candidate.shape_error(shape) is None and _has_small_codebook(candidate, shape, value_bits):
+                if _fits(candidate, shape) and _has_small_codebook(candidate, shape, value_bits):
                     yield candidate
                     yield from _compensated(candidate, shape, value_bits)
+
+
+def _fits(spec: SwscSpec, shape: tuple[int, int]) -> bool:
+    try:
+        spec.require_shape("weight", shape)
+    except ValueError:
+        return False
+    return True
 
 
 def _has_small_codebook(spec: SwscSpec, shape: tuple[int, int], value_bits: int) -> bool:

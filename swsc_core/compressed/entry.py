@@ -75,9 +75,9 @@ class Entry:
         """Stored tensors of the matrix: part name ("weight", "labels", …) -> shape and kind."""
         raise NotImplementedError
 
-    def low_rank_error(self, added: int) -> str | None:
-        """Error message if the rank of the low-rank part cannot grow by `added`; None if it can."""
-        return f"a matrix of method {self.method} has no low-rank part"
+    def require_growing_rank(self, added: int) -> None:
+        """Raise ValueError unless the rank of the low-rank part can grow by `added`."""
+        raise ValueError(f"a matrix of method {self.method} has no low-rank part")
 
     def with_low_rank(self, rank: int) -> Self:
         """The entry of the same matrix with a low-rank part of rank `rank`."""
@@ -134,8 +134,7 @@ class SwscEntry(Entry):
     def __post_init__(self) -> None:
         super().__post_init__()
         spec = SwscSpec(self.n_clusters, self.rank, self.channel_axis, None, self.segment_size, self.codebooks)
-        if shape_error := spec.shape_error(self.shape):
-            raise ValueError(f"a matrix of {self.shape[0]}×{self.shape[1]}: {shape_error}")
+        spec.require_shape(f"a matrix of {self.shape[0]}×{self.shape[1]}", self.shape)
 
     @property
     def layout(self) -> Layout:
@@ -167,13 +166,12 @@ class SwscEntry(Entry):
         added = {"segment_size": length, "codebooks": 1, "scaled": False, "centroid_bits": None, "factor_bits": None}
         return {**added, **data}
 
-    def low_rank_error(self, added: int) -> str | None:
+    def require_growing_rank(self, added: int) -> None:
         if self.factor_bits is not None:
-            return f"its low-rank part is stored in {self.factor_bits} bits a value"
+            raise ValueError(f"its low-rank part is stored in {self.factor_bits} bits a value")
         rank, largest = self.rank + added, min(self.shape)
         if rank > largest:
-            return f"its low-rank part would have rank {rank}, the largest useful rank is {largest}"
-        return None
+            raise ValueError(f"its low-rank part would have rank {rank}, the largest useful rank is {largest}")
 
     def with_low_rank(self, rank: int) -> "SwscEntry":
         return replace(self, rank=rank)

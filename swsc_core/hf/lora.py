@@ -67,7 +67,7 @@ class SwscLoraLinear(Linear):
             adapter_names: adapters to merge; all active ones if None.
 
         Raises:
-            ValueError: an adapter cannot be merged, for the reason that `why_no_merge` gives, or is not finite.
+            ValueError: an adapter cannot be merged, by the conditions of `require_mergeable`, or is not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
@@ -79,16 +79,19 @@ class SwscLoraLinear(Linear):
         left = self.scaling[name] * b.float().T
         if safe_merge and not (torch.isfinite(left).all() and torch.isfinite(right).all()):
             raise ValueError(f"adapter {name} holds NaN or Inf; train it again")
-        if reason := self.why_no_merge([name]):
-            raise ValueError(f"adapter {name} cannot be merged into a compressed layer: {reason}; {_REMEDY}")
+        try:
+            self.require_mergeable([name])
+        except ValueError as error:
+            raise ValueError(f"adapter {name} cannot be merged into a compressed layer: {error}; {_REMEDY}") from None
         self._base.add_low_rank(left, right)
 
-    def why_no_merge(self, names: list[str]) -> str | None:
-        """Why the adapters cannot all be merged into the base layer; None if they can."""
+    def require_mergeable(self, names: list[str]) -> None:
+        """Raise ValueError unless all of the adapters can be merged into the base layer."""
         unmerged = [name for name in names if name in self.lora_A and name not in self.merged_adapters]
         if any(self.lora_bias[name] for name in unmerged):
-            return "a low-rank part has no bias"
-        return self._base.low_rank_error(sum(self.r[name] for name in unmerged)) if unmerged else None
+            raise ValueError("a low-rank part has no bias")
+        if unmerged:
+            self._base.require_growing_rank(sum(self.r[name] for name in unmerged))
 
     def unmerge(self) -> None:
         """Undo all merges; the stored values are restored to the bit."""
@@ -131,8 +134,12 @@ class SwscLoraModel(LoraModel):
         check: Any = super()._check_merge_allowed
         check()
         for path, layer in self.model.named_modules():
-            if isinstance(layer, SwscLoraLinear) and (reason := layer.why_no_merge(layer.active_adapters)):
-                raise ValueError(f"{path}: the adapter cannot be merged: {reason}; {_REMEDY}")
+            if not isinstance(layer, SwscLoraLinear):
+                continue
+            try:
+                layer.require_mergeable(layer.active_adapters)
+            except ValueError as error:
+                raise ValueError(f"{path}: the adapter cannot be merged: {error}; {_REMEDY}") from None
 
 
 def _is_in_experts(model: Any, key: str) -> bool:

@@ -130,11 +130,11 @@ class SwscLinear(CompressedWeight):
         layer.load_state_dict(parts, assign=True)
         return layer
 
-    def low_rank_error(self, rank: int) -> str | None:
-        """Error message if the rank of the compensation cannot grow by `rank`; None if it can."""
-        if self.tied and self.entry.low_rank_error(0) is None:
-            return "it is tied to another layer, which would change as well"
-        return self.entry.low_rank_error(rank)
+    def require_growing_rank(self, added: int) -> None:
+        """Raise ValueError unless the rank of the compensation can grow by `added`."""
+        self.entry.require_growing_rank(0 if self.tied else added)
+        if self.tied:
+            raise ValueError("it is tied to another layer, which would change as well")
 
     def add_low_rank(self, left: Tensor, right: Tensor) -> None:
         """Add leftᵀ · right to W. The rank of the compensation grows by r.
@@ -143,10 +143,9 @@ class SwscLinear(CompressedWeight):
             left, right: [r, m] and [r, n]; rounded to the dtype of the stored factors.
 
         Raises:
-            ValueError: the message of `low_rank_error`.
+            ValueError: the conditions of `require_growing_rank`.
         """
-        if message := self.low_rank_error(left.shape[0]):
-            raise ValueError(message)
+        self.require_growing_rank(left.shape[0])
         factors = {"left": left, "right": right}
         parts = {part: torch.cat([self.parts[part], factor.to(self.parts[part])]) for part, factor in factors.items()}
         self._set_low_rank(parts, self.entry.low_rank + left.shape[0])

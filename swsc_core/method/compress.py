@@ -87,8 +87,7 @@ def compress(
         ValueError: not a finite matrix, a spec that does not fit its shape, or a missing metric.
     """
     require_matrix(name, weight)
-    if shape_error := spec.shape_error((weight.shape[0], weight.shape[1])):
-        raise ValueError(f"{name}: {shape_error}")
+    spec.require_shape(name, (weight.shape[0], weight.shape[1]))
     if spec.metric == "activations" and metric is None:
         raise ValueError(f"{name}: metric activations needs the second moment of its inputs; calibrate first")
     dtype = storage_dtype or weight.dtype

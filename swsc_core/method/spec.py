@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
+from swsc_core.checks import require_range
 from swsc_core.method.rtn import Granularity, group_count, group_length
 from swsc_core.method.segmentation import Layout
 from swsc_core.method.stored_values import value_bytes
@@ -124,21 +125,24 @@ class SwscSpec(Spec):
         values = self.codebooks * self.n_clusters * self.layout(shape).size + self.rank * sum(shape)
         return 16 * values / (shape[0] * shape[1])
 
-    def shape_error(self, shape: tuple[int, int]) -> str | None:
-        """Error message, with the remedy, for a matrix of `shape` that the spec does not fit; None if it fits."""
+    def require_shape(self, name: str, shape: tuple[int, int]) -> None:
+        """Raise ValueError, with the remedy, unless the spec fits the matrix `name` of `shape`."""
         geometry = Geometry(*shape, self.channel_axis)
         size, length = self.segment_size or geometry.length, geometry.length
         if size < 1 or length % size:
-            return f"segment_size {size} does not divide its {self.channel_axis} channels of {length}; choose a divisor"
+            raise ValueError(
+                f"{name}: segment_size {size} does not divide its {self.channel_axis} channels of {length}; choose a"
+                " divisor"
+            )
         rows = shape[0] // self.codebooks if self.codebooks > 0 else 0
         if rows * self.codebooks != shape[0] or rows % self.layout(shape).row_step:
-            return f"codebooks {self.codebooks} do not divide its {shape[0]} rows into whole segments; choose a divisor"
+            raise ValueError(
+                f"{name}: codebooks {self.codebooks} do not divide its {shape[0]} rows into whole segments; choose a"
+                " divisor"
+            )
         segments = self.layout(shape).count // self.codebooks
-        if not 0 <= self.n_clusters <= min(segments, MAX_CLUSTERS):
-            return f"n_clusters {self.n_clusters} is out of range; choose 0 to {min(segments, MAX_CLUSTERS)}"
-        if not 0 <= self.rank <= min(shape):
-            return f"rank {self.rank} is out of range; choose 0 to {min(shape)}"
-        return None
+        require_range(name, "n_clusters", self.n_clusters, 0, min(segments, MAX_CLUSTERS))
+        require_range(name, "rank", self.rank, 0, min(shape))
 
 
 @dataclass(frozen=True)
