@@ -1,8 +1,8 @@
 """Row layouts of fused matrices, as functions of the model's configuration.
 
-A fused matrix consists of groups of rows, and each group concatenates some rows of every part (Q, K and V; gate and
+A fused matrix consists of groups of rows, and each group concatenates some rows of every piece (Q, K and V; gate and
 up). Each function takes the config and the number of rows of the fused matrix, and returns (number of groups, rows of
-each part in a group). It raises ValueError if the config lacks a number.
+each piece in a group). It raises ValueError if the config lacks a number.
 """
 
 from collections.abc import Callable
@@ -41,12 +41,12 @@ def falcon(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
 
 
 def halves(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
-    """One group of two parts of equal size (gate and up)."""
+    """One group of two pieces of equal size (gate and up)."""
     return 1, (rows // 2, rows // 2)
 
 
 def interleaved(config: ModelConfig, rows: int) -> tuple[int, tuple[int, ...]]:
-    """Alternating rows of two parts (gate and up of gpt-oss)."""
+    """Alternating rows of two pieces (gate and up of gpt-oss)."""
     return rows // 2, (1, 1)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError
 
-# (Name of a tensor, whether it is compressed in parts) -> reason to leave it uncompressed; None if there is none.
+# (Name of a tensor, whether it is compressed in pieces) -> reason to leave it uncompressed; None if there is none.
 LoadingRefusal = Callable[[str, bool], str | None]
 
 
@@ -31,10 +31,10 @@ def loading_refusal(checkpoint: Checkpoint) -> LoadingRefusal:
     weight_names = [WeightNames(meta.model) for meta in meta_models]
     unused = _without_parameter(checkpoint, named_model, weight_names[0])
 
-    def reason(tensor: str, in_parts: bool) -> str | None:
+    def reason(tensor: str, is_fused: bool) -> str | None:
         if tensor in unused:
             return f"{type(named_model).__name__} of transformers has no parameter for it"
-        reasons = (why_not_restorable(tensor, in_parts, names) for names in weight_names)
+        reasons = (why_not_restorable(tensor, is_fused, names) for names in weight_names)
         return next(filter(None, reasons), None)
 
     return reason

@@ -14,7 +14,7 @@ class MatrixInfo:
     """A matrix [outputs, inputs]: a whole tensor, some rows of one, the matrix of an expert, or some rows of that.
 
     Attributes:
-        name: name of the compressed matrix: that of the tensor, or of a part of it
+        name: name of the compressed matrix: that of the tensor, or of a piece of it
             (`swsc_core.compressed.config_json.piece_name`).
         shape: [m, n].
         tensor: the tensor that holds the matrix.
@@ -78,7 +78,7 @@ class MatrixInfo:
         a, b = self.tensor.shape[-2:]
         return b if self.location.transposed else a
 
-    def part(self, name: str, rows: RowBlocks, role: str | None) -> "MatrixInfo":
+    def piece(self, name: str, rows: RowBlocks, role: str | None) -> "MatrixInfo":
         """Return some rows, counted from the first row of this matrix, as a matrix of its own."""
         fused = self.location
         first = fused.row_blocks.first if fused.row_blocks else 0

@@ -3,7 +3,7 @@
 Usually a matrix is a whole tensor. A tensor that fuses Q, K and V is split by the layout of its family, and a tensor
 that is stored transposed (Conv1D of GPT-2) is transposed back, so that "output channel" means the same in every model.
 
-The parts of X.weight are named X.q.weight, X.k.weight, … Rows of parts that are not compressed remain as X.weight,
+The pieces of X.weight are named X.q.weight, X.k.weight, … Rows of pieces that are not compressed remain as X.weight,
 whose shape then fits no loader that does not know the format. A stack X [experts, …] is treated as one fused matrix
 with the rows of all its matrices X.0.weight, X.1.weight, … If each expert fuses two matrices, they are X.0.gate.weight,
 X.0.up.weight, …
@@ -72,8 +72,8 @@ def matrices_of(checkpoint: Checkpoint, family: Family, info: TensorInfo) -> lis
     matrix = whole_matrix(info, family.is_transposed(info.name), role.roles[0] if role.roles else None)
     if role.layout is None:
         return [matrix]
-    parts = zip(role.roles, _row_blocks(checkpoint, matrix, role.roles, role.layout), strict=True)
-    return [matrix.part(name, rows, name) for name, rows in parts]
+    pieces = zip(role.roles, _row_blocks(checkpoint, matrix, role.roles, role.layout), strict=True)
+    return [matrix.piece(name, rows, name) for name, rows in pieces]
 
 
 def _matrices_of_expert(checkpoint: Checkpoint, role: Role, info: TensorInfo, number: int) -> list[MatrixInfo]:
@@ -89,28 +89,28 @@ def _matrices_of_expert(checkpoint: Checkpoint, role: Role, info: TensorInfo, nu
     matrix = expert_matrix(info, number, transposed, stack_role)
     if stack is None or not stack.roles:
         return [matrix]
-    parts = zip(stack.roles, _row_blocks(checkpoint, matrix, stack.roles, stack.layout), strict=True)
-    return [matrix.part(name, rows, stack_role) for name, rows in parts]
+    pieces = zip(stack.roles, _row_blocks(checkpoint, matrix, stack.roles, stack.layout), strict=True)
+    return [matrix.piece(name, rows, stack_role) for name, rows in pieces]
 
 
 def is_matrix(info: TensorInfo) -> bool:
-    """Return whether a tensor can be compressed as one matrix, or as parts of one."""
+    """Return whether a tensor can be compressed as one matrix, or as pieces of one."""
     # Biases of fused experts have two dimensions.
     bias = info.name.endswith("bias")
     return len(info.shape) == 2 and info.dtype in FLOAT_DTYPES and info.count > 0 and not bias
 
 
 def find_matrix(checkpoint: Checkpoint, name: str) -> MatrixInfo:
-    """Return the matrix with a name: a whole tensor, or a part of one.
+    """Return the matrix with a name: a whole tensor, or a piece of one.
 
     Raises:
         CheckpointError: the checkpoint has no such matrix.
     """
     family = Family(checkpoint.config)
-    info, part = _tensor_and_part(checkpoint, name)
+    info, piece = _tensor_and_piece(checkpoint, name)
     # Building the matrices of one expert is enough, because a stack may hold hundreds.
-    if part and is_stack(info):
-        candidates = _matrices_of_expert(checkpoint, family.role_of(info.name), info, int(part.partition(".")[0]))
+    if piece and is_stack(info):
+        candidates = _matrices_of_expert(checkpoint, family.role_of(info.name), info, int(piece.partition(".")[0]))
     else:
         candidates = matrices_of(checkpoint, family, info)
     matrix = next((matrix for matrix in candidates if matrix.name == name), None)
@@ -121,49 +121,49 @@ def find_matrix(checkpoint: Checkpoint, name: str) -> MatrixInfo:
     return matrix
 
 
-def _tensor_and_part(checkpoint: Checkpoint, name: str) -> tuple[TensorInfo, str]:
-    """The tensor that holds a matrix, and the name of the part ("" for a whole tensor)."""
+def _tensor_and_piece(checkpoint: Checkpoint, name: str) -> tuple[TensorInfo, str]:
+    """The tensor that holds a matrix, and the name of the piece ("" for a whole tensor)."""
     if name in checkpoint.tensors:
         return checkpoint.tensors[name], ""
     words = name.removesuffix(".weight").split(".")
     stems = {".".join(words[:-count]): ".".join(words[-count:]) for count in (1, 2)}
-    candidates = {tensor: part for stem, part in stems.items() for tensor in (f"{stem}.weight", stem)}
+    candidates = {tensor: piece for stem, piece in stems.items() for tensor in (f"{stem}.weight", stem)}
     return next(
-        (checkpoint.tensors[tensor], part) for tensor, part in candidates.items() if tensor in checkpoint.tensors
+        (checkpoint.tensors[tensor], piece) for tensor, piece in candidates.items() if tensor in checkpoint.tensors
     )
 
 
 def fused_tensors(matrices: Iterable[MatrixInfo]) -> tuple[FusedTensor, ...]:
     """Return the fused tensors to which the given matrices belong."""
-    parts: dict[str, list[MatrixInfo]] = {}
+    pieces: dict[str, list[MatrixInfo]] = {}
     for matrix in matrices:
         if matrix.location.row_blocks is not None:
-            parts.setdefault(matrix.tensor.name, []).append(matrix)
-    return tuple(FusedTensor(group[0].tensor, tuple(group)) for group in parts.values())
+            pieces.setdefault(matrix.tensor.name, []).append(matrix)
+    return tuple(FusedTensor(group[0].tensor, tuple(group)) for group in pieces.values())
 
 
 def _row_blocks(
     checkpoint: Checkpoint, fused: MatrixInfo, roles: tuple[str, ...], layout: FusedLayout
 ) -> list[RowBlocks]:
-    """The rows of each part of a fused matrix."""
+    """The rows of each piece of a fused matrix."""
     root, m = checkpoint.store.root, fused.shape[0]
     try:
         count, lengths = layout(text_config(checkpoint.config), m)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{root}: config.json does not define how {fused.name} is fused ({error!r})") from None
     group = sum(lengths)
-    parts = [RowBlocks(sum(lengths[:number]), length, group, count) for number, length in enumerate(lengths)]
-    if group * count != m or not _is_partition(parts):
+    pieces = [RowBlocks(sum(lengths[:number]), length, group, count) for number, length in enumerate(lengths)]
+    if group * count != m or not _is_partition(pieces):
         raise CheckpointError(
             f"{root}: {fused.name} has {m} rows, but by config.json {'+'.join(roles)} take {count} times"
             f" {'+'.join(map(str, lengths))}; download both again, or --exclude it"
         )
-    return parts
+    return pieces
 
 
-def _is_partition(parts: list[RowBlocks]) -> bool:
+def _is_partition(pieces: list[RowBlocks]) -> bool:
     try:
-        require_partition(0, parts)
+        require_partition(0, pieces)
     except ValueError:
         return False
     return True

@@ -37,7 +37,7 @@ class Model:
 
     @cached_property
     def pieces(self) -> dict[str, list[str]]:
-        """Fused tensor -> names of its compressed parts."""
+        """Fused tensor -> names of its compressed pieces."""
         pieces: dict[str, list[str]] = {}
         for name, entry in self.entries.items():
             if entry.location.tensor is not None:
@@ -52,7 +52,7 @@ class Model:
         return [name for name in self.checkpoint.tensors if name not in parts or name in whole]
 
     def is_compressed(self, name: str) -> bool:
-        """Return whether the dense tensor `name`, or a part of it, is stored compressed."""
+        """Return whether the dense tensor `name`, or a piece of it, is stored compressed."""
         return name in self.entries or name in self.pieces
 
     @property
@@ -71,8 +71,8 @@ class Model:
         stored = self.checkpoint.tensors[name].shape
         if name not in self.pieces:
             return stored
-        parts = [self.entries[piece] for piece in self.pieces[name]]
-        return parts[0].location.tensor_shape(stored[0] + sum(entry.shape[0] for entry in parts), stored[1])
+        pieces = [self.entries[piece] for piece in self.pieces[name]]
+        return pieces[0].location.tensor_shape(stored[0] + sum(entry.shape[0] for entry in pieces), stored[1])
 
     def dtype(self, name: str) -> str:
         """Return safetensors' name of the dtype of the dense tensor `name`."""
@@ -123,10 +123,10 @@ class Model:
 
     def _fused(self, name: str) -> "Tensor":
         remaining_rows = read_tensor(self.checkpoint.store, self.checkpoint.tensors[name])
-        parts = self.pieces[name]
-        rows = row_blocks_of(self.entries[part].location for part in parts)
-        fused = fuse_rows(remaining_rows, rows, map(self.read_matrix, parts))
-        return self.entries[parts[0]].location.to_checkpoint_layout(fused)
+        pieces = self.pieces[name]
+        rows = row_blocks_of(self.entries[piece].location for piece in pieces)
+        fused = fuse_rows(remaining_rows, rows, map(self.read_matrix, pieces))
+        return self.entries[pieces[0]].location.to_checkpoint_layout(fused)
 
     def read_parts(self, name: str) -> dict[str, "Tensor"]:
         """Read the parts of a compressed tensor, on the CPU, by the names of the parts."""
@@ -168,26 +168,26 @@ def open_model(location: str, known: SourceDigests | None = None) -> Model:
             _require_fused(remaining_rows, [model.entries[piece] for piece in pieces])
         except ValueError as error:
             raise CheckpointError(
-                f"{location}: the parts of {name} are not a partition of the fused tensor ({error}); compress again"
+                f"{location}: the pieces of {name} are not a partition of the fused tensor ({error}); compress again"
             ) from None
     return model
 
 
-def _require_fused(remaining_rows: TensorInfo | None, parts: list[Entry]) -> None:
-    """Raise ValueError unless the parts of a fused tensor and its remaining rows are a partition of the tensor.
+def _require_fused(remaining_rows: TensorInfo | None, pieces: list[Entry]) -> None:
+    """Raise ValueError unless the pieces of a fused tensor and its remaining rows are a partition of the tensor.
 
     Args:
         remaining_rows: the tensor that is stored under the fused tensor's name.
-        parts: entries of the parts.
+        pieces: entries of the pieces.
     """
     if remaining_rows is None or len(remaining_rows.shape) != 2:
         raise ValueError("its remaining rows are missing")
-    locations = [entry.location for entry in parts]
+    locations = [entry.location for entry in pieces]
     common = {(location.transposed, location.n_experts) for location in locations}
-    kinds = {(entry.shape[1], entry.dtype) for entry in parts}
-    if len(common) != 1 or len(kinds) != 1 or remaining_rows.shape[1] != parts[0].shape[1]:
-        raise ValueError("its parts differ in columns, dtype, transposed or stacked")
+    kinds = {(entry.shape[1], entry.dtype) for entry in pieces}
+    if len(common) != 1 or len(kinds) != 1 or remaining_rows.shape[1] != pieces[0].shape[1]:
+        raise ValueError("its pieces differ in columns, dtype, transposed or stacked")
     experts = locations[0].n_experts or 1
-    if (remaining_rows.shape[0] + sum(entry.shape[0] for entry in parts)) % experts:
+    if (remaining_rows.shape[0] + sum(entry.shape[0] for entry in pieces)) % experts:
         raise ValueError(f"the number of rows is not a multiple of {experts} experts")
     require_partition(remaining_rows.shape[0], row_blocks_of(locations))

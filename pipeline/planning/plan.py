@@ -233,7 +233,7 @@ def _with_tasks(decisions: list[Decision]) -> Plan:
     layers: dict[str, list[Decision]] = defaultdict(list)
     for decision in decisions:
         if decision.action == "compressed":
-            # The tensor's name counts, because a part of a tensor outside the layers may contain a number.
+            # The tensor's name counts, because a piece of a tensor outside the layers may contain a number.
             layers[layer_of(decision.matrix.tensor.name)].append(decision)
     fused = {layer: fused_tensors(item.matrix for item in items) for layer, items in layers.items()}
     # A matrix that is copied is stored with the remaining rows of its fused tensor.

@@ -68,8 +68,8 @@ class RestorePlan:
             return "copied", "was stored as it is"
         if name in self.adapter_layers:
             return "restored", f"was compressed; its low-rank part is in {ADAPTER_FOLDER}"
-        parts = self.model.pieces.get(name, [name])
-        whole = self.adapter_layers and any(self.model.entries[part].low_rank for part in parts)
+        pieces = self.model.pieces.get(name, [name])
+        whole = self.adapter_layers and any(self.model.entries[piece].low_rank for piece in pieces)
         return "restored", "was compressed" + ("; whole, as it is no linear layer of its own" if whole else "")
 
 

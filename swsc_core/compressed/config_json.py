@@ -3,7 +3,7 @@
     {"quant_method": "swsc", "format_version": 4, "tensors": {tensor name: entry, …}}
 
 Entries are defined in entry.py. All versions up to FORMAT_VERSION are readable. Entries of version 1 (whole channels,
-16-bit values), 2 (no parts of fused tensors, no transposed tensors) and 3 (no stacked tensors) have fewer keys, whose
+16-bit values), 2 (no pieces of fused tensors, no transposed tensors) and 3 (no stacked tensors) have fewer keys, whose
 absence is unambiguous. docs/format.md is the specification.
 """
 
@@ -52,11 +52,11 @@ def _entry(name: str, data: object, version: int) -> Entry:
 
 @dataclass(frozen=True)
 class CompressedTensor:
-    """A tensor of a dense checkpoint that is stored compressed, as one matrix or as parts that it fuses.
+    """A tensor of a dense checkpoint that is stored compressed, as one matrix or as pieces that it fuses.
 
     Attributes:
         name: of the dense tensor.
-        entries: name of a part ("q", "3.gate") -> entry. A tensor that is compressed as one matrix has the single name
+        entries: name of a piece ("q", "3.gate") -> entry. A tensor that is compressed as one matrix has the single name
             "".
     """
 
@@ -65,7 +65,7 @@ class CompressedTensor:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the tensor is compressed in parts."""
+        """Whether the tensor is compressed in pieces."""
         return "" not in self.entries
 
     @property
@@ -76,17 +76,17 @@ class CompressedTensor:
 
 def compressed_tensors(entries: Mapping[str, Entry]) -> dict[str, CompressedTensor]:
     """The dense tensors that the given matrices belong to, by name, in the order of their first entries."""
-    parts_of: dict[str, dict[str, Entry]] = {}
+    pieces_of: dict[str, dict[str, Entry]] = {}
     for name, entry in entries.items():
         tensor = entry.location.tensor or name
         stem = tensor.removesuffix(".weight")
-        part = "" if tensor == name else name.removeprefix(f"{stem}.").removesuffix(".weight")
-        parts_of.setdefault(tensor, {})[part] = entry
-    return {name: CompressedTensor(name, parts) for name, parts in parts_of.items()}
+        piece = "" if tensor == name else name.removeprefix(f"{stem}.").removesuffix(".weight")
+        pieces_of.setdefault(tensor, {})[piece] = entry
+    return {name: CompressedTensor(name, pieces) for name, pieces in pieces_of.items()}
 
 
 def piece_name(tensor: str, piece: str) -> str:
-    """Name of the matrix that is the part `piece` of a tensor; the inverse of `compressed_tensors`."""
+    """Name of the matrix that is the piece `piece` of a tensor; the inverse of `compressed_tensors`."""
     return f"{tensor.removesuffix('.weight')}.{piece}.weight" if piece else tensor
 
 

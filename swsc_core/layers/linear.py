@@ -166,19 +166,19 @@ class SwscLinear(CompressedWeight):
 
 
 class SwscJoined(nn.Module):
-    """y = x Wᵀ + b for a fused matrix W of which some parts are compressed.
+    """y = x Wᵀ + b for a fused matrix W of which some pieces are compressed.
 
-    The outputs of all parts are computed separately and permuted to the row order of W.
+    The outputs of all pieces are computed separately and permuted to the row order of W.
 
     Args:
-        pieces: name of a compressed part ("q", "k", …) -> its entry, whose location states its rows.
-        remaining: number of rows that belong to no part; their weight is dense.
+        pieces: name of a compressed piece ("q", "k", …) -> its entry, whose location states its rows.
+        remaining: number of rows that belong to no piece; their weight is dense.
         bias: whether the layer has a bias.
         dtype: of dense rows, the bias, and parts with floating point values; torch's default if None.
         device: of the parameters; torch's default if None.
 
     Raises:
-        ValueError: parts that overlap or leave rows out.
+        ValueError: pieces that overlap or leave rows out.
     """
 
     def __init__(
@@ -204,12 +204,12 @@ class SwscJoined(nn.Module):
 
     @property
     def pieces(self) -> dict[str, SwscLinear]:
-        """Name of a compressed part -> its layer."""
+        """Name of a compressed piece -> its layer."""
         return {name: layer for name, layer in self.named_children() if isinstance(layer, SwscLinear)}
 
     @property
     def _remaining_weight(self) -> Tensor:
-        """Dense weight of the rows of no part, [remaining, n]."""
+        """Dense weight of the rows of no piece, [remaining, n]."""
         return self.get_parameter("weight") if "weight" in self._parameters else self.get_buffer("weight")
 
     def dense_weight(self) -> Tensor:
@@ -219,8 +219,8 @@ class SwscJoined(nn.Module):
             ValueError: a stored tensor is damaged.
         """
         with torch.no_grad():
-            parts = (layer.dense_weight() for layer in self.pieces.values())
-            return fuse_rows(self._remaining_weight, self.rows, parts)
+            pieces = (layer.dense_weight() for layer in self.pieces.values())
+            return fuse_rows(self._remaining_weight, self.rows, pieces)
 
     def _order_on(self, device: torch.device) -> Tensor:
         """Permutation of the concatenated outputs to the row order of W, int64 [m]; copied to the device once."""

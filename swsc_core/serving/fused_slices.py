@@ -86,10 +86,10 @@ class FusedMatrix:
         slices = shard.slices(self.name, sizes, self.shape)
         return torch.cat([order[slice(*rows)] for rows, _ in slices]), slices[0][1]
 
-    def _positions(self, stored_rows: Tensor, part_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of `stored_rows` are among `part_rows`, bool, and the positions of these within `part_rows`."""
+    def _positions(self, stored_rows: Tensor, piece_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of `stored_rows` are among `piece_rows`, bool, and the positions of these within `piece_rows`."""
         position = torch.full((self.shape[0],), -1)
-        position[part_rows] = torch.arange(len(part_rows))
+        position[piece_rows] = torch.arange(len(piece_rows))
         positions = position[stored_rows]
         return positions >= 0, positions[positions >= 0]
 

@@ -64,7 +64,7 @@ class MatrixLocation:
 
     def __post_init__(self) -> None:
         if (self.tensor is None) != (self.row_blocks is None):
-            raise ValueError("only one of tensor and rows is given; a part of a fused tensor needs both")
+            raise ValueError("only one of tensor and rows is given; a piece of a fused tensor needs both")
         if self.n_experts is not None and self.row_blocks is None:
             raise ValueError("stacked is given without rows; one of several stacked matrices needs both")
 
@@ -115,13 +115,13 @@ class MatrixLocation:
 
 
 def row_blocks_of(locations: Iterable[MatrixLocation]) -> list[RowBlocks]:
-    """The rows of each part of a fused matrix.
+    """The rows of each piece of a fused matrix.
 
     Raises:
         ValueError: a location without rows.
     """
-    parts = list(locations)
-    row_blocks = [part.row_blocks for part in parts if part.row_blocks is not None]
-    if len(row_blocks) < len(parts):
+    pieces = list(locations)
+    row_blocks = [piece.row_blocks for piece in pieces if piece.row_blocks is not None]
+    if len(row_blocks) < len(pieces):
         raise ValueError("an entry of a fused tensor does not state its rows; download config.json again")
     return row_blocks

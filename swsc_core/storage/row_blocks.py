@@ -1,7 +1,7 @@
-"""Rows of a fused matrix that belong to one of its parts, such as Q in a matrix of Q, K and V.
+"""Rows of a fused matrix that belong to one of its pieces, such as Q in a matrix of Q, K and V.
 
 Families that fuse their projections concatenate them, or interleave them by head or by group of heads. Each of these
-layouts consists of blocks of equal length at equal distances, so that four numbers describe a part for any number of
+layouts consists of blocks of equal length at equal distances, so that four numbers describe a piece for any number of
 heads.
 
 A stack of matrices (one per expert) is treated as a fused matrix of all their rows, one matrix after the other.
@@ -47,67 +47,67 @@ class RowBlocks:
         return self.first + self.stride * torch.arange(self.count, device=device)
 
     def index(self, device: torch.device | str = "cpu") -> Tensor:
-        """The rows, int64 [total], in the order of the part."""
+        """The rows, int64 [total], in the order of the piece."""
         return (self.starts(device)[:, None] + torch.arange(self.length, device=device)).reshape(-1)
 
     def take(self, matrix: Tensor) -> Tensor:
-        """Copy of the part [total, n] of a fused matrix [m, n]."""
+        """Copy of the piece [total, n] of a fused matrix [m, n]."""
         return matrix[self.index(matrix.device)]
 
-    def put(self, matrix: Tensor, part: Tensor) -> None:
-        """Write a part [total, n] into its rows of the fused matrix [m, n], in place."""
-        matrix[self.index(matrix.device)] = part.to(matrix.device, matrix.dtype)
+    def put(self, matrix: Tensor, piece: Tensor) -> None:
+        """Write a piece [total, n] into its rows of the fused matrix [m, n], in place."""
+        matrix[self.index(matrix.device)] = piece.to(matrix.device, matrix.dtype)
 
 
-def remaining_rows(m: int, parts: Sequence[RowBlocks]) -> Tensor:
-    """Rows of a fused matrix of `m` rows that belong to none of `parts`, int64 [remaining], in ascending order."""
+def remaining_rows(m: int, pieces: Sequence[RowBlocks]) -> Tensor:
+    """Rows of a fused matrix of `m` rows that belong to none of `pieces`, int64 [remaining], in ascending order."""
     is_remaining = torch.ones(m, dtype=torch.bool)
-    for part in parts:
-        is_remaining[part.index()] = False
+    for piece in pieces:
+        is_remaining[piece.index()] = False
     return is_remaining.nonzero()[:, 0]
 
 
-def row_permutation(m: int, parts: Sequence[RowBlocks]) -> list[int]:
-    """Permutation [m] that restores the fused matrix's row order from `concat(parts, remaining_rows)`."""
-    part_rows = [row for part in parts for start, stop in part.blocks for row in range(start, stop)]
-    in_parts = set(part_rows)
-    concatenated = [*part_rows, *(row for row in range(m) if row not in in_parts)]
+def row_permutation(m: int, pieces: Sequence[RowBlocks]) -> list[int]:
+    """Permutation [m] that restores the fused matrix's row order from `concat(pieces, remaining_rows)`."""
+    piece_rows = [row for piece in pieces for start, stop in piece.blocks for row in range(start, stop)]
+    in_pieces = set(piece_rows)
+    concatenated = [*piece_rows, *(row for row in range(m) if row not in in_pieces)]
     position = {row: index for index, row in enumerate(concatenated)}
     return [position[row] for row in range(m)]
 
 
-def fuse_rows(remaining: Tensor, row_blocks: Sequence[RowBlocks], parts: Iterable[Tensor]) -> Tensor:
+def fuse_rows(remaining: Tensor, row_blocks: Sequence[RowBlocks], pieces: Iterable[Tensor]) -> Tensor:
     """The fused matrix [m, n], in the dtype of `remaining`.
 
     Args:
-        remaining: the rows of no part, [remaining, n].
-        row_blocks: the rows of each part.
-        parts: [rows, n] each, in the same order; consumed one at a time.
+        remaining: the rows of no piece, [remaining, n].
+        row_blocks: the rows of each piece.
+        pieces: [rows, n] each, in the same order; consumed one at a time.
 
     Raises:
-        ValueError: parts that overlap or leave rows out.
+        ValueError: pieces that overlap or leave rows out.
     """
     require_partition(len(remaining), row_blocks)
     matrix = remaining.new_empty((len(remaining) + sum(rows.total for rows in row_blocks), remaining.shape[1]))
     matrix[remaining_rows(len(matrix), row_blocks).to(remaining.device)] = remaining
-    for rows, part in zip(row_blocks, parts, strict=True):
-        rows.put(matrix, part)
+    for rows, piece in zip(row_blocks, pieces, strict=True):
+        rows.put(matrix, piece)
     return matrix
 
 
-def require_partition(remaining: int, parts: Sequence[RowBlocks]) -> None:
-    """Raise ValueError unless `parts` and `remaining` further rows cover each row of a matrix exactly once."""
-    if any(min(rows.length, rows.stride, rows.count) < 1 or rows.first < 0 for rows in parts):
-        raise ValueError("a part of the fused matrix has no rows")
-    m = remaining + sum(rows.total for rows in parts)
+def require_partition(remaining: int, pieces: Sequence[RowBlocks]) -> None:
+    """Raise ValueError unless `pieces` and `remaining` further rows cover each row of a matrix exactly once."""
+    if any(min(rows.length, rows.stride, rows.count) < 1 or rows.first < 0 for rows in pieces):
+        raise ValueError("a piece of the fused matrix has no rows")
+    m = remaining + sum(rows.total for rows in pieces)
     # Models are created while another device, such as meta, is the default.
     empty = torch.zeros(0, dtype=torch.int64, device="cpu")
-    starts = torch.cat([empty, *(rows.starts() for rows in parts)])
-    stops = torch.cat([empty, *(rows.starts() + rows.length for rows in parts)])
+    starts = torch.cat([empty, *(rows.starts() for rows in pieces)])
+    stops = torch.cat([empty, *(rows.starts() + rows.length for rows in pieces)])
     starts, order = starts.sort()
     stops = torch.cat([starts.new_zeros(1), stops[order]])
     if bool((starts < stops[:-1]).any()) or int(stops[-1]) > m:
-        raise ValueError(f"parts overlap or exceed the {m} rows of the fused matrix")
+        raise ValueError(f"pieces overlap or exceed the {m} rows of the fused matrix")
 
 
 def apply_view(tensor: Tensor, transposed: bool = False, row_blocks: RowBlocks | None = None) -> Tensor:

@@ -100,7 +100,7 @@ def model_without_weights(file: Path) -> Any:
 
 
 def saved_tensors(model: Any) -> dict[str, "Tensor"]:
-    """Return the tensors as `save_pretrained` writes them: tied tensors once, fused tensors split into their parts."""
+    """Return the tensors as `save_pretrained` writes them: tied tensors once, fused tensors split into their pieces."""
     from transformers.core_model_loading import revert_weight_conversion
 
     untied = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}

@@ -161,7 +161,7 @@ class TestDamagedPieces:
     @pytest.mark.parametrize(
         ("change", "expected"),
         [
-            ({"rows": [16, 16, 48, 4]}, "parts overlap"),
+            ({"rows": [16, 16, 48, 4]}, "pieces overlap"),
             ({"rows": [150, 16, 48, 4]}, "the 192 rows"),
             ({"rows": [0, 64, 0, 1]}, "has no rows"),
             ({"rows": [0, 1, 1, 1 << 30]}, "64 rows of its shape"),

@@ -301,7 +301,7 @@ def test_a_stack_that_does_not_fit_the_config_is_refused_in_one_line(
         ({"stacked": 3}, "differ in columns, dtype, transposed or stacked"),
         ({"stacked": 0}, "stacked is 0"),
         ({"tensor": None}, "tensor is None"),
-        ({"rows": [10, 2, 2, 48]}, "parts overlap"),
+        ({"rows": [10, 2, 2, 48]}, "pieces overlap"),
     ],
 )
 def test_a_wrong_description_of_a_stack_in_config_json_is_refused(

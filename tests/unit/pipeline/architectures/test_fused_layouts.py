@@ -35,9 +35,9 @@ MLA = {"num_attention_heads": 8, "qk_nope_head_dim": 5, "v_head_dim": 3}
 def test_groups_cover_all_rows(
     layout: FusedLayout, config: dict[str, int], rows: int, expected: tuple[int, tuple[int, ...]]
 ) -> None:
-    groups, parts = layout(config, rows)
-    assert (groups, parts) == expected
-    assert groups * sum(parts) == rows
+    groups, pieces = layout(config, rows)
+    assert (groups, pieces) == expected
+    assert groups * sum(pieces) == rows
 
 
 def test_a_config_without_heads_is_refused() -> None:

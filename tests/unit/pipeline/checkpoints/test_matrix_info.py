@@ -37,16 +37,16 @@ def test_a_whole_tensor_and_rows_of_it(store: Store, infos: dict[str, TensorInfo
     assert whole.fused is whole
     assert torch.equal(read_matrix(store, whole), dense)
     rows = RowBlocks(1, 1, 2, 2)
-    part = whole.part("k", rows, "k")
-    assert (part.name, part.shape, part.role, part.nbytes) == (
+    piece = whole.piece("k", rows, "k")
+    assert (piece.name, piece.shape, piece.role, piece.nbytes) == (
         "a.k.weight",
         (2, dense.shape[1]),
         "k",
         8 * dense.shape[1],
     )
-    assert part.location == MatrixLocation("a.weight", transposed, rows)
-    assert (part.fused.name, part.rows) == ("a.weight", rows)
-    assert torch.equal(read_matrix(store, part), dense[[1, 3]])
+    assert piece.location == MatrixLocation("a.weight", transposed, rows)
+    assert (piece.fused.name, piece.rows) == ("a.weight", rows)
+    assert torch.equal(read_matrix(store, piece), dense[[1, 3]])
 
 
 @pytest.mark.parametrize("number", [0, 2])
@@ -62,17 +62,17 @@ def test_an_expert_and_rows_of_it_read_no_other_expert(
     assert whole.rows is None
     assert torch.equal(read_matrix(store, whole), dense)
     assert ranges_of(whole) == [range_of(infos["experts"].expert(number))]
-    part = whole.part("up", RowBlocks(0, 1, 2, 2), None)
-    assert part.name == f"experts.{number}.up.weight"
-    assert part.location.row_blocks == RowBlocks(number * m, 1, 2, 2)
-    assert (part.fused, part.expert) == (whole, number)
-    assert ranges_of(part) == ranges_of(whole)
-    assert torch.equal(read_matrix(store, part), dense[[0, 2]])
+    piece = whole.piece("up", RowBlocks(0, 1, 2, 2), None)
+    assert piece.name == f"experts.{number}.up.weight"
+    assert piece.location.row_blocks == RowBlocks(number * m, 1, 2, 2)
+    assert (piece.fused, piece.expert) == (whole, number)
+    assert ranges_of(piece) == ranges_of(whole)
+    assert torch.equal(read_matrix(store, piece), dense[[0, 2]])
 
 
-def test_parts_of_one_tensor_share_what_is_read(infos: dict[str, TensorInfo]) -> None:
+def test_pieces_of_one_tensor_share_what_is_read(infos: dict[str, TensorInfo]) -> None:
     whole = whole_matrix(infos["a.weight"])
-    parts: list[MatrixInfo] = [
-        whole.part(name, RowBlocks(first, 4, 12, 1), name) for first, name in ((0, "q"), (4, "k"))
+    pieces: list[MatrixInfo] = [
+        whole.piece(name, RowBlocks(first, 4, 12, 1), name) for first, name in ((0, "q"), (4, "k"))
     ]
-    assert len({part.fused for part in parts}) == 1
+    assert len({piece.fused for piece in pieces}) == 1

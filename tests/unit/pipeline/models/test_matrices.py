@@ -48,10 +48,10 @@ def test_falcon(kind: dict[str, Any], pairs: int, rows: int) -> None:
     weight = torch.randn(rows, N)
     split = FalconAttention(config, layer_idx=0)._split_heads(weight.T[None])
     found = pieces("h.0.self_attention.query_key_value.weight", weight, config.to_dict())
-    q, k, v = (part[0].reshape(N, -1, 8) for part in split)
+    q, k, v = (piece[0].reshape(N, -1, 8) for piece in split)
     repeats = k.shape[1] // pairs  # the new decoder repeats keys and values for the heads that share them
-    for role, part in (("q", q), ("k", k[:, ::repeats]), ("v", v[:, ::repeats])):
-        assert torch.equal(found[role], heads_of(part, part.shape[1])), role
+    for role, piece in (("q", q), ("k", k[:, ::repeats]), ("v", v[:, ::repeats])):
+        assert torch.equal(found[role], heads_of(piece, piece.shape[1])), role
 
 
 def test_bloom_and_gpt_neox() -> None:
@@ -66,8 +66,8 @@ def test_bloom_and_gpt_neox() -> None:
     }  # fmt: skip
     for name, about in names.items():
         found = pieces(name, weight, about)
-        for role, part in zip("qkv", split, strict=True):  # [1, heads, N, width]
-            assert torch.equal(found[role], part[0].permute(0, 2, 1).reshape(-1, N)), role
+        for role, piece in zip("qkv", split, strict=True):  # [1, heads, N, width]
+            assert torch.equal(found[role], piece[0].permute(0, 2, 1).reshape(-1, N)), role
 
 
 def test_bloom_has_an_alias_for_its_width() -> None:
@@ -123,6 +123,6 @@ def test_pieces_and_the_rest_make_up_the_whole_again() -> None:
     assert torch.equal(fuse_rows(rest, [v, q], [v.take(weight), q.take(weight)]), weight)
     with pytest.raises(ValueError, match="overlap"):
         fuse_rows(rest, [q, q], [q.take(weight), q.take(weight)])
-    for remaining, parts in ((31, [q, v]), (0, [RowBlocks(0, 8, 0, 4)])):
+    for remaining, row_blocks in ((31, [q, v]), (0, [RowBlocks(0, 8, 0, 4)])):
         with pytest.raises(ValueError, match="fused matrix"):
-            require_partition(remaining, parts)
+            require_partition(remaining, row_blocks)

@@ -1,4 +1,4 @@
-"""Claims about rows of fused matrices: they partition a matrix, and parts are put back where they came from."""
+"""Claims about rows of fused matrices: they partition a matrix, and pieces are put back where they came from."""
 
 import pytest
 import torch
@@ -15,22 +15,22 @@ from swsc_core.storage.row_blocks import (
 )
 
 
-@given(heads=st.integers(1, 4), head=st.integers(1, 3), parts=st.integers(1, 3), unused=st.integers(0, 3))
-def test_interleaved_parts_and_remaining_rows_are_the_fused_matrix(
-    heads: int, head: int, parts: int, unused: int
+@given(heads=st.integers(1, 4), head=st.integers(1, 3), pieces=st.integers(1, 3), unused=st.integers(0, 3))
+def test_interleaved_pieces_and_remaining_rows_are_the_fused_matrix(
+    heads: int, head: int, pieces: int, unused: int
 ) -> None:
-    stride = parts * head
-    blocks = [RowBlocks(part * head, head, stride, heads) for part in range(parts)]
+    stride = pieces * head
+    blocks = [RowBlocks(piece * head, head, stride, heads) for piece in range(pieces)]
     matrix = torch.arange(heads * stride + unused, dtype=torch.float32)[:, None] * torch.ones(1, 2)
     remaining = matrix[remaining_rows(len(matrix), blocks)]
     assert len(remaining) == unused
-    assert torch.equal(fuse_rows(remaining, blocks, [part.take(matrix) for part in blocks]), matrix)
-    concatenated = torch.cat([*(part.take(matrix) for part in blocks), remaining])
+    assert torch.equal(fuse_rows(remaining, blocks, [piece.take(matrix) for piece in blocks]), matrix)
+    concatenated = torch.cat([*(piece.take(matrix) for piece in blocks), remaining])
     assert torch.equal(concatenated[row_permutation(len(matrix), blocks)], matrix)
 
 
 @pytest.mark.parametrize(
-    ("remaining", "parts"),
+    ("remaining", "pieces"),
     [
         (0, [RowBlocks(0, 2, 2, 1), RowBlocks(1, 2, 2, 1)]),
         (0, [RowBlocks(1, 2, 2, 1)]),
@@ -39,9 +39,9 @@ def test_interleaved_parts_and_remaining_rows_are_the_fused_matrix(
     ],
     ids=["overlap", "exceeds", "empty", "overlaps itself"],
 )
-def test_what_is_no_partition_is_refused(remaining: int, parts: list[RowBlocks]) -> None:
+def test_what_is_no_partition_is_refused(remaining: int, pieces: list[RowBlocks]) -> None:
     with pytest.raises(ValueError, match="fused matrix"):
-        require_partition(remaining, parts)
+        require_partition(remaining, pieces)
 
 
 def test_a_view_transposes_and_then_takes_rows() -> None:
