@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from swsc_core.checks import require_matrix, require_range
 from swsc_core.compressed.compressed_matrix import CompressedMatrix, CompressOptions, Range
 from swsc_core.compressed.entry import RtnEntry
 from swsc_core.compressed.rtn_slicing import rtn_columns, rtn_rows
-from swsc_core.method.rtn import RtnMatrix, dequantize, quantize
+from swsc_core.method.rtn import RtnMatrix, dequantize, group_length, quantize_groups, require_quantizable
 from swsc_core.method.spec import RtnSpec
 
 
@@ -32,16 +31,9 @@ class CompressedRtn(CompressedMatrix):
         cls, weight: Tensor, spec: RtnSpec, options: CompressOptions
     ) -> tuple["CompressedRtn", dict[str, float]]:
         started = time.perf_counter()
-        require_matrix(options.name, weight)
-        require_range(options.name, "bits", spec.bits, 2, 8)
-        matrix = quantize(
-            weight,
-            spec.bits,
-            granularity=spec.granularity,
-            group_size=spec.group_size,
-            symmetric=spec.symmetric,
-            scale_dtype=options.storage_dtype,
-        )
+        require_quantizable(options.name, weight, spec.bits, spec.group_size)
+        length = group_length((weight.shape[0], weight.shape[1]), spec.granularity, spec.group_size)
+        matrix = quantize_groups(weight, spec.bits, length, spec.symmetric, options.storage_dtype)
         entry = RtnEntry(
             shape=matrix.shape,
             dtype=str(weight.dtype).removeprefix("torch."),

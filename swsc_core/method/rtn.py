@@ -74,12 +74,24 @@ def quantize(
     Raises:
         ValueError: not a finite matrix, bits or group_size out of range.
     """
-    require_matrix("quantize", weight)
-    require_range("quantize", "bits", bits, 2, 8)
+    require_quantizable("quantize", weight, bits, group_size)
+    length = group_length((weight.shape[0], weight.shape[1]), granularity, group_size)
+    return quantize_groups(weight, bits, length, symmetric, scale_dtype)
+
+
+def require_quantizable(name: str, weight: Tensor, bits: int, group_size: int) -> None:
+    """Raise ValueError, naming the tensor, unless the arguments are valid for `quantize`."""
+    require_matrix(name, weight)
+    require_range(name, "bits", bits, 2, 8)
     if group_size < 1:
-        raise ValueError(f"quantize: group_size {group_size} is out of range; choose 1 or more")
+        raise ValueError(f"{name}: group_size {group_size} is out of range; choose 1 or more")
+
+
+def quantize_groups(
+    weight: Tensor, bits: int, length: int, symmetric: bool, scale_dtype: torch.dtype | None
+) -> RtnMatrix:
+    """`quantize` with a scale for every `length` weights (`group_length`); the arguments are not checked."""
     shape = (weight.shape[0], weight.shape[1])
-    length = group_length(shape, granularity, group_size)
     groups = _grouped(weight.float(), length)
     scales, zeros = _grid(groups, bits, symmetric, scale_dtype or _default_scale_dtype(weight))
     codes = (groups / _divisors(scales)[:, None]).round_().add_(zeros[:, None]).clamp_(0, 2**bits - 1)

@@ -107,3 +107,8 @@ def test_the_error_of_bits_out_of_range_names_the_range(bits: int) -> None:
         encode(torch.ones(2, 2), [RtnSpec(bits)], name="layer7")
     with pytest.raises(ValueError, match=f"bits {bits} .* 2 to 8"):
         quantize(torch.ones(2, 2), bits)
+
+
+def test_the_error_of_a_group_size_out_of_range_names_the_tensor() -> None:
+    with pytest.raises(ValueError, match="layer7: group_size 0 is out of range; choose 1 or more"):
+        encode(torch.ones(2, 2), [RtnSpec(4, "group", 0)], name="layer7")
