@@ -20,6 +20,7 @@ from pipeline.outputs.atomic_edit import edit_file
 from pipeline.outputs.card_content import add_evaluation, require_card
 from pipeline.storage import lease, store
 from pipeline.storage.store import Store
+from tests.support.commands import compress
 from tests.support.faults import FaultyFiles
 from tests.support.tiny import contents, make_text
 
@@ -53,22 +54,6 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "README.md").write_text(OF_THE_SOURCE)
     (path / "LICENSE").write_text("Be kind.")
     return path
-
-
-@pytest.fixture(scope="module")
-def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("made") / "out"
-    assert compress(model, output) == 0
-    return output
-
-
-@pytest.fixture
-def output(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "out"))
-
-
-def compress(model: Path, output: Path, *flags: str) -> int:
-    return main(["compress", str(model), str(output), "--local", *flags])
 
 
 def front_matter(output: Path) -> dict[str, Any]:

@@ -10,19 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from jobs.cli import main
 from pipeline.outputs.atomic_edit import complete_interrupted_edit, edit_file
 from pipeline.storage.store import Store
 from tests.support.tiny import contents
-
-
-@pytest.fixture(scope="module")
-def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("made") / "out"
-    assert main(["compress", str(tiny_model), str(output), "--local"]) == 0
-    return output
 
 
 def measured(card: str) -> str:

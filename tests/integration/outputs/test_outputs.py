@@ -13,23 +13,8 @@ from pipeline.engine.task import JobContext
 from pipeline.errors import CheckpointError
 from pipeline.restoring.job import RestoreTensors
 from pipeline.storage.store import Store
+from tests.support.commands import compress
 from tests.support.tiny import contents, make_text, make_tiny_model
-
-
-def compress(model: Path, output: Path, *flags: str) -> int:
-    return main(["compress", str(model), str(output), "--local", *flags])
-
-
-@pytest.fixture(scope="module")
-def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("made") / "out"
-    assert compress(tiny_model, output) == 0
-    return output
-
-
-@pytest.fixture
-def output(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 def first_layer(output: Path) -> Path:

@@ -22,18 +22,12 @@ TOKEN, REPO = "hf_SecretOfTheTest", "org/tiny-swsc"
 
 
 @pytest.fixture(scope="module")
-def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("pushed") / "model"))
-    (model / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
-    (model / "odd [name]*.txt").write_text("kept")
-    output = model.parent / "out"
-    assert main(["compress", str(model), str(output), "--local"]) == 0
-    return output
-
-
-@pytest.fixture
-def output(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "out"))
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a card and a file whose name is a pattern."""
+    path = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("pushed") / "model"))
+    (path / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    (path / "odd [name]*.txt").write_text("kept")
+    return path
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.cli import main
 from pipeline.checkpoints.checkpoint import RUN
 from pipeline.checkpoints.tensor_io import Payload, StoredTensor, commit
 from pipeline.errors import LeaseLost
@@ -16,11 +15,8 @@ from pipeline.outputs import transaction as outputs
 from pipeline.storage import lease
 from pipeline.storage.files import BytesLike
 from pipeline.storage.store import Store
+from tests.support.commands import compress
 from tests.support.tiny import contents
-
-
-def compress(model: Path, output: Path, *flags: str) -> int:
-    return main(["compress", str(model), str(output), "--local", *flags])
 
 
 def test_the_second_is_refused_and_the_first_is_not_disturbed(
