@@ -68,9 +68,9 @@ class Ticket:
 class Lease:
     """A ticket and the thread that renews it."""
 
-    def __init__(self, ticket: Ticket) -> None:
+    def __init__(self, ticket: Ticket, renewal_seconds: float) -> None:
         """Start to renew `ticket`, whose lease file has been written."""
-        self.ticket = ticket
+        self.ticket, self._renewal_seconds = ticket, renewal_seconds
         self._renewals = 0
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
@@ -92,7 +92,7 @@ class Lease:
         self.ticket.store.put(LEASE_FILE, _lease_json(self.ticket, self._renewals))
 
     def _keep(self) -> None:
-        while not self._released.wait(_RENEWAL_SECONDS):
+        while not self._released.wait(self._renewal_seconds):
             with suppress(OSError, StoreError):  # a store that does not answer now may do so at the next renewal
                 if _owner_of(self.ticket.store) != self.ticket.owner:
                     return  # another run has taken over; the next commit reports it
@@ -108,11 +108,17 @@ class Lease:
             self.ticket.store.remove(LEASE_FILE)
 
 
-def acquire_lease(store: Store, on_wait: Callable[[str], None] | None = None, sleep: Sleep = time.sleep) -> Lease:
+def acquire_lease(
+    store: Store,
+    on_wait: Callable[[str], None] | None = None,
+    sleep: Sleep = time.sleep,
+    renewal_seconds: float | None = None,
+) -> Lease:
     """Acquire the lease on `store`, as soon as no other run holds it.
 
     Args:
         on_wait: receives one line when a live run holds the lease and this call waits for it. None: do not wait.
+        renewal_seconds: seconds between two renewals; None: `_RENEWAL_SECONDS`.
 
     Raises:
         OutputError: a live run holds the lease.
@@ -123,7 +129,7 @@ def acquire_lease(store: Store, on_wait: Callable[[str], None] | None = None, sl
         _held_owners.add(ticket.owner)
         try:
             _write_lease(ticket, expired, sleep)
-            return Lease(ticket)
+            return Lease(ticket, _RENEWAL_SECONDS if renewal_seconds is None else renewal_seconds)
         except BaseException as error:
             _held_owners.discard(ticket.owner)
             # Of two runs that came at the same moment the other one holds the lease: wait for it.

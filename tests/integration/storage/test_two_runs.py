@@ -20,11 +20,10 @@ from tests.support.tiny import contents
 
 
 def test_the_second_is_refused_and_the_first_is_not_disturbed(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = Store.at(str(tmp_path / "out"))
-    monkeypatch.setattr(lease, "_RENEWAL_SECONDS", 0.2)
-    first = lease.acquire_lease(store)
+    first = lease.acquire_lease(store, renewal_seconds=0.2)
     assert compress(tiny_model, tmp_path / "out") == 2
     assert "is writing there; wait for it, or stop it" in capsys.readouterr().err
     first.ticket.require()

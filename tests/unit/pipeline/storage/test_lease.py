@@ -107,10 +107,7 @@ def test_a_node_that_does_not_see_the_directory_raises(store: Store) -> None:
 
 
 @pytest.mark.parametrize("left", ["nothing", "a lease of a run that is gone", "half a lease"])
-def test_of_many_simultaneous_acquisitions_one_succeeds(
-    store: Store, left: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.storage.lease._RENEWAL_SECONDS", 0.002)
+def test_of_many_simultaneous_acquisitions_one_succeeds(store: Store, left: str) -> None:
     many, found, patience = 6, [], threading.Event()
     for _ in range(20):
         if left != "nothing":
@@ -123,7 +120,7 @@ def test_of_many_simultaneous_acquisitions_one_succeeds(
         def come(start: threading.Barrier = start) -> Any:
             start.wait()
             try:
-                return acquire_lease(store, sleep=wait_briefly)
+                return acquire_lease(store, sleep=wait_briefly, renewal_seconds=0.002)
             except OutputError as error:
                 return error
 
@@ -135,11 +132,8 @@ def test_of_many_simultaneous_acquisitions_one_succeeds(
         have[0].release()
 
 
-def test_a_run_that_was_asleep_until_its_successor_was_done_does_not_sign_again(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.storage.lease._RENEWAL_SECONDS", 0.2)
-    lease = acquire_lease(store, sleep=Seconds())
+def test_a_run_that_was_asleep_until_its_successor_was_done_does_not_sign_again(store: Store) -> None:
+    lease = acquire_lease(store, sleep=Seconds(), renewal_seconds=0.2)
     store.remove(LEASE_FILE)
     threading.Event().wait(0.5)
     assert not store.exists(LEASE_FILE)
