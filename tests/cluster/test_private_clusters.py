@@ -66,6 +66,19 @@ def test_a_signal_at_any_time_is_not_lost_and_leaves_no_process_behind(tiny_mode
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
+def test_workers_do_not_import_from_a_working_directory_with_packages_of_our_names(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("raise ImportError('of the working directory')")
+    command = [sys.executable, str(ROOT / "swsc_command.py"), "compress", str(tiny_model), "out", *FLAGS]
+    done = subprocess.run(
+        [*command, "--address", "local", "--workers", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / MANIFEST).exists()
+
+
 SLOW_START = """
 import os, signal, time
 import ray

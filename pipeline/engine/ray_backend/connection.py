@@ -16,10 +16,10 @@ from ray._private import ray_constants
 from ray._private import utils as ray_utils
 from ray.exceptions import RayError
 
-import pipeline
 from pipeline.console import log
 from pipeline.engine import signals
 from pipeline.engine.ray_backend.discovery import find_local_cluster, require_joinable
+from pipeline.engine.ray_backend.import_path import import_path_options
 from pipeline.errors import ClusterError
 
 _CONNECT_SECONDS = 10.0
@@ -29,8 +29,6 @@ _LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
 _SOCKET = "/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 # Address of a head, or of a server of Ray Client.
 _ADDRESS = re.compile(r"(ray://)?(\[[\da-fA-F:.%]+\]|[^\s:/\[\]][^\s/\[\]]*):\d{1,5}(/\S*)?")
-# Packages that workers import.
-_PACKAGES = ("pipeline", "swsc_core")
 
 
 def connect(address: str | None) -> bool:
@@ -44,17 +42,18 @@ def connect(address: str | None) -> bool:
     """
     signals.raise_if_interrupted()
     signals.install_handlers()
-    require_own_packages(_working_directory())
+    import_path = import_path_options(_working_directory())
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS") or None
     try:
         existing = joinable(address)
         if existing:
-            _init(existing)
+            # Under Ray Client the driver runs on the cluster, so workers get no directory of this machine.
+            _init(existing, **({} if existing.startswith("ray://") else import_path))
         else:
             with signals.deferred(), _loopback_only():
-                _init("local", include_dashboard=False, **_temporary())
+                _init("local", include_dashboard=False, **import_path, **_temporary())
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split())
         raise ClusterError(
@@ -98,17 +97,6 @@ def _working_directory() -> Path:
         return Path.cwd()
     except FileNotFoundError:
         raise ClusterError("the working directory was removed; run the command, or submit the job, again") from None
-
-
-def require_own_packages(folder: Path) -> None:
-    """Raise ClusterError if the working directory `folder`, where workers import from first, shadows our packages."""
-    home = Path(pipeline.__file__).resolve().parents[1]
-    modules = [path for name in _PACKAGES for path in (folder / name / "__init__.py", folder / f"{name}.py")]
-    if folder.resolve() != home and (shadowing := [path for path in modules if path.exists()]):
-        raise ClusterError(
-            f"Ray's workers would import {shadowing[0]} instead of this tool's package: rename it, or run the command"
-            " from another directory or with --local"
-        )
 
 
 def joinable(address: str | None) -> str | None:

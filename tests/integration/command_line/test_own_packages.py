@@ -40,19 +40,6 @@ def test_a_folder_that_is_no_package_hides_nothing(tmp_path: Path) -> None:
     (tmp_path / "jobs" / "monday.txt").touch()
     done = swsc(tmp_path, "--help")
     assert done.returncode == 0, done.stderr
-    connection.require_own_packages(tmp_path)
-
-
-@pytest.mark.parametrize("package", ["pipeline/__init__.py", "swsc_core.py"])
-def test_what_would_hide_them_from_workers_only_is_refused_before_they_are_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
-    (tmp_path / package).parent.mkdir(exist_ok=True)
-    (tmp_path / package).touch()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ClusterError, match="--local"):
-        connection.connect("local")
-    connection.require_own_packages(ROOT)
 
 
 def test_a_working_directory_that_was_removed_is_an_error_of_the_cluster(

@@ -54,6 +54,7 @@ DOORS = {
             "connection",
             "discovery",
             "failures",
+            "import_path",
             "pool",
             "worker_pools",
             "workers",
