@@ -5,7 +5,7 @@ tasks add the shards of a layer in the order of the text, each as soon as it is 
 which worker ran which task, and the size of a range bounds the memory.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,8 @@ class Calibration:
         Raises:
             RunError: tasks failed; the matrices that were finished are kept.
         """
+        if not self.store.is_there:  # a command that is refused for its cluster leaves no cache
+            pools.require_workers(self._stage(self._ranges(self._infos)))
         with report_damaged_cache(self.store):
             names = map(hessian_file, self._infos)
             output = begin(OutputRequest(self.store, self._identity, names), log_and_release(pools))
@@ -90,7 +92,7 @@ class Calibration:
         require_free_space(self.store, sum(self._sum_bytes(part.names) for part in ranges))
         shards = self._shards()
         gathering = Gathering(calibration_key(self._inputs.source, self._settings), shards, output)
-        stage = self._stage(max(self._sum_bytes(part.names) for part in ranges))
+        stage = self._stage(ranges)
         pool = pools(len(ranges) * len(shards.starts), stage)
         try:
             n_tasks = gathering.start_pass(ranges)
@@ -110,19 +112,23 @@ class Calibration:
         seqlen = self._inputs.ids.shape[1]
         return WindowShards(self._inputs.ids, max(1, _SHARD_TOKENS // seqlen), self._inputs.seed)
 
-    def _stage(self, sum_bytes: int) -> Stage:
-        """The stage of a pool whose workers hold at most `sum_bytes` of sums each."""
+    def _stage(self, ranges: Sequence[LayerRange]) -> Stage:
+        """The stage of a pool whose workers hold the sums of one range each."""
         source, seqlen = self._inputs.source, self._inputs.ids.shape[1]
+        sum_bytes = max(self._sum_bytes(part.names) for part in ranges)
         memory = calibration_bytes(source, seqlen, sum_bytes)
         device = calibration_device_bytes(source, seqlen, sum_bytes, self._settings.calibration_dtype)
         return Stage("calibrate", memory, device, keeps_model=True)
 
     def _missing_ranges(self, output: Output, written: Collection[str] = ()) -> list[LayerRange]:
-        """Layers whose Hessians are missing, in ranges whose sums fit --moment-gib. A layer is never split."""
+        """Layers whose Hessians are missing."""
+        return self._ranges(name for name in self._infos if name not in written and not _is_complete(name, output))
+
+    def _ranges(self, matrices: Iterable[str]) -> list[LayerRange]:
+        """The layers of some matrices, in ranges whose sums fit --moment-gib. A layer is never split."""
         ranges: list[LayerRange] = []
         room = 0
-        missing = [name for name in self._infos if name not in written and not _is_complete(name, output)]
-        for layer, names in layers_of(missing).items():
+        for layer, names in layers_of(list(matrices)).items():
             nbytes = self._sum_bytes(names)
             if not ranges or nbytes > room:
                 ranges.append(LayerRange({}))

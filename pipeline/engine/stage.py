@@ -40,6 +40,12 @@ class Pools(Protocol):
     def __call__(self, tasks: int, stage: Stage) -> Pool:
         """Return a pool for a stage of `tasks` tasks."""
 
+    def require_workers(self, stage: Stage) -> None:
+        """Raise ClusterError if the cluster cannot be reached or can hold no worker of a stage. It starts no worker.
+
+        A command calls it before it writes anything that its refusal would leave behind.
+        """
+
     def release(self) -> None:
         """Stop the workers, so that another run can use their resources. The next stage starts new workers."""
 

@@ -74,10 +74,17 @@ def sweep(request: SweepRequest, on_unwritten: Callable[[SweepResult], None] = l
     """
     request.require_valid()
     runs = Sweep(request.settings)
-    store = _begun(request.out)
-    with acquire_lease(store):
-        clear_unfinished(store, [*RESULTS, _MARKER])  # a sweep that was killed may have left temporary files
-        result = _measured(runs, request, store, on_unwritten)
+    store = _results_directory(request.out)
+    from pipeline.engine.ray_backend.arithmetic import arithmetic_of
+    from pipeline.engine.ray_backend.worker_pools import worker_pools
+
+    arithmetic = arithmetic_of(request.cluster)  # before the workers take all GPUs: it may have to ask one
+    with closing(runs), worker_pools(request.cluster, peak_memory_optional=runs.worker_bytes) as pools:
+        pools.require_workers(runs.stage)
+        store.write(_MARKER, [])
+        with acquire_lease(store):
+            clear_unfinished(store, [*RESULTS, _MARKER])  # a sweep that was killed may have left temporary files
+            result = _measured(runs, request, store, Compute(pools, arithmetic), on_unwritten)
     store.below(".swsc").remove_empty()
     return result
 
@@ -89,36 +96,29 @@ def require_complete(result: SweepResult) -> None:
         raise RunError(f"{len(result.failed)} of {len(result.rows)} rows failed, the others are written: {causes}")
 
 
-def _begun(out: str) -> Store:
-    """The directory of results, marked as one; OutputError if it has other content or cannot be written."""
+def _results_directory(out: str) -> Store:
+    """The directory of results; OutputError if it has other content or cannot be written."""
     store = Store.at(out)
     require_directory(store)
     other_names = [name for name in store.entries() if final_name(name) != _MARKER]
     if other_names and not store.exists(_MARKER):
         raise OutputError(f"{out}: not empty and not the results of a sweep; choose an empty or new directory")
-    store.write(_MARKER, [])
     return store
 
 
 def _measured(
-    runs: Sweep, request: SweepRequest, store: Store, on_unwritten: Callable[[SweepResult], None]
+    runs: Sweep, request: SweepRequest, store: Store, compute: Compute, on_unwritten: Callable[[SweepResult], None]
 ) -> SweepResult:
     """Run the sweep and write what it measured, whatever stops it."""
-    from pipeline.engine.ray_backend.arithmetic import arithmetic_of
-    from pipeline.engine.ray_backend.worker_pools import worker_pools
-
-    arithmetic = arithmetic_of(request.cluster)  # before the workers take all GPUs: it may have to ask one
-    cache = cache_location(request.settings, f"{store.root}/results.json")
-    with closing(runs), worker_pools(request.cluster, peak_memory_optional=runs.worker_bytes) as pools:
-        runs.calibrate(Compute(pools, arithmetic), cache)
-        pool = pools(runs.total_tasks, runs.stage)
-        try:
-            runs.run(pool)
-        finally:
-            result = runs.result()
-            if result.measured or sys.exc_info()[0] is None:
-                _write(_results_store(store, result), request, result, on_unwritten)
-        runs.remove_evaluated()
+    runs.calibrate(compute, cache_location(request.settings, f"{store.root}/results.json"))
+    pool = compute.pools(runs.total_tasks, runs.stage)
+    try:
+        runs.run(pool)
+    finally:
+        result = runs.result()
+        if result.measured or sys.exc_info()[0] is None:
+            _write(_results_store(store, result), request, result, on_unwritten)
+    runs.remove_evaluated()
     return result
 
 

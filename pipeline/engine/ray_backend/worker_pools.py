@@ -108,16 +108,24 @@ class LocalPools(_CommandPools):
 
     def __call__(self, tasks: int, stage: Stage) -> Pool:
         """Return a pool for a stage of `tasks` tasks. Raises ClusterError if there is no GPU, or it is too small."""
-        import torch
-
-        device = local_device(without_devices(self._settings) if stage.on_cpu else self._settings)
-        gpu_bytes = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
-        require_gpu_memory(_device_bytes(stage), gpu_bytes)
+        device = self._device_for(stage)
         if device not in self._workers:
             self._workers[device] = Worker(self._settings.threads_per_worker, device)
         if not stage.keeps_model:
             self._workers[device].forget_model()
         return LocalPool(self._workers[device])
+
+    def require_workers(self, stage: Stage) -> None:
+        """Raise ClusterError if there is no GPU, or it is too small."""
+        self._device_for(stage)
+
+    def _device_for(self, stage: Stage) -> str:
+        import torch
+
+        device = local_device(without_devices(self._settings) if stage.on_cpu else self._settings)
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
+        require_gpu_memory(_device_bytes(stage), gpu_bytes)
+        return device
 
     def release(self) -> None:
         """Drop the loaded model."""
@@ -143,8 +151,7 @@ class RayPools(_CommandPools):
         Raises:
             ClusterError: no cluster answers at the address, the cluster can never hold a worker, or a GPU is too small.
         """
-        settings = without_devices(self._settings) if stage.on_cpu else self._settings
-        self._started_here |= connect(settings.address)
+        settings = self._connected(stage)
         resources = self._resources_for(settings, tasks, stage.memory)
         limits = StageLimits(
             partial(count_workers, settings, resources, tasks),
@@ -153,6 +160,15 @@ class RayPools(_CommandPools):
             _device_bytes(stage),
         )
         return RayPool(self._workers_of(resources), limits, stage.keeps_model)
+
+    def require_workers(self, stage: Stage) -> None:
+        """Raise ClusterError if no cluster answers at the address, or it can never hold a worker."""
+        self._resources_for(self._connected(stage), 1, stage.memory)
+
+    def _connected(self, stage: Stage) -> ClusterSettings:
+        """Connect to the cluster, and return the settings of the workers of a stage."""
+        self._started_here |= connect(self._settings.address)
+        return without_devices(self._settings) if stage.on_cpu else self._settings
 
     def _resources_for(self, settings: ClusterSettings, tasks: int, memory: int) -> WorkerResources:
         nodes = alive_nodes()

@@ -92,6 +92,13 @@ def test_hessians_are_those_of_an_explicit_loop(tiny_model: Path) -> None:
     assert [sums[name].owner for name in names] == [names[0], names[0], names[2]]
 
 
+def test_a_calibration_without_a_cluster_leaves_no_cache(tiny_model: Path, calibration: Path, tmp_path: Path) -> None:
+    argv = ["compress", str(tiny_model), str(tmp_path / "out"), "--calibration", str(calibration), *SHORT]
+    argv += ["--preset", "fast", "--bits", "3", "--gpus-per-worker", "0"]  # on CPUs no worker is asked for its device
+    assert main([*argv, "--address", "127.0.0.1:1"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_blend_has_half_of_each_direction_whatever_their_size() -> None:
     plain, weighted = torch.diag(torch.tensor([8.0, 0.0])), torch.diag(torch.tensor([0.0, 2.0]))
     torch.testing.assert_close(blend(plain.clone(), weighted, 0.5), torch.diag(torch.tensor([0.5, 0.5])))

@@ -209,6 +209,13 @@ def test_earlier_results_stay_when_the_cluster_is_not_there(
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
+def test_a_sweep_without_a_cluster_writes_nothing(models: list[Path], text: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text, VARIANTS[:1])))
+    sweep = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*sweep, "--address", "127.0.0.1:1", "--gpus-per-worker", "0"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
+
+
 def test_earlier_results_stay_when_nothing_was_measured(
     models: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,8 @@ class NoPools:
     def __call__(self, tasks: int, stage: Stage) -> Pool:
         raise AssertionError("losses are measured again")
 
+    def require_workers(self, stage: Stage) -> None: ...
+
     def release(self) -> None: ...
 
 
