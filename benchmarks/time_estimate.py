@@ -2,7 +2,7 @@
 
     python -m benchmarks.time_estimate
 
-The constants (pipeline/planning/cost_model.py) were fitted to the 4096×4096 matrices of benchmarks/llama7b_shape.py.
+The constants (pipeline/planning/time_model.py) were fitted to the 4096×4096 matrices of benchmarks/llama7b_shape.py.
 This script plans and compresses matrices of other models' shapes, square and not, at other bits, along the other axis
 and by segments, with `--local`. It prints the estimated and the measured time of each.
 

@@ -96,7 +96,7 @@ class Calibration:
         pool = pools(len(ranges) * len(shards.starts), stage)
         try:
             n_tasks = gathering.start_pass(ranges)
-            with Progress(stage.name, n_tasks, 0, stage.unit) as progress:
+            with Progress(stage.name, n_tasks, 0, unit=stage.unit) as progress:
                 execute(pool, gathering, progress)
                 for _ in range(_MAX_PASSES - 1):
                     if not gathering.lost:

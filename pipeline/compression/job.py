@@ -18,6 +18,7 @@ from pipeline.errors import UncompressibleWeight
 from pipeline.models.matrix_reader import MatrixReader, SourceMatrix, read_source_matrix
 from pipeline.outputs.report_rows import MatrixResult
 from pipeline.planning.plan import CopyTask, LayerTask
+from pipeline.planning.time_model import copying_seconds
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import FileRecord, Store
 from swsc_core import Encoded, encode
@@ -178,4 +179,5 @@ def layer_output(
 
 def copy_task(source: Store, copy: CopyTask, ticket: Ticket) -> Task[Any]:
     """A task that copies tensors into one file of the output."""
-    return Task(copy.file, CopyTensors(source, copy, ticket), f"copy to {copy.file}", weight=copy.nbytes)
+    job = CopyTensors(source, copy, ticket)
+    return Task(copy.file, job, f"copy to {copy.file}", work=copying_seconds(copy.nbytes), nbytes=copy.nbytes)

@@ -20,27 +20,34 @@ _MIN_SHARE = 0.02
 
 
 class Progress:
-    """Counts finished tasks and their bytes of work; a context manager.
+    """Counts finished tasks, their bytes and their estimated work; a context manager.
 
-    The remaining time is estimated from the rate since the first task started: bytes per second, or tasks per second if
-    the stage counts no bytes. Starting workers does not count.
+    The remaining time is estimated from the rate since the first task started: work per second, or tasks per second if
+    the work is not known. Starting workers does not count.
     """
 
     def __init__(
-        self, stage: str, tasks: int, nbytes: int, unit: str = "tasks", clock: Callable[[], float] = time.monotonic
+        self,
+        stage: str,
+        tasks: int,
+        work: float,
+        nbytes: int = 0,
+        unit: str = "tasks",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin to count.
 
         Args:
             stage: name of the stage, which starts every line.
             tasks: number of tasks.
-            nbytes: bytes of work in all tasks; 0 if they are not known.
+            work: estimated work of all tasks, in any unit; 0 if it is not known.
+            nbytes: bytes of all tasks, which lines show; 0 if they are not known.
             unit: plural name of what a task stands for.
             clock: time in seconds.
         """
         self._stage, self._unit, self._clock = prefixed(stage), unit, clock
-        self._tasks, self._bytes = tasks, nbytes
-        self._done, self._done_bytes = 0, 0
+        self._tasks, self._work, self._bytes = tasks, work, nbytes
+        self._done, self._done_work, self._done_bytes = 0, 0.0, 0
         self._most_running = 0
         self._created = self._last_line = clock()
         self._first_start: float | None = None
@@ -70,16 +77,17 @@ class Progress:
             self._first_start = self._clock()
         self._most_running = max(self._most_running, running)
 
-    def advance(self, nbytes: int) -> None:
-        """Count one finished task of `nbytes` bytes of work."""
+    def advance(self, work: float, nbytes: int = 0) -> None:
+        """Count one finished task, with its work and bytes."""
         self._done += 1
+        self._done_work += work
         self._done_bytes += nbytes
         self._update_bar()
 
-    def add(self, tasks: int, nbytes: int = 0) -> None:
+    def add(self, tasks: int, work: float = 0) -> None:
         """Add tasks that were not known when the stage began."""
         self._tasks += tasks
-        self._bytes += nbytes
+        self._work += work
         self._update_bar()
 
     def tick(self) -> None:
@@ -99,7 +107,7 @@ class Progress:
         None until as many tasks have finished as run at a time, because the tasks under way would count as untouched,
         and until `_MIN_SHARE` of the work is finished. None again when all is finished.
         """
-        share = self._done_bytes / self._bytes if self._bytes else self._done / max(self._tasks, 1)
+        share = self._done_work / self._work if self._work else self._done / max(self._tasks, 1)
         if self._first_start is None or self._done < max(1, self._most_running) or not _MIN_SHARE <= share < 1:
             return None
         return (self._clock() - self._first_start) * (1 - share) / share

@@ -119,7 +119,7 @@ def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
         if result is not None:
             running -= 1
             if not retries.take(result):
-                progress.advance(result.task.weight)
+                progress.advance(result.task.work, result.task.nbytes)
                 source.done(result)
         elif not running and time.monotonic() > patience:
             progress.log(f"no worker is up yet, waiting for one: {pool.waiting_for()}")

@@ -100,7 +100,8 @@ class Task(Generic[V]):
         outputs: number of payloads that the job returns. They stay where they were computed, and the driver gets
             handles.
         commit_to: file to which the node that holds the first payload writes it.
-        weight: bytes of work, for progress.
+        work: estimated work relative to the other tasks of the stage, for the remaining time; 0 if it is not known.
+        nbytes: bytes that progress shows.
     """
 
     key: Any
@@ -109,7 +110,8 @@ class Task(Generic[V]):
     payloads: tuple[Any, ...] = ()
     outputs: int = 0
     commit_to: Destination | None = None
-    weight: int = 0
+    work: float = 0.0
+    nbytes: int = 0
 
     @property
     def kind(self) -> str:

@@ -66,7 +66,7 @@ def evaluate_model(
     losses: dict[int, tuple[float, ...]] = {}
     dtypes: set[str] = set()
     tasks = [
-        Task(start, MeasureLosses(key, part), f"windows {start} to {start + len(part) - 1}")
+        Task(start, MeasureLosses(key, part), f"windows {start} to {start + len(part) - 1}", work=len(part))
         for start, part in batch_parts(windows.ids, settings)
     ]
 

@@ -135,7 +135,7 @@ class PooledRequests:
         memory = evaluation_bytes(self._model, self._key.dtype, batch_tokens)
         device = evaluation_device_bytes(self._model, self._key.dtype, batch_tokens)
         pool = self._pool_for(_PoolSize(len(tasks), memory, device))
-        with Progress(kind, len(tasks), 0, "parts") as progress:
+        with Progress(kind, len(tasks), 0, unit="parts") as progress:
             execute(pool, source, progress)
         source.raise_failures()
         return [batch for start in sorted(answers) for batch in answers[start]]

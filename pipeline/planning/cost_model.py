@@ -1,9 +1,8 @@
-"""Cost model: predicted bytes, bits, peak memory of a worker, and time."""
+"""Cost model: predicted bytes, bits and peak memory of a worker."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable
-from functools import singledispatch
 
 from pipeline.architectures.model_config import find_number
 from pipeline.architectures.tensor_names import layer_of
@@ -12,16 +11,11 @@ from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.models.stored_model import Model
 from pipeline.planning.machine_speed import Speed
 from pipeline.planning.plan import Plan
+from pipeline.planning.time_model import core_seconds, stream_seconds, wall_seconds
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.matrix import MatrixSettings
-from swsc_core.method.codebook_fit import CONJUGATE_STEPS
-from swsc_core.method.kmeans import starts_and_refined
-from swsc_core.method.pairwise import use_gram
-from swsc_core.method.segmentation import GPU_SLAB_WEIGHTS, slab_values
-from swsc_core.method.spec import Spec, SwscSpec
-from swsc_core.method.svd import is_exact
-from swsc_core.method.weighted_kmeans import sample_size
-from swsc_core.storage.bits import Geometry
+from swsc_core.method.segmentation import GPU_SLAB_WEIGHTS
+from swsc_core.method.spec import Spec
 
 # Bytes of a worker that holds no weights: Python, torch, transformers, Ray.
 WORKER_BASE = 450 << 20
@@ -34,30 +28,6 @@ _WHOLE, _SEGMENTED = 8, 4
 _SLAB_COPIES = 5
 # The Hessian of a matrix and its root.
 _HESSIANS = 2
-# The following constants of K-Means and SVD were fitted to runs of benchmarks/llama7b_shape.py and of the demo
-# (docs/experiments.md).
-# Lloyd iterations of a start, and of the refinement of one.
-_STARTED, _REFINED = 20, 100
-# Seconds of an iteration besides the arithmetic; a seed takes at least half of it.
-_STEP_SECONDS = 3e-4
-# Additions of rows that take as long as one distance to a mean and its share of the minimum.
-_NEAREST = 10
-# Additions that take as long as one point in the choice of the next seed, with all trials.
-_SEED = 800
-# Products of the matrix with `rank` vectors in a Krylov SVD.
-_KRYLOV = 24
-# Operations of a GEMM that take as long as one distance and its share of the minimum.
-_DISTANCE = 60
-# Passes over the sample of segments, for seeding and iterations.
-_CODEBOOK_PASSES = 14
-# Seconds of the small calls for one block of columns of a slab.
-_BLOCK_SECONDS = 3e-4
-# An exact SVD takes this many times m·n·min(m, n) operations.
-_LAPACK = 25
-# Seconds for restoring, measuring and packing one weight, with any method.
-_WEIGHT_SECONDS = 7e-8
-# Seconds until a worker is up.
-_START_SECONDS = 10.0
 
 
 def estimate_cost(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, float]:
@@ -81,9 +51,9 @@ def estimate_cost(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str
         "share_of_weights_compressed": count / plan.weights,
         "worker_peak_bytes": compression_bytes(plan),
         "of_which_on_a_gpu": device_bytes(plan),
-        "core_seconds": core_seconds(plan, speed) + _stream_seconds(plan, form, speed),
+        "core_seconds": core_seconds(plan, speed) + stream_seconds(plan, form, speed),
         "workers": workers,
-        "seconds": _wall_seconds(plan, form, speed, workers),
+        "seconds": wall_seconds(plan, form, speed, workers),
     }
 
 
@@ -118,19 +88,6 @@ def hessian_bytes(infos: Iterable[MatrixInfo]) -> int:
     """
     counts = Counter((layer_of(info.name), info.shape[1]) for info in infos)
     return sum(4 * width**2 * (count + -(-count // 2)) for (_, width), count in counts.items())
-
-
-def _wall_seconds(plan: Plan, form: str, speed: Speed, workers: int) -> float:
-    """Wall time until the last worker ends. The largest layer alone may determine it."""
-    compressing, streaming = core_seconds(plan, speed), _stream_seconds(plan, form, speed)
-    share = max((task.nbytes for task in plan.layers), default=0) / max(1, sum(task.nbytes for task in plan.layers))
-    return _START_SECONDS + max((compressing + streaming) / workers, compressing * share)
-
-
-def _stream_seconds(plan: Plan, form: str, speed: Speed) -> float:
-    """Time to read all of the source and to hash all of the output."""
-    read = sum(task.nbytes for task in plan.layers) + sum(task.nbytes for task in plan.copies)
-    return max(read, plan.stored_bytes_as(form)) / speed.stream
 
 
 def compression_bytes(plan: Plan) -> int:
@@ -229,54 +186,3 @@ def _value_bytes(source: Checkpoint, dtype: str) -> int:
 def tuning_bytes(source: Checkpoint, seqlen: int) -> int:
     """Return the peak memory of a worker that tunes: that of calibration, with a second model instead of Hessians."""
     return calibration_bytes(source, seqlen, 4 * source.weights)
-
-
-def core_seconds(plan: Plan, speed: Speed) -> float:
-    """Return the seconds of one core for the compression of all matrices.
-
-    The constants were fitted to one run of 4096×4096 matrices; benchmarks/time_estimate.py measures the error on other
-    shapes.
-    """
-    return sum(
-        _WEIGHT_SECONDS * decision.matrix.count + _method_seconds(spec, decision.matrix, speed)
-        for decision in plan.compressed
-        for spec in decision.specs
-    )
-
-
-@singledispatch
-def _method_seconds(spec: Spec, matrix: MatrixInfo, speed: Speed) -> float:
-    """Seconds of the method besides those that every weight takes; 0 for a method without an estimate."""
-    return 0.0
-
-
-@_method_seconds.register
-def _swsc_seconds(spec: SwscSpec, matrix: MatrixInfo, speed: Speed) -> float:
-    m, n = matrix.shape
-    svd = _LAPACK * min(m, n) if is_exact(min(m, n), spec.rank) else 2 * _KRYLOV * spec.rank
-    clustering = _segment_seconds if spec.cuts_channels else _kmeans_seconds
-    return clustering(m, n, spec, speed) + ((1 + spec.rounds) * svd * m * n / speed.gemm if spec.rank else 0)
-
-
-def _segment_seconds(m: int, n: int, spec: SwscSpec, speed: Speed) -> float:
-    """Products with the Hessian, distances to centroids (bound by memory, not by GEMM), and small calls per block."""
-    layout, k = spec.layout((m, n)), spec.n_clusters
-    passes = 1 + spec.rounds
-    products = 2 * m * n * n * (passes + CONJUGATE_STEPS * spec.rounds) + n**3 if spec.needs_hessian else 0
-    distances = _DISTANCE * k * (layout.count * passes + _CODEBOOK_PASSES * sample_size(k) * spec.codebooks)
-    blocks = passes * layout.grid[1] * _BLOCK_SECONDS * -(-m * n // slab_values(m * n))
-    return (products + distances) / speed.gemm + blocks
-
-
-def _kmeans_seconds(m: int, n: int, spec: SwscSpec, speed: Speed) -> float:
-    geometry, k = Geometry(m, n, spec.channel_axis), spec.n_clusters
-    if k == 0:
-        return 0.0
-    points, length = geometry.channels, geometry.length
-    starts, refined = starts_and_refined(points, k, spec.n_init)
-    gram = use_gram(points, length, k, starts)
-    once = 2 * points**2 * length / speed.gemm if gram else 0
-    step = points**2 / speed.additions if gram else 2 * points * k * length / speed.gemm
-    step += _NEAREST * k * points / speed.additions + _STEP_SECONDS
-    seed = max(_SEED * points / speed.additions, _STEP_SECONDS / 2)
-    return once + (_STARTED * starts + _REFINED * refined) * step + starts * k * seed

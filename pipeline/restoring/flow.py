@@ -21,6 +21,7 @@ from pipeline.outputs.report import versions
 from pipeline.outputs.stage import run_output_stage
 from pipeline.outputs.transaction import Output, OutputRequest, finish, names_beside
 from pipeline.planning.cost_model import restoring_bytes
+from pipeline.planning.time_model import copying_seconds, restoring_seconds
 from pipeline.redaction import redacted_argv
 from pipeline.restoring.job import ExtractLowRank, RestoreTensors
 from pipeline.restoring.plan import RestorePlan, make_restore_plan
@@ -28,6 +29,9 @@ from pipeline.storage.cache_key import VERSIONS
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import FileRecord, Store
 from swsc_core.compressed.config_json import FORMAT_VERSION
+
+# Bytes of a weight in most checkpoints, for the proportion of restored and copied files.
+_VALUE_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,9 @@ def _tasks(plan: RestorePlan, ticket: Ticket) -> list[Task[Any]]:
     """A task per file."""
 
     def task(file: str, job: Job[None], label: str, nbytes: int) -> Task[Any]:
-        return Task(file, job, label, outputs=1, commit_to=Destination(ticket, file), weight=nbytes)
+        work = copying_seconds(nbytes) + restoring_seconds(nbytes // _VALUE_BYTES)
+        destination = Destination(ticket, file)
+        return Task(file, job, label, outputs=1, commit_to=destination, work=work, nbytes=nbytes)
 
     source, adapter_layers = plan.model.checkpoint.store, plan.adapter_layers
     tasks = []

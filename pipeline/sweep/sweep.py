@@ -16,7 +16,7 @@ from pipeline.sweep.cache import remove_evaluated, require_cache_room, shares_un
 from pipeline.sweep.inputs import open_inputs
 from pipeline.sweep.rows import Row, SweepResult, matrix_table, rows_by_matrix, run_rows
 from pipeline.sweep.runs import Run, make_runs, settings_of
-from pipeline.sweep.tasks import SweepTasks, count_tasks
+from pipeline.sweep.tasks import SweepTasks, count_tasks, estimated_work
 from pipeline.variants.calibrate_and_allocate import calibrate_and_allocate
 from pipeline.variants.compress_and_tune import remove_intermediates, tuned_variant
 from pipeline.variants.compression import Compression, Compute
@@ -73,7 +73,7 @@ class Sweep:
     def run(self, pool: Pool) -> None:
         """Compress and evaluate, and close the pool. After an error, `result` has what was measured until then."""
         try:
-            with Progress("sweep", self.total_tasks, 0) as progress:
+            with Progress("sweep", self.total_tasks, estimated_work(self._inputs, self._runs)) as progress:
                 self._tasks = SweepTasks(self._inputs, self._runs, progress)
                 execute(pool, self._tasks, progress)
         except BaseException:

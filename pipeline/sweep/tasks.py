@@ -19,6 +19,7 @@ from pipeline.evaluation.flow import batch_parts, model_key
 from pipeline.evaluation.job import MeasureLosses, WindowLosses
 from pipeline.models.matrices import find_matrix
 from pipeline.outputs.report_rows import MatrixResult
+from pipeline.planning.time_model import forward_seconds, matrix_seconds
 from pipeline.sweep.inputs import SweepInputs
 from pipeline.sweep.runs import Run, Unit
 
@@ -87,7 +88,8 @@ class SweepTasks:
                     continue
                 job = MeasureLosses(key, part, variant, matrices)
                 label = f"{run.name} on {self._inputs.location_of(run)}, window {start}"
-                state.tasks.append(Task(EvaluationKey(run.number, number, start), job, label, payloads))
+                work = forward_seconds(checkpoint.weights, part.size)
+                state.tasks.append(Task(EvaluationKey(run.number, number, start), job, label, payloads, work=work))
         state.outstanding = len(state.tasks)
         state.tasks.reverse()
         if not state.tasks:
@@ -123,7 +125,7 @@ class SweepTasks:
         if done.error:
             if isinstance(done.error, PayloadLost) and state.recomputations < _MAX_RECOMPUTATIONS:
                 state.lost = str(done.error)
-                self._progress.add(1)
+                self._progress.add(1, done.task.work)
             else:
                 state.error = state.error or str(done.error)
             state.outstanding -= len(state.tasks)
@@ -144,8 +146,9 @@ class SweepTasks:
             if unit not in state.missing:
                 state.missing.add(unit)
                 info = find_matrix(self._inputs.checkpoint_of(run), matrix)
-                self._compressions.append(_compression(self._inputs, info, [unit]))
-                self._progress.add(1)
+                task = _compression(self._inputs, info, [unit])
+                self._compressions.append(task)
+                self._progress.add(1, task.work)
 
     def _release(self, run: Run) -> None:
         """End a run, and release payloads that no other run needs."""
@@ -165,6 +168,13 @@ def count_tasks(inputs: SweepInputs, runs: Sequence[Run]) -> int:
     evaluations = (pair for run in runs for pair in inputs.evaluations_of(run))
     parts = sum(len(batch_parts(windows.ids, evaluation)) for windows, evaluation in evaluations)
     return len(compression_tasks(inputs, runs)) + parts
+
+
+def estimated_work(inputs: SweepInputs, runs: Sequence[Run]) -> float:
+    """Work of all tasks of a sweep, if no unit is lost."""
+    evaluated = [(inputs.checkpoint_of(run), windows) for run in runs for windows, _ in inputs.evaluations_of(run)]
+    forward = sum(forward_seconds(checkpoint.weights, windows.ids.size) for checkpoint, windows in evaluated)
+    return forward + sum(task.work for task in compression_tasks(inputs, runs))
 
 
 def compression_tasks(inputs: SweepInputs, runs: Sequence[Run]) -> list[Task[Any]]:
@@ -192,4 +202,5 @@ def _tasks_of_model(inputs: SweepInputs, model: int, checkpoint: Checkpoint, run
 def _compression(inputs: SweepInputs, info: MatrixInfo, units: list[Unit]) -> Task[Any]:
     model = units[0].model
     job = CompressVariants(inputs.checkpoints[model].store, info, tuple(unit.variant for unit in units))
-    return Task(tuple(units), job, f"{inputs.settings.models[model]} {info.name}", outputs=len(units))
+    work = sum(matrix_seconds(info, unit.variant.specs) for unit in units)
+    return Task(tuple(units), job, f"{inputs.settings.models[model]} {info.name}", outputs=len(units), work=work)

@@ -114,7 +114,7 @@ class Tuning:
         stage = Stage("tune", tuning_bytes(self._source, seqlen), device)
         pool = pools(steps.batch_size, stage)
         try:
-            with Progress(stage.name, steps.n_tasks_after(step), 0, stage.unit) as progress:
+            with Progress(stage.name, steps.n_tasks_after(step), 0, unit=stage.unit) as progress:
                 execute(pool, TaskRounds(steps.rounds_after(step)), progress)
         finally:
             pool.close()

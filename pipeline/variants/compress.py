@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
@@ -17,6 +18,8 @@ from pipeline.outputs.report import CompressionReport
 from pipeline.outputs.stage import run_output_stage
 from pipeline.outputs.transaction import CALIBRATION, Output, OutputRequest, abandon, finish
 from pipeline.planning.cost_model import compression_bytes, device_bytes
+from pipeline.planning.plan import LayerTask
+from pipeline.planning.time_model import copying_seconds, layer_seconds, restoring_seconds
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import Store
 from pipeline.tuning.job import ApplyTuning
@@ -94,20 +97,23 @@ def _write_files(
 
 
 def _tasks(compression: Compression, ticket: Ticket, tuned: TunedModel | None) -> list[Task[Any]]:
-    source, plan, settings = compression.source, compression.plan, compression.settings
     tasks: list[Task[Any]] = []
-    for layer in plan.layers:
-        job: Job[LayerReport]
-        if tuned:
-            rows = {info.name: tuned.rows[info.name] for info, _ in layer.items}
-            job = ApplyTuning(source.store, layer, settings.format, tuned.tuned, rows)
-        else:
-            job = CompressLayer(
-                source.store, layer, settings.format, settings.seed, settings.storage_dtype, compression.hessians
-            )
-        destination = Destination(ticket, layer.file)
-        tasks.append(Task(layer.file, job, layer.layer, outputs=1, commit_to=destination, weight=layer.nbytes))
-    return tasks + [copy_task(source.store, copy, ticket) for copy in plan.copies]
+    for layer in compression.plan.layers:
+        job, work = _layer_job(compression, layer, tuned)
+        task = Task(layer.file, job, layer.layer, outputs=1, commit_to=Destination(ticket, layer.file))
+        tasks.append(replace(task, work=work + copying_seconds(layer.nbytes), nbytes=layer.nbytes))
+    return tasks + [copy_task(compression.source.store, copy, ticket) for copy in compression.plan.copies]
+
+
+def _layer_job(compression: Compression, layer: LayerTask, tuned: TunedModel | None) -> tuple[Job[LayerReport], float]:
+    """The job that writes a layer, and its estimated work besides reading and writing."""
+    store, settings = compression.source.store, compression.settings
+    if tuned:
+        rows = {info.name: tuned.rows[info.name] for info, _ in layer.items}
+        work = restoring_seconds(sum(info.count for info, _ in layer.items))
+        return ApplyTuning(store, layer, settings.format, tuned.tuned, rows), work
+    job = CompressLayer(store, layer, settings.format, settings.seed, settings.storage_dtype, compression.hessians)
+    return job, layer_seconds(layer)
 
 
 def _report(compression: Compression, files: WrittenFiles, seconds: float, arithmetic: Arithmetic) -> dict[str, object]:

@@ -46,12 +46,12 @@ def verify_output(location: str, pools: Pools) -> VerifiedOutput:
         damage[done.task.key] = done.value
 
     tasks = [
-        Task(name, CheckFile(store, name, record), name, weight=record["size"])
+        Task(name, CheckFile(store, name, record), name, work=record["size"], nbytes=record["size"])
         for name, record in files.items()
         if not link_problem(store, name)
     ]
     stage = Stage("verify", WORKER_BASE, unit="files", on_cpu=True)
-    run_stage(pools, stage, sorted(tasks, key=lambda task: -task.weight), note)
+    run_stage(pools, stage, sorted(tasks, key=lambda task: -task.nbytes), note)
     damaged = [line for name in sorted(damage) for line in damage[name]]
     foreign = list(_foreign_files(store, files))
     if damaged or foreign:

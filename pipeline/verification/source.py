@@ -56,8 +56,9 @@ def verified(source: Checkpoint, hashes: str, pools: Pools) -> Checkpoint:
         digests.update(done.value.tensors)
 
     tasks = [
-        Task(file, HashFile(source.store, file, tuple(tensors.values())), file, weight=source.store.size(file))
+        Task(file, HashFile(source.store, file, tuple(tensors.values())), file, work=size, nbytes=size)
         for file, tensors in sorted(files.items())
+        for size in [source.store.size(file)]
     ]
     run_stage(pools, Stage("verify source", WORKER_BASE, unit="files"), tasks, note)
     return with_verified_digests(source, digests)

@@ -16,7 +16,7 @@ class Clock:
 
 def progress_of(sizes: list[int], clock: Clock, workers: int = 1) -> Progress:
     """Progress of a stage whose workers needed 30 s to start, with `workers` tasks under way."""
-    progress = Progress("test", len(sizes), sum(sizes), clock=clock)
+    progress = Progress("test", len(sizes), sum(sizes), sum(sizes), clock=clock)
     clock.seconds = 30.0
     for running in range(1, workers + 1):
         progress.task_started(running)
@@ -68,15 +68,25 @@ def test_parallel_tasks_count_once_a_whole_round_has_finished() -> None:
 
 def test_lines_name_the_stage_what_is_done_and_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with Progress("compress", 4, 400, "files", clock) as progress:
+    with Progress("compress", 4, 40, 400, "files", clock) as progress:
         progress.task_started(1)
         clock.seconds += 6
         progress.tick()
-        progress.advance(100)
+        progress.advance(10, 100)
         clock.seconds += 6
         progress.tick()
     first, second, *_ = capsys.readouterr().err.splitlines()
     assert first.startswith("compress: 0 of 4 files")
     assert "left" not in first
-    assert second.startswith("compress: 1 of 4 files")
+    assert second.startswith("compress: 1 of 4 files, 100 bytes of 400 bytes")
     assert second.endswith("about 36 s left")
+
+
+def test_the_remaining_time_follows_the_work_and_not_the_bytes() -> None:
+    """A file that is only copied has most bytes and least work."""
+    clock = Clock()
+    progress = Progress("compress", 3, work=10 + 10 + 0.1, nbytes=1 + 1 + 1000, clock=clock)
+    progress.task_started(1)
+    clock.seconds += 20
+    progress.advance(10, 1)
+    assert progress.seconds_left() == pytest.approx(20.2)

@@ -6,8 +6,9 @@ import pytest
 
 from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.models.stored_model import Model
-from pipeline.planning.cost_model import calibration_bytes, core_seconds, estimate_cost, evaluation_bytes, hessian_bytes
+from pipeline.planning.cost_model import calibration_bytes, estimate_cost, evaluation_bytes, hessian_bytes
 from pipeline.planning.machine_speed import Speed
+from pipeline.planning.time_model import core_seconds
 from tests.unit.pipeline.planning.test_plan import Shapes, checkpoint_of, plan_of
 
 SPEED = Speed(gemm=5e10, additions=7e8, stream=4e8)

@@ -19,7 +19,7 @@ from pipeline.settings.validation import validated
 from pipeline.storage.store import Store
 from pipeline.sweep.inputs import SweepInputs
 from pipeline.sweep.runs import Run, make_runs
-from pipeline.sweep.tasks import SweepTasks, count_tasks
+from pipeline.sweep.tasks import SweepTasks, count_tasks, estimated_work
 from pipeline.texts.windows import Windows
 from swsc_core.compressed.compressed_rtn import RtnEntry
 
@@ -46,7 +46,7 @@ def runs(inputs: SweepInputs) -> list[Run]:
 
 @pytest.fixture
 def tasks(inputs: SweepInputs, runs: list[Run]) -> Iterator[SweepTasks]:
-    with Progress("sweep", count_tasks(inputs, runs), 0) as progress:
+    with Progress("sweep", count_tasks(inputs, runs), estimated_work(inputs, runs)) as progress:
         yield SweepTasks(inputs, runs, progress)
 
 
@@ -111,3 +111,10 @@ def test_a_full_disk_ends_all_runs(tasks: SweepTasks) -> None:
     assert task is not None
     with pytest.raises(DiskFull):
         tasks.done(TaskResult(task, error=DiskFull("full")))
+
+
+def test_the_estimated_work_is_that_of_all_tasks(inputs: SweepInputs, runs: list[Run], tasks: SweepTasks) -> None:
+    estimated = estimated_work(inputs, runs)
+    given = drain(tasks)
+    assert all(task.work > 0 for task in given)
+    assert sum(task.work for task in given) == pytest.approx(estimated)
