@@ -95,8 +95,8 @@ class Calibration:
         stage = self._stage(ranges)
         pool = pools(len(ranges) * len(shards.starts), stage)
         try:
-            n_tasks = gathering.start_pass(ranges)
-            with Progress(stage.name, n_tasks, 0, unit=stage.unit) as progress:
+            windows = gathering.start_pass(ranges)
+            with Progress(stage.name, windows, 0, unit=stage.unit) as progress:
                 execute(pool, gathering, progress)
                 for _ in range(_MAX_PASSES - 1):
                     if not gathering.lost:
@@ -118,7 +118,7 @@ class Calibration:
         sum_bytes = max(self._sum_bytes(part.names) for part in ranges)
         memory = calibration_bytes(source, seqlen, sum_bytes)
         device = calibration_device_bytes(source, seqlen, sum_bytes, self._settings.calibration_dtype)
-        return Stage("calibrate", memory, device, keeps_model=True)
+        return Stage("calibrate", memory, device, "windows", keeps_model=True)
 
     def _missing_ranges(self, output: Output, written: Collection[str] = ()) -> list[LayerRange]:
         """Layers whose Hessians are missing."""

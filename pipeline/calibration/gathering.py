@@ -52,10 +52,6 @@ class LayerRange:
         """Matrices of all layers."""
         return [name for names in self.layers.values() for name in names]
 
-    def n_tasks(self, n_shards: int) -> int:
-        """Number of tasks that gather the shards, add them up and write the matrices."""
-        return n_shards + (n_shards - 1) * len(self.layers) + len(self.names)
-
 
 @dataclass(frozen=True)
 class LayerPosition:
@@ -130,11 +126,14 @@ class Gathering:
         self._source_digests = source_of(output.store)
 
     def start_pass(self, ranges: Sequence[LayerRange]) -> int:
-        """Queue the tasks that gather `ranges`; returns the number of all tasks of the pass."""
+        """Queue the tasks that gather `ranges`; returns the number of windows that they gather.
+
+        Tasks that add sums up or write them count as no window: they take next to no time.
+        """
         self.lost = []
         self._ranges, self._sums = ranges, defaultdict(LayerSum)
         self._queue = [task for index in range(len(ranges)) for task in self._gather_tasks(index)][::-1]
-        return sum(part.n_tasks(len(self._shards.starts)) for part in ranges)
+        return sum(task.units for task in self._queue)
 
     def raise_failures(self) -> None:
         """Raise RunError that names each task that failed or whose input was lost in the last pass."""
@@ -185,7 +184,8 @@ class Gathering:
         elif layer.n_added and not layer.adding and starts[layer.n_added] in layer.waiting:
             layer.adding = True
             pair = (layer.total, layer.waiting.pop(starts[layer.n_added]))
-            self._queue.append(Task(AddKey(position, layer.n_added), AddHessians(), "sum of Hessians", pair, outputs=1))
+            key = AddKey(position, layer.n_added)
+            self._queue.append(Task(key, AddHessians(), "sum of Hessians", pair, outputs=1, units=0))
 
     def _gather_tasks(self, range_index: int) -> list[Task[Any]]:
         layers = tuple(map(tuple, self._ranges[range_index].layers.values()))
@@ -195,6 +195,7 @@ class Gathering:
                 GatherHessians(self._key, layers, self._shards.shard(start), start, self._shards.seed),
                 f"calibration windows {start} to {start + self._shards.size - 1}",
                 outputs=len(layers),
+                units=len(self._shards.shard(start)),
             )
             for start in self._shards.starts
         ]
@@ -209,6 +210,7 @@ class Gathering:
                 (total,),
                 outputs=1,
                 commit_to=Destination(self._output.ticket, hessian_file(name)),
+                units=0,
             )
             for name in names
         ]

@@ -20,16 +20,16 @@ _MIN_SHARE = 0.02
 
 
 class Progress:
-    """Counts finished tasks, their bytes and their estimated work; a context manager.
+    """Counts finished tasks, their units, bytes and estimated work; a context manager.
 
-    The remaining time is estimated from the rate since the first task started: work per second, or tasks per second if
+    The remaining time is estimated from the rate since the first task started: work per second, or units per second if
     the work is not known. Starting workers does not count.
     """
 
     def __init__(
         self,
         stage: str,
-        tasks: int,
+        units: int,
         work: float,
         nbytes: int = 0,
         unit: str = "tasks",
@@ -39,16 +39,17 @@ class Progress:
 
         Args:
             stage: name of the stage, which starts every line.
-            tasks: number of tasks.
+            units: number of units in all tasks.
             work: estimated work of all tasks, in any unit; 0 if it is not known.
             nbytes: bytes of all tasks, which lines show; 0 if they are not known.
-            unit: plural name of what a task stands for.
+            unit: plural name of the units.
             clock: time in seconds.
         """
         self._stage, self._unit, self._clock = prefixed(stage), unit, clock
-        self._tasks, self._work, self._bytes = tasks, work, nbytes
-        self._done, self._done_work, self._done_bytes = 0, 0.0, 0
-        self._most_running = 0
+        self._units, self._work, self._bytes = units, work, nbytes
+        self._done_units, self._done_work, self._done_bytes = 0, 0.0, 0
+        self._done_tasks = 0
+        self._running, self._most_running, self._running_units = 0, 0, 0
         self._created = self._last_line = clock()
         self._first_start: float | None = None
         self._console = Console(stderr=True)
@@ -59,7 +60,7 @@ class Progress:
             texts = (TextColumn("{task.fields[size]}"), TextColumn("{task.fields[left]}"))
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *texts)
             self._bar = Bar(*columns, console=self._console)
-            self._row = self._bar.add_task(self._stage, total=self._tasks, size="", left="")
+            self._row = self._bar.add_task(self._stage, total=self._units, size="", left="")
             self._bar.start()
         return self
 
@@ -71,22 +72,30 @@ class Progress:
         elif kind is None:
             self._print_line()
 
-    def task_started(self, running: int) -> None:
-        """Note that a task starts; `running` tasks, this one included, are under way."""
+    def task_started(self, units: int = 1) -> None:
+        """Note that a task of some units starts."""
         if self._first_start is None:
             self._first_start = self._clock()
-        self._most_running = max(self._most_running, running)
+        self._running += 1
+        self._running_units += units
+        self._most_running = max(self._most_running, self._running)
 
-    def advance(self, work: float, nbytes: int = 0) -> None:
-        """Count one finished task, with its work and bytes."""
-        self._done += 1
+    def task_ended(self, units: int = 1) -> None:
+        """Note that a task of some units is no longer under way, finished or not."""
+        self._running -= 1
+        self._running_units -= units
+
+    def advance(self, work: float, nbytes: int = 0, units: int = 1) -> None:
+        """Count one finished task, with its work, bytes and units."""
+        self._done_tasks += 1
+        self._done_units += units
         self._done_work += work
         self._done_bytes += nbytes
         self._update_bar()
 
-    def add(self, tasks: int, work: float = 0) -> None:
-        """Add tasks that were not known when the stage began."""
-        self._tasks += tasks
+    def add(self, units: int, work: float = 0) -> None:
+        """Add units that were not known when the stage began."""
+        self._units += units
         self._work += work
         self._update_bar()
 
@@ -107,19 +116,25 @@ class Progress:
         None until as many tasks have finished as run at a time, because the tasks under way would count as untouched,
         and until `_MIN_SHARE` of the work is finished. None again when all is finished.
         """
-        share = self._done_work / self._work if self._work else self._done / max(self._tasks, 1)
-        if self._first_start is None or self._done < max(1, self._most_running) or not _MIN_SHARE <= share < 1:
+        share = self._done_work / self._work if self._work else self._done_units / max(self._units, 1)
+        if self._first_start is None or self._done_tasks < max(1, self._most_running) or not _MIN_SHARE <= share < 1:
             return None
         return (self._clock() - self._first_start) * (1 - share) / share
 
     def _update_bar(self) -> None:
         if self._bar:
-            self._bar.update(self._row, total=self._tasks, completed=self._done, size=self._size(), left=self._left())
+            size, left = self._size(), self._left()
+            self._bar.update(self._row, total=self._units, completed=self._done_units, size=size, left=left)
 
     def _print_line(self) -> None:
         self._last_line = self._clock()
-        parts = (f"{self._done} of {self._tasks} {self._unit}", self._size(), self._elapsed(), self._left())
+        counted = f"{self._done_units} of {self._units} {self._unit}"
+        parts = (counted, self._under_way(), self._size(), self._elapsed(), self._left())
         self.log(", ".join(filter(None, parts)))
+
+    def _under_way(self) -> str:
+        """Units that workers have started, as long as nothing else shows that the stage moves."""
+        return f"{self._running_units} under way" if self._running_units and not self._done_units else ""
 
     def _size(self) -> str:
         return f"{decimal(self._done_bytes)} of {decimal(self._bytes)}" if self._bytes else ""

@@ -110,7 +110,7 @@ def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
             if task is not None:
                 pool.start(worker, task)
                 running += 1
-                progress.task_started(running)
+                progress.task_started(task.units)
         # Workers are idle, and nothing is left for them.
         if not running and pool.idle():
             return
@@ -118,8 +118,9 @@ def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
         progress.tick()
         if result is not None:
             running -= 1
+            progress.task_ended(result.task.units)
             if not retries.take(result):
-                progress.advance(result.task.work, result.task.nbytes)
+                progress.advance(result.task.work, result.task.nbytes, result.task.units)
                 source.done(result)
         elif not running and time.monotonic() > patience:
             progress.log(f"no worker is up yet, waiting for one: {pool.waiting_for()}")

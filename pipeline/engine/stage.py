@@ -60,9 +60,9 @@ def run_stage(pools: Pools, stage: Stage, tasks: list[Task[V]], on_done: Callabl
         return
     source = TaskList(tasks, on_done)
     pool = pools(len(tasks), stage)
-    work, nbytes = sum(task.work for task in tasks), sum(task.nbytes for task in tasks)
+    units, work, nbytes = (sum(getattr(task, name) for task in tasks) for name in ("units", "work", "nbytes"))
     try:
-        with Progress(stage.name, len(tasks), work, nbytes, stage.unit) as progress:
+        with Progress(stage.name, units, work, nbytes, stage.unit) as progress:
             execute(pool, source, progress)
     finally:
         pool.close()

@@ -102,6 +102,7 @@ class Task(Generic[V]):
         commit_to: file to which the node that holds the first payload writes it.
         work: estimated work relative to the other tasks of the stage, for the remaining time; 0 if it is not known.
         nbytes: bytes that progress shows.
+        units: what it counts as in the progress of its stage, whose `unit` names them.
     """
 
     key: Any
@@ -112,6 +113,7 @@ class Task(Generic[V]):
     commit_to: Destination | None = None
     work: float = 0.0
     nbytes: int = 0
+    units: int = 1
 
     @property
     def kind(self) -> str:

@@ -18,8 +18,8 @@ def progress_of(sizes: list[int], clock: Clock, workers: int = 1) -> Progress:
     """Progress of a stage whose workers needed 30 s to start, with `workers` tasks under way."""
     progress = Progress("test", len(sizes), sum(sizes), sum(sizes), clock=clock)
     clock.seconds = 30.0
-    for running in range(1, workers + 1):
-        progress.task_started(running)
+    for _ in range(workers):
+        progress.task_started()
     return progress
 
 
@@ -69,7 +69,7 @@ def test_parallel_tasks_count_once_a_whole_round_has_finished() -> None:
 def test_lines_name_the_stage_what_is_done_and_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     with Progress("compress", 4, 40, 400, "files", clock) as progress:
-        progress.task_started(1)
+        progress.task_started()
         clock.seconds += 6
         progress.tick()
         progress.advance(10, 100)
@@ -86,7 +86,35 @@ def test_the_remaining_time_follows_the_work_and_not_the_bytes() -> None:
     """A file that is only copied has most bytes and least work."""
     clock = Clock()
     progress = Progress("compress", 3, work=10 + 10 + 0.1, nbytes=1 + 1 + 1000, clock=clock)
-    progress.task_started(1)
+    progress.task_started()
     clock.seconds += 20
     progress.advance(10, 1)
     assert progress.seconds_left() == pytest.approx(20.2)
+
+
+def test_a_line_shows_what_is_under_way_until_something_has_finished(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with Progress("calibrate", 32, 0, unit="windows", clock=clock) as progress:
+        for _ in range(2):
+            progress.task_started(16)
+        clock.seconds += 6
+        progress.tick()
+        progress.task_ended(16)
+        progress.advance(0, units=16)
+        clock.seconds += 6
+        progress.tick()
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "calibrate: 0 of 32 windows, 32 under way, 6 s"
+    assert second.startswith("calibrate: 16 of 32 windows, 12 s")
+
+
+def test_tasks_without_units_do_not_change_the_estimate() -> None:
+    """A calibration: minutes for the windows, and many sums that take no time."""
+    clock = Clock()
+    progress = Progress("calibrate", 40, 0, clock=clock)
+    progress.task_started(10)
+    clock.seconds += 60
+    progress.advance(0, units=10)
+    for _ in range(50):
+        progress.advance(0, units=0)
+    assert progress.seconds_left() == pytest.approx(180)
