@@ -30,8 +30,8 @@ Exit codes: 0 done · 1 the run failed, and finished files are kept · 2 a mista
 names, in one line on standard error that begins with `error:`; nothing is written · 130 interrupted.
 
 `compress` and `plan` read settings from a YAML file, too (`--config FILE`): keys are the flags of the settings without
-`--`, with `-` or `_`; switches are `true` or `false`; flags override the file. All mistakes of flags and file are
-reported at once.
+`--`, with `-` or `_`; switches are `true` or `false`; flags override the file. Unknown and ambiguous flags are reported
+at once, then all mistakes in the values of flags and file at once.
 """
 
 

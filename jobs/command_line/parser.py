@@ -28,9 +28,22 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """The flags that an abbreviation stands for.
+
+        An ambiguous one counts as unknown, so that `reject` reports it with all others instead of argparse alone.
+        """
+        matches: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
+        return matches if len(matches) == 1 else []
+
     def reject(self, unknown: Collection[str]) -> NoReturn:
-        """Report unknown arguments, with the most similar flag of each, and exit with code 2."""
-        known = list(self._option_string_actions)
-        similar = [match for word in unknown for match in get_close_matches(word.partition("=")[0], known, 1)]
+        """Report unknown arguments, with the flags that each abbreviates or the most similar one, and exit with 2."""
+        similar = [match for word in unknown for match in self._similar(word.partition("=")[0])]
         hint = f"; similar: {', '.join(similar)}" if similar else ""
         self.error(f"unknown arguments: {' '.join(unknown)}{hint}")
+
+    def _similar(self, flag: str) -> list[str]:
+        """The flags that `flag` abbreviates, else the most similar one."""
+        known = list(self._option_string_actions)
+        begun = [name for name in known if name.startswith(flag)] if flag.startswith("--") else []
+        return begun or get_close_matches(flag, known, 1)

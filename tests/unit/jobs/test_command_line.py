@@ -97,6 +97,20 @@ def test_a_misspelt_flag_gets_the_one_that_was_meant(capsys: pytest.CaptureFixtu
     assert "swsc compress --help" in error
 
 
+def test_ambiguous_and_unknown_flags_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compress", "MODEL", "OUTPUT", "--bit", "3", "--projektors", "q,k"])
+    assert ended.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    given, _, similar = error.partition("similar: ")
+    assert "--bit 3 --projektors q,k" in given
+    assert all(flag in similar for flag in ("--bits", "--bits-over", "--projectors"))
+
+
+def test_an_unambiguous_abbreviation_is_accepted() -> None:
+    assert parsed("compress MODEL OUTPUT --proj q --bits 3").projectors == "q"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
