@@ -4,9 +4,10 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from jobs.command_line.flags import cluster_of
+from jobs.command_line.flags import SWEEP_KEY, cluster_of
 from jobs.command_line.results import print_sweep, print_sweep_files
 from pipeline.errors import ConfigError
+from pipeline.settings.compression import CompressSettings
 from pipeline.settings.sweep import SweepSettings
 from pipeline.settings.validation import read_config, validated
 from pipeline.verbs.sweep import SweepRequest, require_complete, sweep
@@ -25,6 +26,11 @@ def run(arguments: argparse.Namespace) -> int:
 def sweep_settings(arguments: argparse.Namespace) -> SweepSettings:
     """The settings of the config file, in which flags replace values."""
     values = read_config(Path(arguments.config))
+    if SWEEP_KEY not in values and values.keys() & CompressSettings.model_fields.keys():
+        raise ConfigError(
+            f"{arguments.config}: describes one compression, not a sweep; run it by"
+            f" `swsc compress MODEL OUTPUT --config {arguments.config}`"
+        )
     if arguments.model:
         values["models"] = arguments.model
     if arguments.calibration:

@@ -11,6 +11,8 @@ from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.validation import Option, Settings, read_config, validated
 
 S = TypeVar("S", bound=Settings)
+# Key of a config file that only a sweep has.
+SWEEP_KEY = "variants"
 
 
 class Choices(tuple[str, ...]):
@@ -104,9 +106,11 @@ def settings_of(arguments: argparse.Namespace, *kinds: type[Settings]) -> Parsed
     flags = vars(arguments)
     path = flags.get("config")
     file_values = read_config(Path(path)) if path else {}
+    if SWEEP_KEY in file_values:
+        raise ConfigError(f"config file {path}: describes a sweep; run it by `swsc sweep {path} --out DIR`")
     known = {name for kind in kinds for name in kind.model_fields}
     unknown = sorted(set(file_values) - known)
-    mistakes = [f"unknown key {key}; known are {', '.join(sorted(known))}" for key in unknown]
+    mistakes = [f"unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}"] if unknown else []
     settings = []
     for kind in kinds:
         values = {name: value for name, value in {**file_values, **flags}.items() if name in kind.model_fields}

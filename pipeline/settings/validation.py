@@ -84,16 +84,18 @@ def validated(kind: type[S], values: dict[str, Any], source: str = "settings") -
         # pydantic counts a list whose only member is wrong as too short as well: one mistake, one message.
         wrong_inside = {item["loc"][0] for item in error.errors() if len(item["loc"]) > 1}
         items = [i for i in error.errors() if i["type"] != "too_short" or i["loc"][0] not in wrong_inside]
-        raise ConfigError(f"{source}: {'; '.join(_message(kind, item) for item in items)}") from None
+        mistakes = list(map(_message, items))
+        if any(item["type"] == "extra_forbidden" and len(item["loc"]) == 1 for item in items):
+            mistakes.append(f"known keys: {', '.join(kind.model_fields)}")
+        raise ConfigError(f"{source}: {'; '.join(mistakes)}") from None
 
 
-def _message(kind: type[Settings], item: Any) -> str:
+def _message(item: Any) -> str:
     """One mistake in words; `item`: an entry of `ValidationError.errors()`."""
     key = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        choices = "" if "." in key else f"; choose from {', '.join(kind.model_fields)}"
-        return f"{key}: unknown key{choices}"
+        return f"{key}: unknown key"
     if item["type"] == "missing":
         return f"{key}: missing"
     return f"{key}: {message}, got {item['input']!r}" if key else message

@@ -19,6 +19,7 @@ from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.compression import CompressSettings, OutputSettings
 from pipeline.settings.loading import SourceSettings
+from tests.support.project import ROOT
 
 EXAMPLES = [example for verb in VERBS.values() for example in verb.examples]
 
@@ -109,6 +110,36 @@ def test_ambiguous_and_unknown_flags_are_reported_together(capsys: pytest.Captur
 
 def test_an_unambiguous_abbreviation_is_accepted() -> None:
     assert parsed("compress MODEL OUTPUT --proj q --bits 3").projectors == "q"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The only line on standard error of a command that is refused."""
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_config_file_of_the_other_kind_is_refused_with_the_verb_that_takes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, many = str(ROOT / "configs" / "paper-qk-3bit.yaml"), str(ROOT / "configs" / "best-qk.yaml")
+    line = refusal(capsys, "sweep", one, "--out", str(tmp_path / "out"))
+    assert f"swsc compress MODEL OUTPUT --config {one}" in line
+    assert "granularity" not in line  # no list of keys
+    for command in (["compress", "MODEL", str(tmp_path / "out")], ["plan", "MODEL"]):
+        line = refusal(capsys, *command, "--config", many)
+        assert f"swsc sweep {many} --out" in line
+        assert "granularity" not in line
+
+
+@pytest.mark.parametrize("verb", ["sweep", "compress"])
+def test_known_keys_are_listed_once(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("bitz: 3\nclusterz: 4\n")
+    argv = [str(config), "--out", "out"] if verb == "sweep" else ["MODEL", "OUTPUT", "--config", str(config)]
+    line = refusal(capsys, verb, *argv)
+    assert all(key in line for key in ("bitz", "clusterz"))
+    assert line.count("calibration_windows") == 1
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,5 +65,5 @@ def test_every_error_survives_pickling(kind: type[SwscError]) -> None:
 
 
 def test_unknown_keys_name_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"settings: bitz: unknown key; choose from method, preset, bits"):
+    with pytest.raises(ConfigError, match=r"settings: bitz: unknown key; known keys: method, preset, bits"):
         validated(CompressSettings, {"bitz": 3})
