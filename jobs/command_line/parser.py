@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
         An ambiguous one counts as unknown, so that `reject` reports it with all others instead of argparse alone.
         """
-        matches: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
+        matches: list[Any] = super()._get_option_tuples(option_string)
         return matches if len(matches) == 1 else []
 
     def reject(self, unknown: Collection[str]) -> NoReturn:

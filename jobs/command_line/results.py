@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
 from pipeline.evaluation.flow import EvaluationResult
+from pipeline.planning.plan import Plan
 from pipeline.report.tables import print_table
 from pipeline.settings.sweep import SweepSettings
 from pipeline.sweep.rows import Row, SweepResult
@@ -94,6 +95,8 @@ def print_plan(result: PlanResult) -> None:
         for decision in plan.compressed
     ]
     print_table(rows, ["name", "shape", "paper_bits", "bits_per_weight"])
+    if warning := _larger_than_dense(plan):
+        print(warning)
     counts = Counter((decision.action, decision.reason) for decision in plan.decisions)
     for (action, reason), count in sorted(counts.items()):
         print(f"{action} ({reason}): {count} tensors")
@@ -101,6 +104,19 @@ def print_plan(result: PlanResult) -> None:
         print(f"left out: file {name} ({reason})")
     for key, value in result.estimates.items():
         print(f"{key}: {value:,.3f}" if isinstance(value, float) else f"{key}: {value:,}")
+
+
+def _larger_than_dense(plan: Plan) -> str:
+    """A warning of matrices whose compressed form takes more bytes than they take now; empty without any."""
+    larger = [decision for decision in plan.compressed if decision.stored_bytes > decision.info.nbytes]
+    if not larger:
+        return ""
+    worst = max(larger, key=lambda decision: decision.stored_bytes / decision.info.nbytes)
+    stored, dense = (8 * nbytes / worst.info.count for nbytes in (worst.stored_bytes, worst.info.nbytes))
+    return (
+        f"warning: {len(larger)} of {len(plan.compressed)} matrices take more bits per weight than without compression"
+        f" ({worst.info.name}: {stored:.3f} instead of {dense:g}); lower --clusters or --rank"
+    )
 
 
 def print_restoration(result: RestoreResult) -> None:

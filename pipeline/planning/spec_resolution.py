@@ -1,5 +1,6 @@
 """Resolves settings to the specs of one matrix, and a budget to the bytes that all selected matrices may take."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,12 +40,16 @@ def budget_of(checkpoint: Checkpoint, matrices: Sequence[MatrixInfo], settings: 
         settings: bits, what they count and what they average over.
 
     Raises:
-        ConfigError: the smallest candidates of all matrices exceed the budget, or nothing is left for them.
+        ConfigError: the smallest candidates of all matrices exceed the budget, nothing is left for them, or they take
+            no more without compression.
     """
     if settings.preset_definition.allocates:
         nbytes = budget_bytes(checkpoint, matrices, settings)
         _require_affordable(matrices, nbytes, settings)
+        _require_below_dense(matrices, 8 * nbytes / max(1, sum(info.count for info in matrices)), settings)
         return Budget(8 * nbytes / max(1, sum(info.count for info in matrices)))
+    if settings.bits is not None:
+        _require_below_dense(matrices, settings.bits, settings)
     by_default: BitCount = settings.preset_definition.bits_counted if settings.bits is None else "true"
     return Budget(settings.budget_bits, settings.count or by_default)
 
@@ -79,6 +84,24 @@ def _require_affordable(matrices: Sequence[MatrixInfo], budget: int, settings: M
             f" left for the selected matrices, but they need at least {8 * sum(least.values()) / count:.3f}"
             f" ({worst.name}, shape {list(worst.shape)}: {8 * least[worst] / worst.count:.3f}); raise --bits, or"
             " --exclude the largest ones"
+        )
+
+
+def _require_below_dense(matrices: Sequence[MatrixInfo], bits: float, settings: MatrixSettings) -> None:
+    """Raise ConfigError unless the budget of the matrices is below what they take without compression.
+
+    Without allocation each matrix has the budget; with allocation all matrices share it.
+    """
+    dense = {info: 8 * DTYPES[info.dtype][1] for info in matrices}
+    if settings.preset_definition.allocates:
+        least = sum(dense[info] * info.count for info in matrices) / max(1, sum(info.count for info in matrices))
+    else:
+        least = min(dense.values(), default=math.inf)
+    if bits >= least:
+        left = f" over the model: {bits:.3f} bits per weight" if settings.bits_over == "model" else ""
+        raise ConfigError(
+            f"bits {settings.budget_bits:g}{left}: not below the {least:g} bits per weight of the selected matrices"
+            " without compression; lower --bits"
         )
 
 

@@ -50,6 +50,24 @@ def test_what_does_not_fit_a_matrix_names_it(given: dict[str, Any]) -> None:
         specs_of(**given)
 
 
+@pytest.mark.parametrize("bits", [16, 30])
+@pytest.mark.parametrize("given", [{}, {"count": "paper"}, {"channel_axis": "auto"}, {"preset": "fast"}])
+def test_a_budget_that_is_not_below_the_bits_of_the_checkpoint_is_refused(bits: int, given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^bits {bits}: .* 16 bits"):
+        specs_of(bits=bits, **given)
+
+
+def test_a_budget_over_the_model_is_refused_where_it_leaves_the_matrices_what_they_take_now() -> None:
+    with pytest.raises(ConfigError, match=r"^bits 16 over the model: 16\.000 bits"):
+        specs_of(bits=16, preset="fast", bits_over="model")
+
+
+def test_a_wider_checkpoint_allows_a_wider_budget() -> None:
+    source = checkpoint_of(SHAPES, "F32")
+    matrices = [whole_matrix(source.tensors[name]) for name in "ab"]
+    assert budget_of(source, matrices, settings(bits=30)).bits == 30
+
+
 @pytest.mark.parametrize("bits", [1.0, 3.0, 6.5])
 @pytest.mark.parametrize("axis", ["output", "input"])
 def test_a_budget_of_stored_bytes_is_kept_and_nearly_used(bits: float, axis: str) -> None:
