@@ -15,7 +15,7 @@ from pipeline.verbs.sweep import SweepRequest, require_complete, sweep
 
 def run(arguments: argparse.Namespace) -> int:
     settings, cluster = sweep_settings(arguments), cluster_of(arguments)
-    request = SweepRequest(settings, arguments.out, cluster, arguments.config)
+    request = SweepRequest(settings, arguments.out, cluster, arguments.config, arguments.overwrite)
     result = sweep(request, on_unwritten=partial(print_sweep, settings))
     print_sweep(settings, result)
     print_sweep_files(request.out, result)

@@ -21,6 +21,10 @@ _MODEL = (
     " ORG/NAME[@REVISION]."
 )
 _WRITTEN = "Output directory of compress or restore."
+_RESULTS = (
+    "Directory of the results: a new one, or that of the same sweep, whose results are replaced once there are as many"
+    " new ones (required)."
+)
 _OUTPUT, _HUB, _EVALUATION = "output", PushSettings.groups[0], "evaluation after the compression"
 _COMPRESSION = (CompressSettings, CalibrationSettings, OutputSettings)
 
@@ -134,7 +138,7 @@ def _push(parser: Parser) -> None:
 def _sweep(parser: Parser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the sweep; configs/ has examples.")
     sweep = parser.group("sweep")
-    sweep.add_argument("--out", metavar="DIR", required=True, help="Directory of the results (required).")
+    sweep.add_argument("--out", metavar="DIR", required=True, help=_RESULTS)
     sweep.add_argument(
         "--model",
         metavar="MODEL",
@@ -143,6 +147,7 @@ def _sweep(parser: Parser) -> None:
         help="Model, in place of those in CONFIG; may be repeated.",
     )
     add_setting(sweep, SweepSettings, "keep_tuned", default=False)
+    sweep.add_argument("--overwrite", action="store_true", help="Replace results of another sweep in DIR.")
     sweep.add_argument("--calibration", metavar="TEXT", help="Calibration text, in place of that in CONFIG.")
     evaluations = parser.group("all evaluations, in place of the values in CONFIG")
     evaluations.add_argument("--text", metavar="TEXT", help="Evaluation text, as in `swsc evaluate`.")

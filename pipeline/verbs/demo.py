@@ -88,7 +88,7 @@ def demo(request: DemoRequest, on_stage: Callable[[DemoResult], None] = lambda r
     result = replace(result, compression=compression)
     on_stage(result)
     swept = sweep(
-        SweepRequest(result.sweep_settings, request.results, request.cluster),
+        SweepRequest(result.sweep_settings, request.results, request.cluster, overwrite=True),
         on_unwritten=lambda unwritten: on_stage(replace(result, sweep=unwritten)),
     )
     result = replace(result, sweep=swept)

@@ -1,9 +1,10 @@
 """The verb sweep: models, variants and evaluation texts in, a directory of results out."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import cast
 
 from pipeline.console import log
 from pipeline.errors import ConfigError, OutputError, RunError
@@ -26,6 +27,8 @@ from pipeline.variants.compression import Compute
 _INTERRUPTED = "interrupted"
 # An empty file that marks a directory as one of results.
 _MARKER = ".swsc-sweep"
+# Settings that change no result.
+_WITHOUT_EFFECT = frozenset({"cache_dir", "keep_tuned", "matrices", "moment_gib"})
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,14 @@ class SweepRequest:
 
     Attributes:
         config: file that the settings were read from, which the results must not replace.
+        overwrite: replace results of a sweep with other settings.
     """
 
     settings: SweepSettings
     out: str
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     config: str | None = None
+    overwrite: bool = False
 
     def require_valid(self) -> None:
         """Raise ConfigError without models, OutputError if results or cache would change something that is read."""
@@ -62,7 +67,8 @@ class SweepRequest:
 def sweep(request: SweepRequest, on_unwritten: Callable[[SweepResult], None] = lambda result: None) -> SweepResult:
     """Run a sweep and write its results, even if it is interrupted or fails as a whole.
 
-    Results of an earlier sweep in the same directory are replaced once there are as many new ones.
+    Results of an earlier sweep with the same settings in the same directory are replaced once there are as many new
+    ones.
 
     Args:
         on_unwritten: receives results that cannot be written, before the error is raised.
@@ -75,6 +81,8 @@ def sweep(request: SweepRequest, on_unwritten: Callable[[SweepResult], None] = l
     request.require_valid()
     runs = Sweep(request.settings)
     store = _results_directory(request.out)
+    if not request.overwrite:
+        _require_same_sweep(store, request.settings)
     from pipeline.engine.ray_backend.arithmetic import arithmetic_of
     from pipeline.engine.ray_backend.worker_pools import worker_pools
 
@@ -106,6 +114,22 @@ def _results_directory(out: str) -> Store:
     return store
 
 
+def _require_same_sweep(store: Store, settings: SweepSettings) -> None:
+    """Raise OutputError if the directory holds results of other settings; results that cannot be read do not count."""
+    earlier = _earlier_results(store).get("settings")
+    if not isinstance(earlier, Mapping):
+        return
+    present = _settings_json(settings)
+    different = sorted(
+        name for name in present.keys() - _WITHOUT_EFFECT if name not in earlier or earlier[name] != present[name]
+    )
+    if different:
+        raise OutputError(
+            f"{store.root}: holds the results of another sweep ({', '.join(different)} differ); choose another --out,"
+            " or replace them by --overwrite"
+        )
+
+
 def _measured(
     runs: Sweep, request: SweepRequest, store: Store, compute: Compute, on_unwritten: Callable[[SweepResult], None]
 ) -> SweepResult:
@@ -133,17 +157,28 @@ def _results_store(store: Store, result: SweepResult) -> Store:
 
 def _earlier_rows(store: Store) -> int:
     """Number of rows without an error that an earlier sweep wrote; 0 if there are none that can be read."""
+    rows = _earlier_results(store).get("rows")
+    return sum(isinstance(row, Mapping) and not row.get("error") for row in rows) if isinstance(rows, list) else 0
+
+
+def _earlier_results(store: Store) -> Mapping[str, object]:
+    """results.json of an earlier sweep; empty if there is none that can be read."""
     try:
-        return sum(not row["error"] for row in store.read_json("results.json")["rows"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        results = store.read_json(RESULTS[0])
+    except (OSError, ValueError):
+        return {}
+    return results if isinstance(results, Mapping) else {}
+
+
+def _settings_json(settings: SweepSettings) -> Mapping[str, object]:
+    """The settings as results.json has them."""
+    return cast(Mapping[str, object], redacted_values(settings.model_dump(mode="json")))
 
 
 def _write(
     store: Store, request: SweepRequest, result: SweepResult, on_unwritten: Callable[[SweepResult], None]
 ) -> None:
-    settings = redacted_values(request.settings.model_dump(mode="json"))
-    header = {"settings": settings, "seconds": result.seconds, "argv": redacted_argv()}
+    header = {"settings": _settings_json(request.settings), "seconds": result.seconds, "argv": redacted_argv()}
     try:
         write_results(store, result.rows, result.tensors, header)
     except OSError:

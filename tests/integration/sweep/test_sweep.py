@@ -209,6 +209,24 @@ def test_earlier_results_stay_when_the_cluster_is_not_there(
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
+def test_results_of_other_settings_are_replaced_by_overwrite_only(
+    models: list[Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--local"]
+    results = tmp_path / "out" / "results.json"
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text, VARIANTS[:1])))
+    assert main(sweep) == 0
+    before = results.read_bytes()
+    assert main([*sweep, "--windows", "2"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "evaluations" in line
+    assert "--overwrite" in line
+    assert results.read_bytes() == before
+    assert main([*sweep, "--keep-tuned"]) == 0  # changes no result
+    assert main([*sweep, "--windows", "2", "--overwrite"]) == 0
+    assert {row["windows"] for row in json.loads(results.read_text())["rows"]} == {2}
+
+
 def test_a_sweep_without_a_cluster_writes_nothing(models: list[Path], text: Path, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep_of(models[:1], text, VARIANTS[:1])))
     sweep = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]
