@@ -16,6 +16,8 @@ from pipeline.verbs.restore import RestoreResult
 
 # Number of tensor names in a note.
 _SHOWN = 4
+# Estimates of a plan that are limits if a calibration chooses the bits of each matrix.
+_ALLOCATED = frozenset({"output_bytes", "disk_bytes", "compressed_bits_per_weight", "whole_model_bits_per_weight"})
 
 
 def print_compression(result: CompressResult) -> None:
@@ -26,7 +28,7 @@ def print_compression(result: CompressResult) -> None:
         f"{output}: {report['compressed_bits_per_weight']:.3f} bits per weight over the compressed matrices"
         f" ({report['share_of_weights_compressed']:.1%} of all weights),"
         f" {report['whole_model_bits_per_weight']:.3f} over the whole model,"
-        f" {report['seconds']:.1f} s{_resumed(report)}"
+        f" {result.seconds:.1f} s{_resumed(report)}"
     )
     tuning = report.get("tuning")
     if isinstance(tuning, Mapping):
@@ -102,8 +104,11 @@ def print_plan(result: PlanResult) -> None:
         print(f"{action} ({reason}): {count} tensors")
     for name, reason in result.left_out.items():
         print(f"left out: file {name} ({reason})")
+    if result.request.allocates:
+        print("note: the calibration replaces the forms and bits of single matrices that are shown above")
     for key, value in result.estimates.items():
-        print(f"{key}: {value:,.3f}" if isinstance(value, float) else f"{key}: {value:,}")
+        limit = "at most " if result.request.allocates and key in _ALLOCATED else ""
+        print(f"{key}: {limit}{value:,.3f}" if isinstance(value, float) else f"{key}: {limit}{value:,}")
 
 
 def _larger_than_dense(plan: Plan) -> str:

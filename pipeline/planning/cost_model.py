@@ -31,7 +31,7 @@ _HESSIANS = 2
 
 
 def estimate_cost(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str, float]:
-    """Estimate the cost of a compression; calibration, sensitivity curves and tuning are not included.
+    """Estimate the cost of a compression, without the seconds of the stages in `stage_seconds.py`.
 
     Args:
         plan: what is compressed and how.

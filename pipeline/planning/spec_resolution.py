@@ -142,7 +142,8 @@ _RESOLVERS: dict[type[Spec], Resolver] = {SwscSpec: _resolve_swsc}
 def _provisional(info: MatrixInfo, settings: MatrixSettings, budget: Budget) -> SwscSpec:
     """The largest candidate within the budget, or else the smallest; allocation replaces it by measurements."""
     specs = _candidates(info, settings)
-    return largest_within(specs, info.shape, value_bits(info.dtype, settings), budget.bits) or specs[0]
+    spec = largest_within(specs, info.shape, value_bits(info.dtype, settings), budget.bits) or specs[0]
+    return replace(spec, rounds=settings.max_rounds)
 
 
 def _candidates(info: MatrixInfo, settings: MatrixSettings) -> tuple[SwscSpec, ...]:

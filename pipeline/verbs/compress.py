@@ -1,5 +1,6 @@
 """The verb compress: a checkpoint in, a compressed model out, optionally evaluated and pushed to the Hub."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -94,6 +95,7 @@ class CompressResult:
 
     Attributes:
         report: content of swsc_report.json.
+        seconds: of the command until the output was complete, calibration and tuning included.
         matrices: the report's rows of compressed matrices, for a table: without bits by the paper's count for a matrix
             whose form the paper does not have.
         evaluation: perplexity, as `swsc evaluate --json` writes it; None if none was requested.
@@ -104,6 +106,7 @@ class CompressResult:
     request: CompressRequest
     report: Mapping[str, object]
     matrices: Sequence[Mapping[str, object]]
+    seconds: float = 0.0
     evaluation: EvaluationResult | None = None
     note: str = ""
     commit: str | None = None
@@ -121,6 +124,7 @@ def compress(
         ConfigError, CheckpointError, TextError, OutputError: a mistake in the request or in a file that it names.
         RunError: tasks failed; finished files are kept, and the same request resumes.
     """
+    started = time.perf_counter()
     request.require_valid()
     checked = _checked(request)
     compression, evaluation = checked.compression, checked.evaluation
@@ -134,6 +138,7 @@ def compress(
     arithmetic = arithmetic_of(request.cluster)  # before the workers take all GPUs: it may have to ask one
     with worker_pools(request.cluster, largest_stage, evaluator) as pools:
         result = _compressed(request, compression, Compute(pools, arithmetic), evaluation)
+        result = replace(result, seconds=time.perf_counter() - started)
         on_stage(result)
         if evaluation:
             perplexity = evaluate_model(request.output, evaluation, pools)

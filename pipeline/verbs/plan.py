@@ -12,6 +12,8 @@ from pipeline.outputs.preflight import examine
 from pipeline.planning.cost_model import cached_bytes, estimate_cost, stage_bytes
 from pipeline.planning.machine_speed import measure_speed
 from pipeline.planning.plan import Decision, Plan, make_plan, require_coverage
+from pipeline.planning.spec_resolution import budget_bytes
+from pipeline.planning.stage_seconds import stage_seconds
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.compression import CompressSettings, OutputSettings
@@ -37,6 +39,11 @@ class PlanRequest:
     output: str | None = None
     json: str | None = None
     config: str | None = None
+
+    @property
+    def allocates(self) -> bool:
+        """Whether a calibration chooses the bits of each matrix, so that the plan has their limits only."""
+        return self.settings.preset_definition.allocates
 
     def json_file(self) -> JsonFile | None:
         """The file of the plan; OutputError if it cannot be written."""
@@ -106,9 +113,27 @@ def _estimates(request: PlanRequest, source: Checkpoint, decided: Plan) -> dict[
     settings = request.settings
     stages = stage_bytes(source, decided, settings, request.calibration)
     workers = _workers(request.cluster, decided, stages)
-    estimates: dict[str, float] = estimate_cost(decided, settings.format, measure_speed(source), workers)
+    speed = measure_speed(source)
+    estimates: dict[str, float] = estimate_cost(decided, settings.format, speed, workers)
+    others = stage_seconds(source, decided, settings, request.calibration, speed)
+    estimates["core_seconds"] += sum(others.values())
+    estimates["seconds"] += sum(others.values()) / workers
+    estimates |= {f"{stage}_core_seconds": seconds for stage, seconds in others.items()}
+    estimates |= _allocated_bits(source, decided, settings) if request.allocates else {}
     estimates |= {f"{stage}_peak_bytes": nbytes for stage, nbytes in stages.items() if stage != "compress"}
     return estimates | {"disk_bytes": estimates["output_bytes"] + cached_bytes(decided, settings)}
+
+
+def _allocated_bits(source: Checkpoint, decided: Plan, settings: CompressSettings) -> dict[str, float]:
+    """The largest bits that an allocation may result in; the specs of the plan, which it replaces, may have less."""
+    matrices = [decision.matrix for decision in decided.compressed]
+    budget = budget_bytes(source, matrices, settings)
+    others = decided.stored_bytes - sum(decision.stored_bytes for decision in decided.compressed)
+    bits = {
+        "compressed_bits_per_weight": 8 * budget / sum(info.count for info in matrices),
+        "whole_model_bits_per_weight": 8 * (others + budget) / decided.weights,
+    }
+    return bits | ({"output_bytes": others + budget} if settings.format == "swsc" else {})
 
 
 def _workers(cluster: ClusterSettings, decided: Plan, stages: Mapping[str, int]) -> int:

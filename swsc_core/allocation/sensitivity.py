@@ -32,17 +32,24 @@ def sensitivity(weight: Tensor, metric: Metric) -> float:
     return float(squares.sum()) * (weight.shape[1] if columns is None else float(columns.double().sum()))
 
 
+def sampled_rows(shape: tuple[int, int], spec: SwscSpec) -> int:
+    """Rows of a matrix that `relative_distortion` measures."""
+    m, n = shape
+    layout = spec.layout(shape)
+    count = max(_ROWS, -(-_SEGMENTS_PER_CENTROID * spec.n_clusters * layout.size // n))
+    # Segments along columns span several rows.
+    count = -(-count // layout.row_step) * layout.row_step
+    return count if spec.rank == 0 and count < m else m
+
+
 def relative_distortion(weight: Tensor, spec: SwscSpec, metric: Metric, seed: int, name: str) -> float:
     """Weighted error under `spec` divided by the sensitivity; 1 for a weight of zeros.
 
     It is measured on evenly spaced rows, or on all rows if the spec has a rank, which depends on their number.
     """
-    m, n = weight.shape
-    layout = spec.layout((m, n))
-    count = max(_ROWS, -(-_SEGMENTS_PER_CENTROID * spec.n_clusters * layout.size // n))
-    # Segments along columns span several rows.
-    count = -(-count // layout.row_step) * layout.row_step
-    if spec.rank == 0 and count < m:
+    m = weight.shape[0]
+    count = sampled_rows((m, weight.shape[1]), spec)
+    if count < m:
         rows = torch.linspace(0, m - 1, count, device=weight.device).long()
         weight, metric = weight[rows], metric.of_rows(rows)
     stats = compress(weight, spec, metric=metric, seed=seed, name=name)[1]
