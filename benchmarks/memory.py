@@ -19,13 +19,12 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import print_markdown, timed
-from pipeline.calibration.hessian_store import Hessians, hessian_file
+from pipeline.calibration.hessian_store import HessianRow, Hessians, StoredHessian
 from pipeline.checkpoints.checkpoint import RUN, read_header
 from pipeline.checkpoints.matrix_info import whole_matrix
-from pipeline.checkpoints.tensor_io import FINISHED_FOLDER
 from pipeline.compression.job import CompressLayer
 from pipeline.engine.worker import Worker
-from pipeline.planning.plan import LayerTask
+from pipeline.planning.tasks import LayerTask
 from pipeline.storage.store import Store
 from swsc_core import SwscSpec
 
@@ -49,12 +48,14 @@ def write(folder: Path, name: str, m: int, n: int) -> None:
         folder / f"{name}-model.safetensors",
     )
     parts = {"plain": hessian, "weighted": hessian.clone(), "rows": torch.ones(m)}
-    file = hessian_file(f"{name}.weight")
-    save_file({f"{name}.{part}": tensor for part, tensor in parts.items()}, folder / file)
-    row = {"name": f"{name}.weight", "owner": f"{name}.weight", "tokens": 4096}
-    store = Store(str(folder))
-    store.write_json(f"{FINISHED_FOLDER}/{file}.json", {"rows": [row]})
-    store.write_json(RUN, {"windows": [8, 512]})
+    save_file({f"{name}.{part}": tensor for part, tensor in parts.items()}, folder / f"{name}-hessian.safetensors")
+    Store(str(folder)).write_json(RUN, {"windows": [8, 512]})
+
+
+def stored_hessian(name: str) -> StoredHessian:
+    """The record of what `write` has written."""
+    row = HessianRow(f"{name}.weight", tokens=4096, owner=f"{name}.weight", sha256="0" * 64)
+    return StoredHessian(f"{name}-hessian.safetensors", row)
 
 
 def measure(folder: Path, m: int, n: int, rank: int) -> None:
@@ -79,7 +80,8 @@ def measure(folder: Path, m: int, n: int, rank: int) -> None:
         )
         for name in ("small", "large")
     )
-    hessians = Hessians(store, gradient_share=0.5)
+    stored = {f"{name}.weight": stored_hessian(name) for name in ("small", "large")}
+    hessians = Hessians(store, gradient_share=0.5, stored=stored)
     worker.run(CompressLayer(store, small, "swsc", 0, None, hessians))  # libraries allocate in their first call
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak

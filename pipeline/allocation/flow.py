@@ -93,7 +93,7 @@ class _CurveMeasurement:
         tasks = [
             Task(
                 info.name,
-                MeasureSensitivity(self.source.store, info, self.hessians),
+                MeasureSensitivity(self.source.store, info, self.hessians.of([info.name])),
                 f"sensitivity of {info.name}",
             )
             for info in infos
@@ -112,7 +112,8 @@ class _CurveMeasurement:
             specs = tuple(candidate_specs(typical, self.settings))
             for part, start in enumerate(range(0, len(specs), _SPECS_PER_TASK)):
                 some = specs[start : start + _SPECS_PER_TASK]
-                job = MeasureDistortions(self.source.store, typical, self.hessians, some, self.settings.seed)
+                hessians = self.hessians.of([typical.name])
+                job = MeasureDistortions(self.source.store, typical, hessians, some, self.settings.seed)
                 tasks.append(Task(_PartKey(key, part), job, f"curve of {typical.name}"))
         distortions: dict[str, list[SpecDistortion]] = {}
         for part_key, measured in sorted(self._run("curves", tasks).items()):

@@ -1,17 +1,17 @@
 """Calibration flow: gathers the Hessians of a model on a text, and caches them for later runs.
 
 The text is cut into shards of a fixed number of windows. One task gathers one shard for one range of layers; other
-tasks add the shards of a layer in the order of the text, each as soon as it is available. The result does not depend on
-which worker ran which task, and the size of a range bounds the memory.
+tasks add the shards of a layer, or of a part of a large one, in the order of the text, each as soon as it is available.
+The result does not depend on which worker ran which task, and the size of a range bounds the memory.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.calibration.gathering import Gathering, LayerRange, WindowShards
-from pipeline.calibration.hessian_store import HessianRow, Hessians, hessian_file, layers_of
+from pipeline.calibration.hessian_store import HessianPart, Hessians, StoredHessian, complete, layer_parts, stored_in
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.checkpoints.matrix_info import MatrixInfo
@@ -20,6 +20,7 @@ from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import execute
 from pipeline.engine.stage import Pools, Stage, log_and_release
 from pipeline.models.loading import ModelKey
+from pipeline.outputs.stage import check_on
 from pipeline.outputs.transaction import Output, OutputRequest, begin
 from pipeline.planning.cost_model import calibration_bytes, calibration_device_bytes, hessian_bytes
 from pipeline.settings.calibration import CalibrationSettings
@@ -75,20 +76,28 @@ class Calibration:
         """Gather the missing Hessians, and return all of them.
 
         Raises:
-            RunError: tasks failed; the matrices that were finished are kept.
+            RunError: tasks failed; the files that were finished are kept.
         """
         if not self.store.is_there:  # a command that is refused for its cluster leaves no cache
             pools.require_workers(self._stage(self._ranges(self._infos)))
         with report_damaged_cache(self.store):
-            names = map(hessian_file, self._infos)
-            output = begin(OutputRequest(self.store, self._identity, names), log_and_release(pools))
+            request = OutputRequest(self.store, self._identity, check=check_on(pools))
+            output = begin(request, log_and_release(pools))
         with output:
-            ranges = self._missing_ranges(output)
-            if ranges:
-                self._gather(ranges, output, pools)
-        return Hessians(self.store, self._settings.gradient_share)
+            stored = stored_in(output.finished)
+            if ranges := self._missing_ranges(stored):
+                stored += self._gather(ranges, stored, output, pools)
+        return Hessians(self.store, self._settings.gradient_share, complete(stored)).of(self._infos)
 
-    def _gather(self, ranges: Sequence[LayerRange], output: Output, pools: Pools) -> None:
+    def _gather(
+        self, ranges: Sequence[LayerRange], finished: Sequence[StoredHessian], output: Output, pools: Pools
+    ) -> list[StoredHessian]:
+        """Gather the Hessians of all layers in `ranges`, and return those that were written.
+
+        Args:
+            finished: what earlier runs have written.
+        """
+        output.add_names([part.file for each in ranges for part in each.parts])
         require_free_space(self.store, sum(self._sum_bytes(part.names) for part in ranges))
         shards = self._shards()
         gathering = Gathering(calibration_key(self._inputs.source, self._settings), shards, output)
@@ -102,11 +111,14 @@ class Calibration:
                     if not gathering.lost:
                         break
                     progress.log(f"{gathering.lost[0].error}; layers that are not finished are gathered again")
-                    progress.add(gathering.start_pass(self._missing_ranges(output, gathering.written)))
+                    missing = self._missing_ranges([*finished, *gathering.written])
+                    output.add_names([part.file for each in missing for part in each.parts])
+                    progress.add(gathering.start_pass(missing))
                     execute(pool, gathering, progress)
         finally:
             pool.close()
         gathering.raise_failures()
+        return gathering.written
 
     def _shards(self) -> WindowShards:
         seqlen = self._inputs.ids.shape[1]
@@ -120,37 +132,23 @@ class Calibration:
         device = calibration_device_bytes(source, seqlen, sum_bytes, self._settings.calibration_dtype)
         return Stage("calibrate", memory, device, "windows", keeps_model=True)
 
-    def _missing_ranges(self, output: Output, written: Collection[str] = ()) -> list[LayerRange]:
+    def _missing_ranges(self, stored: Iterable[StoredHessian]) -> list[LayerRange]:
         """Layers whose Hessians are missing."""
-        return self._ranges(name for name in self._infos if name not in written and not _is_complete(name, output))
+        present = complete(stored)
+        return self._ranges(name for name in self._infos if name not in present)
 
     def _ranges(self, matrices: Iterable[str]) -> list[LayerRange]:
-        """The layers of some matrices, in ranges whose sums fit --moment-gib. A layer is never split."""
-        ranges: list[LayerRange] = []
+        """The layers of some matrices, in ranges whose sums fit --moment-gib. A layer is in one range."""
+        ranges: list[list[HessianPart]] = []
         room = 0
-        for layer, names in layers_of(list(matrices)).items():
-            nbytes = self._sum_bytes(names)
+        for parts in layer_parts(self._infos[name] for name in matrices):
+            nbytes = self._sum_bytes([name for part in parts for name in part.names])
             if not ranges or nbytes > room:
-                ranges.append(LayerRange({}))
+                ranges.append([])
                 room = int(self._settings.moment_gib * 2**30)
-            ranges[-1].layers[layer] = names
+            ranges[-1] += parts
             room -= nbytes
-        return ranges
+        return [LayerRange(tuple(parts)) for parts in ranges]
 
     def _sum_bytes(self, names: Sequence[str]) -> int:
         return hessian_bytes(self._infos[name] for name in names)
-
-
-def _is_complete(name: str, output: Output) -> bool:
-    """Whether earlier runs wrote the files of a matrix and of the matrix that stores its unweighted Hessian.
-
-    An interrupted run may have left only one of them, and the present run may not need the other matrix.
-    """
-    owner = _finished_owner(name, output)
-    return owner is not None and _finished_owner(owner, output) == owner
-
-
-def _finished_owner(name: str, output: Output) -> str | None:
-    """Matrix that stores the unweighted Hessian of `name`; None if no earlier run finished the file of `name`."""
-    finished = output.finished.get(hessian_file(name))
-    return None if finished is None else HessianRow.from_json(finished[1][0]).owner

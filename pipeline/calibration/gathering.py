@@ -7,8 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.calibration.hessian_store import SOURCE, hessian_file, require_same_source, source_of
-from pipeline.calibration.job import AddHessians, ExtractHessian, GatherHessians
+from pipeline.calibration.hessian_store import (
+    SOURCE,
+    HessianPart,
+    HessianRow,
+    StoredHessian,
+    require_same_source,
+    source_of,
+)
+from pipeline.calibration.job import AddHessians, GatherHessians, KeepHessians
 from pipeline.checkpoints.integrity.digests import RangeDigests
 from pipeline.engine.scheduler import TaskList
 from pipeline.engine.task import Destination, Task, TaskResult
@@ -43,22 +50,22 @@ class WindowShards:
 
 @dataclass(frozen=True)
 class LayerRange:
-    """Layers whose sums are gathered in one pass over the text, with the names of their matrices."""
+    """Layers whose sums are gathered in one pass over the text, as parts."""
 
-    layers: dict[str, list[str]]
+    parts: tuple[HessianPart, ...]
 
     @property
     def names(self) -> list[str]:
         """Matrices of all layers."""
-        return [name for names in self.layers.values() for name in names]
+        return [name for part in self.parts for name in part.names]
 
 
 @dataclass(frozen=True)
-class LayerPosition:
-    """A layer, by the index of its range and its index in that range."""
+class PartPosition:
+    """A part, by the index of its range and its index in that range."""
 
     range_index: int
-    layer_index: int
+    part_index: int
 
 
 @dataclass(frozen=True)
@@ -71,22 +78,22 @@ class GatherKey:
 
 @dataclass(frozen=True)
 class AddKey:
-    """Key of a task that adds shard number `n_added` to the sum of a layer."""
+    """Key of a task that adds shard number `n_added` to the sum of a part."""
 
-    position: LayerPosition
+    position: PartPosition
     n_added: int
 
 
 @dataclass(frozen=True)
 class WriteKey:
-    """Key of a task that writes the Hessian of one matrix."""
+    """Key of a task that writes the Hessians of a part into its file."""
 
-    name: str
+    file: str
 
 
 @dataclass
-class LayerSum:
-    """Sum over the shards of one layer. Shards are added in the order of the text, each as soon as it is available.
+class PartSum:
+    """Sum over the shards of one part. Shards are added in the order of the text, each as soon as it is available.
 
     Attributes:
         total: handle of the sum; None before the first shard.
@@ -110,17 +117,17 @@ class Gathering:
     """Task source of a calibration. `start_pass` queues the tasks of some ranges; `written` and failures accumulate.
 
     Attributes:
-        written: matrices whose Hessians this run has written.
+        written: the Hessians that this run has written.
         lost: tasks of the present pass whose input payload was lost with its node.
     """
 
     def __init__(self, key: ModelKey, shards: WindowShards, output: Output) -> None:
         """A source without tasks. `output` is the cache directory that this run may write."""
-        self.written: set[str] = set()
+        self.written: list[StoredHessian] = []
         self.lost: list[TaskResult[Any]] = []
         self._key, self._shards, self._output = key, shards, output
         self._ranges: Sequence[LayerRange] = ()
-        self._sums: dict[LayerPosition, LayerSum] = defaultdict(LayerSum)
+        self._sums: dict[PartPosition, PartSum] = defaultdict(PartSum)
         self._queue: list[Task[Any]] = []
         self._failures: TaskList[Any] = TaskList([], lambda done: None)
         self._source_digests = source_of(output.store)
@@ -131,7 +138,7 @@ class Gathering:
         Tasks that add sums up or write them count as no window: they take next to no time.
         """
         self.lost = []
-        self._ranges, self._sums = ranges, defaultdict(LayerSum)
+        self._ranges, self._sums = ranges, defaultdict(PartSum)
         self._queue = [task for index in range(len(ranges)) for task in self._gather_tasks(index)][::-1]
         return sum(task.units for task in self._queue)
 
@@ -158,12 +165,15 @@ class Gathering:
             self._sums[key.position].replace(done.payloads[0])
             self._advance(key.position)
         else:
-            self.written.add(key.name)
+            self._record(key, done.value)
+
+    def _record(self, key: WriteKey, rows: Sequence[HessianRow]) -> None:
+        self.written += [StoredHessian(key.file, row) for row in rows]
 
     def _receive_shard(self, key: GatherKey, done: TaskResult[RangeDigests]) -> None:
         self._check_source(done.value)
-        for layer_index, payload in enumerate(done.payloads):
-            position = LayerPosition(key.range_index, layer_index)
+        for part_index, payload in enumerate(done.payloads):
+            position = PartPosition(key.range_index, part_index)
             self._sums[position].waiting[key.start] = payload
             self._advance(position)
 
@@ -174,43 +184,40 @@ class Gathering:
             self._source_digests = self._source_digests | digests
             self._output.store.write_json(SOURCE, {"ranges": self._source_digests})
 
-    def _advance(self, position: LayerPosition) -> None:
-        """Queue the addition of the next shard of a layer, or the writing of its matrices once all shards are added."""
-        starts, layer = self._shards.starts, self._sums[position]
-        if layer.total is None and 0 in layer.waiting:
-            layer.replace(layer.waiting.pop(0))
-        if layer.n_added == len(starts):
-            self._queue += self._write_tasks(position, self._sums.pop(position).total)
-        elif layer.n_added and not layer.adding and starts[layer.n_added] in layer.waiting:
-            layer.adding = True
-            pair = (layer.total, layer.waiting.pop(starts[layer.n_added]))
-            key = AddKey(position, layer.n_added)
+    def _advance(self, position: PartPosition) -> None:
+        """Queue the addition of the next shard of a part, or the writing of its file once all shards are added."""
+        starts, part = self._shards.starts, self._sums[position]
+        if part.total is None and 0 in part.waiting:
+            part.replace(part.waiting.pop(0))
+        if part.n_added == len(starts):
+            self._queue.append(self._write_task(position, self._sums.pop(position).total))
+        elif part.n_added and not part.adding and starts[part.n_added] in part.waiting:
+            part.adding = True
+            pair = (part.total, part.waiting.pop(starts[part.n_added]))
+            key = AddKey(position, part.n_added)
             self._queue.append(Task(key, AddHessians(), "sum of Hessians", pair, outputs=1, units=0))
 
     def _gather_tasks(self, range_index: int) -> list[Task[Any]]:
-        layers = tuple(map(tuple, self._ranges[range_index].layers.values()))
+        parts = tuple(part.names for part in self._ranges[range_index].parts)
         return [
             Task(
                 GatherKey(range_index, start),
-                GatherHessians(self._key, layers, self._shards.shard(start), start, self._shards.seed),
+                GatherHessians(self._key, parts, self._shards.shard(start), start, self._shards.seed),
                 f"calibration windows {start} to {start + self._shards.size - 1}",
-                outputs=len(layers),
+                outputs=len(parts),
                 units=len(self._shards.shard(start)),
             )
             for start in self._shards.starts
         ]
 
-    def _write_tasks(self, position: LayerPosition, total: Any) -> list[Task[Any]]:
-        names = list(self._ranges[position.range_index].layers.values())[position.layer_index]
-        return [
-            Task(
-                WriteKey(name),
-                ExtractHessian(name),
-                f"Hessian of {name}",
-                (total,),
-                outputs=1,
-                commit_to=Destination(self._output.ticket, hessian_file(name)),
-                units=0,
-            )
-            for name in names
-        ]
+    def _write_task(self, position: PartPosition, total: Any) -> Task[Any]:
+        part = self._ranges[position.range_index].parts[position.part_index]
+        return Task(
+            WriteKey(part.file),
+            KeepHessians(),
+            f"Hessians of {part.layer}",
+            (total,),
+            outputs=1,
+            commit_to=Destination(self._output.ticket, part.file),
+            units=0,
+        )

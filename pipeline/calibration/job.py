@@ -1,4 +1,4 @@
-"""Jobs of calibration: gather sums over some windows, add them up, extract one matrix, generate text."""
+"""Jobs of calibration: gather sums over some windows, add them up, complete their records, generate text."""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -7,7 +7,7 @@ import numpy as np
 from pipeline.calibration.gather import Calibrator, sums_payload
 from pipeline.calibration.hessian_store import HessianRow
 from pipeline.checkpoints.integrity.digests import RangeDigests
-from pipeline.checkpoints.tensor_io import Payload, to_stored_tensor, to_tensor
+from pipeline.checkpoints.tensor_io import Payload, file_sha256, to_stored_tensor, to_tensor
 from pipeline.engine.task import JobContext, JobOutput
 from pipeline.models.loading import ModelKey
 from swsc_core.compressed.config_json import part_name
@@ -15,34 +15,34 @@ from swsc_core.compressed.config_json import part_name
 
 @dataclass(frozen=True)
 class GatherHessians:
-    """Gather the sums of some layers over some windows. The job returns one payload per layer.
+    """Gather the sums of some matrices over some windows. The job returns one payload per part.
 
     A payload holds the float32 sums X.weighted, X.plain and X.rows of each matrix X; `AddHessians` adds the sums of
     other windows. The value holds digests of the bytes that the model was loaded from.
 
     Attributes:
-        layers: names of the matrices of each layer.
+        parts: names of the matrices of each part.
         windows: int64 [windows, seqlen].
         first: index of the first window in the text.
     """
 
     key: ModelKey
-    layers: tuple[tuple[str, ...], ...]
+    parts: tuple[tuple[str, ...], ...]
     windows: np.ndarray
     first: int
     seed: int
 
     def run(self, context: JobContext) -> JobOutput[RangeDigests]:
         calibrator = context.model(Calibrator, self.key)
-        names = [name for layer in self.layers for name in layer]
+        names = [name for part in self.parts for name in part]
         sums = calibrator.gather(names, self.windows, self.first, self.seed)
-        payloads = tuple(sums_payload({name: sums[name] for name in layer}) for layer in self.layers)
+        payloads = tuple(sums_payload({name: sums[name] for name in part}) for part in self.parts)
         return JobOutput(calibrator.source_digests, payloads)
 
 
 @dataclass(frozen=True)
 class AddHessians:
-    """Add two payloads of sums of the same layer. Inputs: the sum of the earlier shards, and the next shard."""
+    """Add two payloads of sums of the same part. Inputs: the sum of the earlier shards, and the next shard."""
 
     def run(self, context: JobContext) -> JobOutput[None]:
         total, shard = context.inputs
@@ -54,16 +54,18 @@ class AddHessians:
 
 
 @dataclass(frozen=True)
-class ExtractHessian:
-    """Extract the sums of one matrix. Input: the sums of its layer."""
+class KeepHessians:
+    """Complete the records of a part. The payload is the file of the part, the value its records. Input: its sums."""
 
-    name: str
+    def run(self, context: JobContext) -> JobOutput[tuple[HessianRow, ...]]:
+        (part,) = context.inputs
+        rows = tuple(_with_digest(HessianRow.from_json(row), part) for row in part.rows)
+        return JobOutput(rows, (Payload(part.parts, tuple(map(asdict, rows))),))
 
-    def run(self, context: JobContext) -> JobOutput[None]:
-        (layer,) = context.inputs
-        names = {part_name(self.name, part) for part in ("weighted", "rows", "plain")}
-        (row,) = (row for row in layer.rows if row["name"] == self.name)
-        return JobOutput(None, (Payload(tuple(part for part in layer.parts if part.name in names), (row,)),))
+
+def _with_digest(row: HessianRow, part: Payload) -> HessianRow:
+    names = {part_name(row.name, sums) for sums in ("weighted", "rows", "plain")}
+    return replace(row, sha256=file_sha256(tensor for tensor in part.parts if tensor.name in names))
 
 
 @dataclass(frozen=True)

@@ -132,10 +132,24 @@ def commit(ticket: Ticket, file: str, payload: Payload) -> FileRecord:
     Raises:
         RunError: this node does not see the output directory, or another run has taken over.
     """
-    # Wide dtypes first, so that all tensors are aligned.
-    parts = sorted(payload.parts, key=lambda part: (-DTYPES[part.dtype][1], part.name))
-    header = build_header((part.name, part.dtype, part.shape, part.data.nbytes) for part in parts)
+    header, parts = _file_of(payload.parts)
     return _write(ticket, file, header, ((part.name, [part.data.data]) for part in parts), payload.rows)
+
+
+def file_sha256(parts: Iterable[StoredTensor]) -> str:
+    """Return the sha256 of the file that `commit` would write for these tensors."""
+    header, ordered = _file_of(parts)
+    digest = hashlib.sha256(header)
+    for part in ordered:
+        digest.update(part.data.data)
+    return digest.hexdigest()
+
+
+def _file_of(parts: Iterable[StoredTensor]) -> tuple[bytes, list[StoredTensor]]:
+    """The header of a file of these tensors, and the tensors in its order."""
+    # Wide dtypes first, so that all tensors are aligned.
+    ordered = sorted(parts, key=lambda part: (-DTYPES[part.dtype][1], part.name))
+    return build_header((part.name, part.dtype, part.shape, part.data.nbytes) for part in ordered), ordered
 
 
 def copy_tensors(source: Store, infos: Sequence[TensorInfo], ticket: Ticket, file: str) -> FileRecord:

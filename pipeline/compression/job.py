@@ -17,7 +17,7 @@ from pipeline.engine.task import JobContext, JobOutput, Task
 from pipeline.errors import UncompressibleWeight
 from pipeline.models.matrix_reader import MatrixReader, SourceMatrix, read_source_matrix
 from pipeline.outputs.report_rows import MatrixResult
-from pipeline.planning.plan import CopyTask, LayerTask
+from pipeline.planning.tasks import CopyTask, LayerTask
 from pipeline.planning.time_model import copying_seconds
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import FileRecord, Store

@@ -35,7 +35,13 @@ class Stage:
 
 
 class Pools(Protocol):
-    """Provides a pool for each stage of a command."""
+    """Provides a pool for each stage of a command.
+
+    Attributes:
+        in_process: the only worker is this process.
+    """
+
+    in_process: bool
 
     def __call__(self, tasks: int, stage: Stage) -> Pool:
         """Return a pool for a stage of `tasks` tasks."""

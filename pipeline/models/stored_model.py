@@ -173,6 +173,11 @@ def open_model(location: str, known: SourceDigests | None = None) -> Model:
     return model
 
 
+def opened_once(location: str, device: str) -> Model:
+    """`open_model` for `JobContext.model`: a worker parses the headers of a model once, not in every task."""
+    return open_model(location)
+
+
 def _require_fused(remaining_rows: TensorInfo | None, pieces: list[Entry]) -> None:
     """Raise ValueError unless the pieces of a fused tensor and its remaining rows are a partition of the tensor.
 

@@ -4,7 +4,7 @@ Only files that belong to an output are ever removed. A file counts as finished 
 and its bytes are those of the record.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -59,6 +59,15 @@ class FinishedFile(NamedTuple):
 
 
 FinishedFiles = Mapping[str, FinishedFile]
+# Compares files of a store with their records, by name, and returns the differences of each file, one sentence each.
+FileCheck = Callable[[Store, Mapping[str, FileRecord]], Mapping[str, list[str]]]
+
+
+def check_in_threads(store: Store, records: Mapping[str, FileRecord]) -> dict[str, list[str]]:
+    """A `FileCheck` that hashes the files in this process."""
+    with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+        found = threads.map(lambda item: file_differences(store, item[0], item[1].to_json()), records.items())
+        return dict(zip(records, found, strict=True))
 
 
 def require_replaceable(
@@ -90,8 +99,13 @@ def _require_no_links(store: Store) -> None:
         raise OutputError(f"{store.root}/{link}: a link, but no output of swsc contains links; remove it")
 
 
-def is_finished(store: Store, identity: Mapping[str, object], overwrite: bool) -> bool:
+def is_finished(
+    store: Store, identity: Mapping[str, object], overwrite: bool, check: FileCheck = check_in_threads
+) -> bool:
     """Whether the directory holds the finished and undamaged output of this identity.
+
+    Args:
+        check: hashes its files.
 
     Raises:
         OutputError: it holds another or a damaged output, and `overwrite` is not set.
@@ -103,7 +117,7 @@ def is_finished(store: Store, identity: Mapping[str, object], overwrite: bool) -
         manifest = _read_own(store, MANIFEST, kind=ManifestRecord)
         _require_same_settings(store, manifest["identity"], identity)
         report = ReportRecord if "restored_from" in identity else CompressionReportRecord
-        _require_undamaged(store, manifest["files"], report)
+        _require_undamaged(store, manifest["files"], report, check)
     except UserError:
         if overwrite:
             return False
@@ -114,25 +128,30 @@ def is_finished(store: Store, identity: Mapping[str, object], overwrite: bool) -
 
 
 def resume_or_start(
-    store: Store, identity: Mapping[str, object], overwrite: bool, names: Iterable[str] = ()
+    store: Store,
+    identity: Mapping[str, object],
+    overwrite: bool,
+    names: Iterable[str] = (),
+    check: FileCheck = check_in_threads,
 ) -> FinishedFiles:
     """Resume the unfinished run of this identity, or start one, which replaces an existing output.
 
     Args:
         names: files that the run writes; they belong to the output from now on.
+        check: hashes the files that the run has finished.
 
     Returns:
         The files that the resumed run has finished.
     """
     if store.exists(RUN) and not store.exists(MANIFEST) and _is_same_run(store, identity, overwrite):
         _clear_replaced(store)
-        _note_written(store, [*read_list(store, WRITTEN), *names])
-        return _finished_files(store, run_digest(_read_own(store, RUN)))
+        _write_list(store, [*read_list(store, WRITTEN), *names])
+        return _finished_files(store, run_digest(_read_own(store, RUN)), check)
     before = owned(store) if store.exists(RUN) or store.exists(MANIFEST) else set()
     if before:
         # This list is written first. Its files are removed once the run record has the new identity.
         store.write_json(_REPLACED, sorted(before))
-    _note_written(store, [*before, *names])
+    _write_list(store, [*before, *names])
     store.write_json(RUN, identity)
     store.remove(MANIFEST)
     _clear_replaced(store)
@@ -159,7 +178,13 @@ def _is_same_run(store: Store, identity: Mapping[str, object], overwrite: bool) 
     return True
 
 
-def _note_written(store: Store, names: Iterable[str]) -> None:
+def add_names(store: Store, names: Sequence[str]) -> None:
+    """Record that a run will write further files. OutputError: one exists and does not belong to the output."""
+    require_no_others(store, names)
+    _write_list(store, [*read_list(store, WRITTEN), *names])
+
+
+def _write_list(store: Store, names: Iterable[str]) -> None:
     """Record which files belong to the output, unless the record is up to date."""
     names = sorted(set(names))
     if names != read_list(store, WRITTEN):
@@ -217,12 +242,13 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _require_undamaged(store: Store, files: Mapping[str, ManifestEntry], report: type[Record]) -> None:
+def _require_undamaged(
+    store: Store, files: Mapping[str, ManifestEntry], report: type[Record], check: FileCheck
+) -> None:
     """Raise OutputError that names a file which is not as it was written."""
     try:
-        with ThreadPoolExecutor(_HASHING_THREADS) as threads:
-            results = list(threads.map(lambda item: file_differences(store, *item), files.items()))
-        differences = [line for lines in results for line in lines]
+        results = check(store, {name: FileRecord.from_json(name, entry) for name, entry in files.items()})
+        differences = [line for name in files for line in results[name]]
         _read_own(store, REPORT, kind=report)
     except FileNotFoundError:
         differences = [f"{REPORT} is missing"]
@@ -230,25 +256,24 @@ def _require_undamaged(store: Store, files: Mapping[str, ManifestEntry], report:
         raise UnusableOutput(f"{store.root}: {differences[0]}", _REWRITE)
 
 
-def _finished_files(store: Store, run: str) -> FinishedFiles:
+def _finished_files(store: Store, run: str, check: FileCheck) -> FinishedFiles:
     """Files of the interrupted `run` that are as their records state; its other tensor files are removed."""
-    finished = {}
-    for record_name in store.below(FINISHED_FOLDER).names():
-        name = record_name.removesuffix(".json")
-        if file := _finished_file(store, name, run):
-            finished[name] = file
+    names = [record.removesuffix(".json") for record in store.below(FINISHED_FOLDER).names()]
+    recorded = {name: file for name in names if (file := _recorded_file(store, name, run))}
+    differences = check(store, {name: file.record for name, file in recorded.items()})
+    finished = {name: file for name, file in recorded.items() if not differences[name]}
     written = read_list(store, WRITTEN)
     clear_unfinished(store, written)
     clear(store, {name for name in written if name.endswith(".safetensors")} - finished.keys())
     return finished
 
 
-def _finished_file(store: Store, name: str, run: str) -> FinishedFile | None:
-    """The file `name`, if its record is valid and of this `run`, and its bytes are those of the record."""
+def _recorded_file(store: Store, name: str, run: str) -> FinishedFile | None:
+    """The record of the file `name`, if it is valid and of this `run`."""
     try:
         data = read_record(store, f"{FINISHED_FOLDER}/{name}.json", FinishedFileRecord)
-        record = FileRecord(name, data["size"], data["sha256"], data.get("tensors", {}))
-        is_valid = data["run"] == run and not file_differences(store, name, record.to_json())
     except ValueError:
         return None
-    return FinishedFile(record, data["rows"]) if is_valid else None
+    if data["run"] != run:
+        return None
+    return FinishedFile(FileRecord.from_json(name, data), data["rows"])

@@ -6,7 +6,7 @@ therefore never counts as a finished output, and an interrupted run can resume. 
 directory is recognized by its ticket, and its files by the run that their records name.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -15,7 +15,10 @@ from pipeline.checkpoints.weight_files import INDEX, TENSOR_FILE
 from pipeline.errors import DISK_FULL_ERRNOS, CheckpointError, DiskFull, OutputError
 from pipeline.outputs.atomic_edit import complete_interrupted_edit
 from pipeline.outputs.existing_output import (
+    FileCheck,
     FinishedFiles,
+    add_names,
+    check_in_threads,
     is_finished,
     require_replaceable,
     resume_or_start,
@@ -45,6 +48,7 @@ class OutputRequest:
         overwrite: replace an output of other settings, or a damaged one.
         source: what the output is made from, if that must not be the same directory.
         rewrite: also replace a finished output of the same identity.
+        check: hashes the files of earlier runs.
     """
 
     store: Store
@@ -53,6 +57,7 @@ class OutputRequest:
     overwrite: bool = False
     source: Store | None = None
     rewrite: bool = False
+    check: FileCheck = check_in_threads
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,10 @@ class Output:
         assert self.lease is not None
         return replace(self.lease.ticket, run=run_digest(self.identity))
 
+    def add_names(self, names: Sequence[str]) -> None:
+        """Record that this run will write further files. OutputError: one exists and is not of this output."""
+        add_names(self.store, names)
+
     @property
     def finished_bytes(self) -> int:
         """Bytes of the finished files."""
@@ -113,7 +122,7 @@ def begin(request: OutputRequest, on_wait: Callable[[str], None] | None = None) 
     was_finished = store.exists(MANIFEST)
     if was_finished:
         complete_interrupted_edit(store)
-        if not request.rewrite and is_finished(store, request.identity, request.overwrite):
+        if not request.rewrite and is_finished(store, request.identity, request.overwrite, request.check):
             return Output(store, request.identity, {}, None)
     require_replaceable(store, request.identity, request.overwrite, request.names)
     made_directory = not store.is_there
@@ -135,10 +144,10 @@ def _begin_leased(request: OutputRequest, lease: Lease, was_finished: bool, made
         raise OutputError(
             f"{store.root}: is the same directory as {request.source.root}, under another path; choose another output"
         )
-    if not was_finished and is_finished(store, identity, overwrite):
+    if not was_finished and is_finished(store, identity, overwrite, request.check):
         lease.release()
         return Output(store, identity, {}, None)
-    finished = resume_or_start(store, identity, overwrite, request.names)
+    finished = resume_or_start(store, identity, overwrite, request.names, request.check)
     return Output(store, started_identity(store, identity), finished, lease, made_directory)
 
 

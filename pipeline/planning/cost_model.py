@@ -26,6 +26,10 @@ _CUBLAS = 32 << 20
 _WHOLE, _SEGMENTED = 8, 4
 # Copies of a slab on a GPU, where the slab may be the whole matrix.
 _SLAB_COPIES = 5
+# Copies of a fused tensor that are alive while its matrices are assembled and transposed.
+_FUSED_COPIES = 2
+# Bytes per value of an fp8 tensor that is dequantized: as read, in aligned memory, and in bfloat16, with the scales.
+_DEQUANTIZED_BYTES = 6
 # The Hessian of a matrix and its root.
 _HESSIANS = 2
 
@@ -49,7 +53,7 @@ def estimate_cost(plan: Plan, form: str, speed: Speed, workers: int) -> dict[str
         "compressed_bits_per_weight": 8 * compressed / count,
         "whole_model_bits_per_weight": 8 * plan.stored_bytes / plan.weights,
         "share_of_weights_compressed": count / plan.weights,
-        "worker_peak_bytes": compression_bytes(plan),
+        "worker_peak_bytes": layer_compression_bytes(plan),
         "of_which_on_a_gpu": device_bytes(plan),
         "core_seconds": core_seconds(plan, speed) + stream_seconds(plan, form, speed),
         "workers": workers,
@@ -64,7 +68,7 @@ def stage_bytes(
 
     It is needed before the first stage, so that a stage which does not fit is reported at once.
     """
-    stages = {"compress": compression_bytes(plan)}
+    stages = {"compress": layer_compression_bytes(plan)}
     if settings.needs_hessians:
         sums = hessian_bytes([decision.matrix for decision in plan.compressed])
         per_pass = min(sums, int(calibration.moment_gib * 2**30))
@@ -97,6 +101,18 @@ def compression_bytes(plan: Plan) -> int:
     )
 
 
+def layer_compression_bytes(plan: Plan) -> int:
+    """Return `compression_bytes` with those of the largest file, which a worker holds until it is complete."""
+    fused = [tensor.tensor.nbytes for layer in plan.layers for tensor in layer.fused] if plan.dense else []
+    return compression_bytes(plan) + plan.largest_file_bytes + _FUSED_COPIES * max(fused, default=0)
+
+
+def copying_bytes(plan: Plan) -> int:
+    """Return the peak memory of a worker that copies tensors, in bytes. It holds dequantized tensors only."""
+    dequantized = [info.count for copy in plan.copies for info in copy.infos if info.fp8]
+    return WORKER_BASE + _DEQUANTIZED_BYTES * max(dequantized, default=0)
+
+
 def device_bytes(plan: Plan) -> int:
     """Return the part of `compression_bytes` on a GPU, if the worker has one."""
     return max(matrix_device_bytes(decision.matrix, spec) for decision in plan.compressed for spec in decision.specs)
@@ -114,13 +130,14 @@ def _peak_values(info: MatrixInfo, spec: Spec) -> int:
     return (_SEGMENTED if spec.cuts_channels else _WHOLE) * count + hessians
 
 
-def restoring_bytes(model: Model) -> int:
+def restoring_bytes(model: Model, file_bytes: int) -> int:
     """Return the peak memory of a worker that restores the matrices of `model` one at a time, in bytes.
 
-    Fused tensors are assembled and transposed in memory.
+    Fused tensors are assembled and transposed in memory. A file of at most `file_bytes` is held until it is complete.
     """
     largest = max(math.prod(entry.shape) for entry in model.entries.values())
-    return WORKER_BASE + 4 * _WHOLE * largest + 2 * max(map(model.nbytes, model.pieces), default=0)
+    fused = max(map(model.nbytes, model.pieces), default=0)
+    return WORKER_BASE + 4 * _WHOLE * largest + _FUSED_COPIES * fused + file_bytes
 
 
 def evaluation_bytes(model: Model, dtype: str, tokens: int) -> int:

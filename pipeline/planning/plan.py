@@ -4,23 +4,21 @@ Planning is pure: it needs only the checkpoint's headers and the settings, and w
 are computed by the functions that also count what is stored.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.architectures.tensor_info import TensorInfo
-from pipeline.architectures.tensor_names import layer_of
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.foreign_quantization import require_unquantized
 from pipeline.checkpoints.fp8_source import SCALE_REASON
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.checkpoints.redundant_tensors import find_ties
-from pipeline.checkpoints.weight_files import tensor_files
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models.matrices import FusedTensor, fused_tensors
+from pipeline.models.matrices import fused_tensors
 from pipeline.planning.selection import Selected, select
 from pipeline.planning.spec_resolution import Budget, budget_of, resolve, value_bits
+from pipeline.planning.tasks import CopyTask, LayerTask, make_tasks
 from pipeline.settings.matrix import MatrixSettings
 from swsc_core.compressed.config_json import part_name
 from swsc_core.compressed.registry import part_names
@@ -29,8 +27,6 @@ from swsc_core.storage.location import MatrixLocation
 
 # Actions after which a tensor is stored in the output.
 _STORED = ("compressed", "copied")
-# Largest file of copied tensors, so that large source files are copied in parallel.
-_COPY_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -68,38 +64,17 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class LayerTask:
-    """Compress the selected matrices of one layer into one file, and write the remaining rows of fused tensors."""
-
-    layer: str
-    file: str
-    items: tuple[tuple[MatrixInfo, tuple[Spec, ...]], ...]
-    fused: tuple[FusedTensor, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(info.nbytes for info, _ in self.items)
-
-
-@dataclass(frozen=True)
-class CopyTask:
-    """Stream tensors that stay as they are into one file."""
-
-    file: str
-    infos: tuple[TensorInfo, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(info.nbytes for info in self.infos)
-
-
-@dataclass(frozen=True)
 class Plan:
-    """All decisions, in the source's order, and all tasks, largest first within their kind."""
+    """All decisions, in the source's order, and all tasks, largest first within their kind.
+
+    Attributes:
+        dense: the output holds restored weights.
+    """
 
     decisions: tuple[Decision, ...]
     layers: tuple[LayerTask, ...]
     copies: tuple[CopyTask, ...]
+    dense: bool = False
 
     @property
     def compressed(self) -> list[Decision]:
@@ -107,8 +82,17 @@ class Plan:
 
     @property
     def matrices_by_file(self) -> dict[str, frozenset[str]]:
-        """File of the output -> names of the matrices that are compressed into it."""
-        return {layer.file: frozenset(info.name for info, _ in layer.items) for layer in self.layers}
+        """File of the output -> names of the matrices that are compressed into it; none for copied tensors."""
+        copies: dict[str, frozenset[str]] = {copy.file: frozenset() for copy in self.copies}
+        return copies | {layer.file: frozenset(info.name for info, _ in layer.items) for layer in self.layers}
+
+    @property
+    def largest_file_bytes(self) -> int:
+        """Predicted bytes of the largest file of a layer."""
+        stored = {decision.info.name: decision.stored_bytes for decision in self.compressed}
+        return max(
+            layer.nbytes if self.dense else sum(stored[info.name] for info, _ in layer.items) for layer in self.layers
+        )
 
     @property
     def weights(self) -> int:
@@ -154,7 +138,7 @@ def make_plan(checkpoint: Checkpoint, settings: MatrixSettings, dense: bool = Fa
         Decision(info, "left out", "a buffer that the model computes itself", 0) for info in checkpoint.buffers
     ]
     decisions += [Decision(info, "left out", SCALE_REASON, 0) for info in checkpoint.scales]
-    return _with_tasks(decisions)
+    return _with_tasks(decisions, dense)
 
 
 def _require_free_names(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> None:
@@ -204,7 +188,7 @@ def with_specs(plan: Plan, specs: Mapping[str, tuple[Spec, ...]], settings: Matr
         if chosen is not None:
             decision = _compressed(decision.matrix, decision.reason, chosen, settings)
         decisions.append(decision)
-    return _with_tasks(decisions)
+    return _with_tasks(decisions, plan.dense)
 
 
 def _compressed(matrix: MatrixInfo, reason: str, specs: tuple[Spec, ...], settings: MatrixSettings) -> Decision:
@@ -229,38 +213,8 @@ def _tied(checkpoint: Checkpoint) -> Iterable[Decision]:
             yield Decision(replace(stored[tie.shares], name=tie.name), "tied", f"{relation} {tie.shares}", 0)
 
 
-def _with_tasks(decisions: list[Decision]) -> Plan:
-    layers: dict[str, list[Decision]] = defaultdict(list)
-    for decision in decisions:
-        if decision.action == "compressed":
-            # The tensor's name counts, because a piece of a tensor outside the layers may contain a number.
-            layers[layer_of(decision.matrix.tensor.name)].append(decision)
-    fused = {layer: fused_tensors(item.matrix for item in items) for layer, items in layers.items()}
+def _with_tasks(decisions: list[Decision], dense: bool) -> Plan:
+    matrices = [(decision.matrix, decision.specs) for decision in decisions if decision.action == "compressed"]
     # A matrix that is copied is stored with the remaining rows of its fused tensor.
     copied = [item.info for item in decisions if item.action == "copied" and isinstance(item.info, TensorInfo)]
-    copies = list(_copy_groups(copied))
-    files = iter(tensor_files(len(layers) + len(copies)))
-    layer_tasks = [
-        LayerTask(layer, next(files), tuple((item.matrix, item.specs) for item in items), fused[layer])
-        for layer, items in layers.items()
-    ]
-    copy_tasks = [CopyTask(next(files), tuple(infos)) for infos in copies]
-
-    def largest_first(task: LayerTask | CopyTask) -> int:
-        return -task.nbytes
-
-    return Plan(
-        tuple(decisions), tuple(sorted(layer_tasks, key=largest_first)), tuple(sorted(copy_tasks, key=largest_first))
-    )
-
-
-def _copy_groups(infos: list[TensorInfo]) -> Iterable[list[TensorInfo]]:
-    """Group tensors by source file, in its order, with at most _COPY_BYTES per group."""
-    group: list[TensorInfo] = []
-    for info in infos:
-        if group and (group[0].file != info.file or sum(i.nbytes for i in group) + info.nbytes > _COPY_BYTES):
-            yield group
-            group = []
-        group.append(info)
-    if group:
-        yield group
+    return Plan(tuple(decisions), *make_tasks(matrices, copied, dense), dense)

@@ -5,7 +5,8 @@ from functools import singledispatch
 
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.planning.machine_speed import Speed
-from pipeline.planning.plan import LayerTask, Plan
+from pipeline.planning.plan import Plan
+from pipeline.planning.tasks import LayerTask
 from swsc_core.method.codebook_fit import CONJUGATE_STEPS
 from swsc_core.method.kmeans import starts_and_refined
 from swsc_core.method.pairwise import use_gram

@@ -18,7 +18,7 @@ from pipeline.outputs.card_content import card_of_restoring
 from pipeline.outputs.owned_files import ADAPTER_FILES
 from pipeline.outputs.preflight import begin_with_room, examine, require_unmixed
 from pipeline.outputs.report import versions
-from pipeline.outputs.stage import run_output_stage
+from pipeline.outputs.stage import check_on, run_output_stage
 from pipeline.outputs.transaction import Output, OutputRequest, finish, names_beside
 from pipeline.planning.cost_model import restoring_bytes
 from pipeline.planning.time_model import copying_seconds, restoring_seconds
@@ -73,7 +73,7 @@ def restore_model(
     examine(model, options.trusted)
     plan = make_restore_plan(model, carried_by_adapter(model, location, options.trusted) if options.adapter else {})
     names = [*plan.files, *names_beside(source)]
-    request = OutputRequest(store, _identity(model, options), names, options.overwrite)
+    request = OutputRequest(store, _identity(model, options), names, options.overwrite, check=check_on(pools))
     with begin_with_room(request, source, plan.nbytes) as out:
         report = _report(plan)
         if not out.complete:
@@ -102,7 +102,8 @@ def _report(plan: RestorePlan) -> dict[str, object]:
 
 def _write_files(plan: RestorePlan, out: Output, pools: Pools) -> list[FileRecord]:
     """Run the tasks of all files that are not finished; returns the records of all files, sorted by name."""
-    records = {file: record for file, (record, _) in out.finished.items()}
+    planned = set(plan.files)  # an earlier release may have finished other files
+    records = {file: record for file, (record, _) in out.finished.items() if file in planned}
 
     def add(done: TaskResult[FileRecord | None]) -> None:
         record = done.record or done.value
@@ -110,7 +111,7 @@ def _write_files(plan: RestorePlan, out: Output, pools: Pools) -> list[FileRecor
         records[record.name] = record
 
     tasks = [task for task in _tasks(plan, out.ticket) if task.key not in out.finished]
-    memory = restoring_bytes(plan.model) + 2 * plan.adapter_bytes
+    memory = restoring_bytes(plan.model, plan.largest_file_bytes) + 2 * plan.adapter_bytes
     run_output_stage(pools, Stage("restore", memory, unit="files", on_cpu=True), tasks, add, out)
     ordered = [records[name] for name in sorted(records)]
     if plan.adapter_layers:

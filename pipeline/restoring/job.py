@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pipeline.checkpoints.tensor_io import Payload, to_stored_tensor
 from pipeline.engine.task import JobContext, JobOutput
 from pipeline.models.lora_export import adapter_tensors
-from pipeline.models.stored_model import open_model
+from pipeline.models.stored_model import opened_once
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RestoreTensors:
     without_low_rank: frozenset[str] = frozenset()
 
     def run(self, context: JobContext) -> JobOutput[None]:
-        model = open_model(self.location)
+        model = context.model(opened_once, self.location)
         parts = (to_stored_tensor(name, model.read(name, name in self.without_low_rank)) for name in self.names)
         return JobOutput(None, (Payload(tuple(parts)),))
 
@@ -39,5 +39,5 @@ class ExtractLowRank:
     carried: Mapping[str, str]
 
     def run(self, context: JobContext) -> JobOutput[None]:
-        tensors = adapter_tensors(open_model(self.location), self.carried)
+        tensors = adapter_tensors(context.model(opened_once, self.location), self.carried)
         return JobOutput(None, (Payload(tuple(to_stored_tensor(name, tensor) for name, tensor in tensors)),))

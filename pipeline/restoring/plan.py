@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.architectures.tensor_names import layer_of
@@ -10,12 +11,15 @@ from pipeline.checkpoints.weight_files import tensor_files
 from pipeline.models.lora_export import adapter_bytes
 from pipeline.models.stored_model import Model
 from pipeline.outputs.owned_files import ADAPTER_FILES
-from pipeline.planning.plan import CopyTask
+from pipeline.planning.tasks import FILE_BYTES, CopyTask, bounded_groups, copy_groups
 
 
 @dataclass(frozen=True)
 class RestoreTask:
-    """Compressed tensors of one layer, which are restored into one file of `nbytes` bytes."""
+    """Compressed tensors of one layer, which are restored into one file of `nbytes` bytes.
+
+    More than `FILE_BYTES` are one tensor.
+    """
 
     layer: str
     file: str
@@ -30,8 +34,8 @@ class RestorePlan:
     Attributes:
         adapter_layers: compressed tensor whose low-rank part an adapter carries -> its linear layer; empty without an
             adapter.
-        restored: one file per layer with compressed tensors.
-        copied: one file per source file with other tensors.
+        restored: one file per layer with compressed tensors, or several for a layer of more than `FILE_BYTES`.
+        copied: files of the other tensors, by source file.
     """
 
     model: Model
@@ -44,6 +48,11 @@ class RestorePlan:
         """Names of the files that hold tensors, and of the adapter's."""
         names = [*(task.file for task in self.restored), *(task.file for task in self.copied)]
         return [*names, *(ADAPTER_FILES if self.adapter_layers else ())]
+
+    @property
+    def largest_file_bytes(self) -> int:
+        """Bytes of the largest file of restored tensors."""
+        return max(task.nbytes for task in self.restored)
 
     @property
     def adapter_bytes(self) -> int:
@@ -75,6 +84,7 @@ class RestorePlan:
 
 def make_restore_plan(model: Model, adapter_layers: Mapping[str, str]) -> RestorePlan:
     """Plan the files of the dense model; nothing is read but the headers of `model`."""
+    nbytes = model.nbytes
     layers: dict[str, list[str]] = {}
     copies: dict[str, list[TensorInfo]] = {}
     for name in model.names:
@@ -83,10 +93,9 @@ def make_restore_plan(model: Model, adapter_layers: Mapping[str, str]) -> Restor
         else:
             info = model.checkpoint.tensors[name]
             copies.setdefault(info.file, []).append(info)
-    files = iter(tensor_files(len(layers) + len(copies)))
-    restored = tuple(
-        RestoreTask(layer, next(files), tuple(names), sum(model.nbytes(name) for name in names))
-        for layer, names in layers.items()
-    )
-    copied = tuple(CopyTask(next(files), tuple(infos)) for infos in copies.values())
+    parts = [(layer, part) for layer, names in layers.items() for part in bounded_groups(names, nbytes, FILE_BYTES)]
+    groups = list(copy_groups(chain.from_iterable(copies.values())))
+    files = iter(tensor_files(len(parts) + len(groups)))
+    restored = tuple(RestoreTask(layer, next(files), tuple(names), sum(map(nbytes, names))) for layer, names in parts)
+    copied = tuple(CopyTask(next(files), tuple(infos)) for infos in groups)
     return RestorePlan(model, adapter_layers, restored, copied)

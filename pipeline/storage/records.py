@@ -102,7 +102,8 @@ class CalibrationRecord(Record):
 class FinishedRowRecord(Record):
     """A row in the record of a finished file.
 
-    A compression writes the report row of a matrix and its `entry`; a calibration writes `tokens` and `owner`.
+    A compression writes the report row of a matrix and its `entry`; a calibration writes `tokens`, `owner` and
+    `sha256`.
     """
 
     name: str
@@ -118,6 +119,7 @@ class FinishedRowRecord(Record):
     tuned_sha256: str | None = None
     tokens: Count = 0
     owner: str | None = None
+    sha256: Sha256 | None = None
 
     @model_validator(mode="after")
     def _require_keys_of_one_kind(self) -> "FinishedRowRecord":

@@ -98,13 +98,11 @@ class Run:
         """Matrix -> unit, of all matrices that the variant compresses."""
         if self.variant is None or self.plan is None or self.tuned:
             return {}
-        seed, dtype = self.variant.seed, self.variant.storage_dtype
-        return {
-            decision.info.name: Unit(
-                self.model, decision.info.name, CompressionVariant(decision.specs, seed, dtype, self.hessians)
-            )
-            for decision in self.plan.compressed
-        }
+        return {decision.info.name: self._unit(decision, self.variant) for decision in self.plan.compressed}
+
+    def _unit(self, decision: Decision, variant: Variant) -> Unit:
+        name, hessians = decision.info.name, self.hessians.of([decision.info.name]) if self.hessians else None
+        return Unit(self.model, name, CompressionVariant(decision.specs, variant.seed, variant.storage_dtype, hessians))
 
 
 def make_runs(settings: SweepSettings, checkpoints: list[Checkpoint]) -> list[Run]:

@@ -16,6 +16,7 @@ from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import TaskRounds, execute
 from pipeline.engine.stage import Pools, Stage, log_and_release
 from pipeline.errors import OutputError, PayloadLost
+from pipeline.outputs.stage import check_on
 from pipeline.outputs.transaction import Output, OutputRequest, begin
 from pipeline.planning.cost_model import tuning_bytes, tuning_device_bytes
 from pipeline.settings.calibration import CalibrationSettings
@@ -81,7 +82,8 @@ class Tuning:
         if not self.store.exists(_RESULT):
             with report_damaged_cache(self.store):
                 files = state_files(len(self._windows.batches()))
-                output = begin(OutputRequest(self.store, self.identity, files), log_and_release(pools))
+                request = OutputRequest(self.store, self.identity, files, check=check_on(pools))
+                output = begin(request, log_and_release(pools))
             with output:
                 if not self.store.exists(_RESULT):  # another run, which `begin` waited for, may have finished it
                     self._tune(output, pools)

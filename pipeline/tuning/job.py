@@ -12,8 +12,9 @@ from pipeline.compression.job import LayerReport, layer_output
 from pipeline.compression.layer_output import LayerParts, with_errors
 from pipeline.engine.task import JobContext, JobOutput
 from pipeline.models.matrix_reader import MatrixReader
+from pipeline.models.stored_model import opened_once
 from pipeline.outputs.report_rows import CompressedRow, MatrixResult
-from pipeline.planning.plan import LayerTask
+from pipeline.planning.tasks import LayerTask
 from pipeline.storage.store import Store
 from pipeline.tuning.state import TuneState, sum_gradients, values_to_payload
 from pipeline.tuning.tuner import TunedValues, TuneKey, Tuner
@@ -107,12 +108,13 @@ class ApplyTuning:
     def run(self, context: JobContext) -> JobOutput[LayerReport]:
         reader, parts, results = MatrixReader(self.source, context.device), LayerParts(self.form), []
         infos = [info for info, _ in self.layer.items]
-        layer = self.tuned.encoded((info.name, reader.read(info).weight) for info in infos)
+        model, sha256 = context.model(opened_once, self.tuned.compressed), self.tuned.sha256
+        layer = self.tuned.encoded(model, ((info.name, reader.read(info).weight) for info in infos))
         for info, encoded in zip(infos, layer, strict=True):
             before = self.rows[info.name]
             require_same_ranges(info.name, dict(before.source_sha256), reader.digests)
             parts.add(info, encoded)
-            row = with_errors(replace(before, tuned_sha256=self.tuned.sha256), encoded)
+            row = with_errors(replace(before, tuned_sha256=sha256), encoded)
             results.append(MatrixResult(row, encoded.entry))
         return layer_output(parts, self.layer, reader, results, context.device)
 

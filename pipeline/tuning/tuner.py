@@ -6,6 +6,7 @@ logits is q − p. During the backward pass, the gradient of each dense weight i
 released at once.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.checkpoints.checkpoint import read_header
 from pipeline.checkpoints.integrity.source_digests import SourceDigests
 from pipeline.checkpoints.tensor_io import Payload, finished_sha256, read_tensor
@@ -21,7 +23,7 @@ from pipeline.device import deterministic
 from pipeline.errors import CheckpointError, NonFiniteLoss
 from pipeline.models.loading import ModelKey, forward, load_model
 from pipeline.models.parameter_lookup import find_matrix_parameter
-from pipeline.models.stored_model import open_model
+from pipeline.models.stored_model import Model, open_model
 from pipeline.storage.store import Store
 from pipeline.tuning.state import MatrixValues, TuneState, values_from_payload, zeros_like
 from swsc_core.compressed.codec import Encoded, encoded_as
@@ -181,13 +183,20 @@ class TunedValues:
         """Digest of the state file; "" if there is none."""
         return finished_sha256(self.store, self.file) if self.file else ""
 
-    def encoded(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Encoded]:
-        """Matrices with tuned values, one at a time. `weights`: names and original weights, for the error measures."""
-        model, states = open_model(self.compressed), read_header(self.store, self.file)[1] if self.file else []
+    def encoded(self, model: Model, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Encoded]:
+        """Matrices with tuned values, one at a time.
+
+        Args:
+            model: the compressed model.
+            weights: names and original weights, for the error measures.
+        """
+        tuned: dict[str, list[TensorInfo]] = defaultdict(list)
+        for info in read_header(self.store, self.file)[1] if self.file else []:
+            tuned[info.name.rpartition("/")[0]].append(info)
         for name, weight in weights:
             parts = {part: tensor.to(weight.device) for part, tensor in model.read_parts(name).items()}
             matrix = matrix_of(parts, model.entries[name])
-            infos = [info for info in states if info.name.startswith(f"values/{name}/")]
+            infos = tuned[f"values/{name}"]
             values = {info.name.rsplit("/", 1)[1]: read_tensor(self.store, info).to(weight.device) for info in infos}
             yield encoded_as(matrix.with_values(values) if values else matrix, weight, name)
 

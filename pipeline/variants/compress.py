@@ -8,17 +8,18 @@ from typing import Any
 from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.compression.job import CompressLayer, LayerReport, copy_task
 from pipeline.device import Arithmetic
-from pipeline.engine.stage import Pools, Stage, log_and_release
+from pipeline.engine.stage import Stage, log_and_release
 from pipeline.engine.task import Destination, Job, Task
 from pipeline.errors import UserError
 from pipeline.outputs.card_content import card_of_compression
 from pipeline.outputs.owned_files import REPORT
 from pipeline.outputs.preflight import begin_with_room, names_of, require_unmixed
 from pipeline.outputs.report import CompressionReport
-from pipeline.outputs.stage import run_output_stage
+from pipeline.outputs.stage import check_on, run_output_stage
 from pipeline.outputs.transaction import CALIBRATION, Output, OutputRequest, abandon, finish
-from pipeline.planning.cost_model import compression_bytes, device_bytes
-from pipeline.planning.plan import LayerTask
+from pipeline.planning.cost_model import copying_bytes, device_bytes, layer_compression_bytes
+from pipeline.planning.plan import Plan
+from pipeline.planning.tasks import LayerTask
 from pipeline.planning.time_model import copying_seconds, layer_seconds, restoring_seconds
 from pipeline.storage.lease import Ticket
 from pipeline.storage.store import Store
@@ -29,6 +30,8 @@ from pipeline.variants.written_files import WrittenFiles
 from swsc_core.compressed.config_json import quantization_config
 
 Tune = Callable[[], TunedModel]
+# Bytes that workers on GPUs copy beside their compressions.
+_COPIED_BESIDE = 16 << 30
 
 
 def compress_model(
@@ -62,7 +65,7 @@ def compress_model(
         inputs = OutputInputs(compression.source, compression.hessians, tuned.tuned if tuned else None)
         output = inputs.without_other_inputs(output, compression.plan.matrices_by_file)
         files = WrittenFiles(inputs, output.finished)
-        _write_files(compression, output, files, tuned, compute.pools)
+        _write_files(compression, output, files, tuned, compute)
         report = _report(compression, files, time.perf_counter() - started, compute.arithmetic)
         report |= {"tuning": tuned.summary} if tuned else {}
         _commit(compression, output, files, report)
@@ -72,7 +75,8 @@ def compress_model(
 def _begin(compression: Compression, target: Target, compute: Compute) -> Output:
     source, plan = compression.source, compression.plan
     identity = compression.identity(compute.arithmetic)
-    request = OutputRequest(Store.at(target.location), identity, names_of(source, plan), target.overwrite)
+    store, names, check = Store.at(target.location), names_of(source, plan), check_on(compute.pools)
+    request = OutputRequest(store, identity, names, target.overwrite, check=check)
     nbytes = plan.stored_bytes_as(compression.settings.format)
     return begin_with_room(request, source, nbytes, log_and_release(compute.pools) if target.waits else None)
 
@@ -87,22 +91,36 @@ def _tuned(tune: Tune, output: Output) -> TunedModel:
 
 
 def _write_files(
-    compression: Compression, output: Output, files: WrittenFiles, tuned: TunedModel | None, pools: Pools
+    compression: Compression, output: Output, files: WrittenFiles, tuned: TunedModel | None, compute: Compute
 ) -> None:
     """Run the tasks of all files that are not finished."""
-    plan = compression.plan
-    tasks = [task for task in _tasks(compression, output.ticket, tuned) if task.key not in output.finished]
-    stage = Stage("compress", compression_bytes(plan), 0 if tuned else device_bytes(plan), "files")
-    run_output_stage(pools, stage, tasks, files.add, output)
+    plan, source = compression.plan, compression.source.store
+    layers = _layer_tasks(compression, output.ticket, tuned)
+    copies: list[Task[Any]] = [copy_task(source, copy, output.ticket) for copy in plan.copies]
+    compressing = Stage("compress", layer_compression_bytes(plan), 0 if tuned else device_bytes(plan), "files")
+    copying = Stage("copy", copying_bytes(plan), unit="files", on_cpu=True)
+    separately = _are_copied_separately(plan, compute.arithmetic)
+    stages = [(compressing, layers), (copying, copies)] if separately else [(compressing, layers + copies)]
+    for stage, tasks in stages:
+        unfinished = [task for task in tasks if task.key not in output.finished]
+        run_output_stage(compute.pools, stage, unfinished, files.add, output)
 
 
-def _tasks(compression: Compression, ticket: Ticket, tuned: TunedModel | None) -> list[Task[Any]]:
+def _are_copied_separately(plan: Plan, arithmetic: Arithmetic) -> bool:
+    """Whether copies have a stage of their own, on workers without a GPU, so that they occupy none.
+
+    Few bytes are copied together with the compression, because starting other workers takes longer.
+    """
+    return arithmetic.device != "cpu" and sum(copy.nbytes for copy in plan.copies) > _COPIED_BESIDE
+
+
+def _layer_tasks(compression: Compression, ticket: Ticket, tuned: TunedModel | None) -> list[Task[Any]]:
     tasks: list[Task[Any]] = []
     for layer in compression.plan.layers:
         job, work = _layer_job(compression, layer, tuned)
         task = Task(layer.file, job, layer.layer, outputs=1, commit_to=Destination(ticket, layer.file))
         tasks.append(replace(task, work=work + copying_seconds(layer.nbytes), nbytes=layer.nbytes))
-    return tasks + [copy_task(compression.source.store, copy, ticket) for copy in compression.plan.copies]
+    return tasks
 
 
 def _layer_job(compression: Compression, layer: LayerTask, tuned: TunedModel | None) -> tuple[Job[LayerReport], float]:
@@ -112,7 +130,8 @@ def _layer_job(compression: Compression, layer: LayerTask, tuned: TunedModel | N
         rows = {info.name: tuned.rows[info.name] for info, _ in layer.items}
         work = restoring_seconds(sum(info.count for info, _ in layer.items))
         return ApplyTuning(store, layer, settings.format, tuned.tuned, rows), work
-    job = CompressLayer(store, layer, settings.format, settings.seed, settings.storage_dtype, compression.hessians)
+    hessians = compression.hessians.of(info.name for info, _ in layer.items) if compression.hessians else None
+    job = CompressLayer(store, layer, settings.format, settings.seed, settings.storage_dtype, hessians)
     return job, layer_seconds(layer)
 
 

@@ -29,7 +29,8 @@ class OutputInputs:
         """`output` without finished files that were computed from other inputs, or whose records lack a matrix.
 
         Args:
-            planned: file -> the matrices that are compressed into it; a file of copied tensors has none.
+            planned: file -> the matrices that are compressed into it; a file of copied tensors has none. An earlier
+                release may have finished other files.
 
         Raises:
             StoreError: the source of a finished file is not the one that was calibrated on.
@@ -37,7 +38,7 @@ class OutputInputs:
         digests = known_ranges(self.source.tensors)
 
         def is_reusable(file: str, record: FileRecord, rows: list[CompressedRow]) -> bool:
-            if {row.name for row in rows} != planned.get(file, frozenset()):
+            if file not in planned or {row.name for row in rows} != planned[file]:
                 return False
             if not rows:
                 return self._has_source_digests(record.tensors)

@@ -6,15 +6,13 @@ from typing import Any
 
 from pipeline.checkpoints.checkpoint import MANIFEST
 from pipeline.checkpoints.tensor_io import link_problem
-from pipeline.engine.stage import Pools, Stage, run_stage
-from pipeline.engine.task import Task, TaskResult
+from pipeline.engine.stage import Pools
 from pipeline.errors import CheckpointError, DamageError
 from pipeline.outputs.atomic_edit import with_interrupted_edit
 from pipeline.outputs.owned_files import REPORT, competing_weights
-from pipeline.planning.cost_model import WORKER_BASE
+from pipeline.outputs.stage import run_check_stage
 from pipeline.storage.records import ManifestRecord, ReportRecord, read_record
-from pipeline.storage.store import Store
-from pipeline.verification.job import CheckFile
+from pipeline.storage.store import FileRecord, Store
 
 # Number of findings that an error names.
 _NAMED = 8
@@ -40,18 +38,9 @@ def verify_output(location: str, pools: Pools) -> VerifiedOutput:
     """
     store = Store.at(location)
     files = with_interrupted_edit(store, manifest_of(store)["files"])
-    damage: dict[str, list[str]] = {"": list(_report_damage(store))}
-
-    def note(done: TaskResult[list[str]]) -> None:
-        damage[done.task.key] = done.value
-
-    tasks = [
-        Task(name, CheckFile(store, name, record), name, work=record["size"], nbytes=record["size"])
-        for name, record in files.items()
-        if not link_problem(store, name)
-    ]
-    stage = Stage("verify", WORKER_BASE, unit="files", on_cpu=True)
-    run_stage(pools, stage, sorted(tasks, key=lambda task: -task.nbytes), note)
+    records = {name: FileRecord.from_json(name, entry) for name, entry in files.items()}
+    checked = {name: record for name, record in records.items() if not link_problem(store, name)}
+    damage = {"": list(_report_damage(store)), **run_check_stage(pools, "verify", store, checked)}
     damaged = [line for name in sorted(damage) for line in damage[name]]
     foreign = list(_foreign_files(store, files))
     if damaged or foreign:

@@ -60,7 +60,7 @@ def verified(source: Checkpoint, hashes: str, pools: Pools) -> Checkpoint:
         for file, tensors in sorted(files.items())
         for size in [source.store.size(file)]
     ]
-    run_stage(pools, Stage("verify source", WORKER_BASE, unit="files"), tasks, note)
+    run_stage(pools, Stage("verify source", WORKER_BASE, unit="files", on_cpu=True), tasks, note)
     return with_verified_digests(source, digests)
 
 

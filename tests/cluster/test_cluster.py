@@ -124,13 +124,12 @@ def test_order_of_tasks_does_not_matter(
 ) -> None:
     from pipeline.variants import compress as flow
 
-    def shuffled(*arguments: Any) -> list[Any]:
-        tasks = list(real(*arguments))
+    def shuffled(pools: Any, stage: Any, tasks: list[Any], *arguments: Any) -> None:
         random.Random(5).shuffle(tasks)
-        return tasks
+        real(pools, stage, tasks, *arguments)
 
-    real = flow._tasks
-    monkeypatch.setattr(flow, "_tasks", shuffled)
+    real = flow.run_output_stage
+    monkeypatch.setattr(flow, "run_output_stage", shuffled)
     assert main(["compress", str(tiny_model), str(tmp_path / "out"), "--local", *FLAGS]) == 0
     assert contents(tmp_path / "out") == local
 

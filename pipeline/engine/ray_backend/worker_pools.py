@@ -101,6 +101,8 @@ class _CommandPools(ABC):
 class LocalPools(_CommandPools):
     """One worker in this process for all stages."""
 
+    in_process = True
+
     def __init__(self, settings: ClusterSettings) -> None:
         self._settings = settings
         # Device -> its worker.
@@ -135,6 +137,8 @@ class LocalPools(_CommandPools):
 
 class RayPools(_CommandPools):
     """Ray workers that stay from stage to stage."""
+
+    in_process = False
 
     def __init__(self, settings: ClusterSettings, peak_memory_later: int, preferred_memory: int) -> None:
         self._settings = settings

@@ -1,6 +1,7 @@
 """Second moments of a real (tiny) model, and compressions that use them, in the plain loop."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,25 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.cli import main
-from pipeline.calibration import flow
+from pipeline.calibration import flow, hessian_store
 from pipeline.calibration.gather import Calibrator
-from pipeline.calibration.hessian_store import Hessians, blend
-from pipeline.calibration.job import ExtractHessian
+from pipeline.calibration.hessian_store import Hessians, blend, complete, stored_in
+from pipeline.calibration.job import KeepHessians
+from pipeline.checkpoints.checkpoint import read_header
 from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.checkpoints.source import open_checkpoint
+from pipeline.checkpoints.tensor_io import Payload, commit, read_tensor, to_stored_tensor
 from pipeline.engine.ray_backend.worker_pools import LocalPools
 from pipeline.engine.task import JobContext
 from pipeline.errors import TextError
 from pipeline.models.loading import ModelKey
 from pipeline.models.stored_model import open_model
 from pipeline.outputs import preflight
+from pipeline.outputs.existing_output import FinishedFile
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.cluster import ClusterSettings
-from pipeline.storage.store import Store
+from pipeline.storage.lease import acquire_lease
+from pipeline.storage.store import FileRecord, Store
 from pipeline.texts.windows import calibration_windows
 from tests.support.tiny import WORDS, contents, make_text, make_tiny_model
 
@@ -54,7 +59,11 @@ def best(tiny_model: Path, calibration: Path, tmp_path_factory: pytest.TempPathF
 
 def hessians_beside(output: Path) -> Hessians:
     (cache,) = (output.parent / ".swsc-cache").iterdir()
-    return Hessians(Store.at(str(cache)), 0.5)
+    finished = {}
+    for path in (cache / ".swsc/done").iterdir():
+        record = json.loads(path.read_text())
+        finished[path.stem] = FinishedFile(FileRecord.from_json(path.stem, record), record["rows"])
+    return Hessians(Store.at(str(cache)), 0.5, complete(stored_in(finished)))
 
 
 def test_hessians_are_those_of_an_explicit_loop(tiny_model: Path) -> None:
@@ -129,10 +138,50 @@ def test_hessians_do_not_depend_on_shards_ranges_or_the_requested_matrices(
 
     whole = gather("whole", names, 4.0)
     assert gather("ranges", names, 1e-9) == whole  # a pass for each layer
+    with monkeypatch.context() as patch:
+        patch.setattr(hessian_store, "_FILE_BYTES", 1)
+        assert gather("parts", names, 4.0) == whole  # a file for each matrix
+    assert gather("parts", names, 4.0) == whole  # found in these files
     few = [name for name in names if "q_proj" in name]
     assert gather("grown", few, 4.0).items() <= whole.items()
     assert gather("grown", names, 4.0) == whole  # found again, and the others added
     assert len(list((tmp_path / "grown").iterdir())) == 1
+    files = {place: len(list((tmp_path / place).glob("*/*.safetensors"))) for place in ("whole", "parts", "grown")}
+    layers = source.config["num_hidden_layers"]
+    assert files == {"whole": layers, "parts": len(names), "grown": 2 * layers}
+
+
+def test_a_cache_of_an_earlier_release_is_used(
+    tiny_model: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has a file per matrix, with one record each. Report rows name the same digests of Hessians."""
+    flags = ["--preset", "fast", "--bits", "3", "--projectors", "q,k,v,down", "--cache-dir"]
+    first = compress(tiny_model, tmp_path / "first", calibration, *flags, str(tmp_path / "cache"))
+    (cache,) = (tmp_path / "cache").glob("moments-*")
+    for path in cache.glob("*.safetensors"):
+        split_by_matrix(Store.at(str(cache)), path.name)
+    assert len(list(cache.glob("*.safetensors"))) == 12
+    capsys.readouterr()
+    again = compress(tiny_model, tmp_path / "again", calibration, *flags, str(tmp_path / "cache"))
+    assert "calibrate" not in capsys.readouterr().err
+    digests = [{row["name"]: row.get("moments_sha256") for row in report["tensors"]} for report in (first, again)]
+    assert digests[0] == digests[1]
+    assert contents(tmp_path / "first") == contents(tmp_path / "again")
+
+
+def split_by_matrix(store: Store, file: str) -> None:
+    """Replace a file of a calibration by one per matrix, with the records of an earlier release."""
+    record = store.read_json(f".swsc/done/{file}.json")
+    infos = read_header(store, file)[1]
+    with acquire_lease(store) as lease:
+        for row in record["rows"]:
+            own = [info for info in infos if info.name.startswith(row["name"].removesuffix("weight"))]
+            parts = tuple(to_stored_tensor(info.name, read_tensor(store, info)) for info in own)
+            old_row = {key: row[key] for key in ("name", "tokens", "owner")}
+            ticket = replace(lease.ticket, run=record["run"])
+            assert commit(ticket, f"{row['name']}.safetensors", Payload(parts, (old_row,))).sha256 == row["sha256"]
+    store.remove(file)
+    store.remove(f".swsc/done/{file}.json")
 
 
 def test_hessians_whose_owner_was_never_written_are_gathered_again(
@@ -140,15 +189,16 @@ def test_hessians_whose_owner_was_never_written_are_gathered_again(
 ) -> None:
     """The file of Q, which holds the shared Hessian of Q, K and V, is lost; the next run needs V alone."""
     flags = ["--preset", "fast", "--bits", "3", "--cache-dir", str(tmp_path / "cache"), "--projectors"]
-    whole = ExtractHessian.run
+    whole = KeepHessians.run
 
-    def without_queries(self: ExtractHessian, context: JobContext) -> Any:
-        if "q_proj" in self.name:
+    def without_queries(self: KeepHessians, context: JobContext) -> Any:
+        if "q_proj" in context.inputs[0].rows[0]["name"]:
             raise RuntimeError("the power went")
         return whole(self, context)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ExtractHessian, "run", without_queries)
+        patch.setattr(KeepHessians, "run", without_queries)
+        patch.setattr(hessian_store, "_FILE_BYTES", 1)  # a file per matrix
         argv = [
             "compress",
             str(tiny_model),

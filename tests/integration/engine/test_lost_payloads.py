@@ -11,7 +11,7 @@ import yaml
 
 from jobs.cli import main
 from pipeline.calibration import flow as calibrate
-from pipeline.calibration.job import AddHessians, ExtractHessian
+from pipeline.calibration.job import AddHessians, KeepHessians
 from pipeline.engine.local_pool import LocalPool
 from pipeline.engine.ray_backend import worker_pools
 from pipeline.engine.task import Job, Task, TaskResult
@@ -77,7 +77,7 @@ def straight(tiny_model: Path, calibration: Path, tmp_path_factory: pytest.TempP
     ("job", "at", "remedy"),
     [
         (AddHessians, 3, "gathered again"),
-        (ExtractHessian, 2, "gathered again"),
+        (KeepHessians, 2, "gathered again"),
         (TuneGradients, 9, "from step 3"),
         (TuneStep, 5, "from step 3"),
         (KeepState, 1, "from step 0"),

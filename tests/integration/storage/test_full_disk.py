@@ -76,7 +76,7 @@ def test_the_first_file_that_finds_no_room_is_the_last(
 @pytest.mark.parametrize(
     ("after", "last"),
     [
-        ("*/moments-*/source.json", "ExtractHessian"),  # the calibration's first matrix
+        ("*/moments-*/source.json", "KeepHessians"),  # the calibration's first file
         ("*/untuned-*/.swsc/run.json", "CompressLayer"),  # the model that is to be tuned
         ("*/tuned-*/.swsc/run.json", "KeepState"),  # the tuning's state
         ("*/out/config.json", ""),  # what the driver itself writes at the end

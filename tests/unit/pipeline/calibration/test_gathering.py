@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from pipeline.calibration.gathering import Gathering, LayerRange, WindowShards
-from pipeline.calibration.job import AddHessians, ExtractHessian
+from pipeline.calibration.hessian_store import HessianPart, HessianRow, StoredHessian
+from pipeline.calibration.job import AddHessians, GatherHessians, KeepHessians
 from pipeline.engine.task import Task, TaskResult
 from pipeline.errors import PayloadLost, RunError, StoreError
 from pipeline.models.loading import ModelKey
 from pipeline.outputs.transaction import Output
 from pipeline.storage.store import Store
 
-RANGE = LayerRange({"layer": ["a", "b"]})
+PART = HessianPart("layer", ("a", "b"))
+RANGE = LayerRange((PART,))
+ROWS = (HessianRow("a", 10, "a", "0" * 64), HessianRow("b", 10, "a", "1" * 64))
 SHARDS = WindowShards(np.arange(50).reshape(5, 10), size=2, seed=0)
 
 
@@ -48,16 +51,34 @@ def test_shards_are_added_in_the_order_of_the_text(gathering: Gathering) -> None
     (add,) = queued(gathering)
     assert add.payloads == ("sum", "shard 4")
     gathering.done(TaskResult(add, payloads=("total",)))
-    writes = queued(gathering)
-    assert [(write.job, write.payloads) for write in writes] == [
-        (ExtractHessian("b"), ("total",)),
-        (ExtractHessian("a"), ("total",)),
-    ]
-    for write in writes:
-        gathering.done(TaskResult(write))
-    assert [task.units for task in (*tasks.values(), add, *writes)] == [2, 2, 1, 0, 0, 0]
-    assert gathering.written == {"a", "b"}
+    (write,) = queued(gathering)
+    assert (write.job, write.payloads) == (KeepHessians(), ("total",))
+    assert write.commit_to is not None
+    assert write.commit_to.file == PART.file
+    gathering.done(TaskResult(write, output=ROWS))
+    assert [task.units for task in (*tasks.values(), add, write)] == [2, 2, 1, 0, 0]
+    assert gathering.written == [StoredHessian(PART.file, row) for row in ROWS]
     gathering.raise_failures()
+
+
+def test_the_parts_of_a_layer_have_sums_and_files_of_their_own(gathering: Gathering) -> None:
+    other = HessianPart("layer", ("c",))
+    assert gathering.start_pass([LayerRange((PART, other))]) == 3 + 2 * 2 + 2
+    tasks = queued(gathering)
+    assert {task.outputs for task in tasks} == {2}
+    job = tasks[0].job
+    assert isinstance(job, GatherHessians)
+    assert job.parts == (("a", "b"), ("c",))
+    for task in tasks:
+        gathering.done(TaskResult(task, output={}, payloads=(f"first {task.key.start}", f"other {task.key.start}")))
+    adds = queued(gathering)
+    assert [add.payloads for add in adds] == [("other 0", "other 2"), ("first 0", "first 2")]
+    gathering.done(TaskResult(adds[0], payloads=("sum",)))
+    (last,) = queued(gathering)
+    gathering.done(TaskResult(last, payloads=("total",)))
+    (write,) = queued(gathering)
+    assert write.commit_to is not None
+    assert write.commit_to.file == other.file != PART.file
 
 
 def test_a_lost_payload_is_a_failure_unless_another_pass_starts(gathering: Gathering) -> None:

@@ -6,10 +6,22 @@ import pytest
 
 from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.models.stored_model import Model
-from pipeline.planning.cost_model import calibration_bytes, estimate_cost, evaluation_bytes, hessian_bytes
+from pipeline.planning.cost_model import (
+    WORKER_BASE,
+    calibration_bytes,
+    compression_bytes,
+    copying_bytes,
+    estimate_cost,
+    evaluation_bytes,
+    hessian_bytes,
+    layer_compression_bytes,
+    restoring_bytes,
+)
 from pipeline.planning.machine_speed import Speed
 from pipeline.planning.time_model import core_seconds
+from swsc_core.compressed.entry import RtnEntry
 from tests.unit.pipeline.planning.test_plan import Shapes, checkpoint_of, plan_of
+from tests.unit.pipeline.planning.test_tasks import fused_plan
 
 SPEED = Speed(gemm=5e10, additions=7e8, stream=4e8)
 SQUARE = {"model.layers.0.self_attn.q_proj.weight": (2048, 2048)}
@@ -49,6 +61,26 @@ def test_twice_the_layers_take_twice_the_time_and_no_more_memory() -> None:
 
 def test_dense_output_is_predicted_at_its_full_size() -> None:
     assert estimate_cost(plan_of(SQUARE, projectors="q", bits=3), "dense", SPEED, 2)["output_bytes"] == 2 * 2048**2
+
+
+def test_a_worker_holds_the_file_that_it_computes() -> None:
+    """In the dense form, also the matrices of a fused tensor while it is assembled."""
+    plan = plan_of(SQUARE, projectors="q", bits=3)
+    assert layer_compression_bytes(plan) - compression_bytes(plan) == plan.compressed[0].stored_bytes
+    fused = fused_plan(True)
+    largest = max(tensor.tensor.nbytes for layer in fused.layers for tensor in layer.fused)
+    assert layer_compression_bytes(fused) - compression_bytes(fused) == fused.largest_file_bytes + 2 * largest
+
+
+def test_copies_are_streamed_unless_they_are_dequantized() -> None:
+    plan = plan_of(SQUARE | {"model.embed_tokens.weight": (32000, 2048)}, projectors="q", bits=3)
+    assert copying_bytes(plan) == WORKER_BASE
+
+
+def test_restoring_holds_the_file_that_it_computes() -> None:
+    entry = RtnEntry((1000, 1000), "bfloat16", 2, "channel", True)
+    model = Model(checkpoint_of({"w": (1000, 1000)}), {"w": entry})
+    assert restoring_bytes(model, 3000) - restoring_bytes(model, 1000) == 2000
 
 
 def test_evaluation_holds_the_weights_as_read_and_as_calculated_with_and_the_logits() -> None:

@@ -9,7 +9,6 @@ from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.architectures.tensor_names import layer_of
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.planning import plan as module
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.settings.compression import CompressSettings
 from pipeline.storage.store import Store
@@ -58,13 +57,6 @@ def test_tasks_are_layers_and_the_largest_comes_first() -> None:
     plan = plan_of()
     assert [task.layer for task in plan.layers] == [f"model.layers.{layer}" for layer in range(11, -1, -1)]
     assert all({layer_of(info.name) for info, _ in task.items} == {task.layer} for task in plan.layers)
-
-
-def test_copied_tensors_are_split_into_files_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_COPY_BYTES", 5000)
-    copies = plan_of().copies
-    assert len(copies) > 3
-    assert all(task.nbytes <= 5000 or len(task.infos) == 1 for task in copies)
 
 
 def test_true_budget_counts_what_is_stored_and_paper_budget_does_not() -> None:

@@ -7,6 +7,7 @@ from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.models.stored_model import Model
 from pipeline.outputs.owned_files import ADAPTER_FILES
+from pipeline.restoring import plan as module
 from pipeline.restoring.plan import make_restore_plan
 from pipeline.storage.store import Store
 from swsc_core import encode
@@ -46,6 +47,14 @@ def test_each_tensor_is_in_one_file(model: Model) -> None:
 def test_a_layer_is_restored_into_one_file(model: Model) -> None:
     plan = make_restore_plan(model, {})
     assert [set(task.names) for task in plan.restored] == [set(COMPRESSED[:2]), set(COMPRESSED[2:])]
+
+
+def test_a_large_layer_is_cut_into_files(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FILE_BYTES", 300)
+    plan = make_restore_plan(model, {})
+    assert [task.names for task in plan.restored] == [(name,) for name in COMPRESSED]
+    assert plan.files == [f"model-{number:05d}-of-00006.safetensors" for number in range(1, 7)]
+    assert plan.largest_file_bytes == 256
 
 
 def test_the_report_states_what_the_adapter_holds(model: Model) -> None:
