@@ -57,7 +57,7 @@ def main() -> None:
         for times, source in product(LIMITS, (str(model), remote.root)):
             for output in (f"{folder}/{len(rows)}", f"{BUCKET}/{len(rows)}"):
                 proxy.sent = 0
-                with contextlib.redirect_stdout(io.StringIO()), _reading(times):
+                with contextlib.redirect_stdout(io.StringIO()), reading(times):
                     code, seconds = timed(lambda: swsc(["compress", source, output, *FLAGS]))  # noqa: B023
                 if code:
                     raise SystemExit(f"{source} to {output}: exit {code}")
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _reading(times: str) -> Iterator[None]:
+def reading(times: str) -> Iterator[None]:
     """Clients read bytes over plain http "twice" or "once"."""
     with mock.patch.dict(os.environ, {READ_ONCE: "1"} if times == "once" else {}):
         files_at.cache_clear()
