@@ -45,7 +45,7 @@ from pipeline.models.loading import ModelKey
 from pipeline.models.stored_model import Model
 from pipeline.outputs.transaction import Output
 from pipeline.planning import tasks
-from pipeline.planning.cost_model import hessian_bytes, layer_compression_bytes, restoring_bytes
+from pipeline.planning.memory import hessian_bytes, layer_compression_memory, restoring_memory
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.restoring import plan as restoring
 from pipeline.restoring.plan import RestorePlan, make_restore_plan
@@ -87,7 +87,7 @@ def calibrated(source: Checkpoint, plan: Plan) -> tuple[Counter[str], list[Layer
     ids = np.zeros((_WINDOWS, _SEQLEN), dtype=np.int64)
     with tempfile.TemporaryDirectory() as cache:
         inputs = CalibrationInputs(source, matrices, ids, 0)
-        ranges = Calibration(inputs, CalibrationSettings(), cache)._missing_ranges([])
+        ranges = Calibration(inputs, CalibrationSettings(), cache)._ranges(matrix.name for matrix in matrices)
         output = cast(Output, SimpleNamespace(store=Store.at(cache), ticket=None))
         gathering = Gathering(ModelKey("model", "auto", 1), WindowShards(ids, _SHARD, 0), output)
         gathering.start_pass(ranges)
@@ -171,13 +171,15 @@ def _in_gb(*sizes: int) -> list[float]:
 
 
 def _compressing(*plans: Plan) -> list[object]:
-    sizes, memory = ([f(plan) for plan in plans] for f in (lambda p: p.largest_file_bytes, layer_compression_bytes))
+    sizes = [plan.largest_file_bytes for plan in plans]
+    memory = [layer_compression_memory(plan).cpu for plan in plans]
     return [*map(_files, plans), *_in_gb(*sizes), *_in_gb(*memory)]
 
 
 def _restoring(*plans: RestorePlan) -> list[object]:
     sizes = [plan.largest_file_bytes for plan in plans]
-    memory = [restoring_bytes(plan.model, size) for plan, size in zip(plans, sizes, strict=True)]
+    largest = [max(plan.model.count(name) for task in plan.restored for name in task.names) for plan in plans]
+    memory = [restoring_memory(*size).cpu for size in zip(largest, sizes, strict=True)]
     return [*(len(plan.restored) + len(plan.copied) for plan in plans), *_in_gb(*sizes), *_in_gb(*memory)]
 
 

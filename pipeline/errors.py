@@ -6,6 +6,7 @@
     ├── UserError                   exit code 2: the input is wrong
     │   ├── ConfigError             flags or a configuration file
     │   ├── CheckpointError         a source checkpoint
+    │   │   ├── BlocksUnsupported
     │   │   └── UncompressibleWeight
     │   ├── OutputError             an output directory
     │   │   └── UnusableOutput
@@ -54,6 +55,10 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A source checkpoint is missing, damaged, hostile or in an unsupported format."""
+
+
+class BlocksUnsupported(CheckpointError):
+    """A model cannot run in blocks of layers; the message gives the reason."""
 
 
 class UncompressibleWeight(CheckpointError):

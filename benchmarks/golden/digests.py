@@ -12,7 +12,8 @@ from typing import Any
 
 from swsc_core.storage.json_fields import JsonValue
 
-_VOLATILE = {"argv", "versions", "peak_rss", "phases", "reason", "identity", "left_out", "kernels", "of_which_on_a_gpu"}
+_VOLATILE = {"argv", "versions", "peak_rss", "phases", "reason", "identity", "left_out", "kernels", "stages"}
+_MEMORY = ("of_which_on_a_gpu", "_peak_bytes")
 # JSON files that contain volatile values.
 _PARSED = {"swsc_manifest.json", "swsc_report.json"}
 
@@ -37,7 +38,7 @@ def _digest(path: Path) -> Any:
 
 def stable(value: Any, key: str = "") -> Any:
     """A JSON value in which every volatile value is replaced by the name of its type."""
-    if key in _VOLATILE or key.endswith("seconds") or key.endswith(".md"):
+    if key in _VOLATILE or key.endswith(("seconds", ".md", *_MEMORY)):
         return f"<{type(value).__name__}>"
     if isinstance(value, dict):
         return {name: stable(entry, name) for name, entry in value.items()}

@@ -12,7 +12,7 @@ from benchmarks.common import structured_weight
 from benchmarks.gpu.finding import Bench, Finding
 from pipeline.architectures.tensor_info import TensorInfo
 from pipeline.checkpoints.matrix_info import whole_matrix
-from pipeline.planning.cost_model import matrix_device_bytes
+from pipeline.planning.memory import matrix_device_bytes
 from swsc_core import Encoded, Metric, SwscSpec, decode, encode
 from swsc_core.layers.linear import SwscLinear
 from swsc_core.method.codebook_fit import CodebookFit

@@ -13,11 +13,12 @@ from pipeline.calibration.job import GatherHessians
 from pipeline.checkpoints.matrix_info import whole_matrix
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.tensor_io import Payload, to_tensor
+from pipeline.engine.memory import CUDA
 from pipeline.engine.worker import Worker
 from pipeline.evaluation.job import MeasureLosses
 from pipeline.models.loading import ModelKey
-from pipeline.models.stored_model import open_model
-from pipeline.planning.cost_model import calibration_device_bytes, evaluation_device_bytes, hessian_bytes
+from pipeline.models.stored_model import Model, open_model
+from pipeline.planning.memory import calibration_memory, evaluation_memory, hessian_bytes
 from pipeline.tuning.job import TuneGradients, TuneStep
 from pipeline.tuning.tuner import TuneKey
 
@@ -76,7 +77,8 @@ def _calibrations(location: str, bench: Bench) -> Iterator[Finding]:
     equal = _equal(*payloads)
     yield Finding("calibration twice", "equal" if equal else "different", ok=equal)
     if bench.on_gpu:
-        share = peak / calibration_device_bytes(source, _LENGTH, hessian_bytes(map(whole_matrix, infos)), "auto")
+        sums = hessian_bytes(map(whole_matrix, infos))
+        share = peak / (calibration_memory(Model(source, {}), _LENGTH, sums, "auto") - CUDA).device
         yield Finding("memory of a calibration over the estimate", share, "×", share <= 1)
 
 
@@ -105,5 +107,5 @@ def _evaluations(location: str, bench: Bench) -> Iterator[Finding]:
     gap = max(abs(a - b) for a, b in zip(losses[0], expected, strict=True))
     yield Finding("evaluation against a CPU, largest difference of a loss", gap, "nats", gap < 1e-3)
     if bench.on_gpu:
-        share = peak / evaluation_device_bytes(model, "float32", 2 * _LENGTH)
+        share = peak / (evaluation_memory(model, "float32", 2 * _LENGTH) - CUDA).device
         yield Finding("memory of an evaluation over the estimate", share, "×", share <= 1)

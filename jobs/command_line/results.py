@@ -1,7 +1,7 @@
 """How the results of the verbs are printed to standard output."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from pipeline.checkpoints.extra_files import ADAPTER_FOLDER
 from pipeline.evaluation.flow import EvaluationResult
@@ -12,6 +12,7 @@ from pipeline.sweep.rows import Row, SweepResult
 from pipeline.verbs.compress import CompressResult
 from pipeline.verbs.evaluate import EvaluateResult
 from pipeline.verbs.plan import PlanResult, comparable_paper_bits
+from pipeline.verbs.plan_stages import StagePlan
 from pipeline.verbs.restore import RestoreResult
 
 # Number of tensor names in a note.
@@ -106,6 +107,7 @@ def print_plan(result: PlanResult) -> None:
         print(f"left out: file {name} ({reason})")
     if result.request.allocates:
         print("note: the calibration replaces the forms and bits of single matrices that are shown above")
+    _print_stages(result.stages)
     for key, value in result.estimates.items():
         limit = "at most " if result.request.allocates and key in _ALLOCATED else ""
         print(f"{key}: {limit}{value:,.3f}" if isinstance(value, float) else f"{key}: {limit}{value:,}")
@@ -122,6 +124,28 @@ def _larger_than_dense(plan: Plan) -> str:
         f"warning: {len(larger)} of {len(plan.compressed)} matrices take more bits per weight than without compression"
         f" ({worst.info.name}: {stored:.3f} instead of {dense:g}); lower --clusters or --rank"
     )
+
+
+def _print_stages(stages: Sequence[StagePlan]) -> None:
+    """A table of the stages that are possible, and a line for each that is not."""
+    rows = [
+        {
+            "stage": stage.stage,
+            "way": stage.way,
+            "workers": stage.workers,
+            "host_gb": stage.host_bytes / 1e9,
+            "device_gb": stage.device_bytes / 1e9 or None,
+            "read_gb": stage.read_bytes / 1e9,
+            "hidden_gb": stage.hidden_bytes / 1e9 or None,
+            "seconds": stage.seconds,
+        }
+        for stage in stages
+        if stage.is_possible
+    ]
+    print_table(rows, ["stage", "way", "workers", "host_gb", "device_gb", "read_gb", "hidden_gb", "seconds"])
+    for stage in stages:
+        if not stage.is_possible:
+            print(f"{stage.stage}: {stage.way}")
 
 
 def print_restoration(result: RestoreResult) -> None:

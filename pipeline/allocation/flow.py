@@ -15,7 +15,7 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.engine.stage import Pools, Stage, run_stage
 from pipeline.engine.task import Task, TaskResult
-from pipeline.planning.cost_model import compression_bytes, device_bytes
+from pipeline.planning.memory import compression_memory
 from pipeline.planning.plan import Plan, with_specs
 from pipeline.planning.spec_resolution import budget_bytes, value_bits
 from pipeline.settings.matrix import MatrixSettings
@@ -136,5 +136,5 @@ class _CurveMeasurement:
         def on_done(done: TaskResult[V]) -> None:
             values[done.task.key] = done.value
 
-        run_stage(self.pools, Stage(stage, compression_bytes(self.plan), device_bytes(self.plan)), tasks, on_done)
+        run_stage(self.pools, Stage(stage, compression_memory(self.plan)), tasks, on_done)
         return values

@@ -19,6 +19,7 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.calibration.hessian_hooks import HessianHooks, HessianSums
 from pipeline.calibration.hessian_store import HessianRow
@@ -66,13 +67,8 @@ class Calibrator:
             for index, window in enumerate(windows, first):
                 self._backward(window, torch.Generator().manual_seed((seed << 32) + index))
                 hooks.forget_inputs()
-                _require_finite(sums, index)
-        if unreached := [name for name in names if name not in sums]:
-            location = self._source.checkpoint.store.root
-            raise CheckpointError(
-                f"{location}: {len(unreached)} selected matrices receive no token of a text, {unreached[0]} first;"
-                " exclude matrices that process no text with --exclude"
-            )
+                require_finite(sums, index)
+        require_reached(names, sums, self._source.checkpoint.store.root)
         return sums
 
     @torch.inference_mode()
@@ -98,12 +94,21 @@ class Calibrator:
 
     def _backward(self, window: np.ndarray, generator: torch.Generator) -> None:
         ids = torch.from_numpy(np.array(window))[None].to(self._device)
-        logits = forward(self._model, ids).logits[0]
-        with torch.no_grad():  # on the CPU, because samples must not depend on the kind of device
-            probabilities = logits.float().softmax(dim=-1).cpu()
-            targets = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(self._device)
-        loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-        torch.autograd.backward(loss)
+        backward_from_prediction(forward(self._model, ids).logits[0], generator)
+
+
+def backward_from_prediction(logits: Tensor, generator: torch.Generator) -> None:
+    """Backward pass from the cross-entropy of tokens that are drawn from a model's own prediction.
+
+    Args:
+        logits: of one window, [length, vocabulary].
+        generator: on the CPU, because samples must not depend on the kind of device.
+    """
+    with torch.no_grad():
+        probabilities = logits.float().softmax(dim=-1).cpu()
+        targets = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    torch.autograd.backward(loss)
 
 
 def sums_payload(sums: Mapping[str, HessianSums]) -> Payload:
@@ -117,7 +122,17 @@ def sums_payload(sums: Mapping[str, HessianSums]) -> Payload:
     return Payload(tuple(parts), rows)
 
 
-def _require_finite(sums: Mapping[str, HessianSums], window: int) -> None:
+def require_reached(names: Iterable[str], sums: Mapping[str, HessianSums], location: str) -> None:
+    """Raise CheckpointError if a matrix has no sums, because no token of a text reaches it."""
+    if unreached := [name for name in names if name not in sums]:
+        raise CheckpointError(
+            f"{location}: {len(unreached)} selected matrices receive no token of a text, {unreached[0]} first;"
+            " exclude matrices that process no text with --exclude"
+        )
+
+
+def require_finite(sums: Mapping[str, HessianSums], window: int) -> None:
+    """Raise NonFiniteLoss if sums hold NaN or Inf after a window."""
     for name, each in sums.items():
         if not bool(torch.isfinite(each.weighted.diagonal()).all() & torch.isfinite(each.rows).all()):
             raise NonFiniteLoss(

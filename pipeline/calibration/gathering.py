@@ -22,6 +22,7 @@ from pipeline.engine.task import Destination, Task, TaskResult
 from pipeline.errors import PayloadLost
 from pipeline.models.loading import ModelKey
 from pipeline.outputs.transaction import Output
+from pipeline.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,20 @@ class PartSum:
         self.n_added += 1
 
 
+class CalibratedSource:
+    """Digests of the bytes of the source that workers have loaded, also those of earlier runs; kept in a file."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._digests = store, source_of(store)
+
+    def add(self, digests: RangeDigests) -> None:
+        """Add what a worker has loaded. Raises StoreError unless all workers have loaded the same bytes."""
+        require_same_source(self._store, self._digests, digests)
+        if digests.keys() - self._digests.keys():
+            self._digests = self._digests | digests
+            self._store.write_json(SOURCE, {"ranges": self._digests})
+
+
 class Gathering:
     """Task source of a calibration. `start_pass` queues the tasks of some ranges; `written` and failures accumulate.
 
@@ -130,7 +145,7 @@ class Gathering:
         self._sums: dict[PartPosition, PartSum] = defaultdict(PartSum)
         self._queue: list[Task[Any]] = []
         self._failures: TaskList[Any] = TaskList([], lambda done: None)
-        self._source_digests = source_of(output.store)
+        self._source = CalibratedSource(output.store)
 
     def start_pass(self, ranges: Sequence[LayerRange]) -> int:
         """Queue the tasks that gather `ranges`; returns the number of windows that they gather.
@@ -171,18 +186,11 @@ class Gathering:
         self.written += [StoredHessian(key.file, row) for row in rows]
 
     def _receive_shard(self, key: GatherKey, done: TaskResult[RangeDigests]) -> None:
-        self._check_source(done.value)
+        self._source.add(done.value)
         for part_index, payload in enumerate(done.payloads):
             position = PartPosition(key.range_index, part_index)
             self._sums[position].waiting[key.start] = payload
             self._advance(position)
-
-    def _check_source(self, digests: RangeDigests) -> None:
-        """Raise StoreError unless all workers, also those of earlier runs, have loaded the same bytes of the source."""
-        require_same_source(self._output.store, self._source_digests, digests)
-        if digests.keys() - self._source_digests.keys():
-            self._source_digests = self._source_digests | digests
-            self._output.store.write_json(SOURCE, {"ranges": self._source_digests})
 
     def _advance(self, position: PartPosition) -> None:
         """Queue the addition of the next shard of a part, or the writing of its file once all shards are added."""
@@ -211,13 +219,17 @@ class Gathering:
         ]
 
     def _write_task(self, position: PartPosition, total: Any) -> Task[Any]:
-        part = self._ranges[position.range_index].parts[position.part_index]
-        return Task(
-            WriteKey(part.file),
-            KeepHessians(),
-            f"Hessians of {part.layer}",
-            (total,),
-            outputs=1,
-            commit_to=Destination(self._output.ticket, part.file),
-            units=0,
-        )
+        return write_task(self._ranges[position.range_index].parts[position.part_index], total, self._output)
+
+
+def write_task(part: HessianPart, total: Any, output: Output) -> Task[Any]:
+    """Task that writes the Hessians of a part from their sums, whose handle is `total`."""
+    return Task(
+        WriteKey(part.file),
+        KeepHessians(),
+        f"Hessians of {part.layer}",
+        (total,),
+        outputs=1,
+        commit_to=Destination(output.ticket, part.file),
+        units=0,
+    )

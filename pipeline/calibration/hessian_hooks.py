@@ -22,7 +22,6 @@ from pipeline.architectures.tensor_names import layer_of
 from pipeline.errors import CheckpointError
 from pipeline.models.parameter_lookup import ParameterView, find_matrix_parameter, find_parameter
 from pipeline.models.stored_model import Model
-from swsc_core.storage.row_blocks import RowBlocks
 
 # Functions that multiply with experts, one by one (`@` dispatches to either of two) or all at once.
 _PRODUCTS = {torch.nn.functional.linear, Tensor.__matmul__, Tensor.matmul, torch.matmul, torch.bmm, Tensor.bmm}
@@ -63,6 +62,12 @@ class HessianSums:
         self.rows.add_(torch.bincount(ids, minlength=len(self.rows)))
         self.tokens += len(ids)
 
+    def add_sums(self, other: "HessianSums") -> None:
+        """Add the sums over other tokens of the same matrix."""
+        for name, tensor in self.tensors().items():
+            tensor.add_(other.tensors()[name])
+        self.tokens += other.tokens
+
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name; `plain` is missing if another matrix is its owner."""
         sums = {"weighted": self.weighted, "plain": self.plain, "rows": self.rows}
@@ -102,7 +107,8 @@ class HessianHooks(TorchFunctionMode):
             return self._add_expert(name, find_matrix_parameter(self._model, self._source, name))
         module = self._module(location.tensor or name)
         if isinstance(module, torch.nn.Linear) or (type(module).__name__ == "Conv1D" and location.transposed):
-            self._to_hook.append((module, self._linear_hook(name, location.row_blocks)))
+            rows = location.row_blocks.index(module.weight.device) if location.row_blocks else slice(None)
+            self._to_hook.append((module, self._linear_hook(_OutputRows(name, rows))))
         elif isinstance(module, torch.nn.Embedding):
             self._to_hook.append((module, self._embedding_hook(name)))
         else:
@@ -128,11 +134,13 @@ class HessianHooks(TorchFunctionMode):
         if view is None or view.expert is None or view.rows is None:
             raise self._error(name, "is not the weight of a linear layer of the loaded model")
         matrices = self._experts[view.parameter[view.expert].data_ptr()]
-        matrices.append(_OutputRows(name, view.row_blocks.index(self._model.device) if view.row_blocks else view.rows))
+        device = view.parameter.device
+        matrices.append(_OutputRows(name, view.row_blocks.index(device) if view.row_blocks else view.rows))
         self._stacks.add(view.parameter.data_ptr())
         m, n = view.of(view.parameter).shape
         # The sums exist from the start, because an expert may receive no token.
-        self._start_sums(name, m, n, matrices[0].name, view.parameter)
+        if name not in self._sums:
+            self._start_sums(name, m, n, matrices[0].name, view.parameter)
 
     def __enter__(self) -> "HessianHooks":
         if self._experts:
@@ -169,9 +177,9 @@ class HessianHooks(TorchFunctionMode):
                     self._watch(matrix, inputs, output)
         return output
 
-    def _linear_hook(self, name: str, row_blocks: RowBlocks | None) -> Callable[..., None]:
+    def _linear_hook(self, matrix: _OutputRows) -> Callable[..., None]:
+        name, rows = matrix.name, matrix.rows
         layer = layer_of(name)
-        matrix = _OutputRows(name, row_blocks.index(self._model.device) if row_blocks else slice(None))
 
         def forward(module: Any, arguments: tuple[Tensor, ...], output: Any) -> None:
             if not isinstance(output, Tensor):  # for example a router that is a linear layer and also selects experts
@@ -182,7 +190,7 @@ class HessianHooks(TorchFunctionMode):
             self._owners[layer] = inputs, owner
             self._require_gradient(name, output)
             if name not in self._sums:
-                m = row_blocks.total if row_blocks else output.shape[-1]
+                m = output.shape[-1] if isinstance(rows, slice) else len(rows)
                 self._start_sums(name, m, inputs.shape[-1], owner, output)
             self._watch(matrix, inputs, output)
 

@@ -14,7 +14,8 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.device import Arithmetic
 from pipeline.engine.stage import Pools, Stage, run_stage
 from pipeline.engine.task import Task, TaskResult
-from pipeline.planning.cost_model import calibration_bytes, calibration_device_bytes
+from pipeline.models.stored_model import Model
+from pipeline.planning.memory import calibration_memory
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage.cache_key import cache_name, versioned
 from pipeline.storage.records import read_cached
@@ -59,9 +60,8 @@ def self_generated_windows(
         Task(first, GenerateText(key, min(_BATCH, count - first), seqlen, first, seed, prefix), f"text {first}")
         for first in range(0, count, _BATCH)
     ]
-    memory = calibration_bytes(source, seqlen, 0)
-    device = calibration_device_bytes(source, seqlen, 0, settings.calibration_dtype)
-    ids = _run(tasks, Stage("write text", memory, device, "parts"), pools)
+    memory = calibration_memory(Model(source, {}), seqlen, 0, settings.calibration_dtype)
+    ids = _run(tasks, Stage("write text", memory, "parts"), pools)
     store.write_json(file, ids.tolist())
     return ids
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.engine import signals
@@ -14,6 +14,9 @@ from pipeline.errors import DiskFull, LeaseLost, NodeLost, RunError, StoreError,
 _PATIENCE_SECONDS, _LONGER = 20.0, 6
 # Causes that the error of a failed run names.
 _MAX_CAUSES = 8
+# Rounds in which idle workers get nothing and no task runs, after which the stage ends. A source needs several to
+# notice that a worker for which it keeps tasks does not ask.
+IDLE_ROUNDS = 3
 # Attempts at a task whose worker, payload or store is lost.
 _MAX_ATTEMPTS = 3
 # The loss of a node counts as this many attempts, because it hits every task that runs there, again and again.
@@ -61,38 +64,26 @@ class TaskList(Generic[V]):
             raise RunError(f"{len(self._failed)} tasks failed, the others are finished and kept: {causes}{more}")
 
 
-# A generator that yields the tasks of a round, and is sent their results in the same order.
-Rounds = Generator[list[Task[Any]], list[TaskResult[Any]], None]
+class TaskRound(Generic[V]):
+    """Tasks whose results are needed together. The first failed task ends all."""
 
+    def __init__(self, tasks: Iterable[Task[V]]) -> None:
+        self._tasks = list(tasks)
+        self._waiting = self._tasks[::-1]
+        self._results: dict[object, TaskResult[V]] = {}
 
-class TaskRounds:
-    """Rounds of tasks, where the results of one round determine the tasks of the next.
-
-    The first failed task ends all.
-    """
-
-    def __init__(self, rounds: Rounds) -> None:
-        self._rounds = rounds
-        self._begin_round(next(rounds, []))
-
-    def _begin_round(self, tasks: list[Task[Any]]) -> None:
-        self._waiting = tasks[::-1]
-        self._keys = [task.key for task in tasks]
-        self._results: dict[object, TaskResult[Any]] = {}
-
-    def next(self, worker: int) -> Task[Any] | None:
+    def next(self, worker: int) -> Task[V] | None:
         return self._waiting.pop() if self._waiting else None
 
-    def done(self, result: TaskResult[Any]) -> None:
+    def done(self, result: TaskResult[V]) -> None:
         if result.error:
             raise result.error
         self._results[result.task.key] = result
-        if len(self._results) == len(self._keys):
-            results = [self._results[key] for key in self._keys]
-            try:
-                self._begin_round(self._rounds.send(results))
-            except StopIteration:
-                self._begin_round([])
+
+    @property
+    def results(self) -> list[TaskResult[V]]:
+        """The results of finished tasks, in the order of the tasks."""
+        return [self._results[task.key] for task in self._tasks]
 
 
 def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
@@ -101,7 +92,7 @@ def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
     A task whose worker was lost, or whose store did not answer, is repeated, up to `_MAX_ATTEMPTS` attempts in all.
     """
     retries = _Retries(progress)
-    running = 0
+    running = idle_rounds = 0
     patience = time.monotonic() + _PATIENCE_SECONDS
     while True:
         signals.raise_if_interrupted()
@@ -111,9 +102,11 @@ def execute(pool: Pool, source: TaskSource, progress: Progress) -> None:
                 pool.start(worker, task)
                 running += 1
                 progress.task_started(task.units)
-        # Workers are idle, and nothing is left for them.
-        if not running and pool.idle():
+        idle_rounds = idle_rounds + 1 if not running and pool.idle() else 0
+        if idle_rounds == IDLE_ROUNDS:
             return
+        if idle_rounds:
+            continue
         result = pool.wait()
         progress.tick()
         if result is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from pipeline.console import log
+from pipeline.engine.memory import Room, WorkerMemory
 from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import TaskList, execute
 from pipeline.engine.task import Pool, Task, TaskResult
@@ -18,8 +19,7 @@ class Stage:
 
     Attributes:
         name: name on its progress line.
-        memory: bytes that a worker is predicted to need, those on a GPU included.
-        device: bytes of them that are on the GPU of a worker that has one; 0 if no prediction is made.
+        memory: what a worker is predicted to need.
         unit: plural name of what its progress counts.
         keeps_model: workers keep the model that is loaded from the stage before. True if jobs of this stage load a
             model, and their results do not depend on earlier uses of it.
@@ -27,8 +27,7 @@ class Stage:
     """
 
     name: str
-    memory: int
-    device: int = 0
+    memory: WorkerMemory
     unit: str = "tasks"
     keeps_model: bool = False
     on_cpu: bool = False
@@ -51,6 +50,9 @@ class Pools(Protocol):
 
         A command calls it before it writes anything that its refusal would leave behind.
         """
+
+    def room(self) -> Room:
+        """What a worker may hold: by the settings, or else what there is."""
 
     def release(self) -> None:
         """Stop the workers, so that another run can use their resources. The next stage starts new workers."""

@@ -4,7 +4,6 @@ A worker belongs to no model and no run, because each job brings what it needs. 
 loaded model.
 """
 
-import gc
 from typing import TypeVar
 
 import torch
@@ -32,10 +31,7 @@ class Worker:
 
     def forget_model(self) -> None:
         """Drop the loaded model and free its memory."""
-        if self._models.clear():
-            # Modules of transformers reference each other. Collecting takes 0.2 s, so it happens only after a model was
-            # dropped.
-            gc.collect()
+        self._models.clear()
 
     def run(self, job: Job[V], *inputs: Payload) -> JobOutput[V]:
         """Run one job on the payloads that it needs."""

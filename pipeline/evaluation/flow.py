@@ -2,20 +2,24 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from pipeline.blocks.layout import LayerSizes, layout_within
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.integrity.source_digests import SourceDigests, digests_of_source
+from pipeline.engine.memory import WorkerMemory
 from pipeline.engine.stage import Pools, Stage, run_stage
-from pipeline.engine.task import Task, TaskResult
+from pipeline.engine.task import Task
+from pipeline.evaluation.blocks_flow import measure_in_blocks
 from pipeline.evaluation.job import MeasureLosses, WindowLosses
 from pipeline.evaluation.perplexity import perplexity
 from pipeline.models.loading import ModelKey
 from pipeline.models.stored_model import Model, open_model
 from pipeline.outputs.transaction import calibration_hashes
-from pipeline.planning.cost_model import evaluation_bytes, evaluation_device_bytes
+from pipeline.planning.memory import block_memory, evaluation_memory
 from pipeline.settings.evaluation import EvaluateSettings, MeasureSettings
 from pipeline.texts.contamination import require_uncontaminated
 from pipeline.texts.texts import read_text
@@ -62,24 +66,46 @@ def evaluate_model(
     model = open_model(location, known)
     windows = make_windows(location, settings)
     require_measurable(model, windows, settings)
-    key = model_key(model.checkpoint, settings)
+    measurement = Measurement(model, model_key(model.checkpoint, settings), windows, settings)
     losses: dict[int, tuple[float, ...]] = {}
     dtypes: set[str] = set()
-    tasks = [
-        Task(start, MeasureLosses(key, part), f"windows {start} to {start + len(part) - 1}", work=len(part))
-        for start, part in batch_parts(windows.ids, settings)
-    ]
 
-    def on_done(done: TaskResult[WindowLosses]) -> None:
-        losses[done.task.key] = done.value.losses
-        dtypes.add(done.value.dtype)
+    def on_losses(start: int, measured: WindowLosses) -> None:
+        losses[start] = measured.losses
+        dtypes.add(measured.dtype)
 
-    memory, device = evaluator_bytes(model, settings), evaluator_device_bytes(model, settings)
-    run_stage(pools, Stage("evaluate", memory, device, "parts", keeps_model=True), tasks, on_done)
+    measurement.run(pools, on_losses)
     ordered = [loss for start in sorted(losses) for loss in losses[start]]
     seconds = time.perf_counter() - started
     result = evaluation_result(location, ordered, windows, settings, ", ".join(sorted(dtypes)))
     return {**result, "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The losses of windows under one model, which each worker holds whole or in blocks."""
+
+    model: Model
+    key: ModelKey
+    windows: Windows
+    settings: EvaluateSettings
+
+    def run(self, pools: Pools, on_losses: Callable[[int, WindowLosses], None]) -> None:
+        """Measure all windows; `on_losses` receives the index of the first window of each part, and its losses."""
+        parts = batch_parts(self.windows.ids, self.settings)
+        tokens = self.settings.batch_size * self.settings.seqlen
+        memory = evaluator_memory(self.model, self.settings)
+        room, stage = pools.room(), Stage("evaluate", memory, "parts", keeps_model=True)
+        working = block_memory(self.model, self.settings.dtype, tokens, max(part.size for _, part in parts))
+        if not room.holds(memory):
+            layout = layout_within(room, self.key, LayerSizes.of(self.model, self.key, room.kind), working)
+            measure_in_blocks(self.key, layout, working, parts, pools, on_losses)
+            return
+        tasks = [
+            Task(start, MeasureLosses(self.key, part), f"windows {start} to {start + len(part) - 1}", work=len(part))
+            for start, part in parts
+        ]
+        run_stage(pools, stage, tasks, lambda done: on_losses(done.task.key, done.value))
 
 
 def require_measurable(model: Model, windows: Windows, settings: EvaluateSettings) -> None:
@@ -97,14 +123,9 @@ def require_unseen(model: Model, read: Callable[[], str], name: str) -> None:
         require_uncontaminated(hashes, read(), name)
 
 
-def evaluator_bytes(model: Model, settings: EvaluateSettings) -> int:
-    """Estimated peak memory of a worker that evaluates `model`."""
-    return evaluation_bytes(model, settings.dtype, settings.batch_size * settings.seqlen)
-
-
-def evaluator_device_bytes(model: Model, settings: EvaluateSettings) -> int:
-    """Estimated peak memory on the GPU of a worker that evaluates `model`."""
-    return evaluation_device_bytes(model, settings.dtype, settings.batch_size * settings.seqlen)
+def evaluator_memory(model: Model, settings: EvaluateSettings) -> WorkerMemory:
+    """What a worker needs that evaluates the whole `model`."""
+    return evaluation_memory(model, settings.dtype, settings.batch_size * settings.seqlen)
 
 
 def model_key(checkpoint: Checkpoint, settings: MeasureSettings) -> ModelKey:

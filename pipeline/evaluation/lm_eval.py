@@ -1,7 +1,7 @@
 """lm-evaluation-harness flow: distributes batches of requests over workers, and returns answers in lm-eval's order."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -9,18 +9,21 @@ from typing import Any, Self, TypedDict
 
 import numpy as np
 
+from pipeline.blocks.layout import LayerSizes, layout_within
 from pipeline.checkpoints.integrity.source_digests import SourceDigests
+from pipeline.engine.memory import Room, WorkerMemory, largest
 from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import TaskList, execute
 from pipeline.engine.stage import Pools, Stage
 from pipeline.engine.task import Pool, Task, TaskResult
 from pipeline.errors import ConfigError
 from pipeline.evaluation.flow import model_key, require_unseen
+from pipeline.evaluation.lm_eval_blocks import score_in_blocks
 from pipeline.evaluation.lm_eval_harness import harness
 from pipeline.evaluation.lm_eval_job import AnswerRequests, RequestAnswers
 from pipeline.models.loading import ModelKey
 from pipeline.models.stored_model import Model, open_model
-from pipeline.planning.cost_model import evaluation_bytes, evaluation_device_bytes
+from pipeline.planning.memory import block_memory, evaluation_memory
 from pipeline.settings.lm_eval import LmEvalSettings
 from pipeline.texts.windows import require_within
 from swsc_core.storage.json_fields import JsonObject
@@ -51,21 +54,39 @@ class LmEvalResult(TypedDict):
     seconds: float
 
 
+_NO_MEMORY = WorkerMemory()
+
+
+def require_answerable(model: Model, settings: LmEvalSettings, pools: Pools) -> None:
+    """Raise ConfigError that names the tasks that generate texts, if a worker cannot hold the whole model.
+
+    Log-likelihoods are computed in blocks then. Texts are not, because every token would pass all blocks.
+    """
+    memory, room = evaluation_memory(model, settings.dtype, settings.batch_size), pools.room()
+    if not room.holds(memory) and (names := harness().generating_tasks(settings)):
+        raise _generation_refused(names, room, memory)
+
+
+def _generation_refused(names: Sequence[str], room: Room, memory: WorkerMemory) -> ConfigError:
+    return ConfigError(
+        f"tasks {', '.join(names)}: they generate texts, which needs the whole model in a worker"
+        f" ({memory.limited(room.kind) / 1e9:.1f} GB), and a worker may hold {room.nbytes / 1e9:.1f} GB; raise"
+        " --memory-per-worker, use larger workers, or choose tasks of log-likelihoods"
+    )
+
+
 @dataclass(frozen=True)
 class _PoolSize:
-    """Number of tasks, and bytes on a worker and on its GPU, that a pool was started for."""
+    """Number of tasks, and memory of a worker, that a pool was started for."""
 
     tasks: int = 0
-    memory: int = 0
-    device: int = 0
+    memory: WorkerMemory = _NO_MEMORY
 
     def covers(self, needed: "_PoolSize") -> bool:
-        return self.tasks >= needed.tasks and self.memory >= needed.memory and self.device >= needed.device
+        return self == self.enlarged(needed)
 
     def enlarged(self, needed: "_PoolSize") -> "_PoolSize":
-        return _PoolSize(
-            max(self.tasks, needed.tasks), max(self.memory, needed.memory), max(self.device, needed.device)
-        )
+        return _PoolSize(max(self.tasks, needed.tasks), largest([self.memory, needed.memory]))
 
 
 def evaluate_lm_eval(
@@ -121,9 +142,18 @@ class PooledRequests:
 
     def answer(self, kind: str, batches: list[list[Any]], max_tokens: int, one_worker: bool) -> list[list[Any]]:
         """See `lm_eval_tasks.RequestBackend`."""
-        if kind == harness().LOGLIKELIHOOD:
+        scored = kind == harness().LOGLIKELIHOOD
+        if scored:
             self._require_known_tokens(batches)
-        tasks = self._tasks(kind, batches, one_worker)
+        memory = evaluation_memory(self._model, self._key.dtype, self._key.batch_size * max_tokens)
+        if self._pools.room().holds(memory):
+            return self._answer_whole(self._tasks(kind, batches, one_worker), memory, kind)
+        if not scored:
+            raise _generation_refused(self._settings.tasks, self._pools.room(), memory)
+        return self._answer_in_blocks(batches, max_tokens, kind)
+
+    def _answer_whole(self, tasks: list[Task[RequestAnswers]], memory: WorkerMemory, kind: str) -> list[list[Any]]:
+        """Answers of workers that hold the whole model."""
         answers: dict[int, list[list[Any]]] = {}
 
         def on_done(done: TaskResult[RequestAnswers]) -> None:
@@ -131,14 +161,23 @@ class PooledRequests:
             self.dtype = done.value.dtype
 
         source = TaskList(tasks, on_done)
-        batch_tokens = self._key.batch_size * max_tokens
-        memory = evaluation_bytes(self._model, self._key.dtype, batch_tokens)
-        device = evaluation_device_bytes(self._model, self._key.dtype, batch_tokens)
-        pool = self._pool_for(_PoolSize(len(tasks), memory, device))
+        pool = self._pool_for(_PoolSize(len(tasks), memory))
         with Progress(kind, len(tasks), 0, unit="parts") as progress:
             execute(pool, source, progress)
         source.raise_failures()
         return [batch for start in sorted(answers) for batch in answers[start]]
+
+    def _answer_in_blocks(self, batches: list[list[Any]], max_tokens: int, kind: str) -> list[list[Any]]:
+        """Answers of workers that hold one block of the model at a time."""
+        size = -(-len(batches) // _TASKS)
+        parts = [batches[start : start + size] for start in range(0, len(batches), size)]
+        tokens, room = self._key.batch_size * max_tokens, self._pools.room()
+        working = block_memory(self._model, self._key.dtype, tokens, tokens * size)
+        layout = layout_within(room, self._key, LayerSizes.of(self._model, self._key, room.kind), working)
+        pool = self._pool_for(_PoolSize(min(len(parts), len(layout.blocks)), working + layout.weights))
+        answers = score_in_blocks(self._key, layout, parts, kind, pool)
+        self.dtype = answers[0].dtype
+        return [batch for part in answers for batch in part.answers]
 
     def _require_known_tokens(self, batches: list[list[Any]]) -> None:
         """Raise TextError if a token of the requests is not in the model's vocabulary."""
@@ -165,5 +204,5 @@ class PooledRequests:
                 self._pool.close()
                 self._pool = None
             size = self._pool_size = self._pool_size.enlarged(needed)
-            self._pool = self._pools(size.tasks, Stage("tasks", size.memory, size.device, "parts", keeps_model=True))
+            self._pool = self._pools(size.tasks, Stage("tasks", size.memory, "parts", keeps_model=True))
         return self._pool

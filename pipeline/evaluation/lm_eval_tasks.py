@@ -1,6 +1,6 @@
 """Adapter of lm-evaluation-harness: lm-eval builds requests and scores answers, workers run the model.
 
-No other module imports lm-eval.
+This module and `lm_eval_answerer.py` alone import lm-eval.
 
 lm-eval receives a `RemoteModel`, a subclass of its own model class for transformers without weights. The requests that
 this class would run through the model are sent to workers instead, in the batches that the class itself would form. On
@@ -9,15 +9,13 @@ with the whole model in one process, whichever worker answers a batch. Few-shot 
 standard errors are computed by lm-eval.
 """
 
-import contextlib
 import difflib
 import json
-import logging
-import math
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,21 +25,19 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
+from lm_eval.utils import handle_non_serializable, make_table
 
-from pipeline.errors import LmEvalTaskError, NonFiniteLoss, SwscError, first_line
-from pipeline.models.loading import ModelKey, load_model, meta_model
-from pipeline.models.stored_model import open_model
+from pipeline.errors import LmEvalTaskError, SwscError, first_line
+from pipeline.evaluation.lm_eval_answerer import (
+    GENERATE,
+    LOGLIKELIHOOD,
+    Request,
+    model_arguments,
+    without_warnings,
+)
+from pipeline.models.loading import ModelKey, meta_model
 from pipeline.settings.lm_eval import LmEvalSettings
-from pipeline.texts.windows import load_tokenizer
 from swsc_core.storage.json_fields import JsonObject
-
-# Kinds of requests, by lm-eval's names. Rolling log-likelihoods are computed from the first kind.
-LOGLIKELIHOOD, GENERATE = "loglikelihood", "generate_until"
-
-# A request of lm-eval. LOGLIKELIHOOD: (texts or None, context tokens, tokens to score); GENERATE: (context, generation
-# arguments).
-Request = tuple[Any, ...]
 
 
 class RequestBackend(Protocol):
@@ -71,8 +67,8 @@ class RemoteModel(HFLM):
     def __init__(self, key: ModelKey, backend: RequestBackend) -> None:
         empty = meta_model(key)
         empty.config._name_or_path = key.location  # the name in lm-eval's results
-        with _without_warnings():
-            super().__init__(empty, **_model_arguments(key))
+        with without_warnings():
+            super().__init__(empty, **model_arguments(key))
         self._backend = backend
         # Requests of each call of `_loglikelihood_tokens` in the first pass, and the answers that it returns in the
         # second.
@@ -159,92 +155,48 @@ def _batches(requests: Sequence[Request], size: int) -> list[list[int]]:
     return [[index for row in ordered[start : start + size] for index in row] for start in starts]
 
 
-class Answerer:
-    """The model itself."""
-
-    def __init__(self, key: ModelKey, device: str) -> None:
-        self.key = key
-        model = load_model(open_model(key.location, key.known), key, device)
-        with _without_warnings():
-            self._lm = HFLM(model, **_model_arguments(key))
-
-    @property
-    def dtype(self) -> str:
-        """torch's name of the model's arithmetic."""
-        return str(self._lm.model.dtype).removeprefix("torch.")
-
-    def answers(self, kind: str, batches: Sequence[list[Request]], seed: int | None) -> list[list[Any]]:
-        """Answers to batches of requests: (log-likelihood, whether greedy decoding gives it) or generated texts.
-
-        Args:
-            seed: seed of torch that is set before the first batch; None: it is not set.
-
-        Raises:
-            NonFiniteLoss: a log-likelihood is NaN.
-        """
-        if seed is not None:
-            set_torch_seed(seed)
-        return [(self._scores if kind == LOGLIKELIHOOD else self._texts)(batch) for batch in batches]
-
-    def _scores(self, batch: list[Request]) -> list[Any]:
-        answers: list[Any] = self._lm._loglikelihood_tokens(batch, disable_tqdm=True)
-        if any(math.isnan(score) for score, _ in answers):
-            raise NonFiniteLoss(
-                f"{self.key.location}: a log-likelihood is NaN, and no request may be dropped; use a wider --dtype, or"
-                " check the model"
-            )
-        return answers
-
-    def _texts(self, batch: list[Request]) -> list[Any]:
-        requests = [Instance(GENERATE, {}, request, index) for index, request in enumerate(batch)]
-        texts: list[Any] = self._lm.generate_until(requests, disable_tqdm=True)
-        return texts
-
-
-def _model_arguments(key: ModelKey) -> dict[str, object]:
-    """Arguments of HFLM, which are the same with and without weights."""
-    tokenizer = load_tokenizer(key.location, key.trusted)
-    return {"backend": "causal", "tokenizer": tokenizer, "batch_size": key.batch_size}
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence HFLM's warnings that it receives a model instead of a model's name."""
-    logger = logging.getLogger(HFLM.__module__)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 def run_lm_eval(settings: LmEvalSettings, model: RemoteModel) -> JsonObject:
     """lm-eval's own results, as it writes them to JSON.
 
     Raises:
         LmEvalTaskError: a task does not exist, or lm-eval cannot use its description or its data.
     """
-    manager = _task_manager(settings.include_path)
-    names = [name for given in settings.tasks for name in _matching_tasks(manager, given, settings.include_path)]
+    manager, names = _task_manager(settings.include_path), _task_names(settings)
     # Bootstrapping would fork this process, and the threads of Ray do not survive a fork.
     os.environ["DISABLE_MULTIPROC"] = "1"
     python, numpy, torch, fewshot = settings.seed
+    with _task_errors(names):
+        results = simple_evaluate(
+            model=model,
+            tasks=names,
+            task_manager=manager,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            log_samples=False,
+            random_seed=python,
+            numpy_random_seed=numpy,
+            torch_random_seed=torch,
+            fewshot_random_seed=fewshot,
+        )
+    written: JsonObject = json.loads(json.dumps(results, default=handle_non_serializable))
+    return written
+
+
+def generating_tasks(settings: LmEvalSettings) -> list[str]:
+    """Names of the tasks for which the model generates texts. Raises LmEvalTaskError as `run_lm_eval` does."""
+    names = _task_names(settings)
+    with _task_errors(names):
+        tasks = _task_manager(settings.include_path).load(names)["tasks"]
+    return sorted(name for name, task in tasks.items() if task.OUTPUT_TYPE == GENERATE)
+
+
+@contextmanager
+def _task_errors(names: Sequence[str]) -> Iterator[None]:
+    """Convert errors of lm-eval to LmEvalTaskError, and send what it prints to stderr: stdout is for results."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints its progress to stdout, where results belong
-            results = simple_evaluate(
-                model=model,
-                tasks=names,
-                task_manager=manager,
-                num_fewshot=settings.num_fewshot,
-                limit=settings.limit,
-                batch_size=settings.batch_size,
-                log_samples=False,
-                random_seed=python,
-                numpy_random_seed=numpy,
-                torch_random_seed=torch,
-                fewshot_random_seed=fewshot,
-            )
+        with redirect_stdout(sys.stderr):
+            yield
     except SwscError:
         raise
     except Exception as error:  # task code, templates and missing data sets raise errors without a common class
@@ -252,8 +204,11 @@ def run_lm_eval(settings: LmEvalSettings, model: RemoteModel) -> JsonObject:
         raise LmEvalTaskError(
             f"tasks {', '.join(names)}: lm-eval cannot run them: {type(error).__name__}: {reason}"
         ) from None
-    written: JsonObject = json.loads(json.dumps(results, default=handle_non_serializable))
-    return written
+
+
+def _task_names(settings: LmEvalSettings) -> list[str]:
+    manager, folder = _task_manager(settings.include_path), settings.include_path
+    return [name for given in settings.tasks for name in _matching_tasks(manager, given, folder)]
 
 
 @lru_cache

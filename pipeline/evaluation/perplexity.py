@@ -66,8 +66,7 @@ class Evaluator:
         for name in sorted(self._replaced - weights.keys()):
             self._put(name, self._source.read_matrix(name))
         for name, payload in weights.items():
-            parts = {part.name: to_tensor(part).to(self._device) for part in payload.parts}
-            self._put(name, decode(parts, entry_of(payload.rows[0]["entry"])))
+            self._put(name, decoded(payload, self._device))
         self._replaced, self._variant = set(weights), variant
 
     def _put(self, name: str, weight: Tensor) -> None:
@@ -80,16 +79,23 @@ class Evaluator:
         return window_losses(self._model, windows, self.key.batch_size)
 
 
+def decoded(payload: Payload, device: str) -> Tensor:
+    """The dense weight of a compressed matrix."""
+    parts = {part.name: to_tensor(part).to(device) for part in payload.parts}
+    return decode(parts, entry_of(payload.rows[0]["entry"]))
+
+
 @torch.inference_mode()
 def window_losses(model: Any, windows: np.ndarray, batch_size: int = 1) -> list[float]:
     """Mean loss of each window, int64 [windows, seqlen], under a causal LM of transformers, in nats per token."""
     ids = torch.from_numpy(np.array(windows)).to(model.device)
     with ordered_scans(model.device.type):
-        return [loss for batch in torch.split(ids, batch_size) for loss in _batch_losses(model, batch)]
+        batches = torch.split(ids, batch_size)
+        return [loss for batch in batches for loss in batch_losses(forward(model, batch).logits, batch)]
 
 
-def _batch_losses(model: Any, batch: Tensor) -> list[float]:
-    logits = forward(model, batch).logits
+def batch_losses(logits: Tensor, batch: Tensor) -> list[float]:
+    """Mean loss of each window of a batch, int64 [batch, seqlen], under its logits [batch, seqlen, vocabulary]."""
     return [_window_loss(rows[:-1], ids[1:]) for rows, ids in zip(logits, batch, strict=True)]
 
 

@@ -77,9 +77,8 @@ def load_model(source: Model, key: ModelKey, device: str, digests: RangeDigests 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    dtype = key.dtype if key.dtype != "auto" else ("float32" if device == "cpu" else "auto")
     with loading_errors(key.location):
-        model, info = _load(source, key, dtype, digests)
+        model, info = _load(source, key, device, digests)
     missing = sorted(info["missing_keys"])
     # transformers only warns, and fills missing weights with random numbers.
     if missing:
@@ -99,6 +98,13 @@ def meta_model(key: ModelKey) -> Any:
         return load_meta_model(key.location, key.trusted).model
 
 
+def arithmetic_dtype(source: Model, key: ModelKey, config: Any, device: str) -> str:
+    """Return torch's name of the dtype that a model computes in; "auto" is float32 on a CPU and its own on a GPU."""
+    if key.dtype != "auto":
+        return key.dtype
+    return "float32" if device == "cpu" else _own_dtype(source, config)
+
+
 def _own_dtype(source: Model, config: Any) -> str:
     """The dtype of the computation: that of the config, or else that of the first floating-point weight."""
     for part in (config, config.get_text_config()):
@@ -107,12 +113,11 @@ def _own_dtype(source: Model, config: Any) -> str:
     return DTYPES[next((dtype for dtype in map(source.dtype, source.names) if dtype in FLOAT_DTYPES), "F32")][0]
 
 
-def _load(source: Model, key: ModelKey, dtype: str, digests: RangeDigests | None) -> Any:
+def _load(source: Model, key: ModelKey, device: str, digests: RangeDigests | None) -> Any:
     """Load exactly the weights of `source`. From a directory, transformers would choose files and apply adapters."""
     # The class of the model is needed, because from_pretrained of the Auto class requires files.
     empty, config = load_meta_model(key.location, key.trusted)
-    if dtype == "auto":
-        dtype = _own_dtype(source, config)
+    dtype = arithmetic_dtype(source, key, config, device)
     with _weights(source, digests) as weights:
         model, info = type(empty).from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True

@@ -72,7 +72,8 @@ def find_matrix_parameter(model: Any, source: Model, name: str) -> ParameterView
 def _find_in_stack(model: Any, source: Model, name: str, location: MatrixLocation) -> ParameterView:
     """The part that holds the matrix of an expert, or rows of it. No other matrix of the stack is read."""
     weight, tensor = source.read_matrix(name), location.tensor or name
-    stacks = {path: p for path, p in model.named_parameters() if p.ndim == 3 and p.shape[0] == location.n_experts}
+    parameters = ((path, p) for path, p in model.named_parameters() if not p.is_meta)
+    stacks = {path: p for path, p in parameters if p.ndim == 3 and p.shape[0] == location.n_experts}
     for path in sorted(stacks, key=lambda path: -_common_words(tensor, path)):
         for transposed in (False, True):
             view = _in_stack(stacks[path], location, transposed)
@@ -109,7 +110,7 @@ def find_parameter(model: Any, name: str, weight: Tensor, location: str) -> Para
     Raises:
         CheckpointError: no parameter holds the tensor.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {path: p for path, p in model.named_parameters() if not p.is_meta}
     same_name = parameters.get(name)
     if same_name is not None and same_name.shape == weight.shape:
         return ParameterView(same_name)

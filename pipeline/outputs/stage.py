@@ -10,7 +10,7 @@ from pipeline.engine.task import JobContext, JobOutput, Task, TaskResult
 from pipeline.errors import ClusterError, UncompressibleWeight
 from pipeline.outputs.existing_output import FileCheck, check_in_threads
 from pipeline.outputs.transaction import Output, abandon
-from pipeline.planning.cost_model import WORKER_BASE
+from pipeline.planning.memory import WORKER_BASE
 from pipeline.storage.store import FileRecord, Store
 
 # Bytes that the driver hashes itself, because starting workers takes longer.

@@ -35,6 +35,14 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "perplexity": ("perplexity", ".3f"),
     "reference": ("paper (Llama-2-7B)", ".3f"),
     "error": ("error", ""),
+    "stage": ("stage", ""),
+    "way": ("a worker holds", ""),
+    "workers": ("workers", "d"),
+    "host_gb": ("host GB", ",.1f"),
+    "device_gb": ("GPU GB", ",.1f"),
+    "read_gb": ("read GB", ",.1f"),
+    "hidden_gb": ("hidden states GB", ",.2f"),
+    "seconds": ("seconds", ",.0f"),
 }
 
 

@@ -20,7 +20,7 @@ from pipeline.outputs.preflight import begin_with_room, examine, require_unmixed
 from pipeline.outputs.report import versions
 from pipeline.outputs.stage import check_on, run_output_stage
 from pipeline.outputs.transaction import Output, OutputRequest, finish, names_beside
-from pipeline.planning.cost_model import restoring_bytes
+from pipeline.planning.memory import restoring_memory
 from pipeline.planning.time_model import copying_seconds, restoring_seconds
 from pipeline.redaction import redacted_argv
 from pipeline.restoring.job import ExtractLowRank, RestoreTensors
@@ -111,7 +111,8 @@ def _write_files(plan: RestorePlan, out: Output, pools: Pools) -> list[FileRecor
         records[record.name] = record
 
     tasks = [task for task in _tasks(plan, out.ticket) if task.key not in out.finished]
-    memory = restoring_bytes(plan.model, plan.largest_file_bytes) + 2 * plan.adapter_bytes
+    largest = max(plan.model.count(name) for task in plan.restored for name in task.names)
+    memory = restoring_memory(largest, plan.largest_file_bytes + 2 * plan.adapter_bytes)
     run_output_stage(pools, Stage("restore", memory, unit="files", on_cpu=True), tasks, add, out)
     ordered = [records[name] for name in sorted(records)]
     if plan.adapter_layers:

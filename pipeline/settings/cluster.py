@@ -26,6 +26,12 @@ class ClusterSettings(Settings):
     cpus_per_worker: Annotated[float, Option("F")] = Field(
         1, gt=0, description="CPU threads per worker. Results are bit-identical only for equal values."
     )
+    memory_per_worker: Annotated[float | None, Option("GIB", default="what there is")] = Field(
+        None,
+        gt=0,
+        description="Memory that a worker may hold: GPU memory if it has a GPU, else resident memory. A model that does"
+        " not fit is loaded in blocks of layers.",
+    )
     task_deadline: Annotated[
         float | None, Option("SECONDS", default="from the time of similar tasks, at least 600")
     ] = Field(None, gt=0, description="Time after which a task counts as hanging and its worker is replaced.")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pipeline.outputs.preflight import UNTUNED_PREFIX
-from pipeline.planning.cost_model import hessian_bytes
+from pipeline.planning.memory import hessian_bytes
 from pipeline.storage.shared_lease import remove_if_unleased
 from pipeline.storage.store import Store, require_free_space
 from pipeline.sweep.runs import Run

@@ -1,17 +1,16 @@
 """Many models × variants × evaluations in one driver, over one pool of workers."""
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from pipeline.console import log_prefix
+from pipeline.engine.memory import Room
 from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import execute
-from pipeline.engine.stage import Stage
-from pipeline.engine.task import Pool
-from pipeline.evaluation.flow import evaluator_bytes, evaluator_device_bytes
-from pipeline.models.stored_model import Model
-from pipeline.planning.cost_model import WORKER_BASE, compression_bytes, device_bytes
+from pipeline.engine.stage import Pools, Stage
 from pipeline.settings.sweep import SweepSettings, Variant
+from pipeline.sweep.block_tasks import VariantPasses, count_passes, variant_shards
+from pipeline.sweep.blocks import BlockedModel, blocked_models, peak_memory
 from pipeline.sweep.cache import remove_evaluated, require_cache_room, shares_untuned_model
 from pipeline.sweep.inputs import open_inputs
 from pipeline.sweep.rows import Row, SweepResult, matrix_table, rows_by_matrix, run_rows
@@ -23,7 +22,7 @@ from pipeline.variants.compression import Compression, Compute
 
 
 class Sweep:
-    """A sweep: `calibrate`, then `run`, then `result`; `close` at the end."""
+    """A sweep: `choose_blocks`, `calibrate`, then `run`, then `result`; `close` at the end."""
 
     def __init__(self, settings: SweepSettings) -> None:
         """Open models and texts, and plan every variant.
@@ -37,6 +36,8 @@ class Sweep:
         self._inputs = open_inputs(settings)
         self._runs = make_runs(settings, self._inputs.checkpoints)
         self._tasks: SweepTasks | None = None
+        self._room: Room | None = None
+        self._blocked: list[BlockedModel] = []
         self._uses = ExitStack()  # keeps tuned models in the cache, which other sweeps could remove
 
     def calibrate(self, compute: Compute, cache: str) -> None:
@@ -70,18 +71,44 @@ class Sweep:
             run.tuned = tuned_variant(compression, compute, self._uses)
         return compression
 
-    def run(self, pool: Pool) -> None:
-        """Compress and evaluate, and close the pool. After an error, `result` has what was measured until then."""
+    def choose_blocks(self, room: Room) -> None:
+        """Decide which models are evaluated in blocks of layers; without this call, none is.
+
+        Raises:
+            ClusterError: a layer of a model does not fit.
+            BlocksUnsupported: a model does not fit, and it cannot run in blocks.
+        """
+        self._room = room
+        self._blocked = blocked_models(self._inputs, self._runs, room)
+
+    def run(self, pools: Pools) -> None:
+        """Compress and evaluate. After an error, `result` has what was measured until then."""
+        if self._room and any(run.tuned for run in self._runs):
+            self._blocked = blocked_models(self._inputs, self._runs, self._room)
+        in_blocks = frozenset(number for blocked in self._blocked for number in blocked.runs)
+        passes = sum(count_passes(blocked, self._inputs, self._runs) for blocked in self._blocked)
+        total = count_tasks(self._inputs, self._runs, in_blocks) + passes
         try:
-            with Progress("sweep", self.total_tasks, estimated_work(self._inputs, self._runs)) as progress:
-                self._tasks = SweepTasks(self._inputs, self._runs, progress)
-                execute(pool, self._tasks, progress)
+            with Progress("sweep", total, estimated_work(self._inputs, self._runs)) as progress:
+                tasks = self._tasks = SweepTasks(self._inputs, self._runs, progress, in_blocks)
+                self._run_stages(pools, tasks, progress)
         except BaseException:
             for state in (run.measurement for run in self._runs):
                 state.error = state.error or ("not finished" if state.missing or state.outstanding else None)
             raise
-        finally:
-            pool.close()
+
+    def _run_stages(self, pools: Pools, tasks: SweepTasks, progress: Progress) -> None:
+        """Compressions and evaluations of whole models, then those in blocks; again if matrices were lost."""
+        while tasks.waiting or any(tasks.evaluable(blocked.runs) for blocked in self._blocked):
+            if tasks.waiting:
+                with closing(pools(tasks.waiting, self.stage)) as pool:
+                    execute(pool, tasks, progress)
+            for blocked in self._blocked:
+                if shards := variant_shards(blocked, tasks):
+                    with closing(pools(min(len(shards), len(blocked.layout.blocks)), blocked.stage)) as pool:
+                        passes = VariantPasses(blocked, shards, tasks, pool)
+                        execute(pool, passes, progress)
+                    passes.require_finished()
 
     def result(self) -> SweepResult:
         """What has been measured so far."""
@@ -106,27 +133,8 @@ class Sweep:
         self._uses.close()
 
     @property
-    def total_tasks(self) -> int:
-        """Number of compressions and evaluations."""
-        return count_tasks(self._inputs, self._runs)
-
-    @property
     def stage(self) -> Stage:
-        """The stage that compresses and evaluates."""
-        return Stage("sweep", self.worker_bytes, self.device_bytes, keeps_model=True)
-
-    @property
-    def worker_bytes(self) -> int:
-        """Peak memory of a worker, which may hold an evaluated model while it compresses."""
-        compression = max(compression_bytes(run.plan) for run in self._runs if run.plan)
-        models = [Model(checkpoint, {}) for checkpoint in self._inputs.checkpoints]
-        evaluations = [evaluator_bytes(model, text) for model in models for text in self._settings.evaluations]
-        return compression + max(evaluations, default=WORKER_BASE) - WORKER_BASE
-
-    @property
-    def device_bytes(self) -> int:
-        """The part of the worker's peak memory that is on its GPU, if it has one."""
-        compression = max(device_bytes(run.plan) for run in self._runs if run.plan)
-        models = [Model(checkpoint, {}) for checkpoint in self._inputs.checkpoints]
-        evaluations = [evaluator_device_bytes(model, text) for model in models for text in self._settings.evaluations]
-        return compression + max(evaluations, default=0)
+        """The stage that compresses, and evaluates the models that fit a worker."""
+        blocked = {self._runs[number].model for model in self._blocked for number in model.runs}
+        whole = [number for number in range(len(self._inputs.checkpoints)) if number not in blocked]
+        return Stage("sweep", peak_memory(self._inputs, self._runs, whole), keeps_model=not self._blocked)

@@ -5,21 +5,24 @@ them; a worker keeps the base model loaded and replaces its matrices. No variant
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.matrix_info import MatrixInfo
 from pipeline.compression.job import CompressionFailure, CompressVariants
 from pipeline.engine.progress import Progress
 from pipeline.engine.task import Task, TaskResult
-from pipeline.errors import DiskFull, PayloadLost
+from pipeline.errors import DiskFull, PayloadLost, SwscError
 from pipeline.evaluation.flow import batch_parts, model_key
 from pipeline.evaluation.job import MeasureLosses, WindowLosses
 from pipeline.models.matrices import find_matrix
 from pipeline.outputs.report_rows import MatrixResult
 from pipeline.planning.time_model import forward_seconds, matrix_seconds
+from pipeline.settings.evaluation import EvaluateSettings
 from pipeline.sweep.inputs import SweepInputs
 from pipeline.sweep.runs import Run, Unit
 
@@ -42,8 +45,19 @@ class SweepTasks:
         payloads: unit -> handle of the compressed matrix in the object store.
     """
 
-    def __init__(self, inputs: SweepInputs, runs: Sequence[Run], progress: Progress) -> None:
+    def __init__(
+        self, inputs: SweepInputs, runs: Sequence[Run], progress: Progress, in_blocks: Collection[int] = ()
+    ) -> None:
+        """Create the tasks.
+
+        Args:
+            inputs: models and texts.
+            runs: the runs.
+            progress: receives the number of repeated tasks.
+            in_blocks: numbers of the runs that are evaluated in blocks (`VariantPasses`) once this source is empty.
+        """
         self._inputs, self._runs, self._progress = inputs, runs, progress
+        self._in_blocks = frozenset(in_blocks)
         self.results: dict[Unit, MatrixResult] = {}
         self.payloads: dict[Unit, Any] = {}
         self._compressions = compression_tasks(inputs, runs)[::-1]
@@ -71,29 +85,45 @@ class SweepTasks:
         if isinstance(done.task.job, CompressVariants):
             self._record_compression(done)
         else:
-            self._record_evaluation(done)
+            self.record_evaluation(done.task.key, done.output, done.error, done.task.work)
+
+    @property
+    def waiting(self) -> int:
+        """Number of tasks that are not started yet."""
+        return len(self._compressions) + sum(len(run.measurement.tasks) for run in self._runs)
+
+    def evaluable(self, runs: Collection[int]) -> list[Run]:
+        """Those runs of the given numbers that have windows to evaluate, and whose matrices are compressed."""
+        states = ((self._runs[number], self._runs[number].measurement) for number in sorted(runs))
+        return [run for run, state in states if state.outstanding and not state.missing and not state.error]
+
+    def unmeasured(self, run: Run) -> Iterator[tuple[EvaluationKey, EvaluateSettings, np.ndarray]]:
+        """The parts of a run's windows without losses, with the settings of their evaluation."""
+        for number, (windows, evaluation) in enumerate(self._inputs.evaluations_of(run)):
+            for start, part in batch_parts(windows.ids, evaluation):
+                if (number, start) not in run.measurement.losses:
+                    yield EvaluationKey(run.number, number, start), evaluation, part
 
     def _open_if_ready(self, run: Run) -> None:
         """Create the evaluation tasks of a run once its last unit is compressed."""
         state = run.measurement
         if state.missing or state.error:
             return
-        matrices = tuple(state.units)
-        payloads = tuple(self.payloads[unit] for unit in state.units.values())
-        checkpoint = run.tuned.checkpoint if run.tuned else self._inputs.checkpoint_of(run)
-        for number, (windows, evaluation) in enumerate(self._inputs.evaluations_of(run)):
-            key, variant = model_key(checkpoint, evaluation), run.name if matrices else ""
-            for start, part in batch_parts(windows.ids, evaluation):
-                if (number, start) in state.losses:
-                    continue
-                job = MeasureLosses(key, part, variant, matrices)
-                label = f"{run.name} on {self._inputs.location_of(run)}, window {start}"
-                work = forward_seconds(checkpoint.weights, part.size)
-                state.tasks.append(Task(EvaluationKey(run.number, number, start), job, label, payloads, work=work))
-        state.outstanding = len(state.tasks)
-        state.tasks.reverse()
-        if not state.tasks:
+        parts = list(self.unmeasured(run))
+        state.outstanding = len(parts)
+        if not parts:
             self._release(run)
+        elif run.number not in self._in_blocks:
+            state.tasks = [self._evaluation(run, *part) for part in reversed(parts)]
+
+    def _evaluation(self, run: Run, key: EvaluationKey, settings: EvaluateSettings, part: np.ndarray) -> Task[Any]:
+        """The task of a part of the windows of a run, whose matrices are compressed."""
+        units = run.measurement.units
+        checkpoint = run.tuned.checkpoint if run.tuned else self._inputs.checkpoint_of(run)
+        job = MeasureLosses(model_key(checkpoint, settings), part, run.name if units else "", tuple(units))
+        label = f"{run.name} on {self._inputs.location_of(run)}, window {key.first_window}"
+        payloads = tuple(self.payloads[unit] for unit in units.values())
+        return Task(key, job, label, payloads, work=forward_seconds(checkpoint.weights, part.size))
 
     def _record_compression(self, done: TaskResult[Any]) -> None:
         units: tuple[Unit, ...] = done.task.key
@@ -117,21 +147,26 @@ class SweepTasks:
                 self._release(run)
             self._open_if_ready(run)
 
-    def _record_evaluation(self, done: TaskResult[Any]) -> None:
-        key: EvaluationKey = done.task.key
+    def record_evaluation(
+        self, key: EvaluationKey, losses: WindowLosses | None, error: SwscError | None = None, work: float = 0.0
+    ) -> None:
+        """Record the losses of some windows, or why a run has none.
+
+        Args:
+            work: estimated work of the task, which will be repeated if compressed matrices were lost.
+        """
         run = self._runs[key.run]
         state = run.measurement
         state.outstanding -= 1
-        if done.error:
-            if isinstance(done.error, PayloadLost) and state.recomputations < _MAX_RECOMPUTATIONS:
-                state.lost = str(done.error)
-                self._progress.add(1, done.task.work)
+        if error:
+            if isinstance(error, PayloadLost) and state.recomputations < _MAX_RECOMPUTATIONS:
+                state.lost = str(error)
+                self._progress.add(1, work)
             else:
-                state.error = state.error or str(done.error)
+                state.error = state.error or str(error)
             state.outstanding -= len(state.tasks)
             state.tasks.clear()
-        else:
-            losses: WindowLosses = done.value
+        elif losses:
             state.losses[key.evaluation, key.first_window] = losses.losses
             state.dtypes[key.evaluation] = losses.dtype
         if state.outstanding == 0:
@@ -163,10 +198,10 @@ class SweepTasks:
             self.payloads.pop(unit, None)
 
 
-def count_tasks(inputs: SweepInputs, runs: Sequence[Run]) -> int:
-    """Number of tasks of a sweep, if no unit is lost."""
-    evaluations = (pair for run in runs for pair in inputs.evaluations_of(run))
-    parts = sum(len(batch_parts(windows.ids, evaluation)) for windows, evaluation in evaluations)
+def count_tasks(inputs: SweepInputs, runs: Sequence[Run], in_blocks: Collection[int] = ()) -> int:
+    """Number of tasks of a sweep, if no unit is lost, besides the passes of the runs that are evaluated in blocks."""
+    whole = (pair for run in runs if run.number not in in_blocks for pair in inputs.evaluations_of(run))
+    parts = sum(len(batch_parts(windows.ids, evaluation)) for windows, evaluation in whole)
     return len(compression_tasks(inputs, runs)) + parts
 
 

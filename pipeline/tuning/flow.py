@@ -12,19 +12,23 @@ from pipeline.checkpoints.integrity.source_digests import digests_of_source
 from pipeline.checkpoints.tensor_io import FINISHED_FOLDER, file_differences
 from pipeline.console import log
 from pipeline.device import Arithmetic
+from pipeline.engine.memory import Room
 from pipeline.engine.progress import Progress
-from pipeline.engine.scheduler import TaskRounds, execute
+from pipeline.engine.scheduler import execute
 from pipeline.engine.stage import Pools, Stage, log_and_release
 from pipeline.errors import OutputError, PayloadLost
+from pipeline.models.stored_model import Model
 from pipeline.outputs.stage import check_on
 from pipeline.outputs.transaction import Output, OutputRequest, begin
-from pipeline.planning.cost_model import tuning_bytes, tuning_device_bytes
+from pipeline.planning.memory import tuning_memory
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.storage import records
 from pipeline.storage.cache_key import cache_name, digest_of, versioned, windows_identity
 from pipeline.storage.records import read_cached, read_record, report_damaged_cache
 from pipeline.storage.shared_lease import remove_if_unleased
 from pipeline.storage.store import Store
+from pipeline.tuning.blocks_flow import BlockPasses, BlockTuning, teacher_files
+from pipeline.tuning.passes import Passes, WholeModelPasses
 from pipeline.tuning.steps import TuningReport, TuningSteps, state_file, state_files
 from pipeline.tuning.tuner import TunedValues, TuneKey
 from pipeline.tuning.windows import TuningWindows
@@ -81,7 +85,7 @@ class Tuning:
         """
         if not self.store.exists(_RESULT):
             with report_damaged_cache(self.store):
-                files = state_files(len(self._windows.batches()))
+                files = [*state_files(len(self._windows.batches())), *teacher_files(len(self._windows.ids))]
                 request = OutputRequest(self.store, self.identity, files, check=check_on(pools))
                 output = begin(request, log_and_release(pools))
             with output:
@@ -98,26 +102,34 @@ class Tuning:
 
     def _tune(self, output: Output, pools: Pools) -> None:
         """Tune from the last state in a file, and resume from there if the present state is lost with its node."""
-        steps = TuningSteps(self._key, self._windows, output)
+        passes = self._passes(output, pools.room())
+        steps = TuningSteps(self._key, passes, self._windows, output)
         for start in range(_MAX_STARTS):
             try:
-                self._execute(steps, pools)
+                report = self._execute(steps, passes, pools)
                 break
             except PayloadLost as error:
                 if start == _MAX_STARTS - 1:
                     raise
                 log(f"tune: {error}; resuming from step {steps.kept_step}")
-        assert steps.report is not None
-        self.store.write_json(_RESULT, steps.report)
+        for file in {*teacher_files(len(self._windows.ids))} & {*self.store.names()}:
+            self.store.remove(f"{FINISHED_FOLDER}/{file}.json")
+            self.store.remove(file)
+        self.store.write_json(_RESULT, report)
 
-    def _execute(self, steps: TuningSteps, pools: Pools) -> None:
-        seqlen, step = self._windows.ids.shape[1], steps.kept_step
-        device = tuning_device_bytes(self._source, seqlen, self._key.dtype)
-        stage = Stage("tune", tuning_bytes(self._source, seqlen), device)
-        pool = pools(steps.batch_size, stage)
+    def _passes(self, output: Output, room: Room) -> Passes:
+        """Passes by workers that hold the whole models or, if these do not fit, blocks of them."""
+        seqlen = self._windows.ids.shape[1]
+        stage = Stage("tune", tuning_memory(Model(self._source, {}), seqlen, self._key.dtype))
+        if room.holds(stage.memory):
+            return WholeModelPasses(self._key, self._windows.ids, stage)
+        return BlockPasses(BlockTuning.within(room, self._source, self._key, seqlen), self._windows.ids, output)
+
+    def _execute(self, steps: TuningSteps, passes: Passes, pools: Pools) -> TuningReport:
+        pool = pools(passes.n_workers(steps.batch_size), passes.stage)
         try:
-            with Progress(stage.name, steps.n_tasks_after(step), 0, unit=stage.unit) as progress:
-                execute(pool, TaskRounds(steps.rounds_after(step)), progress)
+            with Progress(passes.stage.name, steps.n_tasks, 0, unit=passes.stage.unit) as progress:
+                return steps.run(pool, lambda source: execute(pool, source, progress))
         finally:
             pool.close()
 

@@ -12,12 +12,14 @@ from pipeline.compression.job import LayerReport, layer_output
 from pipeline.compression.layer_output import LayerParts, with_errors
 from pipeline.engine.task import JobContext, JobOutput
 from pipeline.models.matrix_reader import MatrixReader
-from pipeline.models.stored_model import opened_once
+from pipeline.models.stored_model import open_model, opened_once
 from pipeline.outputs.report_rows import CompressedRow, MatrixResult
 from pipeline.planning.tasks import LayerTask
 from pipeline.storage.store import Store
-from pipeline.tuning.state import TuneState, sum_gradients, values_to_payload
+from pipeline.tuning.matrices import load_tunable
+from pipeline.tuning.state import TuneState, matrix_of_part, sum_gradients, values_to_payload
 from pipeline.tuning.tuner import TunedValues, TuneKey, Tuner
+from swsc_core.finetune import tunable_values
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,26 @@ class TuneStep:
 
     Attributes:
         rate: largest change of a value in units of its size.
+        names: the matrices of the state; None: all.
     """
 
     key: TuneKey
     step: int
     rate: float
+    names: tuple[str, ...] | None = None
 
     def run(self, context: JobContext) -> JobOutput[None]:
         state, gradients = context.inputs[: self.step > 1], context.inputs[self.step > 1 :]
-        before = TuneState.from_payload(state[0], context.device) if state else context.model(Tuner, self.key).start()
+        before = TuneState.from_payload(state[0], context.device) if state else self._start(context)
         after = before.stepped(sum_gradients(gradients, context.device), self.step, self.rate)
         return JobOutput(None, (after.to_payload(),))
+
+    def _start(self, context: JobContext) -> TuneState:
+        if self.names is None:
+            return TuneState.start(context.model(Tuner, self.key).matrices.stored_values())
+        model = open_model(self.key.compressed)
+        tunables = ((name, load_tunable(model, name, context.device)) for name in self.names)
+        return TuneState.start({name: tunable_values(tunable.matrix) for name, tunable in tunables})
 
 
 @dataclass(frozen=True)
@@ -121,21 +132,23 @@ class ApplyTuning:
 
 @dataclass(frozen=True)
 class KeepState:
-    """Return the input state as payload, for a task that commits it to a file."""
+    """Return the parts of all inputs as one payload, for a task that commits it to a file."""
 
     def run(self, context: JobContext) -> JobOutput[None]:
-        return JobOutput(None, context.inputs)
+        return JobOutput(None, (Payload(tuple(part for state in context.inputs for part in state.parts)),))
 
 
 @dataclass(frozen=True)
 class ReadState:
-    """Read a state that was committed to `file`. The state is the payload."""
+    """Read a state that was committed to `file`, of some matrices or of all. It is the payload."""
 
     store: Store
     file: str
+    names: tuple[str, ...] | None = None
 
     def run(self, context: JobContext) -> JobOutput[None]:
         infos = read_header(self.store, self.file)[1]
-        return JobOutput(
-            None, (Payload(tuple(to_stored_tensor(info.name, read_tensor(self.store, info)) for info in infos)),)
-        )
+        if self.names is not None:
+            infos = [info for info in infos if matrix_of_part(info.name) in set(self.names)]
+        parts = (to_stored_tensor(info.name, read_tensor(self.store, info)) for info in infos)
+        return JobOutput(None, (Payload(tuple(parts)),))

@@ -63,6 +63,11 @@ def values_to_payload(values: MatrixValues, kind: str) -> Payload:
     return Payload(tuple(to_stored_tensor(name, value) for name, value in named))
 
 
+def matrix_of_part(part: str) -> str:
+    """Name of the matrix of a part of a state."""
+    return part.split("/", 1)[1].rsplit("/", 1)[0]
+
+
 def values_from_payload(payload: Payload, kind: str, device: str) -> MatrixValues:
     """The values of one kind in a payload."""
     values = MatrixValues()

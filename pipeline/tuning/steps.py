@@ -1,19 +1,20 @@
-"""The steps of one tuning as rounds of tasks.
+"""The steps of one tuning.
 
-The first round measures the divergence on the held-out windows. Each step then has a round that computes the gradient
-of every window of its batch, and a round that adds the gradients in order and moves the values. The last round measures
-the divergence again. The state passes from step to step through the object store; every few steps it is written to a
-file from which an interrupted tuning resumes.
+The divergence on the held-out windows is measured first and last. In each step, the gradient of every window of its
+batch is computed, and then the gradients are added in order and the values are moved. The state passes from step to
+step through the object store; every few steps it is written to a file from which an interrupted tuning resumes.
 """
 
 import math
-from typing import Any, TypedDict
+from collections.abc import Sequence
+from typing import TypedDict
 
 from pipeline.checkpoints.tensor_io import FINISHED_FOLDER
-from pipeline.engine.scheduler import Rounds
-from pipeline.engine.task import Destination, Task, TaskResult
+from pipeline.engine.scheduler import TaskRound
+from pipeline.engine.task import Destination, Pool, Task
 from pipeline.outputs.transaction import Output
-from pipeline.tuning.job import Divergence, KeepState, MeasureDivergence, ReadState, TuneGradients, TuneStep
+from pipeline.tuning.job import Divergence, KeepState, ReadState, TuneStep
+from pipeline.tuning.passes import Passes, Run, State, Sweep
 from pipeline.tuning.tuner import TuneKey
 from pipeline.tuning.windows import TuningWindows
 
@@ -44,97 +45,87 @@ class TuningReport(TypedDict):
 
 
 class TuningSteps:
-    """The rounds of tasks of a tuning that writes its states to `output`.
+    """The steps of a tuning that writes its states to `output`.
 
     Attributes:
         kept_step: last step whose state is in a file; 0 if there is none.
-        report: set when the last round has finished.
     """
 
-    def __init__(self, key: TuneKey, windows: TuningWindows, output: Output) -> None:
-        self._key, self._batches, self._held_out = key, windows.batches(), windows.held_out
+    def __init__(self, key: TuneKey, passes: Passes, windows: TuningWindows, output: Output) -> None:
+        self._key, self._passes, self._windows = key, passes, windows
+        self._batches = windows.batches()
         self._store, self._ticket = output.store, output.ticket
-        self.kept_step = max(
-            (step for step in _kept_steps(len(self._batches)) if state_file(step) in output.finished), default=0
-        )
-        self.report: TuningReport | None = None
+        self.kept_step = max((step for step in self._kept_steps if state_file(step) in output.finished), default=0)
 
     @property
     def batch_size(self) -> int:
-        """Windows of one step, whose gradients can be computed in parallel."""
+        """Windows of one step."""
         return len(self._batches[0])
 
-    def n_tasks_after(self, step: int) -> int:
-        """Number of tasks of a run that resumes from the state after `step` steps."""
-        following = range(step + 1, len(self._batches) + 1)
-        kept = _kept_steps(len(self._batches))
-        tasks = sum(len(self._batches[later - 1]) + 1 + (later in kept) for later in following)
-        return tasks + 2 * len(self._held_out) + (step > 0)
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks of a run that resumes from the kept state."""
+        following = range(self.kept_step + 1, len(self._batches) + 1)
+        n_parts, n_held_out = len(self._passes.parts), len(self._windows.held_out)
+        kept = sum(step in self._kept_steps for step in following)
+        sweeps = self._passes.n_tasks(len(following) * self.batch_size, backward=True)
+        measurements = 2 * self._passes.n_tasks(n_held_out, backward=False)
+        steps = n_parts * (len(following) + (self.kept_step > 0))
+        return self._passes.n_preparing + sweeps + measurements + steps + kept
 
-    def rounds_after(self, step: int) -> Rounds:
-        """Rounds of tasks of a run that resumes from the state after `step` steps. Sets `report` at the end."""
-        before = mean_divergence((yield self._measurements(0, ())))
-        state: tuple[Any, ...] = ()
+    def run(self, pool: Pool, run: Run) -> TuningReport:
+        """Tune from the kept state on. `run` executes tasks on `pool`."""
+        self._passes.prepare(pool, run)
+        before = self._measured(0, (), run)
+        step = self.kept_step
+        state = self._read(step, run) if step else ()
         course: list[tuple[int, float]] = []
-        if step:
-            read = yield [Task("read", ReadState(self._store, state_file(step)), "state", outputs=1)]
-            state = read[0].payloads
-        kept = _kept_steps(len(self._batches))
-        while step < len(self._batches):
-            gradients = yield self._gradients(step, state)
+        for batch in self._batches[step:]:
+            sweep = self._passes.sweep(step, batch, state, backward=True)
+            run(sweep)
             step += 1
-            course.append((step, mean_divergence(gradients)))
-            stepped = yield [self._step(step, self._rate(step, before), state, gradients)]
-            state = stepped[0].payloads
-            if step in kept:
-                yield [self._keep(step, state)]
-                self.kept_step = step
-                self._remove_states_before(step)
-        after = mean_divergence((yield self._measurements(step, state)))
-        self.report = {
+            course.append((step, mean_divergence(sweep.divergences)))
+            state = self._stepped(step, self._rate(step, before), state, sweep, run)
+            if step in self._kept_steps:
+                self._keep(step, state, run)
+        after = self._measured(step, state, run)
+        return {
             "steps": step,
-            "tokens": sum(batch.size for batch in self._batches),
+            "tokens": step * self.batch_size * self._windows.ids.shape[1],
             "divergence_before": before,
             "divergence_after": after,
             "applied": after < before,
             "divergence_by_step": course,
         }
 
-    def _gradients(self, step: int, state: tuple[Any, ...]) -> list[Task[Divergence]]:
-        """Tasks that compute the gradients of step number `step` + 1 from the state after `step` steps."""
-        return [
-            Task(
-                ("gradient", step, index),
-                TuneGradients(self._key, step, window[None]),
-                f"tuning step {step + 1}",
-                state,
-                outputs=1,
-            )
-            for index, window in enumerate(self._batches[step])
-        ]
+    @property
+    def _kept_steps(self) -> list[int]:
+        return _kept_steps(len(self._batches))
 
-    def _step(
-        self, step: int, rate: float, state: tuple[Any, ...], gradients: list[TaskResult[Divergence]]
-    ) -> Task[None]:
-        inputs = (*state, *(result.payloads[0] for result in gradients))
-        return Task(("step", step), TuneStep(self._key, step, rate), f"tuning step {step}", inputs, outputs=1)
+    def _measured(self, step: int, state: State, run: Run) -> float:
+        """Mean divergence on the held-out windows."""
+        sweep = self._passes.sweep(step, self._windows.held_out, state, backward=False)
+        run(sweep)
+        return mean_divergence(sweep.divergences)
 
-    def _keep(self, step: int, state: tuple[Any, ...]) -> Task[None]:
+    def _read(self, step: int, run: Run) -> State:
+        jobs = [ReadState(self._store, state_file(step), names) for names in self._passes.parts]
+        return _payloads([Task(("read", part), job, "state", outputs=1) for part, job in enumerate(jobs)], run)
+
+    def _stepped(self, step: int, rate: float, state: State, sweep: Sweep, run: Run) -> State:
+        """The state after step number `step`, from the one before."""
+        tasks = []
+        for part, names in enumerate(self._passes.parts):
+            inputs = (*state[part : part + 1], *sweep.gradients(part))
+            job = TuneStep(self._key, step, rate, names)
+            tasks.append(Task(("step", step, part), job, f"tuning step {step}", inputs, outputs=1))
+        return _payloads(tasks, run)
+
+    def _keep(self, step: int, state: State, run: Run) -> None:
+        """Write a state to its file, and remove the files of earlier ones."""
         destination = Destination(self._ticket, state_file(step))
-        return Task(("keep", step), KeepState(), f"state {step}", state, outputs=1, commit_to=destination)
-
-    def _measurements(self, step: int, state: tuple[Any, ...]) -> list[Task[Divergence]]:
-        return [
-            Task(
-                ("held out", step, index),
-                MeasureDivergence(self._key, step, window[None]),
-                f"held-out window {index}",
-                state,
-            )
-            for index, window in enumerate(self._held_out)
-        ]
-
-    def _remove_states_before(self, step: int) -> None:
+        run(TaskRound([Task(("keep", step), KeepState(), f"state {step}", state, outputs=1, commit_to=destination)]))
+        self.kept_step = step
         for file in map(state_file, range(step)):
             self._store.remove(f"{FINISHED_FOLDER}/{file}.json")
             self._store.remove(file)
@@ -144,6 +135,13 @@ class TuningSteps:
         total = len(self._batches)
         longest = _RATE * min(1.0, divergence / _FULL_RATE_DIVERGENCE)
         return longest * min(1.0, step / (1 + _WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
+
+
+def _payloads(tasks: Sequence[Task[None]], run: Run) -> State:
+    """The first payload of each task."""
+    done = TaskRound(tasks)
+    run(done)
+    return tuple(result.payloads[0] for result in done.results)
 
 
 def state_file(step: int) -> str:
@@ -156,9 +154,8 @@ def state_files(n_steps: int) -> list[str]:
     return list(map(state_file, _kept_steps(n_steps)))
 
 
-def mean_divergence(results: list[TaskResult[Divergence]]) -> float:
-    """Mean over all tokens of the tasks, in nats per token."""
-    values = [result.value for result in results]
+def mean_divergence(values: list[Divergence]) -> float:
+    """Mean over all tokens, in nats per token."""
     return math.fsum(value.divergence for value in values) / sum(value.tokens for value in values)
 
 

@@ -34,14 +34,14 @@ class TuningWindows:
             )
 
     @property
-    def held_out(self) -> np.ndarray:
-        """The last windows of the text, int64 [held out, seqlen]."""
-        return self.ids[-max(1, len(self.ids) // _HELD_OUT) :]
+    def held_out(self) -> range:
+        """Indices of the windows that are held out: the last ones of the text."""
+        return range(len(self.ids) - max(1, len(self.ids) // _HELD_OUT), len(self.ids))
 
-    def batches(self) -> list[np.ndarray]:
-        """The windows of each step, int64 [windows of a step, seqlen]."""
-        training = self.ids[: len(self.ids) - len(self.held_out)]
-        size = min(len(training), max(1, _STEP_TOKENS // self.ids.shape[1]))
+    def batches(self) -> list[list[int]]:
+        """Indices of the windows of each step."""
+        training = len(self.ids) - len(self.held_out)
+        size = min(training, max(1, _STEP_TOKENS // self.ids.shape[1]))
         generator = np.random.default_rng(self.seed)
-        order = np.concatenate([generator.permutation(len(training)) for _ in range(self.epochs)])
-        return [training[order[start : start + size]] for start in range(0, len(order) - size + 1, size)]
+        order = np.concatenate([generator.permutation(training) for _ in range(self.epochs)])
+        return [order[start : start + size].tolist() for start in range(0, len(order) - size + 1, size)]

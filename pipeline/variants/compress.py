@@ -17,7 +17,7 @@ from pipeline.outputs.preflight import begin_with_room, names_of, require_unmixe
 from pipeline.outputs.report import CompressionReport
 from pipeline.outputs.stage import check_on, run_output_stage
 from pipeline.outputs.transaction import CALIBRATION, Output, OutputRequest, abandon, finish
-from pipeline.planning.cost_model import copying_bytes, device_bytes, layer_compression_bytes
+from pipeline.planning.memory import WORKER_BASE, copying_memory, layer_compression_memory
 from pipeline.planning.plan import Plan
 from pipeline.planning.tasks import LayerTask
 from pipeline.planning.time_model import copying_seconds, layer_seconds, restoring_seconds
@@ -97,8 +97,11 @@ def _write_files(
     plan, source = compression.plan, compression.source.store
     layers = _layer_tasks(compression, output.ticket, tuned)
     copies: list[Task[Any]] = [copy_task(source, copy, output.ticket) for copy in plan.copies]
-    compressing = Stage("compress", layer_compression_bytes(plan), 0 if tuned else device_bytes(plan), "files")
-    copying = Stage("copy", copying_bytes(plan), unit="files", on_cpu=True)
+    memory = layer_compression_memory(plan)
+    # Tuned values are applied on the CPU.
+    memory = replace(memory, device=WORKER_BASE.device) if tuned else memory
+    compressing = Stage("compress", memory, "files")
+    copying = Stage("copy", copying_memory(plan), unit="files", on_cpu=True)
     separately = _are_copied_separately(plan, compute.arithmetic)
     stages = [(compressing, layers), (copying, copies)] if separately else [(compressing, layers + copies)]
     for stage, tasks in stages:

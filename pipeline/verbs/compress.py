@@ -8,13 +8,14 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.source import open_checkpoint
 from pipeline.checkpoints.sources.hub import require_pushable
 from pipeline.device import Arithmetic
-from pipeline.evaluation.flow import EvaluationResult, evaluate_model, evaluator_bytes
+from pipeline.engine.stage import Stage
+from pipeline.evaluation.flow import EvaluationResult, evaluate_model, evaluator_memory
 from pipeline.models.causality import require_causal
 from pipeline.models.stored_model import Model
 from pipeline.outputs.preflight import examine, identity_of, names_of, require_cache, require_output, require_unmixed
 from pipeline.outputs.report_rows import compressed_rows
 from pipeline.outputs.transaction import OutputRequest
-from pipeline.planning.cost_model import stage_bytes
+from pipeline.planning.memory import stage_memory
 from pipeline.planning.plan import Plan, make_plan, require_coverage
 from pipeline.settings.calibration import CalibrationSettings
 from pipeline.settings.cluster import ClusterSettings
@@ -133,10 +134,14 @@ def compress(
     from pipeline.engine.ray_backend.worker_pools import worker_pools
 
     source, settings, calibration = compression.source, compression.settings, compression.calibration
-    largest_stage = max(stage_bytes(source, compression.plan, settings, calibration).values())
-    evaluator = evaluator_bytes(Model(source, {}), evaluation) if evaluation else 0
+    model = Model(source, {})
+    memories = stage_memory(model, compression.plan, settings, calibration)
+    stages = [Stage("compress", memories.pop("compress"))]
+    # Calibration, tuning and evaluation may run in blocks of layers.
+    optional = [Stage(name, memory) for name, memory in memories.items()]
+    optional += [Stage("evaluate", evaluator_memory(model, evaluation))] if evaluation else []
     arithmetic = arithmetic_of(request.cluster)  # before the workers take all GPUs: it may have to ask one
-    with worker_pools(request.cluster, largest_stage, evaluator) as pools:
+    with worker_pools(request.cluster, stages, optional) as pools:
         result = _compressed(request, compression, Compute(pools, arithmetic), evaluation)
         result = replace(result, seconds=time.perf_counter() - started)
         on_stage(result)

@@ -8,7 +8,7 @@ from pipeline.checkpoints.integrity.source_digests import SourceDigests
 from pipeline.engine.stage import Pools
 from pipeline.errors import ConfigError
 from pipeline.evaluation.flow import EvaluationResult, evaluate_model
-from pipeline.evaluation.lm_eval import LmEvalResult, evaluate_lm_eval, require_harness
+from pipeline.evaluation.lm_eval import LmEvalResult, evaluate_lm_eval, require_answerable, require_harness
 from pipeline.models.causality import require_causal
 from pipeline.models.stored_model import Model, open_model
 from pipeline.outputs.card_content import add_evaluation, read_result, require_card
@@ -125,6 +125,8 @@ def evaluate(
         return result
 
     with worker_pools(request.cluster) as pools:
+        if request.lm_eval:
+            require_answerable(model, request.lm_eval, pools)
         digests = _verified(request, model, pools)
         if request.perplexity:
             perplexity = evaluate_model(request.model, request.perplexity, pools, digests)

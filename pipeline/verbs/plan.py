@@ -1,7 +1,6 @@
 """The verb plan: a model and settings in, the action on every tensor and the estimated cost out."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.checkpoints.checkpoint import Checkpoint
@@ -9,8 +8,9 @@ from pipeline.checkpoints.sources.gguf_headers import open_headers
 from pipeline.errors import OutputError
 from pipeline.models.stored_model import Model
 from pipeline.outputs.preflight import examine
-from pipeline.planning.cost_model import cached_bytes, estimate_cost, stage_bytes
-from pipeline.planning.machine_speed import measure_speed
+from pipeline.planning.cost_model import cached_bytes, estimate_cost
+from pipeline.planning.machine_speed import Speed, measure_speed
+from pipeline.planning.memory import layer_compression_memory, stage_memory
 from pipeline.planning.plan import Decision, Plan, make_plan, require_coverage
 from pipeline.planning.spec_resolution import budget_bytes
 from pipeline.planning.stage_seconds import stage_seconds
@@ -19,6 +19,7 @@ from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.compression import CompressSettings, OutputSettings
 from pipeline.storage.store import Store
 from pipeline.verbs.json_file import JsonFile
+from pipeline.verbs.plan_stages import StagePlan, StagePlanner, hardware_of
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class PlanResult:
         left_out: file beside the weights -> reason for which it is not read.
         estimates: bytes, bits, seconds and workers, by name, as the JSON file has them.
         free_bytes: room on the disk of the output; None if it is not known or was not requested.
+        stages: how each stage runs, on the cluster or on the hardware that the settings describe.
     """
 
     request: PlanRequest
@@ -66,11 +68,13 @@ class PlanResult:
     left_out: Mapping[str, str]
     estimates: Mapping[str, float]
     free_bytes: int | None
+    stages: Sequence[StagePlan] = ()
 
     def to_json(self) -> dict[str, object]:
         """The plan as the JSON file has it."""
         tensors = [_row(decision) for decision in self.plan.decisions]
-        return {"tensors": tensors, "left_out": dict(self.left_out), **self.estimates}
+        stages = [stage.to_json() for stage in self.stages]
+        return {"tensors": tensors, "left_out": dict(self.left_out), "stages": stages, **self.estimates}
 
     def require_acceptable(self) -> None:
         """Raise ConfigError if too few weights are compressed, OutputError if the disk has not enough room."""
@@ -91,10 +95,12 @@ def plan(request: PlanRequest) -> PlanResult:
     json_file = request.json_file()
     source = open_headers(request.model)
     decided = make_plan(source, request.settings, dense=request.settings.format == "dense")
-    examine(Model(source, {}), request.calibration.trust_remote_code)
+    model = Model(source, {})
+    examine(model, request.calibration.trust_remote_code)
     free = Store.at(request.output).free_bytes() if request.output else None
-    estimates = _estimates(request, source, decided) | ({} if free is None else {"free_bytes": free})
-    result = PlanResult(request, decided, dict(source.ignored_files), estimates, free)
+    estimates, stages = _planned(request, model, decided)
+    estimates |= {} if free is None else {"free_bytes": free}
+    result = PlanResult(request, decided, dict(source.ignored_files), estimates, free, stages)
     if json_file:
         json_file.write(result.to_json())
     return result
@@ -109,18 +115,29 @@ def comparable_paper_bits(decided: Plan) -> dict[str, float]:
     }
 
 
-def _estimates(request: PlanRequest, source: Checkpoint, decided: Plan) -> dict[str, float]:
+def _planned(request: PlanRequest, model: Model, decided: Plan) -> tuple[dict[str, float], list[StagePlan]]:
+    """The estimates by name, and how each stage runs."""
+    speed = measure_speed(model.checkpoint)
+    with hardware_of(request.cluster) as hardware:
+        tasks = len(decided.layers) + len(decided.copies)
+        workers = hardware.count(tasks, layer_compression_memory(decided))
+        estimates = _estimates(request, model, decided, speed, workers)
+        planner = StagePlanner(model, decided, request.settings, request.calibration, hardware, speed)
+        others = sum(value for name, value in estimates.items() if name.endswith("_core_seconds"))
+        return estimates, planner.stages(estimates["seconds"] - others / workers)
+
+
+def _estimates(request: PlanRequest, model: Model, decided: Plan, speed: Speed, workers: int) -> dict[str, float]:
     settings = request.settings
-    stages = stage_bytes(source, decided, settings, request.calibration)
-    workers = _workers(request.cluster, decided, stages)
-    speed = measure_speed(source)
+    source = model.checkpoint
     estimates: dict[str, float] = estimate_cost(decided, settings.format, speed, workers)
     others = stage_seconds(source, decided, settings, request.calibration, speed)
     estimates["core_seconds"] += sum(others.values())
     estimates["seconds"] += sum(others.values()) / workers
     estimates |= {f"{stage}_core_seconds": seconds for stage, seconds in others.items()}
     estimates |= _allocated_bits(source, decided, settings) if request.allocates else {}
-    estimates |= {f"{stage}_peak_bytes": nbytes for stage, nbytes in stages.items() if stage != "compress"}
+    memories = stage_memory(model, decided, settings, request.calibration)
+    estimates |= {f"{stage}_peak_bytes": each.cpu for stage, each in memories.items() if stage != "compress"}
     return estimates | {"disk_bytes": estimates["output_bytes"] + cached_bytes(decided, settings)}
 
 
@@ -134,16 +151,6 @@ def _allocated_bits(source: Checkpoint, decided: Plan, settings: CompressSetting
         "whole_model_bits_per_weight": 8 * (others + budget) / decided.weights,
     }
     return bits | ({"output_bytes": others + budget} if settings.format == "swsc" else {})
-
-
-def _workers(cluster: ClusterSettings, decided: Plan, stages: Mapping[str, int]) -> int:
-    """Workers that a cluster with an address has room for; else the requested number, or one per core."""
-    tasks = len(decided.layers) + len(decided.copies)
-    if cluster.address:
-        from pipeline.engine.ray_backend.cluster import workers_for
-
-        return workers_for(cluster, tasks, stages["compress"], peak_memory_later=max(stages.values()))
-    return 1 if cluster.local else cluster.workers or min(tasks, len(os.sched_getaffinity(0)))
 
 
 def _row(decision: Decision) -> dict[str, object]:

@@ -87,7 +87,8 @@ def sweep(request: SweepRequest, on_unwritten: Callable[[SweepResult], None] = l
     from pipeline.engine.ray_backend.worker_pools import worker_pools
 
     arithmetic = arithmetic_of(request.cluster)  # before the workers take all GPUs: it may have to ask one
-    with closing(runs), worker_pools(request.cluster, peak_memory_optional=runs.worker_bytes) as pools:
+    with closing(runs), worker_pools(request.cluster, optional=[runs.stage]) as pools:
+        runs.choose_blocks(pools.room())
         pools.require_workers(runs.stage)
         store.write(_MARKER, [])
         with acquire_lease(store):
@@ -135,9 +136,8 @@ def _measured(
 ) -> SweepResult:
     """Run the sweep and write what it measured, whatever stops it."""
     runs.calibrate(compute, cache_location(request.settings, f"{store.root}/results.json"))
-    pool = compute.pools(runs.total_tasks, runs.stage)
     try:
-        runs.run(pool)
+        runs.run(compute.pools)
     finally:
         result = runs.result()
         if result.measured or sys.exc_info()[0] is None:

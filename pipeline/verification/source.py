@@ -20,7 +20,7 @@ from pipeline.checkpoints.sources.hub import published_hashes
 from pipeline.engine.stage import Pools, Stage, run_stage
 from pipeline.engine.task import Task, TaskResult
 from pipeline.errors import ConfigError
-from pipeline.planning.cost_model import WORKER_BASE
+from pipeline.planning.memory import WORKER_BASE
 from pipeline.storage.store import Store
 from pipeline.verification.job import HashFile
 

@@ -71,6 +71,11 @@ class Entry:
         """Rank of the stored low-rank part; 0 for a method without one."""
         return 0
 
+    @property
+    def n_labels(self) -> int:
+        """Number of stored labels; 0 for a method without any."""
+        return 0
+
     def part_shapes(self) -> dict[str, PartShape]:
         """Stored tensors of the matrix: part name ("weight", "labels", …) -> shape and kind."""
         raise NotImplementedError
@@ -144,6 +149,10 @@ class SwscEntry(Entry):
     @property
     def low_rank(self) -> int:
         return self.rank
+
+    @property
+    def n_labels(self) -> int:
+        return self.layout.count if self.n_clusters else 0
 
     def part_shapes(self) -> dict[str, PartShape]:
         (m, n), layout = self.shape, self.layout

@@ -20,6 +20,7 @@ from pipeline.checkpoints.tensor_io import Payload, StoredTensor
 from pipeline.storage.store import Store
 from pipeline.engine.scheduler import TaskList, execute
 from pipeline.engine.progress import Progress
+from pipeline.engine.memory import WorkerMemory
 from pipeline.engine.stage import Stage
 from pipeline.engine.task import Destination, Task
 from pipeline.engine.ray_backend.worker_pools import worker_pools
@@ -28,7 +29,7 @@ from tests.support.hanging import HangsOnce
 
 address, folder, mark = sys.argv[1:]
 pools = worker_pools(ClusterSettings(address=address, workers=1, task_deadline=8))
-pool = pools(1, Stage("test", 1))
+pool = pools(1, Stage("test", WorkerMemory()))
 payload = Payload(HangsOnce((StoredTensor("w", "F32", (1,), np.zeros(4, dtype=np.uint8)),), mark))
 with acquire_lease(Store.at(folder)) as lease:
     done = []

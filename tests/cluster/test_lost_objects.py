@@ -19,6 +19,7 @@ import sys
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.errors import WorkerLost
 from pipeline.storage.store import Store
+from pipeline.engine.memory import WorkerMemory
 from pipeline.engine.stage import Stage
 from pipeline.engine.task import Task
 from pipeline.engine.ray_backend.worker_pools import worker_pools
@@ -34,7 +35,7 @@ def result_of(task):
 
 address, folder, file = sys.argv[1:]
 pools = worker_pools(ClusterSettings(address=address, workers=1))
-pool = pools(2, Stage("test", 1))
+pool = pools(2, Stage("test", WorkerMemory()))
 made = result_of(Task("make", ReadState(Store.at(folder), file), "made", outputs=1))
 print(made.error, flush=True)
 input()

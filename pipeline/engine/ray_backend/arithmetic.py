@@ -7,8 +7,9 @@ import ray
 from ray.exceptions import RayTaskError
 
 from pipeline.console import log
-from pipeline.device import Arithmetic, device_name, take_device
+from pipeline.device import Arithmetic, Device, device_name, take_device
 from pipeline.engine import signals
+from pipeline.engine.memory import CUDA
 from pipeline.engine.ray_backend.cluster import WorkerResources, alive_nodes, local_device, resources_of, waiting_for
 from pipeline.engine.ray_backend.connection import connect, joinable
 from pipeline.errors import ClusterError
@@ -41,12 +42,12 @@ def _device_kind(settings: ClusterSettings) -> str:
         if address is None:
             return device_name(local_device(settings))
         connect(address)
-    resources = resources_of(settings, alive_nodes(), 0)
-    return _probed_kind(resources) if resources.gpus else "cpu"
+    resources = resources_of(settings, alive_nodes(), CUDA)
+    return probed_device(resources).kind if resources.gpus else "cpu"
 
 
-def _probed_kind(resources: WorkerResources) -> str:
-    """Start a task with a worker's resources, and return the kind of device that it gets."""
+def probed_device(resources: WorkerResources) -> Device:
+    """Start a task with a worker's resources, and return the device that it gets."""
     probe = ray.remote(max_retries=3)(take_device).options(**resources.options())
     ref, patience = probe.remote(resources.gpus), time.monotonic() + _PATIENCE_SECONDS
     while not ray.wait([ref], timeout=1.0)[0]:
@@ -55,7 +56,8 @@ def _probed_kind(resources: WorkerResources) -> str:
             log(f"no worker is up yet, waiting for one: {waiting_for(resources)}")
             patience = time.monotonic() + _LONGER * _PATIENCE_SECONDS
     try:
-        return str(ray.get(ref)[1].kind)
+        device: Device = ray.get(ref)[1]
+        return device
     except RayTaskError as error:
         if isinstance(error.cause, ClusterError):
             raise error.cause from None

@@ -1,6 +1,7 @@
 """Resources of a Ray cluster: how many workers of which size fit its nodes."""
 
 import os
+import sys
 from dataclasses import dataclass, replace
 
 # Ray reads these when it is imported. A cluster that is started in this process listens on loopback only and needs no
@@ -11,9 +12,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+from ray._common.utils import get_system_memory
 
+from pipeline.engine.memory import GPU, WorkerMemory
 from pipeline.engine.ray_backend.actor import GPU_ENVIRONMENT
-from pipeline.engine.ray_backend.connection import connect as _connect
 from pipeline.errors import ClusterError
 from pipeline.settings.cluster import ClusterSettings
 
@@ -21,8 +23,6 @@ from pipeline.settings.cluster import ClusterSettings
 _GPU_TYPE = "accelerator_type:"
 # Any share of such a resource places an actor on a node with that GPU model.
 _GPU_TYPE_SHARE = 0.001
-# Bytes of host memory that CUDA's libraries take in each process.
-_CUDA_HOST = 2_500_000_000
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,19 @@ def local_device(settings: ClusterSettings) -> str:
     return "cpu"
 
 
+def local_memory(settings: ClusterSettings) -> tuple[str, int]:
+    """Return torch's name of the device of a worker on this machine, and the bytes of its memory.
+
+    There is no limit on a CPU if the settings give the number of workers.
+    """
+    import torch
+
+    device = local_device(settings)
+    if device == "cuda":
+        return device, torch.cuda.get_device_properties(0).total_memory
+    return device, sys.maxsize if settings.workers else int(get_system_memory())
+
+
 def require_one_gpu_type(resources: WorkerResources, nodes: list[dict[str, float]]) -> None:
     """Raise ClusterError if workers could get GPUs of several models, whose results differ in their last bits."""
     types = sorted(
@@ -105,23 +118,12 @@ def require_one_gpu_type(resources: WorkerResources, nodes: list[dict[str, float
         )
 
 
-def workers_for(settings: ClusterSettings, tasks: int, memory: int, peak_memory_later: int = 0) -> int:
-    """Return how many workers a stage of `tasks` tasks would get. Raises ClusterError if the stage itself would."""
-    started_here = _connect(settings.address)
-    try:
-        resources_of(settings, alive_nodes(), max(memory, peak_memory_later))
-        return count_workers(settings, resources_of(settings, alive_nodes(), memory), tasks)
-    finally:
-        if started_here:
-            ray.shutdown()
-
-
-def resources_of(settings: ClusterSettings, nodes: list[dict[str, float]], memory: int) -> WorkerResources:
+def resources_of(settings: ClusterSettings, nodes: list[dict[str, float]], memory: WorkerMemory) -> WorkerResources:
     """Return what a worker requests.
 
     Args:
         nodes: resources of the cluster's nodes.
-        memory: bytes of host memory that a worker is predicted to need.
+        memory: what a worker is predicted to need.
 
     Raises:
         ClusterError: the cluster cannot hold the requested number of workers, and no autoscaler adds nodes.
@@ -130,11 +132,11 @@ def resources_of(settings: ClusterSettings, nodes: list[dict[str, float]], memor
     bare = WorkerResources(settings.cpus_per_worker, gpus, gpu_type=settings.gpu_type)
     _require_gpus(settings, bare, nodes)
     _require_capacity(settings, bare, nodes)
-    memory += _CUDA_HOST if gpus else 0
-    resources = bare if settings.workers else replace(bare, memory=memory)
+    host = memory.resident(GPU if gpus else "cpu")
+    resources = bare if settings.workers else replace(bare, memory=host)
     if not settings.elastic and not any(map(resources.fitting, nodes)):
         raise ClusterError(
-            f"a worker is predicted to need {memory / 1e9:.1f} GB of memory, but the largest node offers Ray"
+            f"a worker is predicted to need {host / 1e9:.1f} GB of memory, but the largest node offers Ray"
             f" {_most(nodes, 'memory') / 1e9:.1f} GB; use a larger node, or try it all the same by --workers 1"
         )
     return resources
@@ -171,6 +173,15 @@ def count_workers(settings: ClusterSettings, resources: WorkerResources, tasks: 
     """
     capacity = sum(map(resources.fitting, alive_nodes()))
     return settings.workers or min(2 * max(1, capacity) if settings.elastic else capacity, max(1, tasks))
+
+
+def cpu_room(settings: ClusterSettings, nodes: list[dict[str, float]]) -> int:
+    """Return the bytes of resident memory that a worker on a CPU may hold at most.
+
+    That is the memory of the largest node, so that fewer workers hold whole models. There is no limit if the settings
+    give the number of workers, which then get what they find, or if an autoscaler may add larger nodes.
+    """
+    return sys.maxsize if settings.workers or settings.elastic else int(_most(nodes, "memory"))
 
 
 def waiting_for(resources: WorkerResources) -> str:

@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from ray.exceptions import ObjectLostError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfDiskError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from pipeline.device import is_out_of_memory, requires_new_process
 from pipeline.engine.task import as_swsc_error
-from pipeline.errors import DiskFull, NodeLost, PayloadLost, SwscError, WorkerLost, first_line
+from pipeline.errors import DiskFull, NodeLost, PayloadLost, RunError, SwscError, WorkerLost, first_line
+
+# Ray's words for the end of an actor that its memory monitor chose, and of a process that received a signal, which is
+# all that shows when the operating system chose it.
+_OUT_OF_MEMORY, _KILLED = "NODE_OUT_OF_MEMORY", "SIGKILL"
+MEMORY_REMEDY = "lower --memory-per-worker or the number of --workers, or use larger nodes"
 
 
 class Phase(Enum):
@@ -24,6 +29,10 @@ class Cause(Enum):
     ERROR = auto()
     # The GPU had too little free memory; another process may have used it.
     GPU_MEMORY = auto()
+    # The node had too little free memory, and Ray ended the worker's process.
+    HOST_MEMORY = auto()
+    # The worker's process was killed, perhaps by the operating system because memory ran out.
+    KILLED = auto()
     # The disk to which Ray moves objects is full.
     DISK_FULL = auto()
     # An input payload was lost with its node.
@@ -49,12 +58,12 @@ class Failure:
     @property
     def replaces_worker(self) -> bool:
         """Whether the worker's process is dead or has to be ended."""
-        return self.cause in (Cause.GPU_MEMORY, Cause.NODE_LOST, Cause.WORKER_LOST)
+        return self.cause in (Cause.GPU_MEMORY, Cause.HOST_MEMORY, Cause.KILLED, Cause.NODE_LOST, Cause.WORKER_LOST)
 
     @property
     def blames_worker(self) -> bool:
         """Whether the failure counts towards the number of worker deaths that ends a run."""
-        return self.cause is Cause.WORKER_LOST
+        return self.cause in (Cause.KILLED, Cause.WORKER_LOST)
 
 
 def classify(error: RayError, phase: Phase, label: str, node_is_lost: bool) -> Failure:
@@ -86,4 +95,9 @@ def _loss(error: RayError, phase: Phase, message: str, label: str, node_is_lost:
         return Failure(Cause.INPUT_LOST, PayloadLost(f"{label}: input payload lost with its node"))
     if node_is_lost:
         return Failure(Cause.NODE_LOST, NodeLost(f"{label}: its node was lost"))
+    if isinstance(error, OutOfMemoryError) or _OUT_OF_MEMORY in str(error):
+        return Failure(Cause.HOST_MEMORY, RunError(f"{label}: its node ran out of memory; {MEMORY_REMEDY}"))
+    if isinstance(error, RayActorError) and _KILLED in str(error):
+        killed = f"{label}: its process was killed, which systems do when memory runs out; {MEMORY_REMEDY}"
+        return Failure(Cause.KILLED, WorkerLost(killed))
     return Failure(Cause.WORKER_LOST, WorkerLost(message))

@@ -5,7 +5,6 @@ A worker that died, hangs or can no longer use its GPU is replaced, and the driv
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +13,12 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.checkpoints.tensor_io import commit
-from pipeline.device import GPU_MEMORY_REMEDY, require_gpu_memory
-from pipeline.engine.ray_backend.failures import Cause, Failure, Phase, classify
+from pipeline.device import require_gpu_memory
+from pipeline.engine.ray_backend.failures import Phase, classify
+from pipeline.engine.ray_backend.memory_failures import MemoryFailures
 from pipeline.engine.ray_backend.workers import RayWorkers
 from pipeline.engine.task import Task, TaskResult
-from pipeline.errors import RunError, WorkerLost
+from pipeline.errors import WorkerLost
 
 _WAIT_SECONDS = 1.0
 # Payloads per worker that wait to be written; this bounds the memory of the object store.
@@ -29,11 +29,6 @@ _CLOSE_SECONDS = 30.0
 _CAPACITY_SECONDS = 10.0
 # A task hangs if it takes this many times as long as the longest task of its kind, and no less than these seconds.
 _HANG_FACTOR, _MIN_HANG_SECONDS = 20.0, 600.0
-# Attempts at a task that runs out of GPU memory: another process may have used the memory.
-_GPU_MEMORY_ATTEMPTS = 2
-# Failures for lack of GPU memory in a row, without a task that succeeded, that end the run: these GPUs are too small
-# for it.
-_MAX_GPU_MEMORY_FAILURES = 3 * _GPU_MEMORY_ATTEMPTS
 # The kind of commits, and the time that is assumed for the longest commit until one has ended.
 _COMMITS, _FIRST_COMMIT_SECONDS = "commit", 180.0
 
@@ -104,9 +99,7 @@ class RayPool:
         workers.grow_to(limits.capacity())
         # Kind of task -> seconds of its longest finished task.
         self._longest: dict[str, float] = {}
-        # Key of a task -> its failures for lack of GPU memory.
-        self._gpu_memory_failures: Counter[Any] = Counter()
-        self._gpu_memory_failures_in_a_row = 0
+        self._memory_failures = MemoryFailures()
         self._working: dict[int, _Flight] = {}
         self._committing: list[_Flight] = []
 
@@ -170,7 +163,8 @@ class RayPool:
             value = ray.get(ref)
         except RayError as error:
             return self._on_failure(flight, phase, error)
-        self._workers.deaths = self._gpu_memory_failures_in_a_row = 0
+        self._workers.deaths = 0
+        self._memory_failures.succeeded()
         self._record_time(flight, _COMMITS if phase is Phase.COMMIT else flight.task.kind)
         if phase is Phase.COMMIT:
             self._committing.remove(flight)
@@ -218,24 +212,8 @@ class RayPool:
             del self._working[worker]
         if failure.replaces_worker:
             self._workers.replace(worker, label if failure.blames_worker else "")
-        if failure.cause is Cause.GPU_MEMORY:
-            failure = self._out_of_gpu_memory(flight.task, failure)
-        return TaskResult(flight.task, error=failure.error, worker=worker)
-
-    def _out_of_gpu_memory(self, task: Task[Any], failure: Failure) -> Failure:
-        """Let the task run once more, in a new process. Its second failure is final.
-
-        Raises:
-            RunError: too many tasks in a row ran out of GPU memory.
-        """
-        self._gpu_memory_failures[task.key] += 1
-        self._gpu_memory_failures_in_a_row += 1
-        count = self._gpu_memory_failures_in_a_row
-        if count >= _MAX_GPU_MEMORY_FAILURES:
-            raise RunError(f"GPU memory was too small {count} times in a row, the last time for {failure.error}")
-        if self._gpu_memory_failures[task.key] < _GPU_MEMORY_ATTEMPTS:
-            return Failure(failure.cause, WorkerLost(str(failure.error).removesuffix(f"; {GPU_MEMORY_REMEDY}")))
-        return failure
+        error_of_task = self._memory_failures.decide(flight.task.key, failure).error
+        return TaskResult(flight.task, error=error_of_task, worker=worker)
 
     def close(self) -> None:
         """End the stage: stop workers that run a task, and wait for commits under way.

@@ -13,7 +13,9 @@ from jobs.cli import main
 from pipeline.compression import job as compression
 from pipeline.compression.job import CompressVariants
 from pipeline.engine.local_pool import LocalPool
-from pipeline.engine.task import JobContext, Task
+from pipeline.engine.memory import Room
+from pipeline.engine.stage import Stage
+from pipeline.engine.task import JobContext, Pool, Task
 from pipeline.engine.worker import Worker
 from pipeline.evaluation.job import MeasureLosses
 from pipeline.settings.sweep import SweepSettings
@@ -33,7 +35,9 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 class RecordingPool(LocalPool):
-    """A plain loop that remembers what it was given."""
+    """A plain loop that remembers what it was given, and the pool of each stage."""
+
+    in_process = True
 
     def __init__(self) -> None:
         super().__init__(Worker(1, "cpu"))
@@ -42,6 +46,16 @@ class RecordingPool(LocalPool):
     def start(self, worker: int, task: Task[Any]) -> None:
         self.given.append(task)
         super().start(worker, task)
+
+    def __call__(self, tasks: int, stage: Stage) -> Pool:
+        return self
+
+    def require_workers(self, stage: Stage) -> None: ...
+
+    def room(self) -> Room:
+        return Room("cpu", 1 << 40)
+
+    def release(self) -> None: ...
 
 
 def sweep_of(models: list[Path], text: Path, variants: list[dict[str, Any]] = VARIANTS) -> dict[str, Any]:

@@ -98,12 +98,12 @@ def test_the_gradient_is_that_of_a_small_move(tiny_model: Path, tuned: Path) -> 
     assert base == pytest.approx(tuner.divergence(windows), rel=1e-5)
     name = next(iter(gradients))
     gradient = gradients[name]["scales"]
-    unit = tuner.start().values[name]["scales"]
+    unit = tuner.matrices.stored_values()[name]["scales"]
     move = 1e-2 * (gradient * unit).sign() * unit
-    weight, tunable = tuner._student.get_parameter(name), tuner._tunables[name]
+    weight, tunable = tuner._student.get_parameter(name), tuner.matrices._tunables[name]
 
     def at(factor: float) -> float:
-        values = tuner.start().values[name]
+        values = tuner.matrices.stored_values()[name]
         with torch.no_grad():
             weight.copy_(tunable.restored({**values, "scales": values["scales"] + factor * move}))
         return tuner.divergence(windows)
@@ -129,7 +129,7 @@ def test_matrices_that_no_text_reaches_are_tuned_among_others_with_a_gradient_of
     gradients = tuner.gradients(np.arange(24)[None])[1]
     still = {name for name, own in gradients.items() if not any(value.any() for value in own.values())}
     assert still == {"vision_tower.encoder.layers.0.self_attn.q_proj.weight"}
-    assert gradients.keys() == tuner.start().values.keys()
+    assert gradients.keys() == tuner.matrices.stored_values().keys()
 
 
 def test_a_tuning_that_text_cannot_reach_is_refused_and_leaves_nothing(

@@ -25,12 +25,9 @@ from pipeline.device import (
 from pipeline.engine.local_pool import LocalPool
 from pipeline.engine.ray_backend.arithmetic import arithmetic_of
 from pipeline.engine.ray_backend.cluster import WorkerResources, require_one_gpu_type
-from pipeline.engine.ray_backend.failures import Cause, Failure
-from pipeline.engine.ray_backend.pool import RayPool, StageLimits
-from pipeline.engine.ray_backend.workers import RayWorkers
 from pipeline.engine.task import JobContext, JobOutput, Task, as_swsc_error
 from pipeline.engine.worker import Worker
-from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError, WorkerLost
+from pipeline.errors import CheckpointError, ClusterError, OutputError, RunError
 from pipeline.models.matrix_reader import SourceMatrix
 from pipeline.models.meta_loading import loading_errors
 from pipeline.outputs import existing_output
@@ -245,23 +242,6 @@ class TestIdentity:
     def test_names_in_a_cache_do_not_depend_on_cpus(self) -> None:
         assert Arithmetic(1).gpu_identity == {}
         assert Arithmetic(1, "NVIDIA H200").gpu_identity["device"] == "NVIDIA H200"
-
-
-def test_out_of_memory_is_tried_twice_and_never_goes_on_and_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = RayPool(RayWorkers({}, 1), StageLimits(lambda: 0, lambda: "nothing"))
-
-    def fails(key: str) -> Any:
-        failure = Failure(Cause.GPU_MEMORY, as_swsc_error(FULL[0], key))
-        return pool._out_of_gpu_memory(Task(key, Fail(FULL[0]), key), failure).error
-
-    assert isinstance(fails("a"), WorkerLost)
-    own = fails("a")
-    assert not isinstance(own, WorkerLost)
-    assert "--gpus-per-worker 0" in str(own)
-    for key in ("b", "b", "c"):
-        fails(key)
-    with pytest.raises(RunError, match="GPU memory"):
-        fails("c")
 
 
 @pytest.mark.parametrize("error", [FULL[0], BROKEN[0]], ids=str)

@@ -23,6 +23,7 @@ FOLDERS = (
     "engine",
     "models",
     "planning",
+    "blocks",
     "outputs",
     "texts",
     "calibration",
@@ -64,6 +65,8 @@ DOORS = {
     # into memory whole
     "safetensors": {"pipeline/models/loading.py"},
     "transformers": {
+        "pipeline/blocks/layered_model.py",
+        "pipeline/blocks/skeleton.py",
         "pipeline/models/loading.py",
         "pipeline/models/meta_loading.py",
         "pipeline/texts/windows.py",
@@ -78,7 +81,7 @@ DOORS = {
         "pipeline/outputs/model_card.py",
         "pipeline/outputs/card_metrics.py",
     },
-    "lm_eval": {"pipeline/evaluation/lm_eval_tasks.py"},
+    "lm_eval": {"pipeline/evaluation/lm_eval_answerer.py", "pipeline/evaluation/lm_eval_tasks.py"},
     "peft": {"swsc_core/hf/lora.py"},
     "datasets": {"pipeline/texts/texts.py"},
     "pyarrow": {

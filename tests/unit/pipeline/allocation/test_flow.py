@@ -10,6 +10,7 @@ from pipeline.allocation.curves import curve_key
 from pipeline.allocation.flow import allocate_plan
 from pipeline.calibration.hessian_store import Hessians
 from pipeline.checkpoints.matrix_info import whole_matrix
+from pipeline.engine.memory import Room
 from pipeline.engine.stage import Stage
 from pipeline.engine.task import Pool
 from pipeline.errors import OutputError
@@ -34,6 +35,9 @@ class NoPools:
         raise AssertionError("losses are measured again")
 
     def require_workers(self, stage: Stage) -> None: ...
+
+    def room(self) -> Room:
+        return Room("cpu", 1 << 40)
 
     def release(self) -> None: ...
 

@@ -9,7 +9,9 @@ from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
     OutOfDiskError,
+    OutOfMemoryError,
     OwnerDiedError,
+    RayActorError,
     RayError,
     RayTaskError,
     WorkerCrashedError,
@@ -27,6 +29,12 @@ from pipeline.errors import (
     WorkerLost,
 )
 
+NO_MEMORY = OutOfMemoryError("Task was killed due to the node running low on memory.")
+# Ray's words for a process that the operating system killed.
+KILLED = RayActorError(
+    "00" * 16,
+    "Worker unexpectedly exits with a connection error code 2. End of file. (1) The process is killed by SIGKILL",
+)
 LOST = ObjectLostError("00" * 28, None, "")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 BROKEN_GPU = RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
@@ -51,6 +59,10 @@ def raised(cause: Exception) -> RayTaskError:
         (OutOfDiskError(), Phase.COMMIT, False, Cause.DISK_FULL, DiskFull),
         (ActorDiedError(), Phase.JOB, False, Cause.WORKER_LOST, WorkerLost),
         (ActorDiedError(), Phase.JOB, True, Cause.NODE_LOST, NodeLost),
+        (NO_MEMORY, Phase.JOB, False, Cause.HOST_MEMORY, RunError),
+        (NO_MEMORY, Phase.JOB, True, Cause.NODE_LOST, NodeLost),
+        (KILLED, Phase.JOB, False, Cause.KILLED, WorkerLost),
+        (KILLED, Phase.JOB, True, Cause.NODE_LOST, NodeLost),
         (LOST, Phase.JOB, False, Cause.INPUT_LOST, PayloadLost),
         (LOST, Phase.JOB, True, Cause.INPUT_LOST, PayloadLost),
         (OwnerDiedError("00" * 28, None, ""), Phase.JOB, False, Cause.INPUT_LOST, PayloadLost),
@@ -75,6 +87,8 @@ def test_a_failure_has_one_cause_and_one_error(
         (raised(BROKEN_GPU), False, True, True),
         (ActorDiedError(), False, True, True),
         (ActorDiedError(), True, True, False),
+        (NO_MEMORY, False, True, False),
+        (KILLED, False, True, True),
         (LOST, False, False, False),
         (OutOfDiskError(), False, False, False),
     ],
@@ -100,3 +114,10 @@ def test_a_broken_gpu_is_named_by_the_first_line_of_its_error() -> None:
     message = str(classify(raised(BROKEN_GPU), Phase.JOB, "layer 3", False).error)
     assert "illegal memory access" in message
     assert "more" not in message
+
+
+@pytest.mark.parametrize("error", [NO_MEMORY, KILLED])
+def test_a_lack_of_memory_is_named_with_its_remedy(error: RayError) -> None:
+    message = str(classify(error, Phase.JOB, "layer 3", False).error)
+    assert "memory" in message
+    assert "--memory-per-worker" in message

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.engine import signals
 from pipeline.engine.progress import Progress
-from pipeline.engine.scheduler import Rounds, TaskList, TaskRounds, execute
+from pipeline.engine.scheduler import TaskList, TaskRound, execute
 from pipeline.engine.task import JobContext, JobOutput, Task, TaskResult
 from pipeline.errors import (
     CheckpointError,
@@ -151,29 +151,19 @@ def test_a_users_mistake_stops_the_run_at_once() -> None:
         run("abcdef", {"a": [CheckpointError("a holds NaN")]})
 
 
-def staged(log: list[list[str]]) -> Rounds:
-    """Three stages: what came of each is noted."""
-    for names in ("abc", "d", "ef"):
-        found = yield [Task(name, Work()) for name in names]
-        log.append([done.value for done in found])
+def test_a_round_returns_results_in_the_order_of_its_tasks() -> None:
+    pool, tasks = ScriptedPool({"b": [WorkerLost("gone")]}), TaskRound([Task(name, Work()) for name in "abc"])
+    with Progress("test", 3, 0) as progress:
+        execute(pool, tasks, progress)
+    assert [result.value for result in tasks.results] == ["a", "b", "c"]
+    assert sorted(pool.started) == list("abbc")
 
 
-def test_a_stage_begins_when_the_one_before_has_ended_and_gets_its_results_in_order() -> None:
-    log: list[list[str]] = []
-    pool = ScriptedPool({"b": [WorkerLost("gone")]})
-    with Progress("test", 6, 0) as progress:
-        execute(pool, TaskRounds(staged(log)), progress)
-    assert log == [["a", "b", "c"], ["d"], ["e", "f"]]
-    assert pool.started == list("abbcdef") or pool.started == list("abcbdef")
-
-
-def test_a_stage_that_fails_is_the_last() -> None:
-    log: list[list[str]] = []
-    pool = ScriptedPool({"d": [RunError("d: no luck")]})
-    with Progress("test", 6, 0) as progress, pytest.raises(RunError, match="d: no luck"):
-        execute(pool, TaskRounds(staged(log)), progress)
-    assert log == [["a", "b", "c"]]
-    assert "e" not in pool.started
+def test_the_first_task_of_a_round_that_fails_ends_it() -> None:
+    pool, tasks = ScriptedPool({"b": [RunError("b: no luck")]}), TaskRound([Task(name, Work()) for name in "abcdef"])
+    with Progress("test", 6, 0) as progress, pytest.raises(RunError, match="b: no luck"):
+        execute(pool, tasks, progress)
+    assert "f" not in pool.started
 
 
 class InterruptedWhenFreed:

@@ -1,6 +1,7 @@
 """The model cache of a worker, and the conversion of errors."""
 
 import errno
+import weakref
 
 import pytest
 
@@ -21,8 +22,22 @@ def test_a_model_is_loaded_again_only_for_another_key_loader_or_after_it_was_dro
     cache.get(load, "b", "cpu")
     cache.get(lambda key, device: key, "b", "cpu")
     assert loads == ["a", "b"]
-    assert cache.clear()
-    assert not cache.clear()
+    cache.clear()
+    cache.get(load, "b", "cpu")
+    assert loads == ["a", "b", "b"]
+
+
+class Referenced:
+    """A model whose modules reference each other."""
+
+    def __init__(self, *_arguments: str) -> None:
+        self.itself = self
+
+
+def test_the_memory_of_a_model_is_free_before_another_one_is_loaded() -> None:
+    cache = ModelCache()
+    first = weakref.ref(cache.get(Referenced, "a", "cpu"))
+    cache.get(lambda key, device: "loaded" if first() is None else pytest.fail("both are in memory"), "b", "cpu")
 
 
 @pytest.mark.parametrize(

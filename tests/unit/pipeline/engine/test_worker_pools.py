@@ -1,9 +1,13 @@
 """Which workers a stage gets: those that are there, as long as they do and it gets no fewer of them."""
 
+import pytest
+
+from pipeline.engine.memory import Room, WorkerMemory
 from pipeline.engine.ray_backend.cluster import WorkerResources
 from pipeline.engine.ray_backend.worker_pools import LocalPools, choose_resources
 from pipeline.engine.stage import Stage
 from pipeline.engine.task import JobContext, JobOutput, Task
+from pipeline.errors import ClusterError
 from pipeline.settings.cluster import ClusterSettings
 
 NODES: list[dict[str, float]] = [{"CPU": 4, "memory": 16}, {"CPU": 4, "memory": 16}]
@@ -55,7 +59,7 @@ class Load:
 def test_a_model_stays_loaded_until_a_stage_that_loads_none() -> None:
     def stage(keeps_model: bool) -> int:
         before = Model.loaded
-        pool = pools(1, Stage("a stage", 1, keeps_model=keeps_model))
+        pool = pools(1, Stage("a stage", WorkerMemory(cpu=1), keeps_model=keeps_model))
         pool.start(0, Task("a", Load()))
         done = pool.wait()
         assert done is not None
@@ -65,3 +69,24 @@ def test_a_model_stays_loaded_until_a_stage_that_loads_none() -> None:
 
     with LocalPools(ClusterSettings(local=True, gpus_per_worker=0)) as pools:
         assert [stage(keeps_model) for keeps_model in (True, True, False, True)] == [1, 0, 1, 0]
+
+
+def local_pools(**settings: object) -> LocalPools:
+    return LocalPools(ClusterSettings.model_validate({"local": True, "gpus_per_worker": 0, **settings}))
+
+
+def test_memory_per_worker_limits_what_a_worker_may_hold() -> None:
+    assert local_pools(memory_per_worker=0.5).room() == Room("cpu", 2**29)
+    assert local_pools(memory_per_worker=10**6).room() == local_pools().room(), "no more than there is"
+
+
+def test_a_stage_that_does_not_fit_is_refused_before_it_starts() -> None:
+    with pytest.raises(ClusterError, match=r"tune: .* need 2\.0 GB of memory, but may hold 1\.1 GB"):
+        local_pools(memory_per_worker=1)(1, Stage("tune", WorkerMemory(cpu=2 * 10**9)))
+
+
+def test_a_later_stage_that_does_not_fit_is_refused_before_the_first_starts() -> None:
+    settings = ClusterSettings(local=True, gpus_per_worker=0, memory_per_worker=1)
+    pools = LocalPools(settings, [Stage("tune", WorkerMemory(cpu=2 * 10**9))])
+    with pytest.raises(ClusterError, match="tune"):
+        pools(1, Stage("compress", WorkerMemory(cpu=1)))

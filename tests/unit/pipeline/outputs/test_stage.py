@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.engine.local_pool import LocalPool
+from pipeline.engine.memory import Room
 from pipeline.engine.stage import Stage
 from pipeline.engine.task import JobContext, JobOutput, Pool
 from pipeline.engine.worker import Worker
@@ -31,6 +32,9 @@ class RecordedPools:
         return LocalPool(Worker(1, "cpu"))
 
     def require_workers(self, stage: Stage) -> None: ...
+
+    def room(self) -> Room:
+        return Room("cpu", 1 << 40)
 
     def release(self) -> None: ...
 

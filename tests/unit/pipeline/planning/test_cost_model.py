@@ -4,24 +4,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoints.matrix_info import whole_matrix
-from pipeline.models.stored_model import Model
-from pipeline.planning.cost_model import (
-    WORKER_BASE,
-    calibration_bytes,
-    compression_bytes,
-    copying_bytes,
-    estimate_cost,
-    evaluation_bytes,
-    hessian_bytes,
-    layer_compression_bytes,
-    restoring_bytes,
-)
+from pipeline.planning.cost_model import estimate_cost
 from pipeline.planning.machine_speed import Speed
 from pipeline.planning.time_model import core_seconds
-from swsc_core.compressed.entry import RtnEntry
-from tests.unit.pipeline.planning.test_plan import Shapes, checkpoint_of, plan_of
-from tests.unit.pipeline.planning.test_tasks import fused_plan
+from tests.unit.pipeline.planning.test_plan import Shapes, plan_of
 
 SPEED = Speed(gemm=5e10, additions=7e8, stream=4e8)
 SQUARE = {"model.layers.0.self_attn.q_proj.weight": (2048, 2048)}
@@ -61,73 +47,6 @@ def test_twice_the_layers_take_twice_the_time_and_no_more_memory() -> None:
 
 def test_dense_output_is_predicted_at_its_full_size() -> None:
     assert estimate_cost(plan_of(SQUARE, projectors="q", bits=3), "dense", SPEED, 2)["output_bytes"] == 2 * 2048**2
-
-
-def test_a_worker_holds_the_file_that_it_computes() -> None:
-    """In the dense form, also the matrices of a fused tensor while it is assembled."""
-    plan = plan_of(SQUARE, projectors="q", bits=3)
-    assert layer_compression_bytes(plan) - compression_bytes(plan) == plan.compressed[0].stored_bytes
-    fused = fused_plan(True)
-    largest = max(tensor.tensor.nbytes for layer in fused.layers for tensor in layer.fused)
-    assert layer_compression_bytes(fused) - compression_bytes(fused) == fused.largest_file_bytes + 2 * largest
-
-
-def test_copies_are_streamed_unless_they_are_dequantized() -> None:
-    plan = plan_of(SQUARE | {"model.embed_tokens.weight": (32000, 2048)}, projectors="q", bits=3)
-    assert copying_bytes(plan) == WORKER_BASE
-
-
-def test_restoring_holds_the_file_that_it_computes() -> None:
-    entry = RtnEntry((1000, 1000), "bfloat16", 2, "channel", True)
-    model = Model(checkpoint_of({"w": (1000, 1000)}), {"w": entry})
-    assert restoring_bytes(model, 3000) - restoring_bytes(model, 1000) == 2000
-
-
-def test_evaluation_holds_the_weights_as_read_and_as_calculated_with_and_the_logits() -> None:
-    model = Model(checkpoint_of({"w": (1000, 1000)}, vocab_size=50_000), {})
-    none = Model(checkpoint_of({"w": (1, 0)}), {})
-    base = evaluation_bytes(none, "auto", 100)
-    assert evaluation_bytes(model, "auto", 100) - base == 1_000_000 * (2 + 4) + 100 * 50_000 * (4 + 4)
-    assert evaluation_bytes(model, "bfloat16", 100) - base == 1_000_000 * (2 + 2) + 100 * 50_000 * (2 + 4)
-
-
-def test_the_vocabulary_of_a_multimodal_model_is_that_of_its_text_part() -> None:
-    nested = Model(checkpoint_of({"w": (1, 0)}, text_config={"vocab_size": 1000}), {})
-    plain = Model(checkpoint_of({"w": (1, 0)}, vocab_size=1000), {})
-    assert evaluation_bytes(nested, "auto", 10) == evaluation_bytes(plain, "auto", 10)
-
-
-def test_hessians_take_memory_beside_the_matrices() -> None:
-    plain, metric = (plan_of(SQUARE, projectors="q", clusters=64, metric=m) for m in ("weights", "activations"))
-    extra = (
-        estimate_cost(metric, "swsc", SPEED, 2)["worker_peak_bytes"]
-        - estimate_cost(plain, "swsc", SPEED, 2)["worker_peak_bytes"]
-    )
-    assert extra == 2 * 4 * 2048**2  # the Hessian and its root
-
-
-def test_a_matrix_with_an_input_of_its_own_holds_two_hessians() -> None:
-    widths = {"q_proj": 64, "k_proj": 64, "down_proj": 96}
-    shapes = {f"model.layers.{n}.x.{name}.weight": (32, w) for name, w in widths.items() for n in (0, 1)}
-    matrices = [whole_matrix(info) for info in checkpoint_of(shapes).tensors.values()]
-    assert hessian_bytes(matrices) == 2 * 4 * (
-        3 * 64**2 + 2 * 96**2
-    )  # by layers; Q and K share the Hessian of their input
-
-
-def test_segments_are_worked_through_in_less_memory_than_whole_channels() -> None:
-    whole, segmented = (plan_of(SQUARE, projectors="q", clusters=64, segment_size=size) for size in (None, 4))
-    assert (
-        estimate_cost(segmented, "swsc", SPEED, 2)["worker_peak_bytes"]
-        < estimate_cost(whole, "swsc", SPEED, 2)["worker_peak_bytes"]
-    )
-
-
-def test_calibration_holds_the_activations_of_all_layers_whatever_the_config_calls_them() -> None:
-    configs: list[dict[str, Any]] = [{}, {"num_hidden_layers": 12, "hidden_size": 768}, {"n_layer": 12, "n_embd": 768}]
-    none, llama, gpt2 = (checkpoint_of({"w": (1, 0)}, **config) for config in configs)
-    assert calibration_bytes(llama, 512, 0) - calibration_bytes(none, 512, 0) == 4 * 512 * 12 * 24 * 768
-    assert calibration_bytes(gpt2, 512, 0) == calibration_bytes(llama, 512, 0)
 
 
 def test_time_is_shared_by_workers_down_to_what_the_largest_layer_takes_alone() -> None:
