@@ -113,7 +113,8 @@ def layout_within(room: Room, key: ModelKey, sizes: LayerSizes, working: WorkerM
     if max(held) + besides > room.nbytes:
         raise ClusterError(
             f"{key.location}: a worker may hold {room.nbytes / 1e9:.1f} GB, but the largest layer needs"
-            f" {(max(held) + besides) / 1e9:.1f} GB; raise --memory-per-worker, or use larger workers"
+            f" {(max(held) + besides) / 1e9:.1f} GB with a batch; raise --memory-per-worker, use larger workers, or"
+            " shorter windows or a smaller --batch-size"
         )
     blocks = partition(held, room.nbytes - besides)
     model = meta_model(key)

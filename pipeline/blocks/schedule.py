@@ -126,6 +126,10 @@ class BlockSchedule:
         self._n_tasks += 1
         return self._make_task(Pass(station, number, adds, upcoming, self._n_tasks), inputs)
 
+    def seen(self, worker: int) -> None:
+        """Note that a worker is there, which asked for a task and got one of another kind."""
+        self._owners.seen(worker)
+
     def done(self, result: TaskResult[Any]) -> None:
         completed: Pass = result.task.key
         shard = self._shards[completed.shard]

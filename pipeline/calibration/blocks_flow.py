@@ -130,7 +130,10 @@ class BlockGathering:
         self._schedule.require_finished()
 
     def next(self, worker: int) -> Task[Any] | None:
-        return self._to_write.pop() if self._to_write else self._schedule.next(worker)
+        if not self._to_write:
+            return self._schedule.next(worker)
+        self._schedule.seen(worker)
+        return self._to_write.pop()
 
     def done(self, result: TaskResult[Any]) -> None:
         key = result.task.key

@@ -24,8 +24,7 @@ from pipeline.engine.memory import WorkerMemory
 from pipeline.engine.stage import Stage
 from pipeline.engine.task import Destination, Task
 from pipeline.engine.ray_backend.worker_pools import worker_pools
-from pipeline.tuning.job import KeepState
-from tests.support.hanging import HangsOnce
+from tests.support.hanging import HangsOnce, PassOn
 
 address, folder, mark = sys.argv[1:]
 pools = worker_pools(ClusterSettings(address=address, workers=1, task_deadline=8))
@@ -34,7 +33,7 @@ payload = Payload(HangsOnce((StoredTensor("w", "F32", (1,), np.zeros(4, dtype=np
 with acquire_lease(Store.at(folder)) as lease:
     done = []
     where = Destination(lease.ticket, "model-00001-of-00001.safetensors")
-    tasks = TaskList([Task("t", KeepState(), "a layer", (ray.put(payload),), outputs=1, commit_to=where)], done.append)
+    tasks = TaskList([Task("t", PassOn(), "a layer", (ray.put(payload),), outputs=1, commit_to=where)], done.append)
     with Progress("test", 1, 0) as progress:
         execute(pool, tasks, progress)
     pool.close()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.checkpoints.tensor_io import StoredTensor
+from pipeline.engine.task import JobContext, JobOutput
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,11 @@ class HangsOnce:
             Path(self.mark).touch()
             time.sleep(3600)
         return iter(self.parts)
+
+
+@dataclass(frozen=True)
+class PassOn:
+    """A job that returns its inputs as payloads without reading them."""
+
+    def run(self, context: JobContext) -> JobOutput[None]:
+        return JobOutput(None, context.inputs)
