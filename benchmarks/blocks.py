@@ -67,7 +67,7 @@ def main() -> int:
     runs: dict[str, list[str]] = {"whole model, 1 worker": ["--workers", "1"]}
     for workers in (1, 2, 3):
         flags = ["--workers", str(workers), "--cpus-per-worker", "0.5", "--memory-per-worker", str(given.cap)]
-        runs[f"blocks, {workers} workers"] = flags
+        runs[f"blocks, {workers} worker{'s' if workers > 1 else ''}"] = flags
     found = {name: measure(given.model, given.text, given.windows, given.seqlen, runs[name]) for name in runs}
     whole = next(iter(found.values()))
     rows = [

@@ -10,9 +10,10 @@ from pipeline.blocks.layered_model import LayeredModel
 from pipeline.blocks.skeleton import Skeleton
 from pipeline.blocks.twin import require_blocks
 from pipeline.engine.memory import GPU, Room, WorkerMemory
-from pipeline.errors import ClusterError
+from pipeline.errors import BlocksUnsupported, ClusterError
 from pipeline.models.loading import ModelKey, arithmetic_dtype, meta_model
 from pipeline.models.stored_model import Model
+from swsc_core.storage.location import MatrixLocation
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,24 @@ class LayerSizes:
         largest_fused = max((_value_bytes(skeleton.model, [name]) for name in fused), default=0)
         numbers = {stored: number for number, unit in enumerate(units) for stored in skeleton.stored_names(unit)}
         return cls(values, tuple(map(skeleton.nbytes, units)), largest_fused, numbers)
+
+    def unit_of(self, name: str, location: MatrixLocation, model: str) -> int:
+        """Number of the unit that a matrix is loaded into.
+
+        Args:
+            name, location: the matrix.
+            model: location of the model, for messages.
+
+        Raises:
+            BlocksUnsupported: the matrix is neither in a layer nor the embedding or the head.
+        """
+        unit = self.numbers.get(location.tensor or name)
+        if unit is None:
+            raise BlocksUnsupported(
+                f"{model}: {name} is in no decoder layer, so it cannot be calibrated or tuned in blocks; exclude it"
+                " with --exclude, or use workers that hold the whole model"
+            )
+        return unit
 
     def plus(self, nbytes: Mapping[int, int]) -> "LayerSizes":
         """These sizes with further bytes on the device for some units."""

@@ -23,7 +23,7 @@ from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import execute
 from pipeline.engine.stage import Pools, Stage
 from pipeline.engine.task import Task, TaskResult
-from pipeline.errors import BlocksUnsupported, PayloadLost
+from pipeline.errors import PayloadLost
 from pipeline.models.loading import ModelKey
 from pipeline.outputs.transaction import Output
 
@@ -187,11 +187,5 @@ def parts_by_unit(
     found: dict[int, list[HessianPart]] = defaultdict(list)
     for part in parts:
         info = matrices[part.names[0]]
-        unit = sizes.numbers.get(info.location.tensor or info.name)
-        if unit is None:
-            raise BlocksUnsupported(
-                f"{location}: {info.name} is in no decoder layer, so it cannot be calibrated in blocks; exclude it with"
-                " --exclude, or use workers that hold the whole model"
-            )
-        found[unit].append(part)
+        found[sizes.unit_of(info.name, info.location, location)].append(part)
     return dict(found)

@@ -19,7 +19,6 @@ from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.engine.memory import Room, WorkerMemory
 from pipeline.engine.stage import Stage
 from pipeline.engine.task import Destination, Job, Pool, Task, TaskResult
-from pipeline.errors import BlocksUnsupported
 from pipeline.models.stored_model import Model, open_model
 from pipeline.outputs.transaction import Output
 from pipeline.planning.memory import block_gradient_memory, layer_activation_bytes
@@ -233,13 +232,7 @@ def _names_by_unit(student: Model, sizes: LayerSizes) -> dict[int, list[str]]:
     """Number of a unit of the model -> its compressed matrices."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, entry in student.entries.items():
-        number = sizes.numbers.get(entry.location.tensor or name)
-        if number is None:
-            raise BlocksUnsupported(
-                f"{student.checkpoint.store.root}: {name} is in no decoder layer, so it cannot be tuned in blocks;"
-                " exclude it with --exclude, or use workers that hold the whole model"
-            )
-        names[number].append(name)
+        names[sizes.unit_of(name, entry.location, student.checkpoint.store.root)].append(name)
     return dict(names)
 
 

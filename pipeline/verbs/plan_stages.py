@@ -187,7 +187,7 @@ class StagePlanner:
             sizes = LayerSizes.of(self.model, key, room.kind)
             extra = dict.fromkeys(range(len(sizes.values)), layer_activation_bytes(self.model, seqlen))
             for decision in self.plan.compressed:
-                unit = sizes.numbers.get(decision.location.tensor or decision.info.name, 0)
+                unit = sizes.unit_of(decision.info.name, decision.location, key.location)
                 extra[unit] += _LABEL_BYTES * decision.info.count
             extra[len(sizes.values) - 1] += sizes.values[-1]
             largest = _PROJECTED_BYTES * max(decision.info.count for decision in self.plan.compressed)
